@@ -1,0 +1,31 @@
+"""What a model is between passes: the Program, quantization types and numerics, low-bit operators, checks and views."""
+
+from bitlower.ir import ops
+from bitlower.ir.diagnostics import BitlowerError, CheckError, describe, nearest
+from bitlower.ir.granularity import Granularity
+from bitlower.ir.grid import Grid, ScaleConvention
+from bitlower.ir.program import Batch, Program, Quantizer, ValueSpec, copy_module, get_tensor, set_tensor
+from bitlower.ir.scheme import QuantSpec, Scheme
+from bitlower.ir.types import Level, TensorType
+
+__all__ = [
+    "Batch",
+    "BitlowerError",
+    "CheckError",
+    "Granularity",
+    "Grid",
+    "Level",
+    "Program",
+    "QuantSpec",
+    "Quantizer",
+    "ScaleConvention",
+    "Scheme",
+    "TensorType",
+    "ValueSpec",
+    "copy_module",
+    "describe",
+    "get_tensor",
+    "nearest",
+    "ops",
+    "set_tensor",
+]

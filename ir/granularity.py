@@ -1,0 +1,167 @@
+"""Granularity: which elements of a tensor share one scale and zero point."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bitlower.ir.diagnostics import BitlowerError
+from bitlower.ir.types import Dim
+
+KINDS = ("tensor", "channel", "group", "row-group", "token", "embedding", "embedding-group")
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """How scales are laid out; make one by the named constructors.
+
+    A scale tensor has the rank of the tensor it belongs to. Each of its dimensions is 1 (shared), the tensor's own size
+    (one scale an index), or a divisor of it (one scale a block of consecutive indices); per-tensor scales have rank 0.
+    """
+
+    kind: str
+    axis: int = 0
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise BitlowerError(f"unknown granularity {self.kind!r}", hint=f"known: {', '.join(KINDS)}")
+        if self.kind in ("group", "row-group", "embedding-group") and self.size < 1:
+            raise BitlowerError(f"granularity {self.kind} needs a size of at least 1, not {self.size}")
+
+    @classmethod
+    def per_tensor(cls) -> Granularity:
+        """One scale for the whole tensor."""
+        return cls("tensor")
+
+    @classmethod
+    def per_channel(cls, axis: int = 0) -> Granularity:
+        """One scale an index along ``axis`` (0 is the output channel of a linear weight, the row of a table)."""
+        return cls("channel", axis)
+
+    @classmethod
+    def per_group(cls, size: int, axis: int = -1) -> Granularity:
+        """One scale a row and a block of ``size`` consecutive entries along ``axis`` (GPTQ's group size)."""
+        return cls("group", axis, size)
+
+    @classmethod
+    def row_group(cls, groups: int) -> Granularity:
+        """``groups`` blocks of whole rows (ZeroQuant): the scale factors out of an integer matmul."""
+        return cls("row-group", 0, groups)
+
+    @classmethod
+    def per_token(cls) -> Granularity:
+        """One scale a token, computed when the program runs (dynamic)."""
+        return cls("token", -1)
+
+    @classmethod
+    def per_embedding(cls) -> Granularity:
+        """One scale an index of the last axis (Bondarenko et al. §4)."""
+        return cls("embedding", -1)
+
+    @classmethod
+    def per_embedding_group(cls, groups: int) -> Granularity:
+        """``groups`` equal blocks of the last axis (Bondarenko et al. §4, PEG)."""
+        return cls("embedding-group", -1, groups)
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether scales are computed from the values when the program runs."""
+        return self.kind == "token"
+
+    def scale_shape(self, shape: Sequence[Dim]) -> tuple[int, ...]:
+        """The shape of a stored scale for a tensor of ``shape``.
+
+        Raises:
+            BitlowerError: a group size or count does not divide its axis, an axis is missing or symbolic, or the
+                granularity is dynamic and stores none.
+        """
+        if self.kind == "tensor":
+            return ()
+        if self.dynamic:
+            raise BitlowerError("per-token scales are computed at run time and not stored")
+        rank = len(shape)
+        if not -rank <= self.axis < rank:
+            raise BitlowerError(f"{self} needs axis {self.axis}, but the tensor has the shape {list(shape)}")
+        extent = shape[self.axis]
+        if not isinstance(extent, int):
+            raise BitlowerError(f"{self}: axis {self.axis} has the symbolic size {extent!r}, a static one is needed")
+        if self.kind == "group":
+            return _replace(tuple(_static(self, d) for d in shape), self.axis, self._divide(extent, extent // self.size))
+        count = extent if self.size == 0 else self._divide(extent, self.size)
+        return _replace((1,) * rank, self.axis, count)
+
+    def _divide(self, extent: int, count: int) -> int:
+        parts = self.size if self.kind == "group" else count
+        if parts == 0 or count == 0 or extent % parts:
+            raise BitlowerError(
+                f"{self} does not divide an axis of {extent}", hint="choose a divisor, or exclude the tensor"
+            )
+        return count
+
+    def range_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Minimum and maximum of ``x`` over each set of elements that share a scale, in the scale's shape."""
+        shape = (*x.shape[:-1], 1) if self.dynamic else self.scale_shape(tuple(x.shape))
+        if shape == ():
+            return torch.aminmax(x)
+        blocked, inner = block(x, shape)
+        return blocked.amin(inner).reshape(shape), blocked.amax(inner).reshape(shape)
+
+    def __str__(self) -> str:
+        match self.kind:
+            case "channel":
+                return f"per-channel({self.axis})"
+            case "group":
+                return f"per-group({self.size})" if self.axis == -1 else f"per-group({self.size}, axis={self.axis})"
+            case "row-group" | "embedding-group":
+                return f"{'' if self.kind == 'row-group' else 'per-'}{self.kind}({self.size})"
+            case _:
+                return f"per-{self.kind}"
+
+    @classmethod
+    def parse(cls, text: str) -> Granularity:
+        """The granularity that prints as ``text``.
+
+        Raises:
+            BitlowerError: ``text`` is not one.
+        """
+        match = re.fullmatch(r"(?:per-)?([a-z-]+?)(?:\((-?\d+)(?:, axis=(-?\d+))?\))?", text.strip())
+        kind, number, axis = match.groups() if match else ("", None, None)
+        value = int(number) if number else 0
+        if kind == "channel":
+            return cls.per_channel(value)
+        if kind == "group":
+            return cls.per_group(value, int(axis) if axis else -1)
+        simple = {"tensor": cls.per_tensor, "token": cls.per_token, "embedding": cls.per_embedding}
+        if kind in simple and number is None:
+            return simple[kind]()
+        grouped = {"row-group": cls.row_group, "embedding-group": cls.per_embedding_group}
+        if kind in grouped:
+            return grouped[kind](value)
+        raise BitlowerError(f"{text!r} is not a granularity", hint=f"known: {', '.join(KINDS)}")
+
+
+def block(x: torch.Tensor, scale_shape: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+    """``x`` with every axis split in (blocks, elements of a block) as ``scale_shape`` says, and the inner axes.
+
+    Raises:
+        BitlowerError: a dimension of ``scale_shape`` does not divide that of ``x``.
+    """
+    if len(scale_shape) != x.dim() or any(s < 1 or n % s for n, s in zip(x.shape, scale_shape, strict=False)):
+        raise BitlowerError(f"a scale of shape {list(scale_shape)} does not fit a tensor of shape {list(x.shape)}")
+    split = [part for n, s in zip(x.shape, scale_shape, strict=True) for part in (s, n // s)]
+    return x.reshape(split), list(range(1, 2 * x.dim(), 2))
+
+
+def _static(granularity: Granularity, extent: Dim) -> int:
+    if not isinstance(extent, int):
+        raise BitlowerError(f"{granularity}: the tensor has the symbolic dimension {extent!r}")
+    return extent
+
+
+def _replace(shape: tuple[int, ...], axis: int, value: int) -> tuple[int, ...]:
+    axis %= len(shape)
+    return (*shape[:axis], value, *shape[axis + 1 :])

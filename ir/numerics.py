@@ -1,0 +1,63 @@
+"""The one implementation of quantize and dequantize.
+
+``q = clamp(round_half_even(x / scale) + zero_point, quant_min, quant_max)`` and ``x̂ = scale · (q − zero_point)``, in
+float32, with a true division: multiplying by ``1 / scale`` gives other codes at ties, and onnxruntime divides.
+Scales of any :class:`~bitlower.ir.granularity.Granularity` are broadcast over blocks of consecutive elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from bitlower.ir.granularity import block
+
+
+def codes(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int
+) -> torch.Tensor:
+    """The codes of ``x`` as whole numbers in the dtype of ``x``."""
+    return _blockwise(
+        x, scale, zero_point, lambda v, s, z: (torch.round(v / s) + z).clamp_(quant_min, quant_max)
+    )
+
+
+def values(code: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """The real values of codes (any integer or float dtype), float32."""
+    return _blockwise(code.float(), scale, zero_point, lambda q, s, z: (q - z) * s)
+
+
+def fake(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int
+) -> torch.Tensor:
+    """``values(codes(x))`` in one go: ``x`` rounded to its grid."""
+
+    def round_trip(v: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        q = (torch.round(v / s) + z).clamp_(quant_min, quant_max)
+        return q.sub_(z).mul_(s)
+
+    return _blockwise(x, scale, zero_point, round_trip)
+
+
+def _blockwise(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    function: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    if scale.dim() == 0:
+        return function(x, scale, zero_point)
+    if all(s in (1, n) for s, n in zip(scale.shape, x.shape, strict=False)) and scale.dim() == x.dim():
+        return function(x, scale, zero_point)
+    blocked, _ = block(x, scale.shape)
+    spread = [part for s in scale.shape for part in (s, 1)]
+    return function(blocked, scale.reshape(spread), zero_point.reshape(spread)).reshape(x.shape)
+
+
+def sum_like_scale(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``gradient`` summed over the elements that share each entry of ``scale``."""
+    if scale.dim() == 0:
+        return gradient.sum()
+    blocked, inner = block(gradient, scale.shape)
+    return blocked.sum(inner).reshape(scale.shape)

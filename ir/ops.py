@@ -1,0 +1,128 @@
+"""The low-bit operators of a Program, as torch custom ops with gradients and shape functions.
+
+``scale`` and ``zero_point`` are float32 tensors laid out as :class:`~bitlower.ir.granularity.Granularity` says. A scale
+of zero means *open*: the quantizer is placed but has no range yet, and lets values through unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bitlower.ir import numerics
+from bitlower.ir.diagnostics import BitlowerError
+from bitlower.ir.granularity import Granularity
+from bitlower.ir.grid import Grid
+
+DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "uint16": torch.uint16}
+
+
+@torch.library.custom_op("bitlower::fake_quantize", mutates_args=())
+def _fake_quantize(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int
+) -> torch.Tensor:
+    if not bool(scale.any()):
+        return x.clone()
+    return numerics.fake(x, scale, torch.round(zero_point), quant_min, quant_max)
+
+
+@_fake_quantize.register_fake
+def _(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, scale, zero_point, ctx.quant_min, ctx.quant_max = inputs
+    ctx.save_for_backward(x, scale, torch.round(zero_point))
+
+
+def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Straight-through inside the clip range; the scale's gradient in LSQ form without its 1/√(N·Qp) factor.
+
+    ∂x̂/∂x = 1 inside, 0 outside; ∂x̂/∂s = round(x/s) − x/s inside, (limit − z) outside; ∂x̂/∂z = 0 inside, −s outside
+    (Bondarenko et al. §3.5 of the official code; Esser et al. 2020, eq. 3).
+    """
+    x, scale, zero = ctx.saved_tensors
+    if not bool(scale.any()):
+        return gradient, None, None, None, None
+    ratio = numerics._blockwise(x, scale, zero, lambda v, s, z: v / s)
+    code = numerics.codes(x, scale, zero, ctx.quant_min, ctx.quant_max)
+    centred = numerics._blockwise(code, scale, zero, lambda q, s, z: q - z)
+    rounded = torch.round(ratio)
+    inside = centred == rounded
+    by_x = gradient * inside
+    by_scale = numerics.sum_like_scale(gradient * torch.where(inside, rounded - ratio, centred), scale)
+    negative_scale = numerics._blockwise(torch.zeros_like(x), scale, zero, lambda v, s, z: v - s)
+    by_zero = numerics.sum_like_scale(torch.where(inside, 0.0, gradient * negative_scale), scale)
+    return by_x, by_scale, by_zero, None, None
+
+
+_fake_quantize.register_autograd(_gradients, setup_context=_save)
+
+
+@torch.library.custom_op("bitlower::quantize", mutates_args=())
+def _quantize(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int, dtype: str
+) -> torch.Tensor:
+    if not bool(scale.any()):
+        raise BitlowerError("a quantizer without a range cannot give codes", hint="run `calibrate` first")
+    return numerics.codes(x, scale, zero_point, quant_min, quant_max).to(DTYPES[dtype])
+
+
+@_quantize.register_fake
+def _(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int, dtype: str
+) -> torch.Tensor:
+    return torch.empty_like(x, dtype=DTYPES[dtype])
+
+
+@torch.library.custom_op("bitlower::dequantize", mutates_args=())
+def _dequantize(code: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    return numerics.values(code, scale, zero_point)
+
+
+@_dequantize.register_fake
+def _(code: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(code, dtype=torch.float32)
+
+
+def _save_codes(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _dequantize_gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """∂x̂/∂s = q − z and ∂x̂/∂z = −s; codes are integers and have none."""
+    code, scale, zero = ctx.saved_tensors
+    centred = numerics._blockwise(code.float(), scale, zero, lambda q, s, z: q - z)
+    by_scale = numerics.sum_like_scale(gradient * centred, scale)
+    return None, by_scale, -scale * numerics.sum_like_scale(gradient, scale)
+
+
+_dequantize.register_autograd(_dequantize_gradients, setup_context=_save_codes)
+
+
+@torch.library.custom_op("bitlower::choose_qparams", mutates_args=())
+def _choose_qparams(
+    x: torch.Tensor, bits: int, signed: bool, symmetric: bool, restricted: bool, convention: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from bitlower.ir.grid import ScaleConvention
+
+    grid = Grid(bits, signed, symmetric, restricted, ScaleConvention(convention))
+    return grid.qparams(*Granularity.per_token().range_of(x))
+
+
+@_choose_qparams.register_fake
+def _(
+    x: torch.Tensor, bits: int, signed: bool, symmetric: bool, restricted: bool, convention: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (*x.shape[:-1], 1)
+    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
+
+
+fake_quantize = torch.ops.bitlower.fake_quantize.default
+quantize = torch.ops.bitlower.quantize.default
+dequantize = torch.ops.bitlower.dequantize.default
+choose_qparams = torch.ops.bitlower.choose_qparams.default

@@ -1,0 +1,271 @@
+"""Schemes: which numbers are quantized to what, by the names people know (``W8A8``, ``W4A16-g128``) and in long form.
+
+The long form uses the argument names of compressed-tensors (``num_bits``, ``type``, ``symmetric``, ``strategy``,
+``group_size``, ``dynamic``), with three of ours: ``axis``, ``restricted`` and ``scale_convention``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from bitlower.ir.diagnostics import BitlowerError, nearest
+from bitlower.ir.granularity import Granularity
+from bitlower.ir.grid import Grid, ScaleConvention
+
+WEIGHT_ROLES = ("linear-weight", "embedding-table", "norm-weight")
+ACTIVATION_ROLES = (
+    "linear-input",
+    "embedding-sum",
+    "norm",
+    "linear-output",
+    "scores",
+    "probs",
+    "context",
+    "residual",
+    "activation",
+    "logits",
+)
+FULL_PLACEMENT = (*WEIGHT_ROLES, *(role for role in ACTIVATION_ROLES if role != "linear-input"))
+LINEAR_PLACEMENT = ("linear-weight", "embedding-table", "linear-input")
+_STRATEGIES = {
+    "tensor": "tensor",
+    "channel": "channel",
+    "group": "group",
+    "row_group": "row-group",
+    "token": "token",
+    "embedding": "embedding",
+    "embedding_group": "embedding-group",
+}
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """A grid and a granularity: all one needs to know about a quantizer but its range."""
+
+    grid: Grid
+    granularity: Granularity
+
+    def to_dict(self) -> dict[str, Any]:
+        """The long form; the inverse of :meth:`from_dict`."""
+        strategy = next(k for k, v in _STRATEGIES.items() if v == self.granularity.kind)
+        form: dict[str, Any] = {
+            "num_bits": self.grid.bits,
+            "type": "int" if self.grid.signed else "uint",
+            "symmetric": self.grid.symmetric,
+            "strategy": strategy,
+            "dynamic": self.granularity.dynamic,
+        }
+        if self.granularity.size:
+            form["group_size"] = self.granularity.size
+        if self.granularity.kind in ("channel", "group"):
+            form["axis"] = self.granularity.axis
+        if self.grid.restricted:
+            form["restricted"] = True
+        if self.grid.convention is not ScaleConvention.QMAX:
+            form["scale_convention"] = str(self.grid.convention)
+        return form
+
+    @classmethod
+    def from_dict(cls, form: Mapping[str, Any]) -> QuantSpec:
+        """The spec of a long form.
+
+        Raises:
+            BitlowerError: an unknown key or strategy, or values that do not go together.
+        """
+        known = {
+            "num_bits", "type", "symmetric", "strategy", "dynamic", "group_size", "axis", "restricted", "scale_convention"
+        }  # fmt: skip
+        for key in form:
+            if key not in known:
+                raise BitlowerError(f"unknown quantization argument {key!r}", hint=nearest(key, known))
+        strategy = form.get("strategy", "tensor")
+        if strategy not in _STRATEGIES:
+            raise BitlowerError(f"unknown strategy {strategy!r}", hint=nearest(str(strategy), _STRATEGIES))
+        if form.get("type", "int") not in ("int", "uint"):
+            raise BitlowerError(f"unknown type {form['type']!r}", hint="known: int, uint")
+        grid = Grid(
+            bits=int(form.get("num_bits", 8)),
+            signed=form.get("type", "int") == "int",
+            symmetric=bool(form.get("symmetric", True)),
+            restricted=bool(form.get("restricted", False)),
+            convention=ScaleConvention(form.get("scale_convention", ScaleConvention.QMAX)),
+        )
+        kind = _STRATEGIES[strategy]
+        default_axis = 0 if kind in ("channel", "row-group", "tensor") else -1
+        granularity = Granularity(kind, int(form.get("axis", default_axis)), int(form.get("group_size", 0)))
+        if bool(form.get("dynamic", granularity.dynamic)) != granularity.dynamic:
+            raise BitlowerError(
+                f"strategy {strategy!r} with dynamic: {form['dynamic']} is not supported",
+                hint="per-token scales are dynamic, all others static",
+            )
+        return cls(grid, granularity)
+
+    def __str__(self) -> str:
+        return f"{self.grid} {self.granularity}"
+
+
+def _weight_spec(bits: int) -> QuantSpec:
+    return QuantSpec(Grid(bits), Granularity.per_channel(0))
+
+
+def _activation_spec(bits: int) -> QuantSpec:
+    return QuantSpec(Grid(bits, signed=False, symmetric=False), Granularity.per_tensor())
+
+
+_NAME = re.compile(r"W(\d+)A(\d+)((?:-[a-z]+\d*)*)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What each role gets. ``roles`` says which are quantized at all; ``overrides`` sets single roles apart.
+
+    A role's spec is its override if it has one, else ``embeddings`` for ``embedding-table``, ``weights`` for the other
+    weight roles (per tensor for ``norm-weight``), and ``activations`` for the rest. None leaves a role in float.
+    """
+
+    weights: QuantSpec | None = field(default_factory=lambda: _weight_spec(8))
+    activations: QuantSpec | None = field(default_factory=lambda: _activation_spec(8))
+    embeddings: QuantSpec | None = field(default_factory=lambda: _weight_spec(8))
+    roles: tuple[str, ...] = LINEAR_PLACEMENT
+    overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
+
+    def __post_init__(self) -> None:
+        known = (*WEIGHT_ROLES, *ACTIVATION_ROLES)
+        for role in (*self.roles, *(role for role, _ in self.overrides)):
+            if role not in known:
+                raise BitlowerError(f"unknown role {role!r}", hint=nearest(role, known))
+
+    def spec(self, role: str) -> QuantSpec | None:
+        """What ``role`` is quantized to, or None if it stays in float."""
+        for name, spec in self.overrides:
+            if name == role:
+                return spec
+        if role not in self.roles:
+            return None
+        if role == "embedding-table":
+            return self.embeddings
+        if role == "norm-weight":
+            return replace(self.weights, granularity=Granularity.per_tensor()) if self.weights else None
+        return self.weights if role in WEIGHT_ROLES else self.activations
+
+    @classmethod
+    def parse(cls, name: str) -> Scheme:
+        """The scheme called ``name``: ``W<bits>A<bits>`` and suffixes, each after a dash.
+
+        16 bits and more mean float. Suffixes: ``g128`` weight groups along the input; ``asym`` asymmetric weights;
+        ``tensor`` per-tensor weights; ``token`` per-token dynamic activations; ``peg6`` activations in 6 embedding
+        groups; ``e4`` embedding tables in 4 bits; ``full`` every tensor Bondarenko et al. §3 quantize.
+
+        Raises:
+            BitlowerError: not a scheme.
+        """
+        match = _NAME.fullmatch(name.strip())
+        if not match:
+            raise BitlowerError(f"{name!r} is not a scheme", hint="examples: W8A8, W4A16-g128, W8A8-full, W4A8-token")
+        weight_bits, activation_bits = int(match[1]), int(match[2])
+        weights = _weight_spec(weight_bits) if weight_bits < 16 else None
+        activations = _activation_spec(activation_bits) if activation_bits < 16 else None
+        scheme = cls(weights, activations, _weight_spec(8) if weights and activations else None)
+        for suffix in filter(None, match[3].lower().split("-")):
+            scheme = _apply_suffix(scheme, suffix, name)
+        return scheme
+
+    @property
+    def name(self) -> str:
+        """The short name, or ``custom`` where only the long form says it all."""
+        for candidate in _candidate_names(self):
+            if Scheme.parse(candidate) == self:
+                return candidate
+        return "custom"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The long form; the inverse of :meth:`from_dict`."""
+
+        def form(spec: QuantSpec | None) -> dict[str, Any] | None:
+            return spec.to_dict() if spec else None
+
+        return {
+            "weights": form(self.weights),
+            "activations": form(self.activations),
+            "embeddings": form(self.embeddings),
+            "roles": list(self.roles),
+            "overrides": {role: form(spec) for role, spec in self.overrides},
+        }
+
+    @classmethod
+    def from_dict(cls, form: Mapping[str, Any]) -> Scheme:
+        """The scheme of a long form; keys that are left out take the defaults of ``W8A8``.
+
+        Raises:
+            BitlowerError: an unknown key, role or argument.
+        """
+        default = cls()
+        known = ("weights", "activations", "embeddings", "roles", "overrides")
+        for key in form:
+            if key not in known:
+                raise BitlowerError(f"unknown key {key!r} in a scheme", hint=nearest(key, known))
+
+        def spec(key: str) -> QuantSpec | None:
+            if key not in form:
+                return getattr(default, key)  # type: ignore[no-any-return]
+            return QuantSpec.from_dict(form[key]) if form[key] is not None else None
+
+        overrides = form.get("overrides") or {}
+        return cls(
+            spec("weights"),
+            spec("activations"),
+            spec("embeddings"),
+            tuple(form.get("roles", default.roles)),
+            tuple((role, QuantSpec.from_dict(arg) if arg is not None else None) for role, arg in overrides.items()),
+        )
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _apply_suffix(scheme: Scheme, suffix: str, name: str) -> Scheme:
+    match = re.fullmatch(r"([a-z]+)(\d*)", suffix)
+    key, number = (match[1], int(match[2] or 0)) if match else (suffix, 0)
+    weights, activations = scheme.weights, scheme.activations
+    match key, bool(number):
+        case "full", False:
+            return replace(scheme, roles=FULL_PLACEMENT)
+        case "g", True if weights:
+            return replace(scheme, weights=replace(weights, granularity=Granularity.per_group(number)))
+        case "tensor", False if weights:
+            tensor = Granularity.per_tensor()
+            tables = replace(scheme.embeddings, granularity=tensor) if scheme.embeddings else None
+            return replace(scheme, weights=replace(weights, granularity=tensor), embeddings=tables)
+        case "asym", False if weights:
+            grid = replace(weights.grid, signed=False, symmetric=False)
+            return replace(scheme, weights=replace(weights, grid=grid))
+        case "token", False if activations:
+            return replace(scheme, activations=replace(activations, granularity=Granularity.per_token()))
+        case "peg", True if activations:
+            groups = Granularity.per_embedding_group(number)
+            return replace(scheme, activations=replace(activations, granularity=groups))
+        case "e", True:
+            return replace(scheme, embeddings=_weight_spec(number) if number < 16 else None)
+    raise BitlowerError(
+        f"{name!r}: {suffix!r} does not fit", hint="known suffixes: g128, asym, tensor, token, peg6, e4, full"
+    )
+
+
+def _candidate_names(scheme: Scheme) -> list[str]:
+    weights, activations = scheme.weights, scheme.activations
+    base = f"W{weights.grid.bits if weights else 16}A{activations.grid.bits if activations else 16}"
+    if weights and weights.granularity.kind == "group":
+        base += f"-g{weights.granularity.size}"
+    if weights and weights.granularity.kind == "tensor":
+        base += "-tensor"
+    if weights and not weights.grid.symmetric:
+        base += "-asym"
+    if activations and activations.granularity.kind == "token":
+        base += "-token"
+    if activations and activations.granularity.kind == "embedding-group":
+        base += f"-peg{activations.granularity.size}"
+    names = [base, f"{base}-e{scheme.embeddings.grid.bits if scheme.embeddings else 16}"]
+    return [*names, *(f"{name}-full" for name in names)]

@@ -1,0 +1,106 @@
+"""What a pass is, and what it may ask of the pipeline that runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from bitlower.ir import Batch, BitlowerError, Level, Program
+
+T = TypeVar("T")
+
+
+class Contract(enum.StrEnum):
+    """What a pass promises about the numbers: the pipeline holds it to that."""
+
+    ANALYSIS = "analysis"  # the program is not changed; a typed result is left in the context
+    EXACT = "exact"  # outputs are equal within float tolerance, checked on real batches
+    LOSSY = "lossy"  # outputs may change; the ledger says by how much
+
+
+@dataclass
+class Context:
+    """What a pass may use besides the program.
+
+    Args:
+        calibration: input batches for estimating ranges.
+        evaluation: held-out input batches, for the ledger and for checks; never calibrated on.
+        seed: the root of all randomness.
+        work: a folder for scratch files and block-level checkpoints; None where nothing may be written.
+        track: wraps an iterable with a progress display, ``track(items, "label")``.
+    """
+
+    calibration: Sequence[Batch] = ()
+    evaluation: Sequence[Batch] = ()
+    seed: int = 0
+    work: Path | None = None
+    track: Callable[[Iterable[Any], str], Iterator[Any]] = field(default=lambda items, label: iter(items))
+    results: dict[type, Any] = field(default_factory=dict)
+
+    def __getitem__(self, kind: type[T]) -> T:
+        """The result of type ``kind`` that an earlier pass left.
+
+        Raises:
+            BitlowerError: there is none, or a later pass invalidated it.
+        """
+        if kind not in self.results:
+            raise BitlowerError(f"no {kind.__name__} at this point of the pipeline", hint="run its analysis just before")
+        return self.results[kind]  # type: ignore[no-any-return]
+
+    def put(self, result: object) -> None:
+        """Leave ``result``, a frozen dataclass of plain data, for later passes; one of each type is kept."""
+        self.results[type(result)] = result
+
+    def generator(self, name: str) -> torch.Generator:
+        """A random generator that depends on the seed and ``name`` alone."""
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A step from Program to Program: a frozen dataclass whose fields are its parameters.
+
+    Subclass it, decorate the class with ``@dataclass(frozen=True)``, set ``name`` and write ``run``. Put the logic in
+    plain functions and let ``run`` be the door to them. One file ``passes/<name>.py`` with underscores holds one pass.
+    Parameters are of type bool, int, float, str, an enum, ``tuple`` of these, or ``X | None``, with defaults.
+    """
+
+    name: ClassVar[str] = ""
+    requires: ClassVar[frozenset[Level]] = frozenset(Level)
+    """The levels that the pass takes."""
+    ensures: ClassVar[Level | None] = None
+    """The level that it gives; None: the same."""
+    contract: ClassVar[Contract] = Contract.LOSSY
+    preserves: ClassVar[frozenset[type]] = frozenset()
+    """The results in the context that stay valid although the pass changed the program."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        run = cls.__dict__.get("run")
+        if run is not None and len(inspect.signature(run).parameters) == 2:  # a pass that needs no context
+            cls.run = lambda self, program, context: run(self, program)  # type: ignore[method-assign]
+
+    def run(self, program: Program, context: Context) -> bool:
+        """Edit ``program`` in place and say whether it changed.
+
+        The pipeline hands over a clone and recompiles it afterwards. Raise
+        :class:`~bitlower.ir.diagnostics.BitlowerError` for what the user can mend.
+        """
+        raise BitlowerError(f"{type(self).__name__} defines no `run`", hint="write `def run(self, program, context)`")
+
+    def parameters(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        return {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.default is dataclasses.MISSING or getattr(self, f.name) != f.default
+        }
