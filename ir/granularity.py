@@ -90,7 +90,9 @@ class Granularity:
         if not isinstance(extent, int):
             raise BitlowerError(f"{self}: axis {self.axis} has the symbolic size {extent!r}, a static one is needed")
         if self.kind == "group":
-            return _replace(tuple(_static(self, d) for d in shape), self.axis, self._divide(extent, extent // self.size))
+            return _replace(
+                tuple(_static(self, d) for d in shape), self.axis, self._divide(extent, extent // self.size)
+            )
         count = extent if self.size == 0 else self._divide(extent, self.size)
         return _replace((1,) * rank, self.axis, count)
 
@@ -131,6 +133,8 @@ class Granularity:
         match = re.fullmatch(r"(?:per-)?([a-z-]+?)(?:\((-?\d+)(?:, axis=(-?\d+))?\))?", text.strip())
         kind, number, axis = match.groups() if match else ("", None, None)
         value = int(number) if number else 0
+        if axis is not None and kind != "group":
+            kind = ""
         if kind == "channel":
             return cls.per_channel(value)
         if kind == "group":

@@ -61,16 +61,18 @@ class Grid:
             raise BitlowerError("the `offset` convention takes unsigned codes of a symmetric grid")
         if not self.symmetric and self.convention is not ScaleConvention.QMAX:
             raise BitlowerError(f"the `{self.convention}` convention is for symmetric grids")
+        if self.symmetric and not self.signed and self.convention not in (ScaleConvention.QMAX, ScaleConvention.OFFSET):
+            raise BitlowerError(f"the `{self.convention}` convention takes signed codes")
 
     @property
     def quant_min(self) -> int:
         """The smallest code."""
-        return (-(2 ** (self.bits - 1)) + self.restricted) if self.signed else 0
+        return (self.restricted - (1 << self.bits - 1)) if self.signed else 0
 
     @property
     def quant_max(self) -> int:
         """The largest code."""
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        return (1 << (self.bits - self.signed)) - 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,8 +84,8 @@ class Grid:
     def qparams(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point for values in ``[low, high]``, elementwise.
 
-        Zero is always in the range; an all-zero range gives scale 1. Both results are float32 and have the shape of
-        ``low``; zero points are whole numbers.
+        Zero is always in the range; an all-zero range gives scale 1, and NaN gives NaN. Both results are float32 and
+        have the shape of ``low``; zero points are whole numbers.
         """
         low = low.float().clamp(max=0.0)
         high = high.float().clamp(min=0.0)
@@ -94,11 +96,11 @@ class Grid:
         if not self.signed and self.convention is ScaleConvention.QMAX:
             return _safe(high / self.quant_max), torch.zeros_like(high)
         absmax = torch.maximum(-low, high)
-        zero = torch.full_like(absmax, 2 ** (self.bits - 1) if self.convention is ScaleConvention.OFFSET else 0)
+        zero = torch.full_like(absmax, 1 << (self.bits - 1) if self.convention is ScaleConvention.OFFSET else 0)
         return _safe(self._symmetric_scale(absmax)), zero
 
     def _symmetric_scale(self, absmax: torch.Tensor) -> torch.Tensor:
-        half = 2 ** (self.bits - 1)
+        half = 1 << (self.bits - 1)
         match self.convention:
             case ScaleConvention.QMAX:
                 return absmax / (half - 1)
@@ -107,7 +109,7 @@ class Grid:
             case ScaleConvention.HALF_RANGE_EPS:
                 return torch.where(absmax > 0, absmax + _EPS, absmax) / half
             case ScaleConvention.OFFSET:
-                return 2 * absmax / (2**self.bits - 1)
+                return 2 * absmax / (2 * half - 1)
 
     def __str__(self) -> str:
         text = f"{'s' if self.signed else 'u'}{self.bits}{'' if self.symmetric else ' asymmetric'}"
@@ -116,5 +118,5 @@ class Grid:
 
 
 def _safe(scale: torch.Tensor) -> torch.Tensor:
-    """Never zero: an all-zero slice gets 1, a subnormal one the smallest normal float32."""
-    return torch.where(scale > 0, scale.clamp(min=torch.finfo(torch.float32).tiny), torch.ones_like(scale))
+    """Never zero: an all-zero slice gets 1, a subnormal one the smallest normal float32; NaN stays."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=torch.finfo(torch.float32).tiny))

@@ -17,35 +17,43 @@ from bitlower.ir.granularity import block
 def codes(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int
 ) -> torch.Tensor:
-    """The codes of ``x`` as whole numbers in the dtype of ``x``."""
-    return _blockwise(
-        x, scale, zero_point, lambda v, s, z: (torch.round(v / s) + z).clamp_(quant_min, quant_max)
-    )
+    """The codes of ``x`` as whole numbers, float32 (float64 for a float64 ``x``)."""
+    return blockwise(_wide(x), scale, zero_point, lambda v, s, z: (torch.round(v / s) + z).clamp_(quant_min, quant_max))
 
 
 def values(code: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
     """The real values of codes (any integer or float dtype), float32."""
-    return _blockwise(code.float(), scale, zero_point, lambda q, s, z: (q - z) * s)
+    return blockwise(code.float(), scale, zero_point, lambda q, s, z: (q - z) * s)
 
 
 def fake(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int
 ) -> torch.Tensor:
-    """``values(codes(x))`` in one go: ``x`` rounded to its grid."""
+    """``values(codes(x))`` in one go: ``x`` rounded to its grid, in the dtype of ``x``."""
 
     def round_trip(v: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         q = (torch.round(v / s) + z).clamp_(quant_min, quant_max)
         return q.sub_(z).mul_(s)
 
-    return _blockwise(x, scale, zero_point, round_trip)
+    return blockwise(_wide(x), scale, zero_point, round_trip).to(x.dtype)
 
 
-def _blockwise(
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in float32 at least: the codes of more than 8 bits are not exact in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def blockwise(
     x: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor,
     function: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
+    """``function(x, scale, zero_point)``, elementwise, with scales and zero points spread over their blocks.
+
+    Raises:
+        BitlowerError: the scale does not fit the shape of ``x``.
+    """
     if scale.dim() == 0:
         return function(x, scale, zero_point)
     if all(s in (1, n) for s, n in zip(scale.shape, x.shape, strict=False)) and scale.dim() == x.dim():

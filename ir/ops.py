@@ -13,7 +13,7 @@ import torch
 from bitlower.ir import numerics
 from bitlower.ir.diagnostics import BitlowerError
 from bitlower.ir.granularity import Granularity
-from bitlower.ir.grid import Grid
+from bitlower.ir.grid import Grid, ScaleConvention
 
 DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "uint16": torch.uint16}
 
@@ -28,9 +28,7 @@ def _fake_quantize(
 
 
 @_fake_quantize.register_fake
-def _(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int
-) -> torch.Tensor:
+def _(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int) -> torch.Tensor:
     return torch.empty_like(x)
 
 
@@ -48,14 +46,14 @@ def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, .
     x, scale, zero = ctx.saved_tensors
     if not bool(scale.any()):
         return gradient, None, None, None, None
-    ratio = numerics._blockwise(x, scale, zero, lambda v, s, z: v / s)
+    ratio = numerics.blockwise(x, scale, zero, lambda v, s, z: v / s)
     code = numerics.codes(x, scale, zero, ctx.quant_min, ctx.quant_max)
-    centred = numerics._blockwise(code, scale, zero, lambda q, s, z: q - z)
+    centred = numerics.blockwise(code, scale, zero, lambda q, s, z: q - z)
     rounded = torch.round(ratio)
     inside = centred == rounded
     by_x = gradient * inside
     by_scale = numerics.sum_like_scale(gradient * torch.where(inside, rounded - ratio, centred), scale)
-    negative_scale = numerics._blockwise(torch.zeros_like(x), scale, zero, lambda v, s, z: v - s)
+    negative_scale = numerics.blockwise(torch.zeros_like(x), scale, zero, lambda v, s, z: v - s)
     by_zero = numerics.sum_like_scale(torch.where(inside, 0.0, gradient * negative_scale), scale)
     return by_x, by_scale, by_zero, None, None
 
@@ -96,7 +94,7 @@ def _save_codes(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None
 def _dequantize_gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """∂x̂/∂s = q − z and ∂x̂/∂z = −s; codes are integers and have none."""
     code, scale, zero = ctx.saved_tensors
-    centred = numerics._blockwise(code.float(), scale, zero, lambda q, s, z: q - z)
+    centred = numerics.blockwise(code.float(), scale, zero, lambda q, s, z: q - z)
     by_scale = numerics.sum_like_scale(gradient * centred, scale)
     return None, by_scale, -scale * numerics.sum_like_scale(gradient, scale)
 
@@ -108,8 +106,6 @@ _dequantize.register_autograd(_dequantize_gradients, setup_context=_save_codes)
 def _choose_qparams(
     x: torch.Tensor, bits: int, signed: bool, symmetric: bool, restricted: bool, convention: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from bitlower.ir.grid import ScaleConvention
-
     grid = Grid(bits, signed, symmetric, restricted, ScaleConvention(convention))
     return grid.qparams(*Granularity.per_token().range_of(x))
 
@@ -120,6 +116,14 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (*x.shape[:-1], 1)
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
+
+
+def _no_gradients(ctx: Any, *gradients: torch.Tensor) -> tuple[None, ...]:
+    """Scales that are computed from the values count as constants in the backward pass."""
+    return (None,) * 6
+
+
+_choose_qparams.register_autograd(_no_gradients)
 
 
 fake_quantize = torch.ops.bitlower.fake_quantize.default

@@ -1,4 +1,4 @@
-"""The Program: a model between passes. It can be run, differentiated, printed, checked, hashed and saved at any time."""
+"""The Program: a model between passes. It can be run, differentiated, printed, checked, hashed and saved any time."""
 
 from __future__ import annotations
 
@@ -166,7 +166,8 @@ class Program:
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     """A GraphModule with a copy of the graph and only the tensors that it uses; tensors are shared."""
     graph = fx.Graph()
-    outputs = graph.graph_copy(module.graph, val_map := {})
+    val_map: dict[fx.Node, fx.Node] = {}
+    outputs = graph.graph_copy(module.graph, val_map)
     graph.output(outputs)
     output = module.graph.output_node()
     graph.output_node().meta = dict(output.meta)

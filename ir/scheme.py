@@ -7,13 +7,19 @@ The long form uses the argument names of compressed-tensors (``num_bits``, ``typ
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from bitlower.ir.diagnostics import BitlowerError, nearest
 from bitlower.ir.granularity import Granularity
 from bitlower.ir.grid import Grid, ScaleConvention
+
+_ARGUMENTS = (
+    *("num_bits", "type", "symmetric", "strategy", "dynamic", "group_size"),
+    *("axis", "restricted", "scale_convention"),
+)
+T = TypeVar("T")
 
 WEIGHT_ROLES = ("linear-weight", "embedding-table", "norm-weight")
 ACTIVATION_ROLES = (
@@ -75,36 +81,61 @@ class QuantSpec:
         Raises:
             BitlowerError: an unknown key or strategy, or values that do not go together.
         """
-        known = {
-            "num_bits", "type", "symmetric", "strategy", "dynamic", "group_size", "axis", "restricted", "scale_convention"
-        }  # fmt: skip
-        for key in form:
-            if key not in known:
-                raise BitlowerError(f"unknown quantization argument {key!r}", hint=nearest(key, known))
-        strategy = form.get("strategy", "tensor")
-        if strategy not in _STRATEGIES:
-            raise BitlowerError(f"unknown strategy {strategy!r}", hint=nearest(str(strategy), _STRATEGIES))
-        if form.get("type", "int") not in ("int", "uint"):
-            raise BitlowerError(f"unknown type {form['type']!r}", hint="known: int, uint")
+        _check_keys(form, _ARGUMENTS, "quantization argument")
         grid = Grid(
-            bits=int(form.get("num_bits", 8)),
-            signed=form.get("type", "int") == "int",
-            symmetric=bool(form.get("symmetric", True)),
-            restricted=bool(form.get("restricted", False)),
-            convention=ScaleConvention(form.get("scale_convention", ScaleConvention.QMAX)),
+            bits=_argument(form, "num_bits", 8),
+            signed=_choice(form, "type", ("int", "uint")) == "int",
+            symmetric=_argument(form, "symmetric", True),
+            restricted=_argument(form, "restricted", False),
+            convention=ScaleConvention(_choice(form, "scale_convention", tuple(map(str, ScaleConvention)))),
         )
-        kind = _STRATEGIES[strategy]
-        default_axis = 0 if kind in ("channel", "row-group", "tensor") else -1
-        granularity = Granularity(kind, int(form.get("axis", default_axis)), int(form.get("group_size", 0)))
-        if bool(form.get("dynamic", granularity.dynamic)) != granularity.dynamic:
-            raise BitlowerError(
-                f"strategy {strategy!r} with dynamic: {form['dynamic']} is not supported",
-                hint="per-token scales are dynamic, all others static",
-            )
-        return cls(grid, granularity)
+        return cls(grid, _granularity(form))
 
     def __str__(self) -> str:
         return f"{self.grid} {self.granularity}"
+
+
+def _check_keys(form: object, known: Collection[str], what: str) -> None:
+    if not isinstance(form, Mapping):
+        raise BitlowerError(f"{form!r} is not a mapping of {what}s to values")
+    for key in form:
+        if key not in known:
+            raise BitlowerError(f"unknown {what} {key!r}", hint=nearest(str(key), known))
+
+
+def _argument(form: Mapping[str, Any], key: str, default: T) -> T:
+    """``form[key]``, which has the type of ``default``; ``default`` where it is left out or null."""
+    value = form.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, type(default)) or isinstance(value, bool) != isinstance(default, bool):
+        raise BitlowerError(f"the quantization argument {key!r} is of type {type(default).__name__}, not {value!r}")
+    return value
+
+
+def _choice(form: Mapping[str, Any], key: str, known: tuple[str, ...]) -> str:
+    """``form[key]``, one of ``known``; the first of them where it is left out or null."""
+    value = _argument(form, key, known[0])
+    if value not in known:
+        raise BitlowerError(f"unknown {key} {value!r}", hint=nearest(value, known))
+    return value
+
+
+def _granularity(form: Mapping[str, Any]) -> Granularity:
+    strategy = _choice(form, "strategy", tuple(_STRATEGIES))
+    kind = _STRATEGIES[strategy]
+    axis = _argument(form, "axis", 0 if kind in ("channel", "row-group", "tensor") else -1)
+    granularity = Granularity(kind, axis, _argument(form, "group_size", 0))
+    if form.get("axis") is not None and kind not in ("channel", "group"):
+        raise BitlowerError(f"strategy {strategy!r} takes no axis")
+    if granularity.size and kind not in ("group", "row-group", "embedding-group"):
+        raise BitlowerError(f"strategy {strategy!r} takes no group_size")
+    if _argument(form, "dynamic", granularity.dynamic) != granularity.dynamic:
+        raise BitlowerError(
+            f"strategy {strategy!r} with dynamic: {form['dynamic']} is not supported",
+            hint="per-token scales are dynamic, all others static",
+        )
+    return granularity
 
 
 def _weight_spec(bits: int) -> QuantSpec:
@@ -204,9 +235,7 @@ class Scheme:
         """
         default = cls()
         known = ("weights", "activations", "embeddings", "roles", "overrides")
-        for key in form:
-            if key not in known:
-                raise BitlowerError(f"unknown key {key!r} in a scheme", hint=nearest(key, known))
+        _check_keys(form, known, "scheme key")
 
         def spec(key: str) -> QuantSpec | None:
             if key not in form:
@@ -214,11 +243,15 @@ class Scheme:
             return QuantSpec.from_dict(form[key]) if form[key] is not None else None
 
         overrides = form.get("overrides") or {}
+        _check_keys(overrides, (*WEIGHT_ROLES, *ACTIVATION_ROLES), "role")
+        roles = form.get("roles", default.roles)
+        if not isinstance(roles, list | tuple):
+            raise BitlowerError(f"the roles of a scheme are a list of names, not {roles!r}")
         return cls(
             spec("weights"),
             spec("activations"),
             spec("embeddings"),
-            tuple(form.get("roles", default.roles)),
+            tuple(map(str, roles)),
             tuple((role, QuantSpec.from_dict(arg) if arg is not None else None) for role, arg in overrides.items()),
         )
 

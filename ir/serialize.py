@@ -1,6 +1,7 @@
 """A Program as one JSON document and a dictionary of tensors; no pickles, so loading runs no code of the file's.
 
 Operators are written by name and looked up among torch's registered operators and a short list of Python functions.
+Names are checked, for fx writes them into the Python source that it makes of a graph.
 """
 
 from __future__ import annotations
@@ -9,58 +10,106 @@ import base64
 import json
 import math
 import operator
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import fx
 
-from bitlower.ir.diagnostics import BitlowerError
+from bitlower.ir.diagnostics import BitlowerError, describe
 from bitlower.ir.program import Program, Quantizer, ValueSpec, set_tensor
 from bitlower.ir.scheme import QuantSpec
 from bitlower.ir.types import Level, TensorType
 
 FORMAT = 1
-_MODULES = {"_operator": operator, "math": math, "torch": torch}
+_FUNCTIONS = {
+    f"{function.__module__}:{function.__name__}": function
+    for function in (
+        *(operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod, operator.pow),
+        *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.and_, operator.or_),
+        *(operator.neg, operator.not_, operator.getitem, math.ceil, math.floor, math.trunc, math.sqrt),
+        *(torch.sym_int, torch.sym_float, torch.sym_not, torch.sym_max, torch.sym_min, torch.sym_sum, torch.sym_ite),
+    )
+}
+_TARGETS = {
+    "placeholder": re.compile(r"[^\W\d]\w*"),
+    "get_attr": re.compile(r"[^\s\"'\\]+"),
+    "call_function": re.compile(r"[\w:.]+"),
+    "output": re.compile("output"),
+}
 
 
 def encode(program: Program) -> tuple[str, dict[str, torch.Tensor]]:
-    """The document (canonical JSON) and the tensors, by ``graph/name``."""
+    """The document (canonical JSON) and the tensors, by ``graph/name``; one that has several names comes once.
+
+    Raises:
+        BitlowerError: a graph calls something that cannot be saved.
+    """
+    tensors, aliases = _distinct(program)
     document = {
         "format": FORMAT,
         "level": str(program.level),
         "task": program.task,
         "inputs": [_encode_value(spec) for spec in program.inputs],
         "outputs": [_encode_value(spec) for spec in program.outputs],
-        "config": program.config,
+        "config": json.loads(json.dumps(program.config)),
         "assets": {name: base64.b64encode(data).decode() for name, data in sorted(program.assets.items())},
         "source": program.source,
         "passes": program.passes,
-        "graphs": {name: [_encode_node(n) for n in module.graph.nodes] for name, module in program.graphs.items()},
-        "parameters": sorted(name for name, t in program.tensors() if isinstance(t, torch.nn.Parameter)),
+        "graphs": [[name, [_encode_node(n) for n in module.graph.nodes]] for name, module in program.graphs.items()],
+        "parameters": sorted(name for name, t in tensors.items() if isinstance(t, torch.nn.Parameter)),
+        "aliases": aliases,
     }
-    tensors = {name: tensor.detach() for name, tensor in program.tensors()}
-    return json.dumps(document, sort_keys=True, separators=(",", ":")), tensors
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return text, {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _distinct(program: Program) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Each tensor by its first name, and the first name of every other name (tied weights)."""
+    tensors: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    for name, t in program.tensors():
+        place = (t.data_ptr(), t.dtype, t.shape, t.stride(), isinstance(t, torch.nn.Parameter))
+        if t.numel() and first.setdefault(place, name) != name:
+            aliases[name] = first[place]
+        else:
+            tensors[name] = t
+    return tensors, aliases
 
 
 def decode(document: str, tensors: Mapping[str, torch.Tensor]) -> Program:
     """The inverse of :func:`encode`.
 
     Raises:
-        BitlowerError: another format's document, or one that names unknown operators or tensors.
+        BitlowerError: not such a document, another format's, or one that names unknown operators or tensors.
     """
-    form = json.loads(document)
-    if form.get("format") != FORMAT:
-        raise BitlowerError(f"a program in format {form.get('format')}, this version reads {FORMAT}")
-    parameters = set(form["parameters"])
+    try:
+        form = json.loads(document)
+        if not isinstance(form, dict) or form.get("format") != FORMAT:
+            raise BitlowerError(f"not a program in format {FORMAT}, the one that this version reads")
+        return _decode_program(form, tensors)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SyntaxError) as error:
+        raise BitlowerError(f"the saved program is damaged ({type(error).__name__}: {error})") from error
+
+
+def _decode_program(form: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Program:
+    values = dict(tensors)
+    for name in form["parameters"]:
+        values[name] = torch.nn.Parameter(values[name], values[name].is_floating_point())
+    values |= {name: values[first] for name, first in form["aliases"].items()}
     graphs = {}
-    for name, nodes in form["graphs"].items():
+    for name, nodes in form["graphs"]:
         root = fx.GraphModule(torch.nn.Module(), fx.Graph())
-        for key, tensor in tensors.items():
+        for key, value in values.items():
             if key.startswith(f"{name}/"):
-                value = torch.nn.Parameter(tensor, tensor.is_floating_point()) if key in parameters else tensor
                 set_tensor(root, key.removeprefix(f"{name}/"), value)
         graphs[name] = fx.GraphModule(root, _decode_graph(nodes))
     return Program(
@@ -77,16 +126,49 @@ def decode(document: str, tensors: Mapping[str, torch.Tensor]) -> Program:
 
 
 def save(program: Program, folder: Path) -> None:
-    """Write ``program.json`` and ``program.safetensors`` to ``folder``."""
+    """Write ``program.safetensors`` and ``program.json`` to ``folder``, each of them whole or not at all."""
     document, tensors = encode(program)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "program.json").write_text(document)
-    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / "program.safetensors")
+    with _replacing(folder / "program.safetensors") as path:
+        save_file(_apart(tensors), path)
+    with _replacing(folder / "program.json") as path:
+        path.write_text(document)
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, copied where they lie in one storage with another, which safetensors does not write."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone().contiguous() if place in seen else tensor.contiguous()
+        seen.add(place)
+    return apart
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of ``path`` once it is on disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(folder: Path) -> Program:
-    """Read what :func:`save` wrote."""
-    return decode((folder / "program.json").read_text(), load_file(folder / "program.safetensors"))
+    """Read what :func:`save` wrote.
+
+    Raises:
+        BitlowerError: a file is missing or damaged.
+    """
+    try:
+        return decode((folder / "program.json").read_text(), load_file(folder / "program.safetensors"))
+    except (OSError, SafetensorError) as error:
+        raise BitlowerError(f"{folder}: cannot read the saved program ({error})") from error
 
 
 def _encode_value(spec: ValueSpec) -> list[Any]:
@@ -102,7 +184,14 @@ def _encode_type(kind: TensorType) -> list[Any]:
 
 
 def _decode_type(form: list[Any]) -> TensorType:
-    return TensorType(getattr(torch, form[0]), tuple(form[1]))
+    return TensorType(_torch_constant(form[0]), tuple(form[1]))
+
+
+def _torch_constant(name: str) -> Any:
+    value = getattr(torch, name)
+    if not isinstance(value, torch.dtype | torch.layout | torch.memory_format):
+        raise BitlowerError(f"torch.{name} is no constant that a saved program may name")
+    return value
 
 
 def _encode_node(node: fx.Node) -> dict[str, Any]:
@@ -123,23 +212,35 @@ def _encode_node(node: fx.Node) -> dict[str, Any]:
 
 def _encode_target(node: fx.Node) -> str:
     if isinstance(node.target, str):
-        return node.target
-    if isinstance(node.target, torch._ops.OpOverload):
-        return f"op:{node.target}"
-    module = getattr(node.target, "__module__", "")
-    if module in _MODULES:
-        return f"{module}:{node.target.__name__}"
-    raise BitlowerError(f"%{node.name} calls {node.target}, which cannot be saved")
-
-
-def _decode_target(form: str) -> Any:
-    kind, _, name = form.partition(":")
-    if kind == "op":
-        namespace, operator_name, overload = name.split(".")
-        return getattr(getattr(getattr(torch.ops, namespace), operator_name), overload)
-    if kind in _MODULES and name:
-        return getattr(_MODULES[kind], name)
+        form = node.target
+    elif isinstance(node.target, torch._ops.OpOverload):
+        form = f"op:{node.target}"
+    else:
+        form = f"{node.target.__module__}:{node.target.__name__}"
+        if _FUNCTIONS.get(form) is not node.target:
+            raise BitlowerError(f"{describe(node)} calls a function that cannot be saved")
+    _check_target(node.op, form)
     return form
+
+
+def _check_target(op: str, form: str) -> None:
+    if op not in _TARGETS or not _TARGETS[op].fullmatch(form):
+        raise BitlowerError(f"a saved program has no node {op} {form!r}")
+
+
+def _decode_target(op: str, form: str) -> Any:
+    _check_target(op, form)
+    if op != "call_function":
+        return form
+    if form in _FUNCTIONS:
+        return _FUNCTIONS[form]
+    try:
+        target = reduce(getattr, form.removeprefix("op:").split("."), torch.ops)
+    except AttributeError:
+        target = None
+    if not isinstance(target, torch._ops.OpOverload):
+        raise BitlowerError(f"unknown operator {form.removeprefix('op:')!r}", hint="load the plugin that defines it")
+    return target
 
 
 def _encode_arg(arg: Any) -> Any:
@@ -176,7 +277,7 @@ def _decode_arg(form: Any, nodes: Mapping[str, fx.Node]) -> Any:
         case "float":
             return float(value)
         case "torch":
-            return getattr(torch, value)
+            return _torch_constant(value)
         case "device":
             return torch.device(value)
         case "slice":
@@ -189,9 +290,12 @@ def _decode_graph(forms: list[dict[str, Any]]) -> fx.Graph:
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for form in forms:
+        target = _decode_target(form["op"], form["target"])
         args = tuple(_decode_arg(form["args"], nodes))
         kwargs = {key: _decode_arg(value, nodes) for key, value in form.get("kwargs", {}).items()}
-        node = graph.create_node(form["op"], _decode_target(form["target"]), args, kwargs, name=form["name"])
+        if not all(key.isidentifier() for key in kwargs):
+            raise BitlowerError(f"{form['target']} has arguments with the names {list(kwargs)}")
+        node = graph.create_node(form["op"], target, args, kwargs, name=form["name"])
         meta = form.get("meta", {})
         node.meta = {key: meta[key] for key in ("path", "source") if key in meta}
         if "type" in meta:

@@ -1,4 +1,4 @@
-"""The text form of a Program: one line a node, stable from run to run, every quantizer with bits, granularity, range."""
+"""The text form of a Program: one line a node, stable from run to run, quantizers with bits, granularity and range."""
 
 from __future__ import annotations
 

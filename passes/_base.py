@@ -99,8 +99,9 @@ class Pass:
 
     def parameters(self) -> dict[str, Any]:
         """The fields that differ from their defaults."""
-        return {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.default is dataclasses.MISSING or getattr(self, f.name) != f.default
-        }
+        values = {}
+        for f in dataclasses.fields(self):
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            if default is dataclasses.MISSING or getattr(self, f.name) != default:
+                values[f.name] = getattr(self, f.name)
+        return values

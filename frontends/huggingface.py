@@ -1,0 +1,206 @@
+"""Hugging Face encoders: load from safetensors, trace through transformers' own exporter."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from bitlower.frontends._trace import check_replay, explain_failure, to_program
+from bitlower.ir import BitlowerError, Program, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TASKS = {"feature-extraction": "AutoModel", "text-classification": "AutoModelForSequenceClassification"}
+_ARCHITECTURES = {"Model": "feature-extraction", "ForSequenceClassification": "text-classification"}
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
+    "added_tokens.json", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+_TRACE_SHAPE = (2, 10)
+_REPLAY_SHAPE = (1, 7)
+
+
+@dataclass
+class PreTrained:
+    """A model in memory and what belongs to it."""
+
+    model: PreTrainedModel
+    task: str | None = None
+    assets: dict[str, bytes] = field(default_factory=dict)
+    source: str = ""
+
+
+def is_huggingface(model: torch.nn.Module) -> bool:
+    """Whether ``model`` is one of transformers' models."""
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
+def load_folder(folder: Path, *, task: str | None = None, source: str = "") -> Program:
+    """Load and trace the model in ``folder``.
+
+    Raises:
+        BitlowerError: weights are missing, truncated or mis-shaped, the configuration asks for remote code, the task is
+            unknown, or the model cannot be traced.
+    """
+    config = _read_config(folder)
+    task = task or _task_of(config, folder)
+    if task not in TASKS:
+        raise BitlowerError(f"unknown task {task!r}", hint=nearest(task, TASKS))
+    _check_weights(folder)
+    model = _load_weights(folder, task)
+    assets = {name: (folder / name).read_bytes() for name in _TOKENIZER_FILES if (folder / name).is_file()}
+    return trace_model(PreTrained(model, task, assets, source or str(folder)))
+
+
+def trace_model(pretrained: PreTrained, *, example_inputs: Mapping[str, torch.Tensor] | None = None) -> Program:
+    """Trace a Hugging Face model with dynamic batch and sequence.
+
+    Raises:
+        BitlowerError: the model cannot be traced, or its trace computes something else at another shape.
+    """
+    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+
+    model = pretrained.model.eval().float()
+    inputs = dict(example_inputs) if example_inputs else _sample_inputs(model, _TRACE_SHAPE)
+    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=_longest(model))
+    shapes = {name: {0: batch, 1: sequence} if value.dim() > 1 else {0: batch} for name, value in inputs.items()}
+    with _quiet(), explain_failure(type(model).__name__):
+        exported = DynamoExporter().export(model, inputs, config=DynamoConfig(dynamic_shapes=shapes)).program
+    program = to_program(exported, task=pretrained.task or _task_of(model.config.to_dict(), None))
+    program.config = json.loads(model.config.to_json_string(use_diff=False))
+    program.config.pop("_name_or_path", None)
+    program.assets = dict(pretrained.assets)
+    program.source = pretrained.source or type(model).__name__
+    if example_inputs is None:
+        check_replay(program, model, _sample_inputs(model, _REPLAY_SHAPE))
+    return program
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BitlowerError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise BitlowerError(f"{path} holds no configuration", hint="it must be a JSON object")
+    if "auto_map" in config:
+        raise BitlowerError(
+            f"{path} asks for remote code (`auto_map`), which is never run",
+            hint="use an architecture that ships with transformers",
+        )
+    return config
+
+
+def _task_of(config: Mapping[str, Any], folder: Path | None) -> str:
+    architectures = config.get("architectures") or []
+    for architecture in architectures:
+        for suffix, task in _ARCHITECTURES.items():
+            if architecture.endswith(suffix):
+                return task
+    where = f"{folder}: " if folder else ""
+    raise BitlowerError(
+        f"{where}the architecture {', '.join(architectures) or '(none given)'} fits no task",
+        hint=f"name one of {', '.join(TASKS)} as the task",
+    )
+
+
+def _check_weights(folder: Path) -> None:
+    """Open every safetensors file: a missing shard, a cut file or a number that is not finite is named here."""
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                    tensor = tensors.get_tensor(name)
+                    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                        raise BitlowerError(f"{path}: the weight {name!r} holds NaN or Inf")
+        except (SafetensorError, OSError) as error:
+            raise BitlowerError(f"{path} is damaged: {error}", hint="fetch the file again") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if not (folder / name).is_file():
+            pickled = any(folder.glob("*.bin"))
+            mend = "convert the pickled weights to safetensors" if pickled else "fetch the model again"
+            raise BitlowerError(f"the weights {folder / name} are missing", hint=mend)
+    return [folder / name for name in names]
+
+
+def _load_weights(folder: Path, task: str) -> PreTrainedModel:
+    import transformers
+
+    loader = getattr(transformers, TASKS[task])
+    try:
+        with _quiet():
+            model, info = loader.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+                output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        raise BitlowerError(f"{folder}: transformers cannot load this model: {_first_line(error)}") from None
+    if info["mismatched_keys"]:
+        name, stored, expected = min(info["mismatched_keys"])
+        raise BitlowerError(
+            f"{folder}: the weight {name!r} has the shape {list(stored)}, config.json asks for {list(expected)}"
+        )
+    if info["missing_keys"]:
+        raise BitlowerError(
+            f"{folder}: the weight {min(info['missing_keys'])!r} is missing", hint=f"is the task {task!r} right?"
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _sample_inputs(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Token ids from a fixed generator, a mask with padding in it, token types where the model has them."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, shape, generator=generator)
+    mask = torch.ones(shape, dtype=torch.int64)
+    mask[-1, -2:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if getattr(model.config, "type_vocab_size", 0) > 0:
+        inputs["token_type_ids"] = torch.zeros(shape, dtype=torch.int64)
+    return inputs
+
+
+def _longest(model: PreTrainedModel) -> int | None:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > _TRACE_SHAPE[1] else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and its notes on tested versions out of our output."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

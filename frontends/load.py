@@ -1,0 +1,41 @@
+"""The one door to all frontends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from bitlower.frontends.huggingface import PreTrained, is_huggingface, load_folder, trace_model
+from bitlower.frontends.locate import locate
+from bitlower.frontends.module import trace_module
+from bitlower.ir import BitlowerError, Program
+
+
+def load(
+    model: str | os.PathLike[str] | torch.nn.Module,
+    *,
+    task: str | None = None,
+    example_inputs: Mapping[str, torch.Tensor] | None = None,
+) -> Program:
+    """Trace ``model`` into a Program at level ``float``.
+
+    Args:
+        model: a folder as Hugging Face writes it (``config.json``, safetensors, tokenizer files), ``package:NAME`` for
+            one that lies inside an installed package, or a module in memory.
+        task: ``feature-extraction`` or ``text-classification``; read from the model's configuration if left out.
+        example_inputs: needed for a module that is not Hugging Face's: its inputs by name, at least 2 in each dimension
+            that may vary.
+
+    Raises:
+        BitlowerError: the model is not there, is damaged, wants to run remote code, or cannot be traced (the message
+            names the line of the model).
+    """
+    if not isinstance(model, torch.nn.Module):
+        return load_folder(locate(model), task=task, source=os.fspath(model))
+    if is_huggingface(model):
+        return trace_model(PreTrained(model, task=task), example_inputs=example_inputs)
+    if example_inputs is None:
+        raise BitlowerError(f"{type(model).__name__} needs example inputs to be traced", hint="pass `example_inputs`")
+    return trace_module(model, example_inputs, task=task or "custom")

@@ -1,0 +1,361 @@
+"""Checks of a Program that hold between any two passes: the graph, its types, its level, its quantizers, its tensors.
+
+Each check is a function of one graph or one node that raises :class:`CheckError` for the first thing that is wrong.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+from torch import fx
+
+from bitlower.ir import ops
+from bitlower.ir.dataflow import QUANTIZER, VIEWS
+from bitlower.ir.diagnostics import BitlowerError, CheckError, describe, nearest
+from bitlower.ir.granularity import Granularity
+from bitlower.ir.grid import Grid, ScaleConvention
+from bitlower.ir.program import Program, Quantizer, ValueSpec, get_tensor
+from bitlower.ir.scheme import ACTIVATION_ROLES, WEIGHT_ROLES
+from bitlower.ir.types import Level, TensorType
+
+_PYTHON_MODULES = ("_operator", "math", "torch")
+_ROUNDING = (ops.fake_quantize, ops.quantize)
+_FORBIDDEN = {
+    Level.FLOAT: (ops.fake_quantize, ops.choose_qparams, ops.quantize, ops.dequantize),
+    Level.SIMULATED: (ops.quantize, ops.dequantize),
+    Level.INTEGER: (ops.fake_quantize,),
+}
+
+GraphCheck = Callable[[Program, fx.GraphModule], None]
+NodeCheck = Callable[[Program, fx.GraphModule, fx.Node], None]
+
+
+def verify(program: Program) -> None:
+    """Check every graph of ``program``.
+
+    Raises:
+        CheckError: something is wrong; the message names the node, the model's module path and its source line.
+    """
+    for module in program.graphs.values():
+        for graph_check in GRAPH_CHECKS:
+            graph_check(program, module)
+        for node in module.graph.nodes:
+            for check in NODE_CHECKS:
+                check(program, module, node)
+    check_signature(program)
+    check_finite(program)
+
+
+def check_names(program: Program, module: fx.GraphModule) -> None:
+    """Node names are unique."""
+    seen: set[str] = set()
+    for node in module.graph.nodes:
+        if node.name in seen:
+            _fail(node, "another node has this name")
+        seen.add(node.name)
+
+
+def check_lint(program: Program, module: fx.GraphModule) -> None:
+    """The graph is sound as torch.fx sees it: nodes come before their users and belong to this graph."""
+    try:
+        module.graph.lint()
+    except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError) as error:
+        raise CheckError(f"the graph is not sound: {error}") from error
+
+
+def check_signature(program: Program) -> None:
+    """Placeholders are the inputs in order, and the graph ``model`` gives as many values as there are outputs."""
+    placeholders = list(program.graph.find_nodes(op="placeholder"))
+    names, expected = [str(node.target) for node in placeholders], [spec.name for spec in program.inputs]
+    if names != expected:
+        raise CheckError(f"the graph takes ({', '.join(names)}), the program says ({', '.join(expected)})")
+    results = program.graph.output_node().args[0]
+    if not isinstance(results, tuple | list):
+        raise CheckError("the graph gives no tuple of outputs")
+    if len(results) != len(program.outputs):
+        raise CheckError(f"the graph gives {len(results)} values, the program says {len(program.outputs)} outputs")
+    for spec, node in zip((*program.inputs, *program.outputs), (*placeholders, *results), strict=True):
+        _check_value(spec, node)
+
+
+def _check_value(spec: ValueSpec, node: object) -> None:
+    if not isinstance(node, fx.Node):
+        raise CheckError(f"the output {spec.name!r} is {node!r}, not a value of the graph")
+    kind = node.meta.get("type")
+    if not isinstance(kind, TensorType) or kind.dtype != spec.type.dtype or kind.rank != spec.type.rank:
+        _fail(node, f"is of type {kind}, the program says {spec}")
+
+
+def check_kind(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
+    """Only operators of torch's registry and functions on sizes are called."""
+    if node.op in ("call_module", "call_method"):
+        _fail(node, f"a Program holds no {node.op}")
+    if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
+        return
+    if getattr(node.target, "__module__", "") not in _PYTHON_MODULES:
+        _fail(node, "calls a function that is no operator")
+
+
+def check_attribute(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
+    """A ``get_attr`` node names a tensor, and has its dtype and shape as type if it has one."""
+    if node.op != "get_attr":
+        return
+    try:
+        tensor = get_tensor(module, str(node.target))
+    except BitlowerError as error:
+        _fail(node, str(error))
+    kind = node.meta.get("type")
+    if kind is not None and kind != TensorType(tensor.dtype, tuple(tensor.shape)):
+        _fail(node, f"is of type {kind}, the tensor is {TensorType(tensor.dtype, tuple(tensor.shape))}")
+
+
+def check_meta(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
+    """``path`` and ``source`` are text; ``type`` is there for every computed tensor and well-formed."""
+    for key in ("path", "source"):
+        if not isinstance(node.meta.get(key, ""), str):
+            raise CheckError(f"%{node.name}: its meta {key!r} is {node.meta[key]!r}, not text")
+    kind = node.meta.get("type")
+    if kind is None:
+        if node.op == "placeholder" or (node.op == "call_function" and _gives_tensor(node)):
+            _fail(node, "has no type")
+    elif not isinstance(kind, TensorType) or not all(isinstance(d, str) or d >= 0 for d in kind.shape):
+        _fail(node, f"its type {kind!r} is none")
+
+
+def _gives_tensor(node: fx.Node) -> bool:
+    """Whether ``node`` computes one tensor, as the operator's schema says, or takes one out of several."""
+    source, index = node, 0
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int):
+        source, index = node.args[0], node.args[1]
+    if not isinstance(source.target, torch._ops.OpOverload):
+        return False
+    returns = source.target._schema.returns
+    alone = len(returns) == 1 or source is not node
+    return alone and index < len(returns) and isinstance(returns[index].type, torch.TensorType)
+
+
+def check_level(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
+    """The operators that the program's level does not have are not there."""
+    if node.target in _FORBIDDEN[program.level]:
+        _fail(node, f"does not belong into a program at level {program.level}")
+
+
+def check_quantizer(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
+    """A quantizer says what it is, and no other node does."""
+    quantizer = node.meta.get("quantizer")
+    if node.target not in QUANTIZER:
+        if quantizer is not None:
+            _fail(node, "carries a quantizer but is none")
+        return
+    if not isinstance(quantizer, Quantizer):
+        _fail(node, "is a quantizer and does not say which")
+    roles = (*WEIGHT_ROLES, *ACTIVATION_ROLES)
+    if quantizer.role not in roles:
+        _fail(node, f"has the unknown role {quantizer.role!r}", hint=nearest(quantizer.role, roles))
+
+
+def check_grid_arguments(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
+    """A rounding node has its grid's smallest and largest code, and ``quantize`` its dtype, as arguments."""
+    if node.target not in _ROUNDING:
+        return
+    grid = _quantizer(node).spec.grid
+    if node.args[3:5] != (grid.quant_min, grid.quant_max):
+        _fail(node, f"clamps to {list(node.args[3:5])}, the grid {grid} is [{grid.quant_min}, {grid.quant_max}]")
+    if node.target is ops.quantize and [ops.DTYPES.get(str(name)) for name in node.args[5:]] != [grid.dtype]:
+        _fail(node, f"gives {list(node.args[5:])}, the grid {grid} is held in {grid.dtype}")
+
+
+def check_quantizer_type(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
+    """A quantizer gives the shape that it takes; only the dtype changes between codes and values."""
+    if node.target not in QUANTIZER:
+        return
+    before, after = _type(module, _operand(node)), node.meta["type"]
+    dtype = before.dtype
+    if node.target is ops.quantize:
+        dtype = _quantizer(node).spec.grid.dtype
+    elif node.target is ops.dequantize:
+        dtype = torch.float32
+    if after != before.with_dtype(dtype):
+        _fail(node, f"is of type {after}, its input makes it {before.with_dtype(dtype)}")
+
+
+def check_scale(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
+    """Scales and zero points are stored in the granularity's shape, or computed from the same value at run time."""
+    if node.target not in QUANTIZER:
+        return
+    quantizer, (scale, zero_point) = _quantizer(node), _parameters(node)
+    if quantizer.spec.granularity.dynamic:
+        _check_dynamic(node, quantizer, scale, zero_point)
+    elif scale.op != "get_attr" or zero_point.op != "get_attr":
+        _fail(node, f"its scale is %{scale.name}, {quantizer.spec.granularity} scales are stored tensors")
+    else:
+        stored = get_tensor(module, str(scale.target)), get_tensor(module, str(zero_point.target))
+        _check_layout(node, quantizer.spec.granularity, _type(module, _operand(node)), *stored)
+        _check_range(program, node, quantizer.spec.grid, *stored)
+
+
+def _check_dynamic(node: fx.Node, quantizer: Quantizer, scale: fx.Node, zero_point: fx.Node) -> None:
+    chooser = scale.args[0] if scale.target is operator.getitem else None
+    if not isinstance(chooser, fx.Node) or chooser.target is not ops.choose_qparams:
+        _fail(node, f"its scale is %{scale.name}, {quantizer.spec.granularity} scales come from choose_qparams")
+    if scale.args[1] != 0 or zero_point.target is not operator.getitem or zero_point.args != (chooser, 1):
+        _fail(node, f"its scale and zero point are not both from %{chooser.name}")
+    grid = quantizer.spec.grid
+    expected = (grid.bits, grid.signed, grid.symmetric, grid.restricted, str(grid.convention))
+    if chooser.args[1:] != expected:
+        _fail(node, f"%{chooser.name} chooses for {list(chooser.args[1:])}, the grid {grid} is {list(expected)}")
+    rounded = _operand(_operand(node) if node.target is ops.dequantize else node)
+    if _operand(chooser) is not rounded:
+        _fail(node, f"rounds %{rounded.name} with a scale chosen for %{_operand(chooser).name}")
+
+
+def _check_layout(
+    node: fx.Node, granularity: Granularity, kind: TensorType, scale: torch.Tensor, zero_point: torch.Tensor
+) -> None:
+    try:
+        expected = granularity.scale_shape(kind.shape)
+    except BitlowerError as error:
+        _fail(node, str(error))
+    for what, tensor in (("scale", scale), ("zero point", zero_point)):
+        if tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
+            found = TensorType(tensor.dtype, tuple(tensor.shape))
+            _fail(node, f"its {what} is {found}, {granularity} of {kind} takes {TensorType(torch.float32, expected)}")
+
+
+def _check_range(program: Program, node: fx.Node, grid: Grid, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
+    if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
+        _fail(node, "has a scale that is negative or not finite")
+    if not bool(scale.any()):
+        if program.level is Level.INTEGER:
+            _fail(node, "has no range", hint="run `calibrate` before it is lowered")
+        return
+    if not bool(scale.all()):
+        _fail(node, "is open in part: some of its scales are zero", hint="a quantizer has all of its scales or none")
+    if not torch.equal(zero_point, torch.round(zero_point)):
+        _fail(node, "has a zero point that is no whole number")
+    low, high = _zero_points(grid)
+    if bool((zero_point < low).any()) or bool((zero_point > high).any()):
+        _fail(node, f"has a zero point outside [{low}, {high}], which the grid {grid} allows")
+
+
+def _zero_points(grid: Grid) -> tuple[int, int]:
+    """The smallest and the largest zero point of ``grid``: symmetric grids have one."""
+    if not grid.symmetric:
+        return grid.quant_min, grid.quant_max
+    zero = 2 ** (grid.bits - 1) if grid.convention is ScaleConvention.OFFSET else 0
+    return zero, zero
+
+
+def check_series(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
+    """No value is rounded twice in a row."""
+    if node.target not in _ROUNDING:
+        return
+    source = _operand(node)
+    while source.target in VIEWS:
+        source = source.all_input_nodes[0]
+    if source.target in QUANTIZER:
+        _fail(node, f"rounds a value that %{source.name} has rounded already")
+
+
+def check_quantize(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
+    """Codes of ``quantize`` are read by ``dequantize`` alone, with the same range and spec."""
+    if node.target is not ops.quantize:
+        return
+    for user in node.users:
+        if user.target is not ops.dequantize:
+            _fail(user, f"reads the codes of %{node.name}; only dequantize may")
+        if [_identity(n) for n in _parameters(user)] != [_identity(n) for n in _parameters(node)]:
+            _fail(user, f"has another scale or zero point than %{node.name}")
+        if _quantizer(user) != _quantizer(node):
+            _fail(user, f"is {_quantizer(user)}, but %{node.name} is {_quantizer(node)}")
+
+
+def check_codes(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
+    """``dequantize`` reads ``quantize`` or stored codes; these have the grid's dtype and lie inside the grid."""
+    if node.target is not ops.dequantize:
+        return
+    source, grid = _operand(node), _quantizer(node).spec.grid
+    if source.op != "get_attr":
+        if source.target is not ops.quantize:
+            _fail(node, f"reads %{source.name}, which holds no codes")
+        return
+    codes = get_tensor(module, str(source.target))
+    if codes.dtype != grid.dtype:
+        _fail(node, f"the codes {source.target!r} are {codes.dtype}, the grid {grid} is held in {grid.dtype}")
+    array = codes.detach().cpu().numpy()
+    low, high = int(array.min(initial=0)), int(array.max(initial=0))
+    if low < grid.quant_min or high > grid.quant_max:
+        _fail(node, f"the codes {source.target!r} are in [{low}, {high}], outside the grid {grid}")
+
+
+def check_finite(program: Program) -> None:
+    """No floating-point tensor that a graph uses holds NaN or Inf."""
+    for name, tensor in program.tensors():
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            raise CheckError(f"the tensor {name.partition('/')[2]!r} holds NaN or Inf")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all elements are; a finite sum of squares says so much faster than a look at each of them."""
+    flat = tensor.detach().reshape(-1)
+    return bool(torch.isfinite(torch.dot(flat, flat))) or bool(torch.isfinite(flat).all())
+
+
+GRAPH_CHECKS: tuple[GraphCheck, ...] = (check_names, check_lint)
+NODE_CHECKS: tuple[NodeCheck, ...] = (
+    check_kind,
+    check_attribute,
+    check_meta,
+    check_level,
+    check_quantizer,
+    check_grid_arguments,
+    check_quantizer_type,
+    check_scale,
+    check_series,
+    check_quantize,
+    check_codes,
+)
+
+
+def _fail(node: fx.Node, message: str, *, hint: str = "") -> NoReturn:
+    raise CheckError(f"{describe(node)}: {message}", hint=hint)
+
+
+def _quantizer(node: fx.Node) -> Quantizer:
+    quantizer = node.meta.get("quantizer")
+    if not isinstance(quantizer, Quantizer):
+        _fail(node, "is a quantizer and does not say which")
+    return quantizer
+
+
+def _operand(node: fx.Node) -> fx.Node:
+    """The first argument of a bitlower operator: the value or the codes."""
+    operand = node.args[0] if node.args else None
+    if not isinstance(operand, fx.Node):
+        _fail(node, f"its first argument is {operand!r}, not a value")
+    return operand
+
+
+def _parameters(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The scale and the zero point of a quantizer."""
+    if len(node.args) < 3 or not isinstance(node.args[1], fx.Node) or not isinstance(node.args[2], fx.Node):
+        _fail(node, "its scale and zero point are not values of the graph")
+    return node.args[1], node.args[2]
+
+
+def _type(module: fx.GraphModule, node: fx.Node) -> TensorType:
+    kind = node.meta.get("type")
+    if isinstance(kind, TensorType):
+        return kind
+    if node.op != "get_attr":
+        _fail(node, "has no type")
+    tensor = get_tensor(module, str(node.target))
+    return TensorType(tensor.dtype, tuple(tensor.shape))
+
+
+def _identity(node: fx.Node) -> object:
+    """What a node stands for: a stored tensor by its name, everything else by itself."""
+    return node.target if node.op == "get_attr" else node

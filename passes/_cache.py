@@ -1,0 +1,231 @@
+"""A content-addressed store of what passes gave, so that a pipeline killed at any moment goes on where it was.
+
+``entries/`` holds a JSON file a pass: the program's document, the tensors by digest, the results, the rows that
+observers recorded. ``tensors/`` holds each distinct tensor once. Every file is written whole or not at all, and
+checked when it is read; what is damaged counts as missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+
+from bitlower.ir import BitlowerError, Program
+from bitlower.ir.program import tensor_digest
+from bitlower.ir.serialize import decode, encode
+from bitlower.passes._digest import digest_tensor, tensor_of
+from bitlower.passes._results import Form
+
+_HEADER = 64  # the hexadecimal sha256 of what follows
+
+
+@dataclass
+class Entry:
+    """What one pass gave.
+
+    Args:
+        changed: whether it changed the program.
+        program: the new program; None if it is the old one.
+        results: what it left in the context, encoded.
+        rows: what observers recorded about it, by their keys.
+    """
+
+    changed: bool
+    program: Program | None = None
+    results: Form = field(default_factory=list)
+    rows: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """An :class:`Entry` on disk; ``tensors`` holds digest and strides by name."""
+
+    changed: bool
+    document: str
+    tensors: dict[str, tuple[str, list[int]]]
+    results: Form
+    rows: dict[str, Any]
+
+
+class Cache:
+    """The store in ``folder``, which is made when something is first put there."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def get(self, key: str) -> Entry | None:
+        """What is stored under ``key``; None if it is missing, incomplete or damaged."""
+        path = self._entry_path(key)
+        try:
+            stored = _Stored(**json.loads(_read_checked(path)))
+            program = self._load(stored) if stored.changed else None
+            os.utime(path)
+            return Entry(stored.changed, program, stored.results, stored.rows)
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, BitlowerError):
+            return None
+
+    def put(self, key: str, entry: Entry) -> None:
+        """Store ``entry``: tensors first, then the file that names them.
+
+        Raises:
+            BitlowerError: the folder cannot be written to, or the disk is full.
+        """
+        try:
+            document, tensors = encode(entry.program) if entry.program else ("", {})
+            stored = _Stored(
+                entry.changed,
+                document,
+                {name: self._store_tensor(entry.program, name) for name in tensors} if entry.program else {},
+                entry.results,
+                entry.rows,
+            )
+            _write_checked(self._entry_path(key), json.dumps(asdict(stored), sort_keys=True).encode())
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def uses(self, key: str) -> frozenset[str]:
+        """Which parts of the context the pass behind ``key`` was seen to read; empty if it never ran."""
+        try:
+            return frozenset(json.loads(_read_checked(self._uses_path(key))))
+        except (OSError, ValueError):
+            return frozenset()
+
+    def note_uses(self, key: str, parts: frozenset[str]) -> frozenset[str]:
+        """Add ``parts`` to what is known of ``key``, and give all of it.
+
+        Raises:
+            BitlowerError: the folder cannot be written to, or the disk is full.
+        """
+        known = self.uses(key) | parts
+        try:
+            _write_checked(self._uses_path(key), json.dumps(sorted(known)).encode())
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return known
+
+    def prune(self, max_bytes: int) -> int:
+        """Remove the entries that were used longest ago until all fits into ``max_bytes``; give the bytes freed.
+
+        Tensors that no entry names and unfinished files, such as a killed run leaves, go too. Not to be called while
+        another process writes to the folder.
+        """
+        entries = sorted(self.folder.glob("entries/*/*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+        needs = {path: _tensors_of(path) for path in entries}
+        owners = Counter(digest for digests in needs.values() for digest in digests)
+        sizes = {path.stem: path.stat().st_size for path in self.folder.glob("tensors/*/*.safetensors")}
+        total = sum(path.stat().st_size for path in entries)
+        total += sum(size for digest, size in sizes.items() if owners[digest])
+        freed = 0
+        for path in entries:
+            if total <= max_bytes:
+                break
+            owners.subtract(needs[path])
+            gone = path.stat().st_size
+            total -= gone + sum(sizes.get(digest, 0) for digest in needs[path] if not owners[digest])
+            freed += gone
+            path.unlink()
+        for digest, size in sizes.items():
+            if not owners[digest]:
+                self._tensor_path(digest).unlink(missing_ok=True)
+                freed += size
+        for path in self.folder.glob("*/*/.*"):
+            freed += path.stat().st_size
+            path.unlink()
+        return freed
+
+    def _entry_path(self, key: str) -> Path:
+        return self.folder / "entries" / key[:2] / f"{key}.json"
+
+    def _uses_path(self, key: str) -> Path:
+        return self.folder / "uses" / key[:2] / f"{key}.json"
+
+    def _tensor_path(self, digest: str) -> Path:
+        return self.folder / "tensors" / digest[:2] / f"{digest}.safetensors"
+
+    def _unwritable(self, error: OSError) -> BitlowerError:
+        return BitlowerError(
+            f"the cache {self.folder} cannot be written ({error.strerror or error})",
+            hint="free some space, choose another folder, or run without the cache",
+        )
+
+    def _store_tensor(self, program: Program, name: str) -> tuple[str, list[int]]:
+        tensor = tensor_of(program, name)
+        digest = digest_tensor(tensor)
+        path = self._tensor_path(digest)
+        if not path.exists():
+            _write(path, safetensors.save({"tensor": tensor.detach().cpu().contiguous()}))
+        return digest, list(tensor.stride())
+
+    def _load(self, stored: _Stored) -> Program:
+        """The program with tensors in memory of their own, laid out as they were."""
+        tensors = {name: self._load_tensor(digest, strides) for name, (digest, strides) in stored.tensors.items()}
+        return decode(stored.document, tensors)
+
+    def _load_tensor(self, digest: str, strides: list[int]) -> torch.Tensor:
+        path = self._tensor_path(digest)
+        loaded = safetensors.load(path.read_bytes())["tensor"]
+        if tensor_digest(loaded) != digest:
+            path.unlink()
+            raise ValueError(f"{path} is damaged")
+        if list(loaded.stride()) == strides or 0 in strides:
+            return loaded.clone()
+        return torch.empty_strided(loaded.shape, strides, dtype=loaded.dtype).copy_(loaded)
+
+
+def aligned(program: Program) -> Program:
+    """``program`` with every tensor at an address that torch would give it.
+
+    Matrix kernels may round differently on memory that is mapped from a file at an odd address, and a program that
+    comes out of the cache is not; with this, both give the same bits.
+    """
+    odd = [name for name, tensor in program.tensors() if tensor.data_ptr() % 64]
+    if not odd:
+        return program
+    document, tensors = encode(program)
+    moved = {name: t.clone(memory_format=torch.preserve_format) for name, t in tensors.items()}
+    return decode(document, moved)
+
+
+def _tensors_of(path: Path) -> frozenset[str]:
+    """The digests that an entry names; none if it is damaged."""
+    try:
+        return frozenset(digest for digest, _ in _Stored(**json.loads(_read_checked(path))).tensors.values())
+    except (OSError, ValueError, TypeError):
+        return frozenset()
+
+
+def _read_checked(path: Path) -> bytes:
+    raw = path.read_bytes()
+    head, body = raw[:_HEADER], raw[_HEADER + 1 :]
+    if hashlib.sha256(body).hexdigest().encode() != head:
+        raise ValueError(f"{path} is damaged")
+    return body
+
+
+def _write_checked(path: Path, body: bytes) -> None:
+    _write(path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write ``path`` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,158 @@
+"""What passes promise, held against what they do: levels before any work, equal numbers, untouched programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import fx
+
+from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program, describe
+from bitlower.ir.serialize import encode
+from bitlower.passes._base import Contract, Pass
+from bitlower.passes._digest import Fingerprint, fingerprint
+from bitlower.passes._registry import known_passes
+from bitlower.passes._run import observe
+
+RTOL = 1e-4  # of a value's standard deviation over the batch
+
+
+def check_levels(passes: Sequence[Pass], level: Level) -> None:
+    """Follow the levels through a pipeline that starts at ``level``, without running it.
+
+    Raises:
+        BitlowerError: a pass would get a level that it does not take.
+    """
+    for position, pass_ in enumerate(passes, 1):
+        if level not in pass_.requires:
+            place = f"pass {position} of {len(passes)}, " if len(passes) > 1 else "the pass "
+            raise BitlowerError(
+                f"{place}{pass_.name!r}, takes a program at level {' or '.join(sorted(pass_.requires))}; "
+                f"here it is {level}",
+                hint=_who_gives(pass_.requires),
+            )
+        level = pass_.ensures or level
+
+
+def _who_gives(levels: Iterable[Level]) -> str:
+    """A hint: the passes that lead to one of ``levels``."""
+    wanted = set(levels)
+    names = [name for name, cls in known_passes().items() if cls.ensures in wanted]
+    return f"put {' or '.join(map(repr, names))} before it" if names else "change the order of the passes"
+
+
+class Guard:
+    """Remembers a program before a pass, to see afterwards whether the pass kept its hands off it."""
+
+    def __init__(self, pass_: Pass, program: Program) -> None:
+        self.pass_ = pass_
+        self.program = program
+        self.prints: dict[str, Fingerprint] = {name: fingerprint(tensor) for name, tensor in program.tensors()}
+
+    def check(self, result: Program, changed: bool, batches: Sequence[Batch]) -> None:
+        """Hold the pass to its contract; ``batches`` are real inputs for comparing numbers.
+
+        Raises:
+            CheckError: it wrote into a shared tensor, changed the program as an analysis, or changed the numbers
+                although it is exact.
+        """
+        name = self.pass_.name
+        for target, tensor in self.program.tensors():
+            if self.prints[target] != fingerprint(tensor):
+                raise CheckError(
+                    f"the pass {name!r} wrote into the tensor {target!r}, which other programs share",
+                    hint="make a new tensor and put it in place with set_tensor",
+                )
+        if self.pass_.contract is Contract.ANALYSIS and (changed or not _same(self.program, result)):
+            raise CheckError(f"the pass {name!r} says it is an analysis, but it changed the program")
+        if self.pass_.contract is Contract.EXACT and changed:
+            check_exact(name, self.program, result, batches)
+
+
+def _same(first: Program, second: Program) -> bool:
+    """Whether two programs are equal; tensors are compared by identity."""
+    documents = [json.loads(encode(program)[0]) for program in (first, second)]
+    tensors = [[(name, id(tensor)) for name, tensor in program.tensors()] for program in (first, second)]
+    return bool(documents[0] == documents[1] and tensors[0] == tensors[1])
+
+
+def check_exact(name: str, before: Program, after: Program, batches: Iterable[Batch]) -> None:
+    """Compare the outputs of two programs, within ``RTOL`` of each output's standard deviation.
+
+    Raises:
+        CheckError: they differ; names the first node of both graphs whose values differ.
+    """
+    for batch in batches:
+        with torch.no_grad():
+            expected, found = before(**batch), after(**batch)
+        for output, value in expected.items():
+            if output not in found:
+                raise CheckError(f"the pass {name!r} says it is exact, but the output {output!r} is gone")
+            difference = excess(value, found[output])
+            if difference:
+                culprit = first_difference(before, after, _worst_sample(batch, value, found[output]))
+                place = f"; the first value that differs is {describe(culprit)}" if culprit else ""
+                raise CheckError(
+                    f"the pass {name!r} says it is exact, but the output {output!r} differs: {difference}{place}"
+                )
+
+
+def excess(expected: torch.Tensor, found: torch.Tensor) -> str:
+    """How ``found`` differs from ``expected`` beyond the tolerance, in words; empty if it does not."""
+    if expected.shape != found.shape:
+        return f"shape {list(found.shape)} instead of {list(expected.shape)}"
+    if not expected.is_floating_point():
+        wrong = int((expected != found).sum())
+        return f"{wrong} of {expected.numel()} values" if wrong else ""
+    if expected.numel() == 0:
+        return ""
+    if not torch.equal(expected.isfinite(), found.isfinite()):
+        return "NaN or Inf"
+    finite = expected.isfinite()
+    reference = expected[finite].double()
+    worst = float((reference - found[finite].double()).abs().max()) if reference.numel() else 0.0
+    spread = float(reference.std(correction=0)) if reference.numel() else 0.0
+    tolerance = RTOL * (spread or float(reference.abs().max()) if reference.numel() else 1.0)
+    return f"by up to {worst:.3g}, tolerance {tolerance:.3g}" if worst > tolerance else ""
+
+
+def _worst_sample(batch: Batch, expected: torch.Tensor, found: torch.Tensor) -> Batch:
+    """The one sample of ``batch`` that differs most, if its inputs and outputs share their first dimension."""
+    sizes = {tensor.shape[0] if tensor.dim() else -1 for tensor in (*batch.values(), expected)}
+    if len(sizes) != 1 or sizes == {-1} or expected.shape != found.shape:
+        return batch
+    errors = (expected.double() - found.double()).abs().nan_to_num(nan=torch.inf).reshape(expected.shape[0], -1)
+    worst = int(errors.amax(1).argmax())
+    return {name: tensor[worst : worst + 1] for name, tensor in batch.items()}
+
+
+class _FoundError(Exception):
+    """Ends the run at the first node that differs."""
+
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__()
+        self.node = node
+
+
+def first_difference(before: Program, after: Program, batch: Batch) -> fx.Node | None:
+    """The first node of ``after`` whose value differs from that of the node of the same name in ``before``."""
+    targets = {node.name: node.target for node in before.graph.nodes if node.op == "call_function"}
+    common = [node.name for node in after.graph.nodes if targets.get(node.name) == node.target]
+    values: dict[str, torch.Tensor] = {}
+
+    def keep(node: fx.Node, value: object, batch: Batch) -> None:
+        if isinstance(value, torch.Tensor):
+            values[node.name] = value
+
+    def compare(node: fx.Node, value: object, batch: Batch) -> None:
+        expected = values.pop(node.name, None)
+        if isinstance(value, torch.Tensor) and expected is not None and excess(expected, value):
+            raise _FoundError(node)
+
+    try:
+        observe(before, common, [batch], keep)
+        observe(after, common, [batch], compare)
+    except _FoundError as found:
+        return found.node
+    return None

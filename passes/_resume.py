@@ -1,0 +1,116 @@
+"""How one run uses the cache: the key of each pass, what the pass read of the context, what it gave."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from bitlower.ir import BitlowerError, Program
+from bitlower.passes._base import Context, Pass
+from bitlower.passes._cache import Cache, Entry
+from bitlower.passes._digest import digest_batches, digest_code, digest_program
+from bitlower.passes._observers import Recorder
+from bitlower.passes._pipeline import format_pipeline
+from bitlower.passes._results import decode_results, encode_results
+
+_PARTS = frozenset({"calibration", "evaluation", "seed"})
+
+
+@dataclass
+class WatchedContext(Context):
+    """A context that notes in ``used`` which data a pass reads, so that its cache key holds those and no others."""
+
+    used: set[str] = field(default_factory=set)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _PARTS:
+            object.__getattribute__(self, "__dict__").get("used", set()).add(name)
+        return super().__getattribute__(name)
+
+
+class Resume:
+    """One run's view of the cache.
+
+    A key is made of the program before the pass, the pass as text, its code, the results in the context, and those of
+    calibration data, evaluation data and seed that the pass was seen to read. What it reads can only depend on what it
+    has read, so a run that finds all of that unchanged would read and give the same.
+    """
+
+    def __init__(self, cache: Cache, context: Context) -> None:
+        self.cache = cache
+        self._context = context
+        self._parts: dict[str, str] = {}
+        self._base = ""
+        self._key = ""
+        self._entry: Entry | None = None
+        self._enabled = True
+
+    def recall(self, pass_: Pass, program: Program, context: Context) -> Entry | None:
+        """What the cache knows of ``pass_`` on ``program``; its results are put into the context."""
+        self._entry = None
+        if not self._enabled:
+            return None
+        base = [
+            digest_program(program),
+            format_pipeline([pass_]),
+            digest_code(type(pass_)),
+            encode_results(context.results),
+        ]
+        self._base = hashlib.sha256(json.dumps(base).encode()).hexdigest()
+        self._key = self._full_key(self.cache.uses(self._base))
+        entry = self.cache.get(self._key)
+        if entry is None:
+            return None
+        try:
+            context.results.update(decode_results(entry.results, type(pass_).__module__.partition(".")[0]))
+        except BitlowerError:
+            return None
+        self._entry = entry
+        return entry
+
+    def remember(self, pass_: Pass, program: Program | None, before: dict[type, Any], context: WatchedContext) -> None:
+        """Store what ``pass_`` gave: a new program or None, and results that were not there before.
+
+        A result that cannot be saved ends the use of the cache for the rest of the run, with a warning.
+        """
+        if not self._enabled:
+            return
+        left = {kind: value for kind, value in context.results.items() if before.get(kind) is not value}
+        try:
+            results = encode_results(left)
+        except BitlowerError as error:
+            self._enabled = False
+            warnings.warn(f"the pass {pass_.name!r} and later ones are not cached: {error}", stacklevel=2)
+            return
+        self._key = self._full_key(self.cache.note_uses(self._base, frozenset(context.used)))
+        self._entry = Entry(program is not None, program, results)
+        self.cache.put(self._key, self._entry)
+
+    def row(self, recorder: Recorder) -> Any:
+        """What ``recorder`` recorded about this pass in an earlier run; None if nothing."""
+        return self._entry.rows.get(recorder.key(self._context)) if self._entry else None
+
+    def store_rows(self, recorders: Iterable[Recorder]) -> None:
+        """Add what the recorders recorded about this pass to its entry."""
+        if self._entry is None:
+            return
+        rows = {recorder.key(self._context): recorder.row() for recorder in recorders}
+        rows = {key: row for key, row in rows.items() if row is not None}
+        if rows.items() - self._entry.rows.keys():
+            self._entry.rows |= rows
+            self.cache.put(self._key, self._entry)
+
+    def _full_key(self, uses: frozenset[str]) -> str:
+        parts = {name: self._part(name) for name in sorted(uses)}
+        return hashlib.sha256(json.dumps([self._base, parts]).encode()).hexdigest()
+
+    def _part(self, name: str) -> str:
+        """The digest of one part of the context, computed once."""
+        if name not in self._parts:
+            value = getattr(self._context, name)
+            self._parts[name] = str(value) if name == "seed" else digest_batches(value)
+        return self._parts[name]

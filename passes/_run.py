@@ -1,0 +1,100 @@
+"""Run a Program over batches and hand values of chosen nodes to a callback, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from bitlower.ir import Batch, BitlowerError, Program, describe, nearest
+
+Callback = Callable[[fx.Node, Any, Batch], None]
+Track = Callable[[Iterable[Any], str], Iterator[Any]]
+
+
+def observe(
+    program: Program,
+    nodes: Collection[fx.Node | str],
+    batches: Iterable[Batch],
+    callback: Callback,
+    *,
+    track: Track | None = None,
+    label: str = "running batches",
+) -> None:
+    """Run ``program`` on each batch and call ``callback(node, value, batch)`` for each of ``nodes``, in graph order.
+
+    Only what the nodes depend on is computed, without gradients, and a value is freed after its last use: the
+    callback must copy what it keeps and must not write to the value.
+
+    Args:
+        program: its graph ``model`` is run.
+        nodes: of that graph, themselves or by name.
+        batches: inputs by name; read once, so a generator will do.
+        callback: ``value`` is what the node gives: a tensor, a number or a tuple.
+        track: progress display, as in the pass context.
+        label: what the display says.
+
+    Raises:
+        BitlowerError: an unknown node name, or a batch with missing or unknown inputs.
+    """
+    watched = _resolve(program.graph, nodes)
+    if not watched:
+        return
+    runner = _Runner(program.module, watched, callback)
+    with torch.no_grad():
+        for batch in track(batches, label) if track else batches:
+            runner.run_batch(program.arguments(batch), batch)
+
+
+def _resolve(graph: fx.Graph, nodes: Collection[fx.Node | str]) -> set[fx.Node]:
+    known = {node.name: node for node in graph.nodes}
+    for node in nodes:
+        name = node if isinstance(node, str) else node.name
+        if name not in known or (isinstance(node, fx.Node) and known[name] is not node):
+            raise BitlowerError(f"the graph has no node %{name}", hint=nearest(name, known))
+    return {known[node] if isinstance(node, str) else node for node in nodes}
+
+
+def _cone(graph: fx.Graph, watched: Collection[fx.Node]) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """Copy what ``watched`` depends on and all placeholders; give the graph and the original of each of its nodes."""
+    needed = set(watched)
+    for node in reversed(graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    cone, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in graph.nodes:
+        if node.op == "placeholder" or (node in needed and node.op != "output"):
+            copies[node] = cone.node_copy(node, copies.__getitem__)
+    cone.output(())
+    return cone, {copy: node for node, copy in copies.items()}
+
+
+class _Runner(fx.Interpreter):
+    """Runs the cone of the watched nodes; values that nobody reads later are dropped."""
+
+    def __init__(self, module: fx.GraphModule, watched: Collection[fx.Node], callback: Callback) -> None:
+        cone, originals = _cone(module.graph, watched)
+        super().__init__(module, garbage_collect_values=True, graph=cone)
+        self.extra_traceback = False
+        self._watched: Mapping[fx.Node, fx.Node] = {c: n for c, n in originals.items() if n in watched}
+        self._originals: Mapping[fx.Node, fx.Node] = originals
+        self._callback = callback
+        self._batch: Batch = {}
+
+    def run_batch(self, arguments: list[torch.Tensor], batch: Batch) -> None:
+        """Run once; the callback fires on the way."""
+        self._batch = batch
+        self.run(*arguments, enable_io_processing=False)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Compute ``n`` and show its value to the callback if it is watched."""
+        try:
+            value = super().run_node(n)
+            if n in self._watched:
+                self._callback(self._watched[n], value, self._batch)
+        except Exception as error:
+            error.add_note(f"while running {describe(self._originals.get(n, n))}")
+            raise
+        return value if n.users else None

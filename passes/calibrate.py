@@ -1,0 +1,233 @@
+"""Give open quantizers their ranges: weights from their values, activations from calibration batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import fx
+
+from bitlower.ir import Batch, BitlowerError, Level, Program, Quantizer, describe, get_tensor, ops, set_tensor
+from bitlower.ir.granularity import block
+from bitlower.passes._base import Context, Contract, Pass
+from bitlower.passes._ranges import Histogram, cross_entropy_loss, exact_loss, search_golden, search_grid
+from bitlower.passes._run import observe
+
+Estimator = Literal["minmax", "running-minmax", "percentile", "mse", "mse-golden"]
+_CHUNK = 1 << 22
+_LOGIT_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Calibrate(Pass):
+    """Set scale and zero point of every open static quantizer (Bondarenko et al. §2.1, algorithms of range setting).
+
+    Batches are streamed: memory does not grow with their number. Padded positions never widen a range.
+    """
+
+    name: ClassVar[str] = "calibrate"
+    requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
+    contract: ClassVar[Contract] = Contract.LOSSY
+    weights: Literal["minmax", "mse", "mse-golden"] = "mse-golden"
+    """How weights get their ranges."""
+    activations: Estimator = "minmax"
+    """How activations get theirs; ``running-minmax`` is an exponential average of each batch's extremes."""
+    logits: Literal["same", "cross-entropy"] = "same"
+    """``cross-entropy`` chooses the range of classification logits by what it does to the softmax."""
+    percentile: float = 99.99
+    momentum: float = 0.9
+    """Weight of the old range in ``running-minmax``."""
+    bins: int = 4096
+    """Histogram bins for ``percentile`` and ``mse``."""
+
+    def run(self, program: Program, context: Context) -> bool:
+        """Estimate and store all open ranges.
+
+        Raises:
+            BitlowerError: no calibration batches, or a value that is not finite (the tensor is named).
+        """
+        nodes = [node for node in program.graph.nodes if _is_open(program.module, node)]
+        weights = [node for node in nodes if _source(node).op == "get_attr"]
+        activations = [node for node in nodes if _source(node).op != "get_attr"]
+        for node in context.track(weights, "weight ranges"):
+            _close(program.module, node, *weight_range(program.module, node, self.weights))
+        if activations:
+            _calibrate_activations(program, activations, self, context)
+        return bool(nodes)
+
+
+def weight_range(module: fx.GraphModule, node: fx.Node, estimator: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The low and high ends of a weight's range, in the shape of its scale.
+
+    Raises:
+        BitlowerError: the weight holds NaN or Inf.
+    """
+    quantizer: Quantizer = node.meta["quantizer"]
+    weight = get_tensor(module, str(_source(node).target)).detach()
+    shape = _scale(module, node).shape
+    rows = _rows(weight, shape)
+    low, high = rows.aminmax(dim=1)
+    _require_finite(node, low, high)
+    if estimator != "minmax":
+        grid = quantizer.spec.grid
+        search = search_grid if estimator == "mse" else search_golden
+        step = max(1, _CHUNK // rows.shape[1])
+        parts = [
+            search(exact_loss(r, grid), lo, hi, two_sided=not grid.symmetric)
+            for r, lo, hi in zip(rows.split(step), low.split(step), high.split(step), strict=True)
+        ]
+        low, high = (torch.cat(ends) for ends in zip(*parts, strict=True))
+    return low.reshape(shape), high.reshape(shape)
+
+
+def _calibrate_activations(program: Program, nodes: list[fx.Node], options: Calibrate, context: Context) -> None:
+    if not context.calibration:
+        raise BitlowerError(f"{len(nodes)} activation quantizers need calibration data", hint="give calibration batches")
+    module = program.module
+    momentum = options.momentum if options.activations == "running-minmax" else None
+    ranges = _extremes(program, nodes, context, momentum)
+    searched = [n for n in nodes if options.logits == "cross-entropy" and n.meta["quantizer"].role == "logits"]
+    if searched:
+        ranges |= _search_logits(program, searched, ranges, context)
+    rest = [node for node in nodes if node not in searched]
+    if options.activations in ("percentile", "mse", "mse-golden"):
+        histograms = _histograms(program, rest, ranges, context, options.bins)
+        ranges |= {node: _from_histogram(node, histograms[node], options) for node in rest}
+    for node in nodes:
+        shape = _scale(module, node).shape
+        _close(module, node, *(end.reshape(shape) for end in ranges[node]))
+
+
+Ranges = dict[fx.Node, tuple[torch.Tensor, torch.Tensor]]
+
+
+def _extremes(program: Program, nodes: Sequence[fx.Node], context: Context, momentum: float | None) -> Ranges:
+    """Smallest and largest values over all batches, or their exponential average; ``[scales]`` each."""
+    readers = _readers(nodes)
+    ranges: Ranges = {}
+
+    def update(value_node: fx.Node, value: torch.Tensor, batch: Batch) -> None:
+        masked, _ = _without_padding(value_node, value, batch)
+        for node in readers[value_node]:
+            low, high = _rows(masked, _scale(program.module, node).shape).aminmax(dim=1)
+            _require_finite(node, low, high)
+            if node in ranges and momentum is None:
+                low, high = torch.minimum(low, ranges[node][0]), torch.maximum(high, ranges[node][1])
+            elif node in ranges and momentum is not None:
+                low, high = (momentum * o + (1 - momentum) * n for o, n in zip(ranges[node], (low, high), strict=True))
+            ranges[node] = low, high
+
+    observe(program, list(readers), context.calibration, update, track=context.track, label="activation ranges")
+    return ranges
+
+
+def _histograms(
+    program: Program, nodes: Sequence[fx.Node], ranges: Ranges, context: Context, bins: int
+) -> dict[fx.Node, Histogram]:
+    readers = _readers(nodes)
+    histograms = {node: Histogram.empty(*ranges[node], bins) for node in nodes}
+
+    def update(value_node: fx.Node, value: torch.Tensor, batch: Batch) -> None:
+        masked, padding = _without_padding(value_node, value, batch)
+        for node in readers[value_node]:
+            rows = _rows(masked, _scale(program.module, node).shape)
+            histograms[node] = histograms[node].add(rows, zeros=padding // rows.shape[0])
+
+    observe(program, list(readers), context.calibration, update, track=context.track, label="activation histograms")
+    return histograms
+
+
+def _from_histogram(node: fx.Node, histogram: Histogram, options: Calibrate) -> tuple[torch.Tensor, torch.Tensor]:
+    if options.activations == "percentile":
+        return histogram.percentile(options.percentile)
+    grid = node.meta["quantizer"].spec.grid
+    search = search_grid if options.activations == "mse" else search_golden
+    low, high = search(histogram.loss(grid), histogram.low, histogram.high, two_sided=not grid.symmetric)
+    return low, high
+
+
+def _search_logits(program: Program, nodes: Sequence[fx.Node], ranges: Ranges, context: Context) -> Ranges:
+    kept: dict[fx.Node, list[torch.Tensor]] = {_source(node): [] for node in nodes}
+
+    def keep(value_node: fx.Node, value: torch.Tensor, batch: Batch) -> None:
+        if sum(part.shape[0] for part in kept[value_node]) < _LOGIT_ROWS:
+            kept[value_node].append(value.reshape(-1, value.shape[-1])[:_LOGIT_ROWS].clone())
+
+    observe(program, list(kept), context.calibration, keep, track=context.track, label="logits")
+    found: Ranges = {}
+    for node in nodes:
+        if node.meta["quantizer"].spec.granularity.kind != "tensor":
+            raise BitlowerError(f"cross-entropy ranges are per tensor: {describe(node)}")
+        loss = cross_entropy_loss(torch.cat(kept[_source(node)]), node.meta["quantizer"].spec.grid)
+        low, high = search_grid(loss, *ranges[node], two_sided=True)
+        found[node] = low, high
+    return found
+
+
+def _readers(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        readers.setdefault(_source(node), []).append(node)
+    return readers
+
+
+def _without_padding(node: fx.Node, value: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int]:
+    """``value`` with padded positions set to zero, which is in every range, and how many elements that were."""
+    mask = batch.get("attention_mask")
+    shape = node.meta["type"].shape
+    if mask is None or "sequence" not in shape or shape[0] != "batch" or bool(mask.all()):
+        return value, 0
+    keep = torch.ones((), dtype=torch.bool)
+    for axis, size in enumerate(shape):
+        if size == "sequence":
+            layout = [mask.shape[0], *(mask.shape[1] if i == axis else 1 for i in range(1, len(shape)))]
+            keep = keep & mask.bool().reshape(layout)
+    kept = int(keep.sum()) * (value.numel() // keep.numel())
+    return value.masked_fill(~keep, 0.0), value.numel() - kept
+
+
+def _rows(x: torch.Tensor, scale_shape: Sequence[int]) -> torch.Tensor:
+    """``x`` as ``[scales, elements that share one]``."""
+    if not scale_shape:
+        return x.reshape(1, -1)
+    blocked, inner = block(x, scale_shape)
+    outer = [axis for axis in range(blocked.dim()) if axis not in inner]
+    return blocked.permute(*outer, *inner).reshape(math.prod(scale_shape), -1)
+
+
+def _require_finite(node: fx.Node, low: torch.Tensor, high: torch.Tensor) -> None:
+    if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+        tensor = node.meta["quantizer"].tensor
+        kind = "weight" if _source(node).op == "get_attr" else "activation"
+        raise BitlowerError(f"the {kind} {tensor} holds NaN or Inf: {describe(_source(node))}")
+
+
+def _is_open(module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.target is not ops.fake_quantize:
+        return False
+    scale = node.args[1]
+    assert isinstance(scale, fx.Node)
+    return scale.op == "get_attr" and not bool(get_tensor(module, str(scale.target)).any())
+
+
+def _source(node: fx.Node) -> fx.Node:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _scale(module: fx.GraphModule, node: fx.Node) -> torch.Tensor:
+    scale = node.args[1]
+    assert isinstance(scale, fx.Node)
+    return get_tensor(module, str(scale.target))
+
+
+def _close(module: fx.GraphModule, node: fx.Node, low: torch.Tensor, high: torch.Tensor) -> None:
+    scale, zero = node.args[1], node.args[2]
+    assert isinstance(scale, fx.Node) and isinstance(zero, fx.Node)
+    values = node.meta["quantizer"].spec.grid.qparams(low, high)
+    for target, value in zip((scale.target, zero.target), values, strict=True):
+        set_tensor(module, str(target), value.contiguous())

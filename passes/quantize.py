@@ -1,0 +1,115 @@
+"""Place quantizers: every tensor whose role the scheme names gets an open quantizer, for ``calibrate`` to close."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import fx
+
+from bitlower.ir import BitlowerError, Level, Program, Scheme
+from bitlower.ir.dataflow import ATTENTION, QUANTIZER, VIEWS
+from bitlower.passes._attention import expand_attention
+from bitlower.passes._base import Context, Contract, Pass
+from bitlower.passes._patterns import Patterns
+from bitlower.passes._placement import Site, input_sites, insert_quantizer, value_sites, weight_sites
+
+_INSIDE_ATTENTION = ("scores", "probs")
+
+
+@dataclass(frozen=True)
+class PlacementRow:
+    """One tensor: its role, module path and spec; ``spec`` is empty where it stays float, and ``reason`` says why."""
+
+    tensor: str
+    role: str
+    path: str
+    spec: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PlacementReport:
+    """Every tensor that could be quantized, in execution order, and what became of it."""
+
+    rows: tuple[PlacementRow, ...]
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Insert fake-quantize nodes as a scheme says; they are open, so the numbers stay (but for dynamic ones).
+
+    Attention is opened up into matmuls and softmax only where the scheme quantizes inside it. A value that has a
+    quantizer of its own needs none at the linears that read it.
+    """
+
+    name: ClassVar[str] = "quantize"
+    requires: ClassVar[frozenset[Level]] = frozenset({Level.FLOAT})
+    ensures: ClassVar[Level | None] = Level.SIMULATED
+    contract: ClassVar[Contract] = Contract.LOSSY
+    scheme: Scheme = field(default_factory=Scheme)
+    """What each role becomes: a name such as W8A8, or the long form."""
+    ignore: tuple[str, ...] = ()
+    """Patterns of module paths whose tensors stay float."""
+    targets: tuple[str, ...] = ()
+    """Patterns of module paths to quantize; all if empty."""
+
+    def run(self, program: Program, context: Context) -> bool:
+        """Place the quantizers and leave a :class:`PlacementReport`."""
+        report = place(program, self.scheme, Patterns(self.ignore), Patterns(self.targets))
+        context.put(report)
+        return True
+
+
+def place(program: Program, scheme: Scheme, ignore: Patterns, targets: Patterns) -> PlacementReport:
+    """Quantize every site that ``scheme``, ``targets`` and ``ignore`` admit.
+
+    Raises:
+        BitlowerError: a pattern matches nothing, nothing at all is quantized, or a granularity does not fit a tensor.
+    """
+    if any(scheme.spec(role) for role in _INSIDE_ATTENTION):
+        _open_attention(program, ignore, targets)
+    rows: list[PlacementRow] = []
+    sites = [*weight_sites(program.graph), *value_sites(program.graph)]
+    rows += [_place_site(program, site, scheme, ignore, targets) for site in sites]
+    for site in list(input_sites(program.graph)):
+        if site.value.target in QUANTIZER or _rounded_above(site.value):
+            continue
+        rows.append(_place_site(program, site, scheme, ignore, targets))
+    paths = sorted({row.path for row in rows})
+    ignore.require_used("ignore", paths)
+    targets.require_used("targets", paths)
+    if not any(row.spec for row in rows):
+        raise BitlowerError(f"the scheme {scheme} quantizes nothing in this model")
+    return PlacementReport(tuple(rows))
+
+
+def _open_attention(program: Program, ignore: Patterns, targets: Patterns) -> None:
+    for node in list(program.graph.nodes):
+        if node.target in ATTENTION:
+            path = str(node.meta.get("path", ""))
+            if not ignore.match(path) and (not targets.patterns or targets.match(path)):
+                expand_attention(node)
+
+
+def _place_site(program: Program, site: Site, scheme: Scheme, ignore: Patterns, targets: Patterns) -> PlacementRow:
+    paths = site.paths or ("",)
+    spec = scheme.spec(site.role)
+    names = tuple(f"{path}.weight" for path in paths) if site.value.op == "get_attr" else paths
+    reason = "" if spec else f"the scheme leaves {site.role} in float"
+    ignored = [ignore.match(path, name) for path, name in zip(paths, names, strict=True)]
+    targeted = [not targets.patterns or targets.match(path, name) for path, name in zip(paths, names, strict=True)]
+    admitted = [target and not ignore_ for target, ignore_ in zip(targeted, ignored, strict=True)]
+    if spec and not any(admitted):
+        reason = "ignored by a pattern" if any(ignored) else "no target pattern matches"
+    if spec and not reason:
+        edges = tuple(edge for edge, admit in zip(site.edges, admitted, strict=True) if admit) if site.edges else ()
+        insert_quantizer(program, Site(site.role, site.value, edges, paths), spec)
+    return PlacementRow(site.tensor, site.role, paths[0], "" if reason else str(spec), reason)
+
+
+def _rounded_above(value: fx.Node) -> bool:
+    """Whether ``value`` is a view of something that is rounded already."""
+    while value.target in VIEWS:
+        value = value.all_input_nodes[0]
+    return value.target in QUANTIZER
