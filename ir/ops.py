@@ -44,18 +44,16 @@ def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, .
     (Bondarenko et al. §3.5 of the official code; Esser et al. 2020, eq. 3).
     """
     x, scale, zero = ctx.saved_tensors
-    if not bool(scale.any()):
-        return gradient, None, None, None, None
+    calibrated = scale.any()
     ratio = numerics.blockwise(x, scale, zero, lambda v, s, z: v / s)
     code = numerics.codes(x, scale, zero, ctx.quant_min, ctx.quant_max)
     centred = numerics.blockwise(code, scale, zero, lambda q, s, z: q - z)
     rounded = torch.round(ratio)
     inside = centred == rounded
-    by_x = gradient * inside
+    by_x = torch.where(calibrated, gradient * inside, gradient)
     by_scale = numerics.sum_like_scale(gradient * torch.where(inside, rounded - ratio, centred), scale)
-    negative_scale = numerics.blockwise(torch.zeros_like(x), scale, zero, lambda v, s, z: v - s)
-    by_zero = numerics.sum_like_scale(torch.where(inside, 0.0, gradient * negative_scale), scale)
-    return by_x, by_scale, by_zero, None, None
+    by_zero = -scale * numerics.sum_like_scale(torch.where(inside, 0.0, gradient), scale)
+    return by_x, torch.where(calibrated, by_scale, 0.0), by_zero, None, None
 
 
 _fake_quantize.register_autograd(_gradients, setup_context=_save)

@@ -191,7 +191,7 @@ class Scheme:
         groups; ``e4`` embedding tables in 4 bits; ``full`` every tensor Bondarenko et al. §3 quantize.
 
         Raises:
-            BitlowerError: not a scheme.
+            BitlowerError: not a scheme, or two suffixes for one thing.
         """
         match = _NAME.fullmatch(name.strip())
         if not match:
@@ -200,7 +200,7 @@ class Scheme:
         weights = _weight_spec(weight_bits) if weight_bits < 16 else None
         activations = _activation_spec(activation_bits) if activation_bits < 16 else None
         scheme = cls(weights, activations, _weight_spec(8) if weights and activations else None)
-        for suffix in filter(None, match[3].lower().split("-")):
+        for suffix in _suffixes(match[3].lower(), name):
             scheme = _apply_suffix(scheme, suffix, name)
         return scheme
 
@@ -257,6 +257,16 @@ class Scheme:
 
     def __str__(self) -> str:
         return self.name
+
+
+def _suffixes(text: str, name: str) -> list[str]:
+    """In the order in which they apply: the bits of the tables come before a suffix that sets their granularity."""
+    suffixes = sorted(filter(None, text.split("-")), key=lambda suffix: not suffix.startswith("e"))
+    kinds = [suffix.rstrip("0123456789") for suffix in suffixes]
+    things = ["g" if kind == "tensor" else "token" if kind == "peg" else kind for kind in kinds]
+    if len(set(things)) < len(things):
+        raise BitlowerError(f"{name!r} has two suffixes for one thing", hint="keep one of them")
+    return suffixes
 
 
 def _apply_suffix(scheme: Scheme, suffix: str, name: str) -> Scheme:

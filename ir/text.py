@@ -30,7 +30,7 @@ def format_node(module: fx.GraphModule, node: fx.Node) -> str:
     if node.op == "output":
         return f"return {_format_arg(node.args[0])}"
     kind = f": {node.meta['type']}" if "type" in node.meta else ""
-    arguments = [_format_arg(a) for a in node.args] + [f"{k}={_format_arg(v)}" for k, v in node.kwargs.items()]
+    arguments = [_format_arg(a) for a in node.args] + [f"{k}={_format_arg(v)}" for k, v in sorted(node.kwargs.items())]
     line = f"%{node.name}{kind} = {_format_target(node)}({', '.join(arguments)})"
     notes = []
     if "quantizer" in node.meta:

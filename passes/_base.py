@@ -52,7 +52,9 @@ class Context:
             BitlowerError: there is none, or a later pass invalidated it.
         """
         if kind not in self.results:
-            raise BitlowerError(f"no {kind.__name__} at this point of the pipeline", hint="run its analysis just before")
+            raise BitlowerError(
+                f"no {kind.__name__} at this point of the pipeline", hint="run its analysis just before"
+            )
         return self.results[kind]  # type: ignore[no-any-return]
 
     def put(self, result: object) -> None:

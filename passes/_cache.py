@@ -89,7 +89,7 @@ class Cache:
                 entry.results,
                 entry.rows,
             )
-            _write_checked(self._entry_path(key), json.dumps(asdict(stored), sort_keys=True).encode())
+            _write_checked(self._entry_path(key), json.dumps(asdict(stored)).encode())
         except OSError as error:
             raise self._unwritable(error) from error
 

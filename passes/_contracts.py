@@ -26,9 +26,8 @@ def check_levels(passes: Sequence[Pass], level: Level) -> None:
     """
     for position, pass_ in enumerate(passes, 1):
         if level not in pass_.requires:
-            place = f"pass {position} of {len(passes)}, " if len(passes) > 1 else "the pass "
             raise BitlowerError(
-                f"{place}{pass_.name!r}, takes a program at level {' or '.join(sorted(pass_.requires))}; "
+                f"pass {position}, {pass_.name!r}, takes a program at level {' or '.join(sorted(pass_.requires))}; "
                 f"here it is {level}",
                 hint=_who_gives(pass_.requires),
             )

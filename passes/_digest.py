@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import zlib
 from collections.abc import Iterable
@@ -37,7 +38,7 @@ def fingerprint(tensor: torch.Tensor) -> Fingerprint:
 def digest_tensor(tensor: torch.Tensor) -> str:
     """The hash of dtype, shape and contents; remembered for as long as ``tensor`` lives and is not written to."""
     print_ = fingerprint(tensor)
-    known = _KNOWN.get(tensor)
+    known = _KNOWN[tensor] if tensor in _KNOWN else None  # noqa: SIM401 (its `get` has no types)
     if known is None or known[0] != print_:
         known = (print_, tensor_digest(tensor))
         _KNOWN[tensor] = known
@@ -77,6 +78,8 @@ def digest_code(cls: type[Pass]) -> str:
     source = getattr(module, "__file__", None)
     if source:
         state.update(Path(source).read_bytes())
+    else:  # typed in at a prompt: never the same again
+        state.update(os.urandom(32))
     top = getattr(sys.modules.get(package), "__file__", None)
     if package != "bitlower" and top and Path(top).name == "__init__.py":
         state.update(_digest_files(sorted(Path(top).parent.rglob("*.py"))))

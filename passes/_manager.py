@@ -76,9 +76,7 @@ class PassManager:
             self._tell_failure(pass_, program, context, error)
             raise
 
-    def _outcome(
-        self, pass_: Pass, program: Program, context: Context, resume: Resume | None
-    ) -> tuple[Program, bool]:
+    def _outcome(self, pass_: Pass, program: Program, context: Context, resume: Resume | None) -> tuple[Program, bool]:
         """What the pass gives, from the cache if it is there; results in the context are as after the pass."""
         check_levels([pass_], program.level)
         before = dict(context.results)

@@ -1,13 +1,16 @@
-"""Observers stand around every pass: verification, time and memory, progress, printing. The ledger and the reproducer
-have modules of their own."""
+"""Observers stand around every pass: verification, time and memory, progress, printing.
+
+The ledger and the reproducer have modules of their own.
+"""
 
 from __future__ import annotations
 
+import abc
 import difflib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -37,20 +40,20 @@ class Observer:
         """``pass_``, or a check of it, raised ``error`` on ``program``, which is as it was before."""
 
 
-class Recorder(Observer):
+class Recorder(Observer, abc.ABC):
     """An observer whose record of a pass is kept in the cache, so that a resumed run gives the same record."""
 
+    @abc.abstractmethod
     def key(self, context: Context) -> str:
         """What the record depends on besides the program and the pass."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def row(self) -> Any:
         """The record that the last ``after`` made, as plain data; None if it made none."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def restore(self, row: Any) -> None:
         """Take ``row``, recorded in an earlier run, in place of ``after``."""
-        raise NotImplementedError
 
 
 class Verify(Observer):
@@ -143,7 +146,7 @@ class Progress(Observer):
 
     def before(self, pass_: Pass, program: Program, context: Context) -> None:
         """Show the bar and lend it to the pass."""
-        self._bar = RichProgress(console=self.console, transient=True)
+        self._bar = RichProgress(console=self.console, transient=True, disable=not self.console.is_terminal)
         self._bar.start()
         self._bar.add_task(f"{self._position()}{pass_.name}", total=None)
         self._track, context.track = context.track, self._follow
@@ -164,7 +167,7 @@ class Progress(Observer):
 
     def _follow(self, items: Iterable[Any], label: str) -> Iterator[Any]:
         assert self._bar is not None
-        task = self._bar.add_task(f"  {label}", total=len(items) if hasattr(items, "__len__") else None)
+        task = self._bar.add_task(f"  {label}", total=len(items) if isinstance(items, Sized) else None)
         for item in items:
             yield item
             self._bar.advance(task)

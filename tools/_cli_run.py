@@ -1,0 +1,201 @@
+"""The commands that work on models: ``run``, ``quantize``, ``analyze``, ``plan``, ``verify``, ``eval``, ``replay``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bitlower.tools._cli_settings import Settings, settings_of
+
+if TYPE_CHECKING:
+    from bitlower.tools.flow import Options
+    from bitlower.tools.recipe import Recipe
+
+Model = Annotated[str, typer.Argument(help="A Hugging Face folder, or package:NAME.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="The artefact's folder; it must not exist yet.")]
+Scheme = Annotated[str, typer.Option(help="For example W8A8, W8A8-full, W8A8-token.")]
+Calibration = Annotated[
+    str, typer.Option(help="Texts: one a line, or FILE.tsv:COLUMN (also .csv, .jsonl; columns by name or from 0).")
+]
+Task = Annotated[str | None, typer.Option(help="feature-extraction or text-classification; as the model says if none.")]
+Samples = Annotated[int | None, typer.Option(help="Texts to calibrate on; up to 128 if not given.")]
+MaxLength = Annotated[int, typer.Option(help="Longer texts are cut to this many tokens.")]
+Seed = Annotated[int, typer.Option(help="The root of all randomness.")]
+Ignore = Annotated[list[str] | None, typer.Option(help="Modules that stay float: a path, a glob, or re:EXPRESSION.")]
+CacheFolder = Annotated[Path | None, typer.Option("--cache", help="Where finished passes are kept, to go on from.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep nothing, and start from the beginning.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an artefact that is there already.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to ``app``."""
+    for command in (run, quantize, analyze, plan, verify, replay):
+        app.command()(command)
+    app.command("eval")(evaluate)
+
+
+def run(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="A recipe file (YAML).")],
+    output: Output,
+    cache: CacheFolder = None,
+    no_cache: NoCache = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run a recipe. Killed at any moment, the same command goes on where it was."""
+    settings = settings_of(context)
+    from bitlower.tools.recipe import load_recipe
+
+    _run(settings, load_recipe(recipe), output, _options(settings, cache, no_cache, overwrite))
+
+
+def quantize(
+    context: typer.Context,
+    model: Model,
+    calibration: Calibration,
+    output: Output,
+    scheme: Scheme = "W8A8",
+    task: Task = None,
+    samples: Samples = None,
+    max_length: MaxLength = 128,
+    seed: Seed = 0,
+    ignore: Ignore = None,
+    cache: CacheFolder = None,
+    no_cache: NoCache = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Quantize a model in one line, to verified int8 ONNX."""
+    settings = settings_of(context)
+    from bitlower.tools.flow import standard_recipe
+
+    recipe = standard_recipe(
+        model, scheme, calibration, task=task, samples=samples, max_length=max_length, seed=seed, ignore=ignore or ()
+    )
+    _run(settings, recipe, output, _options(settings, cache, no_cache, overwrite))
+
+
+def analyze(
+    context: typer.Context,
+    model: Model,
+    calibration: Calibration,
+    task: Task = None,
+    samples: Samples = None,
+    max_length: MaxLength = 128,
+    seed: Seed = 0,
+    sigma: Annotated[float, typer.Option(help="An outlier is this many standard deviations off.")] = 6.0,
+    rows: Annotated[int, typer.Option(help="Rows to print of each table.")] = 20,
+) -> None:
+    """Show which tensors are hard to quantize, where, and why."""
+    import dataclasses
+
+    settings = settings_of(context)
+    from bitlower.tools.flow import analyze_model
+    from bitlower.tools.render import make_table
+
+    display = settings.display()
+    report = analyze_model(
+        model, calibration, task=task, samples=samples, max_length=max_length, seed=seed, sigma=sigma, display=display
+    )
+    named = {
+        "tensors": report.table(),
+        "feed-forward networks": report.feed_forward_table(),
+        "attention heads": report.head_table(),
+    }
+    tables = [make_table(title, headers, body[:rows]) for title, (headers, body) in named.items() if body]
+    display.result(dataclasses.asdict(report), *tables)
+
+
+def plan(
+    context: typer.Context,
+    target: Annotated[str, typer.Argument(help="A recipe file, or a model: a folder or package:NAME.")],
+    scheme: Scheme = "W8A8",
+    samples: Annotated[int, typer.Option(help="For a model: texts to calibrate on.")] = 128,
+    max_length: MaxLength = 128,
+    task: Task = None,
+) -> None:
+    """Predict size, memory and time, and show the bits of every tensor, before any work."""
+    settings = settings_of(context)
+    from bitlower.tools.plan import plan_model, plan_recipe
+    from bitlower.tools.recipe import load_recipe
+
+    if Path(target).suffix in (".yaml", ".yml"):
+        made = plan_recipe(load_recipe(target))
+    else:
+        made = plan_model(target, scheme, samples=samples, max_length=max_length, task=task)
+    settings.display().result(made.to_dict(), *made.tables())
+
+
+def verify(context: typer.Context, folder: Annotated[Path, typer.Argument(help="An artefact's folder.")]) -> None:
+    """Check an artefact again: its files against the manifest, and the model in its runtime."""
+    settings = settings_of(context)
+    from bitlower.tools._backends import verify_artefact
+    from bitlower.tools._summary import flatten
+    from bitlower.tools.render import make_table
+
+    report = verify_artefact(folder)
+    settings.display().result(report, make_table(f"{folder} is sound", ("", ""), flatten(report)))
+
+
+def evaluate(
+    context: typer.Context,
+    target: Annotated[str, typer.Argument(help="An artefact's folder, or a float model: a folder or package:NAME.")],
+    task: Annotated[str, typer.Option(help="sts-b or classification.")],
+    data: Annotated[str, typer.Option(help="A .tsv, .csv or .jsonl file.")],
+    columns: Annotated[
+        str,
+        typer.Option(
+            help="sts-b: score,sentence1,sentence2 (4,5,6 if not given: the benchmark's own files). "
+            "classification: text[,text2],label (sentence,label if not given)."
+        ),
+    ] = "",
+    batch_size: Annotated[int, typer.Option(help="Texts in a batch.", min=1)] = 32,
+    max_length: MaxLength = 128,
+) -> None:
+    """Measure accuracy on labelled data."""
+    settings = settings_of(context)
+    from bitlower.tools.evaluate import evaluate as measure
+    from bitlower.tools.render import make_table
+
+    display = settings.display()
+    names = [name.strip() for name in columns.split(",")] if columns else []
+    result = measure(
+        target, task, data, columns=names, batch_size=batch_size, max_length=max_length, track=display.track
+    )
+    title = f"{target} on {result.samples} rows of {result.data}"
+    rows = [(name, round(value, 2)) for name, value in result.metrics.items()]
+    display.result(result.to_dict(), make_table(title, (task, "%"), rows))
+
+
+def replay(context: typer.Context, folder: Annotated[Path, typer.Argument(help="A reproducer's folder.")]) -> None:
+    """Run a failed pass again from the reproducer that it left."""
+    settings = settings_of(context)
+    from bitlower.passes import replay as again
+
+    program = again(folder)
+    done = {"folder": str(folder), "failed": False, "passes": program.passes}
+    settings.display().text(done, f"{program.passes[-1] if program.passes else folder}: this time it did not fail")
+
+
+def _options(settings: Settings, cache: Path | None, no_cache: bool, overwrite: bool) -> Options:
+    from bitlower.ir import BitlowerError
+    from bitlower.tools.flow import Options
+
+    if cache and no_cache:
+        raise BitlowerError("--cache and --no-cache exclude each other")
+    options: dict[str, Any] = {"cache": None} if no_cache else {"cache": cache} if cache else {}
+    return Options(
+        overwrite=overwrite,
+        verify=settings.verify,
+        print_after_change=settings.print_after_change,
+        display=settings.display(),
+        **options,
+    )
+
+
+def _run(settings: Settings, recipe: Recipe, output: Path, options: Options) -> None:
+    from bitlower.tools.flow import run_recipe
+
+    summary = run_recipe(recipe, output, options)
+    options.display.result(summary.to_dict(), *summary.tables())

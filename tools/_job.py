@@ -1,0 +1,221 @@
+"""One run from the model to the artefact, whatever asked for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bitlower.ir import Batch, BitlowerError, Level, Program
+from bitlower.passes import (
+    Cache,
+    Context,
+    Ledger,
+    Observer,
+    Pass,
+    PassManager,
+    PassTime,
+    PrintAfterChange,
+    Progress,
+    Reproducer,
+    Timing,
+    check_levels,
+    format_pipeline,
+)
+from bitlower.tools import _backends
+from bitlower.tools._output import disk_errors, new_folder
+from bitlower.tools._summary import RunSummary, peak_bytes
+from bitlower.tools.data import check_finite
+from bitlower.tools.render import Display
+
+
+def default_cache() -> Path:
+    """``$XDG_CACHE_HOME/bitlower``, or ``~/.cache/bitlower``."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "bitlower"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run.
+
+    Args:
+        cache: where passes' results are kept, so that a killed run goes on; None: nowhere.
+        overwrite: replace an artefact that is there already.
+        verify: check the program between passes.
+        print_after_change: print the program after each pass that changed it.
+        display: where progress goes.
+    """
+
+    cache: Path | None = field(default_factory=default_cache)
+    overwrite: bool = False
+    verify: bool = True
+    print_after_change: bool = False
+    display: Display = field(default_factory=lambda: Display(quiet=True))
+
+
+@dataclass(frozen=True)
+class Data:
+    """Input batches: to calibrate on, and held-out ones for the ledger, for contracts and for verifying the artefact."""
+
+    calibration: Sequence[Batch] = ()
+    evaluation: Sequence[Batch] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run.
+
+    Args:
+        load: gives the float program.
+        data: gives the batches for it.
+        passes: in order.
+        exports: backends by name with their options; several write into folders of their names.
+        recipe: goes into the artefact as ``recipe.yaml``, if it is not empty.
+        seed: the root of all randomness.
+    """
+
+    load: Callable[[], Program]
+    data: Callable[[Program], Data]
+    passes: tuple[Pass, ...]
+    exports: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    recipe: str = ""
+    seed: int = 0
+
+    def check(self) -> None:
+        """See before any work that levels and backends fit.
+
+        Raises:
+            BitlowerError: they do not.
+        """
+        check_levels(self.passes, Level.FLOAT)
+        for name, options in self.exports:
+            _backends.check_export(name, options)
+        names = [name for name, _ in self.exports]
+        if len(set(names)) != len(names):
+            raise BitlowerError("an export is named twice", hint="each backend writes once")
+
+
+def run_job(job: Job, output: Path | None, options: Options) -> tuple[Program, RunSummary]:
+    """Load, run the passes, and write the artefact if there is an ``output``.
+
+    Raises:
+        BitlowerError: bad input; nothing is left behind.
+        CheckError: the work failed a check; nothing is left behind.
+    """
+    job.check()
+    if output is None:
+        with disk_errors(options.cache or Path()):
+            return _Run(job, options).run(None)
+    with new_folder(output, overwrite=options.overwrite) as folder:
+        program, summary = _Run(job, options).run(folder)
+    return program, replace(summary, output=output)
+
+
+class _Run:
+    """The state of one run: its observers and what the stages took."""
+
+    def __init__(self, job: Job, options: Options) -> None:
+        self.job, self.options = job, options
+        self.timing, self.ledger = Timing(), Ledger()
+        self.stages: list[PassTime] = []
+
+    def run(self, folder: Path | None) -> tuple[Program, RunSummary]:
+        """All stages; the artefact goes into ``folder`` if there is one."""
+        program, data = self.load()
+        float_bytes = program.size_bytes()
+        program = self.lower(program, data)
+        before_export = [*self.stages, *self.timing.rows]
+        self.stages.clear()
+        reports = self.export(program, data, folder) if folder else {}
+        files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in _files(folder)} if folder else {}
+        pipeline = format_pipeline(self.job.passes)
+        stages = (*before_export, *self.stages)
+        ledger = self.ledger.to_dict()
+        return program, RunSummary(pipeline, None, stages, peak_bytes(), float_bytes, files, ledger, reports)
+
+    def load(self) -> tuple[Program, Data]:
+        """The float program and its data."""
+        job, display = self.job, self.options.display
+        with self.stage("load"):
+            display.note("loading and tracing the model")
+            program = job.load()
+        with self.stage("data"):
+            data = job.data(program)
+            check_finite(data.calibration, "calibration")
+            check_finite(data.evaluation, "evaluation")
+        return program, data
+
+    def lower(self, program: Program, data: Data) -> Program:
+        """Run the passes."""
+        context = Context(data.calibration, data.evaluation, seed=self.job.seed, track=self.options.display.track)
+        cache = self.open_cache()
+        manager = PassManager(self.job.passes, self.observers(cache), cache, verify=self.options.verify)
+        return manager.run(program, context)
+
+    def export(self, program: Program, data: Data, folder: Path) -> dict[str, dict[str, Any]]:
+        """Write what every backend makes of the program, and the files that all artefacts have."""
+        reports = {}
+        batches = data.evaluation or data.calibration[:2]
+        for name, options in self.job.exports:
+            with self.stage(name):
+                self.options.display.note(f"writing {name}")
+                place = folder if len(self.job.exports) == 1 else folder / name
+                place.mkdir(exist_ok=True)
+                reports[name] = _backends.export(name, program, place, batches, options)
+        ledger = json.dumps(self.ledger.to_dict(), indent=1, sort_keys=True)
+        (folder / "ledger.json").write_text(f"{ledger}\n", encoding="utf-8")
+        if self.job.recipe:
+            (folder / "recipe.yaml").write_text(self.job.recipe, encoding="utf-8")
+        return reports
+
+    def observers(self, cache: Cache | None) -> list[Observer]:
+        """Timing comes first, so that it leaves out the others."""
+        observers: list[Observer] = [self.timing, self.ledger]
+        display = self.options.display
+        if not (display.machine or display.quiet):
+            observers.append(Progress(total=len(self.job.passes)))
+        if self.options.print_after_change:
+            observers.append(PrintAfterChange())
+        if cache:
+            observers.append(FaultReproducer(cache.folder / "reproducer"))
+        return observers
+
+    def open_cache(self) -> Cache | None:
+        """The cache, unless its folder cannot be made."""
+        folder = self.options.cache
+        if folder is None:
+            return None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if folder != default_cache():
+                raise BitlowerError(f"the cache {folder} cannot be made: {error.strerror}") from None
+            self.options.display.note(f"no cache: {folder} cannot be made ({error.strerror})")
+            return None
+        return Cache(folder)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what is no pass; its memory is the process's peak so far."""
+        start = time.perf_counter()
+        yield
+        self.stages.append(PassTime(name, time.perf_counter() - start, peak_bytes()))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+class FaultReproducer(Reproducer):
+    """Leaves a reproducer for faults; input that a pass refuses needs none."""
+
+    def failed(self, pass_: Pass, program: Program, context: Context, error: BaseException) -> None:
+        """Write the folder, unless the user can mend the input."""
+        if not isinstance(error, BitlowerError) or error.exit_code == 1 or error.__cause__ is not None:
+            super().failed(pass_, program, context, error)

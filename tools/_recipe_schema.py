@@ -1,0 +1,59 @@
+"""JSON schemas of passes, so that editors complete and check recipes."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from enum import Enum
+from typing import Any
+
+from bitlower.passes import Pass, known_passes, parameter_types
+from bitlower.passes._parameters import plain
+
+_SCALARS = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
+
+
+def passes_schema() -> dict[str, Any]:
+    """The schema of one item under ``passes``: a known pass's name, or its name with parameters."""
+    classes = known_passes()
+    with_parameters = {
+        "type": "object",
+        "minProperties": 1,
+        "maxProperties": 1,
+        "properties": {name: pass_schema(cls) for name, cls in classes.items()},
+    }
+    return {"anyOf": [{"type": "string", "examples": list(classes)}, with_parameters]}
+
+
+def pass_schema(cls: type[Pass]) -> dict[str, Any]:
+    """The schema of a pass's parameters."""
+    kinds = parameter_types(cls)
+    properties = {}
+    for field, (name, kind) in zip(dataclasses.fields(cls), kinds.items(), strict=True):
+        properties[name] = type_schema(kind)
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        if default is not dataclasses.MISSING:
+            properties[name]["default"] = plain(kind, default)
+    summary = (cls.__doc__ or "").strip().partition("\n")[0]
+    return {"type": "object", "description": summary, "properties": properties, "additionalProperties": False}
+
+
+def type_schema(kind: Any) -> dict[str, Any]:
+    """The schema of a parameter's type."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return {"anyOf": [type_schema(argument) for argument in arguments]}
+    if typing.get_origin(kind) is tuple:
+        if arguments[-1] is Ellipsis:
+            return {"type": "array", "items": type_schema(arguments[0])}
+        return {"type": "array", "prefixItems": list(map(type_schema, arguments)), "items": False}
+    if typing.get_origin(kind) is typing.Literal:
+        return {"enum": list(arguments)}
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return {"enum": [member.value for member in kind]}
+    if kind in _SCALARS:
+        return {"type": _SCALARS[kind]}
+    forms = [("parse", {"type": "string"}), ("from_dict", {"type": "object"})]
+    return {"anyOf": [form for method, form in forms if hasattr(kind, method)]}

@@ -1,0 +1,231 @@
+"""Accuracy on labelled data, of an artefact (in onnxruntime) or of a float model (as a Program)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bitlower.frontends import batches, load
+from bitlower.ir import Batch, BitlowerError, Level, Program, TensorType, ValueSpec, nearest
+from bitlower.tools.data import Row, number, read_rows, split_column
+from bitlower.tools.metrics import accuracy, f1, matthews, pearson, spearman
+
+Array = NDArray[Any]
+TASKS = ("sts-b", "classification")
+STS_B_COLUMNS = ("4", "5", "6")
+"""Score, first and second sentence in the STS benchmark's own files, which have no header line."""
+_TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured: every metric in percent, over ``samples`` rows of the data file."""
+
+    target: str
+    task: str
+    data: str
+    samples: int
+    metrics: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        metrics = {name: round(value, 4) for name, value in self.metrics.items()}
+        return {"target": self.target, "task": self.task, "data": self.data, "samples": self.samples, **metrics}
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model that can be run on texts: ``run`` takes an input batch and gives outputs by name."""
+
+    program: Program
+    run: Callable[[Batch], dict[str, Array]]
+
+
+def evaluate(
+    target: str | os.PathLike[str],
+    task: str,
+    data: str | os.PathLike[str],
+    *,
+    columns: Sequence[str] = (),
+    batch_size: int = 32,
+    max_length: int = 128,
+    track: Callable[[Iterable[Any], str], Iterator[Any]] = lambda items, label: iter(items),
+) -> Evaluation:
+    """Measure ``target`` on ``data``.
+
+    Args:
+        target: an artefact's folder (with ``model.onnx``), or a model as the frontends take it.
+        task: ``sts-b`` (score, two sentences: correlation of the score with the cosine of mean-pooled embeddings) or
+            ``classification`` (text, an optional second text, label).
+        data: a .tsv, .csv or .jsonl file.
+        columns: by name or, in a file without a header line, by number from 0. ``sts-b`` takes the columns of the
+            benchmark's own files if none is given, ``classification`` takes ``sentence,label``.
+        batch_size: texts in a batch; texts of like length go together.
+        max_length: in tokens.
+        track: wraps the batches with a progress display.
+
+    Raises:
+        BitlowerError: an unknown task, a missing file or column, a label that is none, or a model that does not fit.
+    """
+    if task not in TASKS:
+        raise BitlowerError(f"unknown evaluation {task!r}", hint=nearest(task, TASKS))
+    path, _ = split_column(data)
+    rows = _read(path, task, tuple(columns))
+    runner = open_runner(target)
+    texts = Texts(rows, max_length, batch_size, track)
+    metrics = _sts_b(runner, texts, path) if task == "sts-b" else _classification(runner, texts, path)
+    return Evaluation(os.fspath(target), task, str(path), len(rows), metrics)
+
+
+def open_runner(target: str | os.PathLike[str]) -> Runner:
+    """A model to run: an artefact in onnxruntime if the folder holds ``model.onnx``, else the float model."""
+    folder = Path(target)
+    if (folder / "model.onnx").is_file():
+        return _artefact(folder)
+    program = load(target)
+
+    def run(batch: Batch) -> dict[str, Array]:
+        with torch.no_grad():
+            return {name: value.numpy() for name, value in program(**batch).items()}
+
+    return Runner(program, run)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Rows to run, and how."""
+
+    rows: Sequence[Row]
+    max_length: int
+    batch_size: int
+    track: Callable[[Iterable[Any], str], Iterator[Any]]
+
+    def outputs(self, runner: Runner, first: int, second: int | None, choose: Callable[..., Array]) -> Array:
+        """``choose(outputs, batch)`` for each row, in the rows' order; run sorted by length, so padding is short."""
+        lengths = [sum(map(len, row.values)) for row in self.rows]
+        order = np.argsort(lengths, kind="stable")
+        texts = [self.rows[i].values[first] for i in order]
+        pairs = None if second is None else [self.rows[i].values[second] for i in order]
+        inputs = batches(runner.program, texts, pairs=pairs, max_length=self.max_length, batch_size=self.batch_size)
+        results = [choose(runner.run(batch), batch) for batch in self.track(inputs, "evaluating")]
+        together = np.concatenate(results)
+        ordered = np.empty_like(together)
+        ordered[order] = together
+        return ordered
+
+
+def mean_pool(hidden: Array, mask: Array) -> Array:
+    """The mean over the tokens that the mask keeps: ``[batch, sequence, d]`` to ``[batch, d]``."""
+    weight = mask[..., None].astype(np.float64)
+    return np.asarray((hidden * weight).sum(1) / np.maximum(weight.sum(1), 1e-9))
+
+
+def cosine(a: Array, b: Array) -> Array:
+    """The cosine of each row of ``a`` with that of ``b``."""
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return np.asarray((a * b).sum(-1) / np.maximum(norms, 1e-12))
+
+
+def _sts_b(runner: Runner, texts: Texts, path: Path) -> dict[str, float]:
+    output = runner.program.outputs[0].name
+    if output != "last_hidden_state":
+        raise BitlowerError(f"sts-b needs token embeddings, the model gives {output!r}", hint="is the task right?")
+
+    def pool(outputs: dict[str, Array], batch: Batch) -> Array:
+        return mean_pool(outputs[output], batch["attention_mask"].numpy())
+
+    scores = [number(path, row, row.values[0]) for row in texts.rows]
+    similarity = cosine(texts.outputs(runner, 1, None, pool), texts.outputs(runner, 2, None, pool))
+    return {"spearman": 100 * spearman(similarity, scores), "pearson": 100 * pearson(similarity, scores)}
+
+
+def _classification(runner: Runner, texts: Texts, path: Path) -> dict[str, float]:
+    if "logits" not in [spec.name for spec in runner.program.outputs]:
+        raise BitlowerError("classification needs logits, the model gives none", hint="is the task right?")
+
+    def winner(outputs: dict[str, Array], batch: Batch) -> Array:
+        return np.asarray(outputs["logits"].argmax(-1))
+
+    names = {str(v): int(k) for k, v in (runner.program.config.get("id2label") or {}).items()}
+    labels = [_label(path, row, names) for row in texts.rows]
+    second = 1 if len(texts.rows[0].values) == 3 else None
+    found = texts.outputs(runner, 0, second, winner)
+    scores = {"accuracy": accuracy(found, labels), "f1": f1(found, labels), "matthews": matthews(found, labels)}
+    return {name: 100 * value for name, value in scores.items()}
+
+
+def _read(path: Path, task: str, columns: tuple[str, ...]) -> list[Row]:
+    if task == "sts-b":
+        columns = columns or STS_B_COLUMNS
+        if len(columns) != 3:
+            raise BitlowerError("sts-b takes three columns", hint="--columns score,sentence1,sentence2")
+    else:
+        columns = columns or ("sentence", "label")
+        if len(columns) not in (2, 3):
+            raise BitlowerError("classification takes two or three columns", hint="--columns text[,text2],label")
+    rows = list(read_rows(path, columns))
+    if not rows:
+        raise BitlowerError(f"{path} holds no rows")
+    return rows
+
+
+def _label(path: Path, row: Row, names: dict[str, int]) -> int:
+    label = row.values[-1].strip()
+    if label in names:
+        return names[label]
+    if not label.isdecimal() or (names and int(label) not in names.values()):
+        raise BitlowerError(f"{path}, line {row.line}: {label!r} is no label", hint=nearest(label, names))
+    return int(label)
+
+
+def _artefact(folder: Path) -> Runner:
+    """The ONNX model in ``folder``, computed as it is written: no accuracy is given up for speed."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    try:
+        session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, ["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises many kinds
+        raise BitlowerError(f"{folder / 'model.onnx'} cannot be loaded: {str(error).splitlines()[0]}") from None
+    names = [value.name for value in session.get_outputs()]
+
+    def run(batch: Batch) -> dict[str, Array]:
+        return dict(zip(names, session.run(names, {k: v.numpy() for k, v in batch.items()}), strict=True))
+
+    return Runner(_shell(folder, [value.name for value in session.get_inputs()], names), run)
+
+
+def _shell(folder: Path, inputs: Sequence[str], outputs: Sequence[str]) -> Program:
+    """A Program without graphs: what tokenizing and reading outputs need of an artefact."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise BitlowerError(f"{folder} holds no readable config.json: {error}") from None
+    files = sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)})
+    token_type, value_type = TensorType(torch.int64, ("batch", "sequence")), TensorType(torch.float32, ("batch",))
+    return Program(
+        {},
+        Level.FLOAT,
+        "",
+        tuple(ValueSpec(name, token_type) for name in inputs),
+        tuple(ValueSpec(name, value_type) for name in outputs),
+        config,
+        {path.name: path.read_bytes() for path in files},
+        str(folder),
+    )

@@ -1,0 +1,90 @@
+"""What people see: tables, progress bars and one-line notes on the terminal, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Display:
+    """Where output goes: results to standard output (as JSON if ``machine``), progress and notes to standard error."""
+
+    machine: bool = False
+    quiet: bool = False
+
+    def track(self, items: Iterable[Any], label: str) -> Iterator[Any]:
+        """Give ``items`` one by one and show a progress bar meanwhile, if standard error is a terminal."""
+        console = Console(stderr=True)
+        if self.machine or self.quiet or not console.is_terminal:
+            yield from items
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            yield from progress.track(items, description=label)
+
+    def note(self, text: str) -> None:
+        """Print one line about what is going on, to standard error."""
+        if not (self.machine or self.quiet):
+            print(text, file=sys.stderr, flush=True)
+
+    def result(self, form: Mapping[str, Any], *tables: Table) -> None:
+        """Print a command's result: ``form`` as JSON for machines, else ``tables``."""
+        if self.machine:
+            print(json.dumps(form, indent=2, ensure_ascii=False))
+        elif not self.quiet:
+            show(*tables)
+
+    def text(self, form: Mapping[str, Any], text: str) -> None:
+        """Print a command's result as plain ``text``, or ``form`` as JSON for machines."""
+        print(json.dumps(form, indent=2, ensure_ascii=False) if self.machine else text)
+
+
+def show(*tables: Table) -> None:
+    """Print ``tables`` to standard output; as wide as they need to be where it is not a terminal."""
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console = Console(width=200, markup=False, highlight=False)
+    for table in tables:
+        console.print(table)
+
+
+def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Table:
+    """A table whose numeric columns stand right; a column is numeric if its first value is."""
+    filled = [list(row) for row in rows]
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for place, column in enumerate(columns):
+        numeric = bool(filled) and isinstance(filled[0][place], int | float)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in filled:
+        table.add_row(*map(format_cell, row))
+    return table
+
+
+def format_cell(value: Cell) -> str:
+    """A number with the digits that matter, nothing for None."""
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def format_bytes(count: float) -> str:
+    """A size in decimal units (1 MB = 10⁶ bytes).
+
+    >>> format_bytes(23_300_000)
+    '23.3 MB'
+    """
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
