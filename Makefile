@@ -37,5 +37,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(INSTALL) -e '.[test,dev]'
+	$(INSTALL) -e '.[dev]'
 	touch $@

@@ -54,7 +54,7 @@ def load_folder(folder: Path, *, task: str | None = None, source: str = "") -> P
             unknown, or the model cannot be traced.
     """
     config = _read_config(folder)
-    task = task or _task_of(config, folder)
+    task = task or _task_of(config.get("architectures") or [], f"{folder}: ")
     if task not in TASKS:
         raise BitlowerError(f"unknown task {task!r}", hint=nearest(task, TASKS))
     _check_weights(folder)
@@ -77,7 +77,7 @@ def trace_model(pretrained: PreTrained, *, example_inputs: Mapping[str, torch.Te
     shapes = {name: {0: batch, 1: sequence} if value.dim() > 1 else {0: batch} for name, value in inputs.items()}
     with _quiet(), explain_failure(type(model).__name__):
         exported = DynamoExporter().export(model, inputs, config=DynamoConfig(dynamic_shapes=shapes)).program
-    program = to_program(exported, task=pretrained.task or _task_of(model.config.to_dict(), None))
+    program = to_program(exported, task=pretrained.task or _task_of([type(model).__name__], ""))
     program.config = json.loads(model.config.to_json_string(use_diff=False))
     program.config.pop("_name_or_path", None)
     program.assets = dict(pretrained.assets)
@@ -103,13 +103,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _task_of(config: Mapping[str, Any], folder: Path | None) -> str:
-    architectures = config.get("architectures") or []
+def _task_of(architectures: list[str], where: str) -> str:
     for architecture in architectures:
         for suffix, task in _ARCHITECTURES.items():
             if architecture.endswith(suffix):
                 return task
-    where = f"{folder}: " if folder else ""
     raise BitlowerError(
         f"{where}the architecture {', '.join(architectures) or '(none given)'} fits no task",
         hint=f"name one of {', '.join(TASKS)} as the task",

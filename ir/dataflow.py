@@ -112,8 +112,8 @@ def linears(graph: fx.Graph) -> list[fx.Node]:
 def residual_sums(graph: fx.Graph) -> list[fx.Node]:
     """The additions ``x + f(x)`` of residual connections.
 
-    One operand is an ancestor of the other through at least one linear layer or attention; bias, mask, embedding and
-    rotary additions are not of that kind.
+    One operand is an ancestor of the other through at least one linear layer or attention, and both have the shape of
+    the sum; bias, mask, embedding and rotary additions are not of that kind.
     """
     view = value_graph(graph)
     computing = {n for n in graph.nodes if n.target in LINEAR | MATMUL | ATTENTION}
@@ -122,7 +122,7 @@ def residual_sums(graph: fx.Graph) -> list[fx.Node]:
 
 def _joins_a_branch(node: fx.Node, view: nx.DiGraph[fx.Node], computing: set[fx.Node]) -> bool:
     operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and is_float(a) and a.op != "get_attr"]
-    if len(operands) != 2 or not is_float(node):
+    if len(operands) != 2 or not is_float(node) or any(o.meta["type"].shape != node.meta["type"].shape for o in operands):
         return False
     first, second = (value_root(operand) for operand in operands)
     for stream, branch in ((first, second), (second, first)):

@@ -300,6 +300,8 @@ def _apply_suffix(scheme: Scheme, suffix: str, name: str) -> Scheme:
 def _candidate_names(scheme: Scheme) -> list[str]:
     weights, activations = scheme.weights, scheme.activations
     base = f"W{weights.grid.bits if weights else 16}A{activations.grid.bits if activations else 16}"
+    if (weights and weights.grid.bits > 15) or (activations and activations.grid.bits > 15):
+        return []
     if weights and weights.granularity.kind == "group":
         base += f"-g{weights.granularity.size}"
     if weights and weights.granularity.kind == "tensor":

@@ -292,9 +292,11 @@ def check_codes(program: Program, module: fx.GraphModule, node: fx.Node) -> None
 
 
 def check_finite(program: Program) -> None:
-    """No floating-point tensor that a graph uses holds NaN or Inf."""
+    """No parameter holds NaN or Inf, no other tensor NaN; masks may hold Inf."""
     for name, tensor in program.tensors():
-        if tensor.is_floating_point() and not _is_finite(tensor):
+        if not tensor.is_floating_point() or _is_finite(tensor):
+            continue
+        if isinstance(tensor, torch.nn.Parameter) or bool(torch.isnan(tensor).any()):
             raise CheckError(f"the tensor {name.partition('/')[2]!r} holds NaN or Inf")
 
 

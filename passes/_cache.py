@@ -167,16 +167,23 @@ class Cache:
         return digest, list(tensor.stride())
 
     def _load(self, stored: _Stored) -> Program:
-        """The program with tensors in memory of their own, laid out as they were."""
-        tensors = {name: self._load_tensor(digest, strides) for name, (digest, strides) in stored.tensors.items()}
+        """The program with tensors in memory of their own, laid out as they were; damaged tensors are removed."""
+        tensors: dict[str, torch.Tensor] = {}
+        damaged: list[str] = []
+        for name, (digest, strides) in stored.tensors.items():
+            try:
+                tensors[name] = self._load_tensor(digest, strides)
+            except (OSError, ValueError, KeyError, SafetensorError):
+                self._tensor_path(digest).unlink(missing_ok=True)
+                damaged.append(name)
+        if damaged:
+            raise ValueError(f"damaged in the cache: {', '.join(damaged)}")
         return decode(stored.document, tensors)
 
     def _load_tensor(self, digest: str, strides: list[int]) -> torch.Tensor:
-        path = self._tensor_path(digest)
-        loaded = safetensors.load(path.read_bytes())["tensor"]
+        loaded = safetensors.load(self._tensor_path(digest).read_bytes())["tensor"]
         if tensor_digest(loaded) != digest:
-            path.unlink()
-            raise ValueError(f"{path} is damaged")
+            raise ValueError(f"the tensor {digest} is damaged")
         if list(loaded.stride()) == strides or 0 in strides:
             return loaded.clone()
         return torch.empty_strided(loaded.shape, strides, dtype=loaded.dtype).copy_(loaded)

@@ -9,11 +9,11 @@ import torch
 from torch import fx
 
 from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program, describe
+from bitlower.ir.observe import observe
 from bitlower.ir.serialize import encode
 from bitlower.passes._base import Contract, Pass
 from bitlower.passes._digest import Fingerprint, fingerprint
 from bitlower.passes._registry import known_passes
-from bitlower.passes._run import observe
 
 RTOL = 1e-4  # of a value's standard deviation over the batch
 

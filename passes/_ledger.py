@@ -13,11 +13,11 @@ from torch import fx
 
 from bitlower.ir import Batch, Program
 from bitlower.ir.dataflow import linears, residual_sums
+from bitlower.ir.observe import observe
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._digest import digest_batches, digest_program
 from bitlower.passes._observers import Recorder
 from bitlower.passes._pipeline import format_pipeline
-from bitlower.passes._run import observe
 
 
 class Ledger(Recorder):

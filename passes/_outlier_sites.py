@@ -58,12 +58,21 @@ def tensor_roles(graph: fx.Graph) -> dict[fx.Node, tuple[str, ...]]:
     for node in linears(graph):
         roles[node].add("linear-output")
         roles[unrounded(activation_operand(node))].add("linear-input")
-    for node in residual_sums(graph):
+    for node in _sums(graph):
         roles[node].add("residual")
     for node in graph.nodes:
         if node.target in NORM or _is_rms_norm(node):
             roles[node].add("norm")
     return {node: tuple(sorted(roles[node])) for node in graph.nodes if node in roles}
+
+
+def _sums(graph: fx.Graph) -> list[fx.Node]:
+    """The residual sums; a mask is added by broadcasting, a residual never is."""
+    return [n for n in residual_sums(graph) if all(_shape(a) == _shape(n) for a in n.all_input_nodes)]
+
+
+def _shape(node: fx.Node) -> object:
+    return node.meta["type"].shape
 
 
 def unrounded(node: fx.Node) -> fx.Node:
@@ -120,7 +129,7 @@ def _operator(node: fx.Node) -> Attention:
 
 def feed_forwards(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
     """Input, output and residual sum of every feed-forward network: linears in a row without attention between them."""
-    sums = residual_sums(graph)
+    sums = _sums(graph)
     for node in sums:
         for operand in node.all_input_nodes:
             output = value_root(operand)

@@ -14,7 +14,7 @@ import torch
 
 from bitlower.ir import Batch, Grid, numerics
 
-_BLOCK = 2**15
+_BLOCK = 2**14
 
 
 @dataclass
@@ -32,6 +32,10 @@ class Tokens:
     sequence: torch.Tensor
     position: torch.Tensor
     ids: torch.Tensor
+
+    def select(self, rows: torch.Tensor) -> torch.Tensor:
+        """Those of ``rows``, one for each token of the batch, that are no padding."""
+        return rows if len(self.sequence) == len(rows) else rows[self.mask.reshape(-1)]
 
     @classmethod
     def of(cls, batch: Batch, first_sequence: int) -> Tokens | None:
@@ -61,7 +65,9 @@ class Moments:
 
     def update(self, values: torch.Tensor) -> None:
         """Add all of ``values``; read in blocks that fit into the processor's cache."""
-        for block in values.reshape(-1).split(_BLOCK):
+        if not values.numel():
+            return
+        for block in torch.split(values.reshape(-1), _BLOCK):
             low, high = torch.aminmax(block)
             x = block.double()
             mean = float(x.mean())

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from bitlower.ir import BitlowerError, Program, QuantSpec, Quantizer, TensorType, ops, set_tensor
+from bitlower.ir import BitlowerError, Program, Quantizer, QuantSpec, TensorType, ops, set_tensor
 from bitlower.ir.dataflow import (
     ACTIVATION,
     ADD,
@@ -158,7 +158,7 @@ def insert_quantizer(program: Program, site: Site, spec: QuantSpec) -> fx.Node:
         args = (value, scale, zero, spec.grid.quant_min, spec.grid.quant_max)
         node = graph.create_node("call_function", ops.fake_quantize, args, name=f"{value.name}_quantized")
     node.meta = _meta(site, value) | {"type": kind, "quantizer": Quantizer(site.role, spec, site.tensor)}
-    own = {node, *(n for n in node.all_input_nodes if n is not value), last}
+    own = {node, *(n for source in node.all_input_nodes if source is not value for n in (source, *source.all_input_nodes))}
     for user in list(value.users):
         if user not in own and (not site.edges or user in site.edges):
             user.replace_input_with(value, node)

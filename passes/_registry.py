@@ -177,7 +177,7 @@ def _load_own(name: str) -> type[Pass]:
         found = ", ".join(f"{cls.__name__} ({cls.name!r})" for cls in classes) or "none"
         raise BitlowerError(
             f"passes/{stem}.py must define exactly one pass, called {name!r}; found: {found}",
-            hint="one file holds one pass of its name; put helpers into a module with an underscore",
+            hint="one file holds one pass of its name; what it needs besides goes into a module with an underscore",
         )
     check_class(classes[0], f"passes/{stem}.py")
     return classes[0]

@@ -32,7 +32,7 @@ class Reproducer(Observer):
 
     ``program.json`` and ``program.safetensors``: the program before the pass. ``batches.safetensors``: calibration and
     evaluation batches. ``pipeline.txt``: the pass. ``settings.json``: seed and the results in the context.
-    ``plugin.py``: the pass's loose file, if it has one. ``command.txt``: what to run in the folder.
+    ``plugin/``: the pass's loose file, if it has one. ``command.txt``: what to run in the folder.
 
     Args:
         folder: takes the files; an older reproducer there is replaced.
@@ -63,19 +63,21 @@ class Reproducer(Observer):
     def _write(self, folder: Path, pass_: Pass, program: Program, context: Context) -> None:
         save(program, folder)
         save_file(_flatten(context), folder / "batches.safetensors")
-        settings = {"seed": context.seed, "results": encode_results(self._results), "module": type(pass_).__module__}
+        settings = {"seed": context.seed, "results": encode_results(self._results)}
         plugin = plugin_file(type(pass_))
         texts = {
             "pipeline.txt": format_pipeline([pass_]),
             "settings.json": json.dumps(settings, indent=1, sort_keys=True),
             "command.txt": COMMAND,
-            **({"plugin.py": plugin.read_text()} if plugin else {}),
         }
         for name, text in texts.items():
             with (folder / name).open("w") as file:
                 file.write(f"{text}\n")
                 file.flush()
                 os.fsync(file.fileno())
+        if plugin is not None:
+            (folder / "plugin").mkdir()
+            shutil.copyfile(plugin, folder / "plugin" / plugin.name)
 
 
 def replay(folder: str | Path) -> Program:
@@ -91,8 +93,9 @@ def replay(folder: str | Path) -> Program:
         tensors = load_file(folder / "batches.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise BitlowerError(f"{folder} is not a reproducer ({error})") from error
-    if (folder / "plugin.py").exists() and text.partition("{")[0].strip() not in providers():
-        load_plugin(folder / "plugin.py")
+    if text.partition("{")[0].strip() not in providers():
+        for plugin in sorted((folder / "plugin").glob("*.py")):
+            load_plugin(plugin)
     passes = parse_pipeline(text)
     context = Context(
         calibration=_unflatten(tensors, "calibration"),

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from bitlower.ir import Batch, BitlowerError, Level, Program, describe, get_tensor
+from bitlower.ir.observe import Track, observe
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._outlier_report import (
     ClampRate,
@@ -43,7 +44,6 @@ from bitlower.passes._outlier_statistics import (
     attention_probabilities,
     most_common,
 )
-from bitlower.passes._run import Track, observe
 
 __all__ = ["AnalyzeOutliers", "OutlierReport", "analyze"]
 
@@ -162,7 +162,7 @@ class _Analysis:
         """Give the vectors of ``value`` that are no padding, the sequence of each, and the tokens if each is one."""
         rows = value.reshape(-1, value.shape[-1])
         if self.tokens is not None and has_tokens(node, value, self.tokens.mask, self.axes[0]):
-            return rows[self.tokens.mask.reshape(-1)], self.tokens.sequence, self.tokens
+            return self.tokens.select(rows), self.tokens.sequence, self.tokens
         each = max(1, len(rows) // self._size)
         sequence = torch.arange(len(rows)) // each + self.sequences - self._size
         return rows, sequence, None
@@ -197,7 +197,13 @@ class _Analysis:
             self.on_separator[node].update(probs, value, mask_of_tokens, (ids == self.separator) & mask_of_tokens)
 
     def report(self, sigma: float) -> OutlierReport:
-        """Put together all that was found."""
+        """Put together all that was found.
+
+        Raises:
+            BitlowerError: all of the data is padding.
+        """
+        if not all(moments.count for moments in self.moments.values()):
+            raise BitlowerError("the calibration data holds nothing but padding")
         texts, special = vocabulary(self.program)
         tensors = {node: self._tensor(node, texts, special) for node in self.roles}
         return OutlierReport(

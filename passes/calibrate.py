@@ -12,9 +12,9 @@ from torch import fx
 
 from bitlower.ir import Batch, BitlowerError, Level, Program, Quantizer, describe, get_tensor, ops, set_tensor
 from bitlower.ir.granularity import block
+from bitlower.ir.observe import observe
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._ranges import Histogram, cross_entropy_loss, exact_loss, search_golden, search_grid
-from bitlower.passes._run import observe
 
 Estimator = Literal["minmax", "running-minmax", "percentile", "mse", "mse-golden"]
 _CHUNK = 1 << 22
@@ -85,7 +85,9 @@ def weight_range(module: fx.GraphModule, node: fx.Node, estimator: str) -> tuple
 
 def _calibrate_activations(program: Program, nodes: list[fx.Node], options: Calibrate, context: Context) -> None:
     if not context.calibration:
-        raise BitlowerError(f"{len(nodes)} activation quantizers need calibration data", hint="give calibration batches")
+        raise BitlowerError(
+            f"{len(nodes)} activation quantizers need calibration data", hint="give calibration batches"
+        )
     module = program.module
     momentum = options.momentum if options.activations == "running-minmax" else None
     ranges = _extremes(program, nodes, context, momentum)

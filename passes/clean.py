@@ -52,7 +52,7 @@ def _is_no_op(node: fx.Node) -> bool:
         return True
     if node.target is aten.slice.Tensor:
         start, end, step = [*node.args[2:], *(None, None, 1)[len(node.args[2:]) :]]
-        return start in (0, None) and (end is None or isinstance(end, int) and end >= _WHOLE) and step == 1
+        return start in (0, None) and (end is None or (isinstance(end, int) and end >= _WHOLE)) and step == 1
     if node.target is aten.add.Tensor:
         return node.args[1] == 0
     return node.target in (aten.expand.default, aten.reshape.default, aten.view.default) and all(

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from torch import fx
 
 from bitlower.ir import Level, Program, TensorType, ValueSpec
+from bitlower.ir.serialize import decode, encode
 
 ACTIVATION, LOGITS = TensorType(torch.float32, ("batch", 16)), TensorType(torch.float32, ("batch", 4))
 
@@ -27,6 +30,12 @@ class TinyModel(torch.nn.Module):
 @pytest.fixture
 def tiny_program() -> Program:
     """Float program, input ``x``: [batch, 16], outputs ``hidden``: [batch, 16] and ``logits``: [batch, 4]."""
+    document, tensors = encode(_traced())
+    return decode(document, {name: tensor.clone() for name, tensor in tensors.items()})
+
+
+@cache
+def _traced() -> Program:
     torch.manual_seed(0)
     example = {"x": torch.randn(3, 16)}
     dynamic = {"x": {0: torch.export.Dim.DYNAMIC}}

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import re
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -127,7 +128,7 @@ def _describe(cls: type[Pass]) -> dict[str, Any]:
     """A pass as plain data."""
     from bitlower.ir import Level
 
-    doc = inspect.cleandoc(cls.__doc__ or "")
+    doc = _plain(inspect.cleandoc(cls.__doc__ or ""))
     return {
         "name": cls.name,
         "summary": doc.partition("\n")[0],
@@ -166,7 +167,12 @@ def _field_docs(cls: type[Pass]) -> dict[str, str]:
     assert isinstance(body, ast.ClassDef)
     documentation = {}
     for field, text in itertools.pairwise(body.body):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
-            if isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
-                documentation[field.target.id] = inspect.cleandoc(text.value.value)
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
+                documentation[name] = _plain(inspect.cleandoc(words))
     return documentation
+
+
+def _plain(text: str) -> str:
+    """Documentation without its markup."""
+    return re.sub(r":\w+:`~?([^`]+)`", r"\1", text).replace("``", "")

@@ -61,7 +61,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Data:
-    """Input batches: to calibrate on, and held-out ones for the ledger, for contracts and for verifying the artefact."""
+    """Input batches: to calibrate on, and held-out ones for the ledger, the contracts and the artefact's checks."""
 
     calibration: Sequence[Batch] = ()
     evaluation: Sequence[Batch] = ()
@@ -108,6 +108,8 @@ def run_job(job: Job, output: Path | None, options: Options) -> tuple[Program, R
         BitlowerError: bad input; nothing is left behind.
         CheckError: the work failed a check; nothing is left behind.
     """
+    if output is None:
+        job = replace(job, exports=())
     job.check()
     if output is None:
         with disk_errors(options.cache or Path()):

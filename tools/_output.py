@@ -89,6 +89,9 @@ def _check(output: Path, overwrite: bool) -> None:
 def _make_parents(output: Path) -> list[Path]:
     """Make the folders that lead to ``output``; give those that are new, outermost first."""
     missing = [parent for parent in reversed(output.parents) if not parent.exists()]
+    files = [parent for parent in output.parents if parent.exists() and not parent.is_dir()]
+    if files:
+        raise BitlowerError(f"the output {output} cannot be written: {files[0]} is not a folder")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -20,11 +20,11 @@ def _lines(data: Mapping[str, Any]) -> list[str]:
     lines = []
     for key, value in data.items():
         if isinstance(value, Mapping) and value:
-            lines += [f"{key}:", *(f"  {line}" for line in _lines(value))]
+            lines += [f"{_scalar(key)}:", *(f"  {line}" for line in _lines(value))]
         elif isinstance(value, list) and value:
-            lines += [f"{key}:", *(f"  - {_item(item)}" for item in value)]
+            lines += [f"{_scalar(key)}:", *(f"  - {_item(item)}" for item in value)]
         else:
-            lines.append(f"{key}: {_scalar(value)}")
+            lines.append(f"{_scalar(key)}: {_scalar(value)}")
     return lines
 
 
@@ -45,4 +45,5 @@ def _scalar(value: Any) -> str:
         return "[" + ", ".join(map(_scalar, value)) + "]"
     if isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _RESERVED:
         return value
-    return json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)

@@ -44,7 +44,9 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def options(
     context: typer.Context,
-    plugin: Annotated[list[Path] | None, typer.Option(help="A file with passes of yours; may be repeated.")] = None,
+    plugin: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A file with passes of yours; may be repeated.")
+    ] = None,
     print_after_change: Annotated[
         bool, typer.Option("--print-after-change", help="Print the program after each pass that changed it.")
     ] = False,

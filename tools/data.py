@@ -1,40 +1,27 @@
-"""Texts and columns from data files, read as a stream.
-
-One text a line (``.txt`` and anything unknown), ``.tsv`` without quoting (as GLUE writes it), ``.csv`` with quoting,
-and ``.jsonl`` with one object a line. A column is a name in the header line (or a key), or a number counted from 0 in
-a file without a header line.
-"""
+"""Texts for calibration and for holding out, drawn from data files in one pass."""
 
 from __future__ import annotations
 
-import csv
-import json
-import math
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from bitlower.ir import BitlowerError, nearest
+from bitlower.ir import BitlowerError
+from bitlower.tools._tables import TABLES, Row, header, number, read_rows, split_column
 
-TEXT_COLUMNS = ("text", "sentence")
-"""The columns taken where none is named."""
+__all__ = ["Row", "Split", "check_finite", "number", "read_rows", "read_texts", "split_column", "split_texts"]
+
 SAMPLES = 128
-HELD_OUT = 16
+"""Texts to calibrate on where nobody says how many,"""
 FEWEST = 8
-_TABLES = (".tsv", ".csv", ".jsonl")
-
-
-@dataclass(frozen=True)
-class Row:
-    """The values of the chosen columns, and the line they stand on (from 1)."""
-
-    line: int
-    values: tuple[str, ...]
+"""and the fewest that will do then."""
+HELD_OUT = 16
+"""Texts left over for the ledger and for checks."""
+_TEXT_COLUMNS = ("text", "sentence")
 
 
 def read_texts(
@@ -51,45 +38,46 @@ def read_texts(
     Raises:
         BitlowerError: no such file or column, bytes that are not UTF-8 (with the line), no text, or fewer than asked.
     """
-    if samples is not None and samples < 1:
-        raise BitlowerError(f"cannot draw {samples} samples", hint="ask for at least 1")
-    path, named = split_column(data)
-    rows = read_rows(path, _text_column(path, column or named))
-    texts = ((row.line, row.values[0].strip()) for row in rows)
-    found, kept = _draw((item for item in texts if item[1]), samples, seed)
-    if not found:
-        raise BitlowerError(f"{path} holds no text", hint="one text a line, or a table with a text column")
+    _check_samples(samples)
+    found, kept = _draw(_texts(data, column), samples, seed)
     if samples is not None and found < samples:
-        raise BitlowerError(
-            f"{path} is too short: {found} texts, {samples} asked for", hint="add texts or ask for fewer"
-        )
+        raise _too_short(data, found, samples)
     return [text for _, text in kept]
 
 
-def split_column(data: str | os.PathLike[str]) -> tuple[Path, str | None]:
-    """``FILE:COLUMN`` as a file and a column; a file of that whole name comes first."""
-    name = os.fspath(data)
-    stem, colon, column = name.rpartition(":")
-    if colon and not Path(name).exists() and Path(stem).suffix.lower() in _TABLES:
-        return Path(stem), column
-    return Path(name), None
+@dataclass(frozen=True)
+class Split:
+    """Texts to calibrate on, and others that are held out."""
+
+    calibration: tuple[str, ...]
+    held_out: tuple[str, ...]
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    """The chosen columns of each line; no columns: the line itself.
+def split_texts(
+    data: str | os.PathLike[str] | Sequence[str], *, samples: int | None, seed: int = 0, column: str | None = None
+) -> Split:
+    """Calibration texts and up to ``HELD_OUT`` further ones, drawn in one pass, both in the file's order.
+
+    Args:
+        data: a file (or ``FILE:COLUMN``), or the texts themselves.
+        samples: of calibration; None takes up to ``SAMPLES`` and leaves an eighth, at most ``HELD_OUT``, over.
+        seed: of the drawing.
+        column: of a table.
 
     Raises:
-        BitlowerError: no such file or column, a line with fewer columns, bytes that are not UTF-8.
+        BitlowerError: as :func:`read_texts`; too short is fewer than ``samples`` (``FEWEST`` if that is None).
     """
-    lines = _lines(path)
-    kind = path.suffix.lower()
-    if not columns:
-        return (Row(number, (line.rstrip("\r\n"),)) for number, line in lines)
-    if kind == ".jsonl":
-        return _json_rows(path, lines, columns)
-    if kind not in _TABLES:
-        raise BitlowerError(f"{path} has no columns", hint="name a .tsv, .csv or .jsonl file")
-    return _table_rows(path, _csv_cells(path, lines) if kind == ".csv" else _tsv_cells(lines), columns)
+    _check_samples(samples)
+    name = data if isinstance(data, str | os.PathLike) else "the calibration data"
+    items = _texts(data, column) if isinstance(data, str | os.PathLike) else enumerate(data, 1)
+    found, kept = _draw(items, (SAMPLES if samples is None else samples) + HELD_OUT, seed)
+    if found < (samples or FEWEST):
+        raise _too_short(name, found, samples or FEWEST)
+    count = samples or min(SAMPLES, found - min(HELD_OUT, found // 8))
+    order = list(range(len(kept)))
+    random.Random(f"{seed}/split").shuffle(order)
+    calibration, held_out = sorted(order[:count]), sorted(order[count : count + HELD_OUT])
+    return Split(tuple(kept[place][1] for place in calibration), tuple(kept[place][1] for place in held_out))
 
 
 def check_finite(batches: Iterable[Mapping[str, torch.Tensor]], what: str) -> None:
@@ -98,25 +86,10 @@ def check_finite(batches: Iterable[Mapping[str, torch.Tensor]], what: str) -> No
     Raises:
         BitlowerError: which batch and which tensor.
     """
-    for number, batch in enumerate(batches):
+    for place, batch in enumerate(batches):
         for name, tensor in batch.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise BitlowerError(f"{what}: the tensor {name!r} of batch {number} holds NaN or Inf")
-
-
-def number(path: Path, row: Row, value: str) -> float:
-    """``value`` of ``row`` as a finite number.
-
-    Raises:
-        BitlowerError: it is none; the message names the file and the line.
-    """
-    try:
-        result = float(value)
-    except ValueError:
-        result = math.nan
-    if not math.isfinite(result):
-        raise BitlowerError(f"{path}, line {row.line}: {value!r} is not a finite number", hint="check the column")
-    return result
+                raise BitlowerError(f"{what}: the tensor {name!r} of batch {place} holds NaN or Inf")
 
 
 def _texts(data: str | os.PathLike[str], column: str | None) -> Iterator[tuple[int, str]]:
@@ -133,6 +106,24 @@ def _texts(data: str | os.PathLike[str], column: str | None) -> Iterator[tuple[i
             yield row.line, text
     if empty:
         raise BitlowerError(f"{path} holds no text", hint="one text a line, or a table with a text column")
+
+
+def _text_column(path: Path, column: str | None) -> tuple[str, ...]:
+    """The column to read texts from: the one named, or the obvious one of a table."""
+    if column is not None:
+        return (column,)
+    if path.suffix.lower() not in TABLES:
+        return ()
+    names = header(path)
+    choices = names if len(names) == 1 else [name for name in _TEXT_COLUMNS if name in names][:1]
+    if names and not choices:
+        raise BitlowerError(f"{path} has several columns: {', '.join(names)}", hint=f"name one: {path}:NAME")
+    return (choices[0],) if choices else ("0",)
+
+
+def _check_samples(samples: int | None) -> None:
+    if samples is not None and samples < 1:
+        raise BitlowerError(f"cannot draw {samples} samples", hint="ask for at least 1")
 
 
 def _too_short(data: object, found: int, wanted: int) -> BitlowerError:
@@ -152,109 +143,3 @@ def _draw(items: Iterable[tuple[int, str]], samples: int | None, seed: int) -> t
         elif (place := generator.randrange(found)) < samples:
             kept[place] = item
     return found, sorted(kept)
-
-
-def _text_column(path: Path, column: str | None) -> tuple[str, ...]:
-    """The column to read texts from: the one named, or the obvious one of a table."""
-    if column is not None:
-        return (column,)
-    if path.suffix.lower() not in _TABLES:
-        return ()
-    header = _header(path)
-    choices = header if len(header) == 1 else [name for name in TEXT_COLUMNS if name in header][:1]
-    if header and not choices:
-        raise BitlowerError(f"{path} has several columns: {', '.join(header)}", hint=f"name one: {path}:NAME")
-    return (choices[0],) if choices else ("0",)
-
-
-def _header(path: Path) -> list[str]:
-    """The names in the first line (the keys of the first object)."""
-    lines = _lines(path)
-    match path.suffix.lower():
-        case ".jsonl":
-            return next((list(form) for _, form in _objects(path, lines)), [])
-        case ".csv":
-            return next((cells for _, cells in _csv_cells(path, lines)), [])
-        case _:
-            return next((cells for _, cells in _tsv_cells(lines)), [])
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers, decoded one by one; a byte order mark is dropped."""
-    if path.is_dir():
-        raise BitlowerError(f"{path} is a folder, not a data file")
-    try:
-        stream = path.open("rb")
-    except OSError as error:
-        raise BitlowerError(f"cannot read the data file {path}: {error.strerror or error}") from None
-    return _decoded(path, stream)
-
-
-def _decoded(path: Path, stream: Any) -> Iterator[tuple[int, str]]:
-    with stream:
-        for count, raw in enumerate(stream, start=1):
-            try:
-                line = raw.decode("utf-8-sig" if count == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise BitlowerError(f"{path}, line {count}: byte {error.start} is not UTF-8") from None
-            yield count, line
-
-
-def _tsv_cells(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
-    """Cells without any quoting: ``csv.QUOTE_NONE``, and a stray carriage return or a long cell does no harm."""
-    for count, line in lines:
-        if stripped := line.rstrip("\r\n"):
-            yield count, stripped.split("\t")
-
-
-def _csv_cells(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader((line for _, line in lines), strict=True)
-    try:
-        for cells in reader:
-            if cells:
-                yield reader.line_num, cells
-    except csv.Error as error:
-        raise BitlowerError(f"{path}, line {reader.line_num}: {error}") from None
-
-
-def _table_rows(path: Path, cells: Iterator[tuple[int, list[str]]], columns: Sequence[str]) -> Iterator[Row]:
-    places = [int(column) for column in columns if column.isdecimal()]
-    if len(places) != len(columns):  # names: the first line is the header
-        places = _find_columns(path, next(cells, (1, []))[1], columns)
-    for line, values in cells:
-        if len(values) <= max(places):
-            raise BitlowerError(f"{path}, line {line}: {len(values)} columns, column {max(places)} is asked for")
-        yield Row(line, tuple(values[place] for place in places))
-
-
-def _find_columns(path: Path, header: Sequence[str], columns: Sequence[str]) -> list[int]:
-    names = [name.strip() for name in header]
-    places = []
-    for column in columns:
-        if column not in names and not (column.isdecimal() and int(column) < len(names)):
-            raise BitlowerError(f"{path} has no column {column!r}", hint=nearest(column, names))
-        places.append(names.index(column) if column in names else int(column))
-    return places
-
-
-def _objects(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    for count, line in lines:
-        if not line.strip():
-            continue
-        try:
-            form = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BitlowerError(f"{path}, line {count}: not JSON: {error.msg}") from None
-        if not isinstance(form, dict):
-            raise BitlowerError(f"{path}, line {count}: not a JSON object")
-        yield count, form
-
-
-def _json_rows(path: Path, lines: Iterable[tuple[int, str]], columns: Sequence[str]) -> Iterator[Row]:
-    for count, form in _objects(path, lines):
-        for column in columns:
-            if column not in form:
-                raise BitlowerError(f"{path}, line {count}: no column {column!r}", hint=nearest(column, form))
-            if not isinstance(form[column], str | int | float):
-                raise BitlowerError(f"{path}, line {count}: column {column!r} is no text and no number")
-        yield Row(count, tuple(str(form[column]) for column in columns))

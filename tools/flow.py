@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
 import torch
+from pydantic import ValidationError
 
 from bitlower.frontends import batches, load
 from bitlower.ir import Batch, BitlowerError, Program, Scheme
@@ -19,10 +20,8 @@ from bitlower.tools._summary import RunSummary
 from bitlower.tools.data import Split, read_texts, split_column, split_texts
 from bitlower.tools.recipe import (
     DataSection,
-    ModelSection,
     Recipe,
     Section,
-    Step,
     dump_recipe,
     steps_of,
     validate_recipe,
@@ -67,19 +66,25 @@ def standard_recipe(
     seed: int = 0,
     ignore: Sequence[str] = (),
 ) -> Recipe:
-    """The recipe behind ``bitlower quantize MODEL --scheme S --calibration FILE``; paths are from the working directory.
+    """The recipe behind ``bitlower quantize``; paths are from the working directory.
 
     Raises:
         BitlowerError: not a scheme.
     """
     path, column = split_column(calibration)
-    chosen = {} if samples is None else {"samples": samples}
-    return Recipe(
-        model=ModelSection(path=model, task=task),
-        calibration=DataSection(data=str(path), column=column, max_length=max_length, seed=seed, **chosen),
-        passes=steps_of(standard_passes(scheme, ignore)),
-        export=[Step(name=BACKEND)],
-    )
+    form: dict[str, Any] = {
+        "model": {"path": model, "task": task},
+        "calibration": {"data": str(path), "column": column, "max_length": max_length, "seed": seed},
+        "passes": steps_of(standard_passes(scheme, ignore)),
+        "export": [BACKEND],
+    }
+    if samples is not None:
+        form["calibration"] |= {"samples": samples}
+    try:
+        return Recipe.model_validate(form)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BitlowerError(f"{first['loc'][-1]}: {first['msg']}, not {first['input']!r}") from None
 
 
 def run_recipe(recipe: Recipe, output: Path, options: Options | None = None) -> RunSummary:
@@ -223,7 +228,7 @@ def _data_source(
     if calibration is None:
         return lambda program: Data()
     if isinstance(calibration, str | os.PathLike) or not _are_batches(calibration):
-        texts = split_texts(calibration, samples=samples, seed=seed)  # type: ignore[arg-type]
+        texts = split_texts(calibration, samples=samples, seed=seed)
         return lambda program: _tokenized(program, texts, max_length, DataSection.model_fields["batch_size"].default)
     held_out = len(calibration) // 8
     return lambda program: Data(calibration[: len(calibration) - held_out], calibration[len(calibration) - held_out :])

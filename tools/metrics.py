@@ -76,7 +76,7 @@ def _pairs(predicted: ArrayLike, expected: ArrayLike) -> tuple[Floats, Floats]:
 def _centred(x: Floats) -> Floats:
     """Around zero, and scaled so that squares neither overflow nor vanish."""
     centred = x - x.mean()
-    return centred / np.abs(centred).max()
+    return np.asarray(centred / np.abs(centred).max())
 
 
 def _confusion(predicted: ArrayLike, expected: ArrayLike) -> Floats:

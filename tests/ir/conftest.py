@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 
 import pytest
@@ -62,8 +63,13 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def exported() -> Program:
+def exported(_traced: Program) -> Program:
     """A program as torch.export gives it, with tied weights, files and a configuration."""
+    return copy.deepcopy(_traced)
+
+
+@pytest.fixture(scope="session")
+def _traced() -> Program:
     torch.manual_seed(0)
     program = trace_module(Tied(), _batch(2, 4), task="custom")
     _name_twice(program)

@@ -216,14 +216,11 @@ print(program.digest(), len(str(program)))
 
 
 def test_the_digest_is_the_same_in_every_process():
-    def run(seed):
+    def start(seed):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [sys.executable, "-c", _SCRIPT], capture_output=True, text=True, env=environment, check=True
-        )
-        return done.stdout.split()
+        return subprocess.Popen([sys.executable, "-c", _SCRIPT], stdout=subprocess.PIPE, text=True, env=environment)
 
-    first, second = run("1"), run("2")
+    first, second = (process.communicate()[0].split() for process in [start("1"), start("2")])
     assert first == second
     assert len(first[0]) == 64
 

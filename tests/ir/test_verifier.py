@@ -397,6 +397,17 @@ def test_finite_weights_whose_squares_overflow_pass():
     verify(program)
 
 
+def test_a_mask_may_hold_infinities_but_no_nan():
+    program = build(Level.FLOAT)
+    buffer(program, "mask", torch.tensor([0.0, -torch.inf]))
+    with program.graph.inserting_before(program.graph.output_node()):
+        program.graph.get_attr("mask")
+    verify(program)
+    buffer(program, "mask", torch.tensor([0.0, torch.nan]))
+    with pytest.raises(CheckError, match="the tensor 'mask' holds NaN"):
+        verify(program)
+
+
 def test_every_graph_is_checked():
     program = build(Level.FLOAT)
     other = build(Level.FLOAT)

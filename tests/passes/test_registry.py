@@ -80,7 +80,9 @@ def test_an_unknown_name_gets_the_nearest() -> None:
 )
 def test_an_own_file_must_hold_exactly_its_pass(own_folder: Path, text: str, found: str) -> None:
     write(own_folder / "my_pass.py", text)
-    with pytest.raises(BitlowerError, match=r"passes/my_pass.py must define exactly one pass, called 'my-pass'") as info:
+    with pytest.raises(
+        BitlowerError, match=r"passes/my_pass.py must define exactly one pass, called 'my-pass'"
+    ) as info:
         find_pass("my-pass")
     assert f"found: {found}" in str(info.value)
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from bitlower.ir import Batch, BitlowerError, Program, describe, nearest
+from bitlower.ir.diagnostics import BitlowerError, describe, nearest
+from bitlower.ir.program import Batch, Program
 
-Callback = Callable[[fx.Node, Any, Batch], None]
+Callback = Callable[[fx.Node, Any, Batch], object]
 Track = Callable[[Iterable[Any], str], Iterator[Any]]
 
 
@@ -32,7 +33,8 @@ def observe(
         program: its graph ``model`` is run.
         nodes: of that graph, themselves or by name.
         batches: inputs by name; read once, so a generator will do.
-        callback: ``value`` is what the node gives: a tensor, a number or a tuple.
+        callback: ``value`` is what the node gives: a tensor, a number or a tuple. What the callback returns, unless
+            it is None, takes its place in the rest of the run.
         track: progress display, as in the pass context.
         label: what the display says.
 
@@ -93,7 +95,8 @@ class _Runner(fx.Interpreter):
         try:
             value = super().run_node(n)
             if n in self._watched:
-                self._callback(self._watched[n], value, self._batch)
+                replacement = self._callback(self._watched[n], value, self._batch)
+                value = value if replacement is None else replacement
         except Exception as error:
             error.add_note(f"while running {describe(self._originals.get(n, n))}")
             raise

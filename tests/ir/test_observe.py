@@ -5,7 +5,7 @@ import torch
 from torch import fx
 
 from bitlower.ir import BitlowerError, Level, Program, TensorType, ValueSpec
-from bitlower.passes._run import observe
+from bitlower.ir.observe import observe
 
 KIND = TensorType(torch.float32, ("batch", 4))
 
@@ -115,3 +115,15 @@ def test_an_error_on_the_way_keeps_its_text_and_says_which_node():
         observe(chain(), ["exp"], [batch(0)], fail)
     assert str(caught.value) == "NaN in the data; clean it"
     assert "%exp" in caught.value.__notes__[0]
+
+
+def test_what_the_callback_returns_takes_the_place_of_the_value():
+    seen = {}
+
+    def force(node: fx.Node, value: torch.Tensor, _: object) -> torch.Tensor | None:
+        seen[node.name] = value.clone()
+        return torch.zeros(2, 4) if node.name == "relu" else None
+
+    observe(chain(), ["relu", "neg"], [batch(0)], force)
+    assert seen["relu"].any()
+    torch.testing.assert_close(seen["neg"], -torch.ones(2, 4), rtol=0, atol=0)

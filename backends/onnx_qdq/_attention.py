@@ -1,0 +1,99 @@
+"""Attention that stays float: ONNX's Attention operator on [batch, sequence, width], without reshapes around it."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from bitlower.backends.onnx_qdq._rewrite import APPLIED, Editor, dims, is_op, only_user, source
+
+_HEADS_OUT = [0, 2, 1, 3]
+
+
+def widen_mask(editor: Editor, node: ir.Node) -> str | None:
+    """Give a mask one row a query: onnxruntime's Attention rejects [batch, 1, 1, keys], though it broadcasts."""
+    if not is_op(node, "Attention") or len(node.inputs) < 4 or node.inputs[3] is None:
+        return None
+    mask, query = source(node, 3), source(node)
+    shape = dims(mask)
+    if shape is None or len(shape) != 4:
+        return "the mask has not four axes"
+    if shape[2] != 1:
+        return "the mask has a row a query already"
+    parts = [
+        editor.emit(node, "Shape", [mask], start=0, end=2),
+        editor.emit(node, "Shape", [query], start=2, end=3),
+        editor.emit(node, "Shape", [mask], start=3, end=4),
+    ]
+    target = editor.emit(node, "Concat", parts, axis=0)
+    wide = editor.emit(node, "Expand", [mask, target], dtype=mask.dtype)
+    wide.shape = ir.Shape([shape[0], shape[1], None, shape[3]])
+    node.replace_input_with(3, wide)
+    return APPLIED
+
+
+def flatten_attention(editor: Editor, node: ir.Node) -> str | None:
+    """Take query, key and value as the linears give them; Attention splits and joins the heads itself."""
+    if not is_op(node, "Attention"):
+        return None
+    if len(node.outputs) != 1:
+        return "it also gives keys and values"
+    operands = [_split_heads(source(node, position)) for position in range(3)]
+    if any(operand is None for operand in operands):
+        return "its operands are not reshaped and transposed linears"
+    joined = _join_heads(node.outputs[0])
+    if joined is None:
+        return "its result is not transposed and reshaped to the full width"
+    heads = [dims(source(node, position)) for position in range(2)]
+    counts = [shape[1] for shape in heads if shape is not None]
+    if len(counts) != 2 or not all(isinstance(count, int) for count in counts):
+        return "the number of heads is not known"
+    attributes = {a.name: a.value for a in node.attributes.values()}
+    attributes |= {"q_num_heads": counts[0], "kv_num_heads": counts[1]}
+    flat = editor.emit(node, "Attention", [*operands, *node.inputs[3:]], like=joined, **attributes)
+    editor.replace(joined, flat)
+    return APPLIED
+
+
+def _split_heads(value: ir.Value) -> ir.Value | None:
+    """``x`` where ``value`` is ``Transpose(Reshape(x))`` from [B, S, heads · size] to [B, heads, S, size]."""
+    transpose = value.producer()
+    if not is_op(transpose, "Transpose") or _perm(transpose) != _HEADS_OUT:
+        return None
+    assert transpose is not None
+    reshape = source(transpose).producer()
+    if not is_op(reshape, "Reshape"):
+        return None
+    assert reshape is not None
+    x = source(reshape)
+    outer, inner = dims(x), dims(value)
+    if outer is None or inner is None or len(outer) != 3 or len(inner) != 4:
+        return None
+    sizes = (outer[2], inner[1], inner[3])
+    static = [size for size in sizes if isinstance(size, int)]
+    return x if len(static) == 3 and static[0] == static[1] * static[2] and outer[1] == inner[2] else None
+
+
+def _join_heads(value: ir.Value) -> ir.Value | None:
+    """The [B, S, heads · size] that ``value`` [B, heads, S, size] becomes, if nothing else is made of it."""
+    user = only_user(value)
+    while user is not None and is_op(user, "Reshape") and dims(user.outputs[0]) == dims(value):
+        user = only_user(user.outputs[0])
+    if not is_op(user, "Transpose") or _perm(user) != _HEADS_OUT:
+        return None
+    assert user is not None
+    reshape = only_user(user.outputs[0])
+    if not is_op(reshape, "Reshape"):
+        return None
+    assert reshape is not None
+    inner, outer = dims(value), dims(reshape.outputs[0])
+    if inner is None or outer is None or len(outer) != 3:
+        return None
+    static = [size for size in (outer[2], inner[1], inner[3]) if isinstance(size, int)]
+    joins = len(static) == 3 and static[0] == int(np.prod(static[1:])) and outer[1] == inner[2]
+    return reshape.outputs[0] if joins else None
+
+
+def _perm(node: ir.Node | None) -> list[int]:
+    assert node is not None
+    return list(node.attributes["perm"].as_ints())

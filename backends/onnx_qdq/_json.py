@@ -1,0 +1,50 @@
+"""JSON files of an artefact: equal contents give equal bytes, and a file appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bitlower.ir import CheckError
+
+DIGITS = 6
+
+
+def significant(value: float) -> float:
+    """``value`` rounded to six significant digits."""
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else value
+
+
+def write_json(path: Path, form: Mapping[str, Any]) -> None:
+    """Write ``form`` with sorted keys; a reader sees the old file or the new one."""
+    text = json.dumps(form, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(f"{text}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in ``path``.
+
+    Raises:
+        CheckError: the file is missing or damaged.
+    """
+    try:
+        form = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckError(f"{path.name} is missing in {path.parent}") from None
+    except (OSError, ValueError) as error:
+        raise CheckError(f"{path.name} in {path.parent} is damaged: {error}") from None
+    if not isinstance(form, dict):
+        raise CheckError(f"{path.name} in {path.parent} is damaged: not a mapping")
+    return form

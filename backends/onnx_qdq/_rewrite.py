@@ -1,0 +1,207 @@
+"""What rewrites stand on: an editor of onnx-ir graphs, and rules that say why they do not match."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from bitlower.backends.onnx_qdq._translate import DOMAIN
+from bitlower.ir import BitlowerError
+
+Array = npt.NDArray[np.generic]
+APPLIED = "applied"
+
+
+class Editor:
+    """A graph under rewriting. Tensors that rules make are held here and get their names when all is done."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self.graph = model.graph
+        self.wanted: dict[ir.Value, str] = {}
+        self._made: dict[ir.Value, str] = {}
+
+    def constant(self, name: str, array: Array) -> ir.Value:
+        """A tensor; it will be called ``name`` unless an equal name was taken before."""
+        data = np.asarray(array, order="C")
+        for value, taken in self._made.items():
+            if taken == name and np.array_equal(_numpy(value), data) and _numpy(value).dtype == data.dtype:
+                return value
+        value = ir.Value(name=name, const_value=ir.tensor(data, name=name))
+        value.dtype, value.shape = ir.DataType.from_numpy(data.dtype), ir.Shape(data.shape)
+        self._made[value] = name
+        return value
+
+    def array(self, value: ir.Value | None) -> Array | None:
+        """The contents of a constant, None for what is computed."""
+        if value is None or value.producer() is not None or value.const_value is None:
+            return None
+        return _numpy(value)
+
+    def emit(
+        self,
+        before: ir.Node,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        *,
+        domain: str = "",
+        like: ir.Value | None = None,
+        dtype: ir.DataType | None = None,
+        **attributes: int | float | str | Sequence[int],
+    ) -> ir.Value:
+        """The result of a new node in front of ``before``, with the shape (and dtype, if not given) of ``like``."""
+        node = ir.Node(domain, op_type, inputs, ir.convenience.convert_attributes(attributes), num_outputs=1)
+        self.graph.insert_before(before, node)
+        result = node.outputs[0]
+        if like is not None:
+            result.shape, result.dtype = like.shape, like.dtype
+        if dtype is not None:
+            result.dtype = dtype
+        return result
+
+    def replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Let all users of ``old`` (and the graph's outputs) read ``new``, which takes its name and type."""
+        new.name, new.shape, new.type = old.name, old.shape, old.type
+        old.name = None
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+    def name(self, value: ir.Value, name: str) -> None:
+        """``value`` will be called ``name`` in the file, whatever else bears that name now."""
+        self.wanted[value] = name
+
+    def sweep(self) -> None:
+        """Remove nodes and tensors that nothing reads."""
+        common.RemoveUnusedNodesPass()(self.model)
+        self._made = {value: name for value, name in self._made.items() if value.uses() or value.is_graph_output()}
+
+    def finish(self) -> None:
+        """Register the tensors and give everything its final, unique name.
+
+        Nodes are called after their operator and first output.
+        """
+        self.sweep()
+        taken = {value.name or "" for value in (*self.graph.inputs, *self.graph.outputs)} | set(self.wanted.values())
+        for old in list(self.graph.initializers.values()):
+            old.name = _unique(old.name or "tensor", taken)
+        for value, name in self._made.items():
+            value.name = _unique(name, taken)
+            self.graph.register_initializer(value)
+        for node in self.graph:
+            for value in node.outputs:
+                if value in self.wanted:
+                    value.name = self.wanted[value]
+                elif not value.is_graph_output():
+                    value.name = _unique(value.name or node.op_type.lower(), taken)
+            node.name = f"{node.op_type}:{node.outputs[0].name}"
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    candidate, count = name, 1
+    while candidate in taken:
+        candidate, count = f"{name}_{count}", count + 1
+    taken.add(candidate)
+    return candidate
+
+
+def _numpy(value: ir.Value) -> Array:
+    assert value.const_value is not None
+    array: Array = value.const_value.numpy()
+    return array
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rewrite with a name. ``apply(editor, node)`` gives :data:`APPLIED`; or, for a node that it could be meant
+    for, the reason why it does not match; or None for other nodes."""
+
+    name: str
+    apply: Callable[[Editor, ir.Node], str | None]
+
+
+@dataclass
+class RuleLog:
+    """How often each rule matched, and the reasons where one did not."""
+
+    applied: Counter[str] = field(default_factory=Counter)
+    refused: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def to_dict(self) -> dict[str, dict[str, object]]:
+        """By rule: how often it was applied, and each reason against with its count."""
+        names = sorted({*self.applied, *(name for name, _ in self.refused)})
+        return {
+            name: {
+                "applied": self.applied[name],
+                "refused": {reason: n for (rule, reason), n in sorted(self.refused.items()) if rule == name},
+            }
+            for name in names
+        }
+
+
+def apply_rules(editor: Editor, rules: Iterable[Rule]) -> RuleLog:
+    """Offer every node to each rule in turn, in the order of the graph."""
+    log = RuleLog()
+    for rule in rules:
+        for node in list(editor.graph):
+            if node.graph is None or not any(v.uses() or v.is_graph_output() for v in node.outputs):
+                continue
+            outcome = rule.apply(editor, node)
+            if outcome == APPLIED:
+                log.applied[rule.name] += 1
+            elif outcome is not None:
+                log.refused[rule.name, outcome] += 1
+        editor.sweep()
+    return log
+
+
+def is_op(node: ir.Node | None, op_type: str, domain: str = "") -> bool:
+    """Whether ``node`` is this operator."""
+    return node is not None and node.op_type == op_type and node.domain == domain
+
+
+def marker(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The operator of our own domain that computes ``value``, if it is one called ``op_type``."""
+    node = value.producer() if value is not None else None
+    return node if is_op(node, op_type, DOMAIN) else None
+
+
+def source(node: ir.Node, position: int = 0) -> ir.Value:
+    """An input that is there."""
+    value = node.inputs[position]
+    assert value is not None
+    return value
+
+
+def only_user(value: ir.Value) -> ir.Node | None:
+    """The one node that reads ``value`` once, if there is no other and it is no output of the graph."""
+    uses = list(value.uses())
+    return uses[0][0] if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def dims(value: ir.Value) -> tuple[int | str | None, ...] | None:
+    """The shape of ``value``, symbolic dimensions as names; None if it is not known."""
+    if value.shape is None:
+        return None
+    return tuple(d if isinstance(d, int) else d.value for d in value.shape)
+
+
+def spread(scale: Array, shape: Sequence[int | str | None]) -> Array:
+    """``scale`` so that it broadcasts over a tensor of ``shape``: entries are repeated over their blocks.
+
+    Raises:
+        BitlowerError: a block lies along an axis of unknown size.
+    """
+    if scale.size == 1:
+        return scale.reshape(())
+    for axis, (count, extent) in enumerate(zip(scale.shape, shape, strict=True)):
+        if count in (1, extent):
+            continue
+        if not isinstance(extent, int):
+            raise BitlowerError(f"scales in {count} blocks along the dynamic axis {extent!r} have no form in ONNX")
+        scale = np.repeat(scale, extent // count, axis)
+    return scale

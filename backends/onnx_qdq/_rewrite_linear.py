@@ -1,0 +1,290 @@
+"""Linears and embeddings: integer matmuls where the runtime has a kernel for them, float ones everywhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from bitlower.backends.onnx_qdq._rewrite import APPLIED, Array, Editor, Rule, dims, is_op, marker, only_user, source
+from bitlower.backends.onnx_qdq._rewrite_quantizers import per_tensor, stored
+from bitlower.backends.onnx_qdq._translate import DOMAIN
+
+Form = Literal["qdq", "onnxruntime"]
+BYTES = (ir.DataType.UINT8, ir.DataType.INT8)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A quantized weight as MatMul reads it: ``codes`` [K, N]; ``scale`` and ``zero`` in the layout of the Program,
+    transposed like the codes."""
+
+    name: str
+    codes: Array
+    scale: Array
+    zero: Array
+
+    @property
+    def per_column(self) -> bool:
+        """Whether scales factor out of the product: one for all, or one a column."""
+        return self.scale.size == 1 or self.scale.shape[0] == 1
+
+    def columns(self, array: Array) -> Array:
+        """Scales or zero points as a scalar, or one a column."""
+        if array.size == 1:
+            return array.reshape(())
+        return np.repeat(array.reshape(-1), self.codes.shape[1] // array.size)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``x · weight + bias``: the matmul, what it reads, and the value that it gives."""
+
+    matmul: ir.Node
+    x: ir.Value
+    weight: Weight
+    bias: Array | None
+    output: ir.Value
+
+
+def linear_rules(form: Form) -> tuple[Rule, ...]:
+    """The rules for linears, in the order in which they are tried; the last one takes what the others refuse."""
+    static = _merge_linear if form == "onnxruntime" else _static_linear
+    return (
+        Rule("integer-linear", static),
+        Rule("integer-linear-per-token", _per_token_linear),
+        Rule("float-linear", _float_linear),
+    )
+
+
+def find_linear(editor: Editor, node: ir.Node) -> Linear | None:
+    """The linear with a quantized weight whose matmul is ``node``."""
+    if not is_op(node, "MatMul"):
+        return None
+    operand, turned = source(node, 1), False
+    producer = operand.producer()
+    if producer is not None and is_op(producer, "Transpose") and list(producer.attributes["perm"].as_ints()) == [1, 0]:
+        operand, turned = source(producer), True
+    dequantize = marker(operand, "Dequantize")
+    codes = editor.array(source(dequantize)) if dequantize is not None else None
+    if dequantize is None or codes is None or codes.ndim != 2:
+        return None
+    scale, zero = (np.asarray(editor.array(source(dequantize, position))) for position in (1, 2))
+    parts = [part.T if turned else part for part in (codes, scale, zero)]
+    bias, output = _bias(editor, node)
+    return Linear(node, source(node), Weight(source(dequantize).name or "weight_codes", *parts), bias, output)
+
+
+def _bias(editor: Editor, matmul: ir.Node) -> tuple[Array | None, ir.Value]:
+    output = matmul.outputs[0]
+    user = only_user(output)
+    if user is None or not is_op(user, "Add"):
+        return None, output
+    other = next((value for value in user.inputs if value is not output), None)
+    bias = editor.array(other)
+    return (bias, user.outputs[0]) if bias is not None and bias.ndim == 1 else (None, output)
+
+
+def _static_reason(editor: Editor, linear: Linear) -> str:
+    """Why the integer matmul with one scale for all activations does not fit; empty if it does."""
+    quantized = marker(linear.x, "Dequantize")
+    if quantized is None:
+        return "the activation is not quantized"
+    if source(quantized).dtype not in BYTES:
+        return "the activation has codes of 16 bits"
+    if not per_tensor(editor, quantized):
+        return "the activation has more than one scale"
+    return _weight_reason(linear.weight)
+
+
+def _weight_reason(weight: Weight) -> str:
+    if weight.codes.dtype.itemsize != 1:
+        return "the weight has codes of 16 bits"
+    return "" if weight.per_column else "the weight has scales along its input axis"
+
+
+def _static_linear(editor: Editor, node: ir.Node) -> str | None:
+    """``DequantizeLinear → MatMul → Add``, which onnxruntime makes one MatMulIntegerToFloat."""
+    linear = find_linear(editor, node)
+    if linear is None:
+        return None
+    reason = _static_reason(editor, linear)
+    if reason:
+        return reason
+    weight = linear.weight
+    inputs = [_codes(editor, weight), _scales(editor, weight)]
+    zeros = _zeros(editor, weight)
+    axis = {} if weight.scale.size == 1 else {"axis": 1}
+    real = editor.emit(node, "DequantizeLinear", [*inputs, *([zeros] if zeros is not None else [])], **axis)
+    _finish_float(editor, linear, editor.emit(node, "MatMul", [linear.x, real], like=node.outputs[0]))
+    return APPLIED
+
+
+def _merge_linear(editor: Editor, node: ir.Node) -> str | None:
+    """One com.microsoft.MatMulIntegerToFloat with the bias in it: no pass over the output for the bias alone."""
+    linear = find_linear(editor, node)
+    if linear is None:
+        return None
+    reason = _static_reason(editor, linear)
+    if reason:
+        return reason
+    quantized = marker(linear.x, "Dequantize")
+    assert quantized is not None
+    code = source(quantized)
+    assert code.dtype is not None
+    scale, zero = stored(editor, quantized, code.dtype)
+    weight = linear.weight
+    bias = None if linear.bias is None else editor.constant(f"{_stem(weight)}_bias", linear.bias)
+    operands = [code, _codes(editor, weight), scale, _scales(editor, weight), zero, _zeros(editor, weight), bias]
+    while operands[-1] is None:
+        operands.pop()
+    merged = editor.emit(node, "MatMulIntegerToFloat", operands, domain="com.microsoft")
+    editor.replace(linear.output, merged)
+    return APPLIED
+
+
+def _per_token_linear(editor: Editor, node: ir.Node) -> str | None:
+    """MatMulInteger with one scale (and zero point) a row: ``s_row · s_column · (q·w − z_row · Σw) + bias``."""
+    linear = find_linear(editor, node)
+    quantized = marker(linear.x, "Dequantize") if linear is not None else None
+    if linear is None or quantized is None or editor.array(source(quantized, 1)) is not None:
+        return None
+    shape = dims(source(quantized, 1))
+    if shape is None or shape[-1] != 1:
+        return "the activation has no scale a row"
+    if source(quantized).dtype not in BYTES:
+        return "the activation has codes of 16 bits"
+    reason = _weight_reason(linear.weight)
+    if reason:
+        return reason
+    total = _integer_product(editor, linear, quantized)
+    real = editor.emit(node, "Cast", [total], like=node.outputs[0], to=int(ir.DataType.FLOAT))
+    real = editor.emit(node, "Mul", [real, source(quantized, 1)], like=real)
+    real = editor.emit(node, "Mul", [real, _scales(editor, linear.weight)], like=real)
+    _finish_float(editor, linear, real)
+    return APPLIED
+
+
+def _integer_product(editor: Editor, linear: Linear, quantized: ir.Node) -> ir.Value:
+    """``Σ (q − z)(w − z_w)`` in int32, exact."""
+    node, weight = linear.matmul, linear.weight
+    code, zero = source(quantized), source(quantized, 2)
+    fixed = editor.array(zero)
+    if code.dtype is ir.DataType.INT8:
+        code = _unsigned(editor, node, code)
+        fixed = fixed + 128 if fixed is not None else None
+    weight_zero = _zeros(editor, weight)
+    point = None if fixed is None else editor.constant("row_zero_point", np.uint8(fixed.reshape(())))
+    operands = [code, _codes(editor, weight), point, weight_zero]
+    while operands[-1] is None:
+        operands.pop()
+    total = editor.emit(node, "MatMulInteger", operands, like=node.outputs[0], dtype=ir.DataType.INT32)
+    if fixed is not None:
+        return total
+    sums = (weight.codes.astype(np.int32) - np.rint(weight.zero).astype(np.int32)).sum(0, dtype=np.int32)
+    row = editor.emit(node, "Cast", [zero], like=zero, dtype=ir.DataType.INT32, to=int(ir.DataType.INT32))
+    if source(quantized).dtype is ir.DataType.INT8:
+        row = editor.emit(node, "Add", [row, editor.constant("offset_128", np.int32(128))], like=row)
+    share = editor.emit(node, "Mul", [row, editor.constant(f"{_stem(weight)}_sums", sums)], like=total)
+    return editor.emit(node, "Sub", [total, share], like=total)
+
+
+def _unsigned(editor: Editor, at: ir.Node, code: ir.Value) -> ir.Value:
+    """Signed codes shifted to unsigned ones: onnxruntime's MatMulInteger is several times slower on signed rows."""
+    wide = editor.emit(at, "Cast", [code], like=code, dtype=ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
+    wide = editor.emit(at, "Add", [wide, editor.constant("shift_128", np.float32(128))], like=wide)
+    return editor.emit(at, "Cast", [wide], like=code, dtype=ir.DataType.UINT8, to=int(ir.DataType.UINT8))
+
+
+def _float_linear(editor: Editor, node: ir.Node) -> str | None:
+    """A float matmul with ``(codes − zero) · scale``, which the runtime computes once at load.
+
+    A DequantizeLinear here would become a MatMulNBits of accuracy level 4 in onnxruntime, which rounds the
+    activations to 8 bits although the Program does not.
+    """
+    linear = find_linear(editor, node)
+    if linear is None:
+        return None
+    weight = linear.weight
+    depth, width = weight.codes.shape
+    codes = _codes(editor, weight)
+    real = editor.emit(node, "Cast", [codes], like=codes, dtype=ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
+    blocks = [(s, n // s) for s, n in zip(weight.scale.shape, weight.codes.shape, strict=False)]
+    blocked = weight.scale.size > 1 and any(s > 1 and inner > 1 for s, inner in blocks)
+    parts = [weight.scale, weight.zero]
+    if blocked:
+        split = [size for block in blocks for size in block]
+        real = editor.emit(node, "Reshape", [real, editor.constant(f"{_stem(weight)}_blocks", np.array(split))])
+        parts = [part.reshape([size for s in part.shape for size in (s, 1)]) for part in parts]
+    if parts[1].any():
+        real = editor.emit(node, "Sub", [real, editor.constant(f"{_stem(weight)}_zero_point", _flat(parts[1]))])
+    real = editor.emit(node, "Mul", [real, editor.constant(f"{_stem(weight)}_scale", _flat(parts[0]))])
+    if blocked:
+        real = editor.emit(node, "Reshape", [real, editor.constant(f"{_stem(weight)}_shape", np.array([depth, width]))])
+    _finish_float(editor, linear, editor.emit(node, "MatMul", [linear.x, real], like=node.outputs[0]))
+    return APPLIED
+
+
+def _finish_float(editor: Editor, linear: Linear, product: ir.Value) -> None:
+    if linear.bias is not None:
+        bias = editor.constant(f"{_stem(linear.weight)}_bias", linear.bias)
+        product = editor.emit(linear.matmul, "Add", [product, bias])
+    editor.replace(linear.output, product)
+
+
+def gather_codes(editor: Editor, node: ir.Node) -> str | None:
+    """``Gather(Dequantize(table))`` → ``Dequantize(Gather(codes))``: only the rows that are read become floats."""
+    table = marker(node.inputs[0], "Dequantize") if is_op(node, "Gather") else None
+    codes = editor.array(source(table)) if table is not None else None
+    if table is None or codes is None:
+        return None
+    if node.attributes.get_int("axis", 0) != 0 or codes.ndim != 2:
+        return "it does not gather rows of a table"
+    scale, zero = (np.asarray(editor.array(source(table, position))) for position in (1, 2))
+    if scale.size > 1 and scale.shape[1] > 1:
+        return "a row has more than one scale"
+    name, rows = source(table).name or "table_codes", node.inputs[1]
+    taken = editor.emit(node, "Gather", [editor.constant(name, codes), rows], like=node.outputs[0], axis=0)
+    taken.dtype = ir.DataType.from_numpy(codes.dtype)
+    if scale.size == 1:
+        parts = [source(table, 1), source(table, 2)]
+    else:
+        stem = name.removesuffix("_codes")
+        parts = [
+            _gather_rows(editor, node, f"{stem}_scale", scale, codes.shape[0]),
+            _gather_rows(editor, node, f"{stem}_zero_point", zero, codes.shape[0]),
+        ]
+    editor.replace(node.outputs[0], editor.emit(node, "Dequantize", [taken, *parts], domain=DOMAIN))
+    return APPLIED
+
+
+def _gather_rows(editor: Editor, gather: ir.Node, name: str, array: Array, rows: int) -> ir.Value:
+    if not array.any():
+        return editor.constant("zero", np.float32(0))
+    table = editor.constant(name, np.repeat(array, rows // array.shape[0], axis=0))
+    return editor.emit(gather, "Gather", [table, gather.inputs[1]], axis=0)
+
+
+def _flat(array: Array) -> Array:
+    return array.reshape(()) if array.size == 1 else array
+
+
+def _stem(weight: Weight) -> str:
+    return weight.name.removesuffix("_codes")
+
+
+def _codes(editor: Editor, weight: Weight) -> ir.Value:
+    return editor.constant(weight.name, weight.codes)
+
+
+def _scales(editor: Editor, weight: Weight) -> ir.Value:
+    return editor.constant(f"{_stem(weight)}_scale", weight.columns(weight.scale).astype(np.float32))
+
+
+def _zeros(editor: Editor, weight: Weight) -> ir.Value | None:
+    """The zero points in the codes' type; none for symmetric signed weights."""
+    if not weight.zero.any():
+        return None
+    return editor.constant(f"{_stem(weight)}_zero_point", weight.columns(weight.zero).astype(weight.codes.dtype))

@@ -1,0 +1,220 @@
+"""From a Program to an ONNX graph in which the low-bit operators still stand as themselves.
+
+The Program is traced again by ``torch.export`` and translated by ``torch.onnx``; quantizers become operators of the
+domain ``bitlower`` (``Quantize``, ``Dequantize``, ``ChooseQparams``) that no optimizer looks into, and linears become
+``MatMul(x, Transpose(weight)) + bias``. The rewrites then choose a standard form for each of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+import torch
+from onnxscript import FLOAT, INT8, opset18
+from torch.export import ExportedProgram
+
+from bitlower.ir import BitlowerError, Program, ops
+
+DOMAIN = "bitlower"
+aten = torch.ops.aten
+_ANY = ["tensor(float)", "tensor(uint8)", "tensor(int8)", "tensor(uint16)", "tensor(int16)"]
+_SIZES = (2, 10, 6, 14, 22)
+"""Sizes that dimensions are traced with: even, different, and neither 0 nor 1, which torch would bake in."""
+
+
+@torch.library.custom_op("bitlower_onnx::quantize", mutates_args=())
+def _named_quantize(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    quant_min: int,
+    quant_max: int,
+    dtype: str,
+    name: str,
+) -> torch.Tensor:
+    """``bitlower::quantize`` with the name of its node in the Program, which a new trace would lose."""
+    codes: torch.Tensor = ops.quantize(x, scale, zero_point, quant_min, quant_max, dtype)
+    return codes
+
+
+@_named_quantize.register_fake
+def _(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    quant_min: int,
+    quant_max: int,
+    dtype: str,
+    name: str,
+) -> torch.Tensor:
+    return torch.empty_like(x, dtype=ops.DTYPES[dtype])
+
+
+def translate(program: Program, opset: int) -> ir.Model:
+    """The model of the graph ``model`` with inputs, outputs and dimensions named as the Program names them.
+
+    Raises:
+        BitlowerError: an operator has no translation, or a dynamic dimension turned out fixed.
+    """
+    exported = _export(program)
+    with _quiet(), _explain(program, "translated to ONNX"):
+        result = torch.onnx.export(
+            exported,
+            (),
+            dynamo=True,
+            opset_version=opset,
+            custom_translation_table=_translations(),
+            optimize=True,
+            verbose=False,
+        )
+    assert result is not None
+    model: ir.Model = result.model
+    _name_interface(model, program)
+    return model
+
+
+def _export(program: Program) -> ExportedProgram:
+    named = program.clone()
+    for node in named.graph.find_nodes(op="call_function", target=ops.quantize):
+        node.args = (*node.args, node.name)
+        node.target = torch.ops.bitlower_onnx.quantize.default
+    named.recompile()
+    sizes = _trace_sizes(program)
+    inputs = tuple(
+        torch.zeros([sizes[d] if isinstance(d, str) else d for d in spec.type.shape], dtype=spec.type.dtype)
+        for spec in program.inputs
+    )
+    dynamic = tuple(
+        {axis: torch.export.Dim.DYNAMIC for axis, d in enumerate(spec.type.shape) if isinstance(d, str)}
+        for spec in program.inputs
+    )
+    names = [str(node.target) for node in named.graph.find_nodes(op="placeholder")]
+    shapes = dict(zip(names, dynamic, strict=True))
+    with _quiet(), torch.no_grad(), _explain(program, "traced again"):
+        return torch.export.export(named.module, inputs, dynamic_shapes=shapes, strict=False)
+
+
+def _trace_sizes(program: Program) -> dict[str, int]:
+    dims = sorted({d for spec in program.inputs for d in spec.type.shape if isinstance(d, str)})
+    return {name: _SIZES[i] if i < len(_SIZES) else 22 + 8 * i for i, name in enumerate(dims)}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' progress notes and warnings out of our output."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _explain(program: Program, verb: str) -> Iterator[None]:
+    """Turn what torch raises into one error with the innermost reason."""
+    try:
+        yield
+    except Exception as error:
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        reason = next((line.strip() for line in str(root).splitlines() if line.strip()), type(root).__name__)
+        raise BitlowerError(f"{program.source or 'the model'} cannot be {verb}: {reason}") from error
+
+
+def _name_interface(model: ir.Model, program: Program) -> None:
+    """Name inputs and outputs as the Program does, with its symbolic dimensions; no other value keeps such a name."""
+    graph = model.graph
+    wanted = {spec.name for spec in (*program.inputs, *program.outputs)}
+    for value in [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]:
+        if value.name in wanted:
+            value.name = f"{value.name}_value"
+    for kind, values, specs in (("input", graph.inputs, program.inputs), ("output", graph.outputs, program.outputs)):
+        if len(values) != len(specs):
+            raise BitlowerError(f"the ONNX graph has {len(values)} {kind}s, the program {len(specs)}")
+        for value, spec in zip(values, specs, strict=True):
+            value.name = spec.name
+            value.shape = ir.Shape(list(spec.type.shape))
+
+
+def _operator(name: str, inputs: Sequence[str], outputs: int, /, **attributes: Any) -> Callable[..., Any]:
+    """An operator of our own domain, as onnxscript calls it."""
+    schema = onnx.defs.OpSchema(
+        name,
+        DOMAIN,
+        1,
+        inputs=[onnx.defs.OpSchema.FormalParameter(i, f"T_{i}") for i in inputs],
+        outputs=[onnx.defs.OpSchema.FormalParameter(f"y{i}", f"T_y{i}") for i in range(outputs)],
+        type_constraints=[(f"T_{i}", _ANY, "") for i in (*inputs, *(f"y{k}" for k in range(outputs)))],
+        attributes=[onnx.defs.OpSchema.Attribute(key, kind, "") for key, kind in attributes.items()],
+    )
+    operator: Callable[..., Any] = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), name, schema)
+    return operator
+
+
+_INT, _STRING = onnx.defs.OpSchema.AttrType.INT, onnx.defs.OpSchema.AttrType.STRING
+_QUANTIZE = _operator(
+    "Quantize", ("x", "scale", "zero_point"), 1, quant_min=_INT, quant_max=_INT, dtype=_STRING, name=_STRING
+)
+_DEQUANTIZE = _operator("Dequantize", ("code", "scale", "zero_point"), 1)
+_CHOOSE = _operator(
+    "ChooseQparams", ("x",), 2, bits=_INT, signed=_INT, symmetric=_INT, restricted=_INT, convention=_STRING
+)
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    return {
+        torch.ops.bitlower_onnx.quantize.default: _quantize,
+        ops.dequantize: _dequantize,
+        ops.choose_qparams: _choose_qparams,
+        aten.linear.default: _linear,
+        aten.addmm.default: _addmm,
+    }
+
+
+def _quantize(
+    x: FLOAT, scale: FLOAT, zero_point: FLOAT, quant_min: int, quant_max: int, dtype: str, name: str
+) -> INT8:
+    return _QUANTIZE(x, scale, zero_point, quant_min=quant_min, quant_max=quant_max, dtype=dtype, name=name)
+
+
+def _dequantize(code: INT8, scale: FLOAT, zero_point: FLOAT) -> FLOAT:
+    return _DEQUANTIZE(code, scale, zero_point)
+
+
+def _choose_qparams(x: FLOAT, bits: int, signed: bool, symmetric: bool, restricted: bool, convention: str) -> Any:
+    return _CHOOSE(
+        x,
+        bits=bits,
+        signed=int(signed),
+        symmetric=int(symmetric),
+        restricted=int(restricted),
+        convention=convention,
+    )
+
+
+def _linear(input: FLOAT, weight: FLOAT, bias: FLOAT | None = None) -> FLOAT:
+    """Never Gemm: onnxruntime runs a quantized Gemm with a float bias in float."""
+    product = opset18.MatMul(input, opset18.Transpose(weight, perm=[1, 0]))
+    return product if bias is None else opset18.Add(product, bias)
+
+
+def _addmm(input: FLOAT, mat1: FLOAT, mat2: FLOAT, beta: float = 1.0, alpha: float = 1.0) -> FLOAT:
+    product = opset18.MatMul(mat1, mat2)
+    if alpha != 1.0:
+        product = opset18.Mul(product, opset18.CastLike(opset18.Constant(value_float=alpha), product))
+    if beta != 1.0:
+        input = opset18.Mul(input, opset18.CastLike(opset18.Constant(value_float=beta), input))
+    return opset18.Add(product, input)

@@ -1,0 +1,161 @@
+"""What a verified export is: the figures of the comparison between a Program and its ONNX model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from bitlower.backends.onnx_qdq._json import read_json, significant, write_json
+from bitlower.backends.onnx_qdq._kernels import KernelReport
+from bitlower.backends.onnx_qdq._selftest import SelfTest
+from bitlower.ir import CheckError
+
+FILE = "verification.json"
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """How far an output of the runtime is from the Program's.
+
+    Args:
+        name: of the output.
+        worst: the largest absolute error.
+        mean: the mean absolute error.
+        relative: ``worst`` over the standard deviation of the output.
+        cosine: of both outputs, flattened.
+        given_codes: as ``relative``, for a Program that computes with the runtime's codes: what is left is float
+            arithmetic alone, without the flips at rounding ties that quantization makes visible.
+    """
+
+    name: str
+    worst: float
+    mean: float
+    relative: float
+    cosine: float
+    given_codes: float
+
+
+@dataclass(frozen=True)
+class CodeError:
+    """How the runtime's codes of one quantized value agree with the Program's; shares are of ``codes``.
+
+    Args:
+        name: of the Program's ``quantize`` node and of the ONNX value.
+        tensor: the value that is quantized.
+        role: of the quantizer.
+        path: the module's.
+        codes: how many were compared.
+        equal: the share that is equal when both run on their own.
+        off_by_one: the share one step apart.
+        worst: the largest difference, in steps.
+        given_codes: the share that is equal when the Program computes with the runtime's codes up to this value.
+        excess: then, how far any value lies from the rounding interval of the runtime's code, in steps: 0 where codes
+            are equal, and next to 0 at ties.
+        exact: the share that ``round_half_even(x / scale) + zero_point`` gives on the runtime's own input; None where
+            the runtime has no such input.
+    """
+
+    name: str
+    tensor: str
+    role: str
+    path: str
+    codes: int
+    equal: float
+    off_by_one: float
+    worst: int
+    given_codes: float
+    excess: float
+    exact: float | None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A comparison that held.
+
+    Args:
+        runtime: the runtime's version and provider.
+        session_config: the session configuration entries that the model was run with.
+        batches: how many were compared.
+        tokens: the entries of their first input.
+        outputs: one row each.
+        quantized: one row for each quantized activation, in execution order.
+        constants: how many weight tensors and codes were compared; all were equal, and so were scales and zero points.
+        exposing: the largest change of an output (relative to its standard deviation) from reading the codes.
+        kernels: what the runtime runs.
+        selftest: lets the artefact be checked without the Program.
+    """
+
+    runtime: Mapping[str, str]
+    session_config: Mapping[str, str]
+    batches: int
+    tokens: int
+    outputs: tuple[OutputError, ...]
+    quantized: tuple[CodeError, ...]
+    constants: Mapping[str, int]
+    exposing: float
+    kernels: KernelReport
+    selftest: SelfTest
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, floats with six significant digits; the inverse of :meth:`from_dict`."""
+        form = {field.name: getattr(self, field.name) for field in fields(self)}
+        form["outputs"] = [_rounded(asdict(row)) for row in self.outputs]
+        form["quantized"] = [_rounded(asdict(row)) for row in self.quantized]
+        form["exposing"] = significant(self.exposing)
+        form["kernels"] = self.kernels.to_dict()
+        form["selftest"] = self.selftest.to_dict()
+        form["summary"] = self.summary()
+        for key in ("runtime", "session_config", "constants"):
+            form[key] = dict(form[key])
+        return form
+
+    def summary(self) -> dict[str, Any]:
+        """The figures that people look at first: the worst over all outputs and over all quantized tensors."""
+        figures: dict[str, Any] = {
+            "output_relative_error": max((row.relative for row in self.outputs), default=0.0),
+            "output_cosine": min((row.cosine for row in self.outputs), default=1.0),
+        }
+        if self.quantized:
+            total = sum(row.codes for row in self.quantized)
+            figures["codes_equal"] = sum(row.equal * row.codes for row in self.quantized) / total
+            figures["codes_equal_least"] = min(row.equal for row in self.quantized)
+            figures["codes_worst_difference"] = max(row.worst for row in self.quantized)
+            figures["codes_equal_given_codes"] = sum(row.given_codes * row.codes for row in self.quantized) / total
+        return _rounded(figures)
+
+    @classmethod
+    def from_dict(cls, form: Mapping[str, Any]) -> Verification:
+        """The verification of plain data.
+
+        Raises:
+            CheckError: a figure is missing.
+        """
+        try:
+            values = {field.name: form[field.name] for field in fields(cls)}
+            values["outputs"] = tuple(OutputError(**row) for row in form["outputs"])
+            values["quantized"] = tuple(CodeError(**row) for row in form["quantized"])
+            values["kernels"] = KernelReport.from_dict(form["kernels"])
+            values["selftest"] = SelfTest.from_dict(form["selftest"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckError(f"{FILE} is damaged: {error}") from None
+        return cls(**values)
+
+
+def write_verification(verification: Verification, folder: Path) -> None:
+    """Write ``verification.json`` into ``folder``."""
+    write_json(folder / FILE, verification.to_dict())
+
+
+def read_verification(folder: Path) -> Verification:
+    """What :func:`write_verification` wrote.
+
+    Raises:
+        CheckError: the file is missing or damaged.
+    """
+    return Verification.from_dict(read_json(folder / FILE))
+
+
+def _rounded(form: dict[str, Any]) -> dict[str, Any]:
+    return {key: significant(value) if isinstance(value, float) else value for key, value in form.items()}

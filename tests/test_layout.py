@@ -1,0 +1,184 @@
+"""The shape of the repository: packages, the order of imports, one file a pass, small files, what a wheel holds."""
+
+import ast
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import bitlower
+from bitlower.passes import Pass
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PROJECT["tool"]["setuptools"]
+TOP = ("bitlower", "ir", "passes", "frontends", "backends", "tools")
+MAY_IMPORT = {
+    "ir": {"ir"},
+    "frontends": {"ir", "frontends"},
+    "passes": {"ir", "passes"},
+    "backends": {"ir", "backends"},
+    "tools": {"bitlower", *TOP},
+    "bitlower": {"bitlower", *TOP},
+}
+SOURCES = [path.relative_to(ROOT) for folder in TOP for path in sorted((ROOT / folder).rglob("*.py"))]
+PASS_FILES = [path.name for path in sorted((ROOT / "passes").glob("*.py")) if not path.name.startswith("_")]
+
+
+def _package(folder):
+    """The name under which a folder of the checkout is imported."""
+    return ".".join(folder.parts if folder.parts[0] == "bitlower" else ("bitlower", *folder.parts))
+
+
+def test_pyproject_names_every_package():
+    """One that is missing would vanish from the wheel without a warning."""
+    folders = {path.parent for path in SOURCES if path.name == "__init__.py"}
+    assert {_package(folder) for folder in folders} == set(SETUPTOOLS["packages"])
+    assert {name: Path(path) for name, path in SETUPTOOLS["package-dir"].items()} == {_package(f): f for f in folders}
+
+
+def test_every_source_file_lies_in_a_package():
+    for path in SOURCES:
+        assert (ROOT / path.parent / "__init__.py").is_file(), f"{path} is in a folder without __init__.py"
+
+
+def _imported(path):
+    """The modules that a file imports, anywhere in it, as far as the text says."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            names = [f"bitlower.{alias.name}" for alias in node.names]
+            yield from names if node.module == "bitlower" else [node.module]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_no_import_runs_back_up(path):
+    for module in _imported(path):
+        first, *rest = module.split(".")
+        assert first not in TOP[1:], f"{path} imports {module}: write bitlower.{module}"
+        target = rest[0] if rest and rest[0] in TOP else "bitlower"
+        if first == "bitlower":
+            allowed = MAY_IMPORT[path.parts[0]]
+            assert target in allowed, f"{path} imports {module}; {path.parts[0]} may import {sorted(allowed)}"
+
+
+def test_every_import_is_a_declared_dependency():
+    declared = {re.split(r"[<>=!~ \[]", line)[0] for line in PROJECT["project"]["dependencies"]}
+    names = {name.replace("-", "_").split(".")[0] for name in declared}
+    for path in SOURCES:
+        for module in _imported(path):
+            first = module.split(".")[0]
+            known = first in names or first in sys.stdlib_module_names or first == "bitlower"
+            assert known, f"{path} imports {first}, which pyproject.toml does not declare"
+
+
+def test_ruff_bans_the_bare_names():
+    pytest.importorskip("ruff")
+    banned = PROJECT["tool"]["ruff"]["lint"]["flake8-tidy-imports"]["banned-api"]
+    assert set(banned) == set(TOP) - {"bitlower"}
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--stdin-filename", "passes/x.py", "--output-format", "concise", "-"],
+        input='"""A module."""\n\nfrom ir import Program\n\nprint(Program)\n',
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert "TID251" in done.stdout
+    assert "write bitlower.ir" in done.stdout
+
+
+@pytest.mark.parametrize("name", PASS_FILES)
+def test_a_pass_file_holds_one_pass_of_its_name_and_has_a_test(name):
+    stem = name.removesuffix(".py")
+    module = importlib.import_module(f"bitlower.passes.{stem}")
+    own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+    passes = [cls for cls in own if issubclass(cls, Pass)]
+    assert [cls.name for cls in passes] == [stem.replace("_", "-")]
+    assert passes[0].__doc__
+    assert (ROOT / "tests" / "passes" / f"test_{name}").is_file(), f"{name} has no test file of its own"
+
+
+def _files():
+    done = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "*.py"], capture_output=True, text=True, cwd=ROOT
+    )
+    listed = [ROOT / line for line in done.stdout.splitlines()]
+    return listed if done.returncode == 0 and listed else [ROOT / path for path in SOURCES]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_every_module_says_what_it_is(path):
+    tree = ast.parse((ROOT / path).read_text())
+    assert ast.get_docstring(tree), f"{path} has no docstring"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{path}:{node.lineno}: {node.name} has over 60 lines"
+
+
+def test_no_file_is_over_400_lines():
+    too_long = {str(path.relative_to(ROOT)): n for path in _files() if (n := path.read_text().count("\n")) > 400}
+    assert not too_long
+
+
+def test_numbers_that_must_agree_do():
+    assert bitlower.__version__ == PROJECT["project"]["version"]
+    assert PROJECT["project"]["license-files"] == ["LICENSE", "NOTICE"]
+    pinned = (ROOT / "constraints.txt").read_text()
+    assert "torch==2.13.0" in pinned
+    assert any(d.startswith("torch>=2.13") for d in PROJECT["project"]["dependencies"])
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel built from a copy of the sources, so that the checkout stays clean."""
+    copy = tmp_path_factory.mktemp("source")
+    for folder in TOP:
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, copy)
+    readme = ROOT / PROJECT["project"]["readme"]
+    (copy / readme.name).write_text(readme.read_text())
+    command = ["build", "--wheel", "--no-isolation", "--outdir", str(copy / "dist"), str(copy)]
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next((copy / "dist").glob("*.whl"))
+
+
+def test_the_wheel_holds_bitlower_and_nothing_beside_it(wheel):
+    names = [Path(name) for name in zipfile.ZipFile(wheel).namelist()]
+    assert {n.parts[0].split("-")[0] for n in names} == {"bitlower"}
+    installed = {n for n in names if n.parts[0] == "bitlower"}
+    expected = {Path("bitlower") / p if p.parts[0] != "bitlower" else p for p in SOURCES}
+    assert installed == expected | {Path("bitlower/py.typed")}
+    licences = {n.name for n in names if "licenses" in n.parts}
+    assert licences == {"LICENSE", "NOTICE"}
+
+
+def test_the_wheel_is_bitlower_without_the_checkout(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    script = "import bitlower, bitlower.ir, bitlower.passes; print(bitlower.ir.__file__, len(bitlower.__path__))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
+    )
+    assert done.stdout.split() == [str(tmp_path / "bitlower" / "ir" / "__init__.py"), "1"]
+
+
+@pytest.mark.parametrize("module", ["bitlower", "bitlower.ir", "bitlower.passes", "bitlower.tools.cli"])
+def test_importing_is_light(module):
+    script = f"import sys, {module}; print(*sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    loaded = set(done.stdout.split())
+    assert module in loaded
+    heavy = {"transformers", "onnxruntime", "onnx", "onnxscript", "torch.onnx._internal.exporter", "scipy", "tvm"}
+    assert not heavy & loaded

@@ -1,0 +1,116 @@
+"""Models and texts for the tests of the tools: small, made here, saved as Hugging Face folders."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bitlower.frontends import load
+from bitlower.ir import Program
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TEXT = (
+    "the a cat dog bird house tree river sings runs sleeps falls near under over with red old small quick and but "
+    "because never always rain snow wind comes goes stays . , ?"
+)
+WORDS = TEXT.split()
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Different sentences of 4 to 12 words."""
+    import random
+
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(WORDS, k=generator.randint(4, 12))) for _ in range(count)]
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A WordPiece tokenizer over ``WORDS`` with BERT's special tokens."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordPiece
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import TemplateProcessing
+    from transformers import BertTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = [chr(c) for c in range(97, 123)]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS, *letters, *(f"##{c}" for c in letters)])}
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    BertTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def save_bert(folder: Path, *, labels: int | None = None) -> Path:
+    """A BERT of 2 layers and width 32 with its tokenizer; a classifier if it has ``labels``."""
+    from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64, num_labels=labels or 2,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config) if labels else BertModel(config)
+    model.eval().save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny encoder; not to be written to."""
+    return save_bert(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def bert_program(bert: Path) -> Program:
+    """The tiny encoder, traced once."""
+    return load(str(bert))
+
+
+@pytest.fixture
+def traced(bert: Path, bert_program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing the tiny encoder takes no time."""
+
+    def quick(model: Any, **options: Any) -> Program:
+        return bert_program.clone() if os.fspath(model) == str(bert) else load(model, **options)
+
+    monkeypatch.setattr("bitlower.tools.flow.load", quick)
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny classifier of two labels; not to be written to."""
+    return save_bert(tmp_path_factory.mktemp("models") / "classifier", labels=2)
+
+
+@pytest.fixture
+def own_bert(bert: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny encoder, to damage."""
+    return Path(shutil.copytree(bert, tmp_path / "model"))
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """40 sentences, one a line."""
+    path = tmp_path / "sentences.txt"
+    path.write_text("\n".join(sentences(40)) + "\n")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache folder of the test's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    yield folder / "bitlower"
+    shutil.rmtree(folder, ignore_errors=True)

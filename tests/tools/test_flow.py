@@ -1,0 +1,252 @@
+"""Whole runs with a backend that only writes the program down: order, files, resume, determinism, clean failure."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program
+from bitlower.passes import PassManager
+from bitlower.tools import _backends
+from bitlower.tools.flow import Options, quantize, recipe_job, run_recipe, standard_recipe
+from bitlower.tools.recipe import Recipe, load_recipe
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch, traced: None) -> SimpleNamespace:
+    """Stands in for every backend; ``calls`` tells how it was called."""
+
+    def export(program: Program, folder: Path, *, opset: int = 21, batches: Sequence[Batch] = ()) -> dict[str, Any]:
+        stub.calls.append((program, opset, batches))
+        (folder / "model.txt").write_text(program.digest())
+        (folder / "manifest.json").write_text("{}")
+        return {"kernels": {"got": 3, "expected": 3}, "worst": 0.5}
+
+    stub = SimpleNamespace(export=export, calls=[])
+    monkeypatch.setattr(_backends, "_module", lambda name: stub)
+    monkeypatch.setattr(_backends, "known_backends", lambda: ["onnx-qdq", "other"])
+    return stub
+
+
+def recipe_of(bert: Path, texts: Path) -> Recipe:
+    return standard_recipe(str(bert), "W8A8", str(texts))
+
+
+def test_a_run_writes_everything_and_tells_what_it_took(
+    bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace
+) -> None:
+    output = tmp_path / "out"
+    summary = run_recipe(recipe_of(bert, texts), output)
+    assert listing(output) == ["ledger.json", "manifest.json", "model.txt", "recipe.yaml"]
+    assert [stage.name for stage in summary.stages] == [
+        "load", "data", "clean", "quantize", "calibrate", "lower-integer", "onnx-qdq"
+    ]  # fmt: skip
+    assert summary.output == output
+    assert [row["pass"] for row in summary.ledger["rows"]] == ["quantize", "calibrate"]
+    assert summary.ledger["rows"][1]["outputs"]["last_hidden_state"]["cosine"] > 0.99
+    assert summary.float_bytes > 40_000 < summary.peak_bytes
+    assert summary.artefact_bytes == sum(p.stat().st_size for p in output.iterdir())
+    assert summary.reports == {"onnx-qdq": {"kernels": {"got": 3, "expected": 3}, "worst": 0.5}}
+    ((program, _, batches),) = backend.calls
+    assert program.level is Level.INTEGER
+    assert sum(len(batch["input_ids"]) for batch in batches) == 5  # an eighth of 40 texts is held out
+    assert summary.to_dict()["pipeline"] == "clean,quantize,calibrate,lower-integer"
+
+
+def test_the_recipe_in_the_artefact_runs_again_and_names_no_place(
+    bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace
+) -> None:
+    run_recipe(recipe_of(bert, texts), tmp_path / "out")
+    text = (tmp_path / "out" / "recipe.yaml").read_text()
+    assert str(tmp_path) not in text
+    assert str(bert.parent) not in text
+    again = load_recipe(tmp_path / "out" / "recipe.yaml")
+    assert again.model.path == bert.name
+    assert (again.calibration.data, again.calibration.samples) == (texts.name, 35)
+
+
+def test_runs_are_byte_identical_with_and_without_the_cache(
+    bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace
+) -> None:
+    recipe = recipe_of(bert, texts)
+    for name, options in {"a": Options(cache=None), "b": Options(), "c": Options()}.items():
+        run_recipe(recipe, tmp_path / name, options)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
+
+
+def test_python_in_one_line_gives_what_the_recipe_gives(
+    bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace
+) -> None:
+    run_recipe(recipe_of(bert, texts), tmp_path / "a")
+    made = quantize(bert, scheme="W8A8", calibration=texts, output=tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert made.output == tmp_path / "b"
+    assert made.program.level is Level.INTEGER
+
+
+def test_python_takes_modules_texts_and_batches(bert: Path, texts: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    lines = texts.read_text().splitlines()
+    from_texts = quantize(bert, calibration=lines)
+    assert from_texts.output is None
+    assert from_texts.program.level is Level.INTEGER
+    module = AutoModel.from_pretrained(bert)
+    inputs = {"input_ids": torch.ones(2, 5, dtype=torch.int64)}
+    inputs |= {"attention_mask": torch.ones_like(inputs["input_ids"])}
+    inputs |= {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
+    assert quantize(module, calibration=[inputs] * 8).program.level is Level.INTEGER
+    with pytest.raises(BitlowerError, match="need calibration data"):
+        quantize(bert)
+    with pytest.raises(BitlowerError, match="empty"):
+        quantize(bert, calibration=[])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"export": [{"onnx-qdc": {}}]}, "unknown backend 'onnx-qdc'; did you mean 'onnx-qdq'"),
+        ({"export": [{"onnx-qdq": {"opsett": 21}}]}, "has no option 'opsett'; did you mean 'opset'"),
+        ({"export": ["onnx-qdq", "onnx-qdq"]}, "named twice"),
+        ({"passes": ["calibrate"]}, "calibrate"),
+    ],
+)
+def test_mistakes_are_found_before_the_model_is_loaded(
+    bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace, change: dict[str, Any], message: str
+) -> None:
+    form = recipe_of(bert, texts).model_dump(exclude_unset=True) | change
+    with pytest.raises(BitlowerError) as caught:
+        recipe_job(Recipe.model_validate(form)).check()
+    assert message in str(caught.value)
+
+
+def test_several_exports_get_folders_of_their_own(
+    bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace
+) -> None:
+    recipe = recipe_of(bert, texts)
+    form = recipe.model_dump(exclude_unset=True) | {"export": [{"onnx-qdq": {"opset": 23}}, "other"]}
+    run_recipe(Recipe.model_validate(form), tmp_path / "out")
+    assert listing(tmp_path / "out") == [
+        "ledger.json", "onnx-qdq", "onnx-qdq/manifest.json", "onnx-qdq/model.txt", "other", "other/manifest.json",
+        "other/model.txt", "recipe.yaml",
+    ]  # fmt: skip
+    assert [call[1] for call in backend.calls] == [23, 21]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), CheckError("wrong"), KeyError("x")]
+)
+def test_a_failing_export_leaves_nothing(
+    bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace, error: Exception
+) -> None:
+    def export(program: Program, folder: Path, *, batches: Sequence[Batch]) -> None:
+        (folder / "half").write_text("")
+        raise error
+
+    backend.export = export
+    before = listing(tmp_path)
+    with pytest.raises(BitlowerError if isinstance(error, OSError) else type(error)) as caught:
+        run_recipe(recipe_of(bert, texts), tmp_path / "out")
+    assert listing(tmp_path) == before
+    if isinstance(error, OSError):
+        assert "the disk is full" in str(caught.value)
+
+
+def test_a_second_run_takes_finished_passes_from_the_cache(
+    bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitlower.passes.calibrate import Calibrate
+
+    run_recipe(recipe_of(bert, texts), tmp_path / "a")
+    monkeypatch.setattr(Calibrate, "run", lambda *_: pytest.fail("calibrated again"))
+    run_recipe(recipe_of(bert, texts), tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_faults_leave_a_reproducer_and_bad_input_does_not(
+    bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = recipe_of(bert, texts).model_dump(exclude_unset=True)
+    form["passes"][1] = {"quantize": {"ignore": ["no-such-layer"]}}
+    with pytest.raises(BitlowerError, match="no-such-layer"):
+        run_recipe(Recipe.model_validate(form), tmp_path / "out")
+    assert not (own_cache / "reproducer").exists()
+    from bitlower.passes.calibrate import Calibrate
+
+    monkeypatch.setattr(Calibrate, "run", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_recipe(recipe_of(bert, texts), tmp_path / "out")
+    assert (own_cache / "reproducer" / "pipeline.txt").read_text() == "calibrate\n"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from types import SimpleNamespace
+from bitlower.tools import _backends
+from bitlower.tools.flow import run_recipe, standard_recipe
+from bitlower.passes.calibrate import Calibrate
+bert, texts, output, where = sys.argv[1:]
+die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+def export(program, folder, *, batches):
+    (folder / "model.txt").write_text(program.digest())
+    (folder / "manifest.json").write_text("{}")
+    die() if where == "export" else None
+    return {}
+_backends._module = lambda name: SimpleNamespace(export=export)
+_backends.known_backends = lambda: ["onnx-qdq"]
+if where == "calibrate":
+    Calibrate.run = die
+run_recipe(standard_recipe(bert, "W8A8", texts), Path(output))
+"""
+
+
+def test_killed_and_started_again_gives_the_same_bytes(
+    bert: Path, texts: Path, tmp_path: Path, own_cache: Path
+) -> None:
+    def run(output: str, where: str) -> int:
+        command = [sys.executable, "-c", KILLED, str(bert), str(texts), str(tmp_path / output), where]
+        caches = os.environ | {"XDG_CACHE_HOME": str(own_cache / output)}
+        return subprocess.run(command, cwd=Path(__file__).parents[2], env=caches, check=False).returncode
+
+    assert run("undisturbed", "nowhere") == 0
+    for where in ("calibrate", "export"):
+        assert run("killed", where) == -signal.SIGKILL
+        assert not (tmp_path / "killed").exists()
+    assert run("killed", "nowhere") == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_the_program_is_verified_between_passes_unless_told_otherwise(
+    bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    init = PassManager.__init__
+
+    def spy(self: PassManager, *args: Any, verify: bool = True) -> None:
+        seen.append(verify)
+        init(self, *args, verify=verify)
+
+    monkeypatch.setattr(PassManager, "__init__", spy)
+    run_recipe(recipe_of(bert, texts), tmp_path / "a")
+    run_recipe(recipe_of(bert, texts), tmp_path / "b", Options(verify=False))
+    assert seen == [True, False]

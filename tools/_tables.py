@@ -1,0 +1,163 @@
+"""Columns of data files, read line by line.
+
+One text a line (``.txt`` and anything unknown), ``.tsv`` without quoting (as GLUE writes it), ``.csv`` with quoting,
+and ``.jsonl`` with one object a line. A column is a name in the header line (or a key), or a number counted from 0 in
+a file without a header line.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from bitlower.ir import BitlowerError, nearest
+
+TABLES = (".tsv", ".csv", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The values of the chosen columns, and the line they stand on (from 1)."""
+
+    line: int
+    values: tuple[str, ...]
+
+
+def split_column(data: str | os.PathLike[str]) -> tuple[Path, str | None]:
+    """``FILE:COLUMN`` as a file and a column; a file of that whole name comes first."""
+    name = os.fspath(data)
+    stem, colon, column = name.rpartition(":")
+    if colon and not Path(name).exists() and Path(stem).suffix.lower() in TABLES:
+        return Path(stem), column
+    return Path(name), None
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """The chosen columns of each line; no columns: the line itself.
+
+    Raises:
+        BitlowerError: no such file or column, a line with fewer columns, bytes that are not UTF-8.
+    """
+    lines = _lines(path)
+    kind = path.suffix.lower()
+    if not columns:
+        return (Row(number, (line.rstrip("\r\n"),)) for number, line in lines)
+    if kind == ".jsonl":
+        return _json_rows(path, lines, columns)
+    if kind not in TABLES:
+        raise BitlowerError(f"{path} has no columns", hint="name a .tsv, .csv or .jsonl file")
+    return _table_rows(path, _csv_cells(path, lines) if kind == ".csv" else _tsv_cells(lines), columns)
+
+
+def header(path: Path) -> list[str]:
+    """The names in the first line (the keys of the first object)."""
+    lines = _lines(path)
+    match path.suffix.lower():
+        case ".jsonl":
+            return next((list(form) for _, form in _objects(path, lines)), [])
+        case ".csv":
+            return next((cells for _, cells in _csv_cells(path, lines)), [])
+        case _:
+            return next((cells for _, cells in _tsv_cells(lines)), [])
+
+
+def number(path: Path, row: Row, value: str) -> float:
+    """``value`` of ``row`` as a finite number.
+
+    Raises:
+        BitlowerError: it is none; the message names the file and the line.
+    """
+    try:
+        result = float(value)
+    except ValueError:
+        result = math.nan
+    if not math.isfinite(result):
+        raise BitlowerError(f"{path}, line {row.line}: {value!r} is not a finite number", hint="check the column")
+    return result
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers, decoded one by one; a byte order mark is dropped."""
+    if path.is_dir():
+        raise BitlowerError(f"{path} is a folder, not a data file")
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise BitlowerError(f"cannot read the data file {path}: {error.strerror or error}") from None
+    return _decoded(path, stream)
+
+
+def _decoded(path: Path, stream: BinaryIO) -> Iterator[tuple[int, str]]:
+    with stream:
+        for count, raw in enumerate(stream, start=1):
+            try:
+                line = raw.decode("utf-8-sig" if count == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise BitlowerError(f"{path}, line {count}: byte {error.start} is not UTF-8") from None
+            yield count, line
+
+
+def _tsv_cells(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
+    """Cells without any quoting: ``csv.QUOTE_NONE``, and a stray carriage return or a long cell does no harm."""
+    for count, line in lines:
+        if stripped := line.rstrip("\r\n"):
+            yield count, stripped.split("\t")
+
+
+def _csv_cells(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader((line for _, line in lines), strict=True)
+    try:
+        for cells in reader:
+            if cells:
+                yield reader.line_num, cells
+    except csv.Error as error:
+        raise BitlowerError(f"{path}, line {reader.line_num}: {error}") from None
+
+
+def _table_rows(path: Path, cells: Iterator[tuple[int, list[str]]], columns: Sequence[str]) -> Iterator[Row]:
+    places = [int(column) for column in columns if column.isdecimal()]
+    if len(places) != len(columns):  # names: the first line is the header
+        places = _find_columns(path, next(cells, (1, []))[1], columns)
+    for line, values in cells:
+        if len(values) <= max(places):
+            raise BitlowerError(f"{path}, line {line}: {len(values)} columns, column {max(places)} is asked for")
+        yield Row(line, tuple(values[place] for place in places))
+
+
+def _find_columns(path: Path, header: Sequence[str], columns: Sequence[str]) -> list[int]:
+    names = [name.strip() for name in header]
+    places = []
+    for column in columns:
+        if column not in names and not (column.isdecimal() and int(column) < len(names)):
+            raise BitlowerError(f"{path} has no column {column!r}", hint=nearest(column, names))
+        places.append(names.index(column) if column in names else int(column))
+    return places
+
+
+def _objects(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, dict[str, object]]]:
+    for count, line in lines:
+        if not line.strip():
+            continue
+        try:
+            form = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BitlowerError(f"{path}, line {count}: not JSON: {error.msg}") from None
+        if not isinstance(form, dict):
+            raise BitlowerError(f"{path}, line {count}: not a JSON object")
+        yield count, form
+
+
+def _json_rows(path: Path, lines: Iterable[tuple[int, str]], columns: Sequence[str]) -> Iterator[Row]:
+    for count, form in _objects(path, lines):
+        for column in columns:
+            if column not in form:
+                raise BitlowerError(f"{path}, line {count}: no column {column!r}", hint=nearest(column, form))
+            if not isinstance(form[column], str | int | float):
+                raise BitlowerError(f"{path}, line {count}: column {column!r} is no text and no number")
+        yield Row(count, tuple(str(form[column]) for column in columns))
