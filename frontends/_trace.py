@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +22,15 @@ _REPLAY_TOLERANCE = 1e-4
 
 
 def to_program(exported: ExportedProgram, *, task: str) -> Program:
-    """The traced graph as a Program at level ``float``, dropout, asserts and guards removed.
+    """The traced graph as a Program at level ``float``; dropout, asserts, guards and writes in place removed.
 
     Raises:
         BitlowerError: the graph calls something that is no operator.
     """
+    if any(_writes(node) for node in exported.graph.nodes):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch about itself
+            exported = exported.run_decompositions({})
     module = exported.module(check_guards=False)
     graph = module.graph
     symbols = _symbol_names(graph)
@@ -52,6 +57,18 @@ def to_program(exported: ExportedProgram, *, task: str) -> Program:
     program.recompile()
     _reject_foreign(program)
     return program
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put ``model`` in evaluation mode for a while."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextmanager
@@ -83,6 +100,11 @@ def check_replay(program: Program, model: torch.nn.Module, inputs: Mapping[str, 
         if value.shape != reference.shape or not error <= _REPLAY_TOLERANCE * max(spread, 1e-6):
             shape = list(next(iter(inputs.values())).shape)
             raise CheckError(f"the trace of {type(model).__name__} gives another {name!r} at the shape {shape}")
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether ``node`` changes one of its operands."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _is_noise(node: fx.Node) -> bool:

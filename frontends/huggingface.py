@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from bitlower.frontends._trace import check_replay, explain_failure, to_program
+from bitlower.frontends._trace import check_replay, evaluating, explain_failure, to_program
 from bitlower.ir import BitlowerError, Program, nearest
 
 if TYPE_CHECKING:
@@ -53,10 +55,9 @@ def load_folder(folder: Path, *, task: str | None = None, source: str = "") -> P
         BitlowerError: weights are missing, truncated or mis-shaped, the configuration asks for remote code, the task is
             unknown, or the model cannot be traced.
     """
-    config = _read_config(folder)
-    task = task or _task_of(config.get("architectures") or [], f"{folder}: ")
-    if task not in TASKS:
-        raise BitlowerError(f"unknown task {task!r}", hint=nearest(task, TASKS))
+    architectures = _read_json(folder / "config.json").get("architectures")
+    task = task or _task_of(architectures if isinstance(architectures, list) else [], f"{folder}: ")
+    _check_task(task)
     _check_weights(folder)
     model = _load_weights(folder, task)
     assets = {name: (folder / name).read_bytes() for name in _TOKENIZER_FILES if (folder / name).is_file()}
@@ -64,14 +65,29 @@ def load_folder(folder: Path, *, task: str | None = None, source: str = "") -> P
 
 
 def trace_model(pretrained: PreTrained, *, example_inputs: Mapping[str, torch.Tensor] | None = None) -> Program:
-    """Trace a Hugging Face model with dynamic batch and sequence.
+    """Trace a Hugging Face model with dynamic batch and sequence, in float32; the model itself is left as it is.
 
     Raises:
-        BitlowerError: the model cannot be traced, or its trace computes something else at another shape.
+        BitlowerError: the task is unknown, the model does not read token ids, or it cannot be traced.
+        CheckError: its trace computes something else at another shape.
     """
+    model = pretrained.model
+    _check_task(pretrained.task)
+    if example_inputs is None and model.main_input_name != "input_ids":
+        raise BitlowerError(
+            f"{type(model).__name__} reads {model.main_input_name}, not token ids", hint="pass `example_inputs`"
+        )
+    if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in model.parameters()):
+        model = copy.deepcopy(model).float()
+    with evaluating(model):
+        return _trace(model, pretrained, example_inputs)
+
+
+def _trace(
+    model: PreTrainedModel, pretrained: PreTrained, example_inputs: Mapping[str, torch.Tensor] | None
+) -> Program:
     from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
-    model = pretrained.model.eval().float()
     inputs = dict(example_inputs) if example_inputs else _sample_inputs(model, _TRACE_SHAPE)
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=_longest(model))
     shapes = {name: {0: batch, 1: sequence} if value.dim() > 1 else {0: batch} for name, value in inputs.items()}
@@ -87,20 +103,24 @@ def trace_model(pretrained: PreTrained, *, example_inputs: Mapping[str, torch.Te
     return program
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BitlowerError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise BitlowerError(f"{path} holds no configuration", hint="it must be a JSON object")
-    if "auto_map" in config:
+    if not isinstance(value, dict):
+        raise BitlowerError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    if "auto_map" in value:
         raise BitlowerError(
             f"{path} asks for remote code (`auto_map`), which is never run",
             hint="use an architecture that ships with transformers",
         )
-    return config
+    return value
+
+
+def _check_task(task: str | None) -> None:
+    if task is not None and task not in TASKS:
+        raise BitlowerError(f"unknown task {task!r}", hint=nearest(task, TASKS))
 
 
 def _task_of(architectures: list[str], where: str) -> str:
@@ -129,10 +149,12 @@ def _check_weights(folder: Path) -> None:
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+        shards = _read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(n, str) and Path(n).name == n for n in shards.values()):
+            raise BitlowerError(f"{index} does not say which file holds which weight", hint="fetch the file again")
+        names = sorted(set(shards.values()))
     for name in names:
         if not (folder / name).is_file():
             pickled = any(folder.glob("*.bin"))
@@ -151,8 +173,14 @@ def _load_weights(folder: Path, task: str) -> PreTrainedModel:
                 folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True,
                 output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        raise BitlowerError(f"{folder}: transformers cannot load this model: {_first_line(error)}") from None
+    except Exception as error:  # whatever its libraries raise on a configuration that makes no model
+        raise BitlowerError(f"{folder}: transformers cannot load this model: {_summary(error)}") from None
+    _check_loading(folder, task, info, set(model.state_dict()))
+    return model
+
+
+def _check_loading(folder: Path, task: str, info: Mapping[str, Any], names: set[str]) -> None:
+    """Every weight of the model came from the files, in its shape, and no further layer lies in them."""
     if info["mismatched_keys"]:
         name, stored, expected = min(info["mismatched_keys"])
         raise BitlowerError(
@@ -162,11 +190,13 @@ def _load_weights(folder: Path, task: str) -> PreTrainedModel:
         raise BitlowerError(
             f"{folder}: the weight {min(info['missing_keys'])!r} is missing", hint=f"is the task {task!r} right?"
         )
-    return model  # type: ignore[no-any-return]
+    layers = [name for name in info["unexpected_keys"] if re.sub(r"\.\d+\.", ".0.", name) in names]
+    if layers:
+        raise BitlowerError(f"{folder}: config.json describes fewer layers than the weights hold: {min(layers)!r}")
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _summary(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _sample_inputs(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, torch.Tensor]:

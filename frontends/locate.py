@@ -31,7 +31,7 @@ def locate(model: str | os.PathLike[str]) -> Path:
 def _inside_package(name: str) -> Path:
     try:
         files = importlib.metadata.files(name)
-    except importlib.metadata.PackageNotFoundError:
+    except (importlib.metadata.PackageNotFoundError, ValueError):
         known = sorted({d.name for d in importlib.metadata.distributions() if d.name})
         close = nearest(name, known).partition("? ")[0]
         hint = f"{close}?" if close.startswith("did you mean") else f"install it: pip install --no-deps {name}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from bitlower.frontends._trace import explain_failure, to_program
+from bitlower.frontends._trace import evaluating, explain_failure, to_program
 from bitlower.ir import BitlowerError, Program
 
 
@@ -14,7 +14,7 @@ def trace_module(module: torch.nn.Module, example_inputs: Mapping[str, torch.Ten
     """Trace ``module`` on ``example_inputs``, given by the names of its ``forward``.
 
     Raises:
-        BitlowerError: an input is no tensor or not contiguous data can be made of it, or the module cannot be traced.
+        BitlowerError: an input is no tensor, or the module cannot be traced.
     """
     for name, value in example_inputs.items():
         if not isinstance(value, torch.Tensor):
@@ -22,8 +22,8 @@ def trace_module(module: torch.nn.Module, example_inputs: Mapping[str, torch.Ten
     inputs = {name: value.contiguous().clone() for name, value in example_inputs.items()}
     auto = torch.export.Dim.AUTO
     shapes = {name: dict.fromkeys(range(value.dim()), auto) for name, value in inputs.items()}
-    with explain_failure(type(module).__name__), torch.no_grad():
-        exported = torch.export.export(module.eval(), (), inputs, dynamic_shapes=shapes, strict=False)
+    with evaluating(module), explain_failure(type(module).__name__), torch.no_grad():
+        exported = torch.export.export(module, (), inputs, dynamic_shapes=shapes, strict=False)
     program = to_program(exported, task=task)
     program.source = type(module).__name__
     return program

@@ -41,8 +41,10 @@ QUANTIZER = frozenset({ops.fake_quantize, ops.quantize, ops.dequantize})
 
 @dataclass(frozen=True)
 class Block:
-    """A repeated part of the model, one attention each: ``source`` is the one value that enters, ``nodes`` lead to
-    the last of them, the one value that leaves."""
+    """A repeated part of the model, one attention each.
+
+    ``source`` is the one value that enters; ``nodes`` lead to the last of them, the one value that leaves.
+    """
 
     source: fx.Node
     nodes: tuple[fx.Node, ...]
@@ -51,6 +53,13 @@ class Block:
     def output(self) -> fx.Node:
         """The value that leaves the block."""
         return self.nodes[-1]
+
+
+def operand(node: fx.Node, position: int) -> fx.Node:
+    """The argument of ``node`` at ``position``, which must be a node too."""
+    value = node.args[position]
+    assert isinstance(value, fx.Node), f"argument {position} of %{node.name} is no node"
+    return value
 
 
 def value_graph(graph: fx.Graph) -> nx.DiGraph[fx.Node]:
@@ -86,16 +95,12 @@ def is_float(node: fx.Node) -> bool:
 
 def activation_operand(linear: fx.Node) -> fx.Node:
     """The activation that a linear multiplies with its weight."""
-    operand = linear.args[1 if linear.target is aten.addmm.default else 0]
-    assert isinstance(operand, fx.Node)
-    return operand
+    return operand(linear, 1 if linear.target is aten.addmm.default else 0)
 
 
 def weight_operand(linear: fx.Node) -> fx.Node:
     """The weight of a linear: a parameter, or the quantizer over one."""
-    operand = linear.args[2 if linear.target is aten.addmm.default else 1]
-    assert isinstance(operand, fx.Node)
-    return operand
+    return operand(linear, 2 if linear.target is aten.addmm.default else 1)
 
 
 def parameter_of(node: fx.Node) -> fx.Node | None:
@@ -122,12 +127,15 @@ def residual_sums(graph: fx.Graph) -> list[fx.Node]:
 
 def _joins_a_branch(node: fx.Node, view: nx.DiGraph[fx.Node], computing: set[fx.Node]) -> bool:
     operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and is_float(a) and a.op != "get_attr"]
-    if len(operands) != 2 or not is_float(node) or any(o.meta["type"].shape != node.meta["type"].shape for o in operands):
+    if len(operands) != 2 or not is_float(node):
         return False
-    first, second = (value_root(operand) for operand in operands)
+    if any(value.meta["type"].shape != node.meta["type"].shape for value in operands):
+        return False
+    first, second = (value_root(value) for value in operands)
     for stream, branch in ((first, second), (second, first)):
-        before = nx.ancestors(view, branch)
-        if stream in before and computing & (before | {branch}) & nx.descendants(view, stream):
+        before: set[fx.Node] = nx.ancestors(view, branch)
+        after: set[fx.Node] = nx.descendants(view, stream)
+        if branch in after and computing & (before | {branch}) & after:
             return True
     return False
 
@@ -136,10 +144,10 @@ def fusion_groups(graph: fx.Graph) -> list[tuple[fx.Node, ...]]:
     """Linears that read the same activation (query/key/value, gate/up): runtimes fuse them, so they share a scheme."""
     groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in linears(graph):
-        operand = activation_operand(node)
-        while operand.target in QUANTIZER:
-            operand = operand.all_input_nodes[0]
-        groups[operand].append(node)
+        value = activation_operand(node)
+        while value.target in QUANTIZER:
+            value = value.all_input_nodes[0]
+        groups[value].append(node)
     return [tuple(nodes) for nodes in groups.values()]
 
 
@@ -160,18 +168,22 @@ def liveness(graph: fx.Graph) -> list[frozenset[fx.Node]]:
 
 
 def activations(module: fx.GraphModule) -> set[fx.Node]:
-    """Float values that depend on a parameter: masks, positions and rotary tables are none."""
+    """Float values that depend on a parameter and are none: masks, positions and rotary tables are not among them."""
     found: set[fx.Node] = set()
     for node in module.graph.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or not is_float(node) or parameter_of(node) is not None:
             continue
-        own = any(
-            n.op == "get_attr" and isinstance(get_tensor(module, str(n.target)), torch.nn.Parameter)
-            for n in node.all_input_nodes
-        )
-        if is_float(node) and (own or any(n in found for n in node.all_input_nodes)):
+        if any(n in found or _is_weight(module, n) for n in node.all_input_nodes):
             found.add(node)
     return found
+
+
+def _is_weight(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` is a parameter, or what a quantizer makes of one."""
+    root = parameter_of(node)
+    if root is None:
+        return False
+    return node.target in QUANTIZER or isinstance(get_tensor(module, str(root.target)), torch.nn.Parameter)
 
 
 def cut_points(module: fx.GraphModule) -> list[fx.Node]:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from bitlower.ir import BitlowerError, TensorType, describe
-from bitlower.ir.dataflow import ATTENTION, MATMUL, SOFTMAX, VIEWS
+from bitlower.ir.dataflow import ATTENTION, MATMUL, SOFTMAX, VIEWS, operand
 
 aten = torch.ops.aten
 
@@ -20,7 +20,7 @@ def expand_attention(node: fx.Node) -> None:
     Masked scores get the most negative float, so a row that is masked throughout attends evenly instead of giving NaN.
 
     Raises:
-        BitlowerError: the attention is causal, grouped, or has dropout.
+        BitlowerError: the attention is causal, grouped, or has dropout, or no fixed scale.
     """
     query, key, value, mask, scale = _operands(node)
     shape = query.meta["type"].shape
@@ -39,31 +39,42 @@ def expand_attention(node: fx.Node) -> None:
 
 def fold_attention(softmax: fx.Node) -> fx.Node | str:
     """Replace the explicit attention around ``softmax`` by one operator; what it is replaced by, or why it is not."""
-    users = [user for user in softmax.users if user.target in MATMUL]
-    if len(users) != 1 or len(softmax.users) != 1 or users[0].args[0] is not softmax:
+    context = next(iter(softmax.users), None)
+    if context is None or len(softmax.users) != 1 or context.target not in MATMUL or context.args[0] is not softmax:
         return "its result is not used by one matmul alone"
     if softmax.args[1] not in (-1, softmax.meta["type"].rank - 1) or softmax.meta["type"].rank != 4:
         return "it is not over the last of four axes"
-    context, mask, scale = users[0], None, 1.0
-    scores = softmax.args[0]
-    if _is(scores, aten.add.Tensor) and len(scores.users) == 1:
-        scores, mask = scores.args
-    if _is(scores, aten.mul.Tensor, aten.div.Tensor) and isinstance(scores.args[1], int | float):
-        scale = scores.args[1] if scores.target is aten.mul.Tensor else 1 / scores.args[1]
-        scores = scores.args[0]
-    if not (isinstance(scores, fx.Node) and scores.target in MATMUL and len(scores.users) == 1):
+    scores, mask = _without_mask(operand(softmax, 0))
+    scores, scale = _without_scale(scores)
+    if scores.target not in MATMUL or len(scores.users) != 1:
         return "its scores are not one scaled and masked matmul"
-    query, turned = scores.args
-    if not (_is(turned, aten.transpose.int) and {a % 4 for a in turned.args[1:]} == {2, 3}):
+    query, turned = operand(scores, 0), operand(scores, 1)
+    if turned.target is not aten.transpose.int or {a % 4 for a in turned.args[1:] if isinstance(a, int)} != {2, 3}:
         return "the keys are not transposed on their last two axes"
-    if mask is not None and not (isinstance(mask, fx.Node) and mask.meta["type"].rank == 4):
+    if mask is not None and mask.meta["type"].rank != 4:
         return "the mask has not four axes"
+    args = (query, operand(turned, 0), operand(context, 1), *((mask,) if mask is not None else ()))
     with context.graph.inserting_before(context):
-        args = (query, turned.args[0], context.args[1], *((mask,) if mask is not None else ()))
         folded = _call(context, aten.scaled_dot_product_attention.default, args, context.meta["type"])
-        folded.kwargs = {"scale": float(scale)}
+        folded.kwargs = {"scale": scale}
     context.replace_all_uses_with(folded)
     return folded
+
+
+def _without_mask(scores: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """The scores before a mask is added, and the mask."""
+    plain = scores.target is aten.add.Tensor and not scores.kwargs and len(scores.users) == 1
+    if not plain or not all(isinstance(value, fx.Node) for value in scores.args):
+        return scores, None
+    return operand(scores, 0), operand(scores, 1)
+
+
+def _without_scale(scores: fx.Node) -> tuple[fx.Node, float]:
+    """The scores before a number is multiplied in, and the number."""
+    factor = scores.args[1] if len(scores.args) > 1 else None
+    if scores.target not in (aten.mul.Tensor, aten.div.Tensor) or not isinstance(factor, int | float) or not factor:
+        return scores, 1.0
+    return operand(scores, 0), float(factor if scores.target is aten.mul.Tensor else 1 / factor)
 
 
 def is_scores(node: fx.Node) -> bool:
@@ -97,15 +108,11 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None,
     for name in ("dropout_p", "is_causal", "enable_gqa"):
         if given.get(name):
             raise BitlowerError(f"attention with {name} cannot be quantized inside: {describe(node)}")
-    width = given["query"].meta["type"].shape[-1]
-    scale = given.get("scale")
-    return (
-        given["query"],
-        given["key"],
-        given["value"],
-        given.get("attn_mask"),
-        float(scale) if scale is not None else 1 / math.sqrt(width),
-    )
+    width, scale = given["query"].meta["type"].shape[-1], given.get("scale")
+    if scale is None and not isinstance(width, int):
+        raise BitlowerError(f"attention over heads of the symbolic width {width} has no fixed scale: {describe(node)}")
+    factor = float(scale) if scale is not None else 1 / math.sqrt(width)
+    return given["query"], given["key"], given["value"], given.get("attn_mask"), factor
 
 
 def _masked(node: fx.Node, scores: fx.Node, mask: fx.Node, kind: TensorType) -> fx.Node:
@@ -124,7 +131,3 @@ def _call(like: fx.Node, target: Any, args: tuple[Any, ...], kind: TensorType) -
 
 def _swap(kind: TensorType) -> TensorType:
     return TensorType(kind.dtype, (*kind.shape[:-2], kind.shape[-1], kind.shape[-2]))
-
-
-def _is(value: Any, *targets: Any) -> bool:
-    return isinstance(value, fx.Node) and value.target in targets

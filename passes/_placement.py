@@ -20,6 +20,7 @@ from bitlower.ir.dataflow import (
     activation_operand,
     is_float,
     linears,
+    operand,
     parameter_of,
     residual_sums,
     value_root,
@@ -54,16 +55,17 @@ class Site:
 
 def weight_sites(graph: fx.Graph) -> Iterator[Site]:
     """The parameters of linears, embeddings and norms; a tied one is one site, its users read the same codes."""
-    users: dict[fx.Node, list[tuple[str, fx.Node]]] = {}
+    uses: dict[fx.Node, list[tuple[str, fx.Node, str]]] = {}
     for node in graph.nodes:
-        for role, parameter in _parameters(node):
-            users.setdefault(parameter, []).append((role, node))
-    for parameter, uses in users.items():
-        role = next((r for r, _ in uses if r == "embedding-table"), uses[0][0])
-        yield Site(role, parameter, tuple(node for _, node in uses), tuple(_path(node) for _, node in uses))
+        for role, parameter, reader in _parameters(node):
+            uses.setdefault(parameter, []).append((role, reader, _path(node)))
+    for parameter, found in uses.items():
+        role = next((role for role, _, _ in found if role == "embedding-table"), found[0][0])
+        yield Site(role, parameter, tuple(reader for _, reader, _ in found), tuple(path for _, _, path in found))
 
 
-def _parameters(node: fx.Node) -> list[tuple[str, fx.Node]]:
+def _parameters(node: fx.Node) -> list[tuple[str, fx.Node, fx.Node]]:
+    """The role of the parameter that ``node`` computes with, the parameter, and what reads it: ``node`` or a view."""
     if node.target in LINEAR:
         position, role = (2 if node.target is aten.addmm.default else 1), "linear-weight"
     elif node.target in EMBEDDING:
@@ -72,9 +74,13 @@ def _parameters(node: fx.Node) -> list[tuple[str, fx.Node]]:
         position, role = 2, "norm-weight"
     else:
         return []
-    operand = node.args[position] if len(node.args) > position else None
-    parameter = parameter_of(operand) if isinstance(operand, fx.Node) else None
-    return [(role, parameter)] if parameter is not None else []
+    value = node.args[position] if len(node.args) > position else None
+    if not isinstance(value, fx.Node) or parameter_of(value) is None:
+        return []
+    reader = node
+    while value.op != "get_attr":
+        reader, value = value, operand(value, 0)
+    return [(role, value, reader)]
 
 
 def value_sites(graph: fx.Graph) -> Iterator[Site]:
@@ -137,8 +143,8 @@ def input_sites(graph: fx.Graph) -> Iterator[Site]:
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in linears(graph):
         readers.setdefault(activation_operand(node), []).append(node)
-    for operand, nodes in readers.items():
-        yield Site("linear-input", operand, tuple(nodes), tuple(_path(node) for node in nodes))
+    for value, nodes in readers.items():
+        yield Site("linear-input", value, tuple(nodes), tuple(_path(node) for node in nodes))
 
 
 def insert_quantizer(program: Program, site: Site, spec: QuantSpec) -> fx.Node:
@@ -158,7 +164,10 @@ def insert_quantizer(program: Program, site: Site, spec: QuantSpec) -> fx.Node:
         args = (value, scale, zero, spec.grid.quant_min, spec.grid.quant_max)
         node = graph.create_node("call_function", ops.fake_quantize, args, name=f"{value.name}_quantized")
     node.meta = _meta(site, value) | {"type": kind, "quantizer": Quantizer(site.role, spec, site.tensor)}
-    own = {node, *(n for source in node.all_input_nodes if source is not value for n in (source, *source.all_input_nodes))}
+    own = {
+        node,
+        *(n for source in node.all_input_nodes if source is not value for n in (source, *source.all_input_nodes)),
+    }
     for user in list(value.users):
         if user not in own and (not site.edges or user in site.edges):
             user.replace_input_with(value, node)
@@ -197,8 +206,8 @@ def _dynamic_qparams(value: fx.Node, spec: QuantSpec, kind: TensorType) -> tuple
 
 
 def _meta(site: Site, value: fx.Node) -> dict[str, object]:
-    """What a pass inserts inherits the path of the value, or of the first reader of a parameter."""
-    like = site.edges[0] if site.edges and value.op == "get_attr" else value
+    """What a pass inserts inherits the path of the value, or of the first reader of a parameter or input."""
+    like = site.edges[0] if site.edges and value.op != "call_function" else value
     return {key: like.meta[key] for key in ("path", "source") if key in like.meta}
 
 

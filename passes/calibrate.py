@@ -11,12 +11,15 @@ import torch
 from torch import fx
 
 from bitlower.ir import Batch, BitlowerError, Level, Program, Quantizer, describe, get_tensor, ops, set_tensor
+from bitlower.ir.dataflow import operand
 from bitlower.ir.granularity import block
 from bitlower.ir.observe import observe
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._ranges import Histogram, cross_entropy_loss, exact_loss, search_golden, search_grid
+from bitlower.passes.quantize import PlacementReport
 
-Estimator = Literal["minmax", "running-minmax", "percentile", "mse", "mse-golden"]
+Estimator = Literal["minmax", "running-minmax", "percentile", "mse", "mse-golden", "mse-token"]
+_FROM_HISTOGRAM = ("percentile", "mse", "mse-golden", "mse-token")
 _CHUNK = 1 << 22
 _LOGIT_ROWS = 4096
 
@@ -31,10 +34,16 @@ class Calibrate(Pass):
     name: ClassVar[str] = "calibrate"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.LOSSY
+    preserves: ClassVar[frozenset[type]] = frozenset({PlacementReport})
     weights: Literal["minmax", "mse", "mse-golden"] = "mse-golden"
     """How weights get their ranges."""
     activations: Estimator = "minmax"
-    """How activations get theirs; ``running-minmax`` is an exponential average of each batch's extremes."""
+    """How activations get theirs.
+
+    ``running-minmax`` is an exponential average of the extremes of batches. ``mse-token`` searches as ``mse-golden``
+    but takes each token's error relative to the token's own energy: the few tokens of huge norm that a transformer has
+    would else own the range, although a normalization follows that makes all tokens equal.
+    """
     logits: Literal["same", "cross-entropy"] = "same"
     """``cross-entropy`` chooses the range of classification logits by what it does to the softmax."""
     percentile: float = 99.99
@@ -77,7 +86,7 @@ def weight_range(module: fx.GraphModule, node: fx.Node, estimator: str) -> tuple
         step = max(1, _CHUNK // rows.shape[1])
         parts = [
             search(exact_loss(r, grid), lo, hi, two_sided=not grid.symmetric)
-            for r, lo, hi in zip(rows.split(step), low.split(step), high.split(step), strict=True)
+            for r, lo, hi in zip(*(torch.split(part, step) for part in (rows, low, high)), strict=True)
         ]
         low, high = (torch.cat(ends) for ends in zip(*parts, strict=True))
     return low.reshape(shape), high.reshape(shape)
@@ -95,8 +104,8 @@ def _calibrate_activations(program: Program, nodes: list[fx.Node], options: Cali
     if searched:
         ranges |= _search_logits(program, searched, ranges, context)
     rest = [node for node in nodes if node not in searched]
-    if options.activations in ("percentile", "mse", "mse-golden"):
-        histograms = _histograms(program, rest, ranges, context, options.bins)
+    if options.activations in _FROM_HISTOGRAM:
+        histograms = _histograms(program, rest, ranges, context, options)
         ranges |= {node: _from_histogram(node, histograms[node], options) for node in rest}
     for node in nodes:
         shape = _scale(module, node).shape
@@ -107,7 +116,10 @@ Ranges = dict[fx.Node, tuple[torch.Tensor, torch.Tensor]]
 
 
 def _extremes(program: Program, nodes: Sequence[fx.Node], context: Context, momentum: float | None) -> Ranges:
-    """Smallest and largest values over all batches, or their exponential average; ``[scales]`` each."""
+    """Smallest and largest values over all batches, or their exponential average; ``[scales]`` each.
+
+    Zero belongs to every range, so padding that was set to zero changes none.
+    """
     readers = _readers(nodes)
     ranges: Ranges = {}
 
@@ -116,6 +128,7 @@ def _extremes(program: Program, nodes: Sequence[fx.Node], context: Context, mome
         for node in readers[value_node]:
             low, high = _rows(masked, _scale(program.module, node).shape).aminmax(dim=1)
             _require_finite(node, low, high)
+            low, high = low.clamp(max=0.0), high.clamp(min=0.0)
             if node in ranges and momentum is None:
                 low, high = torch.minimum(low, ranges[node][0]), torch.maximum(high, ranges[node][1])
             elif node in ranges and momentum is not None:
@@ -127,19 +140,36 @@ def _extremes(program: Program, nodes: Sequence[fx.Node], context: Context, mome
 
 
 def _histograms(
-    program: Program, nodes: Sequence[fx.Node], ranges: Ranges, context: Context, bins: int
+    program: Program, nodes: Sequence[fx.Node], ranges: Ranges, context: Context, options: Calibrate
 ) -> dict[fx.Node, Histogram]:
     readers = _readers(nodes)
-    histograms = {node: Histogram.empty(*ranges[node], bins) for node in nodes}
+    histograms = {node: Histogram.empty(*ranges[node], options.bins) for node in nodes}
 
     def update(value_node: fx.Node, value: torch.Tensor, batch: Batch) -> None:
         masked, padding = _without_padding(value_node, value, batch)
         for node in readers[value_node]:
-            rows = _rows(masked, _scale(program.module, node).shape)
-            histograms[node] = histograms[node].add(rows, zeros=padding // rows.shape[0])
+            shape = _scale(program.module, node).shape
+            rows = _rows(masked, shape)
+            if options.activations == "mse-token" and _holds_tokens(value_node):
+                weights = _rows(_token_weights(masked), shape)
+                histograms[node] = histograms[node].add(rows, weights=weights)
+            else:
+                histograms[node] = histograms[node].add(rows, zeros=padding // rows.shape[0])
 
     observe(program, list(readers), context.calibration, update, track=context.track, label="activation histograms")
     return histograms
+
+
+def _holds_tokens(node: fx.Node) -> bool:
+    """Whether the values are ``[batch, sequence, channels]``."""
+    shape = node.meta["type"].shape
+    return len(shape) == 3 and shape[:2] == ("batch", "sequence")
+
+
+def _token_weights(value: torch.Tensor) -> torch.Tensor:
+    """One over each token's energy, for each of its elements; 0 for padding."""
+    energy = value.square().sum(-1, keepdim=True)
+    return torch.where(energy > 0, 1 / energy, 0.0).expand_as(value)
 
 
 def _from_histogram(node: fx.Node, histogram: Histogram, options: Calibrate) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,7 +210,7 @@ def _without_padding(node: fx.Node, value: torch.Tensor, batch: Batch) -> tuple[
     """``value`` with padded positions set to zero, which is in every range, and how many elements that were."""
     mask = batch.get("attention_mask")
     shape = node.meta["type"].shape
-    if mask is None or "sequence" not in shape or shape[0] != "batch" or bool(mask.all()):
+    if mask is None or mask.dim() != 2 or "sequence" not in shape or shape[0] != "batch" or bool(mask.all()):
         return value, 0
     keep = torch.ones((), dtype=torch.bool)
     for axis, size in enumerate(shape):
@@ -210,26 +240,19 @@ def _require_finite(node: fx.Node, low: torch.Tensor, high: torch.Tensor) -> Non
 def _is_open(module: fx.GraphModule, node: fx.Node) -> bool:
     if node.target is not ops.fake_quantize:
         return False
-    scale = node.args[1]
-    assert isinstance(scale, fx.Node)
+    scale = operand(node, 1)
     return scale.op == "get_attr" and not bool(get_tensor(module, str(scale.target)).any())
 
 
 def _source(node: fx.Node) -> fx.Node:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return source
+    return operand(node, 0)
 
 
 def _scale(module: fx.GraphModule, node: fx.Node) -> torch.Tensor:
-    scale = node.args[1]
-    assert isinstance(scale, fx.Node)
-    return get_tensor(module, str(scale.target))
+    return get_tensor(module, str(operand(node, 1).target))
 
 
 def _close(module: fx.GraphModule, node: fx.Node, low: torch.Tensor, high: torch.Tensor) -> None:
-    scale, zero = node.args[1], node.args[2]
-    assert isinstance(scale, fx.Node) and isinstance(zero, fx.Node)
     values = node.meta["quantizer"].spec.grid.qparams(low, high)
-    for target, value in zip((scale.target, zero.target), values, strict=True):
-        set_tensor(module, str(target), value.contiguous())
+    for position, value in zip((1, 2), values, strict=True):
+        set_tensor(module, str(operand(node, position).target), value.contiguous())

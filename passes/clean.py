@@ -51,10 +51,12 @@ def _is_no_op(node: fx.Node) -> bool:
     if node.target in (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.alias.default, aten.clone.default):
         return True
     if node.target is aten.slice.Tensor:
-        start, end, step = [*node.args[2:], *(None, None, 1)[len(node.args[2:]) :]]
-        return start in (0, None) and (end is None or (isinstance(end, int) and end >= _WHOLE)) and step == 1
+        given = dict(enumerate(node.args))
+        end = given.get(3)
+        whole = end is None or (isinstance(end, int) and end >= _WHOLE)
+        return whole and given.get(2) in (0, None) and bool(given.get(4, 1) == 1)
     if node.target is aten.add.Tensor:
-        return node.args[1] == 0
+        return bool(node.args[1] == 0)
     return node.target in (aten.expand.default, aten.reshape.default, aten.view.default) and all(
         size == -1 for size in _sizes(node)
     )
@@ -66,11 +68,11 @@ def _sizes(node: fx.Node) -> list[Any]:
 
 
 def _merge_equal(graph: fx.Graph) -> bool:
-    """Common subexpressions of deterministic operators."""
+    """Common subexpressions; operators that write or draw random numbers are left alone."""
     seen: dict[Any, fx.Node] = {}
     changed = False
     for node in list(graph.nodes):
-        if node.op not in ("call_function", "get_attr"):
+        if node.op not in ("call_function", "get_attr") or not _is_pure(node.target):
             continue
         key = (node.op, node.target, _freeze(node.args), _freeze(node.kwargs))
         first = seen.setdefault(key, node)
@@ -79,6 +81,12 @@ def _merge_equal(graph: fx.Graph) -> bool:
             graph.erase_node(node)
             changed = True
     return changed
+
+
+def _is_pure(target: Any) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _freeze(value: Any) -> Any:

@@ -8,7 +8,9 @@ from typing import ClassVar
 from torch import fx
 
 from bitlower.ir import BitlowerError, Level, Program, Quantizer, TensorType, get_tensor, numerics, ops, set_tensor
+from bitlower.ir.dataflow import operand
 from bitlower.passes._base import Context, Contract, Pass
+from bitlower.passes.quantize import PlacementReport
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class LowerInteger(Pass):
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     ensures: ClassVar[Level | None] = Level.INTEGER
     contract: ClassVar[Contract] = Contract.EXACT
+    preserves: ClassVar[frozenset[type]] = frozenset({PlacementReport})
 
     def run(self, program: Program, context: Context) -> bool:
         """Lower all quantizers.
@@ -34,9 +37,8 @@ class LowerInteger(Pass):
 
 def lower(module: fx.GraphModule, node: fx.Node) -> None:
     """Replace one fake-quantize node."""
-    value, scale, zero = node.args[:3]
+    value, scale, zero = (operand(node, position) for position in range(3))
     quantizer: Quantizer = node.meta["quantizer"]
-    assert isinstance(value, fx.Node) and isinstance(scale, fx.Node)
     if scale.op == "get_attr" and not bool(get_tensor(module, str(scale.target)).any()):
         raise BitlowerError(f"the quantizer of {quantizer.tensor} has no range", hint="run `calibrate` first")
     with node.graph.inserting_before(node):
@@ -48,7 +50,7 @@ def lower(module: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _weight_codes(module: fx.GraphModule, node: fx.Node) -> fx.Node:
-    value, scale, zero = (arg for arg in node.args[:3] if isinstance(arg, fx.Node))
+    value, scale, zero = (operand(node, position) for position in range(3))
     grid = node.meta["quantizer"].spec.grid
     weight = get_tensor(module, str(value.target)).detach()
     scales, zeros = (get_tensor(module, str(part.target)) for part in (scale, zero))

@@ -13,9 +13,9 @@ from bitlower.ir import Batch, BitlowerError, Level, Program, TensorType, get_te
 from bitlower.ir.dataflow import NORM, parameter_of, weight_operand
 from bitlower.ir.observe import observe
 from bitlower.passes._base import Context, Contract, Pass
+from bitlower.passes.quantize import PlacementReport
 
 aten = torch.ops.aten
-_ALPHAS = tuple(step / 20 for step in range(6, 21))
 _FLOOR = 1e-5
 _BUDGET = 1 << 28
 
@@ -31,10 +31,11 @@ class Smooth(Pass):
     name: ClassVar[str] = "smooth"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.EXACT
-    alpha: float | None = None
-    """Migration strength in ``s = max|X|^α / max|W|^(1−α)``; none: the one of least error at each site."""
+    preserves: ClassVar[frozenset[type]] = frozenset({PlacementReport})
+    alpha: float = 0.8
+    """Migration strength in ``s = max|X|^α / max|W|^(1−α)``: 0 leaves all to the activations, 1 to the weights."""
     rows: int = 512
-    """Calibration tokens kept a site for measuring that error."""
+    """Calibration tokens kept a site for measuring the quantization error."""
     gain: float = 0.1
     """The least share of a site's quantization error that has to go for the site to be changed."""
 
@@ -44,7 +45,7 @@ class Smooth(Pass):
         Raises:
             BitlowerError: there is no calibration data, or ``alpha`` is outside [0, 1].
         """
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
+        if not 0 <= self.alpha <= 1:
             raise BitlowerError(f"smooth: alpha is {self.alpha}", hint="it must lie in [0, 1]")
         sites = list(smoothing_sites(program.module))
         if sites and not context.calibration:
@@ -52,7 +53,7 @@ class Smooth(Pass):
         changed = False
         for group in _within_budget(sites, self.rows):
             for sample in collect(program, group, context, self.rows):
-                scale = best_scale(program.module, sample, self.alpha, self.gain)
+                scale = smoothing_scale(program.module, sample, self.alpha, self.gain)
                 if scale is not None:
                     apply(program.module, sample.site, scale)
                     changed = True
@@ -81,7 +82,7 @@ class Site:
 
 @dataclass
 class Sample:
-    """What was seen at a site: each channel's extremes over all tokens ``[channels]``, and some tokens ``[rows, channels]``."""
+    """What was seen at a site: each channel's extremes over all tokens ``[channels]``, tokens ``[rows, channels]``."""
 
     site: Site
     low: torch.Tensor
@@ -128,19 +129,15 @@ def collect(program: Program, sites: Sequence[Site], context: Context, rows: int
     return list(samples.values())
 
 
-def best_scale(module: fx.GraphModule, sample: Sample, alpha: float | None, gain: float) -> torch.Tensor | None:
-    """The vector s ``[channels]``, or None if none of the candidates saves the share ``gain`` of the error."""
+def smoothing_scale(module: fx.GraphModule, sample: Sample, alpha: float, gain: float) -> torch.Tensor | None:
+    """The vector s ``[channels]``, or None if it does not save the share ``gain`` of the site's error."""
     weights = [get_tensor(module, _parameter(linear)).detach() for linear in sample.site.linears]
     reach = torch.maximum(-sample.low, sample.high).clamp(min=_FLOOR)
     columns = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).clamp(min=_FLOOR)
-    candidates = [reach**a / columns ** (1 - a) for a in ((alpha,) if alpha is not None else _ALPHAS)]
-    candidates = [scale / scale.log().mean().exp() for scale in candidates]
-    if alpha is not None:
-        return candidates[0]
-    before = site_error(sample, weights, torch.ones_like(reach))
-    errors = [site_error(sample, weights, scale) for scale in candidates]
-    least = min(range(len(errors)), key=errors.__getitem__)
-    return candidates[least] if errors[least] <= (1 - gain) * before else None
+    scale = reach**alpha / columns ** (1 - alpha)
+    scale = scale / scale.log().mean().exp()
+    before = site_error(sample, weights, torch.ones_like(scale))
+    return scale if site_error(sample, weights, scale) <= (1 - gain) * before else None
 
 
 def site_error(sample: Sample, weights: Sequence[torch.Tensor], scale: torch.Tensor) -> float:
@@ -175,7 +172,7 @@ def apply(module: fx.GraphModule, site: Site, scale: torch.Tensor) -> None:
         name = _parameter(linear)
         set_tensor(module, name, torch.nn.Parameter(get_tensor(module, name).detach() * scale))
     norm = site.value
-    if norm.target in NORM and list(norm.users) == [site.quantizer]:
+    if _is_foldable(site):
         _fold_into_norm(module, norm, scale)
         return
     target = f"smoothing.{norm.name}"
@@ -188,10 +185,20 @@ def apply(module: fx.GraphModule, site: Site, scale: torch.Tensor) -> None:
     site.quantizer.replace_input_with(norm, product)
 
 
+def _is_foldable(site: Site) -> bool:
+    """Whether the site alone reads a norm that has a weight, and that norm alone reads its parameters."""
+    norm = site.value
+    if norm.target not in NORM or list(norm.users) != [site.quantizer]:
+        return False
+    own = [node for node in norm.args[2:4] if isinstance(node, fx.Node)]
+    has_weight = len(norm.args) > 2 and isinstance(norm.args[2], fx.Node)
+    return has_weight and all(node.op == "get_attr" and len(node.users) == 1 for node in own)
+
+
 def _fold_into_norm(module: fx.GraphModule, norm: fx.Node, scale: torch.Tensor) -> None:
-    for operand in norm.args[2:4]:
-        if isinstance(operand, fx.Node) and operand.op == "get_attr" and len(operand.users) == 1:
-            name = str(operand.target)
+    for parameter in norm.args[2:4]:
+        if isinstance(parameter, fx.Node):
+            name = str(parameter.target)
             set_tensor(module, name, torch.nn.Parameter(get_tensor(module, name).detach() / scale))
 
 
@@ -215,5 +222,3 @@ def _within_budget(sites: Sequence[Site], rows: int) -> Iterator[list[Site]]:
         group.append(site)
     if group:
         yield group
-
-

@@ -1,10 +1,13 @@
-"""Backends by name: the folder ``backends/onnx_qdq`` is called ``onnx-qdq`` and offers ``export``."""
+"""Backends by name: the folder ``backends/onnx_qdq`` is called ``onnx-qdq``.
+
+A backend's module offers ``Options`` (a dataclass of what it can be told), ``export(program, folder, batches=…,
+**options)`` and ``verify(folder)``; both give a report that has ``to_dict`` or is a dataclass.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import inspect
 import json
 import pkgutil
 from collections.abc import Mapping, Sequence
@@ -25,15 +28,19 @@ def check_export(name: str, options: Mapping[str, Any]) -> None:
     """See that the backend is there and takes ``options``, before any work.
 
     Raises:
-        BitlowerError: an unknown backend or option; the nearest match is named.
+        BitlowerError: an unknown backend or option (the nearest match is named), or a value that does not fit.
     """
     if name not in known_backends():
         raise BitlowerError(f"unknown backend {name!r}", hint=nearest(name, known_backends()))
-    taken = [p.name for p in inspect.signature(_module(name).export).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    known = [option.replace("_", "-") for option in taken if option != "batches"]
+    module = _module(name)
+    known = [option.name.replace("_", "-") for option in dataclasses.fields(module.Options)]
     for option in options:
         if option.replace("_", "-") not in known:
             raise BitlowerError(f"backend {name!r} has no option {option!r}", hint=nearest(option, known))
+    try:
+        module.Options(**_keywords(options))
+    except BitlowerError as error:
+        raise BitlowerError(f"backend {name!r}: {error.message}", hint=error.hint) from None
 
 
 def export(
@@ -45,8 +52,7 @@ def export(
         BitlowerError: the backend cannot express the program.
         CheckError: what was written does not compute what the program does.
     """
-    keywords = {key.replace("-", "_"): value for key, value in options.items()}
-    return plain_report(_module(name).export(program, folder, batches=batches, **keywords))
+    return plain_report(_module(name).export(program, folder, batches=batches, **_keywords(options)))
 
 
 def verify_artefact(folder: Path) -> dict[str, Any]:
@@ -73,6 +79,10 @@ def plain_report(report: Any) -> dict[str, Any]:
     if hasattr(report, "to_dict"):
         return dict(report.to_dict())
     return dataclasses.asdict(report) if dataclasses.is_dataclass(report) else dict(report)  # type: ignore[arg-type]
+
+
+def _keywords(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.replace("-", "_"): value for key, value in options.items()}
 
 
 def _module(name: str) -> Any:

@@ -41,7 +41,7 @@ def passes_list(context: typer.Context) -> None:
 
 
 @passes_app.command("show")
-def passes_show(context: typer.Context, name: Annotated[str, typer.Argument(help="A pass.")]) -> None:
+def passes_show(context: typer.Context, name: Annotated[str, typer.Argument(metavar="PASS", help="A pass.")]) -> None:
     """Show one pass: its documentation and its parameters with types and defaults."""
     from bitlower.passes import find_pass
     from bitlower.tools.render import make_table
@@ -65,7 +65,7 @@ def passes_schema(context: typer.Context) -> None:
 @recipe_app.command("init")
 def recipe_init(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A model folder, or package:NAME.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or package:NAME.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A new file; standard output if none.")] = None,
 ) -> None:
     """Write a recipe to begin with, for you to edit."""
@@ -88,7 +88,9 @@ def recipe_init(
 
 
 @recipe_app.command("validate")
-def recipe_validate(context: typer.Context, recipe: Annotated[Path, typer.Argument(help="A recipe file.")]) -> None:
+def recipe_validate(
+    context: typer.Context, recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.")]
+) -> None:
     """Check a recipe: keys, passes, parameters, and that its data file can be read."""
     from bitlower.passes import format_pipeline
     from bitlower.tools.flow import recipe_job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from bitlower.tools.flow import Options
     from bitlower.tools.recipe import Recipe
 
-Model = Annotated[str, typer.Argument(help="A Hugging Face folder, or package:NAME.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or package:NAME.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="The artefact's folder; it must not exist yet.")]
 Scheme = Annotated[str, typer.Option(help="For example W8A8, W8A8-full, W8A8-token.")]
 Calibration = Annotated[
@@ -29,16 +30,20 @@ NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep nothing, and sta
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an artefact that is there already.")]
 
 
+COMMANDS = ("run", "quantize", "analyze", "plan", "verify", "eval", "replay")
+EPILOG = "Options of every command (--json, --quiet, --plugin FILE, ...): bitlower --help"
+
+
 def register(app: typer.Typer) -> None:
     """Add these commands to ``app``."""
-    for command in (run, quantize, analyze, plan, verify, replay):
-        app.command()(command)
-    app.command("eval")(evaluate)
+    commands: tuple[Callable[..., None], ...] = (run, quantize, analyze, plan, verify, evaluate, replay)
+    for name, command in zip(COMMANDS, commands, strict=True):
+        app.command(name, epilog=EPILOG)(command)
 
 
 def run(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(help="A recipe file (YAML).")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")],
     output: Output,
     cache: CacheFolder = None,
     no_cache: NoCache = False,
@@ -109,7 +114,9 @@ def analyze(
 
 def plan(
     context: typer.Context,
-    target: Annotated[str, typer.Argument(help="A recipe file, or a model: a folder or package:NAME.")],
+    target: Annotated[
+        str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe file, or a model: a folder or package:NAME.")
+    ],
     scheme: Scheme = "W8A8",
     samples: Annotated[int, typer.Option(help="For a model: texts to calibrate on.")] = 128,
     max_length: MaxLength = 128,
@@ -127,7 +134,9 @@ def plan(
     settings.display().result(made.to_dict(), *made.tables())
 
 
-def verify(context: typer.Context, folder: Annotated[Path, typer.Argument(help="An artefact's folder.")]) -> None:
+def verify(
+    context: typer.Context, folder: Annotated[Path, typer.Argument(metavar="DIR", help="An artefact's folder.")]
+) -> None:
     """Check an artefact again: its files against the manifest, and the model in its runtime."""
     settings = settings_of(context)
     from bitlower.tools._backends import verify_artefact
@@ -140,7 +149,10 @@ def verify(context: typer.Context, folder: Annotated[Path, typer.Argument(help="
 
 def evaluate(
     context: typer.Context,
-    target: Annotated[str, typer.Argument(help="An artefact's folder, or a float model: a folder or package:NAME.")],
+    target: Annotated[
+        str,
+        typer.Argument(metavar="DIR|MODEL", help="An artefact's folder, or a float model: a folder or package:NAME."),
+    ],
     task: Annotated[str, typer.Option(help="sts-b or classification.")],
     data: Annotated[str, typer.Option(help="A .tsv, .csv or .jsonl file.")],
     columns: Annotated[
@@ -168,7 +180,9 @@ def evaluate(
     display.result(result.to_dict(), make_table(title, (task, "%"), rows))
 
 
-def replay(context: typer.Context, folder: Annotated[Path, typer.Argument(help="A reproducer's folder.")]) -> None:
+def replay(
+    context: typer.Context, folder: Annotated[Path, typer.Argument(metavar="DIR", help="A reproducer's folder.")]
+) -> None:
     """Run a failed pass again from the reproducer that it left."""
     settings = settings_of(context)
     from bitlower.passes import replay as again

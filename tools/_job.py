@@ -161,7 +161,9 @@ class _Run:
         return manager.run(program, context)
 
     def export(self, program: Program, data: Data, folder: Path) -> dict[str, dict[str, Any]]:
-        """Write what every backend makes of the program, and the files that all artefacts have."""
+        """Write the files that all artefacts have, then what every backend makes of the program beside them."""
+        ledger = json.dumps(self.ledger.to_dict(), indent=1, sort_keys=True)
+        texts = {"ledger.json": f"{ledger}\n", "recipe.yaml": self.job.recipe}
         reports = {}
         batches = data.evaluation or data.calibration[:2]
         for name, options in self.job.exports:
@@ -169,11 +171,10 @@ class _Run:
                 self.options.display.note(f"writing {name}")
                 place = folder if len(self.job.exports) == 1 else folder / name
                 place.mkdir(exist_ok=True)
+                for file, text in texts.items():
+                    if text:
+                        (place / file).write_text(text, encoding="utf-8")
                 reports[name] = _backends.export(name, program, place, batches, options)
-        ledger = json.dumps(self.ledger.to_dict(), indent=1, sort_keys=True)
-        (folder / "ledger.json").write_text(f"{ledger}\n", encoding="utf-8")
-        if self.job.recipe:
-            (folder / "recipe.yaml").write_text(self.job.recipe, encoding="utf-8")
         return reports
 
     def observers(self, cache: Cache | None) -> list[Observer]:

@@ -93,7 +93,13 @@ class RunSummary:
         for name, size in self.files.items():
             yield name, format_bytes(size)
         for backend, report in self.reports.items():
-            yield from ((f"{backend}: {key}", str(value)) for key, value in flatten(report))
+            yield from ((f"{backend}: {key}", str(value)) for key, value in flatten(_highlights(report)))
+
+
+def _highlights(report: dict[str, Any]) -> dict[str, Any]:
+    """Of a backend's report: how what was written compares with the Program, and what the runtime makes of it."""
+    verification = report.get("verification", {})
+    return {key: verification[key] for key in ("runtime", "kernels", "summary") if key in verification}
 
 
 def flatten(form: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

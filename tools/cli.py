@@ -21,6 +21,8 @@ from bitlower.tools._cli_settings import Settings, hoist
 
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="bitlower",
     help="Lower transformer models to few bits: a pipeline of passes, out to verified ONNX.",
@@ -72,11 +74,13 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         code = command.main(arguments, prog_name="bitlower", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        return _report("interrupted", 130, machine="--json" in arguments)
+        code = INTERRUPTED
     except typer.Exit as error:
-        return error.exit_code
+        code = error.exit_code
     except Exception as error:
         return _fail(error, arguments)
+    if code == INTERRUPTED:
+        return _report("interrupted", INTERRUPTED, machine="--json" in arguments)
     return code if isinstance(code, int) else 0
 
 
@@ -86,8 +90,7 @@ def _fail(error: Exception, arguments: Sequence[str]) -> int:
     if "--debug" in arguments:
         traceback.print_exception(error)
     if isinstance(error, _USAGE_ERROR):
-        message = str(getattr(error, "message", "")) or "no command; try `bitlower --help`"
-        return _report(message, 2, machine=machine)
+        return _report(error.format_message(), 2, machine=machine)  # type: ignore[attr-defined]
     from bitlower.ir import BitlowerError
 
     if isinstance(error, BitlowerError):

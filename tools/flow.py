@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from pydantic import ValidationError
@@ -227,17 +227,16 @@ def _data_source(
     """What gives a program its batches, from whatever the caller has; texts are read here."""
     if calibration is None:
         return lambda program: Data()
-    if isinstance(calibration, str | os.PathLike) or not _are_batches(calibration):
+    if isinstance(calibration, str | os.PathLike):
         texts = split_texts(calibration, samples=samples, seed=seed)
-        return lambda program: _tokenized(program, texts, max_length, DataSection.model_fields["batch_size"].default)
-    held_out = len(calibration) // 8
-    return lambda program: Data(calibration[: len(calibration) - held_out], calibration[len(calibration) - held_out :])
-
-
-def _are_batches(calibration: Sequence[str] | Sequence[Batch]) -> TypeGuard[Sequence[Batch]]:
-    if not calibration:
+    elif not calibration:
         raise BitlowerError("the calibration data are empty")
-    return isinstance(calibration[0], Mapping)
+    elif isinstance(calibration[0], Mapping):
+        given, cut = cast(Sequence[Batch], calibration), len(calibration) - len(calibration) // 8
+        return lambda program: Data(given[:cut], given[cut:])
+    else:
+        texts = split_texts(cast(Sequence[str], calibration), samples=samples, seed=seed)
+    return lambda program: _tokenized(program, texts, max_length, DataSection.model_fields["batch_size"].default)
 
 
 def _resolved(recipe: Recipe, texts: Split) -> Recipe:

@@ -55,13 +55,15 @@ def show(*tables: Table) -> None:
     if not console.is_terminal:
         console = Console(width=200, markup=False, highlight=False)
     for table in tables:
+        title, table.title = table.title, None
+        console.print(title, style="bold")
         console.print(table)
 
 
 def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Table:
     """A table whose numeric columns stand right; a column is numeric if its first value is."""
     filled = [list(row) for row in rows]
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title)
     for place, column in enumerate(columns):
         numeric = bool(filled) and isinstance(filled[0][place], int | float)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")

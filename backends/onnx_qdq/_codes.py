@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import fx
 
 from bitlower.backends.onnx_qdq._session import Array, Session, exposed, named_values, read_model, to_tensor
-from bitlower.backends.onnx_qdq._structure import QuantizerInputs, quantizer_inputs
+from bitlower.backends.onnx_qdq._structure import constant, quantizer_inputs
+from bitlower.backends.onnx_qdq._tally import Rounding, Tally
 from bitlower.backends.onnx_qdq._verification import CodeError
-from bitlower.ir import Batch, CheckError, Program, Quantizer, numerics, ops
+from bitlower.ir import Batch, CheckError, Program, Quantizer, get_tensor, numerics, ops
 from bitlower.ir.observe import observe
 
 SCALE = 1e-5
@@ -22,78 +22,170 @@ SCALE = 1e-5
 
 @dataclass(frozen=True)
 class CodeRun:
-    """One batch: the Program's outputs on its own and given the runtime's codes, and the runtime's with codes read."""
+    """One batch's outputs.
 
-    own: dict[str, torch.Tensor]
+    Args:
+        alone: the Program's.
+        given_codes: the Program's, given the runtime's codes.
+        runtime: the runtime's while its codes are read; empty where there are none.
+    """
+
+    alone: dict[str, torch.Tensor]
     given_codes: dict[str, torch.Tensor]
     runtime: dict[str, Array]
-
-
-@dataclass
-class _Tally:
-    """Sums over batches for one quantized value."""
-
-    codes: int = 0
-    equal: int = 0
-    off_by_one: int = 0
-    worst: int = 0
-    given_equal: int = 0
-    excess: float = 0.0
-    exact: int = 0
-    exact_codes: int = 0
 
 
 class CodeComparison:
     """Compares codes batch by batch.
 
-    Raises:
-        CheckError: a quantizer of the program is not in the model.
+    Args:
+        program: each of its quantizers is in the model.
+        path: the model.
+        config: session configuration entries.
     """
 
     def __init__(self, program: Program, path: Path, config: Mapping[str, str]) -> None:
         self._program = program
         self._nodes = list(program.graph.find_nodes(op="call_function", target=ops.quantize))
         values = named_values(read_model(path).graph)
-        for node in self._nodes:
-            if node.name not in values:
-                raise CheckError(f"the model has no codes of {_describe(node)}: the quantizer was dropped")
-        self._inputs = {node: quantizer_inputs(values[node.name]) for node in self._nodes}
-        names = [node.name for node in self._nodes]
-        dynamic = [name for pair in self._dynamic().values() for name in pair if name]
-        self._session = self._open(path, [*names, *dynamic], config)
-        floats = [source.x.name or "" for source in self._inputs.values() if source is not None]
-        self._exact_session = self._open(path, [*names, *dynamic, *floats], config)
-        self._tallies = {node: _Tally() for node in self._nodes}
+        self._sources = {node: quantizer_inputs(values[node.name]) for node in self._nodes}
+        self.names = list(dict.fromkeys([*(n.name for n in self._nodes), *self._computed_parameters().values()]))
+        floats = [source.x.name or "" for source in self._sources.values() if source is not None]
+        self._session = self._open(path, self.names, config)
+        self._float_session = self._open(path, list(dict.fromkeys([*self.names, *floats])), config)
+        self._tallies = {node: Tally() for node in self._nodes}
 
     def _open(self, path: Path, names: list[str], config: Mapping[str, str]) -> Session | None:
-        unique = list(dict.fromkeys(names))
-        return Session(exposed(path, unique), folder=path.parent, config=config) if unique else None
+        return Session(exposed(path, names), folder=path.parent, config=config) if names else None
 
-    def _dynamic(self) -> dict[fx.Node, tuple[str, str]]:
-        """The names of run-time scales and zero points in the model, by quantizer; empty where there is none."""
+    def _computed_parameters(self) -> dict[fx.Node, str]:
+        """The model's names of scales and zero points that are computed at run time, by the Program's nodes."""
         found = {}
-        for node, source in self._inputs.items():
-            if isinstance(node.args[1], fx.Node) and node.args[1].op != "get_attr" and source is not None:
-                zero = source.zero_point.name if source.zero_point is not None else ""
-                found[node] = (source.scale.name or "", zero or "")
+        for node, source in self._sources.items():
+            if source is None:
+                continue
+            for argument, value in ((node.args[1], source.scale), (node.args[2], source.zero_point)):
+                computed = isinstance(argument, fx.Node) and argument.op != "get_attr" and constant(value) is None
+                if computed and isinstance(argument, fx.Node) and value is not None and value.name:
+                    found[argument] = value.name
         return found
 
-    def run(self, batch: Batch) -> CodeRun | None:
-        """Compare one batch; None if the program quantizes no activation.
+    def run(self, batch: Batch) -> CodeRun:
+        """Compare one batch.
 
         Raises:
             CheckError: a scale that is computed at run time is not the Program's.
         """
-        if self._session is None or self._exact_session is None:
-            return None
-        runtime = self._session.run(batch)
-        codes = {node: to_tensor(runtime[node.name]) for node in self._nodes}
-        own = self._run_program(batch, lambda node, value: self._add_own(node, value, codes))
-        given = self._run_program(batch, _GivenCodes(self, codes, self._runtime_parameters(runtime)))
-        self._add_exact(self._exact_session.run(batch))
-        outputs = {spec.name: runtime[spec.name] for spec in self._program.outputs}
-        return CodeRun(own, given, outputs)
+        runtime = self._session.run(batch) if self._session else {}
+        alone = self._compare_alone(batch, runtime)
+        if self._float_session is None:
+            return CodeRun(alone, alone, {})
+        given = self._compare_given_codes(batch, runtime)
+        self._compare_exactly(self._float_session.run(batch))
+        return CodeRun(alone, given, {name: runtime[name] for name in given})
 
     def rows(self) -> tuple[CodeError, ...]:
-        """A row for each quantized value."""
-        return tuple(self._row(node, tally) for node, tally in self._tallies.items())
+        """A row for each quantized value, in execution order."""
+        rows = []
+        for node, tally in self._tallies.items():
+            quantizer: Quantizer = node.meta["quantizer"]
+            rows.append(tally.row(node.name, quantizer, str(node.meta.get("path", ""))))
+        return tuple(rows)
+
+    def _compare_alone(self, batch: Batch, runtime: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+        """Count equal codes when both compute on their own; the Program's outputs."""
+        results = output_nodes(self._program)
+        outputs: dict[fx.Node, torch.Tensor] = {}
+
+        def look(node: fx.Node, value: torch.Tensor, batch: Batch) -> None:
+            if node in self._tallies:
+                self._tallies[node].add_alone(value, to_tensor(runtime[node.name]))
+            if node in results.values():
+                outputs[node] = value
+
+        observe(self._program, {*self._nodes, *results.values()}, [batch], look)
+        return {name: outputs[node] for name, node in results.items()}
+
+    def _compare_given_codes(self, batch: Batch, runtime: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+        """Run the Program with the runtime's codes; compare each with what the Program itself would have given."""
+        results = output_nodes(self._program)
+        given = {node: to_tensor(runtime[name]) for node, name in self._computed_parameters().items()}
+        given |= {node: to_tensor(runtime[node.name]) for node in self._nodes}
+        arguments = {argument for node in self._nodes for argument in node.args[:3] if isinstance(argument, fx.Node)}
+        last = {argument: node for node in self._nodes for argument in node.args[:3]}
+        kept: dict[fx.Node, torch.Tensor] = {}
+
+        def look(node: fx.Node, value: torch.Tensor, batch: Batch) -> torch.Tensor | None:
+            replacement = given[node].to(value.dtype) if node in given else None
+            if node in self._tallies and replacement is not None:
+                x, scale, zero = (kept[argument] for argument in node.all_input_nodes)
+                self._tallies[node].add_given(value, replacement, Rounding(x, scale, zero, *grid_limits(node)))
+                for argument in node.all_input_nodes:
+                    if last[argument] is node and argument not in results.values():
+                        del kept[argument]
+            elif replacement is not None:
+                replacement = replacement.expand_as(value)
+                _check_parameter(node, value, replacement)
+            if node in arguments or node in results.values():
+                kept[node] = value if replacement is None else replacement
+            return replacement
+
+        observe(self._program, {*given, *arguments, *results.values()}, [batch], look)
+        return {name: kept[node] for name, node in results.items()}
+
+    def _compare_exactly(self, runtime: Mapping[str, Array]) -> None:
+        """Round the runtime's own float inputs and compare with its codes."""
+        computed = self._computed_parameters()
+        for node, source in self._sources.items():
+            scale, zero = (self._parameter(argument, runtime, computed) for argument in node.args[1:3])
+            if source is not None and source.x.name and scale is not None and zero is not None:
+                x = to_tensor(runtime[source.x.name])
+                codes = numerics.codes(x, scale, zero, *grid_limits(node))
+                self._tallies[node].add_exact(codes, to_tensor(runtime[node.name]))
+
+    def _parameter(
+        self, argument: object, runtime: Mapping[str, Array], computed: Mapping[fx.Node, str]
+    ) -> torch.Tensor | None:
+        if not isinstance(argument, fx.Node):
+            return None
+        if argument.op == "get_attr":
+            return get_tensor(self._program.module, str(argument.target))
+        if argument in computed:
+            return to_tensor(runtime[computed[argument]])
+        return self._fixed_zero(argument)
+
+    def _fixed_zero(self, argument: fx.Node) -> torch.Tensor | None:
+        """The zero point of a symmetric grid, which the model may leave out or hold as a constant."""
+        for node, source in self._sources.items():
+            if node.args[2] is argument and source is not None:
+                value = constant(source.zero_point) if source.zero_point is not None else None
+                return to_tensor(value).float() if value is not None else torch.zeros(())
+        return None
+
+
+def output_nodes(program: Program) -> dict[str, fx.Node]:
+    """The nodes that give the outputs, by the outputs' names."""
+    results = program.graph.output_node().args[0]
+    nodes = results if isinstance(results, tuple | list) else (results,)
+    return {spec.name: node for spec, node in zip(program.outputs, nodes, strict=True) if isinstance(node, fx.Node)}
+
+
+def grid_limits(node: fx.Node) -> tuple[int, int]:
+    """The smallest and the largest code of a ``quantize`` node."""
+    low, high = node.args[3:5]
+    assert isinstance(low, int)
+    assert isinstance(high, int)
+    return low, high
+
+
+def _check_parameter(node: fx.Node, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Scales agree but for float arithmetic; zero points, which are rounded, may be one apart at ties.
+
+    Raises:
+        CheckError: they do not.
+    """
+    worst = ((theirs - ours).abs() - SCALE * ours.abs()).max().item()
+    allowed = 0.0 if node.args[1] == 0 else 1.0
+    if not worst <= allowed:
+        kind = "scale" if node.args[1] == 0 else "zero point"
+        raise CheckError(f"the {kind} %{node.name} that the runtime computes is not the program's ({worst:.3g} off)")

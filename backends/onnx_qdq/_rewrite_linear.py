@@ -19,7 +19,8 @@ BYTES = (ir.DataType.UINT8, ir.DataType.INT8)
 @dataclass(frozen=True)
 class Weight:
     """A quantized weight as MatMul reads it: ``codes`` [K, N]; ``scale`` and ``zero`` in the layout of the Program,
-    transposed like the codes."""
+    transposed like the codes.
+    """
 
     name: str
     codes: Array
@@ -118,7 +119,7 @@ def _static_linear(editor: Editor, node: ir.Node) -> str | None:
     zeros = _zeros(editor, weight)
     axis = {} if weight.scale.size == 1 else {"axis": 1}
     real = editor.emit(node, "DequantizeLinear", [*inputs, *([zeros] if zeros is not None else [])], **axis)
-    _finish_float(editor, linear, editor.emit(node, "MatMul", [linear.x, real], like=node.outputs[0]))
+    _finish(editor, linear, editor.emit(node, "MatMul", [linear.x, real], like=node.outputs[0]))
     return APPLIED
 
 
@@ -163,7 +164,7 @@ def _per_token_linear(editor: Editor, node: ir.Node) -> str | None:
     real = editor.emit(node, "Cast", [total], like=node.outputs[0], to=int(ir.DataType.FLOAT))
     real = editor.emit(node, "Mul", [real, source(quantized, 1)], like=real)
     real = editor.emit(node, "Mul", [real, _scales(editor, linear.weight)], like=real)
-    _finish_float(editor, linear, real)
+    _finish(editor, linear, real)
     return APPLIED
 
 
@@ -223,14 +224,22 @@ def _float_linear(editor: Editor, node: ir.Node) -> str | None:
     real = editor.emit(node, "Mul", [real, editor.constant(f"{_stem(weight)}_scale", _flat(parts[0]))])
     if blocked:
         real = editor.emit(node, "Reshape", [real, editor.constant(f"{_stem(weight)}_shape", np.array([depth, width]))])
-    _finish_float(editor, linear, editor.emit(node, "MatMul", [linear.x, real], like=node.outputs[0]))
+    _finish(editor, linear, editor.emit(node, "MatMul", [linear.x, real], like=node.outputs[0]))
     return APPLIED
 
 
-def _finish_float(editor: Editor, linear: Linear, product: ir.Value) -> None:
+def _finish(editor: Editor, linear: Linear, product: ir.Value) -> None:
+    """Add the bias, as [1, …, N] (see ``widen_bias``).
+
+    To a matrix it is added by Sum: onnxruntime makes MatMul and Add of a matrix a Gemm, which it then runs in float
+    whatever feeds it.
+    """
     if linear.bias is not None:
-        bias = editor.constant(f"{_stem(linear.weight)}_bias", linear.bias)
-        product = editor.emit(linear.matmul, "Add", [product, bias])
+        shape = dims(linear.output)
+        rank = len(shape) if shape is not None else 1
+        wide = linear.bias.reshape([1] * (rank - 1) + [-1])
+        bias = editor.constant(f"{_stem(linear.weight)}_bias", wide)
+        product = editor.emit(linear.matmul, "Sum" if rank == 2 else "Add", [product, bias])
     editor.replace(linear.output, product)
 
 

@@ -117,7 +117,8 @@ def exposed(path: Path, names: Collection[str]) -> bytes:
             raise CheckError(f"{path.name} has no value {name!r}")
         if name not in present:
             model.graph.outputs.append(_readable(model.graph, values[name]))
-    return ir.to_proto(model).SerializeToString()
+    data: bytes = ir.to_proto(model).SerializeToString()
+    return data
 
 
 def named_values(graph: ir.Graph) -> dict[str, ir.Value]:

@@ -65,10 +65,13 @@ def constant(value: ir.Value | None) -> Array | None:
 
 
 def readers(codes: ir.Value) -> Iterator[tuple[ir.Node, int]]:
-    """Every node that computes with ``codes``, and at which input; operators that move them are looked through."""
+    """Every node that computes with ``codes``, and at which input.
+
+    Operators that move codes are looked through, and so is ``Sub``, which takes off the zero point and is given too.
+    """
     for node, index in codes.uses():
-        if node.op_type in MOVES and index == 0:
-            for output in node.outputs:
-                yield from readers(output)
-        else:
+        passes_on = index == 0 and (node.op_type in MOVES or node.op_type == "Sub")
+        if not passes_on or node.op_type == "Sub":
             yield node, index
+        if passes_on:
+            yield from readers(node.outputs[0])

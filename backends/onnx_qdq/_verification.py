@@ -53,6 +53,7 @@ class CodeError:
         given_codes: the share that is equal when the Program computes with the runtime's codes up to this value.
         excess: then, how far any value lies from the rounding interval of the runtime's code, in steps: 0 where codes
             are equal, and next to 0 at ties.
+        tie: how much of that float arithmetic may explain.
         exact: the share that ``round_half_even(x / scale) + zero_point`` gives on the runtime's own input; None where
             the runtime has no such input.
     """
@@ -67,6 +68,7 @@ class CodeError:
     worst: int
     given_codes: float
     excess: float
+    tie: float
     exact: float | None
 
 
@@ -77,12 +79,13 @@ class Verification:
     Args:
         runtime: the runtime's version and provider.
         session_config: the session configuration entries that the model was run with.
-        batches: how many were compared.
+        batches: how many were compared, the small one of the self-test among them.
         tokens: the entries of their first input.
         outputs: one row each.
         quantized: one row for each quantized activation, in execution order.
         constants: how many weight tensors and codes were compared; all were equal, and so were scales and zero points.
-        exposing: the largest change of an output (relative to its standard deviation) from reading the codes.
+        exposing: the largest change of an output from reading the codes, which could keep the runtime from fusing; 0
+            says that the codes are those of the model as it is deployed.
         kernels: what the runtime runs.
         selftest: lets the artefact be checked without the Program.
     """

@@ -6,34 +6,37 @@ right implementations do not give equal codes everywhere. Three comparisons toge
 - on its own: both run from the inputs. The shares of equal codes and the errors of the outputs are what users see.
 - given codes: the Program goes on from the *runtime's* codes at every quantizer. What reaches the next one then differs
   by the float arithmetic of one layer, so each code must be the Program's own but for ties: the value must lie within
-  ``TIE`` of the range from the rounding interval of the code. Nothing is left to interpretation by depth.
+  ``tie`` (a small part of the range) from the rounding interval of the code, at any depth.
 - exact: ``round_half_even(x / scale) + zero_point`` on the runtime's own ``x`` must give its code, bit for bit.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+import torch
 
 from bitlower.backends.onnx_qdq._codes import CodeComparison
 from bitlower.backends.onnx_qdq._constants import check_constants
 from bitlower.backends.onnx_qdq._kernels import inspect_kernels
 from bitlower.backends.onnx_qdq._outputs import OutputComparison
-from bitlower.backends.onnx_qdq._selftest import make_selftest
+from bitlower.backends.onnx_qdq._selftest import SelfTest, make_selftest, small_batch
 from bitlower.backends.onnx_qdq._session import Session, read_model, runtime_versions
+from bitlower.backends.onnx_qdq._tally import TIE
 from bitlower.backends.onnx_qdq._verification import CodeError, OutputError, Verification
-from bitlower.ir import Batch, BitlowerError, CheckError, Program
+from bitlower.ir import Batch, BitlowerError, CheckError, Program, get_tensor, numerics, ops, set_tensor
 
 MODEL = "model.onnx"
-OUTPUT_GIVEN_CODES = 1e-3
-"""The largest error of an output, over its standard deviation, that float arithmetic alone may make."""
-OUTPUT_COSINE = 0.99
-"""The least cosine between an output of the runtime and the Program's when both run on their own."""
-TIE = 2e-5
-"""How far from a rounding interval a value may lie, as a part of the quantizer's range (0.005 steps of 8 bits)."""
-CODES_EQUAL = 0.9
-"""The least share of equal codes, over all quantized tensors, when both run on their own."""
+OUTPUT_GIVEN_CODES = 2e-4
+"""The largest error of an output, over its standard deviation, that float arithmetic alone may make. A 6-layer encoder
+of 384 channels shows 5e-6."""
+OUTPUT_COSINE = 0.9
+"""The least cosine between an output of the runtime and the Program's when both run on their own. That encoder shows
+0.999 with quantized linears, and 0.97 where every value is quantized with one scale a tensor."""
+CODES_EQUAL = 0.5
+"""The least share of equal codes of at most 8 bits when both run on their own; that encoder shows 0.97 and 0.93."""
 
 
 def verify_export(
@@ -46,13 +49,13 @@ def verify_export(
 ) -> Verification:
     """Check that ``folder/model.onnx`` computes what ``program`` does.
 
-    Only one batch's values are held at a time.
+    Only one batch's values are held at a time, and the weights in float.
 
     Args:
         program: what was exported.
         folder: the artefact's.
         batches: inputs by name; real ones.
-        limit: only so many batches are compared.
+        limit: only so many batches are compared, besides a part of the first, which is kept for the self-test.
         session_config: session configuration entries that the model is meant to run with.
 
     Raises:
@@ -60,31 +63,115 @@ def verify_export(
         CheckError: the model does not load or run, or computes something else: the tensor and the figures are named.
     """
     path, config = folder / MODEL, dict(session_config or {})
-    kernels = inspect_kernels(program, path, session_config=config)
     constants = check_constants(program, read_model(path))
     _require(constants.problems)
-    session = Session(path, config=config)
-    outputs, codes = OutputComparison(program), CodeComparison(program, path, config)
-    selftest, count, tokens = None, 0, 0
-    for batch in itertools.islice(batches, limit):
-        selftest = selftest or make_selftest(program, batch)
-        ours, theirs = program(**batch), session.run(batch)
-        outputs.add(ours, theirs)
-        outputs.add_given_codes(codes.add(batch) or ours, theirs)
-        count, tokens = count + 1, tokens + next(iter(batch.values())).numel()
-    if selftest is None:
+    kernels = inspect_kernels(program, path, session_config=config)
+    comparison = _Comparison(with_float_weights(program), path, config)
+    for batch in _with_small_batch(program, itertools.islice(batches, limit)):
+        comparison.run(batch)
+    if comparison.selftest is None:
         raise BitlowerError("an export cannot be verified without a batch of inputs", hint="give at least one")
     verification = Verification(
-        runtime_versions(),
-        config,
-        count,
-        tokens,
-        outputs.rows(),
-        codes.rows(),
-        {"tensors": constants.tensors, "codes": constants.codes},
-        0.0,
-        kernels,
-        selftest,
+        runtime=runtime_versions(),
+        session_config=config,
+        batches=comparison.batches,
+        tokens=comparison.tokens,
+        outputs=comparison.outputs.rows(),
+        quantized=comparison.codes.rows(),
+        constants={"tensors": constants.tensors, "codes": constants.codes},
+        exposing=max((row.worst for row in comparison.exposing.rows()), default=0.0),
+        kernels=kernels,
+        selftest=comparison.selftest,
     )
-    _require([*_code_problems(verification), *_output_problems(verification.outputs)])
+    _require([*_code_problems(verification.quantized), *_output_problems(verification.outputs)])
     return verification
+
+
+class _Comparison:
+    """All comparisons, summed over batches."""
+
+    def __init__(self, program: Program, path: Path, config: Mapping[str, str]) -> None:
+        self._program = program
+        self._session = Session(path, config=config)
+        for spec in program.outputs:
+            if spec.name not in self._session.outputs:
+                raise CheckError(f"{path.name} has no output {spec.name!r}")
+        self.codes = CodeComparison(program, path, config)
+        self.outputs, self.exposing = OutputComparison(program), OutputComparison(program)
+        self.selftest: SelfTest | None = None
+        self.batches = self.tokens = 0
+
+    def run(self, batch: Batch) -> None:
+        """Compare one batch; the first becomes the self-test."""
+        deployed = self._session.run(batch)
+        run = self.codes.run(batch)
+        self.outputs.add(run.alone, deployed)
+        self.outputs.add_given_codes(run.given_codes, run.runtime or deployed)
+        if run.runtime:
+            self.exposing.add({name: torch.from_numpy(value) for name, value in deployed.items()}, run.runtime)
+        self.selftest = self.selftest or make_selftest(batch, deployed)
+        self.batches, self.tokens = self.batches + 1, self.tokens + next(iter(batch.values())).numel()
+
+
+def with_float_weights(program: Program) -> Program:
+    """A copy whose weights are dequantized once and not at each run; it computes the same, bit for bit."""
+    copy = program.clone()
+    for node in list(copy.graph.find_nodes(op="call_function", target=ops.dequantize)):
+        if not all(part.op == "get_attr" for part in node.all_input_nodes):
+            continue
+        target = f"dequantized.{node.name}"
+        parts = (get_tensor(copy.module, str(part.target)) for part in node.all_input_nodes)
+        set_tensor(copy.module, target, numerics.values(*parts))
+        with copy.graph.inserting_before(node):
+            weight = copy.graph.get_attr(target)
+        weight.meta = dict(node.meta)
+        node.replace_all_uses_with(weight)
+        copy.graph.erase_node(node)
+    copy.recompile()
+    return copy
+
+
+def _with_small_batch(program: Program, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """A part of the first batch, on which the self-test will run, and then all."""
+    for count, batch in enumerate(batches):
+        if count == 0:
+            yield small_batch(program, batch)
+        yield batch
+
+
+def _require(problems: Sequence[str]) -> None:
+    if problems:
+        rest = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckError(f"the exported model is not its program: {problems[0]}{rest}")
+
+
+def _code_problems(rows: Sequence[CodeError]) -> list[str]:
+    problems = []
+    for row in rows:
+        where = f"%{row.name} ({row.role} of %{row.tensor}{f' in {row.path}' if row.path else ''})"
+        if row.exact is not None and row.exact < 1:
+            problems.append(f"{where}: only {row.exact:.4%} of the codes are round(x / scale) + zero point")
+        elif not row.excess <= row.tie:
+            problems.append(
+                f"{where}: a code is {row.excess:.3g} steps from its value, where float arithmetic explains"
+                f" {row.tie:.3g}; {row.given_codes:.4%} of the codes are equal, given those before"
+            )
+    coarse = [row for row in rows if row.tie <= TIE * 255]
+    total = sum(row.codes for row in coarse)
+    equal = sum(row.equal * row.codes for row in coarse) / total if total else 1.0
+    if not problems and equal < CODES_EQUAL:
+        problems.append(f"only {equal:.2%} of all codes are the program's; at least {CODES_EQUAL:.0%} are expected")
+    return problems
+
+
+def _output_problems(rows: Sequence[OutputError]) -> list[str]:
+    problems = []
+    for row in rows:
+        if not row.given_codes <= OUTPUT_GIVEN_CODES:
+            problems.append(
+                f"the output {row.name} is {row.given_codes:.3g} standard deviations off, where float arithmetic"
+                f" explains {OUTPUT_GIVEN_CODES:.3g}"
+            )
+        elif not row.cosine >= OUTPUT_COSINE:
+            problems.append(f"the output {row.name} has the cosine {row.cosine:.6g} to the program's")
+    return problems

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from bitlower.frontends import load
-from bitlower.ir import Program
+from bitlower.ir import Batch, Program
+from bitlower.tools import _backends
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -85,6 +88,23 @@ def traced(bert: Path, bert_program: Program, monkeypatch: pytest.MonkeyPatch) -
         return bert_program.clone() if os.fspath(model) == str(bert) else load(model, **options)
 
     monkeypatch.setattr("bitlower.tools.flow.load", quick)
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch, traced: None) -> SimpleNamespace:
+    """Stands in for every backend; ``calls`` tells how it was called."""
+
+    def export(program: Program, folder: Path, *, opset: int = 21, batches: Sequence[Batch] = ()) -> dict[str, Any]:
+        stub.calls.append((program, opset, batches))
+        (folder / "model.txt").write_text(program.digest())
+        (folder / "manifest.json").write_text("{}")
+        return {"kernels": {"got": 3, "expected": 3}, "worst": 0.5}
+
+    options = dataclasses.make_dataclass("Options", [("opset", int, 21)])
+    stub = SimpleNamespace(export=export, Options=options, calls=[])
+    monkeypatch.setattr(_backends, "_module", lambda name: stub)
+    monkeypatch.setattr(_backends, "known_backends", lambda: ["onnx-qdq", "other"])
+    return stub
 
 
 @pytest.fixture(scope="session")

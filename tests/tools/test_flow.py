@@ -17,7 +17,6 @@ import torch
 
 from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program
 from bitlower.passes import PassManager
-from bitlower.tools import _backends
 from bitlower.tools.flow import Options, quantize, recipe_job, run_recipe, standard_recipe
 from bitlower.tools.recipe import Recipe, load_recipe
 
@@ -28,22 +27,6 @@ def listing(folder: Path) -> list[str]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-@pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch, traced: None) -> SimpleNamespace:
-    """Stands in for every backend; ``calls`` tells how it was called."""
-
-    def export(program: Program, folder: Path, *, opset: int = 21, batches: Sequence[Batch] = ()) -> dict[str, Any]:
-        stub.calls.append((program, opset, batches))
-        (folder / "model.txt").write_text(program.digest())
-        (folder / "manifest.json").write_text("{}")
-        return {"kernels": {"got": 3, "expected": 3}, "worst": 0.5}
-
-    stub = SimpleNamespace(export=export, calls=[])
-    monkeypatch.setattr(_backends, "_module", lambda name: stub)
-    monkeypatch.setattr(_backends, "known_backends", lambda: ["onnx-qdq", "other"])
-    return stub
 
 
 def recipe_of(bert: Path, texts: Path) -> Recipe:
@@ -145,8 +128,8 @@ def test_several_exports_get_folders_of_their_own(
     form = recipe.model_dump(exclude_unset=True) | {"export": [{"onnx-qdq": {"opset": 23}}, "other"]}
     run_recipe(Recipe.model_validate(form), tmp_path / "out")
     assert listing(tmp_path / "out") == [
-        "ledger.json", "onnx-qdq", "onnx-qdq/manifest.json", "onnx-qdq/model.txt", "other", "other/manifest.json",
-        "other/model.txt", "recipe.yaml",
+        "onnx-qdq", "onnx-qdq/ledger.json", "onnx-qdq/manifest.json", "onnx-qdq/model.txt", "onnx-qdq/recipe.yaml",
+        "other", "other/ledger.json", "other/manifest.json", "other/model.txt", "other/recipe.yaml",
     ]  # fmt: skip
     assert [call[1] for call in backend.calls] == [23, 21]
 
@@ -201,7 +184,6 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from types import SimpleNamespace
-from bitlower.tools import _backends
 from bitlower.tools.flow import run_recipe, standard_recipe
 from bitlower.passes.calibrate import Calibrate
 bert, texts, output, where = sys.argv[1:]
@@ -211,6 +193,7 @@ def export(program, folder, *, batches):
     (folder / "manifest.json").write_text("{}")
     die() if where == "export" else None
     return {}
+_backends.check_export = lambda name, options: None
 _backends._module = lambda name: SimpleNamespace(export=export)
 _backends.known_backends = lambda: ["onnx-qdq"]
 if where == "calibrate":

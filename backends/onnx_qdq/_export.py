@@ -1,0 +1,145 @@
+"""Write the verified ONNX artefact of a Program."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from bitlower.backends.onnx_qdq._folder import MODEL, sizes, write_assets, write_config, write_model
+from bitlower.backends.onnx_qdq._lower import lower
+from bitlower.backends.onnx_qdq._manifest import write_manifest
+from bitlower.backends.onnx_qdq._rewrite_linear import Form
+from bitlower.backends.onnx_qdq._verification import Verification, write_verification
+from bitlower.backends.onnx_qdq._verify import verify_export
+from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program, nearest
+
+FORMS: tuple[Form, ...] = ("qdq", "onnxruntime")
+OPSETS = (21, 25)
+"""The first and the last opset that can be asked for: 21 brought 16-bit and blocked quantization."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a Program is written.
+
+    Args:
+        opset: of ONNX's own operators, 21 to 25; below 23 there is no Attention operator, and attention is written out.
+        form: ``qdq`` is standard ONNX; ``onnxruntime`` also uses com.microsoft.MatMulIntegerToFloat.
+        external_data_threshold: tensors of more bytes in all go to a file of their own, for protobuf ends at 2 GB.
+
+    Raises:
+        BitlowerError: a value is out of range.
+    """
+
+    opset: int = 23
+    form: Form = "qdq"
+    external_data_threshold: int = 1_900_000_000
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise BitlowerError(f"unknown form {self.form!r}", hint=nearest(str(self.form), FORMS))
+        for name, value, low, high in (
+            ("opset", self.opset, *OPSETS),
+            ("external_data_threshold", self.external_data_threshold, 0, 1_900_000_000),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise BitlowerError(f"{name} is a whole number from {low} to {high}, not {value!r}")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Args:
+        files: bytes by name.
+        opset: of ONNX's own operators.
+        form: ``qdq`` or ``onnxruntime``.
+        operators: how many nodes of each operator the model has.
+        rules: by rewrite rule, how often it was applied and why it was not.
+        verification: how the artefact compares with the Program.
+    """
+
+    files: dict[str, int]
+    opset: int
+    form: str
+    operators: dict[str, int]
+    rules: dict[str, dict[str, object]]
+    verification: Verification
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "files": self.files,
+            "opset": self.opset,
+            "form": self.form,
+            "operators": self.operators,
+            "rules": self.rules,
+            "verification": self.verification.to_dict(),
+        }
+
+
+def export(
+    program: Program,
+    folder: Path,
+    *,
+    batches: Sequence[Batch],
+    opset: int = Options.opset,
+    form: Form = Options.form,
+    external_data_threshold: int = Options.external_data_threshold,
+) -> ExportReport:
+    """Write the artefact of ``program`` into the existing ``folder`` and verify it on ``batches``.
+
+    Args:
+        program: at level float or integer.
+        folder: exists.
+        batches: real inputs for the verification.
+        opset: see :class:`Options`.
+        form: see :class:`Options`.
+        external_data_threshold: see :class:`Options`.
+
+    Raises:
+        BitlowerError: an option is wrong, or the program cannot be expressed in ONNX.
+        CheckError: what was written does not compute what the program does.
+    """
+    options = Options(opset, form, external_data_threshold)
+    _check(program)
+    model, log = lower(program, opset=opset, form=form)
+    files = [*write_model(model, folder, threshold=external_data_threshold), write_config(program, folder)]
+    files += write_assets(program, folder)
+    _check_model(folder / MODEL)
+    verification = verify_export(program, folder, batches)
+    write_verification(verification, folder)
+    write_manifest(program, folder, backend_options=dataclasses.asdict(options))
+    return ExportReport(sizes(folder, files), opset, form, operators(model), log.to_dict(), verification)
+
+
+def operators(model: ir.Model) -> dict[str, int]:
+    """How many nodes of each operator there are; those of other domains with their domain."""
+    names = (f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph)
+    return dict(sorted(Counter(names).items()))
+
+
+def _check(program: Program) -> None:
+    if program.level is Level.SIMULATED:
+        raise BitlowerError("a simulated program has no integers to export", hint="run the pass `lower-integer` first")
+    if set(program.graphs) != {"model"}:
+        raise BitlowerError(f"this backend exports one graph, the program has {', '.join(program.graphs)}")
+
+
+def _check_model(path: Path) -> None:
+    """Let ONNX's own checker read the file.
+
+    Raises:
+        CheckError: it is no valid ONNX.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=False)
+    except onnx.checker.ValidationError as error:
+        raise CheckError(f"{path.name} is not valid ONNX: {str(error).splitlines()[0]}") from error

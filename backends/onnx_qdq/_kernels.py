@@ -1,0 +1,151 @@
+"""What onnxruntime really runs: integer kernels in its optimized graph against those that the Program calls for."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from torch import fx
+
+from bitlower.backends.onnx_qdq._session import Session, read_model
+from bitlower.ir import CheckError, Program, Quantizer, ops
+from bitlower.ir.dataflow import LINEAR, MATMUL, VIEWS, activation_operand, weight_operand
+
+INTEGER = frozenset({
+    "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "MatMulInteger", "QGemm",
+    "QLinearConv", "ConvInteger", "QAttention",
+})  # fmt: skip
+FLOAT = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "Attention", "MultiHeadAttention"})
+NBITS = "MatMulNBits"
+_ROUNDS_ACTIVATIONS = 4
+"""The accuracy level at which MatMulNBits quantizes its float activations to 8 bits."""
+_LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """The multiplications of a model, as the runtime computes them.
+
+    Args:
+        expected: multiplications of the Program whose operands both have integer codes of 8 bits at most, with scales
+            that factor out of the sum.
+        found: integer kernels in the runtime's optimized graph.
+        integer: those by operator.
+        floating: multiplications in float, by operator; Attention counts as one.
+        low_bit_weights: MatMulNBits by bits and accuracy level.
+        float_reasons: why multiplications of the Program are no integer ones, with how many of them are concerned.
+        fell_back: the runtime's names of float multiplications, where fewer integer kernels than expected were found.
+    """
+
+    expected: int
+    found: int
+    integer: Mapping[str, int]
+    floating: Mapping[str, int]
+    low_bit_weights: Mapping[str, int]
+    float_reasons: Mapping[str, int]
+    fell_back: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; the inverse of :meth:`from_dict`."""
+        return {**asdict(self), "fell_back": list(self.fell_back)}
+
+    @classmethod
+    def from_dict(cls, form: Mapping[str, Any]) -> KernelReport:
+        """The report of plain data; a missing or unknown key is a TypeError."""
+        return cls(**{**form, "fell_back": tuple(form.get("fell_back", ()))})
+
+
+def inspect_kernels(program: Program, path: Path, *, session_config: Mapping[str, str] | None = None) -> KernelReport:
+    """Load the model in ``path`` as users will and count the kernels.
+
+    Raises:
+        CheckError: the model does not load, or the runtime computes with 8-bit activations what the program (and the
+            model in the file) computes with float ones.
+    """
+    expected, reasons = expected_kernels(program)
+    graph = optimized_graph(path, session_config or {})
+    report = count_kernels(graph, expected=expected, reasons=reasons)
+    written = {node.name for node in read_model(path).graph if node.op_type == NBITS}
+    for node in graph:
+        made = node.op_type == NBITS and node.name not in written
+        if made and node.attributes.get_int("accuracy_level", 0) == _ROUNDS_ACTIVATIONS:
+            raise CheckError(
+                f"onnxruntime turns {node.name} into a {NBITS} that rounds its float activations to 8 bits",
+                hint=f"set the session entry {_LEVEL_ENTRY} to 0, or write the weight without DequantizeLinear",
+            )
+    return report
+
+
+def optimized_graph(path: Path, session_config: Mapping[str, str]) -> ir.Graph:
+    """The graph that onnxruntime makes of ``path``; its large tensors are gone.
+
+    Raises:
+        CheckError: the model does not load.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        Session(path, config=session_config, optimized=optimized)
+        return read_model(optimized).graph
+
+
+def count_kernels(graph: ir.Graph, *, expected: int = 0, reasons: Mapping[str, int] | None = None) -> KernelReport:
+    """Count the multiplications of an optimized graph."""
+    nodes = list(graph)
+    integer = Counter(node.op_type for node in nodes if node.op_type in INTEGER)
+    floating = Counter(node.op_type for node in nodes if node.op_type in FLOAT)
+    low_bit = Counter(
+        f"bits={node.attributes.get_int('bits', 4)} accuracy_level={node.attributes.get_int('accuracy_level', 0)}"
+        for node in nodes
+        if node.op_type == NBITS
+    )
+    missing = integer.total() < expected
+    names = tuple(node.name or "" for node in nodes if node.op_type in FLOAT) if missing else ()
+    return KernelReport(
+        expected=expected,
+        found=integer.total(),
+        integer=dict(sorted(integer.items())),
+        floating=dict(sorted(floating.items())),
+        low_bit_weights=dict(sorted(low_bit.items())),
+        float_reasons=dict(sorted((reasons or {}).items())),
+        fell_back=names,
+    )
+
+
+def expected_kernels(program: Program) -> tuple[int, Counter[str]]:
+    """How many multiplications of the Program have integer operands, and why others have not."""
+    reasons = Counter(float_reason(left, right) for left, right in multiplications(program.graph))
+    return reasons.pop("", 0), reasons
+
+
+def multiplications(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The operands of each linear and matmul."""
+    for node in graph.nodes:
+        if node.target in LINEAR:
+            yield activation_operand(node), weight_operand(node)
+        elif node.target in MATMUL:
+            left, right = node.args[:2]
+            if isinstance(left, fx.Node) and isinstance(right, fx.Node):
+                yield left, right
+
+
+def float_reason(left: fx.Node, right: fx.Node) -> str:
+    """Why the product of two values is not one of integers; empty if it is."""
+    for operand in (left, right):
+        while operand.target in VIEWS:
+            operand = operand.all_input_nodes[0]
+        if operand.target is not ops.dequantize:
+            return "the weight is float" if operand.op == "get_attr" else "an operand is float"
+        quantizer: Quantizer = operand.meta["quantizer"]
+        stored = isinstance(operand.args[0], fx.Node) and operand.args[0].op == "get_attr"
+        what = "weight" if stored else "activation"
+        if quantizer.spec.grid.bits > 8:
+            return f"the {what} has {quantizer.spec.grid.bits} bits"
+        kind = quantizer.spec.granularity.kind
+        if kind not in (("tensor", "channel", "row-group") if stored else ("tensor", "token")):
+            return f"the {what} is quantized {quantizer.spec.granularity}"
+    return ""

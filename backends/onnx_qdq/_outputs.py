@@ -1,0 +1,93 @@
+"""Errors of outputs, summed batch by batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from bitlower.backends.onnx_qdq._session import Array
+from bitlower.backends.onnx_qdq._verification import OutputError
+from bitlower.ir import CheckError, Program
+
+
+@dataclass
+class _Sums:
+    count: int = 0
+    worst: float = 0.0
+    absolute: float = 0.0
+    total: float = 0.0
+    squares: float = 0.0
+    theirs: float = 0.0
+    product: float = 0.0
+    given_codes: float = 0.0
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation of the Program's output; its size where it is constant."""
+        mean = self.total / self.count
+        variance = self.squares / self.count - mean**2
+        return math.sqrt(variance) if variance > 1e-12 * mean**2 else abs(mean) or 1.0
+
+
+class OutputComparison:
+    """Compares the outputs of the runtime with those of the Program."""
+
+    def __init__(self, program: Program) -> None:
+        self._sums = {spec.name: _Sums() for spec in program.outputs}
+
+    def add(self, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, Array]) -> None:
+        """One batch, both on their own.
+
+        Raises:
+            CheckError: an output has another shape, or is not finite where the Program's is.
+        """
+        for name, sums in self._sums.items():
+            a, b = _pair(name, ours[name], theirs[name])
+            error = (a - b).abs()
+            sums.count += a.numel()
+            sums.worst = max(sums.worst, float(error.max()))
+            sums.absolute += float(error.sum())
+            sums.total += float(a.sum())
+            sums.squares += float((a * a).sum())
+            sums.theirs += float((b * b).sum())
+            sums.product += float((a * b).sum())
+
+    def add_given_codes(self, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, Array]) -> None:
+        """The same batch, the Program with the runtime's codes.
+
+        Raises:
+            CheckError: as :meth:`add`.
+        """
+        for name, sums in self._sums.items():
+            a, b = _pair(name, ours[name], theirs[name])
+            sums.given_codes = max(sums.given_codes, float((a - b).abs().max()))
+
+    def rows(self) -> tuple[OutputError, ...]:
+        """A row for each output that was compared."""
+        return tuple(
+            OutputError(
+                name=name,
+                worst=sums.worst,
+                mean=sums.absolute / sums.count,
+                relative=sums.worst / sums.deviation,
+                cosine=sums.product / (math.sqrt(sums.squares * sums.theirs) or 1.0),
+                given_codes=sums.given_codes / sums.deviation,
+            )
+            for name, sums in self._sums.items()
+            if sums.count
+        )
+
+
+def _pair(name: str, ours: torch.Tensor, theirs: Array) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in float64, entries that are infinite or NaN in both left out."""
+    a, b = ours.detach().double(), torch.from_numpy(theirs).double()
+    if a.shape != b.shape:
+        raise CheckError(f"the output {name} has the shape {list(b.shape)}, the program's {list(a.shape)}")
+    both = a.isfinite() & b.isfinite()
+    alike = (a == b) | (a.isnan() & b.isnan())
+    if not bool((both | alike).all()):
+        raise CheckError(f"the output {name} is not finite where the program's is, or the other way round")
+    return a[both], b[both]

@@ -1,0 +1,48 @@
+"""The scheme that a Program was really quantized with, tensor by tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from bitlower.ir import Program, Quantizer, get_tensor, ops
+
+
+def resolved_tensors(program: Program) -> list[dict[str, Any]]:
+    """One row for each quantized tensor, in execution order.
+
+    Scale and zero point are there where one number is both for the whole tensor, at full float32 precision.
+    """
+    rows = []
+    for node, quantizer in program.quantizers():
+        if node.target is not ops.quantize:
+            rows.append(_tensor_row(program, node, quantizer))
+    return rows
+
+
+def _tensor_row(program: Program, node: fx.Node, quantizer: Quantizer) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "tensor": quantizer.tensor,
+        "role": quantizer.role,
+        "path": str(node.meta.get("path", "")),
+        "spec": quantizer.spec.to_dict(),
+    }
+    for name, argument in zip(("scale", "zero_point"), node.args[1:3], strict=True):
+        if not isinstance(argument, fx.Node) or argument.op != "get_attr":
+            continue
+        values = get_tensor(program.module, str(argument.target)).detach()
+        row.setdefault("scale_shape", list(values.shape))
+        if values.dim() == 0:
+            row[name] = float(f"{values.item():.9g}") if name == "scale" else int(values.item())
+    return row
+
+
+def float_bytes(program: Program) -> int:
+    """What the stored tensors take in float32, scales and zero points left out; shared ones count once."""
+    seen = {}
+    for name, tensor in program.tensors():
+        if "/quantizers." not in name:
+            wide = tensor.is_floating_point() or name.endswith("_codes")
+            seen[tensor.data_ptr(), tensor.numel()] = tensor.numel() * (4 if wide else tensor.element_size())
+    return sum(seen.values())

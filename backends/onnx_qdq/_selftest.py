@@ -1,0 +1,110 @@
+"""A small input with what the runtime made of it, so that an artefact can be checked without the Program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from bitlower.backends.onnx_qdq._json import significant
+from bitlower.backends.onnx_qdq._session import Array, Session
+from bitlower.ir import Batch, CheckError, Program
+
+ROWS = 2
+LENGTH = 16
+VALUES = 64
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An output: its shape, its root mean square, and ``VALUES`` entries at even distances."""
+
+    shape: tuple[int, ...]
+    rms: float
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """Inputs (at most ``ROWS`` rows of ``LENGTH`` entries) and references by name.
+
+    Args:
+        inputs: dtype and nested lists.
+        outputs: what the runtime gave when it was compared with the Program on these inputs too.
+    """
+
+    inputs: Mapping[str, tuple[str, Any]]
+    outputs: Mapping[str, Reference]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; the inverse of :meth:`from_dict`."""
+        return {
+            "inputs": {name: {"dtype": dtype, "values": values} for name, (dtype, values) in self.inputs.items()},
+            "outputs": {
+                name: {"shape": list(r.shape), "rms": significant(r.rms), "values": [*map(significant, r.values)]}
+                for name, r in self.outputs.items()
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, form: Mapping[str, Any]) -> SelfTest:
+        """The self-test of plain data; a missing key is a KeyError."""
+        return cls(
+            {name: (str(part["dtype"]), part["values"]) for name, part in form["inputs"].items()},
+            {
+                name: Reference(tuple(part["shape"]), part["rms"], tuple(part["values"]))
+                for name, part in form["outputs"].items()
+            },
+        )
+
+
+def small_batch(program: Program, batch: Batch) -> Batch:
+    """A part of ``batch``: symbolic dimensions are cut, the first to ``ROWS``, others to ``LENGTH``."""
+    inputs = dict(zip((spec.name for spec in program.inputs), program.arguments(batch), strict=True))
+    return {spec.name: _cut(inputs[spec.name], spec.type.shape) for spec in program.inputs}
+
+
+def make_selftest(batch: Batch, outputs: Mapping[str, Array]) -> SelfTest:
+    """A self-test that expects ``outputs`` for ``batch``."""
+    inputs = {name: (str(t.dtype).removeprefix("torch."), t.tolist()) for name, t in batch.items()}
+    return SelfTest(inputs, {name: _reference(array) for name, array in outputs.items()})
+
+
+def run_selftest(selftest: SelfTest, session: Session) -> dict[str, float]:
+    """The cosine between each output's recorded entries and those that the model gives now.
+
+    Raises:
+        CheckError: the model does not run on the inputs, or an output has another shape.
+    """
+    try:
+        batch = {n: torch.tensor(values, dtype=getattr(torch, d)) for n, (d, values) in selftest.inputs.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckError(f"the self-test's inputs are damaged: {error}") from None
+    results = session.run(batch, selftest.outputs)
+    cosines = {}
+    for name, expected in selftest.outputs.items():
+        found = results[name]
+        if found.shape != expected.shape:
+            raise CheckError(f"the output {name} has the shape {list(found.shape)}, not {list(expected.shape)}")
+        a, b = np.array(_reference(found).values), np.array(expected.values)
+        size = float(np.linalg.norm(a) * np.linalg.norm(b))
+        cosines[name] = float(a @ b) / size if size else float(np.array_equal(a, b))
+    return cosines
+
+
+def _cut(tensor: torch.Tensor, shape: tuple[int | str, ...]) -> torch.Tensor:
+    for axis, dim in enumerate(shape):
+        if isinstance(dim, str):
+            tensor = tensor.narrow(axis, 0, min(tensor.shape[axis], ROWS if axis == 0 else LENGTH))
+    return tensor.contiguous()
+
+
+def _reference(array: Array) -> Reference:
+    flat = array.astype(np.float64).ravel()
+    places = np.linspace(0, flat.size - 1, min(VALUES, flat.size)).round().astype(int)
+    rms = math.sqrt(float(np.mean(flat * flat))) if flat.size else 0.0
+    return Reference(tuple(array.shape), rms, tuple(flat[places].tolist()))

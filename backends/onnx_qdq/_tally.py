@@ -1,0 +1,86 @@
+"""Counting codes that agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bitlower.backends.onnx_qdq._verification import CodeError
+from bitlower.ir import Quantizer, numerics
+
+TIE = 2e-5
+"""How far from a rounding interval a value may lie, as a part of the quantizer's range (0.005 steps of 8 bits)."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What codes are made of: a value, its scale and zero point, and the limits of the grid."""
+
+    x: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    quant_min: int
+    quant_max: int
+
+    def excess(self, codes: torch.Tensor) -> float:
+        """The largest distance of a value from the interval that rounds to its code, in steps; in float64."""
+        parts = (self.x.double(), self.scale.double(), self.zero_point.double())
+        position = numerics.blockwise(*parts, lambda x, s, z: x / s + z)
+        away = position - codes
+        away = torch.where((codes <= self.quant_min) & (away < 0), 0.0, away)
+        away = torch.where((codes >= self.quant_max) & (away > 0), 0.0, away)
+        return max(float(away.abs().max()) - 0.5, 0.0)
+
+
+@dataclass
+class Tally:
+    """Sums over batches for one quantized value."""
+
+    codes: int = 0
+    equal: int = 0
+    off_by_one: int = 0
+    worst: int = 0
+    given_equal: int = 0
+    excess: float = 0.0
+    exact: int = 0
+    exact_codes: int = 0
+    steps: int = 255
+
+    def add_alone(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        """Codes that both computed on their own."""
+        difference = (ours.int() - theirs.int()).abs()
+        self.codes += difference.numel()
+        self.equal += int((difference == 0).sum())
+        self.off_by_one += int((difference == 1).sum())
+        self.worst = max(self.worst, int(difference.max()))
+
+    def add_given(self, ours: torch.Tensor, theirs: torch.Tensor, rounding: Rounding) -> None:
+        """The runtime's codes, and the Program's from equal codes before."""
+        different = ours != theirs
+        self.given_equal += int((~different).sum())
+        self.steps = rounding.quant_max - rounding.quant_min
+        if different.any():
+            self.excess = max(self.excess, rounding.excess(torch.where(different, theirs, ours)))
+
+    def add_exact(self, expected: torch.Tensor, theirs: torch.Tensor) -> None:
+        """The runtime's codes, and those that its own float input rounds to."""
+        self.exact += int((expected == theirs).sum())
+        self.exact_codes += expected.numel()
+
+    def row(self, name: str, quantizer: Quantizer, path: str) -> CodeError:
+        """The figures."""
+        return CodeError(
+            name=name,
+            tensor=quantizer.tensor,
+            role=quantizer.role,
+            path=path,
+            codes=self.codes,
+            equal=self.equal / self.codes,
+            off_by_one=self.off_by_one / self.codes,
+            worst=self.worst,
+            given_codes=self.given_equal / self.codes,
+            excess=self.excess,
+            tie=TIE * self.steps,
+            exact=self.exact / self.exact_codes if self.exact_codes else None,
+        )

@@ -1,0 +1,202 @@
+"""The manifest says what lies in the folder, and a changed folder is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from bitlower.backends.onnx_qdq._json import read_json, write_json
+from bitlower.backends.onnx_qdq._manifest import verify_artefact, write_manifest
+from bitlower.backends.onnx_qdq._resolved import float_bytes, resolved_tensors
+from bitlower.backends.onnx_qdq._verification import write_verification
+from bitlower.backends.onnx_qdq._verify import verify_export
+from bitlower.ir import BitlowerError, CheckError
+
+
+@pytest.fixture
+def artefact(handmade, tmp_path: Path) -> Path:
+    folder = handmade.write(tmp_path / "artefact")
+    (folder / "config.json").write_text("{}")
+    write_verification(verify_export(handmade.program, folder, handmade.batches), folder)
+    write_manifest(handmade.program, folder, backend_options={"opset": 21}, provenance={"seed": 3})
+    return folder
+
+
+def rewrite(folder: Path, name: str, change) -> None:
+    """Change a JSON file and what the manifest says about it."""
+    form = json.loads((folder / name).read_text())
+    change(form)
+    (folder / name).write_text(json.dumps(form))
+    relist(folder, name)
+
+
+def relist(folder: Path, name: str) -> None:
+    """Let the manifest say what a changed file is now."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    data = (folder / name).read_bytes()
+    manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_the_manifest_describes_program_and_files(artefact: Path, handmade):
+    form = json.loads((artefact / "manifest.json").read_text())
+    assert list(form) == sorted(form)
+    assert set(form["files"]) == {"model.onnx", "config.json", "verification.json"}
+    for name, entry in form["files"].items():
+        data = (artefact / name).read_bytes()
+        assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert form["bytes"] == sum(entry["bytes"] for entry in form["files"].values())
+    assert form["backend"] == "onnx-qdq"
+    assert (form["backend_options"], form["provenance"]) == ({"opset": 21}, {"seed": 3})
+    assert form["program"]["digest"] == handmade.program.digest()
+    assert form["program"]["inputs"] == ["x: float32[batch, 8]"]
+    assert {"bitlower", "torch", "transformers", "onnx", "onnxruntime"} <= set(form["versions"])
+
+
+def test_the_resolved_scheme_has_every_tensor(handmade):
+    rows = resolved_tensors(handmade.program)
+    assert sorted(row["tensor"] for row in rows) == ["down.weight", "gelu", "up.weight", "x"]
+    x = next(row for row in rows if row["tensor"] == "x")
+    assert np.float32(x["scale"]) == handmade.tensors["x_codes.scale"]
+    assert (x["zero_point"], x["scale_shape"], x["role"]) == (120, [], "linear-input")
+    assert x["spec"] == {
+        "num_bits": 8, "type": "uint", "symmetric": False, "strategy": "tensor", "dynamic": False,
+    }  # fmt: skip
+    weight = next(row for row in rows if row["tensor"] == "up.weight")
+    assert weight["scale_shape"] == [16, 1]
+    assert "scale" not in weight
+
+
+def test_float_size_counts_codes_as_floats(handmade):
+    assert float_bytes(handmade.program) == 4 * (8 * 16 + 16 + 16 * 8 + 8)
+
+
+def test_equal_folders_give_equal_manifests(artefact: Path, handmade):
+    first = (artefact / "manifest.json").read_bytes()
+    write_manifest(handmade.program, artefact, backend_options={"opset": 21}, provenance={"seed": 3})
+    assert (artefact / "manifest.json").read_bytes() == first
+    assert str(artefact.parent).encode() not in first
+    assert not list(artefact.glob(".*"))
+
+
+def test_a_sound_artefact_passes(artefact: Path):
+    (artefact / "notes.txt").write_text("mine")
+    report = verify_artefact(artefact)
+    assert report.files == 3
+    assert report.unlisted == ("notes.txt",)
+    assert report.kernels.integer == {"MatMulIntegerToFloat": 2}
+    assert report.selftest["y"] == pytest.approx(1.0, abs=1e-9)
+    json.dumps(report.to_dict())
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "config.json", "verification.json", "manifest.json"])
+def test_a_missing_file_is_named(artefact: Path, name: str):
+    (artefact / name).unlink()
+    with pytest.raises(CheckError, match=f"{name} is missing"):
+        verify_artefact(artefact)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "config.json", "verification.json"])
+def test_a_changed_byte_is_found(artefact: Path, name: str):
+    data = bytearray((artefact / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (artefact / name).write_bytes(data)
+    with pytest.raises(CheckError, match=f"{name} .* was changed"):
+        verify_artefact(artefact)
+
+
+def test_a_truncated_file_is_found(artefact: Path):
+    data = (artefact / "model.onnx").read_bytes()
+    (artefact / "model.onnx").write_bytes(data[:-7])
+    with pytest.raises(CheckError, match=f"model.onnx .* has {len(data) - 7} bytes, the manifest says {len(data)}"):
+        verify_artefact(artefact)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"files": {"a": {}}}', '{"files": []}', '{"files": {}}'])
+def test_a_damaged_manifest_is_refused(artefact: Path, text: str):
+    (artefact / "manifest.json").write_text(text)
+    with pytest.raises(CheckError, match=r"manifest\.json"):
+        verify_artefact(artefact)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret"])
+def test_a_manifest_cannot_point_outside_the_folder(artefact: Path, name: str):
+    (artefact.parent / "secret").write_text("")
+    form = json.loads((artefact / "manifest.json").read_text())
+    form["files"][name] = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    (artefact / "manifest.json").write_text(json.dumps(form))
+    with pytest.raises(CheckError, match="outside the folder"):
+        verify_artefact(artefact)
+
+
+def test_no_folder_is_bad_input(tmp_path: Path):
+    with pytest.raises(BitlowerError, match="no artefact") as caught:
+        verify_artefact(tmp_path / "none")
+    assert caught.value.exit_code == 2
+
+
+def test_a_model_that_computes_something_else_is_found_behind_a_right_hash(artefact: Path):
+    model = onnx.load(artefact / "model.onnx")
+    codes = next(t for t in model.graph.initializer if t.name == "down.weight_codes")
+    codes.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(codes)[::-1].copy(), codes.name))
+    onnx.save(model, artefact / "model.onnx")
+    relist(artefact, "model.onnx")
+    with pytest.raises(CheckError, match="the output y has the cosine"):
+        verify_artefact(artefact)
+
+
+def test_a_model_that_does_not_load_is_found_behind_a_right_hash(artefact: Path):
+    model = onnx.load(artefact / "model.onnx")
+    model.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(model, artefact / "model.onnx")
+    relist(artefact, "model.onnx")
+    with pytest.raises(CheckError, match="onnxruntime does not load"):
+        verify_artefact(artefact)
+
+
+def test_lost_kernels_are_found(artefact: Path):
+    rewrite(artefact, "verification.json", lambda form: form["kernels"]["integer"].update(MatMulIntegerToFloat=3))
+    with pytest.raises(CheckError, match="integer kernels"):
+        verify_artefact(artefact)
+
+
+def test_another_version_of_the_runtime_may_choose_other_kernels(artefact: Path):
+    def change(form):
+        form["kernels"]["integer"] = {"QGemm": 2}
+        form["runtime"]["onnxruntime"] = "1.0"
+
+    rewrite(artefact, "verification.json", change)
+    report = verify_artefact(artefact)
+    assert report.recorded_runtime["onnxruntime"] == "1.0"
+    assert report.kernels.found == 2
+
+
+def test_damaged_selftest_inputs_are_refused(artefact: Path):
+    rewrite(artefact, "verification.json", lambda form: form["selftest"]["inputs"]["x"].update(dtype="int99"))
+    with pytest.raises(CheckError, match="self-test"):
+        verify_artefact(artefact)
+
+
+def test_selftest_inputs_are_short_and_exact(artefact: Path, handmade):
+    form = json.loads((artefact / "verification.json").read_text())["selftest"]
+    values = torch.tensor(form["inputs"]["x"]["values"])
+    assert torch.equal(values, handmade.batches[0]["x"][:2])
+    assert len(form["outputs"]["y"]["values"]) <= 64
+
+
+def test_files_appear_whole(tmp_path: Path):
+    path = tmp_path / "a.json"
+    write_json(path, {"b": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"b": float("nan")})
+    with pytest.raises(TypeError):
+        write_json(path, {"b": object()})
+    assert read_json(path) == {"b": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

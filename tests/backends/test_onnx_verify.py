@@ -1,0 +1,291 @@
+"""Each check holds on a right model and fails on a wrong one."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper, numpy_helper
+
+from bitlower.backends.onnx_qdq._lower import lower
+from bitlower.backends.onnx_qdq._tally import Rounding, Tally
+from bitlower.backends.onnx_qdq._verification import Verification, read_verification, write_verification
+from bitlower.backends.onnx_qdq._verify import verify_export, with_float_weights
+from bitlower.ir import BitlowerError, CheckError, Program, Scheme
+from bitlower.passes import Context
+from bitlower.passes.calibrate import Calibrate
+from bitlower.passes.lower_integer import LowerInteger
+from bitlower.passes.quantize import Quantize
+
+
+def tensor(name, change):
+    """An edit that replaces an initializer by ``change`` of it."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        found = next(t for t in model.graph.initializer if t.name == name)
+        old = numpy_helper.to_array(found)
+        found.CopyFrom(numpy_helper.from_array(np.asarray(change(old.copy()), old.dtype), name))
+
+    return edit
+
+
+def node(name, change):
+    """An edit that calls ``change`` on a node."""
+    return lambda model: change(next(n for n in model.graph.node if n.name == name))
+
+
+def own_parameter(name, index, value):
+    """An edit that gives one node a constant of its own in place of a shared one."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        found = next(n for n in model.graph.node if n.name == name)
+        old = next(t for t in model.graph.initializer if t.name == found.input[index])
+        array = np.asarray(value, numpy_helper.to_array(old).dtype)
+        model.graph.initializer.append(numpy_helper.from_array(array, f"{name}_own"))
+        found.input[index] = f"{name}_own"
+
+    return edit
+
+
+def narrow_clip(model: onnx.ModelProto) -> None:
+    """Codes of x end at 150."""
+    index, found = next((i, n) for i, n in enumerate(model.graph.node) if n.name == "Q_x_codes")
+    found.output[0] = "x_wide"
+    model.graph.initializer.append(numpy_helper.from_array(np.array(0, np.uint8), "low"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(150, np.uint8), "high"))
+    model.graph.node.insert(index + 1, helper.make_node("Clip", ["x_wide", "low", "high"], ["x_codes"], name="Clip"))
+
+
+def swapped(array):
+    array[0, 0], array[1, 0] = array[1, 0], array[0, 0]
+    return array
+
+
+def flipped(array):
+    array[3, 2] ^= 1
+    return array
+
+
+def reading(index, name):
+    return lambda n: n.input.__setitem__(index, name)
+
+
+def approximate(n):
+    n.attribute.append(helper.make_attribute("approximate", "tanh"))
+
+
+def renamed(n):
+    n.output[0] = "other"
+
+
+def drop_quantizer(model: onnx.ModelProto) -> None:
+    """The second linear reads the float value; its quantizer is gone."""
+    keep = [n for n in model.graph.node if n.name not in ("Q_act_codes", "DQ_act_codes")]
+    for n in keep:
+        n.input[:] = ["gelu" if i == "act_codes_real" else i for i in n.input]
+    del model.graph.node[:]
+    model.graph.node.extend(keep)
+
+
+BROKEN = {
+    "activation scale": (tensor("act_codes.scale", lambda a: a * 1.001), "scale of act_codes is not the program's"),
+    "scale where codes are read": (own_parameter("DQ_act_codes", 1, 0.0174), "scale of act_codes at DequantizeLinear"),
+    "zero point": (tensor("act_codes.zero_point", lambda a: a + 1), "zero point of act_codes"),
+    "zero point where codes are read": (own_parameter("DQ_x_codes", 2, 121), "zero point of x_codes at Deq"),
+    "weight scale": (tensor("up.weight_scale", lambda a: np.nextafter(a, np.inf)), "scale of up.weight_codes"),
+    "swapped codes": (tensor("up.weight_codes", swapped), "2 of the 128 codes of up.weight_codes"),
+    "one code": (tensor("down.weight_codes", flipped), "1 of the 128 codes of down.weight_codes"),
+    "weights of another layer": (node("DQ_up", reading(1, "x_codes.scale")), "scale of up.weight_codes"),
+    "bias": (tensor("up.bias", lambda a: a + 0.001), r"%act_codes \(linear-input of %gelu.*steps from its value"),
+    "last bias": (tensor("down.bias", lambda a: a + 0.001), "the output y is .* standard deviations off"),
+    "approximate gelu": (node("Gelu", approximate), r"%act_codes .*steps from its value"),
+    "narrow clip": (narrow_clip, r"%x_codes .*round\(x / scale\)"),
+    "dropped quantizer": (drop_quantizer, r"quantizer %act_codes \(linear-input of %gelu in act\) is not in the model"),
+    "bypassed quantizer": (node("MatMul_down", reading(0, "gelu")), "a MatMulNBits that rounds its float activations"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_model_is_refused_and_the_tensor_named(handmade, tmp_path: Path, name: str):
+    edit, message = BROKEN[name]
+    with pytest.raises(CheckError, match=message):
+        verify_export(handmade.program, handmade.write(tmp_path, edit), handmade.batches)
+
+
+def test_a_bypassed_quantizer_shows_in_the_output_too(handmade, tmp_path: Path):
+    folder = handmade.write(tmp_path, node("MatMul_down", reading(0, "gelu")))
+    config = {"session.qdq_matmulnbits_accuracy_level": "0"}
+    with pytest.raises(CheckError, match=r"the output y is .* standard deviations off"):
+        verify_export(handmade.program, folder, handmade.batches, session_config=config)
+
+
+def test_a_right_model_passes_with_all_figures(handmade, tmp_path: Path):
+    result = verify_export(handmade.program, handmade.write(tmp_path), handmade.batches)
+    assert [row.name for row in result.quantized] == ["x_codes", "act_codes"]
+    first, second = result.quantized
+    assert (first.tensor, first.role, first.codes) == ("x", "linear-input", (2 + 7 + 64 + 5) * 8)
+    assert (first.equal, first.off_by_one, first.worst, first.exact) == (1.0, 0.0, 0, 1.0)
+    assert second.exact == 1.0
+    assert second.excess <= second.tie == pytest.approx(2e-5 * 255)
+    assert (result.batches, result.tokens) == (4, (2 + 7 + 64 + 5) * 8)
+    assert result.constants == {"tensors": 2, "codes": 256}
+    assert result.exposing == 0
+    assert (result.kernels.expected, result.kernels.found) == (2, 2)
+    assert result.runtime["provider"] == "CPUExecutionProvider"
+
+
+def test_figures_are_those_of_numpy(handmade, tmp_path: Path):
+    """Errors of outputs against float64 formulas; the bias is off by an amount that the thresholds let through."""
+    edit = tensor("down.bias", lambda a: a + np.float32(2e-5))
+    [row] = verify_export(handmade.program, handmade.write(tmp_path, edit), handmade.batches[1:2]).outputs
+    small = handmade.batches[1]["x"][:2]
+    ours = handmade.program(x=torch.cat([small, handmade.batches[1]["x"]]))["y"].detach().double().numpy()
+    assert row.mean == pytest.approx(2e-5, rel=0.05)
+    assert row.relative == pytest.approx(row.worst / ours.std(), rel=1e-6)
+    assert row.given_codes == pytest.approx(row.relative, rel=1e-6)
+    assert row.cosine == pytest.approx(1, abs=1e-6)
+
+
+def test_batches_are_limited_and_read_one_at_a_time(handmade, tmp_path: Path):
+    def given():
+        yield handmade.batches[0]
+        yield handmade.batches[2]
+        pytest.fail("a batch too many was read")
+
+    assert verify_export(handmade.program, handmade.write(tmp_path), given(), limit=2).batches == 3
+
+
+def test_no_batch_is_bad_input(handmade, tmp_path: Path):
+    with pytest.raises(BitlowerError, match="without a batch") as caught:
+        verify_export(handmade.program, handmade.write(tmp_path), [])
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.99])
+def test_a_truncated_or_empty_file_is_refused(handmade, tmp_path: Path, share: float):
+    path = handmade.write(tmp_path) / "model.onnx"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(CheckError, match="model"):
+        verify_export(handmade.program, tmp_path, handmade.batches)
+
+
+def test_a_missing_file_is_refused(handmade, tmp_path: Path):
+    with pytest.raises(CheckError, match=r"model\.onnx"):
+        verify_export(handmade.program, tmp_path, handmade.batches)
+
+
+def test_an_output_of_another_name_is_refused(handmade, tmp_path: Path):
+    def edit(model: onnx.ModelProto) -> None:
+        node("Bias_down", renamed)(model)
+        model.graph.output[0].name = "other"
+
+    with pytest.raises(CheckError, match="no output 'y'"):
+        verify_export(handmade.program, handmade.write(tmp_path, edit), handmade.batches)
+
+
+def test_the_file_is_deterministic_and_reads_back(handmade, tmp_path: Path):
+    texts = []
+    for name in ("a", "b"):
+        folder = handmade.write(tmp_path / name)
+        result = verify_export(handmade.program, folder, handmade.batches)
+        write_verification(result, folder)
+        texts.append((folder / "verification.json").read_bytes())
+        assert read_verification(folder).to_dict() == result.to_dict()
+    assert texts[0] == texts[1]
+    assert str(tmp_path).encode() not in texts[0]
+    form = json.loads(texts[0])
+    assert list(form) == sorted(form)
+    assert form["summary"]["codes_equal_given_codes"] <= 1
+    for value in (form["outputs"][0]["mean"], form["quantized"][1]["equal"]):
+        assert value == float(f"{value:.6g}")
+
+
+def test_a_damaged_file_is_refused(handmade, tmp_path: Path):
+    result = verify_export(handmade.program, handmade.write(tmp_path), handmade.batches[:1]).to_dict()
+    for key in ("outputs", "kernels", "selftest"):
+        with pytest.raises(CheckError, match="damaged"):
+            Verification.from_dict({k: v for k, v in result.items() if k != key})
+    (tmp_path / "verification.json").write_text("{")
+    with pytest.raises(CheckError, match="damaged"):
+        read_verification(tmp_path)
+
+
+def lowered(program: Program, scheme: str, batches) -> Program:
+    context = Context(calibration=batches)
+    for step in (Quantize(scheme=Scheme.parse(scheme)), Calibrate(), LowerInteger()):
+        step.run(program, context)
+        program.recompile()
+    return program
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kernels"), [("W8A8", 3), ("W8A8-full", 2), ("W8A8-token", 3), ("W8A8-peg4", 0), ("W4A16-g8", 0)]
+)
+def test_real_exports_of_every_kind_hold(tiny_program: Program, tmp_path: Path, scheme: str, kernels: int):
+    """Static, dynamic, grouped and weight-only quantizers: codes are right but for ties, in every case."""
+    import onnx_ir
+
+    batches = [{"x": torch.randn(40, 16, generator=torch.Generator().manual_seed(seed))} for seed in range(3)]
+    program = lowered(tiny_program, scheme, batches)
+    onnx_ir.save(lower(program, opset=23, form="qdq")[0], tmp_path / "model.onnx")
+    result = verify_export(program, tmp_path, batches)
+    assert result.constants["tensors"] >= 3
+    assert (result.kernels.expected, result.kernels.found) == (kernels, kernels)
+    assert all(row.exact == 1.0 for row in result.quantized)
+    assert all(row.given_codes < 2e-5 for row in result.outputs)
+    assert bool(result.quantized) == (scheme != "W4A16-g8")
+
+
+def test_a_float_program_is_compared_by_its_outputs(tiny_program: Program, tmp_path: Path):
+    import onnx_ir
+
+    batches = [{"x": torch.randn(6, 16)}]
+    onnx_ir.save(lower(tiny_program, opset=23, form="qdq")[0], tmp_path / "model.onnx")
+    result = verify_export(tiny_program, tmp_path, batches)
+    assert [row.name for row in result.outputs] == ["hidden", "logits"]
+    assert result.quantized == ()
+    assert result.constants == {"tensors": 0, "codes": 0}
+    assert result.kernels.float_reasons == {"the weight is float": 3} or result.kernels.expected == 0
+    with torch.no_grad():
+        tiny_program.module.get_parameter("head.bias").add_(0.01)
+    with pytest.raises(CheckError, match="the output logits"):
+        verify_export(tiny_program, tmp_path, batches)
+
+
+def test_excess_is_the_distance_from_the_rounding_interval():
+    scale, zero = torch.tensor(0.5), torch.tensor(3.0)
+    x = torch.tensor([0.0, 0.25, 0.3, -10.0, 500.0])
+    rounding = Rounding(x, scale, zero, 0, 255)
+    assert rounding.excess(torch.tensor([3, 3, 4, 0, 255])) == 0
+    assert rounding.excess(torch.tensor([3, 4, 4, 0, 255])) == 0
+    assert rounding.excess(torch.tensor([3, 3, 3, 0, 255])) == pytest.approx(0.1, abs=1e-6)
+    assert rounding.excess(torch.tensor([5, 3, 4, 0, 255])) == pytest.approx(1.5, abs=1e-6)
+    assert rounding.excess(torch.tensor([3, 3, 4, 0, 254])) == pytest.approx(1003 - 254.5)
+
+
+def test_tallies_are_shares_over_all_batches(handmade):
+    tally = Tally()
+    tally.add_alone(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 3, 3, 7]))
+    tally.add_alone(torch.tensor([5, 6], dtype=torch.uint8), torch.tensor([6, 6], dtype=torch.uint8))
+    tally.add_exact(torch.tensor([1.0, 2.0]), torch.tensor([1, 3]))
+    quantizer = next(q for _, q in handmade.program.quantizers())
+    row = tally.row("q", quantizer, "layer")
+    assert (row.codes, row.worst, row.exact) == (6, 3, 0.5)
+    assert math.isclose(row.equal, 3 / 6)
+    assert math.isclose(row.off_by_one, 2 / 6)
+
+
+def test_float_weights_compute_the_same_and_leave_the_program_alone(handmade):
+    text, batch = str(handmade.program), handmade.batches[0]
+    copy = with_float_weights(handmade.program)
+    assert torch.equal(copy(**batch)["y"], handmade.program(**batch)["y"])
+    names = {node.name for node in copy.graph.nodes if node.op == "call_function"}
+    assert {"x_codes", "act_codes"} <= names
+    assert names.isdisjoint({"up_w", "down_w"})
+    assert str(handmade.program) == text

@@ -1,0 +1,53 @@
+"""The examples do what they say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitlower.frontends import load
+from bitlower.passes import Context, PassManager, load_plugin, make_pass
+from bitlower.tools.data import read_texts
+from bitlower.tools.recipe import load_recipe, validate_recipe
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_the_sentences_are_many_different_and_of_all_lengths() -> None:
+    texts = read_texts(EXAMPLES / "sentences.txt")
+    lengths = [len(text.split()) for text in texts]
+    assert len(texts) == len(set(texts)) >= 160
+    assert (min(lengths), max(lengths)) == (5, 40)
+    assert len(set(lengths)) > 20
+
+
+def test_the_recipe_is_valid() -> None:
+    recipe = load_recipe(EXAMPLES / "minilm-w8a8.yaml")
+    assert [pass_.name for pass_ in validate_recipe(recipe)][-1] == "lower-integer"
+
+
+class Scaled(torch.nn.Module):
+    """Three linears that read a product with 0.5, with 100, and of two values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        small, large, other = self.layers
+        return other(large(small(x * 0.5) * 100.0) * x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_plugin_folds_what_it_should() -> None:
+    load_plugin(EXAMPLES / "fold_scales.py")
+    example = {"x": torch.randn(3, 4)}
+    program = load(Scaled().eval(), example_inputs=example)
+    folded = PassManager([make_pass("clean"), make_pass("fold-scales")]).run(program, Context(evaluation=[example]))
+    assert folded.passes[-1] == "fold-scales"
+    products = re.findall(r"= mul.Tensor\(([^)]*)\)", str(folded))
+    assert [text.split(", ")[1] for text in products if "%" not in text.split(", ")[1]] == ["100"]
+    torch.testing.assert_close(folded(**example), program(**example))

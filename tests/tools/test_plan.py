@@ -1,0 +1,87 @@
+"""Plans against what really comes out: tensors by hand, artefacts that are exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitlower.frontends import load
+from bitlower.ir import BitlowerError, Program
+from bitlower.tools.flow import quantize, standard_passes, standard_recipe
+from bitlower.tools.plan import Load, code_bytes, make_plan, plan_recipe
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(2, 3), (4, 3), (5, 5), (8, 5), (9, 10), (16, 10)])
+def test_codes_take_half_a_byte_one_or_two(bits: int, expected: int) -> None:
+    assert code_bytes(5, bits) == expected
+
+
+def test_tensors_by_hand(bert_program: Program) -> None:
+    plan = make_plan(bert_program.clone(), standard_passes("W8A8", ["pooler"]), Load(8, 16))
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    weight = tensors["encoder.layer.0.intermediate.dense.weight"]
+    assert (weight.shape, weight.bits, weight.float_bytes) == ((64, 32), 8, 64 * 32 * 4)
+    assert weight.bytes == 64 * 32 + 64 * 4  # codes, and a scale for each of 64 channels
+    ignored = tensors["pooler.dense.weight"]
+    assert (ignored.bits, ignored.bytes, ignored.reason) == (32, 32 * 32 * 4, "ignored by a pattern")
+    assert tensors["encoder.layer.1.output.LayerNorm.bias"].bits == 32
+    assert sum(t.float_bytes for t in plan.tensors) == plan.float_bytes
+    inputs = [value for value in plan.activations if value.role == "linear-input"]
+    assert all(value.spec == "u8 asymmetric per-tensor" for value in inputs if not value.reason)
+    assert {value.reason for value in plan.activations if value.role == "residual"} == {
+        "the scheme leaves residual in float"
+    }
+
+
+def test_a_shared_tensor_counts_once() -> None:
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = torch.nn.Linear(64, 64, bias=False)
+            self.second = torch.nn.Linear(64, 64, bias=False)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x).relu())
+
+    program = load(Tied().eval(), example_inputs={"x": torch.randn(3, 64)})
+    plan = make_plan(program, standard_passes("W8A8"), Load(8, 16))
+    assert sum(t.bytes for t in plan.tensors) == 64 * 64 + 64 * 4
+    assert plan.float_bytes == 64 * 64 * 4
+
+
+def test_a_plan_is_plain_data_and_says_what_it_cannot_foresee(bert: Path, texts: Path, traced: None) -> None:
+    plan = plan_recipe(standard_recipe(str(bert), "W8A8-token", str(texts), samples=16))
+    form = plan.to_dict()
+    assert json.loads(json.dumps(form)) == json.loads(json.dumps(form))
+    assert plan.notes == ()
+    assert plan.peak_bytes > plan.float_bytes
+    assert plan.seconds > 0
+    assert len(plan.tables()) == 3
+
+
+def test_plans_find_the_mistakes_of_the_run(bert_program: Program) -> None:
+    with pytest.raises(BitlowerError, match="no-such-layer"):
+        make_plan(bert_program.clone(), standard_passes("W8A8", ["no-such-layer"]), Load(8, 16))
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A8-full"])
+def test_the_predicted_size_is_that_of_the_artefact(tmp_path: Path, scheme: str) -> None:
+    """A model large enough that the graph itself, which is estimated roughly, is not most of the file."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=2000, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=1024,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    module = BertModel(config).eval()
+    ids = torch.randint(0, 2000, (2, 12))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    made = quantize(module, scheme=scheme, calibration=[batch], output=tmp_path / "out")
+    plan = make_plan(load(module), standard_passes(scheme), Load(1, 12))
+    assert plan.file_bytes == pytest.approx(made.summary.files["model.onnx"], rel=0.02)
+    assert plan.artefact_bytes == pytest.approx(made.summary.artefact_bytes, rel=0.03)
