@@ -1,4 +1,4 @@
-"""Kill a run at random moments, start it again: is the artefact byte-identical to an undisturbed run's?
+"""Kill a run at random moments and start it again: the artefact must be that of an undisturbed run, to the byte.
 
     python benchmarks/resume.py
 

@@ -37,7 +37,7 @@ class Calibrate(Pass):
     preserves: ClassVar[frozenset[type]] = frozenset({PlacementReport})
     weights: Literal["minmax", "mse", "mse-golden"] = "mse-golden"
     """How weights get their ranges."""
-    activations: Estimator = "minmax"
+    activations: Estimator = "mse-token"
     """How activations get theirs.
 
     ``running-minmax`` is an exponential average of the extremes of batches. ``mse-token`` searches as ``mse-golden``

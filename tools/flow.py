@@ -50,6 +50,7 @@ def standard_passes(scheme: str | Scheme, ignore: Sequence[str] = ()) -> tuple[P
     return (
         make_pass("clean"),
         make_pass("quantize", parameters),
+        make_pass("smooth"),
         make_pass("calibrate"),
         make_pass("lower-integer"),
     )
