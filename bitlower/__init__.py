@@ -28,10 +28,9 @@ if TYPE_CHECKING:
         Scheme,
         TensorType,
     )
+    from bitlower.ir.version import __version__
     from bitlower.passes import Context, Contract, Pass, PassManager, parse_pipeline
     from bitlower.tools.flow import quantize
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BitlowerError",
@@ -47,6 +46,7 @@ __all__ = [
     "QuantSpec",
     "Scheme",
     "TensorType",
+    "__version__",
     "batches",
     "load",
     "parse_pipeline",
@@ -56,6 +56,7 @@ __all__ = [
 _HOMES = {
     "bitlower.frontends": ("batches", "load"),
     "bitlower.passes": ("Context", "Contract", "Pass", "PassManager", "parse_pipeline"),
+    "bitlower.ir.version": ("__version__",),
     "bitlower.tools.flow": ("quantize",),
 }
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-import bitlower
 from bitlower.ir import Batch, Program, get_tensor
 from bitlower.ir.program import tensor_digest
 from bitlower.ir.serialize import encode
+from bitlower.ir.version import __version__
 from bitlower.passes._base import Pass
 
 Fingerprint = tuple[int, int, int]
@@ -91,7 +91,7 @@ def _digest_own() -> str:
     """Versions of bitlower and torch, and the sources that every pass stands on."""
     machinery = Path(__file__).parent
     files = sorted([*(machinery.parent / "ir").glob("*.py"), *machinery.glob("_*.py")])
-    own = hashlib.sha256(f"{bitlower.__version__} {torch.__version__}".encode())
+    own = hashlib.sha256(f"{__version__} {torch.__version__}".encode())
     own.update(_digest_files(files))
     return own.hexdigest()
 

@@ -14,7 +14,7 @@ import torch
 from bitlower.ir import Grid, numerics
 
 GRID_STEPS = 100
-GOLDEN_STEPS = 18
+GOLDEN_STEPS = 14
 _GOLDEN = (5**0.5 - 1) / 2
 _SMALLEST = 0.01
 
@@ -102,7 +102,7 @@ def cross_entropy_loss(logits: torch.Tensor, grid: Grid) -> Loss:
     target = torch.softmax(logits.double(), -1)
 
     def cross_entropy(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        scale, zero = grid.qparams(low, high)
+        scale, zero = grid.qparams(low.reshape(()), high.reshape(()))
         rounded = numerics.fake(logits, scale, zero, grid.quant_min, grid.quant_max)
         return -(target * torch.log_softmax(rounded.double(), -1)).sum().reshape(1)
 
@@ -130,12 +130,19 @@ def search_golden(loss: Loss, low: torch.Tensor, high: torch.Tensor, *, two_side
         best = torch.ones_like(low)
         best_loss = loss(*ends(best))
         left, right = torch.full_like(low, _SMALLEST), torch.ones_like(low)
+        a, b = right - _GOLDEN * (right - left), left + _GOLDEN * (right - left)
+        loss_a, loss_b = loss(*ends(a)), loss(*ends(b))
+        for factor, value in ((a, loss_a), (b, loss_b)):
+            best, best_loss = _keep_better(best, best_loss, factor, value)
         for _ in range(GOLDEN_STEPS):
-            a, b = right - _GOLDEN * (right - left), left + _GOLDEN * (right - left)
-            loss_a, loss_b = loss(*ends(a)), loss(*ends(b))
-            best, best_loss = _keep_better(best, best_loss, a, loss_a)
-            best, best_loss = _keep_better(best, best_loss, b, loss_b)
-            left, right = torch.where(loss_a < loss_b, left, a), torch.where(loss_a < loss_b, b, right)
+            lower = loss_a < loss_b
+            left, right = torch.where(lower, left, a), torch.where(lower, b, right)
+            step = _GOLDEN * (right - left)
+            factor = torch.where(lower, right - step, left + step)
+            value = loss(*ends(factor))
+            best, best_loss = _keep_better(best, best_loss, factor, value)
+            a, b = torch.where(lower, factor, b), torch.where(lower, a, factor)
+            loss_a, loss_b = torch.where(lower, value, loss_b), torch.where(lower, loss_a, value)
         return ends(best)
 
     return _sweep_ends(sweep, low, high, two_sided)

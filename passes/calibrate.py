@@ -20,7 +20,7 @@ from bitlower.passes.quantize import PlacementReport
 
 Estimator = Literal["minmax", "running-minmax", "percentile", "mse", "mse-golden", "mse-token"]
 _FROM_HISTOGRAM = ("percentile", "mse", "mse-golden", "mse-token")
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 _LOGIT_ROWS = 4096
 
 

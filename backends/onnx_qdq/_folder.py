@@ -10,9 +10,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from bitlower import __version__
 from bitlower.backends.onnx_qdq._json import write_json
 from bitlower.ir import BitlowerError, Program, QuantSpec
+from bitlower.ir.version import __version__
 
 MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "config.json"
 METHOD = "bitlower"

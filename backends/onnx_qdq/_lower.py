@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from bitlower import __version__
 from bitlower.backends.onnx_qdq._attention import flatten_attention, widen_mask
 from bitlower.backends.onnx_qdq._rewrite import Editor, Rule, RuleLog, apply_rules
 from bitlower.backends.onnx_qdq._rewrite_graph import residual_sum, strip, widen_bias
@@ -17,6 +16,7 @@ from bitlower.backends.onnx_qdq._rewrite_quantizers import (
 )
 from bitlower.backends.onnx_qdq._translate import translate
 from bitlower.ir import Program
+from bitlower.ir.version import __version__
 
 ATTENTION_OPSET = 23
 """The first opset with an Attention operator."""
@@ -28,7 +28,11 @@ def lower(program: Program, *, opset: int, form: Form) -> tuple[ir.Model, RuleLo
     Raises:
         BitlowerError: the program has an operator that ONNX cannot express.
     """
-    model = translate(program, opset)
+    return rewrite(translate(program, opset), form)
+
+
+def rewrite(model: ir.Model, form: Form) -> tuple[ir.Model, RuleLog]:
+    """Apply all rules to a translated model, in place, and give everything its final name."""
     editor = Editor(model)
     log = apply_rules(editor, rules(form))
     editor.finish()

@@ -15,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bitlower import __version__
 from bitlower.backends.onnx_qdq._json import read_json, significant, write_json
 from bitlower.backends.onnx_qdq._kernels import KernelReport, count_kernels, optimized_graph
 from bitlower.backends.onnx_qdq._resolved import float_bytes, resolved_tensors
@@ -24,6 +23,7 @@ from bitlower.backends.onnx_qdq._session import Session, runtime_versions
 from bitlower.backends.onnx_qdq._verification import Verification, read_verification
 from bitlower.backends.onnx_qdq._verify import MODEL
 from bitlower.ir import BitlowerError, CheckError, Program
+from bitlower.ir.version import __version__
 
 FILE = "manifest.json"
 BACKEND = "onnx-qdq"

@@ -153,7 +153,7 @@ def test_a_quantizer_over_an_input_belongs_to_its_reader() -> None:
     (node,) = [n for n, q in result.quantizers() if q.role == "linear-input"]
     assert node.meta["path"] == "0"
     assert node.meta["quantizer"].tensor == "input_1"
-    assert [(row.path, row.tensor) for row in report.rows] == [("0", "0.weight"), ("0", "input_1")]
+    assert [(row.path, row.tensor) for row in report.rows if row.spec] == [("0", "0.weight"), ("0", "input_1")]
 
 
 @pytest.mark.parametrize(
@@ -161,10 +161,13 @@ def test_a_quantizer_over_an_input_belongs_to_its_reader() -> None:
     [
         ("bert.pooler", {"bert.pooler.dense"}),
         ("*pooler*", {"bert.pooler.dense"}),
-        ("re:.*\\.1\\.(intermediate|output)\\.dense", {"bert.encoder.layer.1.intermediate.dense", "bert.encoder.layer.1.output.dense"}),
+        (
+            "re:.*\\.1\\.(intermediate|output)\\.dense",
+            {f"bert.encoder.layer.1.{p}.dense" for p in ("intermediate", "output")},
+        ),
         ("classifier.weight", {"classifier"}),
     ],
-)  # fmt: skip
+)
 def test_ignored_linears_keep_float_weights(bert, pattern: str, left: set[str]) -> None:
     _, program = bert()
     result, report = quantize(program, "W8A8", ignore=(pattern,))
@@ -190,7 +193,8 @@ def test_targets_admit_what_they_name_and_nothing_else(bert) -> None:
     paths = {node.meta["path"] for node, _ in result.quantizers()}
     assert all(path.startswith("bert.encoder.layer.1") for path in paths)
     assert tuple(roles(result, weights=False)) == LAYER
-    assert {row.reason for row in report.rows} == {"", "no target pattern matches"}
+    outside = [row.reason for row in report.rows if not row.path.startswith("bert.encoder.layer.1")]
+    assert set(outside) == {"no target pattern matches", "the scheme leaves linear-input in float"}
     attentions = [n for n in result.graph.nodes if n.target is torch.ops.aten.scaled_dot_product_attention.default]
     assert [n.meta["path"] for n in attentions] == ["bert.encoder.layer.0.attention.self"]
 
@@ -198,7 +202,8 @@ def test_targets_admit_what_they_name_and_nothing_else(bert) -> None:
 def test_ignore_wins_over_targets(bert) -> None:
     _, program = bert()
     result, _ = quantize(program, "W8A8", targets=("bert.encoder",), ignore=("bert.encoder.layer.0",))
-    assert {node.meta["path"].split(".")[3] for node, _ in result.quantizers()} == {"1"}
+    readers = {user.meta["path"] for node, _ in result.quantizers() for user in node.users}
+    assert {path.rpartition("layer.")[2][:1] for path in readers} == {"1"}
 
 
 @pytest.mark.parametrize("kind", ["ignore", "targets"])
@@ -265,7 +270,7 @@ def test_a_view_of_a_rounded_value_is_not_rounded_again(bert) -> None:
     [
         ("W8A8-peg5", r"layer_norm \(linear-input\): per-embedding-group\(5\) does not divide an axis of 32"),
         ("W4A16-g48", r"bert\..*\.weight \(linear-weight\): per-group\(48\) does not divide an axis of 32"),
-        ("W8A8-peg4-full", r"matmul \(scores\): .* symbolic size 'sequence'"),
+        ("W8A8-peg4-full", r"matmul\w* \(scores\): .* symbolic size 'sequence'"),
     ],
 )
 def test_a_granularity_that_does_not_fit_names_the_tensor(bert, scheme: str, tensor: str) -> None:

@@ -184,6 +184,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from types import SimpleNamespace
+from bitlower.tools import _backends
 from bitlower.tools.flow import run_recipe, standard_recipe
 from bitlower.passes.calibrate import Calibrate
 bert, texts, output, where = sys.argv[1:]
@@ -203,18 +204,18 @@ run_recipe(standard_recipe(bert, "W8A8", texts), Path(output))
 
 
 def test_killed_and_started_again_gives_the_same_bytes(
-    bert: Path, texts: Path, tmp_path: Path, own_cache: Path
+    bert: Path, texts: Path, tmp_path: Path, own_cache: Path, backend: SimpleNamespace
 ) -> None:
-    def run(output: str, where: str) -> int:
-        command = [sys.executable, "-c", KILLED, str(bert), str(texts), str(tmp_path / output), where]
-        caches = os.environ | {"XDG_CACHE_HOME": str(own_cache / output)}
+    def run(where: str) -> int:
+        command = [sys.executable, "-c", KILLED, str(bert), str(texts), str(tmp_path / "killed"), where]
+        caches = os.environ | {"XDG_CACHE_HOME": str(own_cache / "killed")}
         return subprocess.run(command, cwd=Path(__file__).parents[2], env=caches, check=False).returncode
 
-    assert run("undisturbed", "nowhere") == 0
+    run_recipe(recipe_of(bert, texts), tmp_path / "undisturbed")
     for where in ("calibrate", "export"):
-        assert run("killed", where) == -signal.SIGKILL
+        assert run(where) == -signal.SIGKILL
         assert not (tmp_path / "killed").exists()
-    assert run("killed", "nowhere") == 0
+    assert run("nowhere") == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
