@@ -41,9 +41,10 @@ def to_program(exported: ExportedProgram, *, task: str) -> Program:
             graph.erase_node(node)
         else:
             node.meta = _translate_meta(node, symbols)
-            if node.op == "get_attr":
-                tensor = get_tensor(module, str(node.target))
-                node.meta["type"] = TensorType(tensor.dtype, tuple(tensor.shape))
+    _reject_foreign(graph)
+    for node in graph.find_nodes(op="get_attr"):
+        tensor = get_tensor(module, str(node.target))
+        node.meta["type"] = TensorType(tensor.dtype, tuple(tensor.shape))
     flat, _ = torch.utils._pytree.tree_flatten(graph.output_node().args[0])
     graph.output_node().args = (tuple(flat),)
     graph.set_codegen(fx.graph.CodeGen())
@@ -55,7 +56,6 @@ def to_program(exported: ExportedProgram, *, task: str) -> Program:
         tuple(ValueSpec(name, node.meta["type"]) for name, node in zip(_output_names(exported), flat, strict=True)),
     )
     program.recompile()
-    _reject_foreign(program)
     return program
 
 
@@ -175,8 +175,8 @@ def _output_names(exported: ExportedProgram) -> list[str]:
     return ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
 
 
-def _reject_foreign(program: Program) -> None:
-    for node in program.graph.nodes:
+def _reject_foreign(graph: fx.Graph) -> None:
+    for node in graph.nodes:
         if node.op in ("call_module", "call_method") or isinstance(node.target, torch._ops.HigherOrderOperator):
             where = f" at {node.meta['source']}" if node.meta.get("source") else ""
             raise BitlowerError(f"the model calls {node.target}{where}, which is no plain operator")

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from bitlower.ir import Batch, BitlowerError, Level, Program, TensorType, get_tensor, numerics, ops, set_tensor
-from bitlower.ir.dataflow import NORM, parameter_of, weight_operand
+from bitlower.ir.dataflow import NORM, QUANTIZER, operand, parameter_of, weight_operand
 from bitlower.ir.observe import observe
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes.quantize import PlacementReport
@@ -104,9 +104,12 @@ def smoothing_sites(module: fx.GraphModule) -> Iterator[Site]:
 
 
 def _owns_weight(linear: fx.Node) -> bool:
-    operand = weight_operand(linear)
-    parameter = parameter_of(operand)
-    return parameter is not None and len(parameter.users) == 1 and len(operand.users) == 1
+    """Whether the weight is a parameter as it is, behind a quantizer at most, and ``linear`` alone reads it."""
+    value = weight_operand(linear)
+    owned = len(value.users) == 1
+    if value.target in QUANTIZER:
+        value = operand(value, 0)
+    return owned and value.op == "get_attr" and len(value.users) == 1
 
 
 def collect(program: Program, sites: Sequence[Site], context: Context, rows: int) -> list[Sample]:
@@ -120,6 +123,8 @@ def collect(program: Program, sites: Sequence[Site], context: Context, rows: int
         mask = batch.get("attention_mask")
         if mask is not None and node.meta["type"].shape[:2] == ("batch", "sequence"):
             tokens = tokens[mask.reshape(-1).bool()]
+        if not tokens.numel():
+            return
         sample.low = torch.minimum(sample.low, tokens.amin(0))
         sample.high = torch.maximum(sample.high, tokens.amax(0))
         chosen = torch.randperm(tokens.shape[0], generator=generator)[:share]
@@ -158,10 +163,10 @@ def site_error(sample: Sample, weights: Sequence[torch.Tensor], scale: torch.Ten
 
 
 def _rounded_weight(linear: fx.Node, weight: torch.Tensor) -> torch.Tensor:
-    operand = weight_operand(linear)
-    if "quantizer" not in operand.meta:
+    value = weight_operand(linear)
+    if "quantizer" not in value.meta:
         return weight
-    spec = operand.meta["quantizer"].spec
+    spec = value.meta["quantizer"].spec
     scale, zero = spec.grid.qparams(*spec.granularity.range_of(weight))
     return numerics.fake(weight, scale, zero, spec.grid.quant_min, spec.grid.quant_max)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-import bitlower
 from bitlower.passes import Pass
 
 ROOT = Path(__file__).parents[1]

@@ -1,7 +1,7 @@
 """Backends by name: the folder ``backends/onnx_qdq`` is called ``onnx-qdq``.
 
 A backend's module offers ``Options`` (a dataclass of what it can be told), ``export(program, folder, batches=…,
-**options)`` and ``verify(folder)``; both give a report that has ``to_dict`` or is a dataclass.
+provenance=…, **options)`` and ``verify(folder)``; both give a report that has ``to_dict`` or is a dataclass.
 """
 
 from __future__ import annotations
@@ -44,15 +44,23 @@ def check_export(name: str, options: Mapping[str, Any]) -> None:
 
 
 def export(
-    name: str, program: Program, folder: Path, batches: Sequence[Batch], options: Mapping[str, Any]
+    name: str,
+    program: Program,
+    folder: Path,
+    batches: Sequence[Batch],
+    options: Mapping[str, Any],
+    provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write the artefact of ``program`` into ``folder`` and give the backend's report as plain data.
+
+    ``provenance`` goes into the manifest: the seed and what was calibrated on.
 
     Raises:
         BitlowerError: the backend cannot express the program.
         CheckError: what was written does not compute what the program does.
     """
-    return plain_report(_module(name).export(program, folder, batches=batches, **_keywords(options)))
+    write = _module(name).export
+    return plain_report(write(program, folder, batches=batches, provenance=provenance, **_keywords(options)))
 
 
 def verify_artefact(folder: Path) -> dict[str, Any]:

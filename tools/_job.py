@@ -27,6 +27,7 @@ from bitlower.passes import (
     check_levels,
     format_pipeline,
 )
+from bitlower.passes._digest import digest_batches
 from bitlower.tools import _backends
 from bitlower.tools._output import disk_errors, new_folder
 from bitlower.tools._summary import RunSummary, peak_bytes
@@ -166,6 +167,11 @@ class _Run:
         texts = {"ledger.json": f"{ledger}\n", "recipe.yaml": self.job.recipe}
         reports = {}
         batches = data.evaluation or data.calibration[:2]
+        provenance = {
+            "seed": self.job.seed,
+            "calibration_batches": len(data.calibration),
+            "calibration_sha256": digest_batches(data.calibration),
+        }
         for name, options in self.job.exports:
             with self.stage(name):
                 self.options.display.note(f"writing {name}")
@@ -174,7 +180,7 @@ class _Run:
                 for file, text in texts.items():
                     if text:
                         (place / file).write_text(text, encoding="utf-8")
-                reports[name] = _backends.export(name, program, place, batches, options)
+                reports[name] = _backends.export(name, program, place, batches, options, provenance)
         return reports
 
     def observers(self, cache: Cache | None) -> list[Observer]:

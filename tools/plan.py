@@ -37,8 +37,8 @@ from bitlower.tools.render import format_bytes, make_table
 ENTRY_BYTES = 106
 FOLDER_BYTES = 4_000
 ROW_BYTES = 700
-BASE_BYTES = 420_000_000
-COPIES = 3.0
+BASE_BYTES = 680_000_000
+COPIES = 6.3
 FIXED_SECONDS = 12.0
 
 
@@ -234,7 +234,7 @@ def _notes(later: Sequence[Pass]) -> Iterator[str]:
 def _peak_bytes(program: Program, data: Load) -> int:
     widest = max((node.meta["type"].shape[-1] for node in linears(program.graph)), default=0)
     values = data.batch_size * data.max_length * (widest + data.max_length * _heads(program)) * 4
-    return int(BASE_BYTES + COPIES * program.size_bytes() + 4 * values)
+    return int(BASE_BYTES + COPIES * program.size_bytes() + values)
 
 
 def _heads(program: Program) -> int:

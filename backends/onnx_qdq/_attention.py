@@ -20,9 +20,10 @@ def widen_mask(editor: Editor, node: ir.Node) -> str | None:
         return "the mask has not four axes"
     if shape[2] != 1:
         return "the mask has a row a query already"
+    axis = 1 if node.attributes.get_int("q_num_heads", 0) else 2
     parts = [
         editor.emit(node, "Shape", [mask], start=0, end=2),
-        editor.emit(node, "Shape", [query], start=2, end=3),
+        editor.emit(node, "Shape", [query], start=axis, end=axis + 1),
         editor.emit(node, "Shape", [mask], start=3, end=4),
     ]
     target = editor.emit(node, "Concat", parts, axis=0)

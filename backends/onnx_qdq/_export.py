@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,7 @@ def export(
     opset: int = Options.opset,
     form: Form = Options.form,
     external_data_threshold: int = Options.external_data_threshold,
+    provenance: Mapping[str, Any] | None = None,
 ) -> ExportReport:
     """Write the artefact of ``program`` into the existing ``folder`` and verify it on ``batches``.
 
@@ -103,6 +104,7 @@ def export(
         opset: see :class:`Options`.
         form: see :class:`Options`.
         external_data_threshold: see :class:`Options`.
+        provenance: for the manifest: seeds, hashes of data, and what else the caller knows; plain data.
 
     Raises:
         BitlowerError: an option is wrong, or the program cannot be expressed in ONNX.
@@ -116,7 +118,7 @@ def export(
     _check_model(folder / MODEL)
     verification = verify_export(program, folder, batches)
     write_verification(verification, folder)
-    write_manifest(program, folder, backend_options=dataclasses.asdict(options))
+    write_manifest(program, folder, backend_options=dataclasses.asdict(options), provenance=provenance)
     return ExportReport(sizes(folder, files), opset, form, operators(model), log.to_dict(), verification)
 
 

@@ -45,8 +45,8 @@ def rewrite(model: ir.Model, form: Form) -> tuple[ir.Model, RuleLog]:
 def rules(form: Form) -> tuple[Rule, ...]:
     """All rules, in order: those that need the low-bit operators whole come before those that lower them."""
     return (
-        Rule("widen-attention-mask", widen_mask),
         Rule("flatten-attention", flatten_attention),
+        Rule("widen-attention-mask", widen_mask),
         Rule("gather-codes", gather_codes),
         Rule("sink-dequantize", sink_dequantize),
         *linear_rules(form),

@@ -117,8 +117,10 @@ def _numpy(value: ir.Value) -> Array:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rewrite with a name. ``apply(editor, node)`` gives :data:`APPLIED`; or, for a node that it could be meant
-    for, the reason why it does not match; or None for other nodes.
+    """A rewrite with a name.
+
+    ``apply(editor, node)`` gives :data:`APPLIED`; or, for a node that it could be meant for, the reason why it does not
+    match; or None for other nodes.
     """
 
     name: str

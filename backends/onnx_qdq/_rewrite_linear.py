@@ -18,8 +18,9 @@ BYTES = (ir.DataType.UINT8, ir.DataType.INT8)
 
 @dataclass(frozen=True)
 class Weight:
-    """A quantized weight as MatMul reads it: ``codes`` [K, N]; ``scale`` and ``zero`` in the layout of the Program,
-    transposed like the codes.
+    """A quantized weight as MatMul reads it.
+
+    ``codes`` are [K, N]; ``scale`` and ``zero`` have the layout of the Program, transposed like the codes.
     """
 
     name: str

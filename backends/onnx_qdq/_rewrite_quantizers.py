@@ -1,4 +1,4 @@
-"""Quantizers in standard ONNX: QuantizeLinear and DequantizeLinear where they can say it, plain arithmetic elsewhere."""
+"""Quantizers in standard ONNX: QuantizeLinear and DequantizeLinear where they can say it, arithmetic elsewhere."""
 
 from __future__ import annotations
 
@@ -80,9 +80,7 @@ def _grid(node: ir.Node) -> Grid:
     return Grid(int(get("bits") or 0), flags[0], flags[1], flags[2], convention)
 
 
-def _asymmetric(
-    editor: Editor, at: ir.Node, grid: Grid, low: ir.Value, high: ir.Value
-) -> tuple[ir.Value, ir.Value]:
+def _asymmetric(editor: Editor, at: ir.Node, grid: Grid, low: ir.Value, high: ir.Value) -> tuple[ir.Value, ir.Value]:
     steps = editor.constant(f"steps_{grid.bits}", np.float32(grid.quant_max - grid.quant_min))
     bottom, top = _limits(editor, grid.quant_min, grid.quant_max)
     spanned = editor.emit(at, "Sub", [high, low], like=low)
@@ -134,17 +132,31 @@ def lower_quantize(editor: Editor, node: ir.Node) -> str | None:
         return None
     dtype = TYPES[str(node.attributes.get_string("dtype"))]
     low, high = (int(node.attributes.get_int(f"quant_{end}") or 0) for end in ("min", "max"))
+    whole = (low, high) == (dtype.min, dtype.max)
     axis = _axis(editor, node)
-    if axis is None:
+    if axis is None or (axis >= 0 and not whole):
         codes = _explicit_codes(editor, node, low, high, dtype)
     else:
-        codes = _quantize_linear(editor, node, axis, dtype)
-        if (low, high) != (dtype.min, dtype.max):
-            limits = [editor.constant(f"limit_{dtype.name}_{v}", np.array(v, dtype.numpy())) for v in (low, high)]
-            codes = editor.emit(node, "Clip", [codes, *limits], like=codes)
+        x = source(node) if whole else _clipped(editor, node, low, high)
+        codes = _quantize_linear(editor, node, x, axis, dtype)
     editor.replace(node.outputs[0], codes)
     editor.name(codes, str(node.attributes.get_string("name")))
     return APPLIED
+
+
+def _clipped(editor: Editor, node: ir.Node, low: int, high: int) -> ir.Value:
+    """``x`` in the range of a grid that is narrower than its type.
+
+    The codes are the same as if they were clipped themselves, for ``k · s / s`` rounds to k; and QuantizeLinear stays
+    next to its DequantizeLinear, where onnxruntime looks for both.
+    """
+    scale, zero = (np.asarray(editor.array(source(node, position))).reshape(()) for position in (1, 2))
+    base = (source(node, 1).name or "quantizer.scale").removesuffix(".scale")
+    ends = [
+        editor.constant(f"{base}.{name}", np.float32((limit - zero) * scale))
+        for name, limit in (("low", low), ("high", high))
+    ]
+    return editor.emit(node, "Clip", [source(node), *ends], like=source(node))
 
 
 def _axis(editor: Editor, node: ir.Node) -> int | None:
@@ -156,8 +168,7 @@ def _axis(editor: Editor, node: ir.Node) -> int | None:
     return None if len(long) > 1 else long[0] if long else -1
 
 
-def _quantize_linear(editor: Editor, node: ir.Node, axis: int, dtype: ir.DataType) -> ir.Value:
-    x = source(node)
+def _quantize_linear(editor: Editor, node: ir.Node, x: ir.Value, axis: int, dtype: ir.DataType) -> ir.Value:
     if axis < 0:
         scale, zero = stored(editor, node, dtype)
         return editor.emit(node, "QuantizeLinear", [x, scale, zero], like=node.outputs[0], dtype=dtype)

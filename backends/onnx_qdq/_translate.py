@@ -184,9 +184,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     }
 
 
-def _quantize(
-    x: FLOAT, scale: FLOAT, zero_point: FLOAT, quant_min: int, quant_max: int, dtype: str, name: str
-) -> INT8:
+def _quantize(x: FLOAT, scale: FLOAT, zero_point: FLOAT, quant_min: int, quant_max: int, dtype: str, name: str) -> INT8:
     return _QUANTIZE(x, scale, zero_point, quant_min=quant_min, quant_max=quant_max, dtype=dtype, name=name)
 
 

@@ -94,7 +94,9 @@ def traced(bert: Path, bert_program: Program, monkeypatch: pytest.MonkeyPatch) -
 def backend(monkeypatch: pytest.MonkeyPatch, traced: None) -> SimpleNamespace:
     """Stands in for every backend; ``calls`` tells how it was called."""
 
-    def export(program: Program, folder: Path, *, opset: int = 21, batches: Sequence[Batch] = ()) -> dict[str, Any]:
+    def export(
+        program: Program, folder: Path, *, opset: int = 21, batches: Sequence[Batch] = (), provenance: Any = None
+    ) -> dict[str, Any]:
         stub.calls.append((program, opset, batches))
         (folder / "model.txt").write_text(program.digest())
         (folder / "manifest.json").write_text("{}")

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program
-from bitlower.passes import PassManager
-from bitlower.tools.flow import Options, quantize, recipe_job, run_recipe, standard_recipe
+from bitlower.passes import PassManager, format_pipeline
+from bitlower.tools.flow import Options, quantize, recipe_job, run_recipe, standard_passes, standard_recipe
 from bitlower.tools.recipe import Recipe, load_recipe
 
 
@@ -39,9 +39,8 @@ def test_a_run_writes_everything_and_tells_what_it_took(
     output = tmp_path / "out"
     summary = run_recipe(recipe_of(bert, texts), output)
     assert listing(output) == ["ledger.json", "manifest.json", "model.txt", "recipe.yaml"]
-    assert [stage.name for stage in summary.stages] == [
-        "load", "data", "clean", "quantize", "calibrate", "lower-integer", "onnx-qdq"
-    ]  # fmt: skip
+    names = [pass_.name for pass_ in standard_passes("W8A8")]
+    assert [stage.name for stage in summary.stages] == ["load", "data", *names, "onnx-qdq"]
     assert summary.output == output
     assert [row["pass"] for row in summary.ledger["rows"]] == ["quantize", "calibrate"]
     assert summary.ledger["rows"][1]["outputs"]["last_hidden_state"]["cosine"] > 0.99
@@ -51,7 +50,7 @@ def test_a_run_writes_everything_and_tells_what_it_took(
     ((program, _, batches),) = backend.calls
     assert program.level is Level.INTEGER
     assert sum(len(batch["input_ids"]) for batch in batches) == 5  # an eighth of 40 texts is held out
-    assert summary.to_dict()["pipeline"] == "clean,quantize,calibrate,lower-integer"
+    assert summary.to_dict()["pipeline"] == format_pipeline(standard_passes("W8A8"))
 
 
 def test_the_recipe_in_the_artefact_runs_again_and_names_no_place(
@@ -97,7 +96,7 @@ def test_python_takes_modules_texts_and_batches(bert: Path, texts: Path, tmp_pat
     inputs |= {"attention_mask": torch.ones_like(inputs["input_ids"])}
     inputs |= {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
     assert quantize(module, calibration=[inputs] * 8).program.level is Level.INTEGER
-    with pytest.raises(BitlowerError, match="need calibration data"):
+    with pytest.raises(BitlowerError, match="calibration data"):
         quantize(bert)
     with pytest.raises(BitlowerError, match="empty"):
         quantize(bert, calibration=[])
@@ -140,7 +139,7 @@ def test_several_exports_get_folders_of_their_own(
 def test_a_failing_export_leaves_nothing(
     bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace, error: Exception
 ) -> None:
-    def export(program: Program, folder: Path, *, batches: Sequence[Batch]) -> None:
+    def export(program: Program, folder: Path, *, batches: Sequence[Batch], provenance: object) -> None:
         (folder / "half").write_text("")
         raise error
 
@@ -189,7 +188,7 @@ from bitlower.tools.flow import run_recipe, standard_recipe
 from bitlower.passes.calibrate import Calibrate
 bert, texts, output, where = sys.argv[1:]
 die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-def export(program, folder, *, batches):
+def export(program, folder, *, batches, provenance):
     (folder / "model.txt").write_text(program.digest())
     (folder / "manifest.json").write_text("{}")
     die() if where == "export" else None

@@ -56,8 +56,8 @@ def test_a_shared_tensor_counts_once() -> None:
 def test_a_plan_is_plain_data_and_says_what_it_cannot_foresee(bert: Path, texts: Path, traced: None) -> None:
     plan = plan_recipe(standard_recipe(str(bert), "W8A8-token", str(texts), samples=16))
     form = plan.to_dict()
-    assert json.loads(json.dumps(form)) == json.loads(json.dumps(form))
-    assert plan.notes == ()
+    assert json.loads(json.dumps(form))["file_bytes"] == plan.file_bytes
+    assert [note.partition(" ")[0] for note in plan.notes] == ["smooth"]
     assert plan.peak_bytes > plan.float_bytes
     assert plan.seconds > 0
     assert len(plan.tables()) == 3
