@@ -47,6 +47,7 @@ class Calibrate(Pass):
     logits: Literal["same", "cross-entropy"] = "same"
     """``cross-entropy`` chooses the range of classification logits by what it does to the softmax."""
     percentile: float = 99.99
+    """For ``percentile``: the share of the values below the upper end, and above the lower one."""
     momentum: float = 0.9
     """Weight of the old range in ``running-minmax``."""
     bins: int = 4096

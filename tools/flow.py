@@ -109,8 +109,13 @@ def recipe_job(recipe: Recipe) -> Job:
     section = recipe.calibration
     texts = _recipe_texts(recipe)
 
+    held_out = recipe.evaluation or section
+
     def data(program: Program) -> Data:
-        return _tokenized(program, texts, section.max_length, section.batch_size)
+        return Data(
+            _tokens(program, texts.calibration, section.max_length, section.batch_size),
+            _tokens(program, texts.held_out, held_out.max_length, held_out.batch_size),
+        )
 
     return Job(
         load=lambda: replace(load(recipe.model_source, task=recipe.model.task), source=_portable(recipe.model.path)),
@@ -215,11 +220,8 @@ def _recipe_texts(recipe: Recipe) -> Split:
     return replace(texts, held_out=tuple(read_texts(path, column=other.column, samples=other.samples, seed=other.seed)))
 
 
-def _tokenized(program: Program, texts: Split, max_length: int, batch_size: int) -> Data:
-    def tokens(part: Sequence[str]) -> Sequence[Batch]:
-        return batches(program, part, max_length=max_length, batch_size=batch_size) if part else ()
-
-    return Data(tokens(texts.calibration), tokens(texts.held_out))
+def _tokens(program: Program, texts: Sequence[str], max_length: int, batch_size: int) -> Sequence[Batch]:
+    return batches(program, texts, max_length=max_length, batch_size=batch_size) if texts else ()
 
 
 def _data_source(
@@ -237,7 +239,10 @@ def _data_source(
         return lambda program: Data(given[:cut], given[cut:])
     else:
         texts = split_texts(cast(Sequence[str], calibration), samples=samples, seed=seed)
-    return lambda program: _tokenized(program, texts, max_length, DataSection.model_fields["batch_size"].default)
+    size: int = DataSection.model_fields["batch_size"].default
+    return lambda program: Data(
+        _tokens(program, texts.calibration, max_length, size), _tokens(program, texts.held_out, max_length, size)
+    )
 
 
 def _resolved(recipe: Recipe, texts: Split) -> Recipe:

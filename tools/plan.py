@@ -8,13 +8,12 @@ placed quantizers follow the bytes of every tensor. The formulas, with S the byt
     peak memory = BASE_BYTES + COPIES · S + activations of one batch
     seconds     = fixed part + passes over the data · FLOP of the data / measured FLOP rate
 
-A code takes its bits, rounded up to 4, 8 or 16; a scale takes 4 bytes, the zero point of an asymmetric grid those of
+A code takes one byte up to 8 bits and two above; a scale takes 4 bytes, the zero point of an asymmetric grid those of
 its code. The constants were measured on BERTs of 4 to 12 layers.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -214,8 +213,8 @@ def _tensor_plan(
 
 
 def code_bytes(count: int, bits: int) -> int:
-    """The bytes of ``count`` codes: half a byte, one or two each."""
-    return math.ceil(count / 2) if bits <= 4 else count * (1 if bits <= 8 else 2)
+    """The bytes of ``count`` codes: one each up to 8 bits, two above; fewer bits are not packed."""
+    return count * (1 if bits <= 8 else 2)
 
 
 def _entries(program: Program) -> int:

@@ -14,8 +14,8 @@ from bitlower.tools.flow import quantize, standard_passes, standard_recipe
 from bitlower.tools.plan import Load, code_bytes, make_plan, plan_recipe
 
 
-@pytest.mark.parametrize(("bits", "expected"), [(2, 3), (4, 3), (5, 5), (8, 5), (9, 10), (16, 10)])
-def test_codes_take_half_a_byte_one_or_two(bits: int, expected: int) -> None:
+@pytest.mark.parametrize(("bits", "expected"), [(2, 5), (4, 5), (5, 5), (8, 5), (9, 10), (16, 10)])
+def test_codes_take_one_byte_or_two(bits: int, expected: int) -> None:
     assert code_bytes(5, bits) == expected
 
 
