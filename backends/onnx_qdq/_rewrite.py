@@ -27,7 +27,7 @@ class Editor:
         self.wanted: dict[ir.Value, str] = {}
         self._made: dict[ir.Value, str] = {}
 
-    def constant(self, name: str, array: Array) -> ir.Value:
+    def constant(self, name: str, array: Array | np.generic) -> ir.Value:
         """A tensor; it will be called ``name`` unless an equal name was taken before."""
         data = np.asarray(array, order="C")
         for value, taken in self._made.items():
@@ -60,7 +60,8 @@ class Editor:
         self.graph.insert_before(before, node)
         result = node.outputs[0]
         if like is not None:
-            result.shape, result.dtype = like.shape, like.dtype
+            result.shape = like.shape
+            dtype = dtype or like.dtype
         if dtype is not None:
             result.dtype = dtype
         return result

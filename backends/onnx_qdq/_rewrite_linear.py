@@ -118,8 +118,8 @@ def _static_linear(editor: Editor, node: ir.Node) -> str | None:
     weight = linear.weight
     inputs = [_codes(editor, weight), _scales(editor, weight)]
     zeros = _zeros(editor, weight)
-    axis = {} if weight.scale.size == 1 else {"axis": 1}
-    real = editor.emit(node, "DequantizeLinear", [*inputs, *([zeros] if zeros is not None else [])], **axis)
+    operands = [*inputs, *([zeros] if zeros is not None else [])]
+    real = editor.emit(node, "DequantizeLinear", operands, axis=1)
     _finish(editor, linear, editor.emit(node, "MatMul", [linear.x, real], like=node.outputs[0]))
     return APPLIED
 

@@ -136,9 +136,14 @@ def lower_quantize(editor: Editor, node: ir.Node) -> str | None:
     axis = _axis(editor, node)
     if axis is None or (axis >= 0 and not whole):
         codes = _explicit_codes(editor, node, low, high, dtype)
+    elif whole:
+        codes = _quantize_linear(editor, node, source(node), axis, dtype)
+    elif dtype is ir.DataType.UINT8:
+        limits = [editor.constant(f"limit_uint8_{end}", np.uint8(end)) for end in (low, high)]
+        codes = _quantize_linear(editor, node, source(node), axis, dtype)
+        codes = editor.emit(node, "Clip", [codes, *limits], like=codes)
     else:
-        x = source(node) if whole else _clipped(editor, node, low, high)
-        codes = _quantize_linear(editor, node, x, axis, dtype)
+        codes = _quantize_linear(editor, node, _clipped(editor, node, low, high), axis, dtype)
     editor.replace(node.outputs[0], codes)
     editor.name(codes, str(node.attributes.get_string("name")))
     return APPLIED
@@ -147,8 +152,9 @@ def lower_quantize(editor: Editor, node: ir.Node) -> str | None:
 def _clipped(editor: Editor, node: ir.Node, low: int, high: int) -> ir.Value:
     """``x`` in the range of a grid that is narrower than its type.
 
-    The codes are the same as if they were clipped themselves, for ``k · s / s`` rounds to k; and QuantizeLinear stays
-    next to its DequantizeLinear, where onnxruntime looks for both.
+    The codes are the same as if they were clipped themselves, for ``k · s / s`` rounds to k. onnxruntime has no Clip of
+    16 bits, and takes signed codes into integer matmuls only if QuantizeLinear and DequantizeLinear are neighbours;
+    unsigned ones are clipped as codes, so that QuantizeLinear stays next to the matmul before it.
     """
     scale, zero = (np.asarray(editor.array(source(node, position))).reshape(()) for position in (1, 2))
     base = (source(node, 1).name or "quantizer.scale").removesuffix(".scale")

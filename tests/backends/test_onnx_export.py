@@ -268,7 +268,7 @@ def test_weight_codes_are_stored_once_under_their_own_name(written: Write) -> No
     np.testing.assert_array_equal(stored[query], get_tensor(program.module, query).numpy().T)
     table = "embeddings.word_embeddings.weight_codes"
     np.testing.assert_array_equal(stored[table], get_tensor(program.module, table).numpy())
-    assert not [name for name, value in stored.items() if value.dtype == np.float32 and value.size > 64]
+    assert not [name for name, value in stored.items() if value.dtype == np.float32 and value.size > VOCABULARY]
 
 
 CONVENTIONS = [
