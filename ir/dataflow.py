@@ -135,7 +135,7 @@ def _joins_a_branch(node: fx.Node, view: nx.DiGraph[fx.Node], computing: set[fx.
     for stream, branch in ((first, second), (second, first)):
         before: set[fx.Node] = nx.ancestors(view, branch)
         after: set[fx.Node] = nx.descendants(view, stream)
-        if branch in after and computing & (before | {branch}) & after:
+        if computing & (before | {branch}) & after:
             return True
     return False
 

@@ -14,7 +14,10 @@ from bitlower.passes._attention import fold_attention
 from bitlower.passes._base import Context, Contract, Pass
 
 aten = torch.ops.aten
-_WHOLE = 2**31
+_NO_OPS_OF_ONE_TYPE = frozenset({
+    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.alias.default, aten.clone.default, aten.slice.Tensor,
+})  # fmt: skip
+"""Operators that give their operand if its type stays: a slice of the same length is the whole."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,8 @@ def _is_no_op(node: fx.Node) -> bool:
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or source.meta.get("type") != node.meta["type"]:
         return False
-    if node.target in (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.alias.default, aten.clone.default):
+    if node.target in _NO_OPS_OF_ONE_TYPE:
         return True
-    if node.target is aten.slice.Tensor:
-        given = dict(enumerate(node.args))
-        end = given.get(3)
-        whole = end is None or (isinstance(end, int) and end >= _WHOLE)
-        return whole and given.get(2) in (0, None) and bool(given.get(4, 1) == 1)
     if node.target is aten.add.Tensor:
         return bool(node.args[1] == 0)
     return node.target in (aten.expand.default, aten.reshape.default, aten.view.default) and all(

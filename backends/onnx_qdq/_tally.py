@@ -57,6 +57,7 @@ class Tally:
 
     def add_given(self, ours: torch.Tensor, theirs: torch.Tensor, rounding: Rounding) -> None:
         """The runtime's codes, and the Program's from equal codes before."""
+        ours, theirs = ours.int(), theirs.int()  # torch compares no uint16
         different = ours != theirs
         self.given_equal += int((~different).sum())
         self.steps = rounding.quant_max - rounding.quant_min
@@ -65,7 +66,7 @@ class Tally:
 
     def add_exact(self, expected: torch.Tensor, theirs: torch.Tensor) -> None:
         """The runtime's codes, and those that its own float input rounds to."""
-        self.exact += int((expected == theirs).sum())
+        self.exact += int((expected.int() == theirs.int()).sum())
         self.exact_codes += expected.numel()
 
     def row(self, name: str, quantizer: Quantizer, path: str) -> CodeError:

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from bitlower.frontends import load
-from bitlower.ir import Batch, BitlowerError, Granularity, Program, QuantSpec, Scheme, get_tensor, set_tensor
+from bitlower.ir import Batch, BitlowerError, Granularity, Program, Scheme, get_tensor, set_tensor
 from bitlower.passes import Context
 from bitlower.passes.calibrate import Calibrate
 from bitlower.passes.quantize import Quantize
@@ -330,15 +330,9 @@ def test_closed_and_dynamic_quantizers_are_left_alone(bert, batches, run) -> Non
     assert Calibrate().run(again, Context(calibration=batches(2, seed=9))) is False
     assert again.digest() == once.digest()
     dynamic = run(program, Quantize(Scheme.parse("W8A8-token")), Calibrate())
-    assert all(bool(scale.any()) for scale, _ in scales_of_weights(dynamic))
-
-
-def scales_of_weights(program: Program) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [
-        (get_tensor(program.module, n.args[1].target), get_tensor(program.module, n.args[2].target))
-        for n, q in program.quantizers()
-        if not q.spec.granularity.dynamic
-    ]
+    parts = [node.args[1] for node, _ in dynamic.quantizers() if node.args[1].op == "get_attr"]
+    assert parts
+    assert all(bool(get_tensor(dynamic.module, part.target).any()) for part in parts)
 
 
 def test_activations_without_data_are_an_error(bert, run) -> None:
@@ -403,14 +397,3 @@ def test_a_batch_of_padding_only_is_no_error(bert, batches, run) -> None:
     quantized = run(program, Quantize(Scheme.parse("W8A8-full")))
     result = run(quantized, Calibrate(activations="mse", bins=64), context=Context(calibration=data))
     assert bool(torch.isfinite(result(**batch)["logits"]).all())
-
-
-def test_specs_keep_their_grid(bert, batches, run) -> None:
-    """8-bit per-tensor activations: zero is exactly representable, the codes reach both ends."""
-    _, program = bert(layers=1)
-    result = run(program, Quantize(Scheme.parse("W8A8-full")), Calibrate(), context=Context(calibration=batches(2)))
-    for node, quantizer in result.quantizers():
-        assert isinstance(quantizer.spec, QuantSpec)
-        _, zero = (get_tensor(result.module, arg.target) for arg in node.args[1:3])
-        assert torch.equal(zero, zero.round())
-        assert bool(((zero >= quantizer.spec.grid.quant_min) & (zero <= quantizer.spec.grid.quant_max)).all())

@@ -81,6 +81,20 @@ def test_no_ops_go_and_their_twins_stay(run) -> None:
     assert count[aten.slice.Tensor] == 3
 
 
+class Slices(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x[: x.shape[0]] * 2, x[:, :4] * 3, x[:, :3] * 4, x[: x.shape[0] - 1] * 5
+
+
+def test_slices_that_cut_nothing_off_go(run) -> None:
+    """Also where the end is the length itself, symbolic or not."""
+    program = load(Slices(), example_inputs={"x": torch.randn(3, 4)})
+    cleaned = run(program, Clean())
+    assert targets(cleaned)[aten.slice.Tensor] == 2
+    x = torch.randn(5, 4)
+    assert all(torch.equal(cleaned(x=x)[name], value) for name, value in program(x=x).items())
+
+
 class Repeats(nn.Module):
     def __init__(self) -> None:
         super().__init__()
