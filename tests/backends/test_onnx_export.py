@@ -14,18 +14,16 @@ import onnxruntime
 import pytest
 import torch
 
-from bitlower.backends.onnx_qdq import Options, export, verify
+from bitlower.backends.onnx_qdq import export, verify
 from bitlower.backends.onnx_qdq._export import operators
-from bitlower.backends.onnx_qdq._folder import quantization_config, write_assets, write_model
+from bitlower.backends.onnx_qdq._folder import quantization_config, write_model
 from bitlower.backends.onnx_qdq._lower import lower, rewrite
 from bitlower.backends.onnx_qdq._rewrite_linear import Form
 from bitlower.backends.onnx_qdq._translate import translate
 from bitlower.frontends import load
 from bitlower.ir import (
-    BitlowerError,
     Granularity,
     Grid,
-    Level,
     Program,
     QuantSpec,
     ScaleConvention,
@@ -397,50 +395,6 @@ def test_large_tensors_go_to_a_file_of_their_own(tmp_path: Path) -> None:
     places = {entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"}
     assert places == {"model.onnx.data"}
     check_equal(program, tmp_path / "model.onnx", BATCHES, steps=0.5)
-
-
-def test_tokenizer_files_are_copied_and_stay_inside(tmp_path: Path) -> None:
-    program = encoder().clone()
-    program.assets = {"tokenizer.json": b"{}", "vocab.txt": b"a\n"}
-    assert write_assets(program, tmp_path) == ["tokenizer.json", "vocab.txt"]
-    assert (tmp_path / "vocab.txt").read_bytes() == b"a\n"
-    for name in ("../vocab.txt", "/tmp/vocab.txt", "model.onnx", ".."):
-        program.assets = {name: b""}
-        with pytest.raises(BitlowerError, match="cannot lie in an artefact"):
-            write_assets(program, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Options(opset=20), "opset is a whole number from 21 to 25, not 20"),
-        (lambda: Options(opset=True), "opset is a whole number"),
-        (lambda: Options(form="qdp"), "did you mean 'qdq'"),  # type: ignore[arg-type]
-        (lambda: Options(external_data_threshold=-1), "external_data_threshold is a whole number"),
-    ],
-)
-def test_options_out_of_range_are_named(make: Callable[[], Options], message: str) -> None:
-    with pytest.raises(BitlowerError, match=message):
-        make()
-
-
-def test_a_simulated_program_is_refused(tmp_path: Path) -> None:
-    program = PassManager([Quantize(), Calibrate(weights="minmax")]).run(encoder(), Context(calibration=BATCHES))
-    assert program.level is Level.SIMULATED
-    with pytest.raises(BitlowerError, match="lower-integer"):
-        export(program, tmp_path, batches=BATCHES)
-    assert not list(tmp_path.iterdir())
-
-
-class Untranslatable(torch.nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.special.bessel_j0(x)
-
-
-def test_an_operator_without_onnx_form_is_named(tmp_path: Path) -> None:
-    program = load(Untranslatable(), example_inputs={"x": torch.randn(3, 4)})
-    with pytest.raises(BitlowerError, match="bessel_j0"):
-        export(program, tmp_path, batches=[{"x": torch.randn(2, 4)}])
 
 
 def test_operators_are_counted_with_their_domain() -> None:

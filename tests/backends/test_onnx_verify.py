@@ -225,7 +225,8 @@ def lowered(program: Program, scheme: str, batches) -> Program:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "kernels"), [("W8A8", 3), ("W8A8-full", 2), ("W8A8-token", 3), ("W8A8-peg4", 0), ("W4A16-g8", 0), ("W8A12", 0)]
+    ("scheme", "kernels"),
+    [("W8A8", 3), ("W8A8-full", 2), ("W8A8-token", 3), ("W8A8-peg4", 0), ("W4A16-g8", 0), ("W8A12", 0)],
 )
 def test_real_exports_of_every_kind_hold(tiny_program: Program, tmp_path: Path, scheme: str, kernels: int):
     """Static, dynamic, grouped and weight-only quantizers: codes are right but for ties, in every case."""
