@@ -36,12 +36,12 @@ def sentences(path: Path, count: int, step: int = 1) -> list[str]:
 
 
 def embed(model: Path, batches: Sequence[dict[str, Any]]) -> np.ndarray[Any, Any]:
-    """Mean-pooled embeddings in onnxruntime."""
+    """Mean-pooled embeddings in onnxruntime; the token embeddings are the first output of every side."""
     session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
     parts = []
     for batch in batches:
         feed = {value.name: batch[value.name].numpy() for value in session.get_inputs()}
-        parts.append(mean_pool(session.run(["last_hidden_state"], feed)[0], feed["attention_mask"]))
+        parts.append(mean_pool(session.run(None, feed)[0], feed["attention_mask"]))
     return np.concatenate(parts)
 
 

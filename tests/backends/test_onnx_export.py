@@ -21,16 +21,7 @@ from bitlower.backends.onnx_qdq._lower import lower, rewrite
 from bitlower.backends.onnx_qdq._rewrite_linear import Form
 from bitlower.backends.onnx_qdq._translate import translate
 from bitlower.frontends import load
-from bitlower.ir import (
-    Granularity,
-    Grid,
-    Program,
-    QuantSpec,
-    ScaleConvention,
-    Scheme,
-    get_tensor,
-    ops,
-)
+from bitlower.ir import Granularity, Grid, Program, QuantSpec, ScaleConvention, Scheme, get_tensor, ops
 from bitlower.passes import Context, PassManager
 from bitlower.passes.calibrate import Calibrate
 from bitlower.passes.clean import Clean
