@@ -48,8 +48,10 @@ def embed(model: Path, batches: Sequence[dict[str, Any]]) -> np.ndarray[Any, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="the folder with the data sets (STS-B in it); default: $BITLOWER_DATA")
-    data = data_folder(parser.parse_args().data) / "STS-B"
-    texts = sentences(data / "sts-train.tsv", 128, 44)
+    parser.add_argument("--step", type=int, default=44, help="calibrate on each n-th sentence of the file")
+    arguments = parser.parse_args()
+    data = data_folder(arguments.data) / "STS-B"
+    texts = sentences(data / "sts-train.tsv", 128, arguments.step)
     rows = [row_of("float", evaluate(MODEL, "sts-b", data / "sts-dev.tsv").metrics, 0, None)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import MODEL, data_folder, show_table, write_result
+from _common import MODEL, RESULTS, data_folder, show_table, write_result
 
 POINTS = ((1, 128), (8, 128))
 NO_FUSION = "SkipLayerNormFusion;BiasGeluFusion"
 SIDES = ("fp32", "dynamic", "static", "bitlower qdq", "bitlower onnxruntime")
+PEERS = ("dynamic", "static")
 SPINNING = {"off": {"session.intra_op.allow_spinning": "0"}, "stop": {"session.force_spinning_stop": "1"}}
 
 
@@ -142,23 +143,39 @@ def time_sides(sessions: dict[str, Any], batch: int, length: int, runs: int) -> 
 def summarize(times: dict[str, list[float]], point: dict[str, Any]) -> list[dict[str, Any]]:
     """10th percentile, median, and how many times faster than fp32 and than the faster peer that is."""
     p10, median = ({side: float(np.percentile(t, q)) for side, t in times.items()} for q in (10, 50))
-    peers = ("dynamic", "static")
     return [
         point
         | {"side": side, "p10_ms": round(p10[side], 2), "median_ms": round(median[side], 2)}
         | {"x_fp32_p10": round(p10["fp32"] / p10[side], 2), "x_fp32_median": round(median["fp32"] / median[side], 2)}
-        | {"x_peer_p10": round(min(p10[peer] for peer in peers) / p10[side], 2)}
-        | {"x_peer_median": round(min(median[peer] for peer in peers) / median[side], 2)}
+        | {"x_peer_p10": round(min(p10[peer] for peer in PEERS) / p10[side], 2)}
+        | {"x_peer_median": round(min(median[peer] for peer in PEERS) / median[side], 2)}
         for side in times
     ]
+
+
+def show_summary() -> None:
+    """The last results in short: ours against fp32, the faster peer, and the faster peer with its fusions off."""
+    rows = json.loads((RESULTS / "latency.json").read_text())["rows"]
+    table = []
+    for key in dict.fromkeys((r["spinning"], r["model"], r["batch"]) for r in rows):
+        p10 = {r["side"]: r["p10_ms"] for r in rows if (r["spinning"], r["model"], r["batch"]) == key}
+        best, tuned = (min(p10[f"{peer}{suffix}"] for peer in PEERS) for suffix in ("", ", fusions off"))
+        for side in SIDES[3:]:
+            ratios = (round(other / p10[side], 2) for other in (p10["fp32"], best, tuned))
+            table.append((*key, side, p10[side], *ratios))
+    show_table(("spinning", "model", "batch", "side", "p10_ms", "x_fp32", "x_peer", "x_peer_fusions_off"), table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="the folder with the data sets (STS-B in it); default: $BITLOWER_DATA")
     parser.add_argument("--runs", type=int, default=30)
+    parser.add_argument("--show", action="store_true", help="print the last results in short and measure nothing")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.show:
+        show_summary()
+        return
     if arguments.measure:
         print(json.dumps(measure(arguments.measure, arguments.runs)))
         return
