@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,20 @@ _PYTHON_ROOTS = tuple(str(Path(p).resolve()) for p in torch.__path__)
 _REPLAY_TOLERANCE = 1e-4
 
 
-def to_program(exported: ExportedProgram, *, task: str) -> Program:
+def to_program(
+    exported: ExportedProgram,
+    *,
+    task: str,
+    inputs: Mapping[str, Sequence[int | str]] | None = None,
+    outputs: Sequence[str] | None = None,
+) -> Program:
     """The traced graph as a Program at level ``float``; dropout, asserts, guards and writes in place removed.
+
+    Args:
+        exported: what ``torch.export`` made.
+        task: what the model is for.
+        inputs: names of the inputs and of their dimensions, in order; the graph's own and ``batch, sequence`` if None.
+        outputs: names of the outputs; as the model calls them if None.
 
     Raises:
         BitlowerError: the graph calls something that is no operator.
@@ -33,7 +45,7 @@ def to_program(exported: ExportedProgram, *, task: str) -> Program:
             exported = exported.run_decompositions({})
     module = exported.module(check_guards=False)
     graph = module.graph
-    symbols = _symbol_names(graph)
+    symbols = _symbol_names(graph, list(inputs.values()) if inputs is not None else None)
     for node in list(graph.nodes):
         if _is_noise(node):
             if node.users:
@@ -42,18 +54,20 @@ def to_program(exported: ExportedProgram, *, task: str) -> Program:
         else:
             node.meta = _translate_meta(node, symbols)
     _reject_foreign(graph)
-    for node in graph.find_nodes(op="get_attr"):
-        tensor = get_tensor(module, str(node.target))
-        node.meta["type"] = TensorType(tensor.dtype, tuple(tensor.shape))
+    _type_tensors(module)
     flat, _ = torch.utils._pytree.tree_flatten(graph.output_node().args[0])
     graph.output_node().args = (tuple(flat),)
     graph.set_codegen(fx.graph.CodeGen())
+    specs = _name_inputs(graph, list(inputs) if inputs is not None else None)
     program = Program(
         {"model": copy_module(module)},
         Level.FLOAT,
         task,
-        tuple(ValueSpec(str(n.target), n.meta["type"]) for n in graph.find_nodes(op="placeholder")),
-        tuple(ValueSpec(name, node.meta["type"]) for name, node in zip(_output_names(exported), flat, strict=True)),
+        specs,
+        tuple(
+            ValueSpec(name, node.meta["type"])
+            for name, node in zip(outputs or _output_names(exported), flat, strict=True)
+        ),
     )
     program.recompile()
     return program
@@ -84,22 +98,25 @@ def explain_failure(model: str) -> Iterator[None]:
         raise BitlowerError(f"{model} cannot be traced{f' at {line}' if line else ''}: {reason}") from error
 
 
-def check_replay(program: Program, model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
-    """Compare the trace with the model on inputs of another shape.
+def check_replay(
+    program: Program, expected: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor], model: str
+) -> None:
+    """Run the trace on inputs of another shape and compare it with what the model gives for them.
 
     Raises:
         CheckError: an output differs by more than 1e-4 of its own spread: the trace has a shape baked in.
     """
     with torch.no_grad():
-        expected = model(**inputs)
         actual = program(**inputs)
     for name, value in actual.items():
         reference = expected[name]
         spread = float(reference.std()) if reference.numel() > 1 else 1.0
-        error = float((value - reference).abs().max())
-        if value.shape != reference.shape or not error <= _REPLAY_TOLERANCE * max(spread, 1e-6):
-            shape = list(next(iter(inputs.values())).shape)
-            raise CheckError(f"the trace of {type(model).__name__} gives another {name!r} at the shape {shape}")
+        same = value.shape == reference.shape
+        if not same or (
+            value.numel() and not float((value - reference).abs().max()) <= _REPLAY_TOLERANCE * max(spread, 1e-6)
+        ):
+            shapes = ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in list(inputs.items())[:2])
+            raise CheckError(f"the trace of {model} gives another {name!r} for {shapes}")
 
 
 def _writes(node: fx.Node) -> bool:
@@ -115,16 +132,45 @@ def _is_noise(node: fx.Node) -> bool:
     return node.op == "call_function" and name.startswith(kinds)
 
 
-def _symbol_names(graph: fx.Graph) -> dict[str, str]:
-    """Torch's symbols by the name of the input dimension where they come first."""
+def _symbol_names(graph: fx.Graph, dims: Sequence[Sequence[int | str]] | None) -> dict[str, str]:
+    """Torch's symbols by name: ``dims`` says the names of each input's dimensions; else that where they come first."""
     names: dict[str, str] = {}
-    for node in graph.find_nodes(op="placeholder"):
+    for index, node in enumerate(graph.find_nodes(op="placeholder")):
         for axis, size in enumerate(node.meta["val"].shape):
-            if isinstance(size, torch.SymInt):
-                fallback = f"{node.target}_{axis}"
-                name = _DIM_NAMES[axis] if axis < len(_DIM_NAMES) else fallback
-                names.setdefault(str(size), fallback if name in names.values() else name)
+            if not isinstance(size, torch.SymInt):
+                continue
+            if dims is not None:
+                names.setdefault(str(size), str(dims[index][axis]))
+                continue
+            fallback = f"{node.target}_{axis}"
+            name = _DIM_NAMES[axis] if axis < len(_DIM_NAMES) else fallback
+            names.setdefault(str(size), fallback if name in names.values() else name)
     return names
+
+
+def _type_tensors(module: fx.GraphModule) -> None:
+    """Type parameters and buffers, and let all readers of a tied one read it by one name."""
+    first: dict[tuple[object, ...], fx.Node] = {}
+    for node in list(module.graph.find_nodes(op="get_attr", sort=True)):
+        tensor = get_tensor(module, str(node.target))
+        node.meta["type"] = TensorType(tensor.dtype, tuple(tensor.shape))
+        place = tensor.untyped_storage()._cdata, tensor.storage_offset()
+        key = (*place, tensor.dtype, tensor.shape, tensor.stride())
+        same = first.setdefault(key, node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            module.graph.erase_node(node)
+
+
+def _name_inputs(graph: fx.Graph, names: Sequence[str] | None) -> tuple[ValueSpec, ...]:
+    """The inputs; ``names`` replace the placeholders' own."""
+    nodes = list(graph.find_nodes(op="placeholder"))
+    for node, name in zip(nodes, names or (), strict=names is not None):
+        node.target = node.name = name.replace(".", "_")
+    return tuple(
+        ValueSpec(name, node.meta["type"])
+        for name, node in zip(names or [str(n.target) for n in nodes], nodes, strict=True)
+    )
 
 
 def _translate_meta(node: fx.Node, symbols: Mapping[str, str]) -> dict[str, Any]:
@@ -146,6 +192,9 @@ def _dim(size: int | torch.SymInt, symbols: Mapping[str, str]) -> int | str:
     if not isinstance(size, torch.SymInt):
         return size
     text = re.sub(r"[a-z]+\d+", lambda match: symbols.get(match[0], match[0]), str(size))
+    terms = text.split(" + ")
+    if set(terms) <= set(symbols.values()):
+        text = " + ".join(sorted(terms))
     return int(text) if text.isdigit() else text
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face encoders: load from safetensors, trace through transformers' own exporter."""
+"""Hugging Face models, encoders and decoders: load from safetensors, trace through transformers' own exporter."""
 
 from __future__ import annotations
 
@@ -15,20 +15,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from bitlower.frontends._decoder import Signature
 from bitlower.frontends._trace import check_replay, evaluating, explain_failure, to_program
 from bitlower.ir import BitlowerError, Program, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TASKS = {"feature-extraction": "AutoModel", "text-classification": "AutoModelForSequenceClassification"}
-_ARCHITECTURES = {"Model": "feature-extraction", "ForSequenceClassification": "text-classification"}
+TASKS = {
+    "feature-extraction": "AutoModel",
+    "text-classification": "AutoModelForSequenceClassification",
+    "text-generation": "AutoModelForCausalLM",
+}
+_ARCHITECTURES = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "Model": "feature-extraction",
+}
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
-    "added_tokens.json", "spiece.model", "sentencepiece.bpe.model",
+    "added_tokens.json", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 _TRACE_SHAPE = (2, 10)
 _REPLAY_SHAPE = (1, 7)
+_DECODER_TRACE_SHAPE = {"batch": 2, "past": 5, "sequence": 3}
+_DECODER_REPLAY_SHAPES = ({"batch": 1, "past": 0, "sequence": 6}, {"batch": 3, "past": 4, "sequence": 1})
 
 
 @dataclass
@@ -86,20 +98,56 @@ def trace_model(pretrained: PreTrained, *, example_inputs: Mapping[str, torch.Te
 def _trace(
     model: PreTrainedModel, pretrained: PreTrained, example_inputs: Mapping[str, torch.Tensor] | None
 ) -> Program:
-    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
-
-    inputs = dict(example_inputs) if example_inputs else _sample_inputs(model, _TRACE_SHAPE)
-    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=_longest(model))
-    shapes = {name: {0: batch, 1: sequence} if value.dim() > 1 else {0: batch} for name, value in inputs.items()}
-    with _quiet(), explain_failure(type(model).__name__):
-        exported = DynamoExporter().export(model, inputs, config=DynamoConfig(dynamic_shapes=shapes)).program
-    program = to_program(exported, task=pretrained.task or _task_of([type(model).__name__], ""))
+    task = pretrained.task or _task_of([type(model).__name__], "")
+    if task == "text-generation" and example_inputs is None:
+        program = _trace_decoder(model)
+    else:
+        program = _trace_encoder(model, task, example_inputs)
     program.config = json.loads(model.config.to_json_string(use_diff=False))
     program.config.pop("_name_or_path", None)
     program.assets = dict(pretrained.assets)
     program.source = pretrained.source or type(model).__name__
+    return program
+
+
+def _trace_encoder(model: PreTrainedModel, task: str, example_inputs: Mapping[str, torch.Tensor] | None) -> Program:
+    inputs = dict(example_inputs) if example_inputs else _sample_inputs(model, _TRACE_SHAPE)
+    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=_longest(model))
+    shapes = {name: {0: batch, 1: sequence} if value.dim() > 1 else {0: batch} for name, value in inputs.items()}
+    program = to_program(_export(model, inputs, shapes), task=task)
     if example_inputs is None:
-        check_replay(program, model, _sample_inputs(model, _REPLAY_SHAPE))
+        replay = _sample_inputs(model, _REPLAY_SHAPE)
+        with torch.no_grad():
+            expected = model(**replay)
+        check_replay(program, expected, replay, type(model).__name__)
+    return program
+
+
+def _trace_decoder(model: PreTrainedModel) -> Program:
+    """A causal language model with its KV cache in the signature."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise BitlowerError(f"{type(model).__name__} has an encoder of its own, which is not supported")
+    with explain_failure(type(model).__name__):
+        signature = Signature.of(model)
+    vocabulary = model.config.vocab_size
+    sample = signature.sample(vocabulary, **_DECODER_TRACE_SHAPE)
+    exported = _export(model, signature.arguments(sample), signature.dynamic_shapes())
+    names = signature.outputs()
+    program = to_program(exported, task="text-generation", inputs=signature.inputs(), outputs=names)
+    for shape in _DECODER_REPLAY_SHAPES:
+        replay = signature.sample(vocabulary, **shape)
+        with torch.no_grad():
+            expected = signature.flatten(model(**signature.arguments(replay)))
+        check_replay(program, expected, replay, type(model).__name__)
+    return program
+
+
+def _export(model: PreTrainedModel, inputs: dict[str, Any], shapes: dict[str, Any]) -> torch.export.ExportedProgram:
+    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+
+    with _quiet(), explain_failure(type(model).__name__):
+        exported = DynamoExporter().export(model, inputs, config=DynamoConfig(dynamic_shapes=shapes))
+    program: torch.export.ExportedProgram = exported.program
     return program
 
 

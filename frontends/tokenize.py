@@ -1,4 +1,4 @@
-"""From texts to input batches, with the tokenizer that belongs to the Program."""
+"""From texts to input batches, with the tokenizer that belongs to the Program: one row a text, or windows of a text."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def batches(
         raise BitlowerError(
             f"batches of {batch_size} texts of {max_length} tokens make no sense", hint="take 1 and 4 at least"
         )
-    tokenizer = _tokenizer(program)
+    tokenizer = _padding_tokenizer(program)
     longest = program.config.get("max_position_embeddings") or max_length
     limit = min(max_length, longest, tokenizer.model_max_length)
     names = [spec.name for spec in program.inputs]
@@ -53,8 +53,76 @@ def batches(
             list(texts[part]), *second, padding=True, truncation=True, max_length=limit, return_tensors="pt",
             return_attention_mask="attention_mask" in names, return_token_type_ids="token_type_ids" in names,
         )  # fmt: skip
+        if "position_ids" in names:
+            encoded["position_ids"] = positions(encoded["attention_mask"])
         result.append({name: encoded[name].contiguous() for name in names if name in encoded})
     return result
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """``position_ids`` of an attention mask ``[batch, sequence]``: tokens are counted, padding is not."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def token_ids(program: Program, text: str) -> torch.Tensor:
+    """The tokens of ``text`` as a whole, ``[n]`` int64, with what the tokenizer puts at its start and end.
+
+    Raises:
+        BitlowerError: the program has no tokenizer, or the text has no token.
+    """
+    encoded = _tokenizer(program)(text, verbose=False)["input_ids"]
+    if not encoded:
+        raise BitlowerError("there is no text to tokenize")
+    return torch.tensor(encoded, dtype=torch.int64)
+
+
+def decode(program: Program, ids: Sequence[int]) -> str:
+    """The text of token ids; special tokens are left out.
+
+    Raises:
+        BitlowerError: the program has no tokenizer.
+    """
+    return str(_tokenizer(program).decode(list(ids), skip_special_tokens=True))
+
+
+def windows(program: Program, ids: torch.Tensor, *, batch_size: int = 1) -> list[dict[str, torch.Tensor]]:
+    """Rows of equal length, ``[count, length]``, as input batches without padding; ``batch_size`` rows in each.
+
+    Raises:
+        BitlowerError: the model takes fewer tokens than a row has.
+    """
+    check_length(program, ids.shape[1])
+    names = [spec.name for spec in program.inputs]
+    result = []
+    for rows in ids.split(batch_size):
+        mask = torch.ones_like(rows)
+        known = {"input_ids": rows.contiguous(), "attention_mask": mask, "position_ids": positions(mask)}
+        result.append({name: known[name] for name in names if name in known})
+    return result
+
+
+def check_length(program: Program, length: int) -> None:
+    """See that the model takes ``length`` tokens at once.
+
+    Raises:
+        BitlowerError: it does not, or there would be nothing to predict.
+    """
+    longest = program.config.get("max_position_embeddings") or length
+    if not 2 <= length <= longest:
+        raise BitlowerError(
+            f"windows of {length} tokens do not fit the model", hint=f"it takes 2 to {max(longest, 2)} tokens"
+        )
+
+
+def _padding_tokenizer(program: Program) -> Any:
+    tokenizer = _tokenizer(program)
+    if tokenizer.pad_token is None and program.task == "text-generation":
+        tokenizer.pad_token = tokenizer.eos_token  # masked, so that any token will do
+    if tokenizer.pad_token is None:
+        raise BitlowerError(
+            f"the tokenizer of {program.source} has no padding token", hint="name one in tokenizer_config.json"
+        )
+    return tokenizer
 
 
 def _tokenizer(program: Program) -> Any:
@@ -73,8 +141,4 @@ def _tokenizer(program: Program) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever its libraries raise on damaged files
             raise BitlowerError(f"the tokenizer of {program.source} cannot be loaded: {error}") from None
-    if tokenizer.pad_token is None:
-        raise BitlowerError(
-            f"the tokenizer of {program.source} has no padding token", hint="name one in tokenizer_config.json"
-        )
     return tokenizer

@@ -94,7 +94,7 @@ class Program:
         return {spec.name: value for spec, value in zip(self.outputs, results, strict=True)}
 
     def arguments(self, inputs: Batch) -> list[torch.Tensor]:
-        """``inputs`` in the order of the graph's placeholders.
+        """``inputs`` in the order of the graph's placeholders; a past that is left out is empty.
 
         Raises:
             BitlowerError: an input is missing or unknown.
@@ -103,10 +103,22 @@ class Program:
         for name in inputs:
             if name not in names:
                 raise BitlowerError(f"the model has no input {name!r}", hint=nearest(name, names))
+        given = self.complete(inputs)
         for name in names:
-            if name not in inputs:
+            if name not in given:
                 raise BitlowerError(f"the input {name!r} is missing", hint=f"the model takes {', '.join(names)}")
-        return [inputs[name] for name in names]
+        return [given[name] for name in names]
+
+    def complete(self, inputs: Batch) -> dict[str, torch.Tensor]:
+        """``inputs`` and, for each input with a dimension ``past`` that is not among them, one of length 0."""
+        batch = next((tensor.shape[0] for tensor in inputs.values() if tensor.dim()), 1)
+        sizes = {"batch": batch, "past": 0}
+        empty = {
+            spec.name: torch.zeros([sizes[d] if isinstance(d, str) else d for d in spec.type.shape])
+            for spec in self.inputs
+            if "past" in spec.type.shape and spec.name not in inputs
+        }
+        return {**inputs, **empty}
 
     def clone(self) -> Program:
         """A copy whose graphs can be edited; tensors are shared."""

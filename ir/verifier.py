@@ -67,10 +67,10 @@ def check_lint(program: Program, module: fx.GraphModule) -> None:
 
 
 def check_signature(program: Program) -> None:
-    """Placeholders are the inputs in order, and the graph ``model`` gives as many values as there are outputs."""
+    """Placeholders are the inputs in order (with ``_`` for dots), and the graph ``model`` gives as many values as there are outputs."""
     placeholders = list(program.graph.find_nodes(op="placeholder"))
     names, expected = [str(node.target) for node in placeholders], [spec.name for spec in program.inputs]
-    if names != expected:
+    if names != [name.replace(".", "_") for name in expected]:
         raise CheckError(f"the graph takes ({', '.join(names)}), the program says ({', '.join(expected)})")
     results = program.graph.output_node().args[0]
     if not isinstance(results, tuple | list):
