@@ -10,6 +10,7 @@ from torch import fx
 
 from bitlower.ir.diagnostics import BitlowerError, describe, nearest
 from bitlower.ir.program import Batch, Program
+from bitlower.ir.storage import release
 
 Callback = Callable[[fx.Node, Any, Batch], object]
 Track = Callable[[Iterable[Any], str], Iterator[Any]]
@@ -100,4 +101,7 @@ class _Runner(fx.Interpreter):
         except Exception as error:
             error.add_note(f"while running {describe(self._originals.get(n, n))}")
             raise
+        for source in n.all_input_nodes:
+            if source.op == "get_attr":
+                release(self.fetch_attr(str(source.target)))
         return value if n.users else None

@@ -67,7 +67,7 @@ def check_lint(program: Program, module: fx.GraphModule) -> None:
 
 
 def check_signature(program: Program) -> None:
-    """Placeholders are the inputs in order (with ``_`` for dots), and the graph ``model`` gives as many values as there are outputs."""
+    """Placeholders are the inputs in order, with ``_`` for dots; the graph ``model`` gives a value for each output."""
     placeholders = list(program.graph.find_nodes(op="placeholder"))
     names, expected = [str(node.target) for node in placeholders], [spec.name for spec in program.inputs]
     if names != [name.replace(".", "_") for name in expected]:

@@ -1,0 +1,129 @@
+"""Tensors that lie in files: mapped into memory, read when they are used, let go of when they are not.
+
+A mapped tensor is an ordinary ``torch.Tensor``. Its pages come from the file when something reads them and count as
+resident memory until :func:`release` gives them back, so a model far larger than memory can be walked through.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from bitlower.ir.diagnostics import BitlowerError
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_CHUNK = 1 << 22
+_MAPS: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
+"""Living maps by their address; a map lives as long as a tensor over it."""
+_PRIVATE: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+"""Those whose file does not learn what is written to them."""
+
+
+def map_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file by name, mapped; what is written to them stays in memory.
+
+    Raises:
+        BitlowerError: the file is missing or damaged, or has a type that torch lacks.
+    """
+    try:
+        with safe_open(path, framework="pt"):  # checks the header against the file
+            pass
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header: dict[str, dict[str, object]] = json.loads(file.read(size))
+            map_ = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        _PRIVATE.add(map_)
+        base = _base(map_)
+        header.pop("__metadata__", None)
+        return {name: _tensor(base, entry, 8 + size) for name, entry in header.items()}
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise BitlowerError(f"{path} is damaged: {error}", hint="fetch the file again") from None
+
+
+def _tensor(base: torch.Tensor, entry: Mapping[str, object], start: int) -> torch.Tensor:
+    dtype, shape, (first, last) = _DTYPES[str(entry["dtype"])], entry["shape"], entry["data_offsets"]  # type: ignore[misc]
+    raw = base[start + first : start + last]
+    if not raw.numel() or raw.storage_offset() % dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(dtype).reshape(shape)  # type: ignore[arg-type]
+
+
+def spill(tensor: torch.Tensor, dtype: torch.dtype | None = None, folder: Path | None = None) -> torch.Tensor:
+    """A mapped copy of ``tensor`` in a temporary file, which goes when the last tensor over it does.
+
+    Args:
+        tensor: on the CPU, of any layout; if it is mapped, its pages are given back on the way.
+        dtype: of the copy; that of ``tensor`` if None.
+        folder: for the file; the system's temporary folder if None.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    copy = _empty(tensor.shape, dtype or tensor.dtype, folder)
+    source, target = tensor.detach().contiguous().reshape(-1), copy.view(-1)
+    for start in range(0, source.numel(), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        target[part] = source[part]
+        release(source[part])
+        release(target[part])
+    return copy
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype, folder: Path | None) -> torch.Tensor:
+    """A mapped tensor of zeros in an unlinked file; its blocks are reserved, so that a full disk is an error here."""
+    count = shape.numel() * dtype.itemsize
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, count)
+        base = _base(mmap.mmap(file.fileno(), count))
+    return base.view(dtype).reshape(shape)
+
+
+def _base(map_: mmap.mmap) -> torch.Tensor:
+    base = torch.frombuffer(map_, dtype=torch.uint8)
+    _MAPS[base.data_ptr()] = map_
+    return base
+
+
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` lies in a file."""
+    return _map_of(tensor) is not None
+
+
+def like(tensor: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """``tensor``, mapped if ``original`` is: what replaces a parameter lies where the parameter lay."""
+    return spill(tensor) if is_mapped(original) else tensor
+
+
+def release(tensor: torch.Tensor) -> None:
+    """Give back the memory of a mapped tensor; the next reader takes it from the file again. Others are left alone.
+
+    A tensor over a model's file that was written to keeps its pages: the file does not know them.
+    """
+    map_ = _map_of(tensor)
+    if map_ is None or (tensor._version and map_ in _PRIVATE):
+        return
+    start = tensor.data_ptr() - tensor.untyped_storage().data_ptr()
+    size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE
+    map_.madvise(mmap.MADV_DONTNEED, first, start + size * tensor.element_size() - first)
+
+
+def _map_of(tensor: torch.Tensor) -> mmap.mmap | None:
+    if tensor.device.type != "cpu" or not _MAPS:
+        return None
+    return _MAPS.get(tensor.untyped_storage().data_ptr())

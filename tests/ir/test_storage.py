@@ -1,0 +1,110 @@
+import gc
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from bitlower.ir import BitlowerError, storage
+from bitlower.ir.storage import is_mapped, like, map_safetensors, release, spill
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool)
+MEGABYTE = 1 << 20
+
+
+def resident() -> int:
+    return psutil.Process(os.getpid()).memory_info().rss
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {str(t): torch.randint(0, 2, (3, 5), generator=generator).to(t) for t in DTYPES}
+    tensors |= {"odd": torch.ones(3, dtype=torch.int8), "empty": torch.zeros(0, 4), "scalar": torch.tensor(2.5)}
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    return tmp_path / "x.safetensors"
+
+
+def test_mapped_tensors_equal_those_in_the_file(file: Path) -> None:
+    from safetensors.torch import load_file
+
+    expected, found = load_file(file), map_safetensors(file)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype is tensor.dtype
+        assert torch.equal(found[name], tensor)
+    assert is_mapped(found["torch.float32"])
+
+
+def test_a_damaged_file_is_named(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(BitlowerError, match=r"x\.safetensors is damaged"):
+        map_safetensors(file)
+    with pytest.raises(BitlowerError, match="is damaged"):
+        map_safetensors(file.with_name("none.safetensors"))
+
+
+@given(st.lists(st.integers(0, 7), max_size=3), st.sampled_from(DTYPES), st.booleans())
+def test_a_spilled_tensor_equals_its_original(shape: list[int], dtype: torch.dtype, turned: bool) -> None:
+    tensor = torch.randint(0, 2, shape).to(dtype)
+    tensor = tensor.transpose(0, -1) if turned and shape else tensor
+    copy = spill(tensor)
+    release(copy)
+    assert torch.equal(copy, tensor)
+    assert copy.dtype is dtype
+    assert is_mapped(copy) == bool(tensor.numel())
+
+
+def test_spilling_converts() -> None:
+    tensor = torch.randn(1000).bfloat16()
+    assert torch.equal(spill(tensor, torch.float32), tensor.float())
+
+
+def test_memory_is_given_back_and_values_stay(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(16 * MEGABYTE)}, tmp_path / "x.safetensors")
+    gc.collect()
+    mapped = map_safetensors(tmp_path / "x.safetensors")["x"]
+    spilled = spill(mapped)
+    before = resident()
+    assert float(mapped.sum()) == float(spilled.sum()) == 16 * MEGABYTE
+    assert resident() - before > 100 * MEGABYTE
+    release(mapped.reshape(4, -1))
+    release(spilled)
+    assert resident() - before < 20 * MEGABYTE
+    assert float(mapped.sum()) == float(spilled.sum()) == 16 * MEGABYTE
+
+
+def test_what_was_written_survives_release(file: Path) -> None:
+    mapped, spilled = map_safetensors(file)["torch.float32"], spill(torch.zeros(4))
+    mapped.fill_(7)
+    spilled.fill_(7)
+    release(mapped)
+    release(spilled)
+    assert bool((mapped == 7).all())
+    assert bool((spilled == 7).all())
+    assert not bool((map_safetensors(file)["torch.float32"] == 7).any())
+
+
+def test_a_map_lives_as_long_as_its_tensors(file: Path) -> None:
+    gc.collect()
+    before = len(storage._MAPS)
+    part = map_safetensors(file)["torch.float32"][1:2]
+    gc.collect()
+    assert len(storage._MAPS) == before + 1
+    assert is_mapped(torch.nn.Parameter(part))
+    del part
+    gc.collect()
+    assert len(storage._MAPS) == before
+
+
+def test_plain_tensors_are_left_alone() -> None:
+    tensor = torch.ones(3)
+    release(tensor)
+    assert not is_mapped(tensor)
+    assert like(tensor, torch.zeros(2)) is tensor
+    assert is_mapped(like(tensor, spill(torch.zeros(2))))
+    assert not is_mapped(torch.empty(3, device="meta"))
