@@ -1,7 +1,7 @@
 """Causal language models: sample inputs with a KV cache, and the names of a decoder's inputs and outputs.
 
-The ONNX ecosystem's names are used: ``past_key_values.{layer}.key`` comes in, ``present.{layer}.key`` goes out. Past and
-step have lengths of their own, so one graph serves calibration (empty past), prefill and decoding.
+The names are those of the ONNX ecosystem: ``past_key_values.{layer}.key`` comes in, ``present.{layer}.key`` goes out.
+The past and the tokens have lengths of their own, so one graph serves calibration (empty past), prefill and decoding.
 """
 
 from __future__ import annotations

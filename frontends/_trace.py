@@ -15,6 +15,8 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from bitlower.ir import BitlowerError, CheckError, Level, Program, TensorType, ValueSpec, copy_module, get_tensor
+from bitlower.ir.observe import run
+from bitlower.ir.storage import release
 
 _DIM_NAMES = ("batch", "sequence")
 _PYTHON_ROOTS = tuple(str(Path(p).resolve()) for p in torch.__path__)
@@ -86,6 +88,22 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def releasing(model: torch.nn.Module) -> Iterator[None]:
+    """Give back the memory of each module's mapped parameters when it has run."""
+
+    def release_parameters(module: torch.nn.Module, *results: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            release(parameter)
+
+    handles = [module.register_forward_hook(release_parameters) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def explain_failure(model: str) -> Iterator[None]:
     """Turn whatever tracing raises into one error that names the model's own line."""
     try:
@@ -106,9 +124,7 @@ def check_replay(
     Raises:
         CheckError: an output differs by more than 1e-4 of its own spread: the trace has a shape baked in.
     """
-    with torch.no_grad():
-        actual = program(**inputs)
-    for name, value in actual.items():
+    for name, value in run(program, inputs).items():
         reference = expected[name]
         spread = float(reference.std()) if reference.numel() > 1 else 1.0
         same = value.shape == reference.shape

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from bitlower.frontends._decoder import Signature
-from bitlower.frontends._trace import check_replay, evaluating, explain_failure, to_program
+from bitlower.frontends._trace import check_replay, evaluating, explain_failure, releasing, to_program
+from bitlower.frontends._weights import load_weights, quiet, read_json
 from bitlower.ir import BitlowerError, Program, nearest
 
 if TYPE_CHECKING:
@@ -60,18 +57,17 @@ def is_huggingface(model: torch.nn.Module) -> bool:
     return isinstance(model, PreTrainedModel)
 
 
-def load_folder(folder: Path, *, task: str | None = None, source: str = "") -> Program:
-    """Load and trace the model in ``folder``.
+def load_folder(folder: Path, *, task: str | None = None, source: str = "", mapped: bool | None = None) -> Program:
+    """Load and trace the model in ``folder``; ``mapped`` as for :func:`~bitlower.frontends.load`.
 
     Raises:
         BitlowerError: weights are missing, truncated or mis-shaped, the configuration asks for remote code, the task is
             unknown, or the model cannot be traced.
     """
-    architectures = _read_json(folder / "config.json").get("architectures")
+    architectures = read_json(folder / "config.json").get("architectures")
     task = task or _task_of(architectures if isinstance(architectures, list) else [], f"{folder}: ")
     _check_task(task)
-    _check_weights(folder)
-    model = _load_weights(folder, task)
+    model = load_weights(folder, task, TASKS[task], mapped=mapped)
     assets = {name: (folder / name).read_bytes() for name in _TOKENIZER_FILES if (folder / name).is_file()}
     return trace_model(PreTrained(model, task, assets, source or str(folder)))
 
@@ -117,7 +113,7 @@ def _trace_encoder(model: PreTrainedModel, task: str, example_inputs: Mapping[st
     program = to_program(_export(model, inputs, shapes), task=task)
     if example_inputs is None:
         replay = _sample_inputs(model, _REPLAY_SHAPE)
-        with torch.no_grad():
+        with torch.no_grad(), releasing(model):
             expected = model(**replay)
         check_replay(program, expected, replay, type(model).__name__)
     return program
@@ -127,7 +123,7 @@ def _trace_decoder(model: PreTrainedModel) -> Program:
     """A causal language model with its KV cache in the signature."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise BitlowerError(f"{type(model).__name__} has an encoder of its own, which is not supported")
-    with explain_failure(type(model).__name__):
+    with explain_failure(type(model).__name__), releasing(model):
         signature = Signature.of(model)
     vocabulary = model.config.vocab_size
     sample = signature.sample(vocabulary, **_DECODER_TRACE_SHAPE)
@@ -136,7 +132,7 @@ def _trace_decoder(model: PreTrainedModel) -> Program:
     program = to_program(exported, task="text-generation", inputs=signature.inputs(), outputs=names)
     for shape in _DECODER_REPLAY_SHAPES:
         replay = signature.sample(vocabulary, **shape)
-        with torch.no_grad():
+        with torch.no_grad(), releasing(model):
             expected = signature.flatten(model(**signature.arguments(replay)))
         check_replay(program, expected, replay, type(model).__name__)
     return program
@@ -145,25 +141,10 @@ def _trace_decoder(model: PreTrainedModel) -> Program:
 def _export(model: PreTrainedModel, inputs: dict[str, Any], shapes: dict[str, Any]) -> torch.export.ExportedProgram:
     from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
-    with _quiet(), explain_failure(type(model).__name__):
+    with quiet(), explain_failure(type(model).__name__):
         exported = DynamoExporter().export(model, inputs, config=DynamoConfig(dynamic_shapes=shapes))
     program: torch.export.ExportedProgram = exported.program
     return program
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BitlowerError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BitlowerError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    if "auto_map" in value:
-        raise BitlowerError(
-            f"{path} asks for remote code (`auto_map`), which is never run",
-            hint="use an architecture that ships with transformers",
-        )
-    return value
 
 
 def _check_task(task: str | None) -> None:
@@ -182,71 +163,6 @@ def _task_of(architectures: list[str], where: str) -> str:
     )
 
 
-def _check_weights(folder: Path) -> None:
-    """Open every safetensors file: a missing shard, a cut file or a number that is not finite is named here."""
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                    tensor = tensors.get_tensor(name)
-                    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                        raise BitlowerError(f"{path}: the weight {name!r} holds NaN or Inf")
-        except (SafetensorError, OSError) as error:
-            raise BitlowerError(f"{path} is damaged: {error}", hint="fetch the file again") from None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        shards = _read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(n, str) and Path(n).name == n for n in shards.values()):
-            raise BitlowerError(f"{index} does not say which file holds which weight", hint="fetch the file again")
-        names = sorted(set(shards.values()))
-    for name in names:
-        if not (folder / name).is_file():
-            pickled = any(folder.glob("*.bin"))
-            mend = "convert the pickled weights to safetensors" if pickled else "fetch the model again"
-            raise BitlowerError(f"the weights {folder / name} are missing", hint=mend)
-    return [folder / name for name in names]
-
-
-def _load_weights(folder: Path, task: str) -> PreTrainedModel:
-    import transformers
-
-    loader = getattr(transformers, TASKS[task])
-    try:
-        with _quiet():
-            model, info = loader.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-                output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
-    except Exception as error:  # whatever its libraries raise on a configuration that makes no model
-        raise BitlowerError(f"{folder}: transformers cannot load this model: {_summary(error)}") from None
-    _check_loading(folder, task, info, set(model.state_dict()))
-    return model
-
-
-def _check_loading(folder: Path, task: str, info: Mapping[str, Any], names: set[str]) -> None:
-    """Every weight of the model came from the files, in its shape, and no further layer lies in them."""
-    if info["mismatched_keys"]:
-        name, stored, expected = min(info["mismatched_keys"])
-        raise BitlowerError(
-            f"{folder}: the weight {name!r} has the shape {list(stored)}, config.json asks for {list(expected)}"
-        )
-    if info["missing_keys"]:
-        raise BitlowerError(
-            f"{folder}: the weight {min(info['missing_keys'])!r} is missing", hint=f"is the task {task!r} right?"
-        )
-    layers = [name for name in info["unexpected_keys"] if re.sub(r"\.\d+\.", ".0.", name) in names]
-    if layers:
-        raise BitlowerError(f"{folder}: config.json describes fewer layers than the weights hold: {min(layers)!r}")
-
-
-def _summary(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def _sample_inputs(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
     """Token ids from a fixed generator, a mask with padding in it, token types where the model has them."""
     generator = torch.Generator().manual_seed(0)
@@ -262,21 +178,3 @@ def _sample_inputs(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, 
 def _longest(model: PreTrainedModel) -> int | None:
     longest = getattr(model.config, "max_position_embeddings", None)
     return longest if isinstance(longest, int) and longest > _TRACE_SHAPE[1] else None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and its notes on tested versions out of our output."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -18,22 +18,26 @@ def load(
     *,
     task: str | None = None,
     example_inputs: Mapping[str, torch.Tensor] | None = None,
+    mapped: bool | None = None,
 ) -> Program:
     """Trace ``model`` into a Program at level ``float``.
 
     Args:
         model: a folder as Hugging Face writes it (``config.json``, safetensors, tokenizer files), ``package:NAME`` for
             one that lies inside an installed package, or a module in memory.
-        task: ``feature-extraction`` or ``text-classification``; read from the model's configuration if left out.
+        task: ``feature-extraction``, ``text-classification`` or ``text-generation``; read from the model's
+            configuration if left out.
         example_inputs: needed for a module that is not Hugging Face's: its inputs by name, at least 2 in each dimension
             that may vary.
+        mapped: leave the weights of a folder in files and read them when they are used, so that the model need not fit
+            into memory; None: if they take more than 2 GiB in float32.
 
     Raises:
         BitlowerError: the model is not there, is damaged, wants to run remote code, or cannot be traced (the message
             names the line of the model).
     """
     if not isinstance(model, torch.nn.Module):
-        return load_folder(locate(model), task=task, source=os.fspath(model))
+        return load_folder(locate(model), task=task, source=os.fspath(model), mapped=mapped)
     if is_huggingface(model):
         return trace_model(PreTrained(model, task=task), example_inputs=example_inputs)
     if example_inputs is None:

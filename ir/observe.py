@@ -51,6 +51,18 @@ def observe(
             runner.run_batch(program.arguments(batch), batch)
 
 
+def run(program: Program, batch: Batch) -> dict[str, torch.Tensor]:
+    """What ``program(**batch)`` gives, without gradients and in bounded memory.
+
+    Raises:
+        BitlowerError: an input is missing or unknown.
+    """
+    results = program.graph.output_node().args[0]
+    values: dict[fx.Node, torch.Tensor] = {}
+    observe(program, set(results), [batch], lambda node, value, _: values.update({node: value}))  # type: ignore[arg-type]
+    return {spec.name: values[node] for spec, node in zip(program.outputs, results, strict=True)}  # type: ignore[arg-type,index]
+
+
 def _resolve(graph: fx.Graph, nodes: Collection[fx.Node | str]) -> set[fx.Node]:
     known = {node.name: node for node in graph.nodes}
     for node in nodes:

@@ -19,6 +19,7 @@ from bitlower.ir.granularity import Granularity
 from bitlower.ir.grid import Grid, ScaleConvention
 from bitlower.ir.program import Program, Quantizer, ValueSpec, get_tensor
 from bitlower.ir.scheme import ACTIVATION_ROLES, WEIGHT_ROLES
+from bitlower.ir.storage import release
 from bitlower.ir.types import Level, TensorType
 
 _PYTHON_MODULES = ("_operator", "math", "torch")
@@ -287,6 +288,7 @@ def check_codes(program: Program, module: fx.GraphModule, node: fx.Node) -> None
         _fail(node, f"the codes {source.target!r} are {codes.dtype}, the grid {grid} is held in {grid.dtype}")
     array = codes.detach().cpu().numpy()
     low, high = int(array.min(initial=0)), int(array.max(initial=0))
+    release(codes)
     if low < grid.quant_min or high > grid.quant_max:
         _fail(node, f"the codes {source.target!r} are in [{low}, {high}], outside the grid {grid}")
 
@@ -303,7 +305,9 @@ def check_finite(program: Program) -> None:
 def _is_finite(tensor: torch.Tensor) -> bool:
     """Whether all elements are; a finite sum of squares says so much faster than a look at each of them."""
     flat = tensor.detach().reshape(-1)
-    return bool(torch.isfinite(torch.dot(flat, flat))) or bool(torch.isfinite(flat).all())
+    finite = bool(torch.isfinite(torch.dot(flat, flat))) or bool(torch.isfinite(flat).all())
+    release(tensor)
+    return finite
 
 
 GRAPH_CHECKS: tuple[GraphCheck, ...] = (check_names, check_lint)

@@ -116,8 +116,8 @@ class Cache:
     def prune(self, max_bytes: int) -> int:
         """Remove the entries that were used longest ago until all fits into ``max_bytes``; give the bytes freed.
 
-        Tensors that no entry names and unfinished files, such as a killed run leaves, go too. Not to be called while
-        another process writes to the folder.
+        Tensors that no entry names, unfinished files and checkpoints inside passes, such as a killed run leaves, go too.
+        Not to be called while another process writes to the folder.
         """
         entries = sorted(self.folder.glob("entries/*/*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
         needs = {path: _tensors_of(path) for path in entries}
@@ -138,7 +138,7 @@ class Cache:
             if not owners[digest]:
                 self._tensor_path(digest).unlink(missing_ok=True)
                 freed += size
-        for path in self.folder.glob("*/*/.*"):
+        for path in (*self.folder.glob("*/*/.*"), *self.folder.glob("work/*/*")):
             freed += path.stat().st_size
             path.unlink()
         return freed

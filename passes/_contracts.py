@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program, describe
-from bitlower.ir.observe import observe
+from bitlower.ir.observe import observe, run
 from bitlower.ir.serialize import encode
 from bitlower.passes._base import Contract, Pass
 from bitlower.passes._digest import Fingerprint, fingerprint
@@ -83,8 +83,7 @@ def check_exact(name: str, before: Program, after: Program, batches: Iterable[Ba
         CheckError: they differ; names the first node of both graphs whose values differ.
     """
     for batch in batches:
-        with torch.no_grad():
-            expected, found = before(**batch), after(**batch)
+        expected, found = run(before, batch), run(after, batch)
         for output, value in expected.items():
             if output not in found:
                 raise CheckError(f"the pass {name!r} says it is exact, but the output {output!r} is gone")

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from bitlower.ir import Batch, Program, get_tensor
 from bitlower.ir.program import tensor_digest
 from bitlower.ir.serialize import encode
+from bitlower.ir.storage import release
 from bitlower.ir.version import __version__
 from bitlower.passes._base import Pass
 
@@ -32,6 +33,7 @@ def fingerprint(tensor: torch.Tensor) -> Fingerprint:
     flat = tensor.detach().cpu().reshape(-1)
     sample = flat[:: max(1, flat.numel() // _SAMPLES)].contiguous().view(torch.uint8)
     version = 0 if tensor.is_inference() else tensor._version
+    release(tensor)
     return tensor.data_ptr(), version, zlib.crc32(sample.numpy().data) if sample.numel() else 0
 
 
@@ -41,6 +43,7 @@ def digest_tensor(tensor: torch.Tensor) -> str:
     known = _KNOWN[tensor] if tensor in _KNOWN else None  # noqa: SIM401 (its `get` has no types)
     if known is None or known[0] != print_:
         known = (print_, tensor_digest(tensor))
+        release(tensor)
         _KNOWN[tensor] = known
     return str(known[1])
 

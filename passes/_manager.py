@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import shutil
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -85,9 +86,13 @@ class PassManager:
             result, changed = entry.program or program, entry.changed
         else:
             watched = WatchedContext(**{f.name: getattr(context, f.name) for f in dataclasses.fields(context)})
+            work = resume.work() if resume else None
+            watched.work = work or context.work
             result, changed = execute(pass_, program, watched)
             if resume:
                 resume.remember(pass_, result if changed else None, before, watched)
+            if work:
+                shutil.rmtree(work, ignore_errors=True)
         if changed:
             for kind, value in before.items():
                 if context.results.get(kind) is value and kind not in pass_.preserves:

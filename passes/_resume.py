@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from bitlower.ir import BitlowerError, Program
@@ -89,6 +90,13 @@ class Resume:
         self._key = self._full_key(self.cache.note_uses(self._base, frozenset(context.used)))
         self._entry = Entry(program is not None, program, results)
         self.cache.put(self._key, self._entry)
+
+    def work(self) -> Path | None:
+        """A folder for checkpoints inside the pass at hand: of this program, this pass, these data and this seed."""
+        if not self._enabled:
+            return None
+        key = self._full_key(_PARTS)
+        return self.cache.folder / "work" / key
 
     def row(self, recorder: Recorder) -> Any:
         """What ``recorder`` recorded about this pass in an earlier run; None if nothing."""

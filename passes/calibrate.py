@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -10,17 +9,25 @@ from typing import ClassVar, Literal
 import torch
 from torch import fx
 
-from bitlower.ir import Batch, BitlowerError, Level, Program, Quantizer, describe, get_tensor, ops, set_tensor
+from bitlower.ir import Batch, BitlowerError, Level, Program, describe, get_tensor
 from bitlower.ir.dataflow import operand
-from bitlower.ir.granularity import block
 from bitlower.ir.observe import observe
 from bitlower.passes._base import Context, Contract, Pass
-from bitlower.passes._ranges import Histogram, cross_entropy_loss, exact_loss, search_golden, search_grid
+from bitlower.passes._ranges import Histogram, cross_entropy_loss, search_golden, search_grid
+from bitlower.passes._weights import (
+    WeightRanges,
+    close,
+    close_weights,
+    is_open,
+    open_weights,
+    require_finite,
+    scale_rows,
+)
+from bitlower.passes.gptq import GptqReport
 from bitlower.passes.quantize import PlacementReport
 
 Estimator = Literal["minmax", "running-minmax", "percentile", "mse", "mse-golden", "mse-token"]
 _FROM_HISTOGRAM = ("percentile", "mse", "mse-golden", "mse-token")
-_CHUNK = 1 << 20
 _LOGIT_ROWS = 4096
 
 
@@ -34,8 +41,8 @@ class Calibrate(Pass):
     name: ClassVar[str] = "calibrate"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.LOSSY
-    preserves: ClassVar[frozenset[type]] = frozenset({PlacementReport})
-    weights: Literal["minmax", "mse", "mse-golden"] = "mse-golden"
+    preserves: ClassVar[frozenset[type]] = frozenset({PlacementReport, GptqReport})
+    weights: WeightRanges = "mse-golden"
     """How weights get their ranges."""
     activations: Estimator = "mse-token"
     """How activations get theirs.
@@ -59,38 +66,12 @@ class Calibrate(Pass):
         Raises:
             BitlowerError: no calibration batches, or a value that is not finite (the tensor is named).
         """
-        nodes = [node for node in program.graph.nodes if _is_open(program.module, node)]
-        weights = [node for node in nodes if _source(node).op == "get_attr"]
-        activations = [node for node in nodes if _source(node).op != "get_attr"]
-        for node in context.track(weights, "weight ranges"):
-            _close(program.module, node, *weight_range(program.module, node, self.weights))
+        weights = open_weights(program.module)
+        activations = [n for n in program.graph.nodes if is_open(program.module, n) and n not in weights]
+        close_weights(program.module, context.track(weights, "weight ranges"), self.weights)
         if activations:
             _calibrate_activations(program, activations, self, context)
-        return bool(nodes)
-
-
-def weight_range(module: fx.GraphModule, node: fx.Node, estimator: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The low and high ends of a weight's range, in the shape of its scale.
-
-    Raises:
-        BitlowerError: the weight holds NaN or Inf.
-    """
-    quantizer: Quantizer = node.meta["quantizer"]
-    weight = get_tensor(module, str(_source(node).target)).detach()
-    shape = _scale(module, node).shape
-    rows = _rows(weight, shape)
-    low, high = rows.aminmax(dim=1)
-    _require_finite(node, low, high)
-    if estimator != "minmax":
-        grid = quantizer.spec.grid
-        search = search_grid if estimator == "mse" else search_golden
-        step = max(1, _CHUNK // rows.shape[1])
-        parts = [
-            search(exact_loss(r, grid), lo, hi, two_sided=not grid.symmetric)
-            for r, lo, hi in zip(*(torch.split(part, step) for part in (rows, low, high)), strict=True)
-        ]
-        low, high = (torch.cat(ends) for ends in zip(*parts, strict=True))
-    return low.reshape(shape), high.reshape(shape)
+        return bool(weights or activations)
 
 
 def _calibrate_activations(program: Program, nodes: list[fx.Node], options: Calibrate, context: Context) -> None:
@@ -110,7 +91,7 @@ def _calibrate_activations(program: Program, nodes: list[fx.Node], options: Cali
         ranges |= {node: _from_histogram(node, histograms[node], options) for node in rest}
     for node in nodes:
         shape = _scale(module, node).shape
-        _close(module, node, *(end.reshape(shape) for end in ranges[node]))
+        close(module, node, *(end.reshape(shape) for end in ranges[node]))
 
 
 Ranges = dict[fx.Node, tuple[torch.Tensor, torch.Tensor]]
@@ -127,8 +108,8 @@ def _extremes(program: Program, nodes: Sequence[fx.Node], context: Context, mome
     def update(value_node: fx.Node, value: torch.Tensor, batch: Batch) -> None:
         masked, _ = _without_padding(value_node, value, batch)
         for node in readers[value_node]:
-            low, high = _rows(masked, _scale(program.module, node).shape).aminmax(dim=1)
-            _require_finite(node, low, high)
+            low, high = scale_rows(masked, _scale(program.module, node).shape).aminmax(dim=1)
+            require_finite(node, low, high)
             low, high = low.clamp(max=0.0), high.clamp(min=0.0)
             if node in ranges and momentum is None:
                 low, high = torch.minimum(low, ranges[node][0]), torch.maximum(high, ranges[node][1])
@@ -150,9 +131,9 @@ def _histograms(
         masked, padding = _without_padding(value_node, value, batch)
         for node in readers[value_node]:
             shape = _scale(program.module, node).shape
-            rows = _rows(masked, shape)
+            rows = scale_rows(masked, shape)
             if options.activations == "mse-token" and _holds_tokens(value_node):
-                weights = _rows(_token_weights(masked), shape)
+                weights = scale_rows(_token_weights(masked), shape)
                 histograms[node] = histograms[node].add(rows, weights=weights)
             else:
                 histograms[node] = histograms[node].add(rows, zeros=padding // rows.shape[0])
@@ -222,38 +203,9 @@ def _without_padding(node: fx.Node, value: torch.Tensor, batch: Batch) -> tuple[
     return value.masked_fill(~keep, 0.0), value.numel() - kept
 
 
-def _rows(x: torch.Tensor, scale_shape: Sequence[int]) -> torch.Tensor:
-    """``x`` as ``[scales, elements that share one]``."""
-    if not scale_shape:
-        return x.reshape(1, -1)
-    blocked, inner = block(x, scale_shape)
-    outer = [axis for axis in range(blocked.dim()) if axis not in inner]
-    return blocked.permute(*outer, *inner).reshape(math.prod(scale_shape), -1)
-
-
-def _require_finite(node: fx.Node, low: torch.Tensor, high: torch.Tensor) -> None:
-    if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-        tensor = node.meta["quantizer"].tensor
-        kind = "weight" if _source(node).op == "get_attr" else "activation"
-        raise BitlowerError(f"the {kind} {tensor} holds NaN or Inf: {describe(_source(node))}")
-
-
-def _is_open(module: fx.GraphModule, node: fx.Node) -> bool:
-    if node.target is not ops.fake_quantize:
-        return False
-    scale = operand(node, 1)
-    return scale.op == "get_attr" and not bool(get_tensor(module, str(scale.target)).any())
-
-
 def _source(node: fx.Node) -> fx.Node:
     return operand(node, 0)
 
 
 def _scale(module: fx.GraphModule, node: fx.Node) -> torch.Tensor:
     return get_tensor(module, str(operand(node, 1).target))
-
-
-def _close(module: fx.GraphModule, node: fx.Node, low: torch.Tensor, high: torch.Tensor) -> None:
-    values = node.meta["quantizer"].spec.grid.qparams(low, high)
-    for position, value in zip((1, 2), values, strict=True):
-        set_tensor(module, str(operand(node, position).target), value.contiguous())

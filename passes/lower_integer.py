@@ -9,7 +9,9 @@ from torch import fx
 
 from bitlower.ir import BitlowerError, Level, Program, Quantizer, TensorType, get_tensor, numerics, ops, set_tensor
 from bitlower.ir.dataflow import operand
+from bitlower.ir.storage import like, release
 from bitlower.passes._base import Context, Contract, Pass
+from bitlower.passes.gptq import GptqReport
 from bitlower.passes.quantize import PlacementReport
 
 
@@ -21,7 +23,7 @@ class LowerInteger(Pass):
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     ensures: ClassVar[Level | None] = Level.INTEGER
     contract: ClassVar[Contract] = Contract.EXACT
-    preserves: ClassVar[frozenset[type]] = frozenset({PlacementReport})
+    preserves: ClassVar[frozenset[type]] = frozenset({PlacementReport, GptqReport})
 
     def run(self, program: Program, context: Context) -> bool:
         """Lower all quantizers.
@@ -54,7 +56,8 @@ def _weight_codes(module: fx.GraphModule, node: fx.Node) -> fx.Node:
     grid = node.meta["quantizer"].spec.grid
     weight = get_tensor(module, str(value.target)).detach()
     scales, zeros = (get_tensor(module, str(part.target)) for part in (scale, zero))
-    codes = numerics.codes(weight, scales, zeros, grid.quant_min, grid.quant_max).to(grid.dtype)
+    codes = like(numerics.codes(weight, scales, zeros, grid.quant_min, grid.quant_max).to(grid.dtype), weight)
+    release(weight)
     target = f"{value.target}_codes"
     set_tensor(module, target, codes)
     attribute = node.graph.get_attr(target)

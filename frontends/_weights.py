@@ -1,0 +1,173 @@
+"""Weights of Hugging Face models: safetensors, whole or in shards, in memory or left in their files."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from bitlower.ir import BitlowerError
+from bitlower.ir.storage import map_safetensors, spill
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BitlowerError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BitlowerError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    if "auto_map" in value:
+        raise BitlowerError(
+            f"{path} asks for remote code (`auto_map`), which is never run",
+            hint="use an architecture that ships with transformers",
+        )
+    return value
+
+
+def check_weights(folder: Path) -> None:
+    """Open every safetensors file: a missing shard, a cut file or a number that is not finite is named here."""
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                    tensor = tensors.get_tensor(name)
+                    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                        raise BitlowerError(f"{path}: the weight {name!r} holds NaN or Inf")
+        except (SafetensorError, OSError) as error:
+            raise BitlowerError(f"{path} is damaged: {error}", hint="fetch the file again") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(n, str) and Path(n).name == n for n in shards.values()):
+            raise BitlowerError(f"{index} does not say which file holds which weight", hint="fetch the file again")
+        names = sorted(set(shards.values()))
+    for name in names:
+        if not (folder / name).is_file():
+            pickled = any(folder.glob("*.bin"))
+            mend = "convert the pickled weights to safetensors" if pickled else "fetch the model again"
+            raise BitlowerError(f"the weights {folder / name} are missing", hint=mend)
+    return [folder / name for name in names]
+
+
+def load_weights(
+    folder: Path, task: str, auto_class: str, *, mapped: bool | None = None, limit: int = 2 << 30
+) -> PreTrainedModel:
+    """The model in ``folder`` with float32 weights, checked.
+
+    Args:
+        folder: with ``config.json`` and safetensors.
+        task: for messages.
+        auto_class: the class of transformers that makes the model.
+        mapped: leave the weights in files (those of half precision are widened into temporary ones); None: if they
+            take more than ``limit`` bytes in float32.
+        limit: see ``mapped``.
+
+    Raises:
+        BitlowerError: a file is missing or damaged, a weight is missing, has another shape or is not finite.
+    """
+    import transformers
+
+    check_weights(folder)
+    loader = getattr(transformers, auto_class)
+    if mapped is None:
+        mapped = _float_bytes(folder) > limit
+    try:
+        with quiet():
+            model, info = (_load_mapped if mapped else _load)(folder, loader)
+    except BitlowerError:
+        raise
+    except Exception as error:  # whatever its libraries raise on a configuration that makes no model
+        raise BitlowerError(f"{folder}: transformers cannot load this model: {_summary(error)}") from None
+    _check_loading(folder, task, info, set(model.state_dict()))
+    return model
+
+
+def _load(folder: Path, loader: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    model, info = loader.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+        output_loading_info=True, ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    return model, info
+
+
+def _load_mapped(folder: Path, loader: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        kind = type(loader.from_config(config))
+    weights = {
+        name: spill(tensor, torch.float32) if _is_half(tensor) else tensor
+        for path in _weight_files(folder)
+        for name, tensor in map_safetensors(path).items()
+    }
+    model, info = kind.from_pretrained(
+        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    return model, info
+
+
+def _is_half(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype != torch.float32
+
+
+def _float_bytes(folder: Path) -> int:
+    """What the weights take in float32."""
+    total = 0
+    for path in _weight_files(folder):
+        total += sum(4 * tensor.numel() for tensor in map_safetensors(path).values())
+    return total
+
+
+def _check_loading(folder: Path, task: str, info: Mapping[str, Any], names: set[str]) -> None:
+    """Every weight of the model came from the files, in its shape, and no further layer lies in them."""
+    if info["mismatched_keys"]:
+        name, stored, expected = min(info["mismatched_keys"])
+        raise BitlowerError(
+            f"{folder}: the weight {name!r} has the shape {list(stored)}, config.json asks for {list(expected)}"
+        )
+    if info["missing_keys"]:
+        raise BitlowerError(
+            f"{folder}: the weight {min(info['missing_keys'])!r} is missing", hint=f"is the task {task!r} right?"
+        )
+    layers = [name for name in info["unexpected_keys"] if re.sub(r"\.\d+\.", ".0.", name) in names]
+    if layers:
+        raise BitlowerError(f"{folder}: config.json describes fewer layers than the weights hold: {min(layers)!r}")
+
+
+def _summary(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and its notes on tested versions out of our output."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

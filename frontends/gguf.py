@@ -1,0 +1,126 @@
+"""GGUF files (llama.cpp's format): weights, configuration and tokenizer, as transformers reads them.
+
+Quantized blocks are dequantized to float32 without loss. The file's own metadata make the configuration and the
+tokenizer; nothing beside the file is read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bitlower.frontends.huggingface import PreTrained
+from bitlower.frontends.weights import quiet, summary
+from bitlower.ir import BitlowerError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SUFFIX = ".gguf"
+_TASK = "text-generation"
+_NEEDS = ("gguf", "accelerate")
+_MAGIC = b"GGUF"
+
+
+def load_gguf(path: Path, task: str | None = None) -> PreTrained:
+    """Load the causal language model in the file ``path``, in float32, with its tokenizer files as assets.
+
+    Raises:
+        BitlowerError: a package for reading such files is not installed, the file is damaged or of an architecture
+            that transformers does not read, or the task is another than text generation.
+    """
+    if task not in (None, _TASK):
+        raise BitlowerError(f"{path} holds a causal language model, which does no {task}", hint=f"the task is {_TASK}")
+    for name in _NEEDS:
+        if importlib.util.find_spec(name) is None:
+            raise BitlowerError(
+                f"reading {path.name} needs the package {name}", hint="install it: pip install bitlower[gguf]"
+            )
+    _check_magic(path)
+    try:
+        with quiet(), _read_once(path):
+            model = _load_model(path)
+            assets = _tokenizer_files(path, model)
+    except Exception as error:  # whatever its libraries raise on damaged files
+        raise BitlowerError(
+            f"{path} cannot be read: {summary(error)}", hint="fetch the file again, or convert it to safetensors"
+        ) from None
+    _check_weights(path, model)
+    return PreTrained(model, _TASK, assets, str(path))
+
+
+def _check_magic(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_MAGIC))
+    except OSError as error:
+        raise BitlowerError(f"{path} cannot be opened: {error.strerror}") from None
+    if start != _MAGIC:
+        raise BitlowerError(f"{path} is no GGUF file", hint="fetch the file again")
+
+
+@contextmanager
+def _read_once(path: Path) -> Iterator[None]:
+    """Parse the file once: transformers opens it for the configuration, the weights and the tokenizer, seconds each."""
+    import gguf
+
+    original, reader = gguf.GGUFReader, gguf.GGUFReader(path)
+    gguf.GGUFReader = lambda *args, **options: reader  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original  # type: ignore[misc]
+
+
+def _load_model(path: Path) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    config = AutoConfig.from_pretrained(path.parent, **place)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path.parent, config=config, dtype=torch.float32, output_loading_info=True, **place
+    )
+    lacking = sorted(info["missing_keys"])
+    if lacking:
+        raise ValueError(f"the weight {lacking[0]} is missing")
+    model.config.architectures = [type(model).__name__]
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model  # type: ignore[no-any-return]
+
+
+def _tokenizer_files(path: Path, model: PreTrainedModel) -> dict[str, bytes]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        path.parent, gguf_file=path.name, config=model.config, local_files_only=True
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+    files["tokenizer_config.json"] = _portable(files["tokenizer_config.json"])
+    if model.generation_config is not None:
+        files["generation_config.json"] = model.generation_config.to_json_string().encode()
+    return files
+
+
+def _portable(settings: bytes) -> bytes:
+    """The tokenizer's settings under the class name that other libraries know too, without how they were loaded."""
+    form = json.loads(settings)
+    form = {key: value for key, value in form.items() if key not in ("is_local", "local_files_only")}
+    if form.get("tokenizer_class") == "TokenizersBackend":
+        form["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return json.dumps(form, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+
+
+def _check_weights(path: Path, model: PreTrainedModel) -> None:
+    for name, tensor in model.named_parameters():
+        if not bool(torch.isfinite(tensor).all()):
+            raise BitlowerError(f"{path}: the weight {name!r} holds NaN or Inf", hint="fetch the file again")

@@ -1,0 +1,233 @@
+"""GPTQ (Frantar et al. 2022): rewrite weights to their grids so that a layer's output on real inputs changes least."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import fx
+
+from bitlower.ir import Batch, BitlowerError, Level, Program, QuantSpec, get_tensor, numerics, set_tensor
+from bitlower.ir.dataflow import activation_operand, linears, operand, weight_operand
+from bitlower.ir.lockstep import Read, walk
+from bitlower.ir.storage import like, release
+from bitlower.passes._base import Context, Contract, Pass
+from bitlower.passes._checkpoints import Stored, load_checkpoint, save_checkpoint
+from bitlower.passes._gptq_factor import Factor, factorize
+from bitlower.passes._gptq_solver import Options, Solution, solve
+from bitlower.passes._hessian import Hessian
+from bitlower.passes._weights import close_weights, is_open, open_weights
+from bitlower.passes.quantize import PlacementReport
+
+PARTS = ("codes", "scale", "zero_point")
+"""What makes a weight on its grid."""
+
+
+@dataclass(frozen=True)
+class GptqRow:
+    """What became of one weight.
+
+    Args:
+        weight: the parameter's name.
+        spec: its grid and granularity.
+        tokens: how many tokens its Hessian has seen.
+        error: of the output, ``E H Eᵀ / W H Wᵀ`` summed over rows, under the Hessian that was used.
+        rtn_error: the same for round-to-nearest on its own grid; None without guard.
+        kept_rows: rows that the guard rounded to nearest.
+        damping: the share of the mean diagonal that was added to the Hessian.
+        notes: what was unusual.
+    """
+
+    weight: str
+    spec: str
+    tokens: int
+    error: float
+    rtn_error: float | None
+    kept_rows: int
+    damping: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GptqReport:
+    """Every weight that was rewritten, in execution order."""
+
+    rows: tuple[GptqRow, ...]
+
+
+@dataclass(frozen=True)
+class Gptq(Pass):
+    """Rewrite the weights of linears that have an open quantizer to values on its grid, and close the quantizer.
+
+    One walk through the model on all calibration batches at once: each layer's inputs come from predecessors that are
+    rewritten already (the paper's true-sequential order), and layers that read the same activation share one Hessian.
+    Embedding tables and norm weights with open quantizers are rounded to nearest. Activation quantizers stay as they
+    are: run `calibrate` after this pass for those.
+    """
+
+    name: ClassVar[str] = "gptq"
+    requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
+    contract: ClassVar[Contract] = Contract.LOSSY
+    preserves: ClassVar[frozenset[type]] = frozenset({PlacementReport})
+    damping: float = 0.001
+    """Share of the mean diagonal that is added to the Hessian; raised where it stays singular."""
+    weighting: Literal["none", "unit-norm", "root-norm", "clipped-norm"] = "unit-norm"
+    """How much a token counts in the Hessian. ``none`` is the published sum: a few tokens of huge norm (attention
+    sinks) then own it. ``unit-norm`` counts every token the same, as the normalization after the residual sum does.
+    ``root-norm`` lies half way; ``clipped-norm`` scales down only tokens far above the median."""
+    order: Literal["none", "full", "grouped"] = "none"
+    """Order of columns: as they are; by falling diagonal of the Hessian (act-order; grids stay those of the original
+    groups); or by it inside groups and among groups. None of them needs an index in the artefact."""
+    static_groups: bool = False
+    """Lay all grids over the original weights, and not over the weights that compensate for columns before."""
+    ranges: Literal["minmax", "mse"] = "minmax"
+    """How a grid is laid over the weights of a group."""
+    guard: bool = True
+    """Round rows to nearest where that does better under the Hessian."""
+    memory: int = 2 << 30
+    """Bytes of activations that are held in memory; more go to disk."""
+
+    def run(self, program: Program, context: Context) -> bool:
+        """Rewrite all open weights and leave a :class:`GptqReport`.
+
+        Raises:
+            BitlowerError: no calibration batches, a layer that no token reaches, a Hessian or weight that is not
+                finite, or a granularity that error feedback cannot serve; the layer is named.
+        """
+        groups = open_groups(program)
+        nearest = [n for n in open_weights(program.module) if not any(n in nodes for nodes in groups.values())]
+        if groups and not context.calibration:
+            raise BitlowerError("gptq needs calibration data", hint="give calibration batches, or use the pass `rtn`")
+        close_weights(program.module, nearest, "minmax")
+        if context.work is not None:
+            context.work.mkdir(parents=True, exist_ok=True)
+        rewriter = _Rewriter(program, self, context, groups)
+        walk(
+            program, list(groups), context.calibration, rewriter.visit, track=context.track, label="gptq",
+            budget=self.memory, folder=context.work,
+        )  # fmt: skip
+        context.put(GptqReport(tuple(rewriter.rows)))
+        return bool(groups or nearest)
+
+
+def open_groups(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    """The open quantizers over weights of linears, by the first linear of those that read the same activation."""
+    first: dict[fx.Node, fx.Node] = {}
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    seen: set[fx.Node] = set()
+    for linear in linears(program.graph):
+        quantizer = weight_operand(linear)
+        if quantizer in seen or not is_open(program.module, quantizer):
+            continue
+        seen.add(quantizer)
+        if quantizer.meta["quantizer"].role == "linear-weight":
+            groups.setdefault(first.setdefault(activation_operand(linear), linear), []).append(quantizer)
+    return groups
+
+
+class _Rewriter:
+    """Solves a group of layers as the walk comes to it."""
+
+    def __init__(self, program: Program, options: Gptq, context: Context, groups: dict[fx.Node, list[fx.Node]]) -> None:
+        self.module, self.options, self.context, self.groups = program.module, options, context, groups
+        self.rows: list[GptqRow] = []
+        self.solver = Options(
+            damping=options.damping, order=options.order, static_groups=options.static_groups, ranges=options.ranges,
+            guard=options.guard,
+        )  # fmt: skip
+
+    def visit(self, linear: fx.Node, read: Read) -> None:
+        """Rewrite all weights that read what ``linear`` reads."""
+        quantizers = self.groups[linear]
+        names = [_weight_name(node) for node in quantizers]
+        stored = load_checkpoint(self.context.work, names[0])
+        if stored is None:
+            stored = self._solve(linear, quantizers, read)
+            save_checkpoint(self.context.work, names[0], stored)
+        for node, name in zip(quantizers, names, strict=True):
+            self._write(node, *(stored.tensors[f"{part}.{name}"] for part in PARTS))
+        self.rows += [GptqRow(**row | {"notes": tuple(row["notes"])}) for row in stored.rows]
+
+    def _solve(self, linear: fx.Node, quantizers: Sequence[fx.Node], read: Read) -> Stored:
+        name = _weight_name(quantizers[0])
+        hessian = Hessian(_columns(linear), weighting=self.options.weighting, name=name)
+        for x, batch in read(activation_operand(linear)):
+            hessian.add(x, token_mask(x, batch))
+        matrix, stored = hessian.matrix(), Stored({}, [])
+        factors: dict[int, Factor] = {}
+        for spec, nodes in _by_spec(quantizers).items():
+            group = spec.granularity.size if spec.granularity.kind == "group" else len(matrix)
+            if group not in factors:
+                options = self.options
+                factors[group] = factorize(matrix, damping=options.damping, order=options.order, group=group, name=name)
+            self._solve_stack(stored, nodes, spec, factors[group], hessian.tokens)
+        return stored
+
+    def _solve_stack(
+        self, stored: Stored, nodes: Sequence[fx.Node], spec: QuantSpec, factor: Factor, tokens: int
+    ) -> None:
+        """Solve weights of one spec that share an input as one, stacked along rows."""
+        names = [_weight_name(node) for node in nodes]
+        weights = [get_tensor(self.module, name).detach() for name in names]
+        stack = torch.cat(weights).float()
+        solution = solve(stack, factor, spec.grid, spec.granularity, self.solver, name=names[0])
+        energy = factor.loss(stack.T.contiguous())
+        start = 0
+        for name, weight in zip(names, weights, strict=True):
+            part = slice(start, start := start + len(weight))
+            for key, tensor in zip(PARTS, (solution.codes, solution.scale, solution.zero_point), strict=True):
+                stored.tensors[f"{key}.{name}"] = tensor[part].contiguous()
+            stored.rows.append(_row(name, spec, solution, part, energy[part], tokens))
+            release(weight)
+
+    def _write(self, node: fx.Node, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> None:
+        """The weight on its grid takes the place of the old one, and the quantizer gets scale and zero point."""
+        source = operand(node, 0)
+        old = get_tensor(self.module, str(source.target))
+        weight = like(numerics.values(codes, scale, zero), old)
+        set_tensor(self.module, str(source.target), torch.nn.Parameter(weight, requires_grad=old.requires_grad))
+        for position, tensor in ((1, scale), (2, zero)):
+            set_tensor(self.module, str(operand(node, position).target), tensor)
+
+
+def _row(
+    name: str, spec: QuantSpec, solution: Solution, part: slice, energy: torch.Tensor, tokens: int
+) -> dict[str, Any]:
+    total, rtn, columns = float(energy.sum()) or 1.0, solution.rtn_loss, solution.codes.shape[1]
+    short = [f"{name}: {tokens} calibration tokens are few for {columns} columns"] if tokens < columns else []
+    return {
+        "weight": name,
+        "spec": str(spec),
+        "tokens": tokens,
+        "error": float(solution.loss[part].sum()) / total,
+        "rtn_error": None if rtn is None else float(rtn[part].sum()) / total,
+        "kept_rows": int(solution.kept[part].sum()),
+        "damping": solution.damping,
+        "notes": [*solution.notes, *short],
+    }
+
+
+def token_mask(x: torch.Tensor, batch: Batch) -> torch.Tensor | None:
+    """The attention mask of the tokens of ``x``, ``[batch, sequence, columns]`` or both flattened; None: count all."""
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    if mask is None or ids is None or mask.dim() != 2 or bool(mask.all()):
+        return None
+    current = mask[:, -ids.shape[1] :]
+    return current.reshape(x.shape[:-1]) if current.numel() == x.shape[:-1].numel() else None
+
+
+def _by_spec(quantizers: Sequence[fx.Node]) -> dict[QuantSpec, list[fx.Node]]:
+    groups: dict[QuantSpec, list[fx.Node]] = {}
+    for node in quantizers:
+        groups.setdefault(node.meta["quantizer"].spec, []).append(node)
+    return groups
+
+
+def _weight_name(quantizer: fx.Node) -> str:
+    return str(operand(quantizer, 0).target)
+
+
+def _columns(linear: fx.Node) -> int:
+    return int(activation_operand(linear).meta["type"].shape[-1])
