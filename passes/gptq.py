@@ -18,6 +18,7 @@ from bitlower.passes._checkpoints import Stored, load_checkpoint, save_checkpoin
 from bitlower.passes._gptq_factor import Factor, factorize
 from bitlower.passes._gptq_solver import Options, Solution, solve
 from bitlower.passes._hessian import Hessian
+from bitlower.passes._token_gradients import token_gradients
 from bitlower.passes._weights import close_weights, is_open, open_weights
 from bitlower.passes.quantize import PlacementReport
 
@@ -77,6 +78,10 @@ class Gptq(Pass):
     """How much a token counts in the Hessian. ``none`` is the published sum: a few tokens of huge norm (attention
     sinks) then own it. ``unit-norm`` counts every token the same, as the normalization after the residual sum does.
     ``root-norm`` lies half way; ``clipped-norm`` scales down only tokens far above the median."""
+    gradient: float = 0.0
+    """For causal language models: a token's weight is multiplied by this power of the squared norm of the loss's
+    gradient at the layer's output, which one run forwards and backwards through the float model gives. 0.5 is the norm
+    itself; 0 leaves gradients out."""
     order: Literal["none", "full", "grouped"] = "none"
     """Order of columns: as they are; by falling diagonal of the Hessian (act-order; grids stay those of the original
     groups); or by it inside groups and among groups. None of them needs an index in the artefact."""
@@ -103,7 +108,8 @@ class Gptq(Pass):
         close_weights(program.module, nearest, "minmax")
         if context.work is not None:
             context.work.mkdir(parents=True, exist_ok=True)
-        rewriter = _Rewriter(program, self, context, groups)
+        gradients = token_gradients(program, _all_readers(groups), context) if groups and self.gradient else {}
+        rewriter = _Rewriter(program, self, context, groups, gradients)
         walk(
             program, list(groups), context.calibration, rewriter.visit, track=context.track, label="gptq",
             budget=self.memory, folder=context.work,
@@ -153,8 +159,8 @@ class _Rewriter:
     def _solve(self, linear: fx.Node, quantizers: Sequence[fx.Node], read: Read) -> Stored:
         name = _weight_name(quantizers[0])
         hessian = Hessian(_columns(linear), weighting=self.options.weighting, name=name)
-        for x, batch in read(activation_operand(linear)):
-            hessian.add(x, token_mask(x, batch))
+        for index, (x, batch) in enumerate(read(activation_operand(linear))):
+            hessian.add(x, self._token_weights(quantizers, index, x, batch))
         matrix, stored = hessian.matrix(), Stored({}, [])
         factors: dict[int, Factor] = {}
         for spec, nodes in _by_spec(quantizers).items():
@@ -164,6 +170,17 @@ class _Rewriter:
                 factors[group] = factorize(matrix, damping=options.damping, order=options.order, group=group, name=name)
             self._solve_stack(stored, nodes, spec, factors[group], hessian.tokens)
         return stored
+
+    def _token_weights(
+        self, quantizers: Sequence[fx.Node], index: int, x: torch.Tensor, batch: Batch
+    ) -> torch.Tensor | None:
+        """By what the weights of the tokens of batch ``index`` are multiplied; None: all the same."""
+        mask = token_mask(x, batch)
+        parts = [self.gradients[user][index] for node in quantizers for user in node.users if user in self.gradients]
+        if not parts:
+            return mask
+        weights = torch.stack(parts).sum(0).pow(self.options.gradient).reshape(x.shape[:-1])
+        return weights if mask is None else weights * mask
 
     def _solve_stack(
         self, stored: Stored, nodes: Sequence[fx.Node], spec: QuantSpec, factor: Factor, tokens: int
@@ -207,6 +224,11 @@ def _row(
         "damping": solution.damping,
         "notes": [*solution.notes, *short],
     }
+
+
+def _all_readers(groups: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
+    """Every linear whose weight is to be rewritten."""
+    return [user for quantizers in groups.values() for node in quantizers for user in node.users]
 
 
 def token_mask(x: torch.Tensor, batch: Batch) -> torch.Tensor | None:

@@ -152,6 +152,27 @@ def test_the_report_names_every_weight_and_its_error(llama, run) -> None:
         assert 0 < row.error <= row.rtn_error
 
 
+def test_tokens_are_weighted_by_the_loss_s_gradient(llama, run, monkeypatch) -> None:
+    """What enters the Hessian of gate and up is the square root of both gradients' squared norms, summed."""
+    _, program = llama
+    batches, seen = tokens(2), {}
+    original = module.Hessian.add
+
+    def add(self, x, weights=None):
+        seen.setdefault(self.name, []).append(weights)
+        original(self, x, weights)
+
+    monkeypatch.setattr(module.Hessian, "add", add)
+    placed = run(program, Clean(), W4)
+    run(placed, Gptq(gradient=0.5), context=Context(batches))
+    nodes = [n for n in linears(placed.graph) if n.meta["path"].endswith(("0.mlp.gate_proj", "0.mlp.up_proj"))]
+    gradients = module.token_gradients(placed, nodes, Context(batches))
+    for index, found in enumerate(seen["model.layers.0.mlp.gate_proj.weight"]):
+        expected = sum(gradients[node][index] for node in nodes).sqrt()
+        torch.testing.assert_close(found, expected)
+        assert float(expected.std()) > 0
+
+
 def test_padding_counts_for_nothing(llama, run) -> None:
     _, program = llama
     plain = tokens(2)
