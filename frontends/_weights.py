@@ -92,7 +92,7 @@ def load_weights(
     except BitlowerError:
         raise
     except Exception as error:  # whatever its libraries raise on a configuration that makes no model
-        raise BitlowerError(f"{folder}: transformers cannot load this model: {_summary(error)}") from None
+        raise BitlowerError(f"{folder}: transformers cannot load this model: {summary(error)}") from None
     _check_loading(folder, task, info, set(model.state_dict()))
     return model
 
@@ -151,7 +151,7 @@ def _check_loading(folder: Path, task: str, info: Mapping[str, Any], names: set[
         raise BitlowerError(f"{folder}: config.json describes fewer layers than the weights hold: {min(layers)!r}")
 
 
-def _summary(error: Exception) -> str:
+def summary(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

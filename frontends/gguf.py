@@ -7,23 +7,24 @@ tokenizer; nothing beside the file is read.
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitlower.frontends._weights import quiet
 from bitlower.frontends.huggingface import PreTrained
-from bitlower.frontends.weights import quiet, summary
 from bitlower.ir import BitlowerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SUFFIX = ".gguf"
+
 _TASK = "text-generation"
 _NEEDS = ("gguf", "accelerate")
 _MAGIC = b"GGUF"
@@ -45,12 +46,13 @@ def load_gguf(path: Path, task: str | None = None) -> PreTrained:
             )
     _check_magic(path)
     try:
-        with quiet(), _read_once(path):
+        with quiet(), redirect_stderr(io.StringIO()), _read_once(path):  # it draws a bar of its own
             model = _load_model(path)
             assets = _tokenizer_files(path, model)
     except Exception as error:  # whatever its libraries raise on damaged files
         raise BitlowerError(
-            f"{path} cannot be read: {summary(error)}", hint="fetch the file again, or convert it to safetensors"
+            f"{path} cannot be read: {' '.join(str(error).split())[:300]}",
+            hint="fetch the file again, or convert it to safetensors",
         ) from None
     _check_weights(path, model)
     return PreTrained(model, _TASK, assets, str(path))
@@ -72,11 +74,11 @@ def _read_once(path: Path) -> Iterator[None]:
     import gguf
 
     original, reader = gguf.GGUFReader, gguf.GGUFReader(path)
-    gguf.GGUFReader = lambda *args, **options: reader  # type: ignore[assignment,misc]
+    gguf.GGUFReader = lambda *args, **options: reader
     try:
         yield
     finally:
-        gguf.GGUFReader = original  # type: ignore[misc]
+        gguf.GGUFReader = original
 
 
 def _load_model(path: Path) -> PreTrainedModel:
@@ -93,7 +95,7 @@ def _load_model(path: Path) -> PreTrainedModel:
     model.config.architectures = [type(model).__name__]
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _tokenizer_files(path: Path, model: PreTrainedModel) -> dict[str, bytes]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
+from bitlower.frontends.gguf import load_gguf
 from bitlower.frontends.huggingface import PreTrained, is_huggingface, load_folder, trace_model
-from bitlower.frontends.locate import locate
+from bitlower.frontends.locate import GGUF, locate
 from bitlower.frontends.module import trace_module
 from bitlower.ir import BitlowerError, Program
 
@@ -23,8 +25,8 @@ def load(
     """Trace ``model`` into a Program at level ``float``.
 
     Args:
-        model: a folder as Hugging Face writes it (``config.json``, safetensors, tokenizer files), ``package:NAME`` for
-            one that lies inside an installed package, or a module in memory.
+        model: a folder as Hugging Face writes it (``config.json``, safetensors, tokenizer files), a GGUF file,
+            ``package:NAME`` for either inside an installed package, or a module in memory.
         task: ``feature-extraction``, ``text-classification`` or ``text-generation``; read from the model's
             configuration if left out.
         example_inputs: needed for a module that is not Hugging Face's: its inputs by name, at least 2 in each dimension
@@ -37,7 +39,10 @@ def load(
             names the line of the model).
     """
     if not isinstance(model, torch.nn.Module):
-        return load_folder(locate(model), task=task, source=os.fspath(model), mapped=mapped)
+        place, source = locate(model), os.fspath(model)
+        if place.suffix == GGUF:
+            return trace_model(replace(load_gguf(place, task), source=source))
+        return load_folder(place, task=task, source=source, mapped=mapped)
     if is_huggingface(model):
         return trace_model(PreTrained(model, task=task), example_inputs=example_inputs)
     if example_inputs is None:

@@ -94,7 +94,7 @@ def windows(program: Program, ids: torch.Tensor, *, batch_size: int = 1) -> list
     check_length(program, ids.shape[1])
     names = [spec.name for spec in program.inputs]
     result = []
-    for rows in ids.split(batch_size):
+    for rows in torch.split(ids, batch_size):
         mask = torch.ones_like(rows)
         known = {"input_ids": rows.contiguous(), "attention_mask": mask, "position_ids": positions(mask)}
         result.append({name: known[name] for name in names if name in known})

@@ -1,10 +1,12 @@
 """Views of a graph that passes reason with: value chains, residual sums, fusion groups, block boundaries, liveness.
 
-All of them are found from the flow of values, never from class or module names.
+All of them are found from the flow of values, never from class or module names. What a decoder keeps of a token (the
+``present`` outputs) leaves a block aside of the one value that the next block reads.
 """
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,6 +38,10 @@ VIEWS = frozenset({
     aten.index_select.default,
 })  # fmt: skip
 """Operators that move values and compute none: a per-tensor quantizer may stand before or after them."""
+PARTS = frozenset({
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
+})  # fmt: skip
+"""Operators that cut a value into several, each of them taken out by ``getitem``."""
 QUANTIZER = frozenset({ops.fake_quantize, ops.quantize, ops.dequantize})
 
 
@@ -71,21 +77,28 @@ def value_graph(graph: fx.Graph) -> nx.DiGraph[fx.Node]:
 
 
 def value_root(node: fx.Node) -> fx.Node:
-    """The node that computed the value which ``node`` passes on through views (and quantizers)."""
-    while node.target in VIEWS or node.target in QUANTIZER:
+    """The node that computed the value which ``node`` passes on through views, parts (and quantizers)."""
+    while _passes_on(node) or node.target in QUANTIZER:
         node = node.all_input_nodes[0]
     return node
 
 
 def value_uses(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    """Every (node, user) edge where the value of ``node`` is computed with, looking through views."""
+    """Every (node, user) edge where the value of ``node`` is computed with, looking through views and parts."""
     uses = []
     for user in node.users:
-        if user.target in VIEWS:
+        if _passes_on(user):
             uses += value_uses(user)
         else:
             uses.append((node, user))
     return uses
+
+
+def _passes_on(node: fx.Node) -> bool:
+    """Whether ``node`` moves values of its operand and computes none."""
+    if node.target is operator.getitem:
+        return operand(node, 0).target in PARTS
+    return node.target in VIEWS or node.target in PARTS
 
 
 def is_float(node: fx.Node) -> bool:
@@ -118,25 +131,35 @@ def residual_sums(graph: fx.Graph) -> list[fx.Node]:
     """The additions ``x + f(x)`` of residual connections.
 
     One operand is an ancestor of the other through at least one linear layer or attention, and both have the shape of
-    the sum; bias, mask, embedding and rotary additions are not of that kind.
+    the sum; bias, mask, embedding and rotary additions are not of that kind, nor is the sum of two branches that run
+    side by side (attention and feed-forward of GPT-NeoX) before the stream is added to it.
     """
-    view = value_graph(graph)
-    computing = {n for n in graph.nodes if n.target in LINEAR | MATMUL | ATTENTION}
-    return [n for n in graph.nodes if n.target in ADD and _joins_a_branch(n, view, computing)]
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    return [n for n in graph.nodes if n.target in ADD and _joins_a_branch(n, position)]
 
 
-def _joins_a_branch(node: fx.Node, view: nx.DiGraph[fx.Node], computing: set[fx.Node]) -> bool:
+def _joins_a_branch(node: fx.Node, position: dict[fx.Node, int]) -> bool:
     operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and is_float(a) and a.op != "get_attr"]
     if len(operands) != 2 or not is_float(node):
         return False
     if any(value.meta["type"].shape != node.meta["type"].shape for value in operands):
         return False
-    first, second = (value_root(value) for value in operands)
-    for stream, branch in ((first, second), (second, first)):
-        before: set[fx.Node] = nx.ancestors(view, branch)
-        after: set[fx.Node] = nx.descendants(view, stream)
-        if computing & (before | {branch}) & after:
+    stream, branch = sorted((value_root(value) for value in operands), key=position.__getitem__)
+    return _computes_from(branch, stream, position)
+
+
+def _computes_from(branch: fx.Node, stream: fx.Node, position: dict[fx.Node, int]) -> bool:
+    """Whether a path leads from ``stream`` to ``branch`` through a linear layer, a matmul or an attention."""
+    frontier, seen = [(branch, False)], set[tuple[fx.Node, bool]]()
+    while frontier:
+        node, computed = frontier.pop()
+        if node is stream and computed:
             return True
+        if position[node] <= position[stream] or (node, computed) in seen:
+            continue
+        seen.add((node, computed))
+        computed = computed or node.target in LINEAR | MATMUL | ATTENTION
+        frontier += [(source, computed) for source in node.all_input_nodes]
     return False
 
 
@@ -151,12 +174,17 @@ def fusion_groups(graph: fx.Graph) -> list[tuple[fx.Node, ...]]:
     return [tuple(nodes) for nodes in groups.values()]
 
 
-def liveness(graph: fx.Graph) -> list[frozenset[fx.Node]]:
-    """For each node in order, the values that are still needed after it (parameters left out)."""
+def liveness(graph: fx.Graph, *, outputs: bool = True) -> list[frozenset[fx.Node]]:
+    """For each node in order, the values that are still needed after it (parameters left out).
+
+    Args:
+        graph: the graph.
+        outputs: whether what is given out at the end is needed until then.
+    """
     last: dict[fx.Node, int] = {}
     for position, node in enumerate(graph.nodes):
-        for source in node.all_input_nodes:
-            last[source] = position
+        if node.op != "output" or outputs:
+            last |= dict.fromkeys(node.all_input_nodes, position)
     alive: set[fx.Node] = set()
     result = []
     for position, node in enumerate(graph.nodes):
@@ -168,14 +196,26 @@ def liveness(graph: fx.Graph) -> list[frozenset[fx.Node]]:
 
 
 def activations(module: fx.GraphModule) -> set[fx.Node]:
-    """Float values that depend on a parameter and are none: masks, positions and rotary tables are not among them."""
-    found: set[fx.Node] = set()
+    """Float values that depend on a parameter and on an input.
+
+    Masks, positions and rotary tables are not among them, nor is what is computed from parameters alone.
+    """
+    touched, fed = set[fx.Node](), set[fx.Node]()
     for node in module.graph.nodes:
-        if node.op != "call_function" or not is_float(node) or parameter_of(node) is not None:
+        if node.op == "placeholder" or any(n in fed for n in node.all_input_nodes):
+            fed.add(node)
+        if node.op != "call_function" or not _carries_floats(node) or parameter_of(node) is not None:
             continue
-        if any(n in found or _is_weight(module, n) for n in node.all_input_nodes):
-            found.add(node)
-    return found
+        if any(n in touched or _is_weight(module, n) for n in node.all_input_nodes):
+            touched.add(node)
+    return {node for node in touched & fed if is_float(node)}
+
+
+def _carries_floats(node: fx.Node) -> bool:
+    """Whether ``node`` is a float tensor, or gives several tensors."""
+    if "type" in node.meta or not isinstance(node.target, torch._ops.OpOverload):
+        return is_float(node)
+    return any("Tensor" in str(value.type) for value in node.target._schema.returns)
 
 
 def _is_weight(module: fx.GraphModule, node: fx.Node) -> bool:
@@ -187,10 +227,13 @@ def _is_weight(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def cut_points(module: fx.GraphModule) -> list[fx.Node]:
-    """The nodes after which their own value is the only activation alive: the model can be cut there."""
+    """The nodes after which no activation but their own value is computed with: the model can be cut there.
+
+    What is only given out at the end does not count: hidden states, and the ``present`` keys and values of a decoder.
+    """
     values = activations(module)
-    nodes = list(module.graph.nodes)
-    return [n for n, alive in zip(nodes, liveness(module.graph), strict=True) if n in values and alive & values == {n}]
+    alive = liveness(module.graph, outputs=False)
+    return [n for n, after in zip(module.graph.nodes, alive, strict=True) if n in values and after & values <= {n}]
 
 
 def blocks(module: fx.GraphModule) -> list[Block]:
@@ -216,7 +259,10 @@ def blocks(module: fx.GraphModule) -> list[Block]:
 def _end_of_last(
     nodes: list[fx.Node], position: dict[fx.Node, int], cuts: list[fx.Node], starts: list[fx.Node]
 ) -> fx.Node:
-    """The cut point that makes the last block compute what the one before it does, else the last of the same type."""
+    """The cut point that makes the last block compute what the one before it does.
+
+    Else the last of the same type that is a normalization if the block starts after one, and none if it does not.
+    """
     start = starts[-1]
     later = [c for c in cuts if position[c] > position[start] and c.meta.get("type") == start.meta.get("type")]
     if not later:
@@ -226,7 +272,8 @@ def _end_of_last(
         for cut in later:
             if _operators(nodes[position[start] + 1 : position[cut] + 1]) == before:
                 return cut
-    return later[-1]
+    alike = [cut for cut in later if (cut.target in NORM) == (start.target in NORM)]
+    return (alike or later)[-1]
 
 
 def _operators(nodes: Iterable[fx.Node]) -> list[str]:

@@ -62,6 +62,7 @@ class Program:
         assets: files that belong to the model (tokenizer), by name.
         source: where it came from, as the user wrote it.
         passes: the passes that ran, as pipeline text.
+        transposed: the parameters, as ``graph/name``, that lie the other way round than in the model's own files.
     """
 
     graphs: dict[str, fx.GraphModule]
@@ -73,6 +74,7 @@ class Program:
     assets: dict[str, bytes] = field(default_factory=dict)
     source: str = ""
     passes: list[str] = field(default_factory=list)
+    transposed: tuple[str, ...] = ()
 
     @property
     def module(self) -> fx.GraphModule:
@@ -132,6 +134,7 @@ class Program:
             dict(self.assets),
             self.source,
             list(self.passes),
+            self.transposed,
         )
 
     def recompile(self) -> None:

@@ -28,7 +28,7 @@ from bitlower.ir.program import Program, Quantizer, ValueSpec, set_tensor
 from bitlower.ir.scheme import QuantSpec
 from bitlower.ir.types import Level, TensorType
 
-FORMAT = 1
+FORMAT = 2
 _FUNCTIONS = {
     f"{function.__module__}:{function.__name__}": function
     for function in (
@@ -63,6 +63,7 @@ def encode(program: Program) -> tuple[str, dict[str, torch.Tensor]]:
         "assets": {name: base64.b64encode(data).decode() for name, data in sorted(program.assets.items())},
         "source": program.source,
         "passes": program.passes,
+        "transposed": list(program.transposed),
         "graphs": [[name, [_encode_node(n) for n in module.graph.nodes]] for name, module in program.graphs.items()],
         "parameters": sorted(name for name, t in tensors.items() if isinstance(t, torch.nn.Parameter)),
         "aliases": aliases,
@@ -122,6 +123,7 @@ def _decode_program(form: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -
         {name: base64.b64decode(data) for name, data in form["assets"].items()},
         form["source"],
         form["passes"],
+        tuple(form["transposed"]),
     )
 
 

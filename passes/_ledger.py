@@ -18,6 +18,7 @@ from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._digest import digest_batches, digest_program
 from bitlower.passes._observers import Recorder
 from bitlower.passes._pipeline import format_pipeline
+from bitlower.passes._tokens import token_mask
 
 
 class Ledger(Recorder):
@@ -182,7 +183,7 @@ def _run(program: Program, layers: Mapping[str, Any], batch: Batch, keep: Any) -
 
 def _unpadded(value: torch.Tensor, batch: Batch) -> torch.Tensor:
     """The positions that are not padding, of a value laid out ``[batch, sequence, …]``; else all of it."""
-    mask = batch.get("attention_mask")
+    mask = token_mask(batch)
     if mask is None or value.dim() < 2 or value.shape[:2] != mask.shape:
         return value
-    return value[mask.bool()]
+    return value[mask]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from bitlower.ir import Batch, Grid, numerics
+from bitlower.passes._tokens import token_mask
 
 _BLOCK = 2**14
 
@@ -40,11 +41,11 @@ class Tokens:
     @classmethod
     def of(cls, batch: Batch, first_sequence: int) -> Tokens | None:
         """From ``attention_mask`` and ``input_ids``; None where a batch has neither."""
-        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+        ids, mask = batch.get("input_ids"), token_mask(batch)
         shape = mask if mask is not None else ids
         if shape is None or shape.dim() != 2:
             return None
-        keep = mask.bool() if mask is not None else torch.ones_like(shape, dtype=torch.bool)
+        keep = mask if mask is not None else torch.ones_like(shape, dtype=torch.bool)
         sequence = torch.arange(keep.shape[0])[:, None].expand_as(keep) + first_sequence
         position = keep.long().cumsum(1) - 1
         chosen = ids[keep] if ids is not None else torch.empty(0, dtype=torch.int64)

@@ -54,14 +54,40 @@ class Site:
 
 
 def weight_sites(graph: fx.Graph) -> Iterator[Site]:
-    """The parameters of linears, embeddings and norms; a tied one is one site, its users read the same codes."""
+    """The parameters of linears, embeddings and norms; a tied one is one site, its users read the same codes.
+
+    The output head of a language model has the role of the table that it is tied to, or could be: ``embedding-table``.
+    """
     uses: dict[fx.Node, list[tuple[str, fx.Node, str]]] = {}
     for node in graph.nodes:
         for role, parameter, reader in _parameters(node):
             uses.setdefault(parameter, []).append((role, reader, _path(node)))
+    vocabularies = set(_vocabularies(graph))
     for parameter, found in uses.items():
-        role = next((role for role, _, _ in found if role == "embedding-table"), found[0][0])
+        heads = [reader for _, reader, _ in found if reader.target in LINEAR and _ends_the_graph(reader)]
+        table = any(role == "embedding-table" for role, _, _ in found)
+        if heads and parameter.meta["type"].shape in vocabularies:
+            table = True
+        role = "embedding-table" if table else found[0][0]
         yield Site(role, parameter, tuple(reader for _, reader, _ in found), tuple(path for _, _, path in found))
+
+
+def _vocabularies(graph: fx.Graph) -> Iterator[tuple[int | str, ...]]:
+    """The shapes of the tables that token ids index."""
+    for node in graph.nodes:
+        if node.target in EMBEDDING and value_root(operand(node, 1)).target == "input_ids":
+            yield operand(node, 0).meta["type"].shape
+
+
+def _ends_the_graph(node: fx.Node) -> bool:
+    """Whether an output is computed from ``node`` by elementwise steps or views alone."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if node.op == "output":
+            return True
+        if node.target in LINEAR or node.target in NORM:
+            return False
+    return False
 
 
 def _parameters(node: fx.Node) -> list[tuple[str, fx.Node, fx.Node]]:

@@ -14,6 +14,7 @@ from bitlower.ir.dataflow import operand
 from bitlower.ir.observe import observe
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._ranges import Histogram, cross_entropy_loss, search_golden, search_grid
+from bitlower.passes._tokens import kept
 from bitlower.passes._weights import (
     WeightRanges,
     close,
@@ -190,17 +191,11 @@ def _readers(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
 
 def _without_padding(node: fx.Node, value: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int]:
     """``value`` with padded positions set to zero, which is in every range, and how many elements that were."""
-    mask = batch.get("attention_mask")
-    shape = node.meta["type"].shape
-    if mask is None or mask.dim() != 2 or "sequence" not in shape or shape[0] != "batch" or bool(mask.all()):
+    keep = kept(node.meta["type"].shape, batch)
+    if keep is None:
         return value, 0
-    keep = torch.ones((), dtype=torch.bool)
-    for axis, size in enumerate(shape):
-        if size == "sequence":
-            layout = [mask.shape[0], *(mask.shape[1] if i == axis else 1 for i in range(1, len(shape)))]
-            keep = keep & mask.bool().reshape(layout)
-    kept = int(keep.sum()) * (value.numel() // keep.numel())
-    return value.masked_fill(~keep, 0.0), value.numel() - kept
+    count = int(keep.sum()) * (value.numel() // keep.numel())
+    return value.masked_fill(~keep, 0.0), value.numel() - count
 
 
 def _source(node: fx.Node) -> fx.Node:

@@ -1,4 +1,4 @@
-"""Clean-up of a traced graph: no-ops go, explicit attention is folded, equal computations are done once."""
+"""Clean-up of a traced graph: no-ops go, equal computations are done once, everything is brought to one form."""
 
 from __future__ import annotations
 
@@ -8,33 +8,64 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from bitlower.ir import Level, Program
-from bitlower.ir.dataflow import SOFTMAX
-from bitlower.passes._attention import fold_attention
+from bitlower.ir import Level, Program, get_tensor
 from bitlower.passes._base import Context, Contract, Pass
+from bitlower.passes._canonical import RULES
+from bitlower.passes._rewrite import Miss, apply_rules
 
 aten = torch.ops.aten
 _NO_OPS_OF_ONE_TYPE = frozenset({
-    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.alias.default, aten.clone.default, aten.slice.Tensor,
+    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.type_as.default, aten.alias.default, aten.clone.default,
+    aten.slice.Tensor, aten.view.default, aten.reshape.default, aten.expand.default,
 })  # fmt: skip
 """Operators that give their operand if its type stays: a slice of the same length is the whole."""
+_NEUTRAL = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Tensor: 1, aten.div.Tensor: 1}
+"""The number that makes an operator a no-op."""
+
+
+@dataclass(frozen=True)
+class CleanReport:
+    """Where a rewrite rule started and did not match, and why."""
+
+    misses: tuple[Miss, ...]
 
 
 @dataclass(frozen=True)
 class Clean(Pass):
-    """Remove what computes nothing and bring attention to one form, so that later passes see one shape of graph."""
+    """Remove what computes nothing and bring models to one form, so that later passes see one shape of graph.
+
+    What models write by hand becomes one operator: attention (also with repeated keys and values, for grouped
+    queries), RMSNorm, GELU. Every linear layer is a ``linear`` with the weight ``[out, in]`` over ``[batch, sequence,
+    channels]``; a weight that the model holds the other way round (GPT-2) is transposed, and ``Program.transposed``
+    says so.
+    """
 
     name: ClassVar[str] = "clean"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.FLOAT})
     contract: ClassVar[Contract] = Contract.EXACT
 
     def run(self, program: Program, context: Context) -> bool:
-        """Rewrite every graph until nothing changes."""
-        changed = False
-        for module in program.graphs.values():
-            while _drop_no_ops(module.graph) | _merge_equal(module.graph) | _fold(module.graph):
+        """Rewrite every graph until nothing changes, and leave a :class:`CleanReport`."""
+        changed, misses = False, []
+        for name, module in program.graphs.items():
+            before = _tensors(module)
+            while True:
+                shorter = _drop_no_ops(module.graph) | _merge_equal(module.graph)
+                rewritten, missed = apply_rules(RULES, module)
+                if not (shorter or rewritten):
+                    break
                 changed = True
+            misses += missed
+            turned = {f"{name}/{target}" for target, tensor in _tensors(module).items() if before[target] is not tensor}
+            program.transposed = tuple(sorted({*program.transposed, *turned}))
+        context.put(CleanReport(tuple(misses)))
         return changed
+
+
+def _tensors(module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """What the graph reads, by name; the rules do nothing to a tensor but transpose it."""
+    names = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
+    return {name: get_tensor(module, name) for name in names}
 
 
 def _drop_no_ops(graph: fx.Graph) -> bool:
@@ -53,16 +84,7 @@ def _is_no_op(node: fx.Node) -> bool:
         return False
     if node.target in _NO_OPS_OF_ONE_TYPE:
         return True
-    if node.target is aten.add.Tensor:
-        return bool(node.args[1] == 0)
-    return node.target in (aten.expand.default, aten.reshape.default, aten.view.default) and all(
-        size == -1 for size in _sizes(node)
-    )
-
-
-def _sizes(node: fx.Node) -> list[Any]:
-    sizes = node.args[1]
-    return list(sizes) if isinstance(sizes, list | tuple) else [sizes]
+    return node.target in _NEUTRAL and len(node.args) == 2 and bool(node.args[1] == _NEUTRAL[node.target])
 
 
 def _merge_equal(graph: fx.Graph) -> bool:
@@ -93,9 +115,3 @@ def _freeze(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple(sorted((k, _freeze(v)) for k, v in value.items()))
     return (type(value).__name__, value) if isinstance(value, bool | int | float) else value
-
-
-def _fold(graph: fx.Graph) -> bool:
-    folded = [fold_attention(node) for node in list(graph.nodes) if node.target in SOFTMAX]
-    graph.eliminate_dead_code()
-    return any(isinstance(result, fx.Node) for result in folded)

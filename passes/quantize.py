@@ -41,6 +41,10 @@ class Quantize(Pass):
 
     Attention is opened up into matmuls and softmax only where the scheme quantizes inside it. A value that has a
     quantizer of its own needs none at the linears that read it.
+
+    A language model's output head goes with the embedding table, which it shares its weight with as a rule: the table
+    is quantized once, as the scheme says for ``embedding-table``, and both read the same codes. Where the scheme leaves
+    tables in float, the head stays float too, with its input.
     """
 
     name: ClassVar[str] = "quantize"
@@ -70,10 +74,16 @@ def place(program: Program, scheme: Scheme, ignore: Patterns, targets: Patterns)
     if any(scheme.spec(role) for role in _INSIDE_ATTENTION):
         _open_attention(program, ignore, targets)
     rows: list[PlacementRow] = []
-    sites = [*weight_sites(program.graph), *value_sites(program.graph)]
+    weights = list(weight_sites(program.graph))
+    sites = [*weights, *value_sites(program.graph)]
     rows += [_place_site(program, site, scheme, ignore, targets) for site in sites]
+    heads = {edge for site in weights for edge in site.edges if site.role == "embedding-table"}
+    float_heads = heads if scheme.spec("linear-weight") and not scheme.spec("embedding-table") else set()
     for site in list(input_sites(program.graph)):
         if site.value.target in QUANTIZER or _rounded_above(site.value):
+            continue
+        if set(site.edges) <= float_heads:
+            rows.append(PlacementRow(site.tensor, site.role, site.paths[0], "", "its head stays in float"))
             continue
         rows.append(_place_site(program, site, scheme, ignore, targets))
     paths = sorted({row.path for row in rows})

@@ -13,6 +13,7 @@ from bitlower.ir import Batch, BitlowerError, Level, Program, TensorType, get_te
 from bitlower.ir.dataflow import NORM, QUANTIZER, operand, parameter_of, weight_operand
 from bitlower.ir.observe import observe
 from bitlower.passes._base import Context, Contract, Pass
+from bitlower.passes._tokens import token_mask
 from bitlower.passes.quantize import PlacementReport
 
 aten = torch.ops.aten
@@ -120,9 +121,9 @@ def collect(program: Program, sites: Sequence[Site], context: Context, rows: int
 
     def update(node: fx.Node, value: torch.Tensor, batch: Batch) -> None:
         sample, tokens = samples[node], value.reshape(-1, value.shape[-1])
-        mask = batch.get("attention_mask")
+        mask = token_mask(batch)
         if mask is not None and node.meta["type"].shape[:2] == ("batch", "sequence"):
-            tokens = tokens[mask.reshape(-1).bool()]
+            tokens = tokens[mask.reshape(-1)]
         if not tokens.numel():
             return
         sample.low = torch.minimum(sample.low, tokens.amin(0))

@@ -94,3 +94,29 @@ def test_a_package_without_a_record_of_its_files(install) -> None:
     install("tiny-model-four", ["config.json", "model.safetensors"], record=False)
     with pytest.raises(BitlowerError, match="holds no folder"):
         locate("package:tiny-model-four")
+
+
+def test_a_gguf_file(tmp_path) -> None:
+    """Named itself, or by the folder or the package that holds it alone."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    assert locate(str(file)) == file
+    assert locate(tmp_path) == file
+
+
+def test_a_gguf_file_inside_a_package(install) -> None:
+    module = install("tiny-model-gguf", ["weights/small.gguf"])
+    assert locate("package:tiny-model-gguf") == module / "weights/small.gguf"
+
+
+def test_several_gguf_files_have_to_be_told_apart(tmp_path) -> None:
+    for name in ("b.gguf", "a.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(BitlowerError, match=r"holds 2 GGUF files: a\.gguf, b\.gguf; name one of them"):
+        locate(tmp_path)
+
+
+def test_a_configuration_wins_over_a_gguf_file(copy) -> None:
+    folder = copy()
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    assert locate(folder) == folder

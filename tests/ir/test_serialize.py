@@ -158,6 +158,7 @@ def test_a_write_that_fails_leaves_what_was_there(program, tmp_path, monkeypatch
 def _document(nodes, **changes):
     form = {
         "format": serialize.FORMAT,
+        "transposed": [],
         "level": "float",
         "task": "custom",
         "inputs": [["x", "float32", [2]]],
@@ -258,9 +259,9 @@ def test_an_unknown_operator_is_named(target, words):
     [
         ("", "damaged"),
         ("{", "damaged"),
-        ("[]", "format 1"),
-        ("{}", "format 1"),
-        (_document([], format=99), "format 1"),
+        ("[]", "format 2"),
+        ("{}", "format 2"),
+        (_document([], format=99), "format 2"),
         (_document([], level="fused"), "damaged"),
         (_document([], parameters=["model/w"]), "damaged"),
         (_document([], aliases={"model/w": "model/v"}), "damaged"),

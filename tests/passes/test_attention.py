@@ -12,9 +12,9 @@ from torch import fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from bitlower.frontends import load
-from bitlower.ir import BitlowerError, Program
-from bitlower.ir.dataflow import ATTENTION, MATMUL, SOFTMAX
-from bitlower.passes._attention import expand_attention, fold_attention, is_context, is_scores
+from bitlower.ir import BitlowerError, Program, TensorType
+from bitlower.ir.dataflow import ATTENTION, MATMUL, SOFTMAX, value_root
+from bitlower.passes._attention import expand_attention, fold_attention, fold_repeated_heads, is_context, is_scores
 
 aten = torch.ops.aten
 Attend = Callable[..., torch.Tensor]
@@ -131,12 +131,9 @@ def test_a_row_that_is_masked_throughout_attends_evenly() -> None:
     torch.testing.assert_close(opened(**inputs)["output"][0], expected)
 
 
-@pytest.mark.parametrize(("options", "name"), [({"is_causal": True}, "is_causal"), ({"dropout_p": 0.5}, "dropout_p")])
-def test_what_cannot_be_opened_is_an_error_at_its_place(options: dict[str, object], name: str) -> None:
-    program = trace(sdpa(**options), example(""))
-    with pytest.raises(
-        BitlowerError, match=rf"attention with {name} .*%scaled_dot_product_attention.*test_attention.py"
-    ):
+def test_dropout_cannot_be_opened() -> None:
+    program = trace(sdpa(dropout_p=0.5), example(""))
+    with pytest.raises(BitlowerError, match=r"attention with dropout .*%scaled_dot_product_.*test_attention.py"):
         expand(program)
 
 
@@ -149,11 +146,91 @@ def test_a_symbolic_head_width_is_an_error() -> None:
         expand(load(Bare(), example_inputs={"q": torch.randn(2, 3, 5, 8)}))
 
 
-def test_grouped_queries_cannot_be_opened() -> None:
-    inputs = example("")
-    inputs["q"] = torch.randn(2, 6, 5, 8)
-    with pytest.raises(BitlowerError, match="enable_gqa"):
-        expand(trace(sdpa(enable_gqa=True), inputs))
+@pytest.mark.parametrize("rank", [3, 4])
+def test_a_causal_attention_hides_later_keys(rank: int) -> None:
+    """Five queries, seven keys: both are counted from the start, as in torch's own operator."""
+    inputs = example("", rank)
+    opened = expand(trace(sdpa(is_causal=True), inputs))
+    doubles = {name: value.double() for name, value in inputs.items()}
+    expected = sdpa(is_causal=True)(doubles["q"], doubles["k"], doubles["v"], None)
+    torch.testing.assert_close(opened(**inputs)["output"].double(), expected, atol=1e-6, rtol=1e-5)
+    first = inputs["v"].select(-2, 0)
+    torch.testing.assert_close(opened(**inputs)["output"].select(-2, 0), first)
+
+
+def grouped(groups: int, heads: int = 6) -> dict[str, torch.Tensor]:
+    inputs = example("bool")
+    generator = torch.Generator().manual_seed(1)
+    inputs["q"] = torch.randn(2, heads, 5, 8, generator=generator)
+    return inputs | {"k": torch.randn(2, groups, 7, 8, generator=generator), "v": torch.randn(2, groups, 7, 6)}
+
+
+def trace_grouped(function: Attend, inputs: dict[str, torch.Tensor]) -> Program:
+    """With numbers of heads and groups that are fixed, as a model's are."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        for tensor, name in ((q, "q"), (k, "k"), (v, "v")):
+            torch._check(tensor.shape[1] == inputs[name].shape[1])
+        return function(q, k, v, mask)
+
+    return trace(attend, inputs)
+
+
+def repeated(x: torch.Tensor, times: int) -> torch.Tensor:
+    """As transformers does it."""
+    batch, groups, length, width = x.shape
+    return x[:, :, None].expand(batch, groups, times, length, width).reshape(batch, groups * times, length, width)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_grouped_queries_are_opened_with_repeated_keys(groups: int) -> None:
+    inputs = grouped(groups)
+    opened = expand(trace_grouped(sdpa(enable_gqa=True), inputs))
+    keys, values = (repeated(inputs[name].double(), 6 // groups) for name in ("k", "v"))
+    expected = scaled_dot_product_attention(inputs["q"].double(), keys, values, inputs["mask"])
+    torch.testing.assert_close(opened(**inputs)["output"].double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_groups_that_do_not_divide_the_heads_are_an_error() -> None:
+    program = trace_grouped(sdpa(enable_gqa=True), grouped(2))
+    (node,) = find(program, ATTENTION)
+    node.args[1].meta["type"] = TensorType(torch.float32, ("batch", 4, "keys", 8))
+    with pytest.raises(BitlowerError, match="4 groups of keys do not fit 6 query heads"):
+        expand_attention(node)
+
+
+def fold_heads(program: Program) -> tuple[Program, list[fx.Node | str | None]]:
+    result = program.clone()
+    answers = [fold_repeated_heads(node) for node in find(result, ATTENTION)]
+    result.recompile()
+    return result, answers
+
+
+@pytest.mark.parametrize("how", [repeated, lambda x, times: x.repeat_interleave(times, 1)])
+def test_keys_are_read_unrepeated(how: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
+    inputs = grouped(2)
+    program = trace_grouped(lambda q, k, v, mask: scaled_dot_product_attention(q, how(k, 3), how(v, 3), mask), inputs)
+    folded, (answer,) = fold_heads(program)
+    assert isinstance(answer, fx.Node)
+    (node,) = find(folded, ATTENTION)
+    assert [value_root(value).op for value in node.args[:3]] == ["placeholder"] * 3
+    assert [value.meta["type"].shape[1] for value in node.args[:3]] == [6, 2, 2]
+    assert node.kwargs["enable_gqa"] is True
+    assert torch.equal(folded(**inputs)["output"], program(**inputs)["output"])
+
+
+def tiled(x: torch.Tensor, times: int) -> torch.Tensor:
+    """The heads in another order: all of them, and all of them again."""
+    batch, groups, length, width = x.shape
+    return x[:, None].expand(batch, times, groups, length, width).reshape(batch, groups * times, length, width)
+
+
+def test_keys_that_are_repeated_otherwise_stay() -> None:
+    inputs = grouped(2)
+    program = trace_grouped(lambda q, k, v, m: scaled_dot_product_attention(q, tiled(k, 3), tiled(v, 3), m), inputs)
+    assert fold_heads(program)[1] == [None]
+    program = trace_grouped(lambda q, k, v, m: scaled_dot_product_attention(q, repeated(k, 3), tiled(v, 3), m), inputs)
+    assert fold_heads(program)[1] == ["only one of keys and values is repeated"]
 
 
 @pytest.mark.parametrize("mask", ["", "float"])

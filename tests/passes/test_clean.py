@@ -11,7 +11,7 @@ from torch import nn
 from bitlower.frontends import load
 from bitlower.ir import Program
 from bitlower.passes import Context, Contract
-from bitlower.passes.clean import Clean
+from bitlower.passes.clean import Clean, CleanReport
 
 aten = torch.ops.aten
 
@@ -64,8 +64,8 @@ class Noise(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = self.linear(x)
-        same = x.to(torch.float32).clone()[:, 0:].expand(-1, -1) + 0
-        return same, x.to(torch.float64), x[:, 1:], x[:, ::2], x[:-1], x.expand(2, -1, -1), x + 1
+        same = (x.to(torch.float32).clone()[:, 0:].expand(-1, -1).view(x.shape).type_as(x) + 0) * 1 / 1.0 - 0
+        return same, x * 2, x / 2, x.to(torch.float64), x[:, 1:], x[:, ::2], x[:-1], x.expand(2, -1, -1), x + 1
 
 
 def test_no_ops_go_and_their_twins_stay(run) -> None:
@@ -77,7 +77,9 @@ def test_no_ops_go_and_their_twins_stay(run) -> None:
     assert cleaned.graph.output_node().args[0][0].target is aten.linear.default
     count = targets(cleaned)
     assert count[aten.clone.default] == 0
-    assert count[aten.add.Tensor] == count[aten.expand.default] == 1
+    assert count[aten.add.Tensor] == count[aten.expand.default] == count[aten.mul.Tensor] == 1
+    assert count[aten.div.Tensor] == 1
+    assert not count[aten.reshape.default] + count[aten.view.default] + count[aten.type_as.default]
     assert count[aten.slice.Tensor] == 3
 
 
@@ -132,6 +134,17 @@ def test_random_numbers_are_drawn_as_often_as_before(run) -> None:
 def test_a_clean_program_is_left_alone() -> None:
     program = load(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), example_inputs={"input": torch.randn(3, 4)})
     assert Clean().run(program, Context()) is False
+
+
+def test_what_did_not_match_is_told() -> None:
+    class Explicit(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ x.transpose(-1, -2)).softmax(-1) * x[..., :1]
+
+    program, context = load(Explicit(), example_inputs={"x": torch.randn(3, 4, 5)}), Context()
+    Clean().run(program, context)
+    (miss,) = context[CleanReport].misses
+    assert (miss.rule, miss.node, miss.reason) == ("attention", "softmax", "its result is not used by one matmul alone")
 
 
 def test_it_promises_exact_numbers() -> None:

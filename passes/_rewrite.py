@@ -1,0 +1,72 @@
+"""Rewrite rules as data: a name, the operators that a rule starts at, and what it does there or why it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from bitlower.ir import TensorType
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rewrite.
+
+    Args:
+        name: kebab-case.
+        roots: the operators whose nodes it is tried on.
+        apply: rewrites around a node and gives what took its place, or says why it does not match; None where the
+            node is of another kind altogether.
+    """
+
+    name: str
+    roots: frozenset[Any]
+    apply: Callable[[fx.GraphModule, fx.Node], fx.Node | str | None]
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A place where a rule started and did not match, and why."""
+
+    rule: str
+    node: str
+    path: str
+    reason: str
+
+
+def apply_rules(rules: Iterable[Rule], module: fx.GraphModule) -> tuple[bool, list[Miss]]:
+    """Try each rule once at each of its roots, in graph order; whether anything changed, and what did not match."""
+    changed, misses = False, []
+    for rule in rules:
+        for node in [n for n in module.graph.nodes if n.op == "call_function" and n.target in rule.roots]:
+            outcome = rule.apply(module, node)
+            if isinstance(outcome, str):
+                misses.append(Miss(rule.name, node.name, str(node.meta.get("path", "")), outcome))
+            changed |= isinstance(outcome, fx.Node)
+        module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    return changed, misses
+
+
+def call_like(like: fx.Node, target: Any, args: tuple[Any, ...], kind: TensorType | None, **options: Any) -> fx.Node:
+    """A new call at the insertion point, with the module path and source line of ``like``; ``kind`` is its type."""
+    node = like.graph.call_function(target, args, options)
+    node.meta = {key: like.meta[key] for key in ("path", "source") if key in like.meta}
+    if kind is not None:
+        node.meta["type"] = kind
+    return node
+
+
+def replace(node: fx.Node, target: Any, args: tuple[Any, ...], kind: TensorType, **options: Any) -> fx.Node:
+    """Put a new call in the place of ``node``, which stays behind without users."""
+    with node.graph.inserting_before(node):
+        new = call_like(node, target, args, kind, **options)
+    node.replace_all_uses_with(new)
+    return new
+
+
+def sole_user(node: fx.Node) -> fx.Node | None:
+    """The one node that reads ``node``; None if there are several."""
+    return next(iter(node.users)) if len(node.users) == 1 else None

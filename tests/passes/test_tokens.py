@@ -1,0 +1,55 @@
+"""Which tokens count: masks with and without a past, values laid out in every way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bitlower.passes._tokens import kept, token_mask
+
+IDS = torch.tensor([[5, 6, 7], [8, 9, 4]])
+MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
+"""Two past tokens and three of now; the second row is padded on the left."""
+NOW = torch.tensor([[True, True, True], [False, True, True]])
+
+
+def test_the_last_columns_are_the_tokens_of_now() -> None:
+    assert torch.equal(token_mask({"input_ids": IDS, "attention_mask": MASK}), NOW)
+    assert torch.equal(token_mask({"input_ids": IDS, "attention_mask": NOW.long()}), NOW)
+
+
+def test_without_ids_the_mask_is_that_of_the_tokens() -> None:
+    assert torch.equal(token_mask({"attention_mask": NOW.long()}), NOW)
+
+
+def test_nothing_says_so() -> None:
+    assert token_mask({"input_ids": IDS}) is None
+    assert token_mask({"attention_mask": torch.ones(2, 1, 3, 3)}) is None
+    assert kept(("batch", "sequence", 4), {"input_ids": IDS}) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        (("batch", "sequence", 4), NOW[:, :, None]),
+        (("batch", 2, "sequence", 4), NOW[:, None, :, None]),
+        (("batch*sequence", 4), NOW.reshape(6, 1)),
+        (("sequence*batch",), NOW.reshape(6)),
+        (("batch", 2, "past + sequence", 4), MASK.bool()[:, None, :, None]),
+        (("batch", 2, "sequence", "past + sequence"), NOW[:, None, :, None] & MASK.bool()[:, None, None, :]),
+        (("batch", 4), None),
+        (("sequence", 4), None),
+        ((), None),
+    ],
+)
+def test_masks_follow_the_layout(shape: tuple[int | str, ...], expected: torch.Tensor | None) -> None:
+    found = kept(shape, {"input_ids": IDS, "attention_mask": MASK})
+    if expected is None:
+        assert found is None
+    else:
+        assert torch.equal(found, expected)
+
+
+def test_no_padding_is_no_mask() -> None:
+    batch = {"input_ids": IDS, "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
+    assert kept(("batch", "sequence", 4), batch) is None
