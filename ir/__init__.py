@@ -1,6 +1,6 @@
 """What a model is between passes: the Program, quantization types and numerics, low-bit operators, checks and views."""
 
-from bitlower.ir import ops
+from bitlower.ir import ops, packing
 from bitlower.ir.diagnostics import BitlowerError, CheckError, describe, nearest
 from bitlower.ir.granularity import Granularity
 from bitlower.ir.grid import Grid, ScaleConvention
@@ -27,5 +27,6 @@ __all__ = [
     "get_tensor",
     "nearest",
     "ops",
+    "packing",
     "set_tensor",
 ]

@@ -11,12 +11,14 @@ from typing import Literal
 
 import torch
 
-from bitlower.ir import Grid, numerics
-from bitlower.passes._ranges import Loss, exact_loss, search_golden
+from bitlower.ir import Grid
 
 Ranges = Literal["minmax", "mse", "weighted-mse"]
-"""How a grid is laid over weights: their extremes, the least squared error, or the least with each column's error
-weighted by its entry of the diagonal of H."""
+"""How a grid is laid over weights: their extremes, the least squared error, or the least squared error with each column
+weighted by what an error in it costs once the columns after it have made up for it (the pivots of H)."""
+SHRINK = (0.9, 0.8, 0.7, 0.6, 0.5)
+AROUND = (0.85, 0.92, 1.06)
+"""By what a search for the least error moves the ends of the range: both, and then around what was best."""
 
 
 class Grids:
@@ -31,21 +33,21 @@ class Grids:
     def over(cls, columns: torch.Tensor, importance: torch.Tensor, grid: Grid, size: int, ranges: Ranges) -> Grids:
         """Grids of groups of ``size`` laid over ``columns``, of the given ``importance``, in the model's order."""
         grids = cls(grid, columns.shape[0] // size, columns.shape[1], ranges)
-        for index, (values, weights) in enumerate(zip(columns.split(size), importance.split(size), strict=True)):
+        for index, (values, weights) in enumerate(
+            zip(torch.split(columns, size), torch.split(importance, size), strict=True)
+        ):
             grids.set(index, values, weights)
         return grids
 
     def set(self, index: int, values: torch.Tensor, importance: torch.Tensor) -> None:
         """Lay the grid of group ``index`` over ``values``, ``[columns of the group, rows]``.
 
-        ``importance``, ``[columns of the group]``, is their part of the diagonal of H.
+        ``importance``, ``[columns of the group]``, are their pivots.
         """
         low, high = values.aminmax(dim=0)
         if self.ranges != "minmax":
-            rows = values.T.contiguous()
-            weighted = self.ranges == "weighted-mse"
-            loss = _weighted_loss(rows, importance, self.grid) if weighted else exact_loss(rows, self.grid)
-            low, high = search_golden(loss, low, high, two_sided=not self.grid.symmetric)
+            weights = importance / importance.max() if self.ranges == "weighted-mse" else torch.ones_like(importance)
+            low, high = _search(values, weights, self.grid, low, high)
         scale, zero = self.grid.qparams(low, high)
         self.scale[index], self.zero[index] = scale, zero
         self.low[index], self.high[index] = self.grid.quant_min - zero, self.grid.quant_max - zero
@@ -68,20 +70,37 @@ class Grids:
 
     def take(self, rows: torch.Tensor, other: Grids) -> None:
         """The grids of ``rows``, ``[rows]`` bool, from ``other``."""
-        for mine, theirs in ((self.scale, other.scale), (self.zero, other.zero)):
-            mine[:, rows] = theirs[:, rows]
+        for part in ("scale", "zero", "low", "high"):
+            getattr(self, part)[:, rows] = getattr(other, part)[:, rows]
 
 
-def _weighted_loss(rows: torch.Tensor, importance: torch.Tensor, grid: Grid) -> Loss:
-    """The squared error that ``grid`` makes on ``rows``, each column counted by its importance."""
-    shares = importance / importance.sum().clamp(min=torch.finfo(torch.float32).tiny)
+def _search(
+    values: torch.Tensor, importance: torch.Tensor, grid: Grid, low: torch.Tensor, high: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ends, ``[rows]``, of the range with the least weighted squared error: near ``low`` and ``high`` shrunk.
 
-    def squared_error(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        scale, zero = grid.qparams(low, high)
-        rounded = numerics.fake(rows, scale[:, None], zero[:, None], grid.quant_min, grid.quant_max)
-        return (rows - rounded).square_() @ shares
+    First both ends by the same factor, then around that; each end by itself if the grid is asymmetric. The ends as they
+    were are among the candidates.
+    """
 
-    return squared_error
+    def loss(ends: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        scale, zero = grid.qparams(*ends)
+        error = torch.round(values / scale)
+        torch.clamp(error, grid.quant_min - zero, grid.quant_max - zero, out=error)
+        return importance @ torch.addcmul(values, error, scale, value=-1, out=error).square_()
+
+    sides = ((0, 1),) if grid.symmetric else ((0,), (1,))
+    ends = low, high
+    least = loss(ends)
+    for moved, factors in (((0, 1), SHRINK), *((side, AROUND) for side in sides)):
+        start = ends
+        for factor in factors:
+            tried = tuple(end * factor if side in moved else end for side, end in enumerate(start))
+            found = loss((tried[0], tried[1]))
+            better = found < least
+            least = torch.where(better, found, least)
+            ends = torch.where(better, tried[0], ends[0]), torch.where(better, tried[1], ends[1])
+    return ends
 
 
 def round_columns(

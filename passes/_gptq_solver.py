@@ -17,7 +17,7 @@ from bitlower.passes._gptq_factor import Factor, Order, factorize
 from bitlower.passes._gptq_grids import Grids, Ranges, round_columns
 from bitlower.passes._gptq_refine import descend, rescale
 
-SEARCHED: tuple[Ranges, ...] = ("minmax", "mse", "weighted-mse")
+SEARCHED: tuple[Ranges, ...] = ("minmax", "weighted-mse")
 """What ``ranges="best"`` tries."""
 
 
@@ -34,7 +34,7 @@ class Options:
     ranges: Ranges | Literal["best"] = "minmax"
     """How a grid is laid over the weights of a group; ``best`` solves each way and keeps the best for each row."""
     guard: bool = True
-    """Rows that round-to-nearest on its own grid does better, measured under H, are rounded to nearest."""
+    """Rows that round-to-nearest on its own min–max grid does better, measured under H, are rounded to nearest."""
     refine: int = 0
     """Sweeps over all columns after solving, each of which rounds every column anew given the others."""
     rescale: bool = False
@@ -53,7 +53,7 @@ class Solution:
         scale: ``[rows, groups]`` float32; ``groups`` is 1 for per-channel scales.
         zero_point: as ``scale``, whole numbers.
         loss: ``[rows]`` float64, ``(w − q) H (w − q)ᵀ`` without damping.
-        rtn_loss: the same for round-to-nearest on its own grid; None without guard.
+        rtn_loss: the same for round-to-nearest on its own min–max grid; None without guard.
         kept: ``[rows]`` bool, the rows that the guard rounded to nearest.
         damping: the share of the mean diagonal that was added; more than asked for if H was singular.
         notes: what the user should know; each names the layer.
@@ -102,7 +102,7 @@ def solve(
         best.improve(_rounded(layer, ranges))
     kept, rtn_loss = torch.zeros(len(weight), dtype=torch.bool), None
     if options.guard:
-        nearest = _nearest(layer, ways[0])
+        nearest = _nearest(layer)
         kept, rtn_loss = best.improve(nearest), nearest.loss
     return best.solution(rtn_loss, kept, hessian)
 
@@ -117,14 +117,11 @@ class _Layer:
     group: int
     options: Options
 
-    @property
-    def importance(self) -> torch.Tensor:
-        """The diagonal of H."""
-        return self.factor.hessian.diagonal()
-
     def grids(self, ranges: Ranges) -> Grids:
         """Grids that are laid over the weights as they were."""
-        return Grids.over(self.columns, self.importance, self.grid, self.group, ranges)
+        importance = torch.empty_like(self.factor.pivots)
+        importance[self.factor.positions] = self.factor.pivots
+        return Grids.over(self.columns, importance, self.grid, self.group, ranges)
 
 
 @dataclass(frozen=True)
@@ -145,14 +142,14 @@ class _Rounding:
     def solution(self, rtn_loss: torch.Tensor | None, kept: torch.Tensor, factor: Factor) -> Solution:
         """As the caller wants it: rows first."""
         weight, codes = self.grids.values(self.centred), self.grids.codes(self.centred)
-        parts = (part.T.contiguous() for part in (weight, codes, self.grids.scale, self.grids.zero))
+        parts = [part.T.contiguous() for part in (weight, codes, self.grids.scale, self.grids.zero)]
         notes = (factor.note,) if factor.note else ()
-        return Solution(*parts, self.loss, rtn_loss, kept, factor.damping, notes)
+        return Solution(parts[0], parts[1], parts[2], parts[3], self.loss, rtn_loss, kept, factor.damping, notes)
 
 
-def _nearest(layer: _Layer, ranges: Ranges) -> _Rounding:
-    """Round-to-nearest on its own grids."""
-    grids = layer.grids(ranges)
+def _nearest(layer: _Layer) -> _Rounding:
+    """Round-to-nearest, on grids over the extremes of the weights as they were."""
+    grids = layer.grids("minmax")
     centred = grids.round(layer.columns)
     return _Rounding(grids, centred, layer.factor.loss(layer.columns - grids.values(centred)))
 
@@ -164,13 +161,15 @@ def _rounded(layer: _Layer, ranges: Ranges) -> _Rounding:
     _solve(work, 0, factor.columns)
     centred = torch.empty_like(columns)
     centred[factor.positions] = work.target
-    if not options.refine:
-        return _Rounding(work.grids, centred, work.undamped_loss())
+    grids, loss = work.grids, work.undamped_loss()
+    del work  # what refining needs besides is as large again
     for _ in range(options.refine):
         if options.rescale:
-            rescale(columns, centred, work.grids, factor)
-        descend(columns, centred, work.grids, factor)
-    return _Rounding(work.grids, centred, factor.loss(columns - work.grids.values(centred)))
+            rescale(columns, centred, grids, factor)
+        descend(columns, centred, grids, factor)
+    if options.refine:
+        loss = factor.loss(columns - grids.values(centred))
+    return _Rounding(grids, centred, loss)
 
 
 class _Work:
@@ -199,8 +198,7 @@ def _solve(work: _Work, low: int, high: int) -> None:
     """Round the positions from ``high`` down to ``low``, by halves: a product passes on what the first half costs."""
     size = high - low
     if work.refresh and size == work.group:
-        importance = work.layer.importance[work.factor.positions[low:high]]
-        work.grids.set(work.groups[low], _current(work, low, high), importance)
+        work.grids.set(work.groups[low], _current(work, low, high), work.factor.pivots[low:high])
     whole_groups = work.refresh and size > work.group
     if size <= work.block and not whole_groups:
         _round_block(work, low, high)
@@ -241,8 +239,13 @@ def _group_size(weight: torch.Tensor, granularity: Granularity, name: str) -> in
             f"{name}: error feedback needs a scale of its own for every row, not {granularity}",
             hint="use a per-channel or per-group scheme, or round to nearest",
         )
-    granularity.scale_shape(tuple(weight.shape))
-    return weight.shape[1] if rows_alone else granularity.size
+    group = weight.shape[1] if rows_alone else granularity.size
+    if weight.shape[1] % group:
+        raise BitlowerError(
+            f"{name}: groups of {group} do not divide its {weight.shape[1]} columns",
+            hint="choose a divisor, or exclude the layer",
+        )
+    return group
 
 
 def _check(weight: torch.Tensor, factor: Factor, group: int, options: Options, name: str) -> None:

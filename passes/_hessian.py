@@ -7,7 +7,9 @@ unweighted mean although a normalization follows that makes all tokens equal. We
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 
@@ -15,10 +17,11 @@ from bitlower.ir import BitlowerError, nearest
 
 CLIP = 2.0
 """``clipped-norm`` lets a token count for at most this many times the median ``‖x‖²``."""
-_TILE = 512
+_TILE = 256
 _CHUNK = 1 << 22
 _TINY = torch.finfo(torch.float32).tiny
 
+Precision = Literal["float32", "bfloat16"]
 Weighting = Callable[[torch.Tensor], torch.Tensor]
 """From ``‖x_t‖²`` of the tokens of one call, ``[tokens]``, to their weights; the norms are above zero."""
 
@@ -51,25 +54,42 @@ WEIGHTINGS: dict[str, Weighting] = {
 }
 
 
+@contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """Let products of float32 matrices be those of their values in bfloat16, summed in float32, where the CPU can."""
+    mkldnn: Any = torch.backends.mkldnn
+    before = mkldnn.matmul.fp32_precision
+    mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        mkldnn.matmul.fp32_precision = before
+
+
 class Hessian:
     """``H = mean_t w_t · x_t x_tᵀ`` of one layer input, gathered batch by batch in one buffer.
 
     Args:
         columns: the width of the input.
         weighting: one of ``WEIGHTINGS``.
+        precision: ``bfloat16`` rounds weighted inputs to bfloat16 and still sums in float32, which takes half the time
+            on a CPU with such products. ``H`` is then that of the rounded inputs, positive semidefinite as ever.
         name: the layer, for messages.
 
     Raises:
         BitlowerError: the weighting is not known.
     """
 
-    def __init__(self, columns: int, *, weighting: str = "none", name: str = "a layer") -> None:
+    def __init__(
+        self, columns: int, *, weighting: str = "none", precision: Precision = "float32", name: str = "a layer"
+    ) -> None:
         if weighting not in WEIGHTINGS:
             raise BitlowerError(f"unknown token weighting {weighting!r}", hint=nearest(weighting, WEIGHTINGS))
         self.name = name
         self.tokens = 0
         """How many tokens were counted: those with a weight above zero."""
         self._weigh = WEIGHTINGS[weighting]
+        self._rounded = precision == "bfloat16"
         self._sum = torch.zeros(columns, columns)
 
     @property
@@ -100,8 +120,13 @@ class Hessian:
         self._sum.mul_(self.tokens / (self.tokens + len(rows)))
         self.tokens += len(rows)
         step = max(1, _CHUNK // self.columns)
-        for part, factor in zip(rows.split(step), factors.split(step), strict=True):
-            self._accumulate(part * factor.sqrt()[:, None])
+        for part, factor in zip(torch.split(rows, step), torch.split(factors, step), strict=True):
+            scaled = part * factor.sqrt()[:, None]
+            if self._rounded:
+                with _bfloat16_products():
+                    self._accumulate(scaled.bfloat16().float())
+            else:
+                self._accumulate(scaled)
 
     def _factors(self, norms: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """The weight of each token, 0 for those left out; ``norms`` are ``‖x‖²``."""

@@ -19,6 +19,7 @@ from bitlower.passes._gptq_factor import Factor, factorize
 from bitlower.passes._gptq_solver import Options, Solution, solve
 from bitlower.passes._hessian import Hessian
 from bitlower.passes._token_gradients import token_gradients
+from bitlower.passes._tokens import token_mask
 from bitlower.passes._weights import close_weights, is_open, open_weights
 from bitlower.passes.quantize import PlacementReport
 
@@ -136,8 +137,16 @@ def open_groups(program: Program) -> dict[fx.Node, list[fx.Node]]:
 class _Rewriter:
     """Solves a group of layers as the walk comes to it."""
 
-    def __init__(self, program: Program, options: Gptq, context: Context, groups: dict[fx.Node, list[fx.Node]]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        options: Gptq,
+        context: Context,
+        groups: dict[fx.Node, list[fx.Node]],
+        gradients: dict[fx.Node, list[torch.Tensor]],
+    ) -> None:
         self.module, self.options, self.context, self.groups = program.module, options, context, groups
+        self.gradients = gradients
         self.rows: list[GptqRow] = []
         self.solver = Options(
             damping=options.damping, order=options.order, static_groups=options.static_groups, ranges=options.ranges,
@@ -175,7 +184,9 @@ class _Rewriter:
         self, quantizers: Sequence[fx.Node], index: int, x: torch.Tensor, batch: Batch
     ) -> torch.Tensor | None:
         """By what the weights of the tokens of batch ``index`` are multiplied; None: all the same."""
-        mask = token_mask(x, batch)
+        mask = token_mask(batch)
+        if mask is not None:
+            mask = None if bool(mask.all()) or mask.numel() != x.shape[:-1].numel() else mask.reshape(x.shape[:-1])
         parts = [self.gradients[user][index] for node in quantizers for user in node.users if user in self.gradients]
         if not parts:
             return mask
@@ -229,15 +240,6 @@ def _row(
 def _all_readers(groups: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
     """Every linear whose weight is to be rewritten."""
     return [user for quantizers in groups.values() for node in quantizers for user in node.users]
-
-
-def token_mask(x: torch.Tensor, batch: Batch) -> torch.Tensor | None:
-    """The attention mask of the tokens of ``x``, ``[batch, sequence, columns]`` or both flattened; None: count all."""
-    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
-    if mask is None or ids is None or mask.dim() != 2 or bool(mask.all()):
-        return None
-    current = mask[:, -ids.shape[1] :]
-    return current.reshape(x.shape[:-1]) if current.numel() == x.shape[:-1].numel() else None
 
 
 def _by_spec(quantizers: Sequence[fx.Node]) -> dict[QuantSpec, list[fx.Node]]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from bitlower.ir import BitlowerError, Level, Program, Scheme
+from bitlower.ir import BitlowerError, Level, Program, Quantizer, Scheme
 from bitlower.ir.dataflow import ATTENTION, QUANTIZER, VIEWS
 from bitlower.passes._attention import expand_attention
 from bitlower.passes._base import Context, Contract, Pass
@@ -39,6 +39,9 @@ class PlacementReport:
 class Quantize(Pass):
     """Insert fake-quantize nodes as a scheme says; they are open, so the numbers stay (but for dynamic ones).
 
+    What has a quantizer already keeps it, so several of these passes in a row give parts of the model different schemes:
+    the first that takes a tensor decides.
+
     Attention is opened up into matmuls and softmax only where the scheme quantizes inside it. A value that has a
     quantizer of its own needs none at the linears that read it.
 
@@ -48,7 +51,7 @@ class Quantize(Pass):
     """
 
     name: ClassVar[str] = "quantize"
-    requires: ClassVar[frozenset[Level]] = frozenset({Level.FLOAT})
+    requires: ClassVar[frozenset[Level]] = frozenset({Level.FLOAT, Level.SIMULATED})
     ensures: ClassVar[Level | None] = Level.SIMULATED
     contract: ClassVar[Contract] = Contract.LOSSY
     scheme: Scheme = field(default_factory=Scheme)
@@ -73,6 +76,7 @@ def place(program: Program, scheme: Scheme, ignore: Patterns, targets: Patterns)
     """
     if any(scheme.spec(role) for role in _INSIDE_ATTENTION):
         _open_attention(program, ignore, targets)
+    before = len(list(program.quantizers()))
     rows: list[PlacementRow] = []
     weights = list(weight_sites(program.graph))
     sites = [*weights, *value_sites(program.graph)]
@@ -89,7 +93,7 @@ def place(program: Program, scheme: Scheme, ignore: Patterns, targets: Patterns)
     paths = sorted({row.path for row in rows})
     ignore.require_used("ignore", paths)
     targets.require_used("targets", paths)
-    if not any(row.spec for row in rows):
+    if len(list(program.quantizers())) == before:
         raise BitlowerError(f"the scheme {scheme} quantizes nothing in this model")
     return PlacementReport(tuple(rows))
 
@@ -104,6 +108,9 @@ def _open_attention(program: Program, ignore: Patterns, targets: Patterns) -> No
 
 def _place_site(program: Program, site: Site, scheme: Scheme, ignore: Patterns, targets: Patterns) -> PlacementRow:
     paths = site.paths or ("",)
+    own = _quantizer_of(site)
+    if own is not None:
+        return PlacementRow(site.tensor, site.role, paths[0], str(own.spec), "")
     spec = scheme.spec(site.role)
     names = tuple(f"{path}.weight" for path in paths) if site.value.op == "get_attr" else paths
     reason = "" if spec else f"the scheme leaves {site.role} in float"
@@ -116,6 +123,12 @@ def _place_site(program: Program, site: Site, scheme: Scheme, ignore: Patterns, 
         edges = tuple(edge for edge, admit in zip(site.edges, admitted, strict=True) if admit) if site.edges else ()
         insert_quantizer(program, Site(site.role, site.value, edges, paths), spec)
     return PlacementRow(site.tensor, site.role, paths[0], "" if reason else str(spec), reason)
+
+
+def _quantizer_of(site: Site) -> Quantizer | None:
+    """The quantizer that an earlier pass put on ``site``."""
+    found = [user.meta["quantizer"] for user in site.value.users if user.target in QUANTIZER]
+    return next((quantizer for quantizer in found if quantizer.role == site.role), None)
 
 
 def _rounded_above(value: fx.Node) -> bool:

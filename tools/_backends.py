@@ -1,7 +1,8 @@
 """Backends by name: the folder ``backends/onnx_qdq`` is called ``onnx-qdq``.
 
 A backend's module offers ``Options`` (a dataclass of what it can be told), ``export(program, folder, batches=…,
-provenance=…, **options)`` and ``verify(folder)``; both give a report that has ``to_dict`` or is a dataclass.
+provenance=…, **options)`` and ``verify(folder)``; both give a report that has ``to_dict`` or is a dataclass. It may
+offer ``supports(spec, shape, role, **options)``, which gives the reason why a tensor cannot be held, or nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import bitlower.backends
 from bitlower.ir import Batch, BitlowerError, Program, nearest
+from bitlower.ir.dataflow import operand
 
 
 def known_backends() -> list[str]:
@@ -61,6 +63,24 @@ def export(
     """
     write = _module(name).export
     return plain_report(write(program, folder, batches=batches, provenance=provenance, **_keywords(options)))
+
+
+def check_program(name: str, program: Program, options: Mapping[str, Any]) -> None:
+    """See that the backend can hold every tensor that has a quantizer, open or closed.
+
+    Raises:
+        BitlowerError: it cannot; the tensor is named.
+    """
+    supports = getattr(_module(name), "supports", None)
+    if supports is None:
+        return
+    for node, quantizer in program.quantizers():
+        shape = operand(node, 0).meta["type"].shape
+        if reason := supports(quantizer.spec, shape, quantizer.role, **_keywords(options)):
+            raise BitlowerError(
+                f"{name} cannot hold {quantizer.tensor} ({quantizer.role}) as {quantizer.spec}: {reason}",
+                hint="choose another scheme or format, or leave it in float with `ignore`",
+            )
 
 
 def verify_artefact(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The commands that work on models: ``run``, ``quantize``, ``analyze``, ``plan``, ``verify``, ``eval``, ``replay``."""
+"""The commands that work on models: ``run``, ``quantize``, ``analyze``, ``plan``, ``verify``, ``replay``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitlower.tools._cli_eval import evaluate
 from bitlower.tools._cli_settings import Settings, settings_of
 
 if TYPE_CHECKING:
@@ -16,13 +17,43 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or package:NAME.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="The artefact's folder; it must not exist yet.")]
-Scheme = Annotated[str, typer.Option(help="For example W8A8, W8A8-full, W8A8-token.")]
-Calibration = Annotated[
-    str, typer.Option(help="Texts: one a line, or FILE.tsv:COLUMN (also .csv, .jsonl; columns by name or from 0).")
+Scheme = Annotated[str, typer.Option(help="For example W8A8, W8A8-full, W8A8-token, W4A16-g128.")]
+Algorithm = Annotated[
+    str | None,
+    typer.Option(
+        help="What chooses the weights' codes: gptq, rtn or calibrate. gptq if not given, for weights of fewer than 8 "
+        "bits beside float activations; else calibrate."
+    ),
 ]
-Task = Annotated[str | None, typer.Option(help="feature-extraction or text-classification; as the model says if none.")]
-Samples = Annotated[int | None, typer.Option(help="Texts to calibrate on; up to 128 if not given.")]
-MaxLength = Annotated[int, typer.Option(help="Longer texts are cut to this many tokens.")]
+Formats = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--format",
+        help="onnx-qdq (if not given), checkpoint (which is compressed-tensors), or gptq-v2; may be repeated.",
+    ),
+]
+Calibration = Annotated[
+    str,
+    typer.Option(
+        help="Texts: one a line, or FILE.tsv:COLUMN (also .csv, .jsonl; columns by name or from 0). For a language "
+        "model the file is one long text."
+    ),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(help="feature-extraction, text-classification or text-generation; as the model says if not given."),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(help="Texts to calibrate on, up to 128 if not given; for a language model windows, 32 if not given."),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        help="Texts are cut to this many tokens, 128 if not given; a language model's windows have so many, 512 if not "
+        "given."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="The root of all randomness.")]
 Ignore = Annotated[list[str] | None, typer.Option(help="Modules that stay float: a path, a glob, or re:EXPRESSION.")]
 CacheFolder = Annotated[Path | None, typer.Option("--cache", help="Where finished passes are kept, to go on from.")]
@@ -62,23 +93,29 @@ def quantize(
     calibration: Calibration,
     output: Output,
     scheme: Scheme = "W8A8",
+    algorithm: Algorithm = None,
+    formats: Formats = None,
     task: Task = None,
     samples: Samples = None,
-    max_length: MaxLength = 128,
+    max_length: MaxLength = None,
     seed: Seed = 0,
     ignore: Ignore = None,
     cache: CacheFolder = None,
     no_cache: NoCache = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Quantize a model in one line, to verified int8 ONNX."""
+    """Quantize a model in one line, to verified ONNX or a checkpoint."""
     settings = settings_of(context)
+    from bitlower.passes import format_pipeline
     from bitlower.tools.flow import standard_recipe
 
     recipe = standard_recipe(
-        model, scheme, calibration, task=task, samples=samples, max_length=max_length, seed=seed, ignore=ignore or ()
-    )
-    _run(settings, recipe, output, _options(settings, cache, no_cache, overwrite))
+        model, scheme, calibration, algorithm=algorithm, formats=formats or (), task=task, samples=samples,
+        max_length=max_length, seed=seed, ignore=ignore or (),
+    )  # fmt: skip
+    options = _options(settings, cache, no_cache, overwrite)
+    options.display.note(f"passes: {format_pipeline(recipe.build_passes())}")
+    _run(settings, recipe, output, options)
 
 
 def analyze(
@@ -87,7 +124,7 @@ def analyze(
     calibration: Calibration,
     task: Task = None,
     samples: Samples = None,
-    max_length: MaxLength = 128,
+    max_length: MaxLength = None,
     seed: Seed = 0,
     sigma: Annotated[float, typer.Option(help="An outlier is this many standard deviations off.")] = 6.0,
     rows: Annotated[int, typer.Option(help="Rows to print of each table.")] = 20,
@@ -118,8 +155,10 @@ def plan(
         str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe file, or a model: a folder or package:NAME.")
     ],
     scheme: Scheme = "W8A8",
-    samples: Annotated[int, typer.Option(help="For a model: texts to calibrate on.")] = 128,
-    max_length: MaxLength = 128,
+    algorithm: Algorithm = None,
+    formats: Formats = None,
+    samples: Samples = None,
+    max_length: MaxLength = None,
     task: Task = None,
 ) -> None:
     """Predict size, memory and time, and show the bits of every tensor, before any work."""
@@ -130,7 +169,10 @@ def plan(
     if Path(target).suffix in (".yaml", ".yml"):
         made = plan_recipe(load_recipe(target))
     else:
-        made = plan_model(target, scheme, samples=samples, max_length=max_length, task=task)
+        made = plan_model(
+            target, scheme, algorithm=algorithm, formats=formats or (), samples=samples, max_length=max_length,
+            task=task,
+        )  # fmt: skip
     settings.display().result(made.to_dict(), *made.tables())
 
 
@@ -145,39 +187,6 @@ def verify(
 
     report = verify_artefact(folder)
     settings.display().result(report, make_table(f"{folder} is sound", ("", ""), flatten(report)))
-
-
-def evaluate(
-    context: typer.Context,
-    target: Annotated[
-        str,
-        typer.Argument(metavar="DIR|MODEL", help="An artefact's folder, or a float model: a folder or package:NAME."),
-    ],
-    task: Annotated[str, typer.Option(help="sts-b or classification.")],
-    data: Annotated[str, typer.Option(help="A .tsv, .csv or .jsonl file.")],
-    columns: Annotated[
-        str,
-        typer.Option(
-            help="sts-b: score,sentence1,sentence2 (4,5,6 if not given: the benchmark's own files). "
-            "classification: text[,text2],label (sentence,label if not given)."
-        ),
-    ] = "",
-    batch_size: Annotated[int, typer.Option(help="Texts in a batch.", min=1)] = 32,
-    max_length: MaxLength = 128,
-) -> None:
-    """Measure accuracy on labelled data."""
-    settings = settings_of(context)
-    from bitlower.tools.evaluate import evaluate as measure
-    from bitlower.tools.render import make_table
-
-    display = settings.display()
-    names = [name.strip() for name in columns.split(",")] if columns else []
-    result = measure(
-        target, task, data, columns=names, batch_size=batch_size, max_length=max_length, track=display.track
-    )
-    title = f"{target} on {result.samples} rows of {result.data}"
-    rows = [(name, round(value, 2)) for name, value in result.metrics.items()]
-    display.result(result.to_dict(), make_table(title, (task, "%"), rows))
 
 
 def replay(

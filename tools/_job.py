@@ -185,7 +185,7 @@ class _Run:
 
     def observers(self, cache: Cache | None) -> list[Observer]:
         """Timing comes first, so that it leaves out the others."""
-        observers: list[Observer] = [self.timing, self.ledger]
+        observers: list[Observer] = [self.timing, TargetCheck(self.job.exports), self.ledger]
         display = self.options.display
         if not (display.machine or display.quiet):
             observers.append(Progress(total=len(self.job.passes)))
@@ -228,3 +228,20 @@ class FaultReproducer(Reproducer):
         """Write the folder, unless the user can mend the input."""
         if not isinstance(error, BitlowerError) or error.exit_code == 1 or error.__cause__ is not None:
             super().failed(pass_, program, context, error)
+
+
+class TargetCheck(Observer):
+    """Asks the backends, as soon as quantizers are placed, whether they can hold what will come out."""
+
+    def __init__(self, exports: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+        self.exports = exports
+
+    def after(self, pass_: Pass, program: Program, context: Context, changed: bool) -> None:
+        """Check the program, if it just got its quantizers.
+
+        Raises:
+            BitlowerError: a backend cannot hold a tensor, which is named.
+        """
+        if pass_.ensures is Level.SIMULATED:
+            for name, options in self.exports:
+                _backends.check_program(name, program, options)

@@ -55,6 +55,34 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     return _table_rows(path, _csv_cells(path, lines) if kind == ".csv" else _tsv_cells(lines), columns)
 
 
+def read_whole(path: Path, limit: int | None = None) -> str:
+    """The text of a file as it is, whatever its kind; no more lines are read once ``limit`` characters are there.
+
+    Raises:
+        BitlowerError: no such file, or bytes that are not UTF-8.
+    """
+    return "".join(_until(limit, (line for _, line in _lines(path))))
+
+
+def joined(path: Path, columns: Sequence[str], joiner: str, limit: int | None = None) -> str:
+    """The values of the first of ``columns`` (no columns: the lines without their breaks), joined by ``joiner``.
+
+    Blank values stay, and nothing is stripped; no more rows are read once ``limit`` characters are there. Raises as
+    :func:`read_rows`.
+    """
+    return joiner.join(_until(limit, (row.values[0] for row in read_rows(path, columns))))
+
+
+def _until(limit: int | None, parts: Iterable[str]) -> Iterator[str]:
+    """``parts`` up to the one that reaches ``limit`` characters."""
+    count = 0
+    for part in parts:
+        yield part
+        count += len(part)
+        if limit is not None and count >= limit:
+            return
+
+
 def header(path: Path) -> list[str]:
     """The names in the first line (the keys of the first object)."""
     lines = _lines(path)

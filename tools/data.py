@@ -1,4 +1,4 @@
-"""Texts for calibration and for holding out, drawn from data files in one pass."""
+"""Texts for calibration and for holding out: drawn from data files in one pass, or windows of one long text."""
 
 from __future__ import annotations
 
@@ -11,9 +11,20 @@ from pathlib import Path
 import torch
 
 from bitlower.ir import BitlowerError
-from bitlower.tools._tables import TABLES, Row, header, number, read_rows, split_column
+from bitlower.tools._tables import TABLES, Row, header, joined, number, read_rows, read_whole, split_column
 
-__all__ = ["Row", "Split", "check_finite", "number", "read_rows", "read_texts", "split_column", "split_texts"]
+__all__ = [
+    "Row",
+    "Split",
+    "check_finite",
+    "number",
+    "read_rows",
+    "read_text",
+    "read_texts",
+    "split_column",
+    "split_texts",
+    "split_windows",
+]
 
 SAMPLES = 128
 """Texts to calibrate on where nobody says how many,"""
@@ -21,6 +32,8 @@ FEWEST = 8
 """and the fewest that will do then."""
 HELD_OUT = 16
 """Texts left over for the ledger and for checks."""
+PARAGRAPH = "\n\n"
+"""What joins the rows of a table to one text."""
 _TEXT_COLUMNS = ("text", "sentence")
 
 
@@ -78,6 +91,61 @@ def split_texts(
     random.Random(f"{seed}/split").shuffle(order)
     calibration, held_out = sorted(order[:count]), sorted(order[count : count + HELD_OUT])
     return Split(tuple(kept[place][1] for place in calibration), tuple(kept[place][1] for place in held_out))
+
+
+def read_text(
+    data: str | os.PathLike[str], *, column: str | None = None, joiner: str | None = None, limit: int | None = None
+) -> str:
+    """A file as one long text.
+
+    Args:
+        data: a file, or ``FILE:COLUMN``.
+        column: of a table, as for :func:`read_texts`.
+        joiner: None takes a text file as it is, and joins the rows of a table with an empty line between them; else
+            this stands between the lines (without their line breaks) or rows. Blank ones stay, nothing is stripped.
+        limit: no more is read once there are so many characters; None: all.
+
+    Raises:
+        BitlowerError: no such file or column, bytes that are not UTF-8, or no text.
+    """
+    path, named = split_column(data)
+    columns = _text_column(path, column or named)
+    whole = joiner is None and not columns
+    text = read_whole(path, limit) if whole else joined(path, columns, PARAGRAPH if joiner is None else joiner, limit)
+    if not text.strip():
+        raise BitlowerError(f"{path} holds no text")
+    return text
+
+
+def split_windows(
+    ids: torch.Tensor, length: int, samples: int, *, held_out: int = 0, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows of a long text to calibrate on, ``[samples, length]``, and up to ``held_out`` further ones.
+
+    The text is cut into contiguous windows that do not overlap, the remainder is dropped; they are drawn with ``seed``,
+    all equally likely, and stand in the text's order.
+
+    Args:
+        ids: the tokens of the text, ``[n]``.
+        length: tokens of a window.
+        samples: windows to calibrate on.
+        held_out: windows to hold out, as far as any are left.
+        seed: of the drawing.
+
+    Raises:
+        BitlowerError: the text has fewer than ``samples`` windows.
+    """
+    _check_samples(samples)
+    count = ids.numel() // length
+    if count < samples:
+        raise BitlowerError(
+            f"the calibration text is too short: {ids.numel()} tokens are {count} windows of {length}, {samples} are "
+            "needed",
+            hint="add text, or ask for fewer samples or shorter ones",
+        )
+    order = random.Random(f"{seed}/windows").sample(range(count), min(count, samples + held_out))
+    rows = ids[: count * length].view(count, length)
+    return rows[sorted(order[:samples])], rows[sorted(order[samples:])]
 
 
 def check_finite(batches: Iterable[Mapping[str, torch.Tensor]], what: str) -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from bitlower.frontends import batches, load
 from bitlower.ir import Batch, BitlowerError, Level, Program, TensorType, ValueSpec, nearest
 from bitlower.tools.data import Row, number, read_rows, split_column
 from bitlower.tools.metrics import accuracy, f1, matthews, pearson, spearman
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, NodeArg
 
 Array = NDArray[Any]
 TASKS = ("sts-b", "classification")
@@ -194,38 +197,57 @@ def _label(path: Path, row: Row, names: dict[str, int]) -> int:
 
 
 def _artefact(folder: Path) -> Runner:
-    """The ONNX model in ``folder``, computed as it is written: no accuracy is given up for speed."""
+    """The ONNX model in ``folder`` in onnxruntime."""
+    session = open_session(folder)
+    program = shell(folder, session)
+    names = [spec.name for spec in program.outputs]
+
+    def run(batch: Batch) -> dict[str, Array]:
+        return dict(zip(names, session.run(names, {k: v.numpy() for k, v in batch.items()}), strict=True))
+
+    return Runner(program, run)
+
+
+def open_session(folder: Path) -> InferenceSession:
+    """The ONNX model in ``folder``, computed as it is written: no accuracy is given up for speed.
+
+    Raises:
+        BitlowerError: onnxruntime cannot load it.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     try:
-        session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, ["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(folder / "model.onnx"), options, ["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises many kinds
         raise BitlowerError(f"{folder / 'model.onnx'} cannot be loaded: {str(error).splitlines()[0]}") from None
-    names = [value.name for value in session.get_outputs()]
-
-    def run(batch: Batch) -> dict[str, Array]:
-        return dict(zip(names, session.run(names, {k: v.numpy() for k, v in batch.items()}), strict=True))
-
-    return Runner(_shell(folder, [value.name for value in session.get_inputs()], names), run)
 
 
-def _shell(folder: Path, inputs: Sequence[str], outputs: Sequence[str]) -> Program:
-    """A Program without graphs: what tokenizing and reading outputs need of an artefact."""
+def shell(folder: Path, session: InferenceSession | None = None) -> Program:
+    """A Program without graphs: what tokenizing, and reading a session's inputs and outputs, need of an artefact.
+
+    Raises:
+        BitlowerError: there is no configuration.
+    """
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise BitlowerError(f"{folder} holds no readable config.json: {error}") from None
     files = sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)})
-    token_type, value_type = TensorType(torch.int64, ("batch", "sequence")), TensorType(torch.float32, ("batch",))
     return Program(
         {},
         Level.FLOAT,
         "",
-        tuple(ValueSpec(name, token_type) for name in inputs),
-        tuple(ValueSpec(name, value_type) for name in outputs),
+        tuple(map(_value_spec, session.get_inputs())) if session else (),
+        tuple(map(_value_spec, session.get_outputs())) if session else (),
         config,
         {path.name: path.read_bytes() for path in files},
         str(folder),
     )
+
+
+def _value_spec(value: NodeArg) -> ValueSpec:
+    """An input or output of an ONNX model; of the types only whole numbers and float32 matter here."""
+    dtype = torch.int64 if value.type == "tensor(int64)" else torch.float32
+    return ValueSpec(value.name, TensorType(dtype, tuple(size if size is not None else "" for size in value.shape)))

@@ -38,20 +38,22 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """Texts: one a line, or the column ``column`` of a table; ``samples`` of them drawn with ``seed``."""
+    """Texts: one a line, or the column ``column`` of a table; ``samples`` of them drawn with ``seed``.
+
+    For a language model (task text-generation) the file is one long text, and a sample is a window of ``max_length``
+    tokens of it. What is left out takes the defaults of the task (:mod:`bitlower.tools._calibration`).
+    """
 
     data: str = Field(min_length=1)
     column: str | None = None
-    samples: int = Field(128, ge=1)
-    max_length: int = Field(128, ge=1)
-    batch_size: int = Field(8, ge=1)
+    samples: int | None = Field(None, ge=1)
+    max_length: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1)
     seed: int = 0
 
 
 class EvaluationSection(DataSection):
     """Held-out texts for the ledger and for checks."""
-
-    samples: int = Field(32, ge=1)
 
 
 class Step(Section):

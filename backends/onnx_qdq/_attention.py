@@ -37,9 +37,7 @@ def flatten_attention(editor: Editor, node: ir.Node) -> str | None:
     """Take query, key and value as the linears give them; Attention splits and joins the heads itself."""
     if not is_op(node, "Attention"):
         return None
-    if len(node.outputs) != 1:
-        return "it also gives keys and values"
-    operands = [_split_heads(source(node, position)) for position in range(3)]
+    operands = [_flat_operand(editor, node, source(node, position)) for position in range(3)]
     if any(operand is None for operand in operands):
         return "its operands are not reshaped and transposed linears"
     joined = _join_heads(node.outputs[0])
@@ -51,9 +49,24 @@ def flatten_attention(editor: Editor, node: ir.Node) -> str | None:
         return "the number of heads is not known"
     attributes = {a.name: a.value for a in node.attributes.values()}
     attributes |= {"q_num_heads": counts[0], "kv_num_heads": counts[1]}
-    flat = editor.emit(node, "Attention", [*operands, *node.inputs[3:]], like=joined, **attributes)
-    editor.replace(joined, flat)
+    results = [joined, *node.outputs[1:]]
+    inputs = [*operands, *node.inputs[3:]]
+    for old, new in zip(results, editor.emit_all(node, "Attention", inputs, len(results), **attributes), strict=True):
+        editor.replace(old, new)
     return APPLIED
+
+
+def _flat_operand(editor: Editor, at: ir.Node, value: ir.Value) -> ir.Value | None:
+    """[B, S, heads · size] that ``value`` [B, heads, S, size] is made of, with its rotary embedding if it has one."""
+    rotary = value.producer()
+    if not is_op(rotary, "RotaryEmbedding"):
+        return _split_heads(value)
+    assert rotary is not None
+    flat, shape = _split_heads(source(rotary)), dims(value)
+    if flat is None or shape is None or not isinstance(shape[1], int) or len(rotary.inputs) > 3:
+        return None
+    attributes = {a.name: a.value for a in rotary.attributes.values()} | {"num_heads": shape[1]}
+    return editor.emit(at, "RotaryEmbedding", [flat, *rotary.inputs[1:]], like=flat, **attributes)
 
 
 def _split_heads(value: ir.Value) -> ir.Value | None:

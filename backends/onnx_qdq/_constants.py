@@ -9,9 +9,11 @@ import numpy as np
 import onnx_ir as ir
 from torch import fx
 
+from bitlower.backends.onnx_qdq._packed_constants import check_packed, packed_weights
 from bitlower.backends.onnx_qdq._session import Array, named_values
 from bitlower.backends.onnx_qdq._structure import constant, quantizer_inputs, readers
 from bitlower.ir import Program, Quantizer, get_tensor, ops
+from bitlower.ir.dataflow import LINEAR
 
 _PARAMETERS: dict[str, tuple[tuple[int, int | None, int | None], ...]] = {
     "DequantizeLinear": ((0, 1, 2),),
@@ -41,9 +43,15 @@ def check_constants(program: Program, model: ir.Model) -> Constants:
     problems: list[str] = []
     stored = _Stored(named_values(model.graph))
     tensors = codes = 0
+    packed = packed_weights(model.graph)
     for node, name, expected in weights(program):
-        found, problem = stored.find(name, expected)
         tensors, codes = tensors + 1, codes + expected.size
+        multiplied = packed.get(name, [])
+        for linear in multiplied:
+            problems += check_packed(linear, name, expected, *(_tensor(program, part) for part in node.args[1:3]))
+        if multiplied and all(user.target in LINEAR for user in node.users):
+            continue
+        found, problem = stored.find(name, expected)
         problems += [problem] if problem else []
         problems += _check_weight(program, node, name, found, stored.values) if found is not None else []
     for node in program.graph.find_nodes(op="call_function", target=ops.quantize):

@@ -12,10 +12,15 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from bitlower.backends.onnx_qdq._folder import MODEL, sizes, write_assets, write_config, write_model
+from bitlower.backends._folder import sizes
+from bitlower.backends.onnx_qdq._folder import MODEL, write_assets, write_config, write_model
+from bitlower.backends.onnx_qdq._genai import write_genai_config
+from bitlower.backends.onnx_qdq._kernels import LEVEL_ENTRY
+from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS, ROUNDS_ACTIVATIONS
 from bitlower.backends.onnx_qdq._lower import lower
 from bitlower.backends.onnx_qdq._manifest import write_manifest
 from bitlower.backends.onnx_qdq._rewrite_linear import Form
+from bitlower.backends.onnx_qdq._rewrite_low_bit import LOW_BIT
 from bitlower.backends.onnx_qdq._verification import Verification, write_verification
 from bitlower.backends.onnx_qdq._verify import verify_export
 from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program, nearest
@@ -31,7 +36,13 @@ class Options:
 
     Args:
         opset: of ONNX's own operators, 21 to 25; below 23 there is no Attention operator, and attention is written out.
-        form: ``qdq`` is standard ONNX; ``onnxruntime`` also uses com.microsoft.MatMulIntegerToFloat.
+        form: ``qdq`` is standard ONNX; ``onnxruntime`` also uses operators of the domain com.microsoft:
+            MatMulIntegerToFloat, MatMulNBits, FusedMatMul.
+        accuracy_level: how linears with low-bit weights and float activations are multiplied, in the words of
+            com.microsoft.MatMulNBits. 1 computes in float32, which is what a scheme such as W4A16 says. 4 rounds the
+            activations to 8 bits, in blocks, which costs accuracy and is 2 to 4 times as fast a token; only at 4 have
+            weights of 2 and of 5 to 8 bits kernels of their own. The form ``qdq`` only records it, as a session entry
+            (see ``verification.json``): onnxruntime takes 4 if it is told nothing.
         external_data_threshold: tensors of more bytes in all go to a file of their own, for protobuf ends at 2 GB.
 
     Raises:
@@ -40,6 +51,7 @@ class Options:
 
     opset: int = 23
     form: Form = "qdq"
+    accuracy_level: int = FLOAT_ACTIVATIONS
     external_data_threshold: int = 1_900_000_000
 
     def __post_init__(self) -> None:
@@ -47,6 +59,7 @@ class Options:
             raise BitlowerError(f"unknown form {self.form!r}", hint=nearest(str(self.form), FORMS))
         for name, value, low, high in (
             ("opset", self.opset, *OPSETS),
+            ("accuracy_level", self.accuracy_level, 0, ROUNDS_ACTIVATIONS),
             ("external_data_threshold", self.external_data_threshold, 0, 1_900_000_000),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -61,6 +74,7 @@ class ExportReport:
         files: bytes by name.
         opset: of ONNX's own operators.
         form: ``qdq`` or ``onnxruntime``.
+        accuracy_level: of MatMulNBits.
         operators: how many nodes of each operator the model has.
         rules: by rewrite rule, how often it was applied and why it was not.
         verification: how the artefact compares with the Program.
@@ -69,6 +83,7 @@ class ExportReport:
     files: dict[str, int]
     opset: int
     form: str
+    accuracy_level: int
     operators: dict[str, int]
     rules: dict[str, dict[str, object]]
     verification: Verification
@@ -79,6 +94,7 @@ class ExportReport:
             "files": self.files,
             "opset": self.opset,
             "form": self.form,
+            "accuracy_level": self.accuracy_level,
             "operators": self.operators,
             "rules": self.rules,
             "verification": self.verification.to_dict(),
@@ -92,6 +108,7 @@ def export(
     batches: Sequence[Batch],
     opset: int = Options.opset,
     form: Form = Options.form,
+    accuracy_level: int = Options.accuracy_level,
     external_data_threshold: int = Options.external_data_threshold,
     provenance: Mapping[str, Any] | None = None,
 ) -> ExportReport:
@@ -103,6 +120,7 @@ def export(
         batches: real inputs for the verification.
         opset: see :class:`Options`.
         form: see :class:`Options`.
+        accuracy_level: see :class:`Options`.
         external_data_threshold: see :class:`Options`.
         provenance: for the manifest: seeds, hashes of data, and what else the caller knows; plain data.
 
@@ -110,16 +128,21 @@ def export(
         BitlowerError: an option is wrong, or the program cannot be expressed in ONNX.
         CheckError: what was written does not compute what the program does.
     """
-    options = Options(opset, form, external_data_threshold)
+    options = Options(opset, form, accuracy_level, external_data_threshold)
     _check(program)
-    model, log = lower(program, opset=opset, form=form)
+    model, log = lower(program, opset=opset, form=form, accuracy_level=accuracy_level)
+    session_config = {}
+    if form == "qdq" and log.applied[LOW_BIT]:
+        session_config[LEVEL_ENTRY] = str(accuracy_level)
     files = [*write_model(model, folder, threshold=external_data_threshold), write_config(program, folder)]
-    files += write_assets(program, folder)
+    files += [*write_assets(program, folder), *write_genai_config(program, folder, session_config)]
     _check_model(folder / MODEL)
-    verification = verify_export(program, folder, batches)
+    verification = verify_export(program, folder, batches, session_config=session_config, accuracy_level=accuracy_level)
     write_verification(verification, folder)
     write_manifest(program, folder, backend_options=dataclasses.asdict(options), provenance=provenance)
-    return ExportReport(sizes(folder, files), opset, form, operators(model), log.to_dict(), verification)
+    return ExportReport(
+        sizes(folder, files), opset, form, accuracy_level, operators(model), log.to_dict(), verification
+    )
 
 
 def operators(model: ir.Model) -> dict[str, int]:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Iterable
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from bitlower.backends.onnx_qdq._json import write_json
-from bitlower.ir import BitlowerError, Program, QuantSpec
+from bitlower.backends import _folder
+from bitlower.backends._folder import CONFIG, flush
+from bitlower.backends._json import write_json
+from bitlower.ir import Program, QuantSpec
 from bitlower.ir.version import __version__
 
-MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "config.json"
+MODEL, DATA, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
 METHOD = "bitlower"
-_RESERVED = (MODEL, DATA, CONFIG, "manifest.json", "verification.json", "ledger.json", "recipe.yaml")
 
 
 def write_model(model: ir.Model, folder: Path, *, threshold: int) -> list[str]:
@@ -30,7 +29,7 @@ def write_model(model: ir.Model, folder: Path, *, threshold: int) -> list[str]:
         ir.save(model, path, external_data=DATA if size > threshold else None)
         names = [name for name in (DATA, MODEL) if (Path(scratch) / name).is_file()]
         for name in names:
-            _flush(Path(scratch) / name)
+            flush(Path(scratch) / name)
             (Path(scratch) / name).replace(folder / name)
     return names
 
@@ -79,27 +78,4 @@ def write_assets(program: Program, folder: Path) -> list[str]:
     Raises:
         BitlowerError: a file would lie outside the folder, or over one of ours.
     """
-    for name, data in sorted(program.assets.items()):
-        if PurePath(name).name != name or name in (".", "..") or name in _RESERVED:
-            raise BitlowerError(f"the file {name!r} of the model cannot lie in an artefact")
-        temporary = folder / f".{name}.partial"
-        try:
-            temporary.write_bytes(data)
-            _flush(temporary)
-            temporary.replace(folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return sorted(program.assets)
-
-
-def sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
-    """Bytes by file name."""
-    return {name: (folder / name).stat().st_size for name in sorted(names)}
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return _folder.write_assets(program, folder, (MODEL, DATA, GENAI))

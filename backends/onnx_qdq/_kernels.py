@@ -12,8 +12,9 @@ from typing import Any
 import onnx_ir as ir
 from torch import fx
 
+from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS, ROUNDS_ACTIVATIONS, Container, container
 from bitlower.backends.onnx_qdq._session import Session, read_model
-from bitlower.ir import CheckError, Program, Quantizer, ops
+from bitlower.ir import CheckError, Program, Quantizer, get_tensor, ops
 from bitlower.ir.dataflow import LINEAR, MATMUL, VIEWS, activation_operand, weight_operand
 
 INTEGER = frozenset({
@@ -22,9 +23,8 @@ INTEGER = frozenset({
 })  # fmt: skip
 FLOAT = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "Attention", "MultiHeadAttention"})
 NBITS = "MatMulNBits"
-_ROUNDS_ACTIVATIONS = 4
-"""The accuracy level at which MatMulNBits quantizes its float activations to 8 bits."""
-_LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
+LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
+"""The session configuration entry for the accuracy level of what onnxruntime makes of DequantizeLinear and MatMul."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,16 @@ class KernelReport:
         found: integer kernels in the runtime's optimized graph.
         integer: those by operator.
         floating: multiplications in float, by operator; Attention counts as one.
+        expected_low_bit: multiplications of the Program with float activations and stored codes of at most 8 bits, for
+            which the runtime has a MatMulNBits at the export's accuracy level.
         low_bit_weights: MatMulNBits by bits and accuracy level.
         float_reasons: why multiplications of the Program are no integer ones, with how many of them are concerned.
-        fell_back: the runtime's names of float multiplications, where fewer integer kernels than expected were found.
+        fell_back: the runtime's names of float multiplications, where fewer kernels than expected were found.
     """
 
     expected: int
     found: int
+    expected_low_bit: int
     integer: Mapping[str, int]
     floating: Mapping[str, int]
     low_bit_weights: Mapping[str, int]
@@ -54,29 +57,50 @@ class KernelReport:
         """Plain data; the inverse of :meth:`from_dict`."""
         return {**asdict(self), "fell_back": list(self.fell_back)}
 
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether a MatMulNBits quantizes its float activations to 8 bits."""
+        return any(key.endswith(f"={ROUNDS_ACTIVATIONS}") for key in self.low_bit_weights)
+
     @classmethod
     def from_dict(cls, form: Mapping[str, Any]) -> KernelReport:
         """The report of plain data; a missing or unknown key is a TypeError."""
         return cls(**{**form, "fell_back": tuple(form.get("fell_back", ()))})
 
 
-def inspect_kernels(program: Program, path: Path, *, session_config: Mapping[str, str] | None = None) -> KernelReport:
+def inspect_kernels(
+    program: Program,
+    path: Path,
+    *,
+    session_config: Mapping[str, str] | None = None,
+    accuracy_level: int = FLOAT_ACTIVATIONS,
+) -> KernelReport:
     """Load the model in ``path`` as users will and count the kernels.
+
+    Args:
+        program: what was exported.
+        path: the model.
+        session_config: session configuration entries.
+        accuracy_level: of MatMulNBits that the export was asked for.
 
     Raises:
         CheckError: the model does not load, or the runtime computes with 8-bit activations what the program (and the
             model in the file) computes with float ones.
     """
     expected, reasons = expected_kernels(program)
-    graph = optimized_graph(path, session_config or {})
-    report = count_kernels(graph, expected=expected, reasons=reasons)
+    config = session_config or {}
+    graph = optimized_graph(path, config)
+    low_bit = sum(expected_low_bit(program, accuracy_level))
+    report = count_kernels(graph, expected=expected, expected_low_bit=low_bit, reasons=reasons)
+    if config.get(LEVEL_ENTRY) == str(ROUNDS_ACTIVATIONS):
+        return report
     written = {node.name for node in read_model(path).graph if node.op_type == NBITS}
     for node in graph:
         made = node.op_type == NBITS and node.name not in written
-        if made and node.attributes.get_int("accuracy_level", 0) == _ROUNDS_ACTIVATIONS:
+        if made and node.attributes.get_int("accuracy_level", 0) == ROUNDS_ACTIVATIONS:
             raise CheckError(
                 f"onnxruntime turns {node.name} into a {NBITS} that rounds its float activations to 8 bits",
-                hint=f"set the session entry {_LEVEL_ENTRY} to 0, or write the weight without DequantizeLinear",
+                hint=f"set the session entry {LEVEL_ENTRY} to 0, or write the weight without DequantizeLinear",
             )
     return report
 
@@ -93,7 +117,9 @@ def optimized_graph(path: Path, session_config: Mapping[str, str]) -> ir.Graph:
         return read_model(optimized).graph
 
 
-def count_kernels(graph: ir.Graph, *, expected: int = 0, reasons: Mapping[str, int] | None = None) -> KernelReport:
+def count_kernels(
+    graph: ir.Graph, *, expected: int = 0, expected_low_bit: int = 0, reasons: Mapping[str, int] | None = None
+) -> KernelReport:
     """Count the multiplications of an optimized graph."""
     nodes = list(graph)
     integer = Counter(node.op_type for node in nodes if node.op_type in INTEGER)
@@ -103,11 +129,12 @@ def count_kernels(graph: ir.Graph, *, expected: int = 0, reasons: Mapping[str, i
         for node in nodes
         if node.op_type == NBITS
     )
-    missing = integer.total() < expected
+    missing = integer.total() < expected or low_bit.total() < expected_low_bit
     names = tuple(node.name or "" for node in nodes if node.op_type in FLOAT) if missing else ()
     return KernelReport(
         expected=expected,
         found=integer.total(),
+        expected_low_bit=expected_low_bit,
         integer=dict(sorted(integer.items())),
         floating=dict(sorted(floating.items())),
         low_bit_weights=dict(sorted(low_bit.items())),
@@ -120,6 +147,20 @@ def expected_kernels(program: Program) -> tuple[int, Counter[str]]:
     """How many multiplications of the Program have integer operands, and why others have not."""
     reasons = Counter(float_reason(left, right) for left, right in multiplications(program.graph))
     return reasons.pop("", 0), reasons
+
+
+def expected_low_bit(program: Program, accuracy_level: int) -> Iterator[bool]:
+    """For each multiplication with a stored quantized weight, whether MatMulNBits can do it."""
+    for left, right in multiplications(program.graph):
+        weight = right
+        while weight.target in VIEWS:
+            weight = weight.all_input_nodes[0]
+        stored = weight.target is ops.dequantize and all(part.op == "get_attr" for part in weight.all_input_nodes)
+        if not stored or left.target is ops.dequantize:
+            continue
+        codes, scale = (get_tensor(program.module, str(part.target)) for part in weight.all_input_nodes[:2])
+        quantizer: Quantizer = weight.meta["quantizer"]
+        yield isinstance(container(quantizer.spec.grid.bits, codes.shape, scale.shape, accuracy_level), Container)
 
 
 def multiplications(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
+from torch import fx
 
 from bitlower.backends.onnx_qdq._attention import flatten_attention, widen_mask
+from bitlower.backends.onnx_qdq._kv_cache import keep_cache
+from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS
 from bitlower.backends.onnx_qdq._rewrite import Editor, Rule, RuleLog, apply_rules
 from bitlower.backends.onnx_qdq._rewrite_graph import residual_sum, strip, widen_bias
-from bitlower.backends.onnx_qdq._rewrite_linear import Form, gather_codes, linear_rules
+from bitlower.backends.onnx_qdq._rewrite_linear import Form, gather_codes, linear_rules, transpose_weight
+from bitlower.backends.onnx_qdq._rewrite_low_bit import low_bit_rules
 from bitlower.backends.onnx_qdq._rewrite_quantizers import (
     lower_dequantize,
     lower_qparams,
@@ -15,26 +21,37 @@ from bitlower.backends.onnx_qdq._rewrite_quantizers import (
     sink_dequantize,
 )
 from bitlower.backends.onnx_qdq._translate import translate
-from bitlower.ir import Program
+from bitlower.ir import Program, ops
 from bitlower.ir.version import __version__
 
 ATTENTION_OPSET = 23
 """The first opset with an Attention operator."""
 
 
-def lower(program: Program, *, opset: int, form: Form) -> tuple[ir.Model, RuleLog]:
+def lower(
+    program: Program, *, opset: int, form: Form, accuracy_level: int = FLOAT_ACTIVATIONS
+) -> tuple[ir.Model, RuleLog]:
     """The ONNX model of ``program``, and what the rules did.
 
     Raises:
         BitlowerError: the program has an operator that ONNX cannot express.
     """
-    return rewrite(translate(program, opset), form)
+    return rewrite(translate(program, opset), form, bits=weight_bits(program), accuracy_level=accuracy_level)
 
 
-def rewrite(model: ir.Model, form: Form) -> tuple[ir.Model, RuleLog]:
-    """Apply all rules to a translated model, in place, and give everything its final name."""
-    editor = Editor(model)
-    log = apply_rules(editor, rules(form))
+def rewrite(
+    model: ir.Model, form: Form, *, bits: Mapping[str, int] | None = None, accuracy_level: int = FLOAT_ACTIVATIONS
+) -> tuple[ir.Model, RuleLog]:
+    """Apply all rules to a translated model, in place, and give everything its final name.
+
+    Args:
+        model: of :func:`~bitlower.backends.onnx_qdq._translate.translate`.
+        form: see :class:`~bitlower.backends.onnx_qdq.Options`.
+        bits: of the grids of stored codes, by the codes' names; those that are left out get no low-bit kernel.
+        accuracy_level: of MatMulNBits.
+    """
+    editor = Editor(model, bits)
+    log = apply_rules(editor, rules(form, accuracy_level))
     editor.finish()
     strip(model)
     model.producer_name, model.producer_version = "bitlower", __version__
@@ -42,17 +59,29 @@ def rewrite(model: ir.Model, form: Form) -> tuple[ir.Model, RuleLog]:
     return model, log
 
 
-def rules(form: Form) -> tuple[Rule, ...]:
+def weight_bits(program: Program) -> dict[str, int]:
+    """The bits of each quantized weight, by the name of its codes."""
+    return {
+        str(codes.target): quantizer.spec.grid.bits
+        for node, quantizer in program.quantizers()
+        if node.target is ops.dequantize and isinstance(codes := node.args[0], fx.Node) and codes.op == "get_attr"
+    }
+
+
+def rules(form: Form, accuracy_level: int = FLOAT_ACTIVATIONS) -> tuple[Rule, ...]:
     """All rules, in order: those that need the low-bit operators whole come before those that lower them."""
     return (
+        Rule("keep-cache", keep_cache),
         Rule("flatten-attention", flatten_attention),
         Rule("widen-attention-mask", widen_mask),
         Rule("gather-codes", gather_codes),
         Rule("sink-dequantize", sink_dequantize),
+        *low_bit_rules(form, accuracy_level),
         *linear_rules(form),
         Rule("lower-qparams", lower_qparams),
         Rule("lower-quantize", lower_quantize),
         Rule("lower-dequantize", lower_dequantize),
+        Rule("transpose-weight", transpose_weight),
         Rule("widen-bias", widen_bias),
         Rule("residual-sum", residual_sum),
     )

@@ -7,25 +7,20 @@ gives what it gave when it was compared with the Program.
 
 from __future__ import annotations
 
-import hashlib
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from bitlower.backends.onnx_qdq._json import read_json, significant, write_json
+from bitlower.backends import _manifest
+from bitlower.backends._json import significant
 from bitlower.backends.onnx_qdq._kernels import KernelReport, count_kernels, optimized_graph
-from bitlower.backends.onnx_qdq._resolved import float_bytes, resolved_tensors
 from bitlower.backends.onnx_qdq._selftest import run_selftest
 from bitlower.backends.onnx_qdq._session import Session, runtime_versions
 from bitlower.backends.onnx_qdq._verification import Verification, read_verification
 from bitlower.backends.onnx_qdq._verify import MODEL
-from bitlower.ir import BitlowerError, CheckError, Program
-from bitlower.ir.version import __version__
+from bitlower.ir import CheckError, Program
 
-FILE = "manifest.json"
 BACKEND = "onnx-qdq"
 PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime")
 SELFTEST = 0.9
@@ -81,33 +76,14 @@ def write_manifest(
         backend_options: those of the export.
         provenance: seeds, hashes of data, and what else the caller knows; plain data.
     """
-    files = {path.relative_to(folder).as_posix(): _file(path) for path in _files(folder)}
-    form = {
-        "backend": BACKEND,
-        "backend_options": dict(backend_options or {}),
-        "provenance": dict(provenance or {}),
-        "versions": versions(),
-        "program": {
-            "source": program.source,
-            "task": program.task,
-            "level": str(program.level),
-            "passes": list(program.passes),
-            "digest": program.digest(),
-            "inputs": [str(spec) for spec in program.inputs],
-            "outputs": [str(spec) for spec in program.outputs],
-        },
-        "tensors": resolved_tensors(program),
-        "files": files,
-        "bytes": sum(file["bytes"] for file in files.values()),
-        "float_bytes": float_bytes(program),
-    }
-    write_json(folder / FILE, form)
-
-
-def versions() -> dict[str, str]:
-    """The versions of all that an artefact depends on."""
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return {"bitlower": __version__, "python": python, **{name: version(name) for name in PACKAGES}}
+    _manifest.write_manifest(
+        program,
+        folder,
+        backend=BACKEND,
+        packages=PACKAGES,
+        backend_options=backend_options,
+        provenance=provenance,
+    )
 
 
 def verify_artefact(folder: Path) -> ArtefactReport:
@@ -117,10 +93,8 @@ def verify_artefact(folder: Path) -> ArtefactReport:
         BitlowerError: there is no such folder.
         CheckError: a file is missing or changed, the model does not load, or does not compute what it did.
     """
-    if not folder.is_dir():
-        raise BitlowerError(f"there is no artefact at {folder}", hint="give the folder that an export wrote")
-    manifest = read_json(folder / FILE)
-    files = _check_files(folder, manifest)
+    manifest = _manifest.read_manifest(folder)
+    files = _manifest.check_files(folder, manifest, (MODEL, "verification.json"))
     recorded = read_verification(folder)
     path = folder / MODEL
     kernels = count_kernels(optimized_graph(path, recorded.session_config), expected=recorded.kernels.expected)
@@ -129,40 +103,10 @@ def verify_artefact(folder: Path) -> ArtefactReport:
     for name, cosine in selftest.items():
         if not cosine >= SELFTEST:
             raise CheckError(f"the output {name} has the cosine {cosine:.3g} to what was recorded at export")
-    present = {file.relative_to(folder).as_posix() for file in _files(folder)}
-    unlisted = tuple(sorted(present - set(files)))
+    unlisted = tuple(sorted(set(_manifest.list_files(folder)) - set(files)))
     return ArtefactReport(
         len(files), sum(files.values()), unlisted, runtime_versions(), recorded.runtime, kernels, selftest
     )
-
-
-def _check_files(folder: Path, manifest: Mapping[str, Any]) -> dict[str, int]:
-    """The bytes of each listed file.
-
-    Raises:
-        CheckError: a file is missing or changed, or the list is damaged.
-    """
-    sizes = {}
-    try:
-        listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckError(f"{FILE} in {folder} is damaged: {error!r}") from None
-    for name, (size, digest) in listed.items():
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts:
-            raise CheckError(f"{FILE} in {folder} names a file outside the folder: {name}")
-        path = folder / name
-        if not path.is_file():
-            raise CheckError(f"{name} is missing in {folder}")
-        if path.stat().st_size != size:
-            raise CheckError(f"{name} in {folder} has {path.stat().st_size} bytes, the manifest says {size}")
-        if _file(path)["sha256"] != digest:
-            raise CheckError(f"{name} in {folder} was changed: its hash is not the manifest's")
-        sizes[name] = size
-    for needed in (MODEL, "verification.json"):
-        if needed not in sizes:
-            raise CheckError(f"{FILE} in {folder} does not list {needed}")
-    return sizes
 
 
 def _check_kernels(kernels: KernelReport, recorded: Verification) -> None:
@@ -173,13 +117,3 @@ def _check_kernels(kernels: KernelReport, recorded: Verification) -> None:
             f"onnxruntime runs {kernels.found} integer kernels of {MODEL}, {recorded.kernels.found} at export",
             hint="another processor or session option changes what the runtime fuses",
         )
-
-
-def _files(folder: Path) -> list[Path]:
-    """All files of an artefact but its manifest."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / FILE)
-
-
-def _file(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -38,14 +38,21 @@ class OutputComparison:
     def __init__(self, program: Program) -> None:
         self._sums = {spec.name: _Sums() for spec in program.outputs}
 
-    def add(self, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, Array]) -> None:
-        """One batch, both on their own.
+    def add(
+        self,
+        ours: Mapping[str, torch.Tensor],
+        theirs: Mapping[str, Array],
+        visible: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """One batch, both on their own; of the outputs in ``visible``, only where it is true.
 
         Raises:
             CheckError: an output has another shape, or is not finite where the Program's is.
         """
         for name, sums in self._sums.items():
-            a, b = _pair(name, ours[name], theirs[name])
+            a, b = _pair(name, ours[name], theirs[name], visible)
+            if not a.numel():
+                continue
             error = (a - b).abs()
             sums.count += a.numel()
             sums.worst = max(sums.worst, float(error.max()))
@@ -55,15 +62,20 @@ class OutputComparison:
             sums.theirs += float((b * b).sum())
             sums.product += float((a * b).sum())
 
-    def add_given_codes(self, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, Array]) -> None:
+    def add_given_codes(
+        self,
+        ours: Mapping[str, torch.Tensor],
+        theirs: Mapping[str, Array],
+        visible: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """The same batch, the Program with the runtime's codes.
 
         Raises:
             CheckError: as :meth:`add`.
         """
         for name, sums in self._sums.items():
-            a, b = _pair(name, ours[name], theirs[name])
-            sums.given_codes = max(sums.given_codes, float((a - b).abs().max()))
+            a, b = _pair(name, ours[name], theirs[name], visible)
+            sums.given_codes = max(sums.given_codes, float((a - b).abs().max()) if a.numel() else 0.0)
 
     def rows(self) -> tuple[OutputError, ...]:
         """A row for each output that was compared."""
@@ -81,11 +93,16 @@ class OutputComparison:
         )
 
 
-def _pair(name: str, ours: torch.Tensor, theirs: Array) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in float64, entries that are infinite or NaN in both left out."""
+def _pair(
+    name: str, ours: torch.Tensor, theirs: Array, visible: Mapping[str, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in float64, without the entries that do not count and those that are infinite or NaN in both."""
     a, b = ours.detach().double(), torch.from_numpy(theirs).double()
     if a.shape != b.shape:
         raise CheckError(f"the output {name} has the shape {list(b.shape)}, the program's {list(a.shape)}")
+    if visible is not None and name in visible:
+        counts = visible[name].expand_as(a)
+        a, b = a[counts], b[counts]
     both = a.isfinite() & b.isfinite()
     alike = (a == b) | (a.isnan() & b.isnan())
     if not bool((both | alike).all()):

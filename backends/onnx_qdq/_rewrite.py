@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,22 +19,46 @@ APPLIED = "applied"
 
 
 class Editor:
-    """A graph under rewriting. Tensors that rules make are held here and get their names when all is done."""
+    """A graph under rewriting. Tensors that rules make are held here and get their names when all is done.
 
-    def __init__(self, model: ir.Model) -> None:
+    Args:
+        model: with the low-bit operators whole.
+        bits: of the grids of stored codes, by the codes' names.
+    """
+
+    def __init__(self, model: ir.Model, bits: Mapping[str, int] | None = None) -> None:
         self.model = model
         self.graph = model.graph
+        self.bits = dict(bits or {})
+        self.opset = int(model.opset_imports[""])
         self.wanted: dict[ir.Value, str] = {}
         self._made: dict[ir.Value, str] = {}
+        self._lazy: dict[tuple[str, str], ir.Value] = {}
 
     def constant(self, name: str, array: Array | np.generic) -> ir.Value:
         """A tensor; it will be called ``name`` unless an equal name was taken before."""
         data = np.asarray(array, order="C")
         for value, taken in self._made.items():
-            if taken == name and np.array_equal(_numpy(value), data) and _numpy(value).dtype == data.dtype:
+            same = taken == name and isinstance(value.const_value, ir.Tensor)
+            if same and np.array_equal(_numpy(value), data) and _numpy(value).dtype == data.dtype:
                 return value
         value = ir.Value(name=name, const_value=ir.tensor(data, name=name))
         value.dtype, value.shape = ir.DataType.from_numpy(data.dtype), ir.Shape(data.shape)
+        self._made[value] = name
+        return value
+
+    def lazy(
+        self, name: str, layout: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], Array]
+    ) -> ir.Value:
+        """A large tensor that ``make`` gives when the file is written; 4-bit and 2-bit ones as packed bytes.
+
+        Asked for again with an equal name and ``layout``, it is the same tensor.
+        """
+        if (name, layout) not in self._lazy:
+            tensor = ir.LazyTensor(lambda: _tensor(make(), dtype, shape), dtype, ir.Shape(shape), name=name)
+            value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+            self._lazy[name, layout] = value
+        value = self._lazy[name, layout]
         self._made[value] = name
         return value
 
@@ -56,15 +80,28 @@ class Editor:
         **attributes: int | float | str | Sequence[int],
     ) -> ir.Value:
         """The result of a new node in front of ``before``, with the shape (and dtype, if not given) of ``like``."""
-        node = ir.Node(domain, op_type, inputs, ir.convenience.convert_attributes(attributes), num_outputs=1)
-        self.graph.insert_before(before, node)
-        result = node.outputs[0]
+        [result] = self.emit_all(before, op_type, inputs, 1, domain=domain, **attributes)
         if like is not None:
             result.shape = like.shape
             dtype = dtype or like.dtype
         if dtype is not None:
             result.dtype = dtype
         return result
+
+    def emit_all(
+        self,
+        before: ir.Node,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        count: int,
+        *,
+        domain: str = "",
+        **attributes: int | float | str | Sequence[int],
+    ) -> Sequence[ir.Value]:
+        """All ``count`` results of a new node in front of ``before``."""
+        node = ir.Node(domain, op_type, inputs, ir.convenience.convert_attributes(attributes), num_outputs=count)
+        self.graph.insert_before(before, node)
+        return node.outputs
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Let all users of ``old`` (and the graph's outputs) read ``new``, which takes its name and type."""
@@ -108,6 +145,13 @@ def _unique(name: str, taken: set[str]) -> str:
         candidate, count = f"{name}_{count}", count + 1
     taken.add(candidate)
     return candidate
+
+
+def _tensor(data: Array, dtype: ir.DataType, shape: Sequence[int]) -> ir.TensorProtocol:
+    data = np.ascontiguousarray(data)
+    if dtype.bitwidth < 8:
+        return ir.PackedTensor(data, dtype, shape=shape)
+    return ir.Tensor(data, dtype, shape=ir.Shape(shape))
 
 
 def _numpy(value: ir.Value) -> Array:

@@ -33,6 +33,11 @@ class Weight:
         """Whether scales factor out of the product: one for all, or one a column."""
         return self.scale.size == 1 or self.scale.shape[0] == 1
 
+    @property
+    def stem(self) -> str:
+        """The name of the parameter that was quantized."""
+        return self.name.removesuffix("_codes")
+
     def columns(self, array: Array) -> Array:
         """Scales or zero points as a scalar, or one a column."""
         if array.size == 1:
@@ -120,7 +125,7 @@ def _static_linear(editor: Editor, node: ir.Node) -> str | None:
     zeros = _zeros(editor, weight)
     operands = [*inputs, *([zeros] if zeros is not None else [])]
     real = editor.emit(node, "DequantizeLinear", operands, axis=1)
-    _finish(editor, linear, editor.emit(node, "MatMul", [linear.x, real], like=node.outputs[0]))
+    finish_linear(editor, linear, editor.emit(node, "MatMul", [linear.x, real], like=node.outputs[0]))
     return APPLIED
 
 
@@ -138,7 +143,7 @@ def _merge_linear(editor: Editor, node: ir.Node) -> str | None:
     assert code.dtype is not None
     scale, zero = stored(editor, quantized, code.dtype)
     weight = linear.weight
-    bias = None if linear.bias is None else editor.constant(f"{_stem(weight)}_bias", linear.bias)
+    bias = None if linear.bias is None else editor.constant(f"{weight.stem}_bias", linear.bias)
     operands = [code, _codes(editor, weight), scale, _scales(editor, weight), zero, _zeros(editor, weight), bias]
     while operands[-1] is None:
         operands.pop()
@@ -165,7 +170,7 @@ def _per_token_linear(editor: Editor, node: ir.Node) -> str | None:
     real = editor.emit(node, "Cast", [total], like=node.outputs[0], to=int(ir.DataType.FLOAT))
     real = editor.emit(node, "Mul", [real, source(quantized, 1)], like=real)
     real = editor.emit(node, "Mul", [real, _scales(editor, linear.weight)], like=real)
-    _finish(editor, linear, real)
+    finish_linear(editor, linear, real)
     return APPLIED
 
 
@@ -189,7 +194,7 @@ def _integer_product(editor: Editor, linear: Linear, quantized: ir.Node) -> ir.V
     row = editor.emit(node, "Cast", [zero], like=zero, dtype=ir.DataType.INT32, to=int(ir.DataType.INT32))
     if source(quantized).dtype is ir.DataType.INT8:
         row = editor.emit(node, "Add", [row, editor.constant("offset_128", np.int32(128))], like=row)
-    share = editor.emit(node, "Mul", [row, editor.constant(f"{_stem(weight)}_sums", sums)], like=total)
+    share = editor.emit(node, "Mul", [row, editor.constant(f"{weight.stem}_sums", sums)], like=total)
     return editor.emit(node, "Sub", [total, share], like=total)
 
 
@@ -198,6 +203,22 @@ def _unsigned(editor: Editor, at: ir.Node, code: ir.Value) -> ir.Value:
     wide = editor.emit(at, "Cast", [code], like=code, dtype=ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
     wide = editor.emit(at, "Add", [wide, editor.constant("shift_128", np.float32(128))], like=wide)
     return editor.emit(at, "Cast", [wide], like=code, dtype=ir.DataType.UINT8, to=int(ir.DataType.UINT8))
+
+
+def transpose_weight(editor: Editor, node: ir.Node) -> str | None:
+    """A float weight as MatMul reads it, [K, N]; one that has another reader (a tied table) is stored once."""
+    weight = node.inputs[0] if is_op(node, "Transpose") else None
+    array = editor.array(weight)
+    if weight is None or array is None:
+        return None
+    if len(weight.uses()) > 1:
+        return "the weight has another reader"
+    dtype = ir.DataType.from_numpy(array.dtype)
+    axes = node.attributes["perm"].as_ints()
+    shape = [array.shape[axis] for axis in axes]
+    turned = editor.lazy(weight.name or "weight", "input first", dtype, shape, lambda: array.transpose(axes))
+    ir.convenience.replace_all_uses_with(node.outputs[0], turned)
+    return APPLIED
 
 
 def _float_linear(editor: Editor, node: ir.Node) -> str | None:
@@ -218,18 +239,18 @@ def _float_linear(editor: Editor, node: ir.Node) -> str | None:
     parts = [weight.scale, weight.zero]
     if blocked:
         split = [size for block in blocks for size in block]
-        real = editor.emit(node, "Reshape", [real, editor.constant(f"{_stem(weight)}_blocks", np.array(split))])
+        real = editor.emit(node, "Reshape", [real, editor.constant(f"{weight.stem}_blocks", np.array(split))])
         parts = [part.reshape([size for s in part.shape for size in (s, 1)]) for part in parts]
     if parts[1].any():
-        real = editor.emit(node, "Sub", [real, editor.constant(f"{_stem(weight)}_zero_point", _flat(parts[1]))])
-    real = editor.emit(node, "Mul", [real, editor.constant(f"{_stem(weight)}_scale", _flat(parts[0]))])
+        real = editor.emit(node, "Sub", [real, editor.constant(f"{weight.stem}_zero_point", _flat(parts[1]))])
+    real = editor.emit(node, "Mul", [real, editor.constant(f"{weight.stem}_scale", _flat(parts[0]))])
     if blocked:
-        real = editor.emit(node, "Reshape", [real, editor.constant(f"{_stem(weight)}_shape", np.array([depth, width]))])
-    _finish(editor, linear, editor.emit(node, "MatMul", [linear.x, real], like=node.outputs[0]))
+        real = editor.emit(node, "Reshape", [real, editor.constant(f"{weight.stem}_shape", np.array([depth, width]))])
+    finish_linear(editor, linear, editor.emit(node, "MatMul", [linear.x, real], like=node.outputs[0]))
     return APPLIED
 
 
-def _finish(editor: Editor, linear: Linear, product: ir.Value) -> None:
+def finish_linear(editor: Editor, linear: Linear, product: ir.Value) -> None:
     """Add the bias, as [1, …, N] (see ``widen_bias``).
 
     To a matrix it is added by Sum: onnxruntime makes MatMul and Add of a matrix a Gemm, which it then runs in float
@@ -239,7 +260,7 @@ def _finish(editor: Editor, linear: Linear, product: ir.Value) -> None:
         shape = dims(linear.output)
         rank = len(shape) if shape is not None else 1
         wide = linear.bias.reshape([1] * (rank - 1) + [-1])
-        bias = editor.constant(f"{_stem(linear.weight)}_bias", wide)
+        bias = editor.constant(f"{linear.weight.stem}_bias", wide)
         product = editor.emit(linear.matmul, "Sum" if rank == 2 else "Add", [product, bias])
     editor.replace(linear.output, product)
 
@@ -256,7 +277,7 @@ def gather_codes(editor: Editor, node: ir.Node) -> str | None:
     if scale.size > 1 and scale.shape[1] > 1:
         return "a row has more than one scale"
     name, rows = source(table).name or "table_codes", node.inputs[1]
-    taken = editor.emit(node, "Gather", [editor.constant(name, codes), rows], like=node.outputs[0], axis=0)
+    taken = editor.emit(node, "Gather", [source(table), rows], like=node.outputs[0], axis=0)
     taken.dtype = ir.DataType.from_numpy(codes.dtype)
     if scale.size == 1:
         parts = [source(table, 1), source(table, 2)]
@@ -281,20 +302,17 @@ def _flat(array: Array) -> Array:
     return array.reshape(()) if array.size == 1 else array
 
 
-def _stem(weight: Weight) -> str:
-    return weight.name.removesuffix("_codes")
-
-
 def _codes(editor: Editor, weight: Weight) -> ir.Value:
-    return editor.constant(weight.name, weight.codes)
+    dtype = ir.DataType.from_numpy(weight.codes.dtype)
+    return editor.lazy(weight.name, "input first", dtype, weight.codes.shape, lambda: weight.codes)
 
 
 def _scales(editor: Editor, weight: Weight) -> ir.Value:
-    return editor.constant(f"{_stem(weight)}_scale", weight.columns(weight.scale).astype(np.float32))
+    return editor.constant(f"{weight.stem}_scale", weight.columns(weight.scale).astype(np.float32))
 
 
 def _zeros(editor: Editor, weight: Weight) -> ir.Value | None:
     """The zero points in the codes' type; none for symmetric signed weights."""
     if not weight.zero.any():
         return None
-    return editor.constant(f"{_stem(weight)}_zero_point", weight.columns(weight.zero).astype(weight.codes.dtype))
+    return editor.constant(f"{weight.stem}_zero_point", weight.columns(weight.zero).astype(weight.codes.dtype))

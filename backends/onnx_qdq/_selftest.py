@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bitlower.backends.onnx_qdq._json import significant
+from bitlower.backends._json import significant
 from bitlower.backends.onnx_qdq._session import Array, Session
 from bitlower.ir import Batch, CheckError, Program
 
@@ -33,7 +33,7 @@ class SelfTest:
     """Inputs (at most ``ROWS`` rows of ``LENGTH`` entries) and references by name.
 
     Args:
-        inputs: dtype and nested lists.
+        inputs: dtype and nested lists; of a tensor without entries (an empty cache), a mapping with its ``shape``.
         outputs: what the runtime gave when it was compared with the Program on these inputs too.
     """
 
@@ -70,7 +70,7 @@ def small_batch(program: Program, batch: Batch) -> Batch:
 
 def make_selftest(batch: Batch, outputs: Mapping[str, Array]) -> SelfTest:
     """A self-test that expects ``outputs`` for ``batch``."""
-    inputs = {name: (str(t.dtype).removeprefix("torch."), t.tolist()) for name, t in batch.items()}
+    inputs = {name: (str(t.dtype).removeprefix("torch."), _plain(t)) for name, t in batch.items()}
     return SelfTest(inputs, {name: _reference(array) for name, array in outputs.items()})
 
 
@@ -81,8 +81,8 @@ def run_selftest(selftest: SelfTest, session: Session) -> dict[str, float]:
         CheckError: the model does not run on the inputs, or an output has another shape.
     """
     try:
-        batch = {n: torch.tensor(values, dtype=getattr(torch, d)) for n, (d, values) in selftest.inputs.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        batch = {name: _tensor(dtype, values) for name, (dtype, values) in selftest.inputs.items()}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise CheckError(f"the self-test's inputs are damaged: {error}") from None
     results = session.run(batch, selftest.outputs)
     cosines = {}
@@ -94,6 +94,16 @@ def run_selftest(selftest: SelfTest, session: Session) -> dict[str, float]:
         size = float(np.linalg.norm(a) * np.linalg.norm(b))
         cosines[name] = float(a @ b) / size if size else float(np.array_equal(a, b))
     return cosines
+
+
+def _plain(tensor: torch.Tensor) -> Any:
+    return tensor.tolist() if tensor.numel() else {"shape": list(tensor.shape)}
+
+
+def _tensor(dtype: str, values: Any) -> torch.Tensor:
+    if isinstance(values, Mapping):
+        return torch.zeros([int(size) for size in values["shape"]], dtype=getattr(torch, dtype))
+    return torch.tensor(values, dtype=getattr(torch, dtype))
 
 
 def _cut(tensor: torch.Tensor, shape: tuple[int | str, ...]) -> torch.Tensor:

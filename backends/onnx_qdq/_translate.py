@@ -7,55 +7,22 @@ domain ``bitlower`` (``Quantize``, ``Dequantize``, ``ChooseQparams``) that no op
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
+from onnx_ir.passes import common
 from onnxscript import FLOAT, INT8, opset18
-from torch.export import ExportedProgram
 
+from bitlower.backends.onnx_qdq._trace import explain, named_quantize, put_back, quiet, trace
 from bitlower.ir import BitlowerError, Program, ops
 
 DOMAIN = "bitlower"
 aten = torch.ops.aten
 _ANY = ["tensor(float)", "tensor(uint8)", "tensor(int8)", "tensor(uint16)", "tensor(int16)"]
-_SIZES = (2, 10, 6, 14, 22)
-"""Sizes that dimensions are traced with: even, different, and neither 0 nor 1, which torch would bake in."""
-
-
-@torch.library.custom_op("bitlower_onnx::quantize", mutates_args=())
-def _named_quantize(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    quant_min: int,
-    quant_max: int,
-    dtype: str,
-    name: str,
-) -> torch.Tensor:
-    """``bitlower::quantize`` with the name of its node in the Program, which a new trace would lose."""
-    codes: torch.Tensor = ops.quantize(x, scale, zero_point, quant_min, quant_max, dtype)
-    return codes
-
-
-@_named_quantize.register_fake
-def _(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    quant_min: int,
-    quant_max: int,
-    dtype: str,
-    name: str,
-) -> torch.Tensor:
-    return torch.empty_like(x, dtype=ops.DTYPES[dtype])
 
 
 def translate(program: Program, opset: int) -> ir.Model:
@@ -64,10 +31,10 @@ def translate(program: Program, opset: int) -> ir.Model:
     Raises:
         BitlowerError: an operator has no translation, or a dynamic dimension turned out fixed.
     """
-    exported = _export(program)
-    with _quiet(), _explain(program, "translated to ONNX"):
+    traced = trace(program)
+    with quiet(), explain(program, "translated to ONNX"):
         result = torch.onnx.export(
-            exported,
+            traced.exported,
             (),
             dynamo=True,
             opset_version=opset,
@@ -77,61 +44,10 @@ def translate(program: Program, opset: int) -> ir.Model:
         )
     assert result is not None
     model: ir.Model = result.model
+    put_back(model.graph, program, traced)
+    common.CommonSubexpressionEliminationPass()(model)
     _name_interface(model, program)
     return model
-
-
-def _export(program: Program) -> ExportedProgram:
-    named = program.clone()
-    for node in named.graph.find_nodes(op="call_function", target=ops.quantize):
-        node.args = (*node.args, node.name)
-        node.target = torch.ops.bitlower_onnx.quantize.default
-    named.recompile()
-    sizes = _trace_sizes(program)
-    inputs = tuple(
-        torch.zeros([sizes[d] if isinstance(d, str) else d for d in spec.type.shape], dtype=spec.type.dtype)
-        for spec in program.inputs
-    )
-    dynamic = tuple(
-        {axis: torch.export.Dim.DYNAMIC for axis, d in enumerate(spec.type.shape) if isinstance(d, str)}
-        for spec in program.inputs
-    )
-    names = [str(node.target) for node in named.graph.find_nodes(op="placeholder")]
-    shapes = dict(zip(names, dynamic, strict=True))
-    with _quiet(), torch.no_grad(), _explain(program, "traced again"):
-        return torch.export.export(named.module, inputs, dynamic_shapes=shapes, strict=False)
-
-
-def _trace_sizes(program: Program) -> dict[str, int]:
-    dims = sorted({d for spec in program.inputs for d in spec.type.shape if isinstance(d, str)})
-    return {name: _SIZES[i] if i < len(_SIZES) else 22 + 8 * i for i, name in enumerate(dims)}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporters' progress notes and warnings out of our output."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _explain(program: Program, verb: str) -> Iterator[None]:
-    """Turn what torch raises into one error with the innermost reason."""
-    try:
-        yield
-    except Exception as error:
-        root: BaseException = error
-        while root.__cause__ is not None:
-            root = root.__cause__
-        reason = next((line.strip() for line in str(root).splitlines() if line.strip()), type(root).__name__)
-        raise BitlowerError(f"{program.source or 'the model'} cannot be {verb}: {reason}") from error
 
 
 def _name_interface(model: ir.Model, program: Program) -> None:
@@ -176,7 +92,7 @@ _CHOOSE = _operator(
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
-        torch.ops.bitlower_onnx.quantize.default: _quantize,
+        named_quantize: _quantize,
         ops.dequantize: _dequantize,
         ops.choose_qparams: _choose_qparams,
         aten.linear.default: _linear,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from bitlower.backends.onnx_qdq._json import read_json, significant, write_json
+from bitlower.backends._json import read_json, significant, write_json
 from bitlower.backends.onnx_qdq._kernels import KernelReport
 from bitlower.backends.onnx_qdq._selftest import SelfTest
 from bitlower.ir import CheckError

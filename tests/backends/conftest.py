@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import fx, nn
 
+from bitlower.frontends import load
 from bitlower.ir import (
     Granularity,
     Grid,
@@ -26,11 +28,13 @@ from bitlower.ir import (
     ops,
     set_tensor,
 )
+from bitlower.passes import Context, PassManager, parse_pipeline
 
 WIDTHS = (8, 16, 8)
 ACT = QuantSpec(Grid(8, signed=False, symmetric=False), Granularity.per_tensor())
 WEIGHT = QuantSpec(Grid(8), Granularity.per_channel(0))
 Edit = Callable[[onnx.ModelProto], None]
+Lowered = Callable[..., Program]
 
 
 @dataclass(frozen=True)
@@ -161,3 +165,53 @@ def _node(
     if quantizer:
         node.meta["quantizer"] = quantizer
     return node
+
+
+@cache
+def _decoder(kind: str) -> Program:
+    """A tiny random decoder, cleaned: ``llama``, ``llama-tied`` or ``gpt2``; vocabulary 96, width 64."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=96, bos_token_id=0, eos_token_id=0, **sizes))
+    else:
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+        tied = kind == "llama-tied"
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=96, num_hidden_layers=2, tie_word_embeddings=tied, **sizes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = 0.1 if name.endswith("bias") or "norm" in name or "ln_" in name else 0.2
+            parameter += spread * torch.randn(parameter.shape)
+    return PassManager(parse_pipeline("clean")).run(load(model.eval(), task="text-generation"), Context())
+
+
+@cache
+def _lowered(kind: str, scheme: str, ignore: str) -> Program:
+    placed = f"quantize{{scheme={scheme}{f' ignore=[{ignore}]' if ignore else ''}}}"
+    passes = parse_pipeline(f"{placed},calibrate{{weights=minmax}},lower-integer")
+    return PassManager(passes).run(_decoder(kind), Context())
+
+
+@pytest.fixture(scope="session")
+def lowered() -> Lowered:
+    """``lowered(kind, scheme, ignore="")``: a tiny decoder whose weights are codes; in float without a scheme."""
+
+    def build(kind: str = "llama", scheme: str = "", ignore: str = "") -> Program:
+        return (_lowered(kind, scheme, ignore) if scheme else _decoder(kind)).clone()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[dict[str, torch.Tensor]]:
+    """Two batches of token ids for ``lowered``, the first padded on the left."""
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for padding in (3, 0):
+        mask = torch.ones((2, 9), dtype=torch.int64)
+        mask[0, :padding] = 0
+        ids = torch.randint(0, 96, mask.shape, generator=generator)
+        result.append({"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)})
+    return result

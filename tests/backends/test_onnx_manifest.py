@@ -12,9 +12,9 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from bitlower.backends.onnx_qdq._json import read_json, write_json
+from bitlower.backends._json import read_json, write_json
+from bitlower.backends._resolved import float_bytes, resolved_tensors
 from bitlower.backends.onnx_qdq._manifest import verify_artefact, write_manifest
-from bitlower.backends.onnx_qdq._resolved import float_bytes, resolved_tensors
 from bitlower.backends.onnx_qdq._verification import write_verification
 from bitlower.backends.onnx_qdq._verify import verify_export
 from bitlower.ir import BitlowerError, CheckError

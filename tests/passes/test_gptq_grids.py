@@ -91,7 +91,7 @@ def test_each_end_of_an_asymmetric_range_is_searched() -> None:
     grids = Grids.over(columns, torch.ones(64) - 0.99 * (torch.arange(64) == 5), grid, 64, "weighted-mse")
     low, high = (torch.full((32,), end) for end in (-1.0, 2.0))
     reach = ((grid.quant_min - grids.zero) * grids.scale, (grid.quant_max - grids.zero) * grids.scale)
-    assert (reach[1] / high < 0.9 * reach[0] / low).all()
+    assert (reach[1] / high).mean() < 0.85 * (reach[0] / low).mean()
 
 
 @pytest.mark.parametrize("ranges", ["minmax", "mse", "weighted-mse"])

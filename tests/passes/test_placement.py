@@ -351,3 +351,20 @@ def test_bits_of_single_roles_can_differ(bert) -> None:
     assert {q.spec.grid.bits for _, q in result.quantizers() if q.role == "residual"} == {16}
     assert {q.spec.grid.bits for _, q in result.quantizers() if q.role == "norm"} == {8}
     assert "probs" not in roles(result, weights=False)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_of_a_language_model_has_the_role_of_its_table(tied: bool) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=96, max_position_embeddings=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    program = load(LlamaForCausalLM(config))
+    roles = {site.tensor: site.role for site in weight_sites(program.graph)}
+    tables = [name for name, role in roles.items() if role == "embedding-table"]
+    assert tables == ["model.embed_tokens.weight", *([] if tied else ["lm_head.weight"])]
+    assert roles["model.layers.0.mlp.up_proj.weight"] == "linear-weight"  # of the same shape, and no head
+    sites = {site.tensor: site for site in weight_sites(program.graph)}
+    assert len(sites["model.embed_tokens.weight"].edges) == 1 + tied

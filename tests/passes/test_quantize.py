@@ -91,3 +91,22 @@ def test_a_failing_placement_says_which_tensor(bert, run) -> None:
 )
 def test_it_prints_as_pipeline_text(pass_: Quantize) -> None:
     assert parse_pipeline(format_pipeline([pass_])) == (pass_,)
+
+
+def test_several_in_a_row_give_parts_of_the_model_different_schemes(bert, run) -> None:
+    _, program = bert()
+    first = Quantize(Scheme.parse("W8A16-g16"), targets=("re:.*(key|value)",))
+    result = run(program, Clean(), first, Quantize(Scheme.parse("W4A16-g16"), ignore=("classifier",)))
+    bits = {q.tensor: q.spec.grid.bits for _, q in result.quantizers() if q.role == "linear-weight"}
+    assert len(bits) == 13
+    for tensor, count in bits.items():
+        assert count == (8 if "key" in tensor or "value" in tensor else 4), tensor
+    readers = [node.all_input_nodes for node in linears(result.graph)]
+    assert all(sum(n.target is ops.fake_quantize for n in inputs) <= 1 for inputs in readers)
+
+
+def test_a_second_pass_that_finds_nothing_left_is_refused(bert, run) -> None:
+    _, program = bert()
+    once = run(program, Clean(), Quantize(Scheme.parse("W8A8-full")))
+    with pytest.raises(BitlowerError, match="quantizes nothing"):
+        run(once, Quantize(Scheme.parse("W8A8-full")))

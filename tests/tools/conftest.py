@@ -81,13 +81,18 @@ def bert_program(bert: Path) -> Program:
 
 
 @pytest.fixture
-def traced(bert: Path, bert_program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tracing the tiny encoder takes no time."""
+def traced(bert: Path, bert_program: Program, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing the tiny encoder, and the tiny decoder where a test has it, takes no time."""
 
     def quick(model: Any, **options: Any) -> Program:
-        return bert_program.clone() if os.fspath(model) == str(bert) else load(model, **options)
+        if os.fspath(model) == str(bert):
+            return bert_program.clone()
+        if "llama" in request.fixturenames and os.fspath(model) == str(request.getfixturevalue("llama")):
+            return request.getfixturevalue("llama_program").clone()
+        return load(model, **options)
 
-    monkeypatch.setattr("bitlower.tools.flow.load", quick)
+    for user in ("flow", "plan", "language_model"):
+        monkeypatch.setattr(f"bitlower.tools.{user}.load", quick)
 
 
 @pytest.fixture
@@ -95,14 +100,15 @@ def backend(monkeypatch: pytest.MonkeyPatch, traced: None) -> SimpleNamespace:
     """Stands in for every backend; ``calls`` tells how it was called."""
 
     def export(
-        program: Program, folder: Path, *, opset: int = 21, batches: Sequence[Batch] = (), provenance: Any = None
-    ) -> dict[str, Any]:
+        program: Program, folder: Path, *, opset: int = 21, form: str = "qdq", batches: Sequence[Batch] = (),
+        provenance: Any = None,
+    ) -> dict[str, Any]:  # fmt: skip
         stub.calls.append((program, opset, batches))
         (folder / "model.txt").write_text(program.digest())
         (folder / "manifest.json").write_text("{}")
         return {"kernels": {"got": 3, "expected": 3}, "worst": 0.5}
 
-    options = dataclasses.make_dataclass("Options", [("opset", int, 21)])
+    options = dataclasses.make_dataclass("Options", [("opset", int, 21), ("form", str, "qdq")])
     stub = SimpleNamespace(export=export, Options=options, calls=[])
     monkeypatch.setattr(_backends, "_module", lambda name: stub)
     monkeypatch.setattr(_backends, "known_backends", lambda: ["onnx-qdq", "other"])
@@ -113,6 +119,52 @@ def backend(monkeypatch: pytest.MonkeyPatch, traced: None) -> SimpleNamespace:
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny classifier of two labels; not to be written to."""
     return save_bert(tmp_path_factory.mktemp("models") / "classifier", labels=2)
+
+
+def save_llama(folder: Path) -> Path:
+    """A Llama of 2 layers, width 32 and 2 KV heads, its head not tied, and a word tokenizer without padding token."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>", *dict.fromkeys(WORDS)])}
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny decoder; not to be written to."""
+    return save_llama(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def llama_program(llama: Path) -> Program:
+    """The tiny decoder, traced once."""
+    return load(str(llama))
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Path:
+    """A text of 40 lines, about 300 words."""
+    path = tmp_path / "story.txt"
+    path.write_text("\n".join(sentences(40)) + "\n")
+    return path
 
 
 @pytest.fixture

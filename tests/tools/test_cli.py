@@ -167,6 +167,33 @@ def test_eval(call: Any, classifier: Path, tmp_path: Path) -> None:
     assert (code, json.loads(out)["samples"]) == (0, 2)
 
 
+def test_eval_of_a_language_model(call: Any, llama: Path, story: Path, traced: None) -> None:
+    arguments = ("eval", llama, "--task", "text-generation", "--data", story, "--window", 16, "--windows", 2)
+    code, out, _ = call(*arguments, "--joiner", r"\n", "--prompt", "the cat", "--new-tokens", 3, "--json")
+    form = json.loads(out)
+    assert (code, form["windows"], form["stride"], form["tokens_scored"]) == (0, 2, 16, 30)
+    assert (form["joiner"], form["runtime"], form["samples"][0]["prompt"]) == ("\n", "Program", "the cat")
+    out = call(*arguments, "--stride", 4)[1]
+    assert "2 windows of 16 tokens, stride 4, 19 tokens scored of" in out
+    assert "as they are" in out
+    out = call("eval", llama, "--task", "text-generation", "--prompt", "rain", "--new-tokens", 3)[1]
+    assert "tokens a second" in out
+    assert call("eval", llama, "--task", "text-generation")[0] == 2
+    assert call("eval", llama, "--task", "sts-b")[0] == 2
+
+
+def test_quantize_takes_algorithm_and_formats(
+    call: Any, llama: Path, story: Path, tmp_path: Path, backend: SimpleNamespace
+) -> None:
+    arguments = ("quantize", llama, "--calibration", story, "--scheme", "W4A16-g16", "--samples", 2, "--max-length", 16)
+    code, _, err = call(*arguments, "--algorithm", "rtn", "-o", tmp_path / "a", "--no-cache")
+    assert (code, "passes: clean,quantize{scheme=W4A16-g16},rtn,lower-integer\n" in err) == (0, True)
+    code, _, err = call(*arguments, "--algorithm", "gptk", "-o", tmp_path / "b")
+    assert (code, "unknown algorithm 'gptk'; did you mean 'gptq'" in err) == (2, True)
+    code, _, err = call(*arguments, "--format", "gptqv2", "-o", tmp_path / "b")
+    assert (code, "unknown format 'gptqv2'; did you mean 'gptq-v2'" in err) == (2, True)
+
+
 def test_verify_asks_the_backend(call: Any, tmp_path: Path, backend: SimpleNamespace) -> None:
     (tmp_path / "manifest.json").write_text('{"backend": "onnx-qdq"}')
     backend.verify = lambda folder: {"outputs": {"x": {"worst": 1e-6}}}

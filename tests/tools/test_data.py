@@ -13,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitlower.ir import BitlowerError
-from bitlower.tools.data import check_finite, number, read_rows, read_texts, split_texts
+from bitlower.tools.data import (
+    check_finite,
+    number,
+    read_rows,
+    read_text,
+    read_texts,
+    split_texts,
+    split_windows,
+)
 
 PRINTABLE = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp"), exclude_characters="\ufeff"), min_size=1)
 
@@ -95,6 +103,43 @@ def test_split_keeps_held_out_texts_apart(available: int, samples: int | None, c
     assert not set(split.calibration) & set(split.held_out)
     assert list(split.calibration) == sorted(split.calibration)
     assert split == split_texts(whole, samples=samples, seed=3)
+
+
+def test_one_long_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "\ufeff one \n\n two\r\nthree")
+    assert read_text(path) == " one \n\n two\r\nthree"
+    assert read_text(path, joiner="|") == " one || two|three"
+    assert read_text(path, limit=5) == " one \n"
+    rows = write(tmp_path / "a.jsonl", '{"text": " a\\n"}\n{"text": ""}\n{"text": "b"}\n')
+    assert read_text(rows) == " a\n\n\n\n\nb"
+    assert read_text(f"{rows}:text", joiner="") == " a\nb"
+    assert read_text(rows, joiner="-", limit=2) == " a\n"
+    with pytest.raises(BitlowerError, match="holds no text"):
+        read_text(write(tmp_path / "b.txt", " \n\n"))
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 3), st.integers(0, 30), st.integers(0, 9))
+def test_windows_are_whole_apart_and_in_order(length: int, samples: int, held: int, spare: int, seed: int) -> None:
+    ids = torch.arange(length * samples + spare)
+    kept, held_out = split_windows(ids, length, samples, held_out=held, seed=seed)
+    assert kept.shape == (samples, length)
+    assert len(held_out) == min(held, spare // length)
+    starts = torch.cat([kept, held_out])[:, 0]
+    assert bool((starts % length == 0).all())
+    assert len(set(starts.tolist())) == len(starts)
+    for rows in (kept, held_out):
+        assert bool((rows == rows[:, :1] + torch.arange(length)).all())
+        assert rows[:, 0].tolist() == sorted(rows[:, 0].tolist())
+    assert torch.equal(kept, split_windows(ids, length, samples, seed=seed)[0]) or held
+    assert torch.equal(kept, split_windows(ids, length, samples, held_out=held, seed=seed)[0])
+
+
+def test_windows_come_from_all_of_the_text_and_must_be_enough() -> None:
+    ids = torch.arange(1000)
+    places = {int(i) // 10 for seed in range(60) for i in split_windows(ids, 10, 10, seed=seed)[0][:, 0]}
+    assert len(places) == 100
+    with pytest.raises(BitlowerError, match="1000 tokens are 100 windows of 10, 101 are needed"):
+        split_windows(ids, 10, 101)
 
 
 @pytest.mark.parametrize(

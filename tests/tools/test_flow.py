@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from bitlower.frontends import load
 from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program
 from bitlower.passes import PassManager, format_pipeline
 from bitlower.tools.flow import Options, quantize, recipe_job, run_recipe, standard_passes, standard_recipe
@@ -233,3 +234,58 @@ def test_the_program_is_verified_between_passes_unless_told_otherwise(
     run_recipe(recipe_of(bert, texts), tmp_path / "a")
     run_recipe(recipe_of(bert, texts), tmp_path / "b", Options(verify=False))
     assert seen == [True, False]
+
+
+def test_a_decoder_is_calibrated_on_windows_of_the_whole_text(
+    llama: Path, story: Path, tmp_path: Path, backend: SimpleNamespace
+) -> None:
+    recipe = standard_recipe(str(llama), "W4A16-g16", str(story), algorithm="rtn", samples=6, max_length=24)
+    data = recipe_job(recipe).data
+    made = data(load(str(llama)))
+    assert [tuple(batch["input_ids"].shape) for batch in made.calibration] == [(1, 24)] * 6
+    assert [tuple(batch["input_ids"].shape) for batch in made.evaluation] == [(1, 24)] * 2
+    assert all(bool(batch["attention_mask"].all()) for batch in made.calibration)
+    assert all(batch["position_ids"][0].tolist() == list(range(24)) for batch in made.calibration)
+    summary = run_recipe(recipe, tmp_path / "out")
+    assert summary.to_dict()["pipeline"].split(",")[2] == "rtn"
+    again = load_recipe(tmp_path / "out" / "recipe.yaml")
+    assert (again.calibration.samples, again.calibration.max_length) == (6, 24)
+    short = standard_recipe(str(llama), "W4A16-g16", str(story), samples=400)
+    with pytest.raises(BitlowerError, match="calibration text is too short"):
+        run_recipe(short, tmp_path / "other")
+
+
+def test_held_out_windows_may_come_from_another_text(llama: Path, story: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("snow " * 200)
+    form = standard_recipe(str(llama), "W4A16-g16", str(story), samples=2, max_length=8).model_dump(exclude_unset=True)
+    form["evaluation"] = {"data": str(tmp_path / "other.txt"), "max_length": 16, "samples": 3}
+    made = recipe_job(Recipe.model_validate(form)).data(load(str(llama)))
+    assert [tuple(batch["input_ids"].shape) for batch in made.evaluation] == [(1, 16)] * 3
+    assert {len(batch["input_ids"].unique()) for batch in made.evaluation} <= {1, 2}
+
+
+def test_gptq_in_one_line(llama: Path, story: Path, tmp_path: Path, backend: SimpleNamespace) -> None:
+    made = quantize(llama, scheme="W4A16-g16", calibration=story, output=tmp_path / "out", samples=4, max_length=32)
+    assert [text.partition("{")[0] for text in made.program.passes] == ["clean", "quantize", "gptq", "lower-integer"]
+    assert made.program.level is Level.INTEGER
+    codes = {quantizer.tensor for _, quantizer in made.program.quantizers()}
+    assert not codes & {"lm_head.weight", "model.embed_tokens.weight"}
+    assert len(codes) == 14
+
+
+def test_without_data_weights_are_rounded(llama: Path) -> None:
+    made = quantize(llama, scheme="W4A16-g16")
+    assert [text.partition("{")[0] for text in made.program.passes] == ["clean", "quantize", "rtn", "lower-integer"]
+
+
+def test_a_target_refuses_before_the_long_passes(
+    llama: Path, story: Path, tmp_path: Path, backend: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitlower.passes.rtn import Rtn
+
+    backend.supports = lambda spec, shape, role, **options: f"no {spec.grid.bits} bits" if shape == (32, 64) else ""
+    monkeypatch.setattr(Rtn, "run", lambda *_: pytest.fail("the weights were rounded"))
+    with pytest.raises(BitlowerError, match=r"onnx-qdq cannot hold model.layers.0.mlp.down_proj.weight .*no 4 bits"):
+        quantize(llama, scheme="W4A16-g16", algorithm="rtn", calibration=story, output=tmp_path / "out", samples=4,
+                 max_length=32)  # fmt: skip
+    assert not (tmp_path / "out").exists()

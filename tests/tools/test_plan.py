@@ -10,13 +10,9 @@ import torch
 
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program
+from bitlower.tools._standard import standard_exports
 from bitlower.tools.flow import quantize, standard_passes, standard_recipe
-from bitlower.tools.plan import Load, code_bytes, make_plan, plan_recipe
-
-
-@pytest.mark.parametrize(("bits", "expected"), [(2, 5), (4, 5), (5, 5), (8, 5), (9, 10), (16, 10)])
-def test_codes_take_one_byte_or_two(bits: int, expected: int) -> None:
-    assert code_bytes(5, bits) == expected
+from bitlower.tools.plan import Load, make_plan, plan_recipe
 
 
 def test_tensors_by_hand(bert_program: Program) -> None:
@@ -85,3 +81,38 @@ def test_the_predicted_size_is_that_of_the_artefact(tmp_path: Path, scheme: str)
     plan = make_plan(load(module), standard_passes(scheme), Load(1, 12))
     assert plan.file_bytes == pytest.approx(made.summary.files["model.onnx"], rel=0.02)
     assert plan.artefact_bytes == pytest.approx(made.summary.artefact_bytes, rel=0.03)
+
+
+def test_a_decoder_in_few_bits_by_hand(llama_program: Program) -> None:
+    passes, exports = standard_passes("W4A16-g16"), standard_exports("W4A16-g16")
+    plan = make_plan(llama_program.clone(), passes, Load(8, 32), exports)
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    down = tensors["model.layers.0.mlp.down_proj.weight"]
+    assert (down.shape, down.bits, down.bytes) == ((32, 64), 4, 32 * 64 // 2 + 32 * 4 * 4)
+    assert down.bits_per_weight == 4 + 32 / 16
+    for table in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert (tensors[table].bits, tensors[table].reason) == (32, "the scheme leaves embedding-table in float")
+    assert plan.target == "onnx-qdq{form=onnxruntime}"
+    assert plan.notes == ()
+    more = make_plan(llama_program.clone(), passes, Load(8, 32), [*exports, ("checkpoint", {})])
+    assert [note.partition(" is ")[0] for note in more.notes] == ["checkpoint"]
+    packed = make_plan(llama_program.clone(), passes, Load(8, 32), [("checkpoint", {})])
+    assert packed.float_bytes > 2 * packed.file_bytes
+    rounded = make_plan(llama_program.clone(), standard_passes("W4A16-g16", algorithm="rtn"), Load(8, 32), exports)
+    assert rounded.seconds <= plan.seconds
+    assert rounded.peak_bytes < plan.peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("scheme", "export", "message"),
+    [
+        ("W4A16-g24", ("checkpoint", {}), r"self_attn.q_proj.weight .*per-group\(24\) does not divide an axis of 32"),
+        ("W4A16-g8", ("checkpoint", {"format": "gptq-v2"}), r"cannot hold .*q_proj.weight .*groups"),
+        ("W4A8-g16-e16", ("checkpoint", {}), r"checkpoint cannot hold .* \(linear-input\)"),
+    ],
+)  # fmt: skip
+def test_a_plan_refuses_what_the_target_cannot_hold(
+    llama_program: Program, scheme: str, export: tuple[str, dict[str, str]], message: str
+) -> None:
+    with pytest.raises(BitlowerError, match=message):
+        make_plan(llama_program.clone(), standard_passes(scheme, algorithm="rtn"), Load(8, 32), [export])

@@ -58,10 +58,10 @@ def test_a_recipe_has_typed_sections_and_defaults(folder: Path) -> None:
     recipe = load(folder, GOOD)
     assert recipe.model_source == "package:some-model"
     assert recipe.calibration.model_dump() == {
-        "data": "texts/sentences.txt", "column": None, "samples": 12, "max_length": 128, "batch_size": 8, "seed": 0
+        "data": "texts/sentences.txt", "column": None, "samples": 12, "max_length": None, "batch_size": None, "seed": 0
     }  # fmt: skip
     assert recipe.evaluation is not None
-    assert (recipe.evaluation.samples, recipe.evaluation.column) == (32, "sentence")
+    assert (recipe.evaluation.samples, recipe.evaluation.column) == (None, "sentence")
     assert recipe.export == [Step(name="onnx-qdq", params={"opset": 21})]
     assert recipe.resolve(recipe.calibration.data).read_text() == "sentence\na text\n"
 

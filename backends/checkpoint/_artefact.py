@@ -1,0 +1,69 @@
+"""The check of a checkpoint on the disk, without its Program."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bitlower.backends import _manifest
+from bitlower.backends._folder import CONFIG
+from bitlower.backends._json import read_json
+from bitlower.backends.checkpoint._formats import FORMATS
+from bitlower.backends.checkpoint._verification import FILE, read_verification
+from bitlower.backends.checkpoint._verify import Stored, check_weight
+from bitlower.ir import CheckError
+
+
+@dataclass(frozen=True)
+class ArtefactReport:
+    """A sound checkpoint.
+
+    Args:
+        files: how many there are.
+        bytes: of all of them.
+        unlisted: files that the manifest does not know.
+        format: of the packed layers.
+        layers: how many were unpacked; their codes, scales and zero points are those of the export.
+        codes: how many these are.
+    """
+
+    files: int
+    bytes: int
+    unlisted: tuple[str, ...]
+    format: str
+    layers: int
+    codes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "unlisted": list(self.unlisted)}
+
+
+def verify_artefact(folder: Path) -> ArtefactReport:
+    """Check a checkpoint on the disk against what was recorded when it was written.
+
+    Every file has the hash that the manifest says, and each packed layer, unpacked as ``config.json`` says, has the
+    codes, scales and zero points that were compared with the Program.
+
+    Raises:
+        BitlowerError: there is no such folder.
+        CheckError: a file is missing or changed, or a layer does not unpack to what it was.
+    """
+    manifest = _manifest.read_manifest(folder)
+    files = _manifest.check_files(folder, manifest, (CONFIG, FILE))
+    recorded = read_verification(folder)
+    if recorded.format not in FORMATS:
+        raise CheckError(f"{FILE} in {folder} names the unknown format {recorded.format!r}")
+    stored = Stored(folder, FORMATS[recorded.format], read_json(folder / CONFIG))
+    expected = {row.path: row for row in recorded.layers}
+    if set(stored.packed) != set(expected):
+        path = min(set(stored.packed) ^ set(expected))
+        raise CheckError(f"{path} is packed in the files or in {FILE}, but not in both")
+    for path, packed in stored.packed.items():
+        for part, digest in check_weight(path, packed, stored.layer(path)).items():
+            if expected[path].digests.get(part) != digest:
+                raise CheckError(f"the {part.replace('_', ' ')} of {path} are not those of the export")
+    unlisted = tuple(sorted(set(_manifest.list_files(folder)) - set(files)))
+    codes = sum(row.codes for row in recorded.layers)
+    return ArtefactReport(len(files), sum(files.values()), unlisted, recorded.format, len(expected), codes)

@@ -1,0 +1,109 @@
+"""How weights of at most 8 bits lie in an ONNX file, and which of them the runtime multiplies without unfolding them.
+
+onnxruntime's ``MatMulNBits`` takes codes of 2, 4 and 8 bits in blocks of 16, 32, 64, 128 or 256 inputs that share a
+scale. At the accuracy levels 0 to 3 its activations stay float, at level 4 it rounds them to 8 bits, block by block.
+Measured on a CPU, one token: 4-bit codes are 2 to 3 times as fast as a float matmul at level 1 and 6 to 10 times at
+level 4; 2- and 8-bit codes have a kernel only at level 4, and without it take 20 to 50 times as long as in float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from bitlower.backends.onnx_qdq._rewrite import Array
+from bitlower.ir import packing
+
+FLOAT_ACTIVATIONS = 1
+"""The accuracy level at which MatMulNBits computes in float32."""
+ROUNDS_ACTIVATIONS = 4
+"""The accuracy level at which MatMulNBits quantizes its float activations to 8 bits."""
+_SMALLEST, _LARGEST, _ROW = 16, 256, 128
+"""The blocks that the kernel takes, and the one for weights with one scale a row."""
+_SMALLEST_2, _LARGEST_2 = 32, 128
+"""The blocks for which there is a fast kernel for 2-bit codes; others are stored in 4 bits."""
+
+
+@dataclass(frozen=True)
+class Container:
+    """How a weight is stored.
+
+    Args:
+        bits: of a code; 3-bit codes lie in 4 bits, 5- to 7-bit ones in 8.
+        block: so many consecutive inputs share a scale; a row of one scale is cut into blocks too.
+    """
+
+    bits: int
+    block: int
+
+
+def container(bits: int, shape: Sequence[int], scale_shape: Sequence[int], accuracy_level: int) -> Container | str:
+    """The container of a weight [out, in], or why the runtime has no kernel for it.
+
+    Args:
+        bits: of the grid.
+        shape: of the weight.
+        scale_shape: of its scales, blocked as the Program's are.
+        accuracy_level: at which it is to be multiplied.
+    """
+    if bits > 8:
+        return f"the weight has {bits} bits"
+    if bits > 4 and accuracy_level != ROUNDS_ACTIVATIONS:
+        return f"{bits}-bit codes have no fast kernel at accuracy level {accuracy_level}"
+    depth, groups = shape[1], scale_shape[1] if len(scale_shape) == 2 else 1
+    group = depth // groups
+    block = min(_ROW, 1 << (depth.bit_length() - 1)) if groups == 1 else min(group & -group, _LARGEST)
+    if block < _SMALLEST:
+        return f"groups of {group} inputs are no multiple of {_SMALLEST}"
+    if bits == 2 and accuracy_level == ROUNDS_ACTIVATIONS and block >= _SMALLEST_2:
+        return Container(2, min(block, _LARGEST_2))
+    return Container(8 if bits > 4 else 4, block)
+
+
+def pack_codes(codes: Array, kind: Container) -> Array:
+    """Codes [N, K] as MatMulNBits reads them: uint8 [N, blocks, block · bits / 8]."""
+    return packing.pack_matmul_nbits(_shifted(codes, kind.bits), kind.bits, kind.block).numpy()
+
+
+def unpack_codes(packed: Array, bits: int, depth: int, *, is_signed: bool) -> Array:
+    """The inverse of :func:`pack_codes`, int8 if ``is_signed`` else uint8."""
+    codes = packing.unpack_matmul_nbits(torch.from_numpy(np.array(packed)), bits, depth)
+    return (packing.signed(codes, bits) if is_signed else codes).numpy()
+
+
+def pack_zeros(zero: Array, shape: Sequence[int], kind: Container, *, is_signed: bool) -> Array | None:
+    """Zero points as MatMulNBits reads them: uint8 [N, bytes]; None where all are what it takes for granted."""
+    given = 1 << (kind.bits - 1)
+    stored = np.rint(spread_blocks(zero, shape, kind.block)).astype(np.int32) + (given if is_signed else 0)
+    if (stored == given).all():
+        return None
+    return packing.pack_matmul_nbits_zeros(torch.from_numpy(stored.astype(np.uint8)), kind.bits).numpy()
+
+
+def unpack_zeros(packed: Array | None, rows: int, blocks: int, bits: int, *, is_signed: bool) -> Array:
+    """Zero points [rows, blocks] of the Program's codes: the inverse of :func:`pack_zeros`."""
+    given = 1 << (bits - 1)
+    if packed is None:
+        stored = np.full((rows, blocks), given, np.int32)
+    else:
+        flat = torch.from_numpy(np.array(packed).reshape(rows, -1))
+        stored = packing.unpack_matmul_nbits_zeros(flat, bits, blocks).numpy().astype(np.int32)
+    return stored - (given if is_signed else 0)
+
+
+def spread_blocks(scale: Array, shape: Sequence[int], block: int) -> Array:
+    """Scales (or zero points) of a weight [N, K], one a row and block: [N, ⌈K / block⌉]."""
+    rows, depth = shape
+    blocks = -(-depth // block)
+    grid: np.ndarray[Any, Any] = np.atleast_2d(scale)
+    height, width = (int(size) for size in grid.shape)
+    return grid.repeat(rows // height, 0).repeat(blocks if width == 1 else depth // width // block, 1)
+
+
+def _shifted(codes: Array, bits: int) -> torch.Tensor:
+    """Unsigned codes, signed ones with half of the container's range added."""
+    return packing.unsigned(torch.from_numpy(np.array(codes, order="C")), bits)

@@ -1,0 +1,55 @@
+"""The packed weights of MatMulNBits against the Program's codes, scales and zero points, bit for bit."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import onnx_ir as ir
+
+from bitlower.backends.onnx_qdq._low_bit import spread_blocks, unpack_codes, unpack_zeros
+from bitlower.backends.onnx_qdq._session import Array
+from bitlower.backends.onnx_qdq._structure import constant
+
+_COPY = re.compile(r"_\d+$")
+
+
+def packed_weights(graph: ir.Graph) -> dict[str, list[ir.Node]]:
+    """The MatMulNBits nodes by the name of the codes that they multiply with, which may bear a number at its end."""
+    found: dict[str, list[ir.Node]] = {}
+    for node in graph:
+        codes = node.inputs[1] if node.op_type == "MatMulNBits" else None
+        if codes is not None and codes.name:
+            found.setdefault(_COPY.sub("", codes.name), []).append(node)
+    return found
+
+
+def check_packed(linear: ir.Node, name: str, codes: Array, scale: Array | None, zero: Array | None) -> list[str]:
+    """What of a MatMulNBits is not the Program's weight called ``name``."""
+    bits, block, rows, depth = (
+        int(linear.attributes.get_int(key, default) or default)
+        for key, default in (("bits", 4), ("block_size", 0), ("N", 0), ("K", 0))
+    )
+    if codes.shape == (depth, rows) != (rows, depth):
+        codes, scale, zero = codes.T, _turned(scale), _turned(zero)
+    if codes.shape != (rows, depth):
+        return [f"{linear.name} multiplies with [{rows}, {depth}], where the codes of {name} are {list(codes.shape)}"]
+    stored = [constant(value) for value in linear.inputs[1:4]] + [None]
+    if stored[0] is None or stored[1] is None:
+        return [f"the codes or scales of {name} are no constants in the model"]
+    is_signed = codes.dtype == np.int8
+    blocks = -(-depth // block)
+    problems = []
+    differing = np.count_nonzero(unpack_codes(stored[0], bits, depth, is_signed=is_signed) != codes)
+    if differing:
+        problems.append(f"{differing} of the {codes.size} codes of {name} are not the program's")
+    found = (stored[1].reshape(rows, -1), unpack_zeros(stored[2], rows, blocks, bits, is_signed=is_signed))
+    for what, ours, theirs in zip(("scale", "zero point"), (scale, zero), found, strict=True):
+        wanted = spread_blocks(ours, codes.shape, block) if ours is not None else None
+        if wanted is None or not np.array_equal(wanted.astype(np.float32), theirs.astype(np.float32)):
+            problems.append(f"the {what} of {name} is not the program's")
+    return problems
+
+
+def _turned(array: Array | None) -> Array | None:
+    return array.T if array is not None else None

@@ -1,0 +1,141 @@
+"""Linears with low-bit weights and float activations: MatMulNBits, or what onnxruntime makes one of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from bitlower.backends.onnx_qdq._low_bit import Container, container, pack_codes, pack_zeros, spread_blocks
+from bitlower.backends.onnx_qdq._rewrite import APPLIED, Array, Editor, Rule, is_op, marker, only_user, source
+from bitlower.backends.onnx_qdq._rewrite_linear import Form, Linear, find_linear, finish_linear
+from bitlower.ir import packing
+
+_NARROW = {2: (ir.DataType.INT2, ir.DataType.UINT2), 4: (ir.DataType.INT4, ir.DataType.UINT4)} | {
+    8: (ir.DataType.INT8, ir.DataType.UINT8)
+}
+"""Signed and unsigned types by bits."""
+LOW_BIT = "low-bit-linear"
+"""The rule's name."""
+INT2_OPSET = 25
+"""The first opset in which DequantizeLinear takes 2-bit codes."""
+
+
+def low_bit_rules(form: Form, accuracy_level: int) -> tuple[Rule, ...]:
+    """The rules for linears with low-bit weights, before those for other linears."""
+
+    def with_level(
+        write: Callable[[Editor, Linear, Container, int], None],
+    ) -> Callable[[Editor, ir.Node], str | None]:
+        return lambda editor, node: _low_bit_linear(editor, node, accuracy_level, write)
+
+    if form == "onnxruntime":
+        return (Rule(LOW_BIT, with_level(_nbits)), Rule("tied-linear", tied_linear))
+    return (Rule(LOW_BIT, with_level(_dequantized)),)
+
+
+def _low_bit_linear(
+    editor: Editor, node: ir.Node, level: int, write: Callable[[Editor, Linear, Container, int], None]
+) -> str | None:
+    linear = find_linear(editor, node)
+    if linear is None:
+        return None
+    if marker(linear.x, "Dequantize") is not None:
+        return "the activation is quantized"
+    weight = linear.weight
+    bits = editor.bits.get(weight.name)
+    if bits is None:
+        return "the bits of the weight are not known"
+    kind = container(bits, weight.codes.T.shape, weight.scale.T.shape, level)
+    if isinstance(kind, str):
+        return kind
+    write(editor, linear, kind, level)
+    return APPLIED
+
+
+def _nbits(editor: Editor, linear: Linear, kind: Container, level: int) -> None:
+    """One com.microsoft.MatMulNBits with the bias in it."""
+    weight, node = linear.weight, linear.matmul
+    codes, scale, zero = weight.codes.T, weight.scale.T, weight.zero.T
+    rows, depth = codes.shape
+    blocks = -(-depth // kind.block)
+    layout = f"{kind.bits} bits, blocks of {kind.block}"
+    operands: list[ir.Value | None] = [
+        linear.x,
+        editor.lazy(
+            weight.name,
+            layout,
+            ir.DataType.UINT8,
+            (rows, blocks, kind.block * kind.bits // 8),
+            lambda: pack_codes(codes, kind),
+        ),
+        editor.lazy(
+            f"{weight.stem}_scale",
+            layout,
+            ir.DataType.FLOAT,
+            (rows, blocks),
+            lambda: spread_blocks(scale, codes.shape, kind.block).astype(np.float32),
+        ),
+    ]
+    zeros = pack_zeros(zero, codes.shape, kind, is_signed=codes.dtype == np.int8)
+    operands.append(editor.constant(f"{weight.stem}_zero_point", zeros) if zeros is not None else None)
+    operands += [None, editor.constant(f"{weight.stem}_bias", linear.bias) if linear.bias is not None else None]
+    while operands[-1] is None:
+        operands.pop()
+    attributes = {"K": depth, "N": rows, "bits": kind.bits, "block_size": kind.block, "accuracy_level": level}
+    result = editor.emit(node, "MatMulNBits", operands, domain="com.microsoft", **attributes)
+    editor.replace(linear.output, result)
+
+
+def _dequantized(editor: Editor, linear: Linear, kind: Container, level: int) -> None:
+    """DequantizeLinear (in blocks) and MatMul, of which onnxruntime makes a MatMulNBits when it loads the model."""
+    weight, node = linear.weight, linear.matmul
+    bits = kind.bits if kind.bits > 2 or editor.opset >= INT2_OPSET else 4
+    codes = _stored(editor, weight.name, weight.codes, bits)
+    parts = [_blocks(weight.scale, weight.codes.shape, kind), _blocks(weight.zero, weight.codes.shape, kind)]
+    operands = [codes, editor.constant(f"{weight.stem}_scale", parts[0].astype(np.float32))]
+    if parts[1].any():
+        zeros = np.rint(parts[1]).astype(weight.codes.dtype)
+        operands.append(_stored(editor, f"{weight.stem}_zero_point", zeros, bits))
+    blocked = parts[0].ndim == 2
+    attributes: dict[str, Any] = {"axis": 0, "block_size": kind.block} if blocked else {"axis": 1}
+    [real] = editor.emit_all(node, "DequantizeLinear", operands, 1, **attributes)
+    finish_linear(editor, linear, editor.emit(node, "MatMul", [linear.x, real], like=node.outputs[0]))
+
+
+def _stored(editor: Editor, name: str, codes: Array, bits: int) -> ir.Value:
+    """Codes in the ONNX type of ``bits``."""
+    dtype = _NARROW[bits][codes.dtype == np.uint8]
+    if bits == 8:
+        return editor.lazy(name, "input first", dtype, codes.shape, lambda: codes)
+    return editor.lazy(name, "input first", dtype, codes.shape, lambda: _packed(codes, bits))
+
+
+def _packed(codes: Array, bits: int) -> Array:
+    return packing.pack_onnx(torch.from_numpy(np.array(codes, order="C")), bits).numpy()
+
+
+def _blocks(scale: Array, shape: tuple[int, ...], kind: Container) -> Array:
+    """Scales of a weight [K, N] by block and column, or by column where a column has one."""
+    if scale.size > 1 and scale.shape[0] > 1:
+        return spread_blocks(scale.T, shape[::-1], kind.block).T
+    return np.repeat(scale.reshape(-1), shape[1] // scale.size)
+
+
+def tied_linear(editor: Editor, node: ir.Node) -> str | None:
+    """A float weight that has another reader, as it lies: a copy for MatMul would double a large embedding table."""
+    transpose = source(node, 1).producer() if is_op(node, "MatMul") else None
+    weight = transpose.inputs[0] if is_op(transpose, "Transpose") and transpose is not None else None
+    if transpose is None or weight is None or editor.array(weight) is None:
+        return None
+    if len(weight.uses()) == 1 or only_user(transpose.outputs[0]) is not node:
+        return "the weight has one reader"
+    if list(transpose.attributes["perm"].as_ints()) != [1, 0]:
+        return "the weight is not a transposed matrix"
+    operands = [source(node), weight]
+    product = editor.emit(node, "FusedMatMul", operands, domain="com.microsoft", like=node.outputs[0], transB=1)
+    editor.replace(node.outputs[0], product)
+    return APPLIED

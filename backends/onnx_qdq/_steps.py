@@ -1,0 +1,81 @@
+"""Decoding for verification: a batch run again in steps, each with the keys and values of those before as its past."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from bitlower.ir import Batch, Program
+
+SEQUENCE, PAST, TOTAL = "sequence", "past", "past + sequence"
+"""Symbolic dimensions of a decoder: the tokens of this step, those before, and both."""
+_IN, _OUT = "past_key_values.", "present."
+
+
+def has_cache(program: Program) -> bool:
+    """Whether the program takes the keys and values of earlier tokens."""
+    return any(PAST in spec.type.shape for spec in program.inputs)
+
+
+def cached_steps(program: Program, batch: Batch) -> Iterator[Batch]:
+    """The tokens of ``batch`` in steps after a first one (half of them, all others but one, one), with their past.
+
+    The past is the program's own. Nothing for programs without a cache, or where there is one token only.
+    """
+    count = _length(program, batch)
+    if not has_cache(program) or count < 2:
+        return
+    half = (count + 1) // 2
+    given = _cut(program, program.complete(batch), 0, half, {})
+    for start, stop in ((half, count - 1), (count - 1, count)):
+        if start < stop:
+            with torch.no_grad():
+                results = program(**given)
+            caches = {f"{_IN}{name.removeprefix(_OUT)}": value for name, value in results.items()}
+            given = _cut(program, batch, start, stop, caches)
+            yield given
+
+
+def visible(program: Program, batch: Batch) -> dict[str, torch.Tensor]:
+    """Of a decoder's outputs, by name: where the tokens are no padding, to broadcast over the output.
+
+    What comes out at padding is nobody's: a row of attention that may look at nothing is 0 in torch, and the mean of
+    all values in onnxruntime.
+    """
+    spec = next((spec for spec in program.inputs if spec.type.shape[1:] == (TOTAL,)), None)
+    if spec is None or bool(batch[spec.name].all()):
+        return {}
+    mask = batch[spec.name].bool()
+    found = {}
+    for output in program.outputs:
+        shape = output.type.shape
+        for dim, columns in ((TOTAL, mask), (SEQUENCE, mask[:, -_length(program, batch) :])):
+            if dim in shape and shape[0] == spec.type.shape[0]:
+                sizes = [1] * len(shape)
+                sizes[0], sizes[shape.index(dim)] = columns.shape
+                found[output.name] = columns.reshape(sizes)
+                break
+    return found
+
+
+def _length(program: Program, batch: Batch) -> int:
+    """The tokens in a row of ``batch``; 0 if the program does not say which axis they lie along."""
+    for spec in program.inputs:
+        if SEQUENCE in spec.type.shape and spec.name in batch:
+            return batch[spec.name].shape[spec.type.shape.index(SEQUENCE)]
+    return 0
+
+
+def _cut(program: Program, batch: Batch, start: int, stop: int, caches: Batch) -> dict[str, torch.Tensor]:
+    """The tokens from ``start`` to ``stop``, after those that ``caches`` hold."""
+    given = {}
+    for spec in program.inputs:
+        value = caches[spec.name] if spec.name in caches else batch[spec.name]
+        for axis, dim in enumerate(spec.type.shape):
+            if dim == SEQUENCE:
+                value = value.narrow(axis, start, stop - start)
+            elif dim == TOTAL:
+                value = value.narrow(axis, 0, stop)
+        given[spec.name] = value.contiguous()
+    return given

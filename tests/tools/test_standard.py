@@ -1,0 +1,53 @@
+"""What a scheme and an algorithm stand for."""
+
+from __future__ import annotations
+
+import pytest
+
+from bitlower.ir import BitlowerError
+from bitlower.tools._standard import default_algorithm, standard_exports, standard_passes
+
+
+@pytest.mark.parametrize(
+    ("scheme", "calibrated", "algorithm"),
+    [
+        ("W4A16-g128", True, "gptq"),
+        ("W4A16-g128", False, "rtn"),
+        ("W2A16", True, "gptq"),
+        ("W8A16", True, "calibrate"),
+        ("W8A8", True, "calibrate"),
+        ("W4A8", True, "calibrate"),
+        ("W16A8", True, "calibrate"),
+    ],
+)
+def test_the_algorithm_follows_from_the_scheme(scheme: str, calibrated: bool, algorithm: str) -> None:
+    assert default_algorithm(scheme, calibrated=calibrated) == algorithm
+
+
+@pytest.mark.parametrize(
+    ("scheme", "algorithm", "names"),
+    [
+        ("W8A8", None, "clean quantize smooth calibrate lower-integer"),
+        ("W8A8", "gptq", "clean quantize smooth gptq calibrate lower-integer"),
+        ("W4A16-g128", None, "clean quantize gptq lower-integer"),
+        ("W4A16-g128", "rtn", "clean quantize rtn lower-integer"),
+        ("W4A16-g128", "calibrate", "clean quantize calibrate lower-integer"),
+    ],
+)
+def test_pipelines(scheme: str, algorithm: str | None, names: str) -> None:
+    passes = standard_passes(scheme, ["lm_head"], algorithm=algorithm)
+    assert [pass_.name for pass_ in passes] == names.split()
+    assert passes[1].parameters()["ignore"] == ("lm_head",)
+
+
+def test_formats() -> None:
+    assert standard_exports("W8A8") == (("onnx-qdq", {}),)
+    assert standard_exports("W4A16-g128") == (("onnx-qdq", {"form": "onnxruntime"}),)
+    assert standard_exports("W4A16-g128", ["onnx-qdq", "gptq-v2"]) == (
+        ("onnx-qdq", {"form": "onnxruntime"}),
+        ("checkpoint", {"format": "gptq-v2"}),
+    )
+    with pytest.raises(BitlowerError, match="unknown format 'checkpint'; did you mean 'checkpoint'"):
+        standard_exports("W8A8", ["checkpint"])
+    with pytest.raises(BitlowerError, match="unknown algorithm"):
+        standard_passes("W8A8", algorithm="awq")

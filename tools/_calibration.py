@@ -1,0 +1,155 @@
+"""From data files to a Program's batches: rows of texts for encoders, windows of one long text for language models.
+
+What is left out takes these defaults:
+
+===========  ==========================  =================================================
+..           texts                       windows (task text-generation)
+===========  ==========================  =================================================
+samples      up to 128                   32
+max_length   128 tokens, longer are cut  512 tokens, or as many as the model takes if fewer
+batch_size   8                           1
+held out     up to 16 more, or 32 [1]_   up to 2 more, or 2 [1]_
+===========  ==========================  =================================================
+
+.. [1] with a section ``evaluation``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+from bitlower.frontends import batches
+from bitlower.frontends.tokenize import check_length, token_ids, windows
+from bitlower.ir import Batch, BitlowerError, Program
+from bitlower.tools._job import Data
+from bitlower.tools.data import PARAGRAPH, Split, read_text, read_texts, split_texts, split_windows
+from bitlower.tools.recipe import DataSection, Recipe
+
+Calibration = str | os.PathLike[str] | Sequence[str] | Sequence[Batch]
+TEXTS, TEXT_LENGTH, TEXT_BATCH, HELD_OUT_TEXTS = 128, 128, 8, 32
+WINDOWS, WINDOW_LENGTH, WINDOW_BATCH, HELD_OUT_WINDOWS = 32, 512, 1, 2
+LONGEST_TEXT = 1 << 24
+"""Characters of a long text that are read at most."""
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much data, with the defaults of the kind filled in.
+
+    Args:
+        samples: None: as many texts as there are, up to 128.
+        max_length: tokens of each; None: ``WINDOW_LENGTH``, or what the model takes.
+        batch_size: of them in a batch.
+    """
+
+    samples: int | None
+    max_length: int | None
+    batch_size: int
+
+    @classmethod
+    def of(cls, section: DataSection, decoder: bool) -> Amount:
+        """What a section of a recipe asks for."""
+        return cls.make(section.samples, section.max_length, decoder, section.batch_size)
+
+    @classmethod
+    def make(cls, samples: int | None, max_length: int | None, decoder: bool, batch_size: int | None = None) -> Amount:
+        """Numbers that may be left out, for texts or for windows."""
+        if decoder:
+            return cls(samples or WINDOWS, max_length, batch_size or WINDOW_BATCH)
+        return cls(samples, max_length or TEXT_LENGTH, batch_size or TEXT_BATCH)
+
+    def length(self, program: Program) -> int:
+        """Tokens of a sample for ``program``."""
+        return self.max_length or min(WINDOW_LENGTH, program.config.get("max_position_embeddings") or WINDOW_LENGTH)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Data that have been read: ``batches`` makes a Program's input of them; ``samples`` says how many there are."""
+
+    batches: Callable[[Program], Data]
+    samples: int | None = None
+
+
+def recipe_source(recipe: Recipe, decoder: bool) -> Source:
+    """The data of a recipe; its files are read here.
+
+    Raises:
+        BitlowerError: a file is missing, damaged or too short.
+    """
+    return _recipe_windows(recipe) if decoder else _recipe_texts(recipe)
+
+
+def python_source(
+    calibration: Calibration | None, *, samples: int | None, seed: int, max_length: int | None, decoder: bool
+) -> Source:
+    """The data that a caller has: a file, texts, or batches as they are.
+
+    Raises:
+        BitlowerError: there are none, or a file is missing, damaged or too short.
+    """
+    if calibration is None:
+        return Source(lambda program: Data())
+    if not isinstance(calibration, str | os.PathLike):
+        if not calibration:
+            raise BitlowerError("the calibration data are empty")
+        if isinstance(calibration[0], Mapping):
+            given, cut = cast(Sequence[Batch], calibration), len(calibration) - len(calibration) // 8
+            return Source(lambda program: Data(given[:cut], given[cut:]))
+    texts = cast("str | os.PathLike[str] | Sequence[str]", calibration)
+    amount = Amount.make(samples, max_length, decoder)
+    if not decoder:
+        return _texts(split_texts(texts, samples=samples, seed=seed), amount, amount)
+    text = read_text(texts, limit=LONGEST_TEXT) if isinstance(texts, str | os.PathLike) else PARAGRAPH.join(texts)
+    return Source(lambda program: _windows(program, text, amount, seed), amount.samples)
+
+
+def _recipe_texts(recipe: Recipe) -> Source:
+    """Texts to calibrate on, and held-out ones: those of ``evaluation``, or what calibration leaves over."""
+    section, other = recipe.calibration, recipe.evaluation
+    texts = split_texts(recipe.resolve(section.data), samples=section.samples, seed=section.seed, column=section.column)
+    if other is not None:
+        path, count = recipe.resolve(other.data), other.samples or HELD_OUT_TEXTS
+        held_out = read_texts(path, column=other.column, samples=count, seed=other.seed)
+        texts = replace(texts, held_out=tuple(held_out))
+    return _texts(texts, Amount.of(section, False), Amount.of(other or section, False))
+
+
+def _texts(texts: Split, amount: Amount, held_out: Amount) -> Source:
+    def made(program: Program) -> Data:
+        return Data(_rows(program, texts.calibration, amount), _rows(program, texts.held_out, held_out))
+
+    return Source(made, len(texts.calibration))
+
+
+def _rows(program: Program, texts: Sequence[str], amount: Amount) -> Sequence[Batch]:
+    return batches(program, texts, max_length=amount.length(program), batch_size=amount.batch_size) if texts else ()
+
+
+def _recipe_windows(recipe: Recipe) -> Source:
+    """Windows of the calibration text, and held-out ones: of the text of ``evaluation``, or others of the same."""
+    section, other = recipe.calibration, recipe.evaluation
+    text = read_text(recipe.resolve(section.data), column=section.column, limit=LONGEST_TEXT)
+    amount = Amount.of(section, True)
+    if other is None:
+        return Source(lambda program: _windows(program, text, amount, section.seed), amount.samples)
+    second = read_text(recipe.resolve(other.data), column=other.column, limit=LONGEST_TEXT)
+    more, seed = replace(Amount.of(other, True), samples=other.samples or HELD_OUT_WINDOWS), other.seed
+
+    def made(program: Program) -> Data:
+        held_out = _windows(program, second, more, seed).calibration
+        return replace(_windows(program, text, amount, section.seed), evaluation=held_out)
+
+    return Source(made, amount.samples)
+
+
+def _windows(program: Program, text: str, amount: Amount, seed: int) -> Data:
+    """The batches of windows of ``text``, and of held-out ones."""
+    length, count = amount.length(program), amount.samples or WINDOWS
+    check_length(program, length)
+    parts = split_windows(token_ids(program, text), length, count, held_out=HELD_OUT_WINDOWS, seed=seed)
+    kept, held_out = (windows(program, part, batch_size=amount.batch_size) if len(part) else () for part in parts)
+    return Data(kept, held_out)

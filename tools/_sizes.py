@@ -1,0 +1,125 @@
+"""The bytes that a tensor takes in an artefact, as each target packs it.
+
+=====================  ============================================================  ===================  ==============
+target                 codes                                                         a scale              float
+=====================  ============================================================  ===================  ==============
+onnx-qdq               one byte, two above 8 bits                                    4 bytes              as it is
+.. weights only        linears: packed in 2, 4 or 8 bits as the backend chooses       4 bytes              as it is
+.. onnxruntime         the same, in blocks of MatMulNBits, a scale for each block     4 bytes              as it is
+compressed-tensors     rows as dense streams of 32-bit words                         as what stays float  ``dtype``
+gptq-v2                columns as dense streams of 32-bit words, and an index         2 bytes              ``dtype``
+=====================  ============================================================  ===================  ==============
+
+Zero points of asymmetric grids take the bits of their codes; gptq-v2 always has them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS, Container
+from bitlower.backends.onnx_qdq._low_bit import container as low_bit_container
+from bitlower.backends.onnx_qdq._rewrite_low_bit import INT2_OPSET
+from bitlower.ir import Program, Quantizer, QuantSpec
+from bitlower.ir.scheme import WEIGHT_ROLES
+
+ENTRY_BYTES = 106
+"""Of a node or a stored tensor in an ONNX file, beside its data, and of a tensor in a safetensors header."""
+_DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_WORD, _PAIR = 32, 2
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where tensors go: a backend with its options, and whether activations stay float."""
+
+    backend: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weights_only: bool = False
+
+    @classmethod
+    def of(cls, program: Program, backend: str, options: Mapping[str, Any]) -> Target:
+        """The target of a program whose quantizers are placed."""
+        roles = [quantizer.role for _, quantizer in program.quantizers()]
+        return cls(backend, options, all(role in WEIGHT_ROLES for role in roles))
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether weights lie in safetensors files."""
+        return self.backend == "checkpoint"
+
+    @property
+    def accuracy_level(self) -> int:
+        """At which MatMulNBits multiplies; see the backend's options."""
+        return int(self.options.get("accuracy_level", FLOAT_ACTIVATIONS))
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number that stays float."""
+        return _DTYPES[self.options.get("dtype", "float16")] if self.is_checkpoint else 4
+
+    def float_bytes(self, tensor: torch.Tensor) -> int:
+        """Of ``tensor``, which is not quantized."""
+        width = self.width if tensor.is_floating_point() else tensor.element_size()
+        return tensor.numel() * width
+
+    def __str__(self) -> str:
+        options = " ".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.backend}{{{options}}}" if options else self.backend
+
+
+def stored_bytes(quantizer: Quantizer, shape: tuple[int, ...], target: Target) -> int:
+    """Codes, scales and zero points of a weight of ``shape``."""
+    spec = quantizer.spec
+    scales = math.prod(spec.granularity.scale_shape(shape))
+    if target.is_checkpoint and len(shape) == 2:
+        return _checkpoint_bytes(spec, (shape[0], shape[1]), scales, target)
+    if target.weights_only and quantizer.role == "linear-weight" and len(shape) == 2:
+        kind = low_bit_container(spec.grid.bits, shape, spec.granularity.scale_shape(shape), target.accuracy_level)
+        if not isinstance(kind, str):
+            return _low_bit_bytes(spec, shape, kind, target)
+    width: int = spec.grid.dtype.itemsize
+    return width * math.prod(shape) + (4 if spec.grid.symmetric else 4 + width) * scales
+
+
+def _low_bit_bytes(spec: QuantSpec, shape: tuple[int, int], kind: Container, target: Target) -> int:
+    """Of a linear's weight that MatMulNBits reads, or that DequantizeLinear unfolds in blocks."""
+    (rows, columns), bits = shape, kind.bits
+    blocks, filled = -(-columns // kind.block), columns
+    if target.options.get("form") == "onnxruntime":
+        filled = blocks * kind.block
+    else:
+        bits = bits if bits > _PAIR or target.options.get("opset", 0) >= INT2_OPSET else 2 * _PAIR
+        blocks = blocks if spec.granularity.kind == "group" else 1
+    zeros = 0 if spec.grid.symmetric else rows * _bytes(blocks, bits)
+    return _bytes(rows * filled, bits) + 4 * rows * blocks + zeros
+
+
+def overhead_bytes(program: Program, target: Target) -> int:
+    """What a model file holds besides tensors: the nodes of the graph, and each tensor's name, type and shape."""
+    stored = len({node.target for node in program.graph.nodes if node.op == "get_attr"})
+    if target.is_checkpoint:
+        return ENTRY_BYTES * stored
+    return ENTRY_BYTES * (stored + len([node for node in program.graph.nodes if node.op == "call_function"]))
+
+
+def _checkpoint_bytes(spec: QuantSpec, shape: tuple[int, int], scales: int, target: Target) -> int:
+    rows, columns = shape
+    groups, bits = max(1, scales // rows), spec.grid.bits
+    if target.options.get("format") == "gptq-v2":
+        return 4 * rows * _words(columns, bits) + 4 * groups * _words(rows, bits) + 2 * scales + 4 * columns
+    zeros = 0 if spec.grid.symmetric else 4 * groups * _words(rows, bits)
+    return 4 * rows * _words(columns, bits) + target.width * scales + zeros + 16
+
+
+def _words(count: int, bits: int) -> int:
+    return -(-count * bits // _WORD)
+
+
+def _bytes(count: int, bits: int) -> int:
+    return -(-count * bits // 8)

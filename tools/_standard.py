@@ -1,0 +1,124 @@
+"""The pipeline and the recipe behind the one-line command: what a scheme and an algorithm stand for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from bitlower.ir import BitlowerError, Scheme, nearest
+from bitlower.passes import Pass, make_pass
+from bitlower.tools.data import split_column
+from bitlower.tools.recipe import Recipe, steps_of
+
+ALGORITHMS = ("calibrate", "gptq", "rtn")
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    "onnx-qdq": ("onnx-qdq", {}),
+    "checkpoint": ("checkpoint", {}),
+    "compressed-tensors": ("checkpoint", {"format": "compressed-tensors"}),
+    "gptq-v2": ("checkpoint", {"format": "gptq-v2"}),
+}
+"""Names of artefacts: a backend and its options."""
+_FULL_WIDTH = 8
+
+
+def as_scheme(scheme: str | Scheme) -> Scheme:
+    """``scheme``, read if it is a name.
+
+    Raises:
+        BitlowerError: not a scheme.
+    """
+    return Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+
+
+def default_algorithm(scheme: str | Scheme, *, calibrated: bool = True) -> str:
+    """What chooses the weights' codes if nobody says.
+
+    ``gptq`` for weights of fewer than 8 bits beside float activations, or ``rtn`` where there are no data to calibrate
+    on; ``calibrate`` for all else.
+
+    Raises:
+        BitlowerError: not a scheme.
+    """
+    made = as_scheme(scheme)
+    if made.weights is None or made.weights.grid.bits >= _FULL_WIDTH or made.activations is not None:
+        return "calibrate"
+    return "gptq" if calibrated else "rtn"
+
+
+def standard_passes(
+    scheme: str | Scheme, ignore: Sequence[str] = (), *, algorithm: str | None = None, calibrated: bool = True
+) -> tuple[Pass, ...]:
+    """The pipeline behind ``quantize``: every step from a float program to integers.
+
+    ``smooth`` and ``calibrate`` are for activations; with float activations ``algorithm`` stands alone.
+
+    Raises:
+        BitlowerError: not a scheme, or not an algorithm.
+    """
+    made = as_scheme(scheme)
+    algorithm = algorithm or default_algorithm(made, calibrated=calibrated)
+    if algorithm not in ALGORITHMS:
+        raise BitlowerError(f"unknown algorithm {algorithm!r}", hint=nearest(algorithm, ALGORITHMS))
+    parameters: dict[str, Any] = {"scheme": scheme, "ignore": list(ignore)}
+    names = ("smooth", algorithm, "calibrate") if made.activations else (algorithm,)
+    return (
+        make_pass("clean"),
+        make_pass("quantize", parameters),
+        *(make_pass(name) for name in dict.fromkeys(names)),
+        make_pass("lower-integer"),
+    )
+
+
+def standard_exports(scheme: str | Scheme, formats: Sequence[str] = ()) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """Backends by name with their options; ``onnx-qdq`` if nobody says.
+
+    ONNX with float activations takes the form ``onnxruntime``: its MatMulNBits keeps codes packed in memory.
+
+    Raises:
+        BitlowerError: not a scheme, or not a format.
+    """
+    weights_only = as_scheme(scheme).activations is None
+    exports = []
+    for name in formats or ("onnx-qdq",):
+        if name not in FORMATS:
+            raise BitlowerError(f"unknown format {name!r}", hint=nearest(name, FORMATS))
+        backend, options = FORMATS[name]
+        form = {"form": "onnxruntime"} if backend == "onnx-qdq" and weights_only else {}
+        exports.append((backend, options | form))
+    return tuple(exports)
+
+
+def standard_recipe(
+    model: str,
+    scheme: str | Scheme,
+    calibration: str | os.PathLike[str],
+    *,
+    algorithm: str | None = None,
+    formats: Sequence[str] = (),
+    task: str | None = None,
+    samples: int | None = None,
+    max_length: int | None = None,
+    seed: int = 0,
+    ignore: Sequence[str] = (),
+) -> Recipe:
+    """The recipe behind ``bitlower quantize``; paths are from the working directory.
+
+    Raises:
+        BitlowerError: not a scheme, or not an algorithm.
+    """
+    path, column = split_column(calibration)
+    data = {"data": str(path), "column": column, "samples": samples, "max_length": max_length, "seed": seed}
+    form: dict[str, Any] = {
+        "model": {"path": model, "task": task},
+        "calibration": {key: value for key, value in data.items() if value is not None},
+        "passes": steps_of(standard_passes(scheme, ignore, algorithm=algorithm)),
+        "export": [{name: params} if params else name for name, params in standard_exports(scheme, formats)],
+    }
+    try:
+        return Recipe.model_validate(form)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BitlowerError(f"{first['loc'][-1]}: {first['msg']}, not {first['input']!r}") from None

@@ -1,0 +1,170 @@
+"""One small interface to causal language models, whatever runs them: a Program, onnxruntime, or transformers."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitlower.frontends import load
+from bitlower.frontends._weights import quiet
+from bitlower.frontends.locate import locate
+from bitlower.ir import Batch, BitlowerError, Program
+from bitlower.tools.evaluate import open_session, shell
+
+TASK = "text-generation"
+Step = Callable[[Batch, Any], tuple[torch.Tensor, Any]]
+_PAST, _PRESENT = "past_key_values.", "present."
+_SUFFIXES = ("ForCausalLM", "LMHeadModel")
+_READERS = {
+    "compressed-tensors": "pip install compressed-tensors accelerate",
+    "gptq": "pip install gptqmodel",
+}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model with its KV cache.
+
+    Args:
+        program: for its configuration, tokenizer and inputs; it has no graphs if something else computes.
+        step: takes ``input_ids`` ``[batch, sequence]``, ``attention_mask`` ``[batch, past + sequence]`` and
+            ``position_ids``, and a cache (None: empty); gives logits ``[batch, sequence, vocabulary]`` in float32 and
+            the cache with the new tokens in it.
+        runtime: what computes.
+    """
+
+    program: Program
+    step: Step
+    runtime: str
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        stop = self.program.config.get("eos_token_id")
+        return () if stop is None else tuple(stop) if isinstance(stop, list) else (int(stop),)
+
+
+def language_model(model: Program | LanguageModel | str | os.PathLike[str]) -> LanguageModel:
+    """``model`` behind the interface: a Program, an artefact's folder, or a float model as the frontends take it.
+
+    Raises:
+        BitlowerError: it is no causal language model, or what reads it is not installed.
+    """
+    if isinstance(model, LanguageModel):
+        return model
+    if isinstance(model, Program):
+        return _of_program(model)
+    folder = Path(model)
+    if (folder / "model.onnx").is_file():
+        return _of_onnx(folder)
+    if (folder / "config.json").is_file() and (method := quantization_of(folder)):
+        return _of_checkpoint(folder, method)
+    return _of_program(load(model))
+
+
+def is_decoder(model: str | os.PathLike[str] | torch.nn.Module, task: str | None = None) -> bool:
+    """Whether ``model`` will be traced as a causal language model; of a folder only the configuration is read.
+
+    Raises:
+        BitlowerError: there is no such model.
+    """
+    if task is not None:
+        return task == TASK
+    if isinstance(model, torch.nn.Module):
+        return type(model).__name__.endswith(_SUFFIXES)
+    place = locate(model)
+    if place.suffix == ".gguf":
+        return True
+    try:
+        names = json.loads((place / "config.json").read_text(encoding="utf-8"))["architectures"]
+        return bool(names) and str(names[0]).endswith(_SUFFIXES)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # the frontend says what is wrong with it
+
+
+def quantization_of(folder: Path) -> str:
+    """The ``quant_method`` that the configuration in ``folder`` names; empty if there is none."""
+    try:
+        form = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError) as error:
+        raise BitlowerError(f"{folder} holds no readable config.json: {error}") from None
+    return str(form.get("quant_method", "")) if isinstance(form, Mapping) else ""
+
+
+def _of_program(program: Program) -> LanguageModel:
+    _check(program)
+
+    def step(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
+        names = [spec.name for spec in program.inputs]
+        with torch.no_grad():
+            outputs = program(**{name: feed[name] for name in names if name in feed}, **(cache or {}))
+        logits = outputs["logits"]
+        return logits, {_past_name(name): value for name, value in outputs.items() if name.startswith(_PRESENT)}
+
+    return LanguageModel(program, step, "Program")
+
+
+def _of_onnx(folder: Path) -> LanguageModel:
+    """The artefact in onnxruntime; the cache stays in its own memory from step to step."""
+    from onnxruntime import OrtValue
+
+    session = open_session(folder)
+    program = shell(folder, session)
+    _check(program)
+    names = [spec.name for spec in program.outputs]
+
+    def step(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
+        given = program.complete({s.name: feed[s.name] for s in program.inputs if s.name in feed})
+        values = {n: OrtValue.ortvalue_from_numpy(t.numpy()) for n, t in given.items() if not (cache and n in cache)}
+        results = dict(zip(names, session.run_with_ort_values(names, values | (cache or {})), strict=True))
+        logits = torch.from_numpy(results["logits"].numpy())
+        return logits, {_past_name(name): value for name, value in results.items() if name.startswith(_PRESENT)}
+
+    return LanguageModel(program, step, "onnxruntime")
+
+
+def _of_checkpoint(folder: Path, method: str) -> LanguageModel:
+    """A quantized Hugging Face folder in transformers, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet(), redirect_stderr(io.StringIO()):  # the libraries draw bars of their own
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+            ).eval()
+    except ImportError as error:
+        hint = _READERS.get(method, f"it needs what reads {method!r}")
+        raise BitlowerError(f"{folder} cannot be read by transformers: {_first_line(error)}", hint=hint) from None
+    except Exception as error:  # whatever transformers and the method's library raise on what they cannot read
+        raise BitlowerError(f"{folder} cannot be read by transformers: {_first_line(error)}") from None
+
+    def step(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
+        with torch.no_grad():
+            outputs = model(input_ids=feed["input_ids"], attention_mask=feed["attention_mask"],
+                            past_key_values=cache, use_cache=True)  # fmt: skip
+        return outputs.logits.float(), outputs.past_key_values
+
+    return LanguageModel(shell(folder), step, "transformers")
+
+
+def _past_name(present: str) -> str:
+    return _PAST + present.removeprefix(_PRESENT)
+
+
+def _check(program: Program) -> None:
+    if "logits" not in [s.name for s in program.outputs] or "input_ids" not in [s.name for s in program.inputs]:
+        raise BitlowerError(f"{program.source or 'the model'} is no causal language model", hint="is the task right?")
+    if program.task and program.task != TASK:
+        raise BitlowerError(f"{program.source or 'the model'} is for {program.task}, not for {TASK}")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
