@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from bitlower.ir.diagnostics import BitlowerError
 from bitlower.ir.types import Dim
 
+_SMALLEST_BLOCK = 8
 KINDS = ("tensor", "channel", "group", "row-group", "token", "embedding", "embedding-group")
 
 
@@ -44,7 +47,11 @@ class Granularity:
 
     @classmethod
     def per_group(cls, size: int, axis: int = -1) -> Granularity:
-        """One scale a row and a block of ``size`` consecutive entries along ``axis`` (GPTQ's group size)."""
+        """One scale a row and a block of ``size`` consecutive entries along ``axis`` (GPTQ's group size).
+
+        Where the size does not divide the axis, the last group is shorter, and scales are stored once for each block of
+        the greatest common divisor: those of one group are equal.
+        """
         return cls("group", axis, size)
 
     @classmethod
@@ -90,27 +97,53 @@ class Granularity:
         if not isinstance(extent, int):
             raise BitlowerError(f"{self}: axis {self.axis} has the symbolic size {extent!r}, a static one is needed")
         if self.kind == "group":
-            return _replace(
-                tuple(_static(self, d) for d in shape), self.axis, self._divide(extent, extent // self.size)
-            )
+            return _replace(tuple(_static(self, d) for d in shape), self.axis, extent // self.block_size(extent))
         count = extent if self.size == 0 else self._divide(extent, self.size)
         return _replace((1,) * rank, self.axis, count)
 
     def _divide(self, extent: int, count: int) -> int:
-        parts = self.size if self.kind == "group" else count
-        if parts == 0 or count == 0 or extent % parts:
+        if count == 0 or extent % count:
             raise BitlowerError(
                 f"{self} does not divide an axis of {extent}", hint="choose a divisor, or exclude the tensor"
             )
         return count
+
+    def block_size(self, extent: int) -> int:
+        """How many consecutive entries of an axis of ``extent`` share a stored scale of a group.
+
+        Raises:
+            BitlowerError: the group size and the axis have too little in common.
+        """
+        block = extent if self.size >= extent else math.gcd(self.size, extent)
+        if block < min(self.size, extent, _SMALLEST_BLOCK):
+            raise BitlowerError(
+                f"{self} and an axis of {extent} have only blocks of {block} in common",
+                hint="choose a divisor, or exclude the tensor",
+            )
+        return block
+
+    def pad_groups(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` with zeros after its last axis, so that its groups are all whole."""
+        return functional.pad(x, (0, -x.shape[-1] % min(self.size, x.shape[-1])))
+
+    def to_blocks(self, values: torch.Tensor, extent: int) -> torch.Tensor:
+        """One value for each group along the last axis as one for each stored block of an axis of ``extent``."""
+        block = self.block_size(extent)
+        repeated = values.repeat_interleave(min(self.size, extent) // block, -1)
+        return repeated[..., : extent // block].contiguous()
 
     def range_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Minimum and maximum of ``x`` over each set of elements that share a scale, in the scale's shape."""
         shape = (*x.shape[:-1], 1) if self.dynamic else self.scale_shape(tuple(x.shape))
         if shape == ():
             return torch.aminmax(x)
-        blocked, inner = block(x, shape)
-        return blocked.amin(inner).reshape(shape), blocked.amax(inner).reshape(shape)
+        if self.kind != "group":
+            blocked, inner = block(x, shape)
+            return blocked.amin(inner).reshape(shape), blocked.amax(inner).reshape(shape)
+        extent = x.shape[self.axis]
+        parts = self.pad_groups(x.movedim(self.axis, -1)).unflatten(-1, (-1, min(self.size, extent)))
+        low, high = (self.to_blocks(part, extent) for part in (parts.amin(-1), parts.amax(-1)))
+        return low.movedim(-1, self.axis), high.movedim(-1, self.axis)
 
     def __str__(self) -> str:
         match self.kind:

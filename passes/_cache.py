@@ -116,7 +116,7 @@ class Cache:
     def prune(self, max_bytes: int) -> int:
         """Remove the entries that were used longest ago until all fits into ``max_bytes``; give the bytes freed.
 
-        Tensors that no entry names, unfinished files and checkpoints inside passes, such as a killed run leaves, go too.
+        Tensors that no entry names, unfinished files and checkpoints inside passes, left by a killed run, go too.
         Not to be called while another process writes to the folder.
         """
         entries = sorted(self.folder.glob("entries/*/*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))

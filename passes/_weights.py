@@ -59,6 +59,10 @@ def weight_range(module: fx.GraphModule, node: fx.Node, ranges: WeightRanges) ->
     quantizer: Quantizer = node.meta["quantizer"]
     weight = get_tensor(module, str(operand(node, 0).target)).detach()
     shape = get_tensor(module, str(operand(node, 1).target)).shape
+    granularity, extent = quantizer.spec.granularity, weight.shape[-1]
+    if granularity.kind == "group":
+        weight = granularity.pad_groups(weight)
+        shape = torch.Size((*shape[:-1], weight.shape[-1] // min(granularity.size, extent)))
     rows = scale_rows(weight, shape)
     low, high = rows.aminmax(dim=1)
     require_finite(node, low, high)
@@ -71,7 +75,10 @@ def weight_range(module: fx.GraphModule, node: fx.Node, ranges: WeightRanges) ->
             for r, lo, hi in zip(*(torch.split(part, step) for part in (rows, low, high)), strict=True)
         ]
         low, high = (torch.cat(ends) for ends in zip(*parts, strict=True))
-    return low.reshape(shape), high.reshape(shape)
+    low, high = low.reshape(shape), high.reshape(shape)
+    if granularity.kind == "group":
+        low, high = granularity.to_blocks(low, extent), granularity.to_blocks(high, extent)
+    return low, high
 
 
 def scale_rows(x: torch.Tensor, scale_shape: Sequence[int]) -> torch.Tensor:

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import fx
+from torch.nn import functional
 
-from bitlower.ir import Batch, BitlowerError, Level, Program, QuantSpec, get_tensor, numerics, set_tensor
+from bitlower.ir import Batch, BitlowerError, Granularity, Level, Program, QuantSpec, get_tensor, numerics, set_tensor
 from bitlower.ir.dataflow import activation_operand, linears, operand, weight_operand
 from bitlower.ir.lockstep import Read, walk
 from bitlower.ir.storage import like, release
@@ -35,8 +36,8 @@ class GptqRow:
         weight: the parameter's name.
         spec: its grid and granularity.
         tokens: how many tokens its Hessian has seen.
-        error: of the output, ``E H Eᵀ / W H Wᵀ`` summed over rows, under the Hessian that was used.
-        rtn_error: the same for round-to-nearest on its own grid; None without guard.
+        loss: ``E H Eᵀ`` summed over rows, E being the change of the weight and H the Hessian that was used.
+        rtn_loss: the same for round-to-nearest on grids from end to end; None without guard.
         kept_rows: rows that the guard rounded to nearest.
         damping: the share of the mean diagonal that was added to the Hessian.
         notes: what was unusual.
@@ -45,8 +46,8 @@ class GptqRow:
     weight: str
     spec: str
     tokens: int
-    error: float
-    rtn_error: float | None
+    loss: float
+    rtn_loss: float | None
     kept_rows: int
     damping: float
     notes: tuple[str, ...]
@@ -88,10 +89,18 @@ class Gptq(Pass):
     groups); or by it inside groups and among groups. None of them needs an index in the artefact."""
     static_groups: bool = False
     """Lay all grids over the original weights, and not over the weights that compensate for columns before."""
-    ranges: Literal["minmax", "mse"] = "minmax"
-    """How a grid is laid over the weights of a group."""
+    ranges: Literal["minmax", "mse", "weighted-mse", "best"] = "weighted-mse"
+    """How a grid is laid over the weights of a group: from end to end, or where the squared error is least;
+    ``weighted-mse`` weighs each column by what an error in it costs after later columns have made up for it. ``best``
+    solves from end to end as well and keeps the better for each row."""
+    refine: int = 0
+    """Sweeps after solving, each of which rounds every column anew given all others (QuantEase)."""
+    rescale: bool = False
+    """After each sweep, give groups the scales that are best for their codes."""
     guard: bool = True
-    """Round rows to nearest where that does better under the Hessian."""
+    """Round rows to nearest, on grids from end to end, where that does better under the Hessian."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the inputs whose products are summed, in float32, in the Hessian."""
     memory: int = 2 << 30
     """Bytes of activations that are held in memory; more go to disk."""
 
@@ -150,7 +159,7 @@ class _Rewriter:
         self.rows: list[GptqRow] = []
         self.solver = Options(
             damping=options.damping, order=options.order, static_groups=options.static_groups, ranges=options.ranges,
-            guard=options.guard,
+            guard=options.guard, refine=options.refine, rescale=options.rescale,
         )  # fmt: skip
 
     def visit(self, linear: fx.Node, read: Read) -> None:
@@ -167,15 +176,16 @@ class _Rewriter:
 
     def _solve(self, linear: fx.Node, quantizers: Sequence[fx.Node], read: Read) -> Stored:
         name = _weight_name(quantizers[0])
-        hessian = Hessian(_columns(linear), weighting=self.options.weighting, name=name)
+        options = self.options
+        hessian = Hessian(_columns(linear), weighting=options.weighting, precision=options.precision, name=name)
         for index, (x, batch) in enumerate(read(activation_operand(linear))):
             hessian.add(x, self._token_weights(quantizers, index, x, batch))
-        matrix, stored = hessian.matrix(), Stored({}, [])
+        stored, columns = Stored({}, []), hessian.columns
         factors: dict[int, Factor] = {}
         for spec, nodes in _by_spec(quantizers).items():
-            group = spec.granularity.size if spec.granularity.kind == "group" else len(matrix)
+            group = min(spec.granularity.size, columns) if spec.granularity.kind == "group" else columns
             if group not in factors:
-                options = self.options
+                matrix = functional.pad(hessian.matrix(), (0, -columns % group) * 2)
                 factors[group] = factorize(matrix, damping=options.damping, order=options.order, group=group, name=name)
             self._solve_stack(stored, nodes, spec, factors[group], hessian.tokens)
         return stored
@@ -199,15 +209,19 @@ class _Rewriter:
         """Solve weights of one spec that share an input as one, stacked along rows."""
         names = [_weight_name(node) for node in nodes]
         weights = [get_tensor(self.module, name).detach() for name in names]
-        stack = torch.cat(weights).float()
-        solution = solve(stack, factor, spec.grid, spec.granularity, self.solver, name=names[0])
-        energy = factor.loss(stack.T.contiguous())
+        columns, grouped = weights[0].shape[1], spec.granularity.kind == "group"
+        stack = functional.pad(torch.cat(weights).float(), (0, factor.columns - columns))
+        granularity = Granularity.per_group(factor.group) if grouped else spec.granularity
+        solution = solve(stack, factor, spec.grid, granularity, self.solver, name=names[0])
+        scales = solution.scale, solution.zero_point
+        if grouped:
+            scales = tuple(spec.granularity.to_blocks(part, columns) for part in scales)
         start = 0
         for name, weight in zip(names, weights, strict=True):
             part = slice(start, start := start + len(weight))
-            for key, tensor in zip(PARTS, (solution.codes, solution.scale, solution.zero_point), strict=True):
+            for key, tensor in zip(PARTS, (solution.codes[:, :columns], *scales), strict=True):
                 stored.tensors[f"{key}.{name}"] = tensor[part].contiguous()
-            stored.rows.append(_row(name, spec, solution, part, energy[part], tokens))
+            stored.rows.append(_row(name, spec, solution, part, columns, tokens))
             release(weight)
 
     def _write(self, node: fx.Node, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> None:
@@ -220,17 +234,15 @@ class _Rewriter:
             set_tensor(self.module, str(operand(node, position).target), tensor)
 
 
-def _row(
-    name: str, spec: QuantSpec, solution: Solution, part: slice, energy: torch.Tensor, tokens: int
-) -> dict[str, Any]:
-    total, rtn, columns = float(energy.sum()) or 1.0, solution.rtn_loss, solution.codes.shape[1]
+def _row(name: str, spec: QuantSpec, solution: Solution, part: slice, columns: int, tokens: int) -> dict[str, Any]:
+    nearest = solution.rtn_loss
     short = [f"{name}: {tokens} calibration tokens are few for {columns} columns"] if tokens < columns else []
     return {
         "weight": name,
         "spec": str(spec),
         "tokens": tokens,
-        "error": float(solution.loss[part].sum()) / total,
-        "rtn_error": None if rtn is None else float(rtn[part].sum()) / total,
+        "loss": float(solution.loss[part].sum()),
+        "rtn_loss": None if nearest is None else float(nearest[part].sum()),
         "kept_rows": int(solution.kept[part].sum()),
         "damping": solution.damping,
         "notes": [*solution.notes, *short],

@@ -39,8 +39,8 @@ class PlacementReport:
 class Quantize(Pass):
     """Insert fake-quantize nodes as a scheme says; they are open, so the numbers stay (but for dynamic ones).
 
-    What has a quantizer already keeps it, so several of these passes in a row give parts of the model different schemes:
-    the first that takes a tensor decides.
+    What has a quantizer already keeps it, so several of these passes in a row give parts of the model schemes of their
+    own: the first that takes a tensor decides.
 
     Attention is opened up into matmuls and softmax only where the scheme quantizes inside it. A value that has a
     quantizer of its own needs none at the linears that read it.
@@ -126,9 +126,10 @@ def _place_site(program: Program, site: Site, scheme: Scheme, ignore: Patterns, 
 
 
 def _quantizer_of(site: Site) -> Quantizer | None:
-    """The quantizer that an earlier pass put on ``site``."""
-    found = [user.meta["quantizer"] for user in site.value.users if user.target in QUANTIZER]
-    return next((quantizer for quantizer in found if quantizer.role == site.role), None)
+    """The quantizer that an earlier pass put on ``site``; its role may differ, for quantizers change what is found."""
+    if site.role == "linear-input":
+        return None
+    return next((user.meta["quantizer"] for user in site.value.users if user.target in QUANTIZER), None)
 
 
 def _rounded_above(value: fx.Node) -> bool:

@@ -160,7 +160,7 @@ def expected_low_bit(program: Program, accuracy_level: int) -> Iterator[bool]:
             continue
         codes, scale = (get_tensor(program.module, str(part.target)) for part in weight.all_input_nodes[:2])
         quantizer: Quantizer = weight.meta["quantizer"]
-        yield isinstance(container(quantizer.spec.grid.bits, codes.shape, scale.shape, accuracy_level), Container)
+        yield isinstance(container(quantizer.spec, codes.shape, scale.shape, accuracy_level), Container)
 
 
 def multiplications(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:

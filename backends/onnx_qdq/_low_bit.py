@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from bitlower.backends.onnx_qdq._rewrite import Array
-from bitlower.ir import packing
+from bitlower.ir import QuantSpec, packing
 
 FLOAT_ACTIVATIONS = 1
 """The accuracy level at which MatMulNBits computes in float32."""
@@ -41,22 +41,25 @@ class Container:
     block: int
 
 
-def container(bits: int, shape: Sequence[int], scale_shape: Sequence[int], accuracy_level: int) -> Container | str:
+def container(
+    spec: QuantSpec, shape: Sequence[int], scale_shape: Sequence[int], accuracy_level: int
+) -> Container | str:
     """The container of a weight [out, in], or why the runtime has no kernel for it.
 
     Args:
-        bits: of the grid.
+        spec: of its quantizer.
         shape: of the weight.
         scale_shape: of its scales, blocked as the Program's are.
         accuracy_level: at which it is to be multiplied.
     """
+    bits = spec.grid.bits
     if bits > 8:
         return f"the weight has {bits} bits"
     if bits > 4 and accuracy_level != ROUNDS_ACTIVATIONS:
         return f"{bits}-bit codes have no fast kernel at accuracy level {accuracy_level}"
-    depth, groups = shape[1], scale_shape[1] if len(scale_shape) == 2 else 1
-    group = depth // groups
-    block = min(_ROW, 1 << (depth.bit_length() - 1)) if groups == 1 else min(group & -group, _LARGEST)
+    depth, columns = shape[1], scale_shape[1] if len(scale_shape) == 2 else 1
+    group = spec.granularity.size if spec.granularity.kind == "group" else depth // columns
+    block = min(_ROW, 1 << (depth.bit_length() - 1)) if columns == 1 else min(group & -group, _LARGEST)
     if block < _SMALLEST:
         return f"groups of {group} inputs are no multiple of {_SMALLEST}"
     if bits == 2 and accuracy_level == ROUNDS_ACTIVATIONS and block >= _SMALLEST_2:
@@ -97,11 +100,14 @@ def unpack_zeros(packed: Array | None, rows: int, blocks: int, bits: int, *, is_
 
 def spread_blocks(scale: Array, shape: Sequence[int], block: int) -> Array:
     """Scales (or zero points) of a weight [N, K], one a row and block: [N, ⌈K / block⌉]."""
-    rows, depth = shape
-    blocks = -(-depth // block)
+    return at_inputs(scale, shape, range(0, shape[1], block))
+
+
+def at_inputs(scale: Array, shape: Sequence[int], inputs: Sequence[int]) -> Array:
+    """The scales (or zero points) of a weight [N, K] for some of its inputs: [N, len(inputs)]."""
     grid: np.ndarray[Any, Any] = np.atleast_2d(scale)
     height, width = (int(size) for size in grid.shape)
-    return grid.repeat(rows // height, 0).repeat(blocks if width == 1 else depth // width // block, 1)
+    return grid.repeat(shape[0] // height, 0)[:, np.array(inputs) // (shape[1] // width)]
 
 
 def _shifted(codes: Array, bits: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from bitlower.backends.onnx_qdq._rewrite_quantizers import (
     sink_dequantize,
 )
 from bitlower.backends.onnx_qdq._translate import translate
-from bitlower.ir import Program, ops
+from bitlower.ir import Program, QuantSpec, ops
 from bitlower.ir.version import __version__
 
 ATTENTION_OPSET = 23
@@ -36,21 +36,25 @@ def lower(
     Raises:
         BitlowerError: the program has an operator that ONNX cannot express.
     """
-    return rewrite(translate(program, opset), form, bits=weight_bits(program), accuracy_level=accuracy_level)
+    return rewrite(translate(program, opset), form, specs=weight_specs(program), accuracy_level=accuracy_level)
 
 
 def rewrite(
-    model: ir.Model, form: Form, *, bits: Mapping[str, int] | None = None, accuracy_level: int = FLOAT_ACTIVATIONS
+    model: ir.Model,
+    form: Form,
+    *,
+    specs: Mapping[str, QuantSpec] | None = None,
+    accuracy_level: int = FLOAT_ACTIVATIONS,
 ) -> tuple[ir.Model, RuleLog]:
     """Apply all rules to a translated model, in place, and give everything its final name.
 
     Args:
         model: of :func:`~bitlower.backends.onnx_qdq._translate.translate`.
         form: see :class:`~bitlower.backends.onnx_qdq.Options`.
-        bits: of the grids of stored codes, by the codes' names; those that are left out get no low-bit kernel.
+        specs: of stored codes, by the codes' names; those that are left out get no low-bit kernel.
         accuracy_level: of MatMulNBits.
     """
-    editor = Editor(model, bits)
+    editor = Editor(model, specs)
     log = apply_rules(editor, rules(form, accuracy_level))
     editor.finish()
     strip(model)
@@ -59,10 +63,10 @@ def rewrite(
     return model, log
 
 
-def weight_bits(program: Program) -> dict[str, int]:
-    """The bits of each quantized weight, by the name of its codes."""
+def weight_specs(program: Program) -> dict[str, QuantSpec]:
+    """The spec of each quantized weight, by the name of its codes."""
     return {
-        str(codes.target): quantizer.spec.grid.bits
+        str(codes.target): quantizer.spec
         for node, quantizer in program.quantizers()
         if node.target is ops.dequantize and isinstance(codes := node.args[0], fx.Node) and codes.op == "get_attr"
     }

@@ -97,7 +97,11 @@ def verify_artefact(folder: Path) -> ArtefactReport:
     files = _manifest.check_files(folder, manifest, (MODEL, "verification.json"))
     recorded = read_verification(folder)
     path = folder / MODEL
-    kernels = count_kernels(optimized_graph(path, recorded.session_config), expected=recorded.kernels.expected)
+    kernels = count_kernels(
+        optimized_graph(path, recorded.session_config),
+        expected=recorded.kernels.expected,
+        expected_low_bit=recorded.kernels.expected_low_bit,
+    )
     _check_kernels(kernels, recorded)
     selftest = run_selftest(recorded.selftest, Session(path, config=recorded.session_config))
     for name, cosine in selftest.items():
@@ -112,6 +116,12 @@ def verify_artefact(folder: Path) -> ArtefactReport:
 def _check_kernels(kernels: KernelReport, recorded: Verification) -> None:
     """The same runtime must choose the same kernels; another version may differ, and its report says so."""
     same = dict(recorded.runtime) == runtime_versions()
+    if same and kernels.low_bit_weights != dict(recorded.kernels.low_bit_weights):
+        raise CheckError(
+            f"onnxruntime multiplies with the low-bit weights of {MODEL} otherwise than at export:"
+            f" {dict(kernels.low_bit_weights) or 'in float'}",
+            hint="another processor or session option changes what the runtime fuses",
+        )
     if same and kernels.integer != dict(recorded.kernels.integer):
         raise CheckError(
             f"onnxruntime runs {kernels.found} integer kernels of {MODEL}, {recorded.kernels.found} at export",

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from bitlower.backends.onnx_qdq._translate import DOMAIN
-from bitlower.ir import BitlowerError
+from bitlower.ir import BitlowerError, QuantSpec
 
 Array = npt.NDArray[np.generic]
 APPLIED = "applied"
@@ -23,13 +23,13 @@ class Editor:
 
     Args:
         model: with the low-bit operators whole.
-        bits: of the grids of stored codes, by the codes' names.
+        specs: of stored codes, by the codes' names.
     """
 
-    def __init__(self, model: ir.Model, bits: Mapping[str, int] | None = None) -> None:
+    def __init__(self, model: ir.Model, specs: Mapping[str, QuantSpec] | None = None) -> None:
         self.model = model
         self.graph = model.graph
-        self.bits = dict(bits or {})
+        self.specs = dict(specs or {})
         self.opset = int(model.opset_imports[""])
         self.wanted: dict[ir.Value, str] = {}
         self._made: dict[ir.Value, str] = {}

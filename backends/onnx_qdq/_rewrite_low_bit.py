@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,10 +48,10 @@ def _low_bit_linear(
     if marker(linear.x, "Dequantize") is not None:
         return "the activation is quantized"
     weight = linear.weight
-    bits = editor.bits.get(weight.name)
-    if bits is None:
-        return "the bits of the weight are not known"
-    kind = container(bits, weight.codes.T.shape, weight.scale.T.shape, level)
+    spec = editor.specs.get(weight.name)
+    if spec is None:
+        return "the spec of the weight is not known"
+    kind = container(spec, weight.codes.T.shape, weight.scale.T.shape, level)
     if isinstance(kind, str):
         return kind
     write(editor, linear, kind, level)
@@ -93,6 +95,8 @@ def _nbits(editor: Editor, linear: Linear, kind: Container, level: int) -> None:
 def _dequantized(editor: Editor, linear: Linear, kind: Container, level: int) -> None:
     """DequantizeLinear (in blocks) and MatMul, of which onnxruntime makes a MatMulNBits when it loads the model."""
     weight, node = linear.weight, linear.matmul
+    if weight.scale.size > 1 and weight.scale.shape[0] > 1:  # a short last group takes blocks that divide the inputs
+        kind = replace(kind, block=math.gcd(kind.block, weight.codes.shape[0] // weight.scale.shape[0]))
     bits = kind.bits if kind.bits > 2 or editor.opset >= INT2_OPSET else 4
     codes = _stored(editor, weight.name, weight.codes, bits)
     parts = [_blocks(weight.scale, weight.codes.shape, kind), _blocks(weight.zero, weight.codes.shape, kind)]

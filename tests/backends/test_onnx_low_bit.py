@@ -179,29 +179,44 @@ def test_codes_take_their_bits_in_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "shape", "scale", "level", "expected"),
+    ("bits", "depth", "granularity", "level", "expected"),
     [
-        (4, (8, 256), (8, 2), 1, Container(4, 128)),
-        (3, (8, 256), (8, 2), 1, Container(4, 128)),
-        (2, (8, 256), (8, 2), 1, Container(4, 128)),
-        (2, (8, 256), (8, 2), 4, Container(2, 128)),
-        (4, (8, 1024), (8, 2), 1, Container(4, 256)),
-        (4, (8, 576), (8, 6), 1, Container(4, 32)),
-        (4, (8, 576), (8, 1), 1, Container(4, 128)),
-        (2, (8, 256), (8, 16), 4, Container(4, 16)),
-        (2, (8, 1024), (8, 2), 4, Container(2, 128)),
-        (4, (8, 48), (), 1, Container(4, 32)),
-        (4, (8, 8), (8, 1), 1, "groups of 8 inputs are no multiple of 16"),
-        (6, (8, 64), (8, 1), 4, Container(8, 64)),
-        (8, (8, 64), (8, 1), 1, "8-bit codes have no fast kernel at accuracy level 1"),
-        (4, (8, 48), (8, 2), 1, "groups of 24 inputs are no multiple of 16"),
-        (12, (8, 64), (8, 1), 4, "the weight has 12 bits"),
+        (4, 256, Granularity.per_group(128), 1, Container(4, 128)),
+        (3, 256, Granularity.per_group(128), 1, Container(4, 128)),
+        (2, 256, Granularity.per_group(128), 1, Container(4, 128)),
+        (2, 256, Granularity.per_group(128), 4, Container(2, 128)),
+        (2, 256, Granularity.per_group(16), 4, Container(4, 16)),
+        (2, 1024, Granularity.per_group(512), 4, Container(2, 128)),
+        (4, 1024, Granularity.per_group(512), 1, Container(4, 256)),
+        (4, 576, Granularity.per_group(96), 1, Container(4, 32)),
+        (4, 576, Granularity.per_channel(0), 1, Container(4, 128)),
+        (4, 48, Granularity.per_tensor(), 1, Container(4, 32)),
+        (6, 64, Granularity.row_group(4), 4, Container(8, 64)),
+        (8, 64, Granularity.per_channel(0), 1, "8-bit codes have no fast kernel at accuracy level 1"),
+        (4, 48, Granularity.per_group(24), 1, "groups of 24 inputs are no multiple of 16"),
+        (4, 8, Granularity.per_channel(0), 1, "groups of 8 inputs are no multiple of 16"),
+        (4, 64, Granularity.per_channel(1), 1, "groups of 1 inputs are no multiple of 16"),
+        (12, 64, Granularity.per_channel(0), 4, "the weight has 12 bits"),
     ],
+    ids=str,
 )
 def test_the_container_of_a_weight(
-    bits: int, shape: tuple[int, int], scale: tuple[int, ...], level: int, expected: Container | str
+    bits: int, depth: int, granularity: Granularity, level: int, expected: Container | str
 ) -> None:
-    assert container(bits, shape, scale, level) == expected
+    scale = granularity.scale_shape((8, depth))
+    assert container(QuantSpec(Grid(bits), granularity), (8, depth), scale, level) == expected
+
+
+@pytest.mark.parametrize("form", ["onnxruntime", "qdq"])
+def test_a_last_group_may_be_shorter(form: str, tmp_path: Path) -> None:
+    spec = QuantSpec(asymmetric(4), Granularity.per_group(64))
+    program = quantized(spec)  # the inner width is one group and a half
+    report = export(program, tmp_path, batches=BATCHES, form=form)
+    assert report.verification.kernels.low_bit_weights == {"bits=4 accuracy_level=1": LINEARS}
+    if form == "onnxruntime":
+        model = onnx.load(tmp_path / "model.onnx")
+        [scale] = [t for t in model.graph.initializer if t.name == "down.weight_scale"]
+        assert list(scale.dims) == [WIDTH, 2]
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

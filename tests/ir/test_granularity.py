@@ -132,8 +132,8 @@ def test_a_tokens_codes_do_not_depend_on_other_tokens(x):
 @pytest.mark.parametrize(
     ("granularity", "shape", "words"),
     [
-        (Granularity.per_group(5), (4, 6), "does not divide an axis of 6"),
-        (Granularity.per_group(12), (4, 6), "does not divide an axis of 6"),
+        (Granularity.per_group(5), (4, 6), r"per-group\(5\) and an axis of 6 have only blocks of 1 in common"),
+        (Granularity.per_group(128), (4, 132), r"per-group\(128\) and an axis of 132 have only blocks of 4 in common"),
         (Granularity.row_group(3), (4, 6), "does not divide an axis of 4"),
         (Granularity.per_embedding_group(4), ("batch", "sequence", 6), "does not divide an axis of 6"),
         (Granularity.per_embedding_group(8), ("batch", "sequence", 4), "does not divide an axis of 4"),
@@ -220,3 +220,20 @@ def test_parse_fails_only_with_its_own_error(text):
     except BitlowerError:
         return
     assert Granularity.parse(str(granularity)) == granularity
+
+
+@pytest.mark.parametrize(("size", "extent"), [(128, 576), (64, 96), (16, 48), (128, 96), (32, 32)])
+def test_the_last_group_of_an_axis_may_be_shorter(size: int, extent: int) -> None:
+    x = torch.randn(3, extent, generator=torch.Generator().manual_seed(0))
+    granularity = Granularity.per_group(size)
+    shape = granularity.scale_shape((3, extent))
+    assert extent % shape[1] == 0
+    low, high = granularity.range_of(x)
+    assert low.shape == high.shape == shape
+    block = extent // shape[1]
+    for start in range(0, extent, size):
+        group = x[:, start : start + size]
+        blocks = slice(start // block, -(-min(start + size, extent) // block))
+        if group.shape[1] == size:
+            assert torch.equal(low[:, blocks], group.amin(1, keepdim=True).expand_as(low[:, blocks]))
+        assert torch.equal(high[:, blocks], group.amax(1, keepdim=True).clamp(min=0).expand_as(high[:, blocks]))

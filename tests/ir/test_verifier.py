@@ -258,7 +258,7 @@ SIMULATED_FAULTS = {
     ),
     "granularity that does not divide": (
         lambda p: set_quantizer(p, "weight_quantized", "linear-weight", QuantSpec(Grid(4), Granularity.per_group(3))),
-        "per-group(3) does not divide an axis of 4",
+        "per-group(3) and an axis of 4 have only blocks of 1 in common",
     ),
     "scale on a symbolic axis": (
         lambda p: set_quantizer(p, "relu_quantized", spec=QuantSpec(STATIC.grid, Granularity.per_channel(0))),

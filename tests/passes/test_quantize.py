@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitlower.ir import BitlowerError, Level, Scheme
+from bitlower.ir import BitlowerError, Level, Scheme, ops
+from bitlower.ir.dataflow import linears
 from bitlower.passes import Context, Contract, PassManager, check_levels
 from bitlower.passes._pipeline import format_pipeline, parse_pipeline
+from bitlower.passes.clean import Clean
 from bitlower.passes.quantize import PlacementReport, Quantize
 
 
@@ -54,13 +56,14 @@ def test_the_program_passed_in_is_not_changed(bert, run) -> None:
     assert program.digest() == before
 
 
-def test_it_takes_float_and_gives_simulated(bert) -> None:
+def test_it_takes_float_or_simulated_and_gives_simulated(bert) -> None:
     _, program = bert()
     result = PassManager([Quantize()]).run(program, Context())
     assert (program.level, result.level) == (Level.FLOAT, Level.SIMULATED)
     assert Quantize.contract is Contract.LOSSY
-    with pytest.raises(BitlowerError, match="takes a program at level float; here it is simulated"):
-        check_levels([Quantize()], Level.SIMULATED)
+    check_levels([Quantize(), Quantize()], Level.FLOAT)
+    with pytest.raises(BitlowerError, match="here it is integer"):
+        check_levels([Quantize()], Level.INTEGER)
 
 
 def test_it_leaves_a_report(bert, run) -> None:

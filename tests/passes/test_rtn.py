@@ -30,7 +30,7 @@ def test_least_squared_error_ranges_do_no_worse(bert, run) -> None:
     for ranges in ("minmax", "mse"):
         result, total = run(placed, Rtn(ranges=ranges)), 0.0
         for node, quantizer in result.quantizers():
-            weight = get_tensor(result.module, quantizer.tensor)
+            weight = get_tensor(result.module, quantizer.tensor).detach()
             scale = get_tensor(result.module, str(node.args[1].target))
             rounded = (weight / scale).round().clamp(*node.args[3:5]) * scale
             total += float((rounded - weight).square().sum())
