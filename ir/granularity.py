@@ -141,7 +141,8 @@ class Granularity:
             blocked, inner = block(x, shape)
             return blocked.amin(inner).reshape(shape), blocked.amax(inner).reshape(shape)
         extent = x.shape[self.axis]
-        parts = self.pad_groups(x.movedim(self.axis, -1)).unflatten(-1, (-1, min(self.size, extent)))
+        padded = self.pad_groups(x.movedim(self.axis, -1))
+        parts = padded.reshape(*padded.shape[:-1], -1, min(self.size, extent))
         low, high = (self.to_blocks(part, extent) for part in (parts.amin(-1), parts.amax(-1)))
         return low.movedim(-1, self.axis), high.movedim(-1, self.axis)
 

@@ -60,7 +60,7 @@ def run(program: Program, batch: Batch) -> dict[str, torch.Tensor]:
     results = program.graph.output_node().args[0]
     values: dict[fx.Node, torch.Tensor] = {}
     observe(program, set(results), [batch], lambda node, value, _: values.update({node: value}))  # type: ignore[arg-type]
-    return {spec.name: values[node] for spec, node in zip(program.outputs, results, strict=True)}  # type: ignore[arg-type,index]
+    return {spec.name: values[node] for spec, node in zip(program.outputs, results, strict=True)}  # type: ignore[arg-type]
 
 
 def _resolve(graph: fx.Graph, nodes: Collection[fx.Node | str]) -> set[fx.Node]:

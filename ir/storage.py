@@ -13,6 +13,7 @@ import tempfile
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,7 +44,7 @@ def map_safetensors(path: Path) -> dict[str, torch.Tensor]:
             pass
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header: dict[str, dict[str, object]] = json.loads(file.read(size))
+            header: dict[str, dict[str, Any]] = json.loads(file.read(size))
             map_ = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         _PRIVATE.add(map_)
         base = _base(map_)
@@ -53,12 +54,13 @@ def map_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise BitlowerError(f"{path} is damaged: {error}", hint="fetch the file again") from None
 
 
-def _tensor(base: torch.Tensor, entry: Mapping[str, object], start: int) -> torch.Tensor:
-    dtype, shape, (first, last) = _DTYPES[str(entry["dtype"])], entry["shape"], entry["data_offsets"]  # type: ignore[misc]
-    raw = base[start + first : start + last]
+def _tensor(base: torch.Tensor, entry: Mapping[str, Any], start: int) -> torch.Tensor:
+    dtype = _DTYPES[entry["dtype"]]
+    first, last = (start + offset for offset in entry["data_offsets"])
+    raw = base[first:last]
     if not raw.numel() or raw.storage_offset() % dtype.itemsize:
         raw = raw.clone()
-    return raw.view(dtype).reshape(shape)  # type: ignore[arg-type]
+    return raw.view(dtype).reshape(list(entry["shape"]))
 
 
 def spill(tensor: torch.Tensor, dtype: torch.dtype | None = None, folder: Path | None = None) -> torch.Tensor:

@@ -213,9 +213,9 @@ class _Rewriter:
         stack = functional.pad(torch.cat(weights).float(), (0, factor.columns - columns))
         granularity = Granularity.per_group(factor.group) if grouped else spec.granularity
         solution = solve(stack, factor, spec.grid, granularity, self.solver, name=names[0])
-        scales = solution.scale, solution.zero_point
+        scales = [solution.scale, solution.zero_point]
         if grouped:
-            scales = tuple(spec.granularity.to_blocks(part, columns) for part in scales)
+            scales = [spec.granularity.to_blocks(part, columns) for part in scales]
         start = 0
         for name, weight in zip(names, weights, strict=True):
             part = slice(start, start := start + len(weight))

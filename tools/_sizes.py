@@ -80,7 +80,7 @@ def stored_bytes(quantizer: Quantizer, shape: tuple[int, ...], target: Target) -
     if target.is_checkpoint and len(shape) == 2:
         return _checkpoint_bytes(spec, (shape[0], shape[1]), scales, target)
     if target.weights_only and quantizer.role == "linear-weight" and len(shape) == 2:
-        kind = low_bit_container(spec.grid.bits, shape, spec.granularity.scale_shape(shape), target.accuracy_level)
+        kind = low_bit_container(spec, shape, spec.granularity.scale_shape(shape), target.accuracy_level)
         if not isinstance(kind, str):
             return _low_bit_bytes(spec, shape, kind, target)
     width: int = spec.grid.dtype.itemsize
