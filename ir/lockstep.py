@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import fx
 
 from bitlower.ir.diagnostics import describe
+from bitlower.ir.numerics import bfloat16_products
 from bitlower.ir.observe import Track
 from bitlower.ir.program import Batch, Program, get_tensor
 from bitlower.ir.storage import is_mapped, release, spill
@@ -36,6 +38,7 @@ def walk(
     label: str = "walking through the model",
     budget: int = 2 << 30,
     folder: Path | None = None,
+    bfloat16: bool = False,
 ) -> None:
     """Call ``visit(node, read)`` for each of ``nodes``, in graph order, with its operands computed on all batches.
 
@@ -51,6 +54,7 @@ def walk(
         label: what the display says.
         budget: bytes of values that are held in memory; more go to temporary files.
         folder: for those files; the system's temporary folder if None.
+        bfloat16: let matrix products on the way round their operands to bfloat16, which some CPUs do much faster.
 
     Raises:
         BitlowerError: a batch with missing or unknown inputs.
@@ -65,7 +69,8 @@ def walk(
                 visit(node, walker.read)
                 walker.visited(node)
             if node in walker.values_needed:
-                walker.run(node)
+                with bfloat16_products() if bfloat16 else nullcontext():
+                    walker.run(node)
     for _ in progress:
         pass
 

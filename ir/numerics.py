@@ -7,7 +7,9 @@ Scales of any :class:`~bitlower.ir.granularity.Granularity` are broadcast over b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -69,3 +71,15 @@ def sum_like_scale(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return gradient.sum()
     blocked, inner = block(gradient, scale.shape)
     return blocked.sum(inner).reshape(scale.shape)
+
+
+@contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Let products of float32 matrices be those of their values in bfloat16, summed in float32, where the CPU can."""
+    mkldnn: Any = torch.backends.mkldnn
+    before = mkldnn.matmul.fp32_precision
+    mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        mkldnn.matmul.fp32_precision = before

@@ -7,13 +7,13 @@ unweighted mean although a normalization follows that makes all tokens equal. We
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 
 from bitlower.ir import BitlowerError, nearest
+from bitlower.ir.numerics import bfloat16_products
 
 CLIP = 2.0
 """``clipped-norm`` lets a token count for at most this many times the median ``‖x‖²``."""
@@ -52,18 +52,6 @@ WEIGHTINGS: dict[str, Weighting] = {
     "root-norm": _root_norm,
     "clipped-norm": _clipped_norm,
 }
-
-
-@contextmanager
-def _bfloat16_products() -> Iterator[None]:
-    """Let products of float32 matrices be those of their values in bfloat16, summed in float32, where the CPU can."""
-    mkldnn: Any = torch.backends.mkldnn
-    before = mkldnn.matmul.fp32_precision
-    mkldnn.matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        mkldnn.matmul.fp32_precision = before
 
 
 class Hessian:
@@ -123,7 +111,7 @@ class Hessian:
         for part, factor in zip(torch.split(rows, step), torch.split(factors, step), strict=True):
             scaled = part * factor.sqrt()[:, None]
             if self._rounded:
-                with _bfloat16_products():
+                with bfloat16_products():
                     self._accumulate(scaled.bfloat16().float())
             else:
                 self._accumulate(scaled)

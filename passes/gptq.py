@@ -74,7 +74,7 @@ class Gptq(Pass):
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.LOSSY
     preserves: ClassVar[frozenset[type]] = frozenset({PlacementReport})
-    damping: float = 0.001
+    damping: float = 0.01
     """Share of the mean diagonal that is added to the Hessian; raised where it stays singular."""
     weighting: Literal["none", "unit-norm", "root-norm", "clipped-norm"] = "unit-norm"
     """How much a token counts in the Hessian. ``none`` is the published sum: a few tokens of huge norm (attention
@@ -84,7 +84,7 @@ class Gptq(Pass):
     """For causal language models: a token's weight is multiplied by this power of the squared norm of the loss's
     gradient at the layer's output, which one run forwards and backwards through the float model gives. 0.5 is the norm
     itself; 0 leaves gradients out."""
-    order: Literal["none", "full", "grouped"] = "none"
+    order: Literal["none", "full", "grouped"] = "full"
     """Order of columns: as they are; by falling diagonal of the Hessian (act-order; grids stay those of the original
     groups); or by it inside groups and among groups. None of them needs an index in the artefact."""
     static_groups: bool = False
@@ -100,7 +100,7 @@ class Gptq(Pass):
     guard: bool = True
     """Round rows to nearest, on grids from end to end, where that does better under the Hessian."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the inputs whose products are summed, in float32, in the Hessian."""
+    """To what the operands of matrix products in the walk and in the Hessian are rounded; sums are float32."""
     memory: int = 2 << 30
     """Bytes of activations that are held in memory; more go to disk."""
 
@@ -122,7 +122,7 @@ class Gptq(Pass):
         rewriter = _Rewriter(program, self, context, groups, gradients)
         walk(
             program, list(groups), context.calibration, rewriter.visit, track=context.track, label="gptq",
-            budget=self.memory, folder=context.work,
+            budget=self.memory, folder=context.work, bfloat16=self.precision == "bfloat16",
         )  # fmt: skip
         context.put(GptqReport(tuple(rewriter.rows)))
         return bool(groups or nearest)

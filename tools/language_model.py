@@ -17,6 +17,7 @@ from bitlower.frontends import load
 from bitlower.frontends._weights import quiet
 from bitlower.frontends.locate import locate
 from bitlower.ir import Batch, BitlowerError, Program
+from bitlower.ir.folding import with_float_weights
 from bitlower.tools.evaluate import open_session, shell
 
 TASK = "text-generation"
@@ -101,11 +102,12 @@ def quantization_of(folder: Path) -> str:
 
 def _of_program(program: Program) -> LanguageModel:
     _check(program)
+    folded = with_float_weights(program)
 
     def step(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
         names = [spec.name for spec in program.inputs]
         with torch.no_grad():
-            outputs = program(**{name: feed[name] for name in names if name in feed}, **(cache or {}))
+            outputs = folded(**{name: feed[name] for name in names if name in feed}, **(cache or {}))
         logits = outputs["logits"]
         return logits, {_past_name(name): value for name, value in outputs.items() if name.startswith(_PRESENT)}
 

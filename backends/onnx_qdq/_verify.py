@@ -28,7 +28,8 @@ from bitlower.backends.onnx_qdq._session import Session, read_model, runtime_ver
 from bitlower.backends.onnx_qdq._steps import cached_steps, visible
 from bitlower.backends.onnx_qdq._tally import TIE
 from bitlower.backends.onnx_qdq._verification import CodeError, OutputError, Verification
-from bitlower.ir import Batch, BitlowerError, CheckError, Program, get_tensor, numerics, ops, set_tensor
+from bitlower.ir import Batch, BitlowerError, CheckError, Program
+from bitlower.ir.folding import with_float_weights
 
 MODEL = "model.onnx"
 OUTPUT_GIVEN_CODES = 2e-4
@@ -73,7 +74,7 @@ def verify_export(
     constants = check_constants(program, read_model(path))
     _require(constants.problems)
     kernels = inspect_kernels(program, path, session_config=config, accuracy_level=accuracy_level)
-    floats = with_float_weights(program)
+    floats = unpacked(program)
     comparison = _Comparison(floats, path, config)
     for batch in _with_small_batch(floats, itertools.islice(batches, limit)):
         comparison.run(batch)
@@ -123,27 +124,10 @@ class _Comparison:
         self.batches, self.tokens = self.batches + 1, self.tokens + next(iter(batch.values())).numel()
 
 
-def with_float_weights(program: Program, limit: int = HELD_BYTES) -> Program:
-    """A copy whose weights are dequantized once and not at each run; it computes the same, bit for bit.
-
-    If they take more than ``limit`` bytes together, all stay codes.
-    """
-    copy = program.clone()
-    if sum(codes.size for _, _, codes in weights(program)) * 4 > limit:
-        return copy
-    for node in list(copy.graph.find_nodes(op="call_function", target=ops.dequantize)):
-        if not all(part.op == "get_attr" for part in node.all_input_nodes):
-            continue
-        target = f"dequantized.{node.name}"
-        parts = (get_tensor(copy.module, str(part.target)) for part in node.all_input_nodes)
-        set_tensor(copy.module, target, numerics.values(*parts))
-        with copy.graph.inserting_before(node):
-            weight = copy.graph.get_attr(target)
-        weight.meta = dict(node.meta)
-        node.replace_all_uses_with(weight)
-        copy.graph.erase_node(node)
-    copy.recompile()
-    return copy
+def unpacked(program: Program, limit: int = HELD_BYTES) -> Program:
+    """``program`` with its weights dequantized once and not at each run, unless they take more than ``limit`` bytes."""
+    too_large = sum(codes.size for _, _, codes in weights(program)) * 4 > limit
+    return program if too_large else with_float_weights(program)
 
 
 def _with_small_batch(program: Program, batches: Iterable[Batch]) -> Iterator[Batch]:

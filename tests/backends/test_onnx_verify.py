@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 from bitlower.backends.onnx_qdq._lower import lower
 from bitlower.backends.onnx_qdq._tally import Rounding, Tally
 from bitlower.backends.onnx_qdq._verification import Verification, read_verification, write_verification
-from bitlower.backends.onnx_qdq._verify import verify_export, with_float_weights
+from bitlower.backends.onnx_qdq._verify import verify_export
 from bitlower.ir import BitlowerError, CheckError, Program, Scheme
 from bitlower.passes import Context
 from bitlower.passes.calibrate import Calibrate
@@ -280,13 +280,3 @@ def test_tallies_are_shares_over_all_batches(handmade):
     assert (row.codes, row.worst, row.exact) == (6, 3, 0.5)
     assert math.isclose(row.equal, 3 / 6)
     assert math.isclose(row.off_by_one, 2 / 6)
-
-
-def test_float_weights_compute_the_same_and_leave_the_program_alone(handmade):
-    text, batch = str(handmade.program), handmade.batches[0]
-    copy = with_float_weights(handmade.program)
-    assert torch.equal(copy(**batch)["y"], handmade.program(**batch)["y"])
-    names = {node.name for node in copy.graph.nodes if node.op == "call_function"}
-    assert {"x_codes", "act_codes"} <= names
-    assert names.isdisjoint({"up_w", "down_w"})
-    assert str(handmade.program) == text

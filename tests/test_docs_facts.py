@@ -1,0 +1,208 @@
+"""What the documents list is what the code has: keys, options, choices, fields, limits."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitlower.passes import describe_type, find_pass, parameter_types
+from bitlower.tools import _backends, _standard
+
+_READ = runpy.run_path(str(Path(__file__).with_name("docs_pages.py")))
+ROOT, TEXT, section, rows, names = (_READ[name] for name in ("ROOT", "TEXT", "section", "rows", "names"))
+
+
+def test_recipe_keys_are_documented() -> None:
+    from bitlower.tools.recipe import DataSection, ModelSection, Recipe
+
+    headings = re.findall(r"^## `(\w+)`$", TEXT[ROOT / "docs" / "recipes.md"], re.MULTILINE)
+    assert set(headings) == set(Recipe.model_fields)
+    for heading, keys in (("`model`", ModelSection), ("`calibration`", DataSection)):
+        assert names(rows(section("recipes.md", heading), "key")) == list(keys.model_fields)
+
+
+def test_defaults_by_task_are_those_of_the_code() -> None:
+    from bitlower.tools import _calibration, data
+
+    text = section("recipes.md", "`calibration`")
+    found = [[re.findall(r"\d+", cell) for cell in row[1:]] for row in rows(text, "left out")]
+    wanted = [
+        [[data.SAMPLES, data.FEWEST], [_calibration.WINDOWS]],
+        [[_calibration.TEXT_LENGTH], [_calibration.WINDOW_LENGTH]],
+        [[_calibration.TEXT_BATCH], [_calibration.WINDOW_BATCH]],
+        [[data.HELD_OUT], [_calibration.HELD_OUT_WINDOWS]],
+        [[_calibration.HELD_OUT_TEXTS], [_calibration.HELD_OUT_WINDOWS]],
+    ]
+    assert found == [[list(map(str, cell)) for cell in row] for row in wanted]
+    assert _calibration.TEXTS == data.SAMPLES
+    assert f"first {_calibration.LONGEST_TEXT} characters" in text
+
+
+def _module_of(backend: str) -> Any:
+    return __import__(f"bitlower.backends.{backend.replace('-', '_')}", fromlist=["*"])
+
+
+def test_backends_are_documented() -> None:
+    text = section("recipes.md", "`export`")
+    assert sorted(re.findall(r"^### `([\w-]+)`$", text, re.MULTILINE)) == _backends.known_backends()
+
+
+@pytest.mark.parametrize("backend", _backends.known_backends())
+def test_options_of_backends_are_as_documented(backend: str) -> None:
+    table = rows(section("recipes.md", "`export`", f"`{backend}`"), "option")
+    documented = {row[0].strip("`"): row[2].strip("`") for row in table}
+    assert documented == {field.name: str(field.default) for field in fields(_module_of(backend).Options)}
+
+
+def test_what_checkpoint_formats_hold_is_as_documented() -> None:
+    from bitlower.backends.checkpoint._formats import FORMATS
+    from bitlower.backends.checkpoint._gptq import GptqV2
+
+    text = section("recipes.md", "`export`", "`checkpoint`")
+    assert all(f"`{name}`" in text for name in FORMATS)
+    table = {row[0]: row[2] for row in rows(text, "")}
+    assert table["bits"] == ", ".join(map(str, GptqV2.bits))
+    assert table["groups"] == f"{', '.join(map(str, GptqV2.group_sizes[1:]))}, or whole rows"
+
+
+def test_the_interface_of_backends_is_documented() -> None:
+    listed = [name.partition("(")[0] for name in names(rows(section("plugins.md", "Backends")))]
+    for backend in _backends.known_backends():
+        offered = [name for name in listed if hasattr(_module_of(backend), name)]
+        assert set(listed) - set(offered) <= {"supports"}
+    assert hasattr(_module_of("checkpoint"), "supports")
+
+
+def test_choices_of_gptq_are_documented() -> None:
+    types = parameter_types(find_pass("gptq"))
+    for parameter in ("weighting", "order", "ranges"):
+        choices = describe_type(types[parameter]).removeprefix("one of ").split(", ")
+        assert names(rows(section("passes.md", "`gptq`"), f"`{parameter}`")) == choices
+
+
+def test_reports_and_rules_are_documented() -> None:
+    from bitlower.passes._canonical import RULES
+    from bitlower.passes._hessian import CLIP
+    from bitlower.passes.gptq import GptqRow
+
+    assert set(names(rows(section("passes.md", "`gptq`"), "field"))) == {field.name for field in fields(GptqRow)}
+    assert sorted(names(rows(section("passes.md", "`clean`"), "rule"))) == sorted(rule.name for rule in RULES)
+    assert f"min(1, {CLIP:g} · median" in section("passes.md", "`gptq`")
+
+
+def test_algorithms_formats_and_tasks_are_documented() -> None:
+    from bitlower.frontends.huggingface import TASKS
+    from bitlower.tools import evaluate
+    from bitlower.tools._cli_eval import GENERATION
+
+    table = {row[0]: row[1] for row in rows(section("cli.md", "`bitlower quantize MODEL`"))}
+    for option, known in (
+        ("`--algorithm`", _standard.ALGORITHMS),
+        ("`--format`", _standard.FORMATS),
+        ("`--task`", TASKS),
+    ):
+        assert set(known) == set(re.findall(r"`([\w-]+)`", table[option])), option
+    tasks = next(row[1] for row in rows(section("cli.md", "`bitlower eval DIR|MODEL`")) if row[0] == "`--task`")
+    assert re.findall(r"`([\w-]+)`:", tasks) == [*evaluate.TASKS, GENERATION]
+
+
+def test_the_json_of_a_text_evaluation_is_documented() -> None:
+    from bitlower.tools.generation import Sample
+    from bitlower.tools.perplexity import Perplexity, TextEvaluation
+
+    table = rows(section("cli.md", "`bitlower eval DIR|MODEL`"), "key")
+    empty = TextEvaluation("", "", "", None, Perplexity(1.0, 1, 2, 2, 1, 2))
+    assert set(names(table)) == set(empty.to_dict())
+    entry = next(row[1] for row in table if row[0] == "`samples`")
+    assert re.findall(r"`(\w+)`", entry) == [field.name for field in fields(Sample)]
+
+
+def test_the_placement_table_adds_up() -> None:
+    cells = [row for row in rows(section("schemes.md", "Roles and placement")) if len(row) == 3]
+    total, sums = 0, []
+    for name, _, count in cells:
+        if name.startswith("**"):
+            sums.append((total, count))
+            total = 0
+        else:
+            total += int(count)
+    assert sums == [(102, "**102**"), (161, "**161**")]
+
+
+def test_roles_and_conventions_are_documented() -> None:
+    from bitlower.ir import ScaleConvention
+    from bitlower.ir.scheme import ACTIVATION_ROLES, WEIGHT_ROLES
+    from bitlower.passes.calibrate import Estimator
+
+    text = TEXT[ROOT / "docs" / "schemes.md"]
+    for name in (*WEIGHT_ROLES, *ACTIVATION_ROLES, *map(str, ScaleConvention), *Estimator.__args__):
+        assert f"| `{name}` |" in text, name
+
+
+def test_thresholds_are_those_of_the_code() -> None:
+    from bitlower.backends.onnx_qdq import _codes, _manifest, _tally, _verify
+
+    text = TEXT[ROOT / "docs" / "artefact.md"]
+    assert f"off it by {_tally.TIE:.0e}".replace("e-0", "e-") in text
+    assert f"at most {_verify.OUTPUT_GIVEN_CODES:.0e} of".replace("e-0", "e-") in text
+    assert f"output is {_verify.OUTPUT_COSINE} at least" in text
+    assert f"cosine of {_manifest.SELFTEST} at least" in text.replace("\n", " ")
+    assert f"within {_codes.SCALE:.0e}".replace("e-0", "e-") in text
+    assert _verify.CODES_EQUAL == 0.5
+
+
+@pytest.mark.parametrize(("backend", "heading"), [("onnx-qdq", "Verification"), ("checkpoint", "Checkpoints")])
+def test_the_fields_of_a_verification_are_documented(backend: str, heading: str) -> None:
+    text = section("artefact.md", heading)
+    for field in fields(_module_of(backend).Verification):
+        assert f"`{field.name}`" in text, field.name
+
+
+def test_the_figures_of_kernels_and_layers_are_documented() -> None:
+    from bitlower.backends.checkpoint._verification import LayerCheck, OutputCheck
+    from bitlower.backends.onnx_qdq._kernels import KernelReport
+
+    text = TEXT[ROOT / "docs" / "artefact.md"]
+    for field in [*fields(KernelReport), *fields(LayerCheck), *fields(OutputCheck)]:
+        assert f"`{field.name}`" in text or field.name == "name", field.name
+
+
+def test_the_limits_of_checkpoints_are_those_of_the_code() -> None:
+    from bitlower.backends.checkpoint import _outputs
+
+    text = section("artefact.md", "Checkpoints")
+    assert f"at most {_outputs.GIVEN_WEIGHTS:.0e} standard".replace("e-0", "e-") in text
+    assert f"Program's is {_outputs.OUTPUT_COSINE} at least" in text
+
+
+def test_the_signature_of_decoders_is_as_documented() -> None:
+    from bitlower.frontends._decoder import Signature
+
+    signature = Signature(True, (((2, 4), (2, 4)),))
+    text = section("concepts.md", "Decoders")
+    inputs = {name: row[1] for row in rows(text, "input") for name in names([row])}
+    for name, shape in signature.inputs().items():
+        wanted = [
+            str(dim) if isinstance(dim, str) else {1: "heads", 3: "width"}[axis] for axis, dim in enumerate(shape)
+        ]
+        assert inputs[name].partition("[")[2] == f"{', '.join(wanted)}]"
+    assert names(rows(text, "output")) == signature.outputs()
+
+
+def test_kernels_for_low_bits_are_as_documented() -> None:
+    from bitlower.backends.onnx_qdq._low_bit import Container, container
+    from bitlower.ir import Granularity, Grid, QuantSpec
+
+    stored = {}
+    for bits in range(2, 9):
+        spec = QuantSpec(Grid(bits), Granularity.per_group(64))
+        kinds = (container(spec, (8, 256), (8, 4), level) for level in (1, 4))
+        stored[bits] = [kind.bits if isinstance(kind, Container) else None for kind in kinds]
+    assert stored == {2: [4, 2], 3: [4, 4], 4: [4, 4], 5: [None, 8], 6: [None, 8], 7: [None, 8], 8: [None, 8]}
+    table = [row[0] for row in rows(section("onnx.md", "Weights alone: MatMulNBits"), "bits")]
+    assert table == ["2", "3, 4", "5 to 8"]
