@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.nn import functional
 
-from bitlower.ir import Batch, BitlowerError, Granularity, Level, Program, QuantSpec, get_tensor, numerics, set_tensor
+from bitlower.ir import BitlowerError, Granularity, Level, Program, QuantSpec, get_tensor, numerics, set_tensor
 from bitlower.ir.dataflow import activation_operand, linears, operand, weight_operand
 from bitlower.ir.lockstep import Read, walk
 from bitlower.ir.storage import like, release
@@ -26,6 +26,7 @@ from bitlower.passes.quantize import PlacementReport
 
 PARTS = ("codes", "scale", "zero_point")
 """What makes a weight on its grid."""
+_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,8 @@ class _Rewriter:
         name = _weight_name(quantizers[0])
         options = self.options
         hessian = Hessian(_columns(linear), weighting=options.weighting, precision=options.precision, name=name)
-        for index, (x, batch) in enumerate(read(activation_operand(linear))):
-            hessian.add(x, self._token_weights(quantizers, index, x, batch))
+        for x, weights in _gathered(self._weighted(linear, quantizers, read)):
+            hessian.add(x, weights)
         stored, columns = Stored({}, []), hessian.columns
         factors: dict[int, Factor] = {}
         for spec, nodes in _by_spec(quantizers).items():
@@ -190,18 +191,19 @@ class _Rewriter:
             self._solve_stack(stored, nodes, spec, factors[group], hessian.tokens)
         return stored
 
-    def _token_weights(
-        self, quantizers: Sequence[fx.Node], index: int, x: torch.Tensor, batch: Batch
-    ) -> torch.Tensor | None:
-        """By what the weights of the tokens of batch ``index`` are multiplied; None: all the same."""
-        mask = token_mask(batch)
-        if mask is not None:
-            mask = None if bool(mask.all()) or mask.numel() != x.shape[:-1].numel() else mask.reshape(x.shape[:-1])
-        parts = [self.gradients[user][index] for node in quantizers for user in node.users if user in self.gradients]
-        if not parts:
-            return mask
-        weights = torch.stack(parts).sum(0).pow(self.options.gradient).reshape(x.shape[:-1])
-        return weights if mask is None else weights * mask
+    def _weighted(
+        self, linear: fx.Node, quantizers: Sequence[fx.Node], read: Read
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The tokens of each batch, ``[tokens, columns]``, and by what their weights are multiplied, ``[tokens]``."""
+        for index, (x, batch) in enumerate(read(activation_operand(linear))):
+            rows, weights = x.reshape(-1, x.shape[-1]), torch.ones(x.shape[:-1].numel())
+            mask = token_mask(batch)
+            if mask is not None and mask.numel() == len(rows):
+                weights = weights * mask.reshape(-1)
+            parts = [self.gradients[n][index] for q in quantizers for n in q.users if n in self.gradients]
+            if parts:
+                weights = weights * torch.stack(parts).sum(0).pow(self.options.gradient).reshape(-1)
+            yield rows, weights
 
     def _solve_stack(
         self, stored: Stored, nodes: Sequence[fx.Node], spec: QuantSpec, factor: Factor, tokens: int
@@ -247,6 +249,20 @@ def _row(name: str, spec: QuantSpec, solution: Solution, part: slice, columns: i
         "damping": solution.damping,
         "notes": [*solution.notes, *short],
     }
+
+
+def _gathered(
+    parts: Iterable[tuple[torch.Tensor, torch.Tensor]],
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches put together until they hold enough tokens for one product."""
+    held: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for part in parts:
+        held.append(part)
+        if sum(len(weights) for _, weights in held) >= _TOKENS:
+            yield torch.cat([rows for rows, _ in held]), torch.cat([weights for _, weights in held])
+            held = []
+    if held:
+        yield torch.cat([rows for rows, _ in held]), torch.cat([weights for _, weights in held])
 
 
 def _all_readers(groups: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
