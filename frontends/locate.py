@@ -10,7 +10,6 @@ from bitlower.ir import BitlowerError, nearest
 
 GGUF = ".gguf"
 _PREFIX = "package:"
-_GGUF = ".gguf"
 
 
 def locate(model: str | os.PathLike[str]) -> Path:
@@ -23,7 +22,7 @@ def locate(model: str | os.PathLike[str]) -> Path:
     if name.startswith(_PREFIX):
         return _inside_package(name.removeprefix(_PREFIX))
     folder = Path(name)
-    if folder.is_file() and folder.suffix == _GGUF:
+    if folder.is_file() and folder.suffix == GGUF:
         return folder
     if not folder.is_dir():
         raise BitlowerError(
@@ -31,7 +30,7 @@ def locate(model: str | os.PathLike[str]) -> Path:
         )
     if (folder / "config.json").is_file():
         return folder
-    return _only_gguf(sorted(folder.glob(f"*{_GGUF}")), f"{name!r} holds no config.json")
+    return _only_gguf(sorted(folder.glob(f"*{GGUF}")), f"{name!r} holds no config.json")
 
 
 def _only_gguf(files: list[Path], lack: str) -> Path:
@@ -58,4 +57,4 @@ def _inside_package(name: str) -> Path:
     if len(models) > 1:
         raise BitlowerError(f"the package {name!r} holds {len(models)} folders with config.json and safetensors")
     lack = f"the package {name!r} holds no folder with config.json and safetensors"
-    return models[0] if models else _only_gguf([place for place in places if place.suffix == _GGUF], lack)
+    return models[0] if models else _only_gguf([place for place in places if place.suffix == GGUF], lack)

@@ -97,7 +97,7 @@ class Gptq(Pass):
     refine: int = 0
     """Sweeps after solving, each of which rounds every column anew given all others (QuantEase)."""
     rescale: bool = False
-    """After each sweep, give groups the scales that are best for their codes."""
+    """Before each sweep, give groups the scales that are best for their codes."""
     guard: bool = True
     """Round rows to nearest, on grids from end to end, where that does better under the Hessian."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"

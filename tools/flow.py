@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,7 +89,7 @@ def quantize(
 
     Args:
         model: a Hugging Face folder, ``package:NAME``, or a module in memory.
-        scheme: for example ``W8A8``, ``W8A8-full``, ``W8A8-token``, ``W4A16-g128``.
+        scheme: for example ``W8A8``, ``W4A16-g128``.
         calibration: a file of texts (``FILE:COLUMN`` for a table), the texts, or input batches; not needed for schemes
             without static activations, unless ``algorithm`` is ``gptq``. For a language model the texts are one long
             text, which is cut into windows.
@@ -111,20 +112,19 @@ def quantize(
         CheckError: a check failed; nothing is left behind.
     """
     if isinstance(calibration, str | os.PathLike) and not isinstance(model, torch.nn.Module):
-        recipe = standard_recipe(
-            os.fspath(model), scheme, calibration, algorithm=algorithm, formats=formats, task=task, samples=samples,
-            max_length=max_length, seed=seed, ignore=ignore,
+        job = recipe_job(
+            standard_recipe(
+                os.fspath(model), scheme, calibration, algorithm=algorithm, formats=formats, task=task,
+                samples=samples, max_length=max_length, seed=seed, ignore=ignore,
+            )
         )  # fmt: skip
-        job = recipe_job(recipe)
     else:
-        decoder = is_decoder(model, task)
-        job = Job(
-            load=lambda: load(model, task=task, example_inputs=example_inputs),
-            data=python_source(calibration, samples=samples, seed=seed, max_length=max_length, decoder=decoder).batches,
-            passes=standard_passes(scheme, ignore, algorithm=algorithm, calibrated=calibration is not None),
-            exports=standard_exports(scheme, formats),
-            seed=seed,
+        source = python_source(
+            calibration, samples=samples, seed=seed, max_length=max_length, decoder=is_decoder(model, task)
         )
+        passes = standard_passes(scheme, ignore, algorithm=algorithm, calibrated=calibration is not None)
+        loader = partial(load, model, task=task, example_inputs=example_inputs)
+        job = Job(loader, source.batches, passes, standard_exports(scheme, formats), seed=seed)
     options = Options(cache=Path(cache) if cache is not None else None, overwrite=overwrite)
     program, summary = run_job(job, Path(output) if output is not None else None, options)
     return Quantized(program, summary.output, summary)

@@ -24,5 +24,5 @@ def refusal(form: Format, spec: QuantSpec, shape: tuple[int, int], kind: str) ->
         granularity.scale_shape(shape)
     except BitlowerError as error:
         return str(error)
-    size = granularity.size if granularity.kind == "group" else -1
+    size = granularity.block_size(shape[1]) if granularity.kind == "group" else -1
     return form.refusal(Packed(spec.grid.bits, size, is_symmetric(spec)), shape, kind)

@@ -152,7 +152,7 @@ ROWS3 = QuantSpec(Grid(3), Granularity.per_channel(0))
     [
         (GROUPS, (64, 96), "linear-weight", {}, ""),
         (GROUPS, (64, 96), "linear-weight", {"format": "gptq-v2"}, ""),
-        (GROUPS, (64, 100), "linear-weight", {}, "per-group(32) does not divide an axis of 100"),
+        (GROUPS, (64, 100), "linear-weight", {}, "per-group(32) and an axis of 100 have only blocks of 4 in common"),
         (GROUPS, (60, 96), "linear-weight", {"format": "gptq-v2"}, "60 outputs of 4 bits do not fill 32-bit words"),
         (GROUPS, (60, 96), "linear-weight", {}, ""),
         (GROUPS, (96, 64), "embedding-table", {"format": "gptq-v2"}, "no embedding tables"),
