@@ -97,8 +97,7 @@ def quantize(
         algorithm: what chooses the weights' codes: ``gptq``, ``rtn`` or ``calibrate``; if left out ``gptq`` for
             weights of fewer than 8 bits beside float activations (``rtn`` without calibration), else ``calibrate``.
         formats: backends to write with; ``onnx-qdq`` if left out. Several write into folders of their names.
-        task: ``feature-extraction``, ``text-classification`` or ``text-generation``; read from the model's
-            configuration if left out.
+        task: as for :func:`~bitlower.frontends.load`; read from the model's configuration if left out.
         samples: texts to calibrate on, up to 128 if left out; windows of a long text, 32 if left out.
         max_length: in tokens, of texts (128 if left out) or of windows (512, or what the model takes).
         seed: of all randomness.
@@ -125,9 +124,12 @@ def quantize(
         passes = standard_passes(scheme, ignore, algorithm=algorithm, calibrated=calibration is not None)
         loader = partial(load, model, task=task, example_inputs=example_inputs)
         job = Job(loader, source.batches, passes, standard_exports(scheme, formats), seed=seed)
-    options = Options(cache=Path(cache) if cache is not None else None, overwrite=overwrite)
-    program, summary = run_job(job, Path(output) if output is not None else None, options)
+    program, summary = run_job(job, _path(output), Options(cache=_path(cache), overwrite=overwrite))
     return Quantized(program, summary.output, summary)
+
+
+def _path(place: str | os.PathLike[str] | None) -> Path | None:
+    return Path(place) if place is not None else None
 
 
 def analyze_model(
