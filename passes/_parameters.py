@@ -74,8 +74,11 @@ def coerce(kind: Any, value: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         return _coerce_tuple(typing.get_args(kind), value, kind)
     if typing.get_origin(kind) is typing.Literal:
-        if any(type(option) is type(value) and option == value for option in typing.get_args(kind)):
+        options = typing.get_args(kind)
+        if any(type(option) is type(value) and option == value for option in options):
             return value
+        if value is None and "none" in options:  # the bare word in pipeline text
+            return "none"
     elif _is_enum(kind):
         if any((type(m.value) is type(value) and m.value == value) or m is value for m in kind):
             return kind(value)

@@ -28,11 +28,15 @@ from bitlower.passes import (
     format_pipeline,
 )
 from bitlower.passes._digest import digest_batches
+from bitlower.passes.gptq import GptqReport
 from bitlower.tools import _backends
 from bitlower.tools._output import disk_errors, new_folder
 from bitlower.tools._summary import RunSummary, peak_bytes
 from bitlower.tools.data import check_finite
 from bitlower.tools.render import Display
+
+NOTES = 8
+"""So many notes of a pass are shown."""
 
 
 def default_cache() -> Path:
@@ -159,7 +163,14 @@ class _Run:
         context = Context(data.calibration, data.evaluation, seed=self.job.seed, track=self.options.display.track)
         cache = self.open_cache()
         manager = PassManager(self.job.passes, self.observers(cache), cache, verify=self.options.verify)
-        return manager.run(program, context)
+        result = manager.run(program, context)
+        if GptqReport in context.results:
+            notes = [note for row in context[GptqReport].rows for note in row.notes]
+            for note in notes[:NOTES]:
+                self.options.display.note(note)
+            if len(notes) > NOTES:
+                self.options.display.note(f"and {len(notes) - NOTES} more notes of gptq")
+        return result
 
     def export(self, program: Program, data: Data, folder: Path) -> dict[str, dict[str, Any]]:
         """Write the files that all artefacts have, then what every backend makes of the program beside them."""

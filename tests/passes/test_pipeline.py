@@ -191,3 +191,11 @@ def test_plain_data_from_yaml_fits_the_same_way() -> None:
         make_pass("everything", {"group_size": 4, "group-size": 4})
     with pytest.raises(BitlowerError, match=r"'scheme': unknown scheme key 'weight'; did you mean 'weights'"):
         make_pass("everything", {"scheme": {"weight": None}})
+
+
+def test_the_bare_word_none_is_a_choice_where_it_is_one() -> None:
+    (gptq,) = parse_pipeline("gptq{weighting=none order=none}")
+    assert gptq.parameters() == {"weighting": "none", "order": "none"}
+    assert parse_pipeline(format_pipeline([gptq])) == (gptq,)
+    with pytest.raises(BitlowerError, match="takes one of minmax"):
+        parse_pipeline("gptq{ranges=none}")

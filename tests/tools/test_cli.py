@@ -194,6 +194,15 @@ def test_quantize_takes_algorithm_and_formats(
     assert (code, "unknown format 'gptqv2'; did you mean 'gptq-v2'" in err) == (2, True)
 
 
+def test_what_gptq_noticed_is_shown(
+    call: Any, llama: Path, story: Path, tmp_path: Path, backend: SimpleNamespace
+) -> None:
+    arguments = ("quantize", llama, "--calibration", story, "--scheme", "W4A16-g16", "--samples", 1, "--max-length", 8)
+    code, _, err = call(*arguments, "-o", tmp_path / "a", "--no-cache")
+    assert code == 0
+    assert "self_attn.q_proj.weight: 8 calibration tokens are few for" in err
+
+
 def test_verify_asks_the_backend(call: Any, tmp_path: Path, backend: SimpleNamespace) -> None:
     (tmp_path / "manifest.json").write_text('{"backend": "onnx-qdq"}')
     backend.verify = lambda folder: {"outputs": {"x": {"worst": 1e-6}}}
