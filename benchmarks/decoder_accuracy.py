@@ -130,10 +130,10 @@ def ablation_cases(arguments: argparse.Namespace) -> Iterator[Case]:
     for bits in arguments.bits:
         quantize = f"quantize{{scheme={scheme(bits, arguments.groups[0], arguments.symmetric)}}}"
         yield Case(f"{quantize},rtn", label="round to nearest")
-        for label, parameters in SWITCHES.items():
-            yield Case(f"{quantize},gptq{{{parameters}}}" if parameters else f"{quantize},gptq", label=label)
         wide = f"quantize{{scheme={scheme(8, arguments.groups[0], arguments.symmetric)} targets=[{KEY_VALUE}]}}"
         yield Case(f"{wide},{quantize},gptq", label="key and value projections at 8 bits")
+        for label, parameters in SWITCHES.items():
+            yield Case(f"{quantize},gptq{{{parameters}}}" if parameters else f"{quantize},gptq", label=label)
         for samples, length in CALIBRATIONS:
             yield Case(f"{quantize},gptq", samples, length, f"{samples} windows of {length}")
 
