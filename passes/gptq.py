@@ -27,6 +27,9 @@ from bitlower.passes.quantize import PlacementReport
 PARTS = ("codes", "scale", "zero_point")
 """What makes a weight on its grid."""
 _TOKENS = 2048
+"""So many tokens at least enter a Hessian at once."""
+_ELEMENTS = 1 << 22
+"""So many weights at most are solved at once; rows do not depend on one another."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,8 @@ class _Rewriter:
         for spec, nodes in _by_spec(quantizers).items():
             group = min(spec.granularity.size, columns) if spec.granularity.kind == "group" else columns
             if group not in factors:
-                matrix = functional.pad(hessian.matrix(), (0, -columns % group) * 2)
+                width = columns + -columns % group
+                matrix = _padded(_padded(hessian.matrix(), width).T, width)
                 factors[group] = factorize(matrix, damping=options.damping, order=options.order, group=group, name=name)
             self._solve_stack(stored, nodes, spec, factors[group], hessian.tokens)
         return stored
@@ -212,18 +216,22 @@ class _Rewriter:
         names = [_weight_name(node) for node in nodes]
         weights = [get_tensor(self.module, name).detach() for name in names]
         columns, grouped = weights[0].shape[1], spec.granularity.kind == "group"
-        stack = functional.pad(torch.cat(weights).float(), (0, factor.columns - columns))
         granularity = Granularity.per_group(factor.group) if grouped else spec.granularity
-        solution = solve(stack, factor, spec.grid, granularity, self.solver, name=names[0])
-        scales = [solution.scale, solution.zero_point]
+        stack = torch.cat(weights)
+        solutions = [
+            solve(_padded(rows.float(), factor.columns), factor, spec.grid, granularity, self.solver, name=names[0])
+            for rows in torch.split(stack, max(1, _ELEMENTS // columns))
+        ]
+        codes = torch.cat([solution.codes[:, :columns] for solution in solutions])
+        scales = [torch.cat([getattr(solution, key) for solution in solutions]) for key in PARTS[1:]]
         if grouped:
             scales = [spec.granularity.to_blocks(part, columns) for part in scales]
         start = 0
         for name, weight in zip(names, weights, strict=True):
             part = slice(start, start := start + len(weight))
-            for key, tensor in zip(PARTS, (solution.codes[:, :columns], *scales), strict=True):
+            for key, tensor in zip(PARTS, (codes, *scales), strict=True):
                 stored.tensors[f"{key}.{name}"] = tensor[part].contiguous()
-            stored.rows.append(_row(name, spec, solution, part, columns, tokens))
+            stored.rows.append(_row(name, spec, solutions, part, columns, tokens))
             release(weight)
 
     def _write(self, node: fx.Node, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> None:
@@ -236,19 +244,27 @@ class _Rewriter:
             set_tensor(self.module, str(operand(node, position).target), tensor)
 
 
-def _row(name: str, spec: QuantSpec, solution: Solution, part: slice, columns: int, tokens: int) -> dict[str, Any]:
-    nearest = solution.rtn_loss
+def _row(
+    name: str, spec: QuantSpec, solutions: Sequence[Solution], part: slice, columns: int, tokens: int
+) -> dict[str, Any]:
+    """The report's row of the rows ``part`` of what was solved together."""
+    nearest = [solution.rtn_loss for solution in solutions if solution.rtn_loss is not None]
     short = [f"{name}: {tokens} calibration tokens are few for {columns} columns"] if tokens < columns else []
     return {
         "weight": name,
         "spec": str(spec),
         "tokens": tokens,
-        "loss": float(solution.loss[part].sum()),
-        "rtn_loss": None if nearest is None else float(nearest[part].sum()),
-        "kept_rows": int(solution.kept[part].sum()),
-        "damping": solution.damping,
-        "notes": [*solution.notes, *short],
+        "loss": float(torch.cat([solution.loss for solution in solutions])[part].sum()),
+        "rtn_loss": float(torch.cat(nearest)[part].sum()) if nearest else None,
+        "kept_rows": int(torch.cat([solution.kept for solution in solutions])[part].sum()),
+        "damping": solutions[0].damping,
+        "notes": [*solutions[0].notes, *short],
     }
+
+
+def _padded(matrix: torch.Tensor, columns: int) -> torch.Tensor:
+    """``matrix`` with zeros after its columns up to so many."""
+    return functional.pad(matrix, (0, columns - matrix.shape[1])) if matrix.shape[1] < columns else matrix
 
 
 def _gathered(
