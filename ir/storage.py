@@ -6,6 +6,7 @@ resident memory until :func:`release` gives them back, so a model far larger tha
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import os
@@ -123,6 +124,13 @@ def release(tensor: torch.Tensor) -> None:
     size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
     first = start // mmap.PAGESIZE * mmap.PAGESIZE
     map_.madvise(mmap.MADV_DONTNEED, first, start + size * tensor.element_size() - first)
+
+
+def trim() -> None:
+    """Give freed memory back to the system, where the C library keeps it for later (glibc)."""
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if give_back is not None:
+        give_back(0)
 
 
 def _map_of(tensor: torch.Tensor) -> mmap.mmap | None:

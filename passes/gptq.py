@@ -13,7 +13,7 @@ from torch.nn import functional
 from bitlower.ir import BitlowerError, Granularity, Level, Program, QuantSpec, get_tensor, numerics, set_tensor
 from bitlower.ir.dataflow import activation_operand, linears, operand, weight_operand
 from bitlower.ir.lockstep import Read, walk
-from bitlower.ir.storage import like, release
+from bitlower.ir.storage import like, release, trim
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._checkpoints import Stored, load_checkpoint, save_checkpoint
 from bitlower.passes._gptq_factor import Factor, factorize
@@ -177,6 +177,7 @@ class _Rewriter:
         for node, name in zip(quantizers, names, strict=True):
             self._write(node, *(stored.tensors[f"{part}.{name}"] for part in PARTS))
         self.rows += [GptqRow(**row | {"notes": tuple(row["notes"])}) for row in stored.rows]
+        trim()
 
     def _solve(self, linear: fx.Node, quantizers: Sequence[fx.Node], read: Read) -> Stored:
         name = _weight_name(quantizers[0])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from bitlower.ir import BitlowerError, storage
-from bitlower.ir.storage import is_mapped, like, map_safetensors, release, spill
+from bitlower.ir.storage import is_mapped, like, map_safetensors, release, spill, trim
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool)
 MEGABYTE = 1 << 20
@@ -108,3 +108,15 @@ def test_plain_tensors_are_left_alone() -> None:
     assert like(tensor, torch.zeros(2)) is tensor
     assert is_mapped(like(tensor, spill(torch.zeros(2))))
     assert not is_mapped(torch.empty(3, device="meta"))
+
+
+def test_trim_gives_freed_memory_back() -> None:
+    before = resident()
+    blocks = [torch.ones(1 << 12) for _ in range(8000)]
+    keep = blocks[-1]
+    assert resident() - before > 100 * MEGABYTE
+    blocks.clear()
+    gc.collect()
+    trim()
+    assert resident() - before < 40 * MEGABYTE
+    assert float(keep.sum()) == 1 << 12
