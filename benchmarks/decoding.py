@@ -68,7 +68,7 @@ def build(folder: Path, data: Path) -> None:
 
 def last(model: Any) -> list[str]:
     """The node that gives the logits, if it multiplies with a stored weight."""
-    return [node.name for node in model.graph.node if "logits" in node.output or node.output[0] == "logits"]
+    return [node.name for node in model.graph.node if "logits" in node.output]
 
 
 class Decoder:

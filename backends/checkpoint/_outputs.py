@@ -43,9 +43,10 @@ class _Sums:
 
     @property
     def deviation(self) -> float:
-        """The standard deviation of the Program's output; 1 where it is constant."""
-        variance = self.squares / self.count - (self.total / self.count) ** 2
-        return math.sqrt(variance) if variance > 0 else 1.0
+        """The standard deviation of the Program's output; its size where it is constant."""
+        mean = self.total / self.count
+        variance = self.squares / self.count - mean**2
+        return math.sqrt(variance) if variance > 1e-12 * mean**2 else abs(mean) or 1.0
 
 
 class OutputComparison:

@@ -40,7 +40,7 @@ class Options:
             MatMulIntegerToFloat, MatMulNBits, FusedMatMul.
         accuracy_level: how linears with low-bit weights and float activations are multiplied, in the words of
             com.microsoft.MatMulNBits. 1 computes in float32, which is what a scheme such as W4A16 says. 4 rounds the
-            activations to 8 bits, in blocks, which costs accuracy and is 2 to 4 times as fast a token; only at 4 have
+            activations to 8 bits, in blocks, which costs accuracy and is faster a token; only at 4 have
             weights of 2 and of 5 to 8 bits kernels of their own. The form ``qdq`` only records it, as a session entry
             (see ``verification.json``): onnxruntime takes 4 if it is told nothing.
         external_data_threshold: tensors of more bytes in all go to a file of their own, for protobuf ends at 2 GB.

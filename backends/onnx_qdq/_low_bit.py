@@ -2,8 +2,7 @@
 
 onnxruntime's ``MatMulNBits`` takes codes of 2, 4 and 8 bits in blocks of 16, 32, 64, 128 or 256 inputs that share a
 scale. At the accuracy levels 0 to 3 its activations stay float, at level 4 it rounds them to 8 bits, block by block.
-Measured on a CPU, one token: 4-bit codes are 2 to 3 times as fast as a float matmul at level 1 and 6 to 10 times at
-level 4; 2- and 8-bit codes have a kernel only at level 4, and without it take 20 to 50 times as long as in float.
+On a CPU 2- and 8-bit codes have a fast kernel only at level 4; without it they are far slower than a float matmul.
 """
 
 from __future__ import annotations
