@@ -114,7 +114,7 @@ def main() -> None:
             command += ["--samples", str(arguments.samples), "--length", str(arguments.length)]
             figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         rows.append({"layers": layers, "model_gigabytes": round(size, 3), **figures})
-    settings = {"samples": arguments.samples, "length": arguments.length}
+    settings = {"samples": arguments.samples, "length": arguments.length, "threads": torch.get_num_threads()}
     write_result("memory", "python benchmarks/memory.py", {"settings": settings, "rows": rows})
     headers = ["layers", "bf16 model, GB", "artefact, GB", "peak memory, GB", "gptq, s", "all, s"]
     show_table(

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bitlower.ir import BitlowerError
-from bitlower.ir.storage import map_safetensors, spill
+from bitlower.ir.storage import bound_heap, map_safetensors, parts, spill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +42,7 @@ def check_weights(folder: Path) -> None:
             with safe_open(path, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
                     tensor = tensors.get_tensor(name)
-                    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    if tensor.is_floating_point() and not all(bool(p.isfinite().all()) for p in parts(tensor)):
                         raise BitlowerError(f"{path}: the weight {name!r} holds NaN or Inf")
         except (SafetensorError, OSError) as error:
             raise BitlowerError(f"{path} is damaged: {error}", hint="fetch the file again") from None
@@ -108,6 +108,7 @@ def _load(folder: Path, loader: Any) -> tuple[PreTrainedModel, Mapping[str, Any]
 def _load_mapped(folder: Path, loader: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     from transformers import AutoConfig
 
+    bound_heap()
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
         kind = type(loader.from_config(config))

@@ -12,6 +12,7 @@ from torch import fx
 
 from bitlower.ir.diagnostics import BitlowerError, nearest
 from bitlower.ir.scheme import QuantSpec
+from bitlower.ir.storage import parts
 from bitlower.ir.types import Level, TensorType
 
 Batch = Mapping[str, torch.Tensor]
@@ -226,5 +227,6 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     """A hash of dtype, shape and contents."""
     raw = tensor.detach().cpu().contiguous()
     state = hashlib.sha256(f"{raw.dtype}{list(raw.shape)}".encode())
-    state.update(raw.reshape(-1).view(torch.uint8).numpy().data if raw.numel() else b"")
+    for part in parts(raw):
+        state.update(part.view(torch.uint8).numpy().data)
     return state.hexdigest()

@@ -12,7 +12,7 @@ import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _CHUNK = 1 << 22
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MAPS: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
 """Living maps by their address; a map lives as long as a tensor over it."""
 _PRIVATE: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
@@ -124,6 +125,25 @@ def release(tensor: torch.Tensor) -> None:
     size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
     first = start // mmap.PAGESIZE * mmap.PAGESIZE
     map_.madvise(mmap.MADV_DONTNEED, first, start + size * tensor.element_size() - first)
+
+
+def parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The entries of ``tensor``, in order, in flat parts; those of a mapped one are let go of after use."""
+    for part in torch.split(tensor.detach().reshape(-1), _CHUNK):
+        yield part
+        release(part)
+
+
+def bound_heap() -> None:
+    """From now on, blocks above a megabyte go back to the system when they are freed (glibc), whatever came before.
+
+    By itself the C library raises that bound to 32 MB as blocks are freed, and keeps what is below it: the matrices of
+    a layer then leave holes as large as themselves.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, 1 << 20)
+        set_option(_M_TRIM_THRESHOLD, 1 << 20)
 
 
 def trim() -> None:

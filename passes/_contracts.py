@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -16,6 +18,7 @@ from bitlower.passes._digest import Fingerprint, fingerprint
 from bitlower.passes._registry import known_passes
 
 RTOL = 1e-4  # of a value's standard deviation over the batch
+_PART = 1 << 20
 
 
 def check_levels(passes: Sequence[Pass], level: Level) -> None:
@@ -103,16 +106,42 @@ def excess(expected: torch.Tensor, found: torch.Tensor) -> str:
     if not expected.is_floating_point():
         wrong = int((expected != found).sum())
         return f"{wrong} of {expected.numel()} values" if wrong else ""
-    if expected.numel() == 0:
-        return ""
-    if not torch.equal(expected.isfinite(), found.isfinite()):
-        return "NaN or Inf"
-    finite = expected.isfinite()
-    reference = expected[finite].double()
-    worst = float((reference - found[finite].double()).abs().max()) if reference.numel() else 0.0
-    spread = float(reference.std(correction=0)) if reference.numel() else 0.0
-    tolerance = RTOL * (spread or float(reference.abs().max()) if reference.numel() else 1.0)
-    return f"by up to {worst:.3g}, tolerance {tolerance:.3g}" if worst > tolerance else ""
+    moments = _Moments()
+    for a, b in zip(*(torch.split(t.detach().reshape(-1), _PART) for t in (expected, found)), strict=True):
+        if not torch.equal(a.isfinite(), b.isfinite()):
+            return "NaN or Inf"
+        finite = a.isfinite()
+        moments.add(a[finite].double(), b[finite].double())
+    tolerance = RTOL * (moments.spread or moments.largest)
+    return f"by up to {moments.worst:.3g}, tolerance {tolerance:.3g}" if moments.worst > tolerance else ""
+
+
+@dataclass
+class _Moments:
+    """What a tolerance is made of, gathered part by part so that outputs are never held in float64."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    largest: float = 0.0
+    worst: float = 0.0
+
+    def add(self, expected: torch.Tensor, found: torch.Tensor) -> None:
+        """A part, float64; sums of squares about the means are put together as Chan et al. (1983) do."""
+        if not expected.numel():
+            return
+        mean, count = float(expected.mean()), self.count + expected.numel()
+        shift = mean - self.mean
+        self.squares += float((expected - mean).square().sum()) + shift**2 * self.count * expected.numel() / count
+        self.mean += shift * expected.numel() / count
+        self.count = count
+        self.largest = max(self.largest, float(expected.abs().max()))
+        self.worst = max(self.worst, float((expected - found).abs().max()))
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation."""
+        return math.sqrt(self.squares / self.count) if self.count else 0.0
 
 
 def _worst_sample(batch: Batch, expected: torch.Tensor, found: torch.Tensor) -> Batch:

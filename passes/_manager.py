@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bitlower.ir import BitlowerError, Program
+from bitlower.ir.storage import trim
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._cache import Cache, aligned
 from bitlower.passes._contracts import Guard, check_levels
@@ -135,6 +136,7 @@ def execute(pass_: Pass, program: Program, context: Context) -> tuple[Program, b
         if type(pass_).__module__.startswith("bitlower."):
             raise
         raise _foreign_error(pass_, error) from error
+    trim()
     return (clone, True) if changed else (program, False)
 
 

@@ -111,10 +111,6 @@ class Float:
         tensor = get_tensor(self.module, self.target).detach()
         return tensor.T if self.transposed else tensor
 
-    def release(self) -> None:
-        """Let go of the tensor if it lies in a file."""
-        release(get_tensor(self.module, self.target))
-
 
 @dataclass(frozen=True)
 class Contents:

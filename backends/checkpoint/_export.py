@@ -175,12 +175,7 @@ def _entry(entry: Float, dtype: torch.dtype) -> Entry:
     value = entry.value()
     kept = dtype if value.is_floating_point() else value.dtype
 
-    def make() -> torch.Tensor:
-        tensor = cast(entry.value(), kept, entry.name).contiguous()
-        entry.release()
-        return tensor
-
-    return Entry(entry.name, kept, tuple(value.shape), make)
+    return Entry(entry.name, kept, tuple(value.shape), lambda: cast(entry.value(), kept, entry.name))
 
 
 def _config(program: Program, skeleton: Skeleton, contents: Contents, options: Options) -> dict[str, Any]:

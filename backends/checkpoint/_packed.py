@@ -12,6 +12,7 @@ from bitlower.backends.checkpoint._contents import Layer
 from bitlower.backends.checkpoint._safetensors import Entry, TensorFolder
 from bitlower.backends.checkpoint._skeleton import Skeleton
 from bitlower.ir import BitlowerError
+from bitlower.ir.storage import parts
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,14 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     Raises:
         BitlowerError: a number is too large for it.
     """
-    result = tensor.to(dtype)
-    if dtype.is_floating_point and not bool(result.isfinite().all()) and bool(tensor.isfinite().all()):
-        raise BitlowerError(
-            f"{name} reaches {float(tensor.abs().max()):.4g}, which {str(dtype).removeprefix('torch.')} cannot hold",
-            hint="choose dtype bfloat16 or float32",
-        )
+    result = torch.empty(tensor.shape, dtype=dtype)
+    for part, kept in zip(parts(tensor), parts(result), strict=True):
+        kept.copy_(part)
+        if dtype.is_floating_point and not bool(kept.isfinite().all()) and bool(part.isfinite().all()):
+            raise BitlowerError(
+                f"{name} reaches {float(part.abs().max()):.4g}, which {str(dtype).removeprefix('torch.')} cannot hold",
+                hint="choose dtype bfloat16 or float32",
+            )
     return result
 
 

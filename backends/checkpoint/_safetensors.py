@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from bitlower.backends._json import read_json, write_json
-from bitlower.ir import CheckError
+from bitlower.ir import BitlowerError, CheckError
+from bitlower.ir.storage import map_safetensors
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NAMES = {
@@ -113,7 +113,7 @@ def _write_file(file: BinaryIO, entries: Iterable[Entry]) -> None:
 
 
 class TensorFolder:
-    """The tensors of a folder, read one at a time; a file is open only meanwhile, so its pages are not held.
+    """The tensors of a folder, mapped: what is read of one can be let go of with ``ir.storage.release``.
 
     Raises:
         CheckError: a file is missing or damaged.
@@ -123,8 +123,7 @@ class TensorFolder:
         self._folder = folder
         self._files: dict[str, str] = {}
         for name in self._file_names():
-            with self._open(name) as tensors:
-                self._files.update(dict.fromkeys(tensors.keys(), name))
+            self._files.update(dict.fromkeys(self._map(name), name))
 
     def _file_names(self) -> list[str]:
         if not (self._folder / INDEX).is_file():
@@ -134,11 +133,11 @@ class TensorFolder:
             raise CheckError(f"{INDEX} in {self._folder} is damaged: it does not say where the weights lie")
         return sorted(set(listed.values()))
 
-    def _open(self, name: str) -> safe_open:
+    def _map(self, name: str) -> dict[str, torch.Tensor]:
         try:
-            return safe_open(self._folder / name, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckError(f"{name} in {self._folder} is damaged: {error}") from None
+            return map_safetensors(self._folder / name)
+        except BitlowerError as error:
+            raise CheckError(error.message) from None
 
     @property
     def names(self) -> set[str]:
@@ -153,6 +152,4 @@ class TensorFolder:
         """
         if name not in self._files:
             raise CheckError(f"the tensor {name} is missing in {self._folder}")
-        with self._open(self._files[name]) as tensors:
-            tensor: torch.Tensor = tensors.get_tensor(name)
-        return tensor
+        return self._map(self._files[name])[name]

@@ -31,11 +31,11 @@ from bitlower.backends.checkpoint._verification import LayerCheck, Verification
 from bitlower.ir import Batch, BitlowerError, CheckError, Program, numerics
 from bitlower.ir.observe import observe
 from bitlower.ir.program import tensor_digest
+from bitlower.ir.storage import parts, spill, trim
 
 PACKAGES = ("torch", "transformers")
 TOKENS = 256
 """A batch is cut to so many entries of its first input, by whole rows: logits are large."""
-_PART = 1 << 22
 
 
 class Stored:
@@ -74,7 +74,7 @@ class Stored:
         """A weight in the model's orientation: a packed one of a ``Conv1D`` is [in, out], all others [out, in]."""
         path = name.removesuffix(".weight")
         if path not in self.packed or not name.endswith(".weight"):
-            return self.tensor(name).float()
+            return spill(self.tensor(name), torch.float32)
         layer = self.layer(path)
         value = numerics.values(layer.codes, layer.scales, layer.zeros)
         return value.T if kind == CONV1D else value
@@ -116,7 +116,9 @@ def verify_export(
     count = tokens = 0
     for batch in map(_cut, itertools.islice(batches, limit)):
         model = _run_model(skeleton, contents, stored, batch)
+        trim()
         ours = _run_program(program, {}, batch, model)
+        trim()
         comparison.add(ours, _run_program(program, _weights(program, contents, stored), batch, model), model)
         count, tokens = count + 1, tokens + next(iter(batch.values())).numel()
     if not count:
@@ -160,8 +162,8 @@ def check_weight(path: str, packed: Packed, weight: Weight) -> dict[str, str]:
         )
     if not bool(weight.scales.isfinite().all()):
         raise CheckError(f"a scale of {path} is not finite")
-    parts = {"codes": weight.codes, "scales": weight.scales, "zero_points": weight.zeros}
-    return {name: tensor_digest(part) for name, part in parts.items()}
+    pieces = {"codes": weight.codes, "scales": weight.scales, "zero_points": weight.zeros}
+    return {name: tensor_digest(part) for name, part in pieces.items()}
 
 
 def _check_layer(layer: Layer, stored: Stored, dtype: torch.dtype) -> LayerCheck:
@@ -192,14 +194,12 @@ def _check_float(entry: Float, stored: Stored, dtype: torch.dtype) -> float:
     kept = dtype if ours.is_floating_point() else ours.dtype
     largest = error = 0.0
     same = theirs.dtype == kept and ours.shape == theirs.shape
-    for start in range(0, ours.numel() if same else 0, _PART):
-        a, b = ours[start : start + _PART], theirs[start : start + _PART]
+    for a, b in zip(parts(ours), parts(theirs), strict=True) if same else ():
         same = same and torch.equal(a.to(kept), b)
         largest = max(largest, float(a.abs().max()))
         error = max(error, float((a - b).abs().max()))
     if not same:
         raise CheckError(f"the weight {entry.name} in the file is not the program's")
-    entry.release()
     return error / largest if largest else 0.0
 
 

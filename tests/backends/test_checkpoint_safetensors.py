@@ -97,10 +97,10 @@ def test_damage_is_named(tmp_path: Path):
         TensorFolder(tmp_path).tensor("y")
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckError, match=r"model\.safetensors in .* is damaged"):
+    with pytest.raises(CheckError, match=r"model\.safetensors is damaged"):
         TensorFolder(tmp_path)
     path.unlink()
-    with pytest.raises(CheckError, match=r"model\.safetensors in .* is damaged"):
+    with pytest.raises(CheckError, match=r"model\.safetensors is damaged"):
         TensorFolder(tmp_path)
     for form in ("[]", '{"weight_map": {"x": "../x.safetensors"}}', '{"weight_map": 3}'):
         (tmp_path / INDEX).write_text(form)

@@ -1,5 +1,9 @@
+import ctypes
 import gc
+import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -120,3 +124,35 @@ def test_trim_gives_freed_memory_back() -> None:
     trim()
     assert resident() - before < 40 * MEGABYTE
     assert float(keep.sum()) == 1 << 12
+
+
+@given(st.lists(st.integers(0, 7), max_size=3), st.integers(1, 9), st.booleans())
+def test_parts_are_the_entries_in_order(shape: list[int], size: int, mapped: bool) -> None:
+    tensor = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "_CHUNK", size)
+        found = [part.tolist() for part in storage.parts(spill(tensor) if mapped else tensor)]
+    assert [entry for part in found for entry in part] == tensor.flatten().tolist()
+    assert max(map(len, found), default=0) <= size
+
+
+BLOCKS = """
+import os, psutil, torch
+from bitlower.ir.storage import bound_heap
+if {bound}:
+    bound_heap()
+torch.ones(7 << 20)  # freeing 28 MB raises the bound by which the C library keeps what is freed
+held = [torch.ones(1 << 20) for _ in range(40)]
+before = psutil.Process(os.getpid()).memory_info().rss
+del held[:-1]  # the last block keeps the heap from shrinking
+print(before - psutil.Process(os.getpid()).memory_info().rss)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_a_bound_heap_gives_freed_blocks_back() -> None:
+    freed = [
+        int(subprocess.run([sys.executable, "-c", BLOCKS.format(bound=bound)], check=True, capture_output=True).stdout)
+        for bound in (False, True)
+    ]
+    assert freed[0] < 80 * MEGABYTE < 150 * MEGABYTE < freed[1]
