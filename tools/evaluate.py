@@ -60,7 +60,7 @@ class Runner:
 
 
 def evaluate(
-    target: str | os.PathLike[str],
+    target: str | os.PathLike[str] | Program,
     task: str,
     data: str | os.PathLike[str],
     *,
@@ -72,7 +72,7 @@ def evaluate(
     """Measure ``target`` on ``data``.
 
     Args:
-        target: an artefact's folder (with ``model.onnx``), or a model as the frontends take it.
+        target: an artefact's folder (with ``model.onnx``), a model as the frontends take it, or a Program of any level.
         task: ``sts-b`` (score, two sentences: correlation of the score with the cosine of mean-pooled embeddings) or
             ``classification`` (text, an optional second text, label).
         data: a .tsv, .csv or .jsonl file.
@@ -92,15 +92,15 @@ def evaluate(
     runner = open_runner(target)
     texts = Texts(rows, max_length, batch_size, track)
     metrics = _sts_b(runner, texts, path) if task == "sts-b" else _classification(runner, texts, path)
-    return Evaluation(os.fspath(target), task, str(path), len(rows), metrics)
+    name = target.source if isinstance(target, Program) else os.fspath(target)
+    return Evaluation(name, task, str(path), len(rows), metrics)
 
 
-def open_runner(target: str | os.PathLike[str]) -> Runner:
-    """A model to run: an artefact in onnxruntime if the folder holds ``model.onnx``, else the float model."""
-    folder = Path(target)
-    if (folder / "model.onnx").is_file():
-        return _artefact(folder)
-    program = load(target)
+def open_runner(target: str | os.PathLike[str] | Program) -> Runner:
+    """A model to run: an artefact in onnxruntime if the folder holds ``model.onnx``, else the Program or float model."""
+    if not isinstance(target, Program) and (Path(target) / "model.onnx").is_file():
+        return _artefact(Path(target))
+    program = target if isinstance(target, Program) else load(target)
 
     def run(batch: Batch) -> dict[str, Array]:
         with torch.no_grad():
