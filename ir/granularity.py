@@ -14,7 +14,9 @@ from bitlower.ir.diagnostics import BitlowerError
 from bitlower.ir.types import Dim
 
 _SMALLEST_BLOCK = 8
-KINDS = ("tensor", "channel", "group", "row-group", "token", "embedding", "embedding-group")
+KINDS = ("tensor", "channel", "group", "row-group", "token", "embedding", "embedding-group", "embedding-parts")
+SIZED = ("group", "row-group", "embedding-group", "embedding-parts")
+"""The kinds that need the size of a group, or the number of groups."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Granularity:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise BitlowerError(f"unknown granularity {self.kind!r}", hint=f"known: {', '.join(KINDS)}")
-        if self.kind in ("group", "row-group", "embedding-group") and self.size < 1:
+        if self.kind in SIZED and self.size < 1:
             raise BitlowerError(f"granularity {self.kind} needs a size of at least 1, not {self.size}")
 
     @classmethod
@@ -74,10 +76,24 @@ class Granularity:
         """``groups`` equal blocks of the last axis (Bondarenko et al. §4, PEG)."""
         return cls("embedding-group", -1, groups)
 
+    @classmethod
+    def per_embedding_parts(cls, groups: int) -> Granularity:
+        """At most ``groups`` runs of consecutive indices of the last axis; calibration chooses where they end.
+
+        Unequal groups isolate outlier dimensions, which equal ones (Bondarenko et al. §4) mix with others. Scales are
+        stored for each index; those of one group are equal.
+        """
+        return cls("embedding-parts", -1, groups)
+
     @property
     def dynamic(self) -> bool:
         """Whether scales are computed from the values when the program runs."""
         return self.kind == "token"
+
+    @property
+    def chosen(self) -> bool:
+        """Whether calibration chooses which indices share a scale."""
+        return self.kind == "embedding-parts"
 
     def scale_shape(self, shape: Sequence[Dim]) -> tuple[int, ...]:
         """The shape of a stored scale for a tensor of ``shape``.
@@ -98,7 +114,8 @@ class Granularity:
             raise BitlowerError(f"{self}: axis {self.axis} has the symbolic size {extent!r}, a static one is needed")
         if self.kind == "group":
             return _replace(tuple(_static(self, d) for d in shape), self.axis, extent // self.block_size(extent))
-        count = extent if self.size == 0 else self._divide(extent, self.size)
+        each = self.size == 0 or self.chosen
+        count = extent if each else self._divide(extent, self.size)
         return _replace((1,) * rank, self.axis, count)
 
     def _divide(self, extent: int, count: int) -> int:
@@ -133,7 +150,10 @@ class Granularity:
         return repeated[..., : extent // block].contiguous()
 
     def range_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Minimum and maximum of ``x`` over each set of elements that share a scale, in the scale's shape."""
+        """Minimum and maximum of ``x`` over each set of elements that share a stored scale, in the scale's shape.
+
+        For ``embedding-parts`` that is each index, for the parts are not known yet.
+        """
         shape = (*x.shape[:-1], 1) if self.dynamic else self.scale_shape(tuple(x.shape))
         if shape == ():
             return torch.aminmax(x)
@@ -152,7 +172,7 @@ class Granularity:
                 return f"per-channel({self.axis})"
             case "group":
                 return f"per-group({self.size})" if self.axis == -1 else f"per-group({self.size}, axis={self.axis})"
-            case "row-group" | "embedding-group":
+            case "row-group" | "embedding-group" | "embedding-parts":
                 return f"{'' if self.kind == 'row-group' else 'per-'}{self.kind}({self.size})"
             case _:
                 return f"per-{self.kind}"
@@ -176,7 +196,11 @@ class Granularity:
         simple = {"tensor": cls.per_tensor, "token": cls.per_token, "embedding": cls.per_embedding}
         if kind in simple and number is None:
             return simple[kind]()
-        grouped = {"row-group": cls.row_group, "embedding-group": cls.per_embedding_group}
+        grouped = {
+            "row-group": cls.row_group,
+            "embedding-group": cls.per_embedding_group,
+            "embedding-parts": cls.per_embedding_parts,
+        }
         if kind in grouped:
             return grouped[kind](value)
         raise BitlowerError(f"{text!r} is not a granularity", hint=f"known: {', '.join(KINDS)}")

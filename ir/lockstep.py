@@ -59,20 +59,38 @@ def walk(
     Raises:
         BitlowerError: a batch with missing or unknown inputs.
     """
-    walker = _Walker(program, set(nodes), batches, budget, folder)
-    order = [node for node in program.graph.nodes if node in walker.stops]
-    progress = iter(track(order, label) if track else order)
+    stops = set(nodes)
+    visits = steps(program, stops, batches, budget=budget, folder=folder, bfloat16=bfloat16)
+    order = [node for node in program.graph.nodes if node in stops]
     with torch.no_grad():
-        for node in program.graph.nodes:
-            if node in walker.stops:
-                next(progress)
-                visit(node, walker.read)
-                walker.visited(node)
-            if node in walker.values_needed:
-                with bfloat16_products() if bfloat16 else nullcontext():
-                    walker.run(node)
-    for _ in progress:
-        pass
+        for _, (node, read) in zip(track(order, label) if track else order, visits, strict=True):
+            visit(node, read)
+
+
+def steps(
+    program: Program,
+    nodes: Collection[fx.Node],
+    batches: Sequence[Batch],
+    *,
+    budget: int = 2 << 30,
+    folder: Path | None = None,
+    bfloat16: bool = False,
+) -> Iterator[tuple[fx.Node, Read]]:
+    """What :func:`walk` visits, one by one: the walk goes on when the next is asked for.
+
+    So several programs can be walked through side by side, a float one next to one that is being quantized.
+
+    Raises:
+        BitlowerError: a batch with missing or unknown inputs.
+    """
+    walker = _Walker(program, set(nodes), batches, budget, folder)
+    for node in program.graph.nodes:
+        if node in walker.stops:
+            yield node, walker.read
+            walker.visited(node)
+        if node in walker.values_needed:
+            with torch.no_grad(), bfloat16_products() if bfloat16 else nullcontext():
+                walker.run(node)
 
 
 class _Walker:
@@ -101,7 +119,8 @@ class _Walker:
     def read(self, node: fx.Node) -> Iterator[tuple[torch.Tensor, Batch]]:
         """The value of ``node`` on each batch."""
         if node in self._constant:
-            value = self._evaluate(node, {})
+            with torch.no_grad():
+                value = self._evaluate(node, {})
             yield from ((value, batch) for batch in self.batches)
             return
         for value, batch in zip(self._values[node], self.batches, strict=True):

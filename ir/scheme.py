@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from bitlower.ir.diagnostics import BitlowerError, nearest
-from bitlower.ir.granularity import Granularity
+from bitlower.ir.granularity import SIZED, Granularity
 from bitlower.ir.grid import Grid, ScaleConvention
 
 _ARGUMENTS = (
@@ -44,7 +44,11 @@ _STRATEGIES = {
     "token": "token",
     "embedding": "embedding",
     "embedding_group": "embedding-group",
+    "embedding_parts": "embedding-parts",
 }
+_ALONG_EMBEDDING = ("embedding", "embedding-group", "embedding-parts")
+_NO_EMBEDDING_AXIS = ("scores", "probs", "context", "logits")
+"""Roles whose last axis is no embedding: positions, the inside of a head, classes."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def _granularity(form: Mapping[str, Any]) -> Granularity:
     granularity = Granularity(kind, axis, _argument(form, "group_size", 0))
     if form.get("axis") is not None and kind not in ("channel", "group"):
         raise BitlowerError(f"strategy {strategy!r} takes no axis")
-    if granularity.size and kind not in ("group", "row-group", "embedding-group"):
+    if granularity.size and kind not in SIZED:
         raise BitlowerError(f"strategy {strategy!r} takes no group_size")
     if _argument(form, "dynamic", granularity.dynamic) != granularity.dynamic:
         raise BitlowerError(
@@ -154,7 +158,11 @@ class Scheme:
     """What each role gets. ``roles`` says which are quantized at all; ``overrides`` sets single roles apart.
 
     A role's spec is its override if it has one, else ``embeddings`` for ``embedding-table``, ``weights`` for the other
-    weight roles (per tensor for ``norm-weight``), and ``activations`` for the rest. None leaves a role in float.
+    weight roles (per tensor for ``norm-weight``), and ``activations`` for the rest (scores, probabilities, context and
+    logits have no embedding axis and are per tensor where that says one along it). None leaves a role in float.
+
+    Raises:
+        BitlowerError: an unknown role, or ``embedding-parts`` for weights, whose parts no calibration chooses.
     """
 
     weights: QuantSpec | None = field(default_factory=lambda: _weight_spec(8))
@@ -168,6 +176,10 @@ class Scheme:
         for role in (*self.roles, *(role for role, _ in self.overrides)):
             if role not in known:
                 raise BitlowerError(f"unknown role {role!r}", hint=nearest(role, known))
+        overridden = [spec for role, spec in self.overrides if role in WEIGHT_ROLES]
+        for spec in (self.weights, self.embeddings, *overridden):
+            if spec and spec.granularity.chosen:
+                raise BitlowerError(f"{spec.granularity} is for activations, not for weights", hint="use `channel`")
 
     def spec(self, role: str) -> QuantSpec | None:
         """What ``role`` is quantized to, or None if it stays in float."""
@@ -180,7 +192,10 @@ class Scheme:
             return self.embeddings
         if role == "norm-weight":
             return replace(self.weights, granularity=Granularity.per_tensor()) if self.weights else None
-        return self.weights if role in WEIGHT_ROLES else self.activations
+        spec = self.weights if role in WEIGHT_ROLES else self.activations
+        if role in _NO_EMBEDDING_AXIS and spec and spec.granularity.kind in _ALONG_EMBEDDING:
+            return replace(spec, granularity=Granularity.per_tensor())
+        return spec
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
@@ -188,7 +203,8 @@ class Scheme:
 
         16 bits and more mean float. Suffixes: ``g128`` weight groups along the input; ``asym`` asymmetric weights;
         ``tensor`` per-tensor weights; ``token`` per-token dynamic activations; ``peg6`` activations in 6 embedding
-        groups; ``e4`` embedding tables in 4 bits; ``full`` every tensor Bondarenko et al. §3 quantize.
+        groups of equal size; ``upeg6`` in 6 that calibration chooses; ``e4`` embedding tables in 4 bits; ``full`` every
+        tensor Bondarenko et al. §3 quantize.
 
         Raises:
             BitlowerError: not a scheme, or two suffixes for one thing.
@@ -263,7 +279,8 @@ def _suffixes(text: str, name: str) -> list[str]:
     """In the order in which they apply: the bits of the tables come before a suffix that sets their granularity."""
     suffixes = sorted(filter(None, text.split("-")), key=lambda suffix: not suffix.startswith("e"))
     kinds = [suffix.rstrip("0123456789") for suffix in suffixes]
-    things = ["g" if kind == "tensor" else "token" if kind == "peg" else kind for kind in kinds]
+    same = {"tensor": "g", "peg": "token", "upeg": "token"}
+    things = [same.get(kind, kind) for kind in kinds]
     if len(set(things)) < len(things):
         raise BitlowerError(f"{name!r} has two suffixes for one thing", hint="keep one of them")
     return suffixes
@@ -287,13 +304,13 @@ def _apply_suffix(scheme: Scheme, suffix: str, name: str) -> Scheme:
             return replace(scheme, weights=replace(weights, grid=grid))
         case "token", False if activations:
             return replace(scheme, activations=replace(activations, granularity=Granularity.per_token()))
-        case "peg", True if activations:
-            groups = Granularity.per_embedding_group(number)
-            return replace(scheme, activations=replace(activations, granularity=groups))
+        case (("peg" | "upeg"), True) if activations:
+            kind = Granularity.per_embedding_group if key == "peg" else Granularity.per_embedding_parts
+            return replace(scheme, activations=replace(activations, granularity=kind(number)))
         case "e", True:
             return replace(scheme, embeddings=_weight_spec(number) if number < 16 else None)
     raise BitlowerError(
-        f"{name!r}: {suffix!r} does not fit", hint="known suffixes: g128, asym, tensor, token, peg6, e4, full"
+        f"{name!r}: {suffix!r} does not fit", hint="known suffixes: g128, asym, tensor, token, peg6, upeg6, e4, full"
     )
 
 
@@ -312,5 +329,7 @@ def _candidate_names(scheme: Scheme) -> list[str]:
         base += "-token"
     if activations and activations.granularity.kind == "embedding-group":
         base += f"-peg{activations.granularity.size}"
+    if activations and activations.granularity.chosen:
+        base += f"-upeg{activations.granularity.size}"
     names = [base, f"{base}-e{scheme.embeddings.grid.bits if scheme.embeddings else 16}"]
     return [*names, *(f"{name}-full" for name in names)]

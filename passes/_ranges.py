@@ -38,20 +38,29 @@ class Histogram:
         """No values yet; they must all lie between ``low`` and ``high``."""
         return cls(low, high, torch.zeros(low.numel(), bins, dtype=torch.float64))
 
-    def add(self, rows: torch.Tensor, *, zeros: int = 0, weights: torch.Tensor | None = None) -> Histogram:
-        """With the values ``[scales, elements]`` added; ``zeros`` of each row are padding and are not counted.
+    def add(
+        self,
+        rows: torch.Tensor,
+        *,
+        zeros: int = 0,
+        weights: torch.Tensor | None = None,
+        owner: torch.Tensor | None = None,
+    ) -> Histogram:
+        """With the values ``[rows, elements]`` added; ``zeros`` of each row are padding and are not counted.
 
         ``weights``, of the same shape, say how much each value counts; padding has the weight 0 then, and no ``zeros``.
+        ``owner`` gives the scale of each row; left out, there is a row for each scale.
         """
         scales, bins = self.counts.shape
+        owner = torch.arange(scales) if owner is None else owner
         width = self._width()
-        index = ((rows - self.low[:, None]) / width[:, None]).clamp_(0, bins - 1).to(torch.int64)
-        index += torch.arange(scales)[:, None] * bins
+        index = ((rows - self.low[owner, None]) / width[owner, None]).clamp_(0, bins - 1).to(torch.int64)
+        index += owner[:, None] * bins
         flat = weights.reshape(-1).double() if weights is not None else None
         counts = torch.bincount(index.reshape(-1), flat, scales * bins).reshape(scales, bins).double()
         if zeros:
             home = ((0 - self.low) / width).clamp(0, bins - 1).to(torch.int64)
-            counts[torch.arange(scales), home] -= zeros
+            counts[torch.arange(scales), home] -= zeros * torch.bincount(owner, minlength=scales)
         return replace(self, counts=self.counts + counts)
 
     def centres(self) -> torch.Tensor:

@@ -40,3 +40,9 @@ def kept(shape: tuple[int | str, ...], batch: Batch) -> torch.Tensor | None:
             layout = [along.shape[0], *(along.shape[1] if i == axis else 1 for i in range(1, len(shape)))]
             keep = along.reshape(layout) if keep is None else keep & along.reshape(layout)
     return keep
+
+
+def token_rows(value: torch.Tensor, shape: tuple[int | str, ...], batch: Batch) -> torch.Tensor:
+    """``value``, of this type, as ``[tokens, channels]`` without padding."""
+    rows, keep = value.reshape(-1, value.shape[-1]), kept(shape, batch)
+    return rows if keep is None else rows[keep.expand(*value.shape[:-1], 1).reshape(-1)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,6 +13,7 @@ from bitlower.ir import Batch, BitlowerError, Level, Program, describe, get_tens
 from bitlower.ir.dataflow import operand
 from bitlower.ir.observe import observe
 from bitlower.passes._base import Context, Contract, Pass
+from bitlower.passes._parts import Parts, choose_parts
 from bitlower.passes._ranges import Histogram, cross_entropy_loss, search_golden, search_grid
 from bitlower.passes._tokens import kept
 from bitlower.passes._weights import (
@@ -24,6 +25,7 @@ from bitlower.passes._weights import (
     require_finite,
     scale_rows,
 )
+from bitlower.passes.adaround import AdaroundReport
 from bitlower.passes.gptq import GptqReport
 from bitlower.passes.quantize import PlacementReport
 
@@ -36,13 +38,14 @@ _LOGIT_ROWS = 4096
 class Calibrate(Pass):
     """Set scale and zero point of every open static quantizer (Bondarenko et al. §2.1, algorithms of range setting).
 
-    Batches are streamed: memory does not grow with their number. Padded positions never widen a range.
+    Batches are streamed: memory does not grow with their number. Padded positions never widen a range. Embedding groups
+    that are to be chosen are chosen by the extremes of each index; each group then gets its range as all others do.
     """
 
     name: ClassVar[str] = "calibrate"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.LOSSY
-    preserves: ClassVar[frozenset[type]] = frozenset({PlacementReport, GptqReport})
+    preserves: ClassVar[frozenset[type]] = frozenset({PlacementReport, GptqReport, AdaroundReport})
     weights: WeightRanges = "mse-golden"
     """How weights get their ranges."""
     activations: Estimator = "mse-token"
@@ -87,21 +90,40 @@ def _calibrate_activations(program: Program, nodes: list[fx.Node], options: Cali
     if searched:
         ranges |= _search_logits(program, searched, ranges, context)
     rest = [node for node in nodes if node not in searched]
+    parts = {node: found for node in rest if (found := _parts(node, *ranges[node]))}
+    if momentum is not None and parts:
+        ranges |= _extremes(program, list(parts), context, momentum, parts)
+    else:
+        ranges |= {node: found.join(*ranges[node]) for node, found in parts.items()}
     if options.activations in _FROM_HISTOGRAM:
-        histograms = _histograms(program, rest, ranges, context, options)
+        histograms = _histograms(program, rest, ranges, parts, context, options)
         ranges |= {node: _from_histogram(node, histograms[node], options) for node in rest}
     for node in nodes:
         shape = _scale(module, node).shape
-        close(module, node, *(end.reshape(shape) for end in ranges[node]))
+        ends = (parts[node].spread(end) if node in parts else end for end in ranges[node])
+        close(module, node, *(end.reshape(shape) for end in ends))
 
 
 Ranges = dict[fx.Node, tuple[torch.Tensor, torch.Tensor]]
 
 
-def _extremes(program: Program, nodes: Sequence[fx.Node], context: Context, momentum: float | None) -> Ranges:
+def _parts(node: fx.Node, low: torch.Tensor, high: torch.Tensor) -> Parts | None:
+    """The groups of ``node`` if it leaves them to be chosen; ``low`` and ``high`` are the extremes of each index."""
+    spec = node.meta["quantizer"].spec
+    return choose_parts(low, high, spec.grid, spec.granularity.size) if spec.granularity.chosen else None
+
+
+def _extremes(
+    program: Program,
+    nodes: Sequence[fx.Node],
+    context: Context,
+    momentum: float | None,
+    parts: Mapping[fx.Node, Parts] | None = None,
+) -> Ranges:
     """Smallest and largest values over all batches, or their exponential average; ``[scales]`` each.
 
-    Zero belongs to every range, so padding that was set to zero changes none.
+    Of nodes in ``parts`` the groups' extremes, else those of what shares a stored scale. Zero belongs to every
+    range, so padding that was set to zero changes none.
     """
     readers = _readers(nodes)
     ranges: Ranges = {}
@@ -112,6 +134,8 @@ def _extremes(program: Program, nodes: Sequence[fx.Node], context: Context, mome
             low, high = scale_rows(masked, _scale(program.module, node).shape).aminmax(dim=1)
             require_finite(node, low, high)
             low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+            if parts:
+                low, high = parts[node].join(low, high)
             if node in ranges and momentum is None:
                 low, high = torch.minimum(low, ranges[node][0]), torch.maximum(high, ranges[node][1])
             elif node in ranges and momentum is not None:
@@ -123,7 +147,12 @@ def _extremes(program: Program, nodes: Sequence[fx.Node], context: Context, mome
 
 
 def _histograms(
-    program: Program, nodes: Sequence[fx.Node], ranges: Ranges, context: Context, options: Calibrate
+    program: Program,
+    nodes: Sequence[fx.Node],
+    ranges: Ranges,
+    parts: Mapping[fx.Node, Parts],
+    context: Context,
+    options: Calibrate,
 ) -> dict[fx.Node, Histogram]:
     readers = _readers(nodes)
     histograms = {node: Histogram.empty(*ranges[node], options.bins) for node in nodes}
@@ -132,12 +161,12 @@ def _histograms(
         masked, padding = _without_padding(value_node, value, batch)
         for node in readers[value_node]:
             shape = _scale(program.module, node).shape
-            rows = scale_rows(masked, shape)
+            rows, owner = scale_rows(masked, shape), parts[node].owner if node in parts else None
             if options.activations == "mse-token" and _holds_tokens(value_node):
                 weights = scale_rows(_token_weights(masked), shape)
-                histograms[node] = histograms[node].add(rows, weights=weights)
+                histograms[node] = histograms[node].add(rows, weights=weights, owner=owner)
             else:
-                histograms[node] = histograms[node].add(rows, zeros=padding // rows.shape[0])
+                histograms[node] = histograms[node].add(rows, zeros=padding // rows.shape[0], owner=owner)
 
     observe(program, list(readers), context.calibration, update, track=context.track, label="activation histograms")
     return histograms

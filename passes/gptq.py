@@ -16,6 +16,7 @@ from bitlower.ir.lockstep import Read, walk
 from bitlower.ir.storage import like, release, trim
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._checkpoints import Stored, load_checkpoint, save_checkpoint
+from bitlower.passes._float_twin import float_twin
 from bitlower.passes._gptq_factor import Factor, factorize
 from bitlower.passes._gptq_solver import Options, Solution, solve
 from bitlower.passes._hessian import Hessian
@@ -69,7 +70,8 @@ class Gptq(Pass):
     """Rewrite the weights of linears that have an open quantizer to values on its grid, and close the quantizer.
 
     One walk through the model on all calibration batches at once: each layer's inputs come from predecessors that are
-    rewritten already (the paper's true-sequential order), and layers that read the same activation share one Hessian.
+    rewritten already (the paper's true-sequential order) or from the float model, and layers that read the same
+    activation share one Hessian.
     Embedding tables and norm weights with open quantizers are rounded to nearest. Activation quantizers stay as they
     are: run `calibrate` after this pass for those.
     """
@@ -84,6 +86,8 @@ class Gptq(Pass):
     """How much a token counts in the Hessian. ``none`` is the published sum: a few tokens of huge norm (attention
     sinks) then own it. ``unit-norm`` counts every token the same, as the normalization after the residual sum does.
     ``root-norm`` lies half way; ``clipped-norm`` scales down only tokens far above the median."""
+    inputs: Literal["quantized", "float"] = "quantized"
+    """Where a layer's inputs come from: layers that are rewritten already, or the float model."""
     gradient: float = 0.0
     """For causal language models: a token's weight is multiplied by this power of the squared norm of the loss's
     gradient at the layer's output, which one run forwards and backwards through the float model gives. 0.5 is the norm
@@ -119,13 +123,17 @@ class Gptq(Pass):
         nearest = [n for n in open_weights(program.module) if not any(n in nodes for nodes in groups.values())]
         if groups and not context.calibration:
             raise BitlowerError("gptq needs calibration data", hint="give calibration batches, or use the pass `rtn`")
+        walked = program
+        if self.inputs == "float":
+            walked, twins = float_twin(program)
+            groups = {twins[linear]: quantizers for linear, quantizers in groups.items()}
         close_weights(program.module, nearest, "minmax")
         if context.work is not None:
             context.work.mkdir(parents=True, exist_ok=True)
         gradients = token_gradients(program, _all_readers(groups), context) if groups and self.gradient else {}
         rewriter = _Rewriter(program, self, context, groups, gradients)
         walk(
-            program, list(groups), context.calibration, rewriter.visit, track=context.track, label="gptq",
+            walked, list(groups), context.calibration, rewriter.visit, track=context.track, label="gptq",
             budget=self.memory, folder=context.work, bfloat16=self.precision == "bfloat16",
         )  # fmt: skip
         context.put(GptqReport(tuple(rewriter.rows)))

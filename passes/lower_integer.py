@@ -11,6 +11,7 @@ from bitlower.ir import BitlowerError, Level, Program, Quantizer, TensorType, ge
 from bitlower.ir.dataflow import operand
 from bitlower.ir.storage import like, release
 from bitlower.passes._base import Context, Contract, Pass
+from bitlower.passes.adaround import AdaroundReport
 from bitlower.passes.gptq import GptqReport
 from bitlower.passes.quantize import PlacementReport
 
@@ -23,7 +24,7 @@ class LowerInteger(Pass):
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     ensures: ClassVar[Level | None] = Level.INTEGER
     contract: ClassVar[Contract] = Contract.EXACT
-    preserves: ClassVar[frozenset[type]] = frozenset({PlacementReport, GptqReport})
+    preserves: ClassVar[frozenset[type]] = frozenset({PlacementReport, GptqReport, AdaroundReport})
 
     def run(self, program: Program, context: Context) -> bool:
         """Lower all quantizers.

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
-from bitlower.ir import Level, Program, TensorType, ValueSpec
+from bitlower.frontends import load
+from bitlower.ir import Level, Program, TensorType, ValueSpec, get_tensor, set_tensor
 from bitlower.ir.serialize import decode, encode
+from bitlower.passes import Context
+from bitlower.passes.clean import Clean
 
 ACTIVATION, LOGITS = TensorType(torch.float32, ("batch", 16)), TensorType(torch.float32, ("batch", 4))
 
@@ -67,3 +72,84 @@ def _meta(node: fx.Node) -> dict[str, object]:
     if node.op == "call_function":
         meta["source"] = f"tiny.py: {node.name}"
     return meta
+
+
+_HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60, "max_position_embeddings": 40}
+_SIZES = {"hidden_size": 32, "intermediate_size": 48, **_HEADS}
+_OPT = {"hidden_size": 32, "ffn_dim": 48, **_HEADS}
+_FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert": ("Bert", "Model", _SIZES),
+    "llama": ("Llama", "ForCausalLM", _SIZES | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "gemma": ("Gemma", "ForCausalLM", _SIZES | {"num_key_value_heads": 2, "head_dim": 8}),
+    "gpt2": ("GPT2", "LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "n_positions": 40}),
+    "opt": ("OPT", "ForCausalLM", _OPT | {"word_embed_proj_dim": 32}),
+    "opt-post-norm": ("OPT", "ForCausalLM", _OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "gpt-neox": ("GPTNeoX", "ForCausalLM", _SIZES),
+    "phi": ("Phi", "ForCausalLM", _SIZES | {"hidden_size": 36}),
+}
+
+
+@cache
+def _cleaned(family: str) -> Program:
+    import transformers
+
+    name, kind, settings = _FAMILIES[family]
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = getattr(transformers, name + kind)(getattr(transformers, name + "Config")(**settings, **special)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += (0.2 if parameter.dim() == 1 else 0.05) * torch.randn(parameter.shape)
+    program = load(model, task="feature-extraction" if kind == "Model" else "text-generation")
+    Clean().run(program, Context())
+    program.recompile()
+    return program
+
+
+@pytest.fixture(scope="session")
+def family() -> Callable[[str], Program]:
+    """``family("llama")``: the cleaned program of a tiny random model with 32 channels, 48 inner ones, 2 layers."""
+    return lambda name: _cleaned(name).clone()
+
+
+@pytest.fixture(scope="session")
+def in_float64() -> Callable[[Program], Program]:
+    """``in_float64(program)``: a copy that computes in double precision."""
+
+    def convert(program: Program) -> Program:
+        copy = program.clone()
+        for name in {str(node.target) for node in copy.graph.find_nodes(op="get_attr")}:
+            tensor = get_tensor(copy.module, name)
+            if tensor.is_floating_point():
+                wide = tensor.detach().double()
+                set_tensor(copy.module, name, nn.Parameter(wide) if isinstance(tensor, nn.Parameter) else wide)
+        return copy
+
+    return convert
+
+
+@pytest.fixture(scope="session")
+def feed() -> Callable[..., dict[str, torch.Tensor]]:
+    """``feed(program, past=3, seed=0, dtype=torch.float32)``: two rows of five tokens, the first padded on the left."""
+
+    def make(
+        program: Program, past: int = 0, seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        sizes = {"batch": 2, "sequence": 5, "past": past, "past + sequence": past + 5}
+        inputs = {}
+        for spec in program.inputs:
+            shape = [sizes[size] if isinstance(size, str) else size for size in spec.type.shape]
+            if spec.type.is_float:
+                inputs[spec.name] = torch.randn(shape, generator=generator, dtype=dtype)
+            elif spec.name == "attention_mask":
+                inputs[spec.name] = torch.ones(shape, dtype=torch.int64)
+                inputs[spec.name][0, :2] = 0
+            elif spec.name == "position_ids":
+                inputs[spec.name] = torch.arange(past, past + 5).repeat(2, 1)
+            else:
+                top = 2 if spec.name == "token_type_ids" else 60
+                inputs[spec.name] = torch.randint(0, top, shape, generator=generator)
+        return inputs
+
+    return make

@@ -86,11 +86,17 @@ def test_choices_of_gptq_are_documented() -> None:
 
 
 def test_reports_and_rules_are_documented() -> None:
+    from bitlower.backends.onnx_qdq._narrow import SMALL
     from bitlower.passes._canonical import RULES
     from bitlower.passes._hessian import CLIP
+    from bitlower.passes.adaround import AdaroundRow
     from bitlower.passes.gptq import GptqRow
 
     assert set(names(rows(section("passes.md", "`gptq`"), "field"))) == {field.name for field in fields(GptqRow)}
+    assert set(names(rows(section("passes.md", "`adaround`"), "field"))) == {
+        field.name for field in fields(AdaroundRow)
+    }
+    assert f"fewer than {SMALL:,} codes" in section("onnx.md", "Few bits beside quantized activations")
     assert sorted(names(rows(section("passes.md", "`clean`"), "rule"))) == sorted(rule.name for rule in RULES)
     assert f"min(1, {CLIP:g} · median" in section("passes.md", "`gptq`")
 

@@ -28,9 +28,11 @@ from bitlower.passes import (
     format_pipeline,
 )
 from bitlower.passes._digest import digest_batches
+from bitlower.passes.adaround import AdaroundReport
 from bitlower.passes.gptq import GptqReport
 from bitlower.tools import _backends
 from bitlower.tools._output import disk_errors, new_folder
+from bitlower.tools._reports import Reports
 from bitlower.tools._summary import RunSummary, peak_bytes
 from bitlower.tools.data import check_finite
 from bitlower.tools.render import Display
@@ -130,6 +132,7 @@ class _Run:
     def __init__(self, job: Job, options: Options) -> None:
         self.job, self.options = job, options
         self.timing, self.ledger = Timing(), Ledger()
+        self.reports = Reports(options.display.note)
         self.stages: list[PassTime] = []
 
     def run(self, folder: Path | None) -> tuple[Program, RunSummary]:
@@ -164,18 +167,19 @@ class _Run:
         cache = self.open_cache()
         manager = PassManager(self.job.passes, self.observers(cache), cache, verify=self.options.verify)
         result = manager.run(program, context)
-        if GptqReport in context.results:
-            notes = [note for row in context[GptqReport].rows for note in row.notes]
+        reports: dict[str, type[GptqReport | AdaroundReport]] = {"gptq": GptqReport, "adaround": AdaroundReport}
+        for name, kind in reports.items():
+            notes = [note for row in context[kind].rows for note in row.notes] if kind in context.results else []
             for note in notes[:NOTES]:
                 self.options.display.note(note)
             if len(notes) > NOTES:
-                self.options.display.note(f"and {len(notes) - NOTES} more notes of gptq")
+                self.options.display.note(f"and {len(notes) - NOTES} more notes of {name}")
         return result
 
     def export(self, program: Program, data: Data, folder: Path) -> dict[str, dict[str, Any]]:
         """Write the files that all artefacts have, then what every backend makes of the program beside them."""
         ledger = json.dumps(self.ledger.to_dict(), indent=1, sort_keys=True)
-        texts = {"ledger.json": f"{ledger}\n", "recipe.yaml": self.job.recipe}
+        texts = {"ledger.json": f"{ledger}\n", "recipe.yaml": self.job.recipe, **self.reports.files}
         reports = {}
         batches = data.evaluation or data.calibration[:2]
         provenance = {
@@ -196,7 +200,7 @@ class _Run:
 
     def observers(self, cache: Cache | None) -> list[Observer]:
         """Timing comes first, so that it leaves out the others."""
-        observers: list[Observer] = [self.timing, TargetCheck(self.job.exports), self.ledger]
+        observers: list[Observer] = [self.timing, TargetCheck(self.job.exports), self.ledger, self.reports]
         display = self.options.display
         if not (display.machine or display.quiet):
             observers.append(Progress(total=len(self.job.passes)))

@@ -3,7 +3,8 @@
 =====================  ============================================================  ===================  ==============
 target                 codes                                                         a scale              float
 =====================  ============================================================  ===================  ==============
-onnx-qdq               one byte, two above 8 bits                                    4 bytes              as it is
+onnx-qdq               4 bits (or 2 from opset 25 on), one byte above, two above 8   4 bytes              as it is
+.. tables              rows as dense streams of bytes, if they are not small         4 bytes              as it is
 .. weights only        linears: packed in 2, 4 or 8 bits as the backend chooses       4 bytes              as it is
 .. onnxruntime         the same, in blocks of MatMulNBits, a scale for each block     4 bytes              as it is
 compressed-tensors     rows as dense streams of 32-bit words                         as what stays float  ``dtype``
@@ -24,14 +25,16 @@ import torch
 
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS, Container
 from bitlower.backends.onnx_qdq._low_bit import container as low_bit_container
-from bitlower.backends.onnx_qdq._rewrite_low_bit import INT2_OPSET
+from bitlower.backends.onnx_qdq._narrow import SMALL, type_bits
 from bitlower.ir import Program, Quantizer, QuantSpec
 from bitlower.ir.scheme import WEIGHT_ROLES
 
 ENTRY_BYTES = 106
 """Of a node or a stored tensor in an ONNX file, beside its data, and of a tensor in a safetensors header."""
 _DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
-_WORD, _PAIR = 32, 2
+_WORD = 32
+OPSET = 23
+"""The backend's, if nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ class Target:
         return int(self.options.get("accuracy_level", FLOAT_ACTIVATIONS))
 
     @property
+    def opset(self) -> int:
+        """Of ONNX's operators; see the backend's options."""
+        return int(self.options.get("opset", OPSET))
+
+    @property
     def width(self) -> int:
         """Bytes of a number that stays float."""
         return _DTYPES[self.options.get("dtype", "float16")] if self.is_checkpoint else 4
@@ -84,7 +92,17 @@ def stored_bytes(quantizer: Quantizer, shape: tuple[int, ...], target: Target) -
         if not isinstance(kind, str):
             return _low_bit_bytes(spec, shape, kind, target)
     width: int = spec.grid.dtype.itemsize
-    return width * math.prod(shape) + (4 if spec.grid.symmetric else 4 + width) * scales
+    codes = _onnx_code_bytes(quantizer, shape, target) if spec.grid.bits < 8 else width * math.prod(shape)
+    return codes + (4 if spec.grid.symmetric else 4 + width) * scales
+
+
+def _onnx_code_bytes(quantizer: Quantizer, shape: tuple[int, ...], target: Target) -> int:
+    """Of codes of fewer than 8 bits."""
+    bits, count = quantizer.spec.grid.bits, math.prod(shape)
+    if quantizer.role == "linear-weight":
+        return _bytes(count, type_bits(bits, target.opset))
+    one_scale = quantizer.spec.granularity.kind != "group"
+    return shape[0] * _bytes(shape[1], bits) if one_scale and len(shape) == 2 and count >= SMALL else count
 
 
 def _low_bit_bytes(spec: QuantSpec, shape: tuple[int, int], kind: Container, target: Target) -> int:
@@ -94,7 +112,7 @@ def _low_bit_bytes(spec: QuantSpec, shape: tuple[int, int], kind: Container, tar
     if target.options.get("form") == "onnxruntime":
         filled = blocks * kind.block
     else:
-        bits = bits if bits > _PAIR or target.options.get("opset", 0) >= INT2_OPSET else 2 * _PAIR
+        bits = type_bits(bits, target.opset)
         blocks = blocks if spec.granularity.kind == "group" else 1
     zeros = 0 if spec.grid.symmetric else rows * _bytes(blocks, bits)
     return _bytes(rows * filled, bits) + 4 * rows * blocks + zeros

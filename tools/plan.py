@@ -31,6 +31,7 @@ from bitlower.frontends import load
 from bitlower.ir import Level, Program, get_tensor
 from bitlower.ir.dataflow import activation_operand, linears, parameter_of, weight_operand
 from bitlower.passes import Context, Contract, Pass, PassManager, format_pipeline
+from bitlower.passes.assign_precision import AssignPrecision
 from bitlower.passes.gptq import Gptq
 from bitlower.passes.quantize import PlacementReport
 from bitlower.tools import _backends
@@ -47,7 +48,7 @@ ROW_BYTES = 700
 BASE_BYTES = 680_000_000
 COPIES = 6.3
 FIXED_SECONDS = 12.0
-_SIZE_KEEPING = ("calibrate", "gptq", "rtn", "lower-integer")
+_SIZE_KEEPING = ("adaround", "calibrate", "correct-bias", "gptq", "rtn", "lower-integer")
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def make_plan(program: Program, passes: tuple[Pass, ...], data: Load, exports: E
         BitlowerError: a pattern matches nothing, a granularity does not fit a tensor, or a target cannot hold one.
     """
     float_bytes, context = program.size_bytes(), Context()
-    early = [pass_ for pass_ in passes if pass_.name == "clean" or pass_.ensures is Level.SIMULATED]
+    early = [pass_ for pass_ in passes if _is_early(pass_)]
     placed = PassManager(early, verify=False).run(program, context)
     for name, options in exports:
         _backends.check_program(name, placed, options)
@@ -261,6 +262,13 @@ def _tensor_plan(
     also = "" if len(quantizers) == readers else "and in float, for another reader"
     size += kept if also else 0
     return TensorPlan(name, shape, quantizer.spec.grid.bits, str(quantizer.spec), full, size, 8 * size / count, also)
+
+
+def _is_early(pass_: Pass) -> bool:
+    """Whether ``pass_`` places quantizers, or has to run before, and needs no data."""
+    if isinstance(pass_, AssignPrecision):
+        return pass_.set != "none"
+    return pass_.name == "clean" or pass_.ensures is Level.SIMULATED
 
 
 def _notes(later: Sequence[Pass], exports: Exports) -> Iterator[str]:

@@ -7,13 +7,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from torch import fx
 
-from bitlower.backends.onnx_qdq._packed_constants import check_packed, packed_weights
+from bitlower.backends.onnx_qdq._narrow import offset
+from bitlower.backends.onnx_qdq._packed_constants import (
+    check_blocks,
+    check_packed,
+    check_rows,
+    packed_tables,
+    packed_weights,
+)
+from bitlower.backends.onnx_qdq._rewrite_linear import part_name
 from bitlower.backends.onnx_qdq._session import Array, named_values
 from bitlower.backends.onnx_qdq._structure import constant, quantizer_inputs, readers
 from bitlower.ir import Program, Quantizer, get_tensor, ops
-from bitlower.ir.dataflow import LINEAR
+from bitlower.ir.dataflow import EMBEDDING, LINEAR
 
 _PARAMETERS: dict[str, tuple[tuple[int, int | None, int | None], ...]] = {
     "DequantizeLinear": ((0, 1, 2),),
@@ -43,13 +52,16 @@ def check_constants(program: Program, model: ir.Model) -> Constants:
     problems: list[str] = []
     stored = _Stored(named_values(model.graph))
     tensors = codes = 0
-    packed = packed_weights(model.graph)
+    packed, tables = packed_weights(model.graph), packed_tables(model.graph)
     for node, name, expected in weights(program):
         tensors, codes = tensors + 1, codes + expected.size
-        multiplied = packed.get(name, [])
+        multiplied, gathered = packed.get(name, []), tables.get(name, [])
         for linear in multiplied:
             problems += check_packed(linear, name, expected, *(_tensor(program, part) for part in node.args[1:3]))
-        if multiplied and all(user.target in LINEAR for user in node.users):
+        for gather in gathered:
+            problems += _check_table(program, node, name, expected, gather, stored.values)
+        checked = (LINEAR if multiplied else frozenset()) | (EMBEDDING if gathered else frozenset())
+        if checked and all(user.target in checked for user in node.users):
             continue
         found, problem = stored.find(name, expected)
         problems += [problem] if problem else []
@@ -62,11 +74,25 @@ def check_constants(program: Program, model: ir.Model) -> Constants:
 
 
 def weights(program: Program) -> Iterator[tuple[fx.Node, str, Array]]:
-    """The ``dequantize`` nodes over stored codes, with the name of the codes and the codes."""
+    """The ``dequantize`` nodes over stored codes, with the name of the codes and the codes.
+
+    Codes that are read in slices of their inputs are stored so, and given slice by slice.
+    """
     for node in program.graph.find_nodes(op="call_function", target=ops.dequantize):
         codes = _tensor(program, node.args[0])
-        if codes is not None and isinstance(node.args[0], fx.Node):
-            yield node, str(node.args[0].target), codes
+        if codes is None or not isinstance(node.args[0], fx.Node):
+            continue
+        name, slices = str(node.args[0].target), {_slice(user) for user in node.users}
+        for ends in sorted(slices, key=lambda ends: ends or (0, 0)):
+            yield (node, f"{name}{part_name(*ends)}", codes[:, slice(*ends)]) if ends else (node, name, codes)
+
+
+def _slice(user: fx.Node) -> tuple[int, int] | None:
+    """Which inputs ``user`` takes of a weight; None if it reads all of it."""
+    if user.target is not torch.ops.aten.slice.Tensor or user.args[1] != 1:
+        return None
+    start, stop = user.args[2:4]
+    return (start, stop) if isinstance(start, int) and isinstance(stop, int) else None
 
 
 def describe_quantizer(node: fx.Node) -> str:
@@ -114,18 +140,34 @@ def _differing(value: ir.Value, expected: Array) -> int | None:
     return min(counts, default=None)
 
 
-def _check_weight(
-    program: Program, node: fx.Node, name: str, codes: ir.Value, values: dict[str, ir.Value]
+def _check_table(
+    program: Program, node: fx.Node, name: str, codes: Array, gather: ir.Node, values: dict[str, ir.Value]
 ) -> list[str]:
-    """Whether all that reads ``codes`` takes them as ``node``, a dequantize node of the program, says."""
+    """What of a gathered table with packed rows is not the program's."""
+    bits = node.meta["quantizer"].spec.grid.bits
+    problems = check_rows(gather, name, codes, bits)
+    if gather.op_type != "Gather":
+        return problems + check_blocks(gather, name, codes, *(_tensor(program, part) for part in node.args[1:3]))
+    return problems + _check_weight(program, node, name, gather.outputs[0], values, added=offset(codes, bits))
+
+
+def _check_weight(
+    program: Program, node: fx.Node, name: str, codes: ir.Value, values: dict[str, ir.Value], *, added: int = 0
+) -> list[str]:
+    """Whether all that reads ``codes`` takes them as ``node``, a dequantize node of the program, says.
+
+    ``added`` is what the stored codes, and so their zero points, are above the program's.
+    """
+    scale, zero = (_tensor(program, part) for part in node.args[1:3])
+    zero = zero + np.float32(added) if zero is not None else None
     problems, count = [], 0
     for reader, at_scale, at_zero in _parameters(codes):
         count += 1
-        problems += _check_input(reader, at_scale, _tensor(program, node.args[1]), f"the scale of {name}")
-        problems += _check_input(reader, at_zero, _tensor(program, node.args[2]), f"the zero point of {name}")
+        problems += _check_input(reader, at_scale, scale, f"the scale of {name}")
+        problems += _check_input(reader, at_zero, zero, f"the zero point of {name}")
         if reader.op_type == "MatMulInteger":
-            scale = constant(values.get(f"{name.removesuffix('_codes')}_scale"))
-            problems += _compare(scale, _tensor(program, node.args[1]), f"the scale of {name}")
+            found = constant(values.get(f"{name.partition('_codes')[0]}_scale"))
+            problems += _compare(found, scale, f"the scale of {name}")
     return problems if count or problems else [f"nothing dequantizes the codes of {name}"]
 
 

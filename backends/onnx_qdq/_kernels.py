@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from torch import fx
 
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS, ROUNDS_ACTIVATIONS, Container, container
@@ -23,6 +24,7 @@ INTEGER = frozenset({
 })  # fmt: skip
 FLOAT = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "Attention", "MultiHeadAttention"})
 NBITS = "MatMulNBits"
+CAT = torch.ops.aten.cat.default
 LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
 """The session configuration entry for the accuracy level of what onnxruntime makes of DequantizeLinear and MatMul."""
 
@@ -152,11 +154,9 @@ def expected_kernels(program: Program) -> tuple[int, Counter[str]]:
 def expected_low_bit(program: Program, accuracy_level: int) -> Iterator[bool]:
     """For each multiplication with a stored quantized weight, whether MatMulNBits can do it."""
     for left, right in multiplications(program.graph):
-        weight = right
-        while weight.target in VIEWS:
-            weight = weight.all_input_nodes[0]
+        weight, activation = _moved(right), _moved(left)
         stored = weight.target is ops.dequantize and all(part.op == "get_attr" for part in weight.all_input_nodes)
-        if not stored or left.target is ops.dequantize:
+        if not stored or activation.target is ops.dequantize:
             continue
         codes, scale = (get_tensor(program.module, str(part.target)) for part in weight.all_input_nodes[:2])
         quantizer: Quantizer = weight.meta["quantizer"]
@@ -176,9 +176,9 @@ def multiplications(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 def float_reason(left: fx.Node, right: fx.Node) -> str:
     """Why the product of two values is not one of integers; empty if it is."""
-    for operand in (left, right):
-        while operand.target in VIEWS:
-            operand = operand.all_input_nodes[0]
+    for operand in (_moved(left), _moved(right)):
+        if operand.target is CAT and all(part.target is ops.dequantize for part in operand.all_input_nodes):
+            return "the activation is put together of slices with scales of their own"
         if operand.target is not ops.dequantize:
             return "the weight is float" if operand.op == "get_attr" else "an operand is float"
         quantizer: Quantizer = operand.meta["quantizer"]
@@ -190,3 +190,10 @@ def float_reason(left: fx.Node, right: fx.Node) -> str:
         if kind not in (("tensor", "channel", "row-group") if stored else ("tensor", "token")):
             return f"the {what} is quantized {quantizer.spec.granularity}"
     return ""
+
+
+def _moved(node: fx.Node) -> fx.Node:
+    """What ``node`` is a view of."""
+    while node.target in VIEWS:
+        node = node.all_input_nodes[0]
+    return node

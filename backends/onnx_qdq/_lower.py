@@ -11,8 +11,8 @@ from bitlower.backends.onnx_qdq._attention import flatten_attention, widen_mask
 from bitlower.backends.onnx_qdq._kv_cache import keep_cache
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS
 from bitlower.backends.onnx_qdq._rewrite import Editor, Rule, RuleLog, apply_rules
-from bitlower.backends.onnx_qdq._rewrite_graph import residual_sum, strip, widen_bias
-from bitlower.backends.onnx_qdq._rewrite_linear import Form, gather_codes, linear_rules, transpose_weight
+from bitlower.backends.onnx_qdq._rewrite_graph import matrix_sum, residual_sum, strip, widen_bias
+from bitlower.backends.onnx_qdq._rewrite_linear import Form, linear_rules, transpose_weight
 from bitlower.backends.onnx_qdq._rewrite_low_bit import low_bit_rules
 from bitlower.backends.onnx_qdq._rewrite_quantizers import (
     lower_dequantize,
@@ -20,6 +20,7 @@ from bitlower.backends.onnx_qdq._rewrite_quantizers import (
     lower_quantize,
     sink_dequantize,
 )
+from bitlower.backends.onnx_qdq._rewrite_tables import table_rules
 from bitlower.backends.onnx_qdq._translate import translate
 from bitlower.ir import Program, QuantSpec, ops
 from bitlower.ir.version import __version__
@@ -78,7 +79,7 @@ def rules(form: Form, accuracy_level: int = FLOAT_ACTIVATIONS) -> tuple[Rule, ..
         Rule("keep-cache", keep_cache),
         Rule("flatten-attention", flatten_attention),
         Rule("widen-attention-mask", widen_mask),
-        Rule("gather-codes", gather_codes),
+        *table_rules(form),
         Rule("sink-dequantize", sink_dequantize),
         *low_bit_rules(form, accuracy_level),
         *linear_rules(form),
@@ -88,4 +89,5 @@ def rules(form: Form, accuracy_level: int = FLOAT_ACTIVATIONS) -> tuple[Rule, ..
         Rule("transpose-weight", transpose_weight),
         Rule("widen-bias", widen_bias),
         Rule("residual-sum", residual_sum),
+        Rule("matrix-sum", matrix_sum),
     )

@@ -1,4 +1,4 @@
-"""The packed weights of MatMulNBits against the Program's codes, scales and zero points, bit for bit."""
+"""Packed weights and tables against the Program's codes, scales and zero points, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from bitlower.backends.onnx_qdq._low_bit import at_inputs, unpack_codes, unpack_zeros
+from bitlower.backends.onnx_qdq._narrow import PACKED, unpack_rows
 from bitlower.backends.onnx_qdq._session import Array
 from bitlower.backends.onnx_qdq._structure import constant
+from bitlower.ir import packing
 
 _COPY = re.compile(r"_\d+$")
 
@@ -23,6 +25,35 @@ def packed_weights(graph: ir.Graph) -> dict[str, list[ir.Node]]:
         if codes is not None and codes.name:
             found.setdefault(_COPY.sub("", codes.name), []).append(node)
     return found
+
+
+def packed_tables(graph: ir.Graph) -> dict[str, list[ir.Node]]:
+    """The nodes that gather packed rows, by the name of the codes."""
+    found: dict[str, list[ir.Node]] = {}
+    for node in graph:
+        rows = node.inputs[0] if node.op_type in ("Gather", "GatherBlockQuantized") else None
+        if rows is not None and rows.name and rows.name.endswith(PACKED):
+            found.setdefault(rows.name.removesuffix(PACKED), []).append(node)
+    return found
+
+
+def check_rows(gather: ir.Node, name: str, codes: Array, bits: int) -> list[str]:
+    """Whether the packed rows that ``gather`` reads are the codes of the Program's table called ``name``."""
+    stored = constant(gather.inputs[0])
+    if stored is None or stored.shape != (codes.shape[0], packing.packed_bytes(codes.shape[1], bits)):
+        return [f"the packed rows of {name} do not have the shape of its codes {list(codes.shape)}"]
+    found = unpack_rows(stored, bits, codes.shape[1], is_signed=codes.dtype == np.int8)
+    differing = np.count_nonzero(found != codes)
+    return [f"{differing} of the {codes.size} codes of {name} are not the program's"] if differing else []
+
+
+def check_blocks(gather: ir.Node, name: str, codes: Array, scale: Array | None, zero: Array | None) -> list[str]:
+    """What of a GatherBlockQuantized is not the Program's table called ``name``, its codes left out."""
+    bits, block = (int(gather.attributes.get_int(key, 0) or 0) for key in ("bits", "block_size"))
+    scales, zeros = (constant(value) for value in ([*gather.inputs, None][2:4]))
+    if scales is None:
+        return [f"the scale of {name} is no constant in the model"]
+    return _check_parameters(name, codes, (scale, zero), (scales, zeros), (bits, block))
 
 
 def check_packed(linear: ir.Node, name: str, codes: Array, scale: Array | None, zero: Array | None) -> list[str]:
@@ -38,15 +69,26 @@ def check_packed(linear: ir.Node, name: str, codes: Array, scale: Array | None, 
     stored = [constant(value) for value in linear.inputs[1:4]] + [None]
     if stored[0] is None or stored[1] is None:
         return [f"the codes or scales of {name} are no constants in the model"]
-    is_signed = codes.dtype == np.int8
-    blocks = -(-depth // block)
     problems = []
-    differing = np.count_nonzero(unpack_codes(stored[0], bits, depth, is_signed=is_signed) != codes)
+    differing = np.count_nonzero(unpack_codes(stored[0], bits, depth, is_signed=codes.dtype == np.int8) != codes)
     if differing:
         problems.append(f"{differing} of the {codes.size} codes of {name} are not the program's")
-    found = (stored[1].reshape(rows, -1), unpack_zeros(stored[2], rows, blocks, bits, is_signed=is_signed))
-    for what, ours, theirs in zip(("scale", "zero point"), (scale, zero), found, strict=True):
-        if ours is None or not _same(ours, theirs, codes.shape, block):
+    return problems + _check_parameters(name, codes, (scale, zero), (stored[1], stored[2]), (bits, block))
+
+
+def _check_parameters(
+    name: str,
+    codes: Array,
+    expected: tuple[Array | None, Array | None],
+    stored: tuple[Array, Array | None],
+    layout: tuple[int, int],
+) -> list[str]:
+    """Compare scales and zero points that are stored by row and block; ``layout`` is the bits and the block size."""
+    (rows, depth), (bits, block) = codes.shape, layout
+    zeros = unpack_zeros(stored[1], rows, -(-depth // block), bits, is_signed=codes.dtype == np.int8)
+    problems = []
+    for what, ours, theirs in zip(("scale", "zero point"), expected, (stored[0].reshape(rows, -1), zeros), strict=True):
+        if ours is None or not _same(ours, theirs, (rows, depth), block):
             problems.append(f"the {what} of {name} is not the program's")
     return problems
 

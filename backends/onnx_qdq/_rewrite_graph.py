@@ -45,6 +45,25 @@ def residual_sum(editor: Editor, node: ir.Node) -> str | None:
     return APPLIED
 
 
+def matrix_sum(editor: Editor, node: ir.Node) -> str | None:
+    """The sum of integer products of matrices (slices of one linear) as Sum.
+
+    Of MatMul and Add of rank 2 onnxruntime makes a Gemm, which it then runs in float.
+    """
+    shape = dims(node.outputs[0]) if is_op(node, "Add") else None
+    if shape is None or len(shape) != 2:
+        return None
+    products = [value.producer() for value in node.inputs if value is not None]
+    if not any(is_op(product, "MatMul") and product is not None and _is_rounded(product) for product in products):
+        return None
+    editor.replace(node.outputs[0], editor.emit(node, "Sum", list(node.inputs), like=node.outputs[0]))
+    return APPLIED
+
+
+def _is_rounded(product: ir.Node) -> bool:
+    return is_op(source(product).producer(), "DequantizeLinear")
+
+
 def strip(model: ir.Model) -> None:
     """Remove what the exporters noted: source lines with paths of this machine, and types of inner values."""
     kept = {*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}

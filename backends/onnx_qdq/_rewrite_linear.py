@@ -8,9 +8,9 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from bitlower.backends.onnx_qdq._narrow import byte_codes
 from bitlower.backends.onnx_qdq._rewrite import APPLIED, Array, Editor, Rule, dims, is_op, marker, only_user, source
 from bitlower.backends.onnx_qdq._rewrite_quantizers import per_tensor, stored
-from bitlower.backends.onnx_qdq._translate import DOMAIN
 
 Form = Literal["qdq", "onnxruntime"]
 BYTES = (ir.DataType.UINT8, ir.DataType.INT8)
@@ -20,13 +20,15 @@ BYTES = (ir.DataType.UINT8, ir.DataType.INT8)
 class Weight:
     """A quantized weight as MatMul reads it.
 
-    ``codes`` are [K, N]; ``scale`` and ``zero`` have the layout of the Program, transposed like the codes.
+    ``codes`` are [K, N]; ``scale`` and ``zero`` have the layout of the Program, transposed like the codes. ``name`` is
+    that of the codes in the Program, and ``part`` tells slices of one weight apart.
     """
 
     name: str
     codes: Array
     scale: Array
     zero: Array
+    part: str = ""
 
     @property
     def per_column(self) -> bool:
@@ -74,14 +76,44 @@ def find_linear(editor: Editor, node: ir.Node) -> Linear | None:
     producer = operand.producer()
     if producer is not None and is_op(producer, "Transpose") and list(producer.attributes["perm"].as_ints()) == [1, 0]:
         operand, turned = source(producer), True
+    ends = _slice_ends(editor, operand) if turned else None
+    if ends is not None:
+        operand = source(_producer(operand))
     dequantize = marker(operand, "Dequantize")
     codes = editor.array(source(dequantize)) if dequantize is not None else None
     if dequantize is None or codes is None or codes.ndim != 2:
         return None
     scale, zero = (np.asarray(editor.array(source(dequantize, position))) for position in (1, 2))
-    parts = [part.T if turned else part for part in (codes, scale, zero)]
+    if ends is not None and scale.size > 1 and scale.shape[1] > 1:
+        return None
+    start, stop = ends or (0, codes.shape[1])
+    codes, scale, zero = (part.T if turned else part for part in (codes[:, start:stop], scale, zero))
     bias, output = _bias(editor, node)
-    return Linear(node, source(node), Weight(source(dequantize).name or "weight_codes", *parts), bias, output)
+    name, part = source(dequantize).name or "weight_codes", part_name(start, stop) if ends else ""
+    return Linear(node, source(node), Weight(name, codes, scale, zero, part), bias, output)
+
+
+def part_name(start: int, stop: int) -> str:
+    """What follows a weight's name where it is only the inputs from ``start`` to ``stop`` (excluded)."""
+    return f"[{start}:{stop}]"
+
+
+def _slice_ends(editor: Editor, value: ir.Value) -> tuple[int, int] | None:
+    """From where to where ``value`` is cut out of another along axis 1."""
+    node = value.producer()
+    if not is_op(node, "Slice") or node is None:
+        return None
+    numbers = [editor.array(part) for part in node.inputs[1:]]
+    if any(array is None or array.size != 1 for array in numbers):
+        return None
+    start, stop, axis, step = (*(int(np.asarray(array).item()) for array in numbers), 1)[:4]
+    return (start, stop) if (axis, step) == (1, 1) else None
+
+
+def _producer(value: ir.Value) -> ir.Node:
+    node = value.producer()
+    assert node is not None
+    return node
 
 
 def _bias(editor: Editor, matmul: ir.Node) -> tuple[Array | None, ir.Value]:
@@ -121,7 +153,7 @@ def _static_linear(editor: Editor, node: ir.Node) -> str | None:
     if reason:
         return reason
     weight = linear.weight
-    inputs = [_codes(editor, weight), _scales(editor, weight)]
+    inputs = [_codes(editor, node, weight), _scales(editor, weight)]
     zeros = _zeros(editor, weight)
     operands = [*inputs, *([zeros] if zeros is not None else [])]
     real = editor.emit(node, "DequantizeLinear", operands, axis=1)
@@ -144,7 +176,7 @@ def _merge_linear(editor: Editor, node: ir.Node) -> str | None:
     scale, zero = stored(editor, quantized, code.dtype)
     weight = linear.weight
     bias = None if linear.bias is None else editor.constant(f"{weight.stem}_bias", linear.bias)
-    operands = [code, _codes(editor, weight), scale, _scales(editor, weight), zero, _zeros(editor, weight), bias]
+    operands = [code, _codes(editor, node, weight), scale, _scales(editor, weight), zero, _zeros(editor, weight), bias]
     while operands[-1] is None:
         operands.pop()
     merged = editor.emit(node, "MatMulIntegerToFloat", operands, domain="com.microsoft")
@@ -184,7 +216,7 @@ def _integer_product(editor: Editor, linear: Linear, quantized: ir.Node) -> ir.V
         fixed = fixed + 128 if fixed is not None else None
     weight_zero = _zeros(editor, weight)
     point = None if fixed is None else editor.constant("row_zero_point", np.uint8(fixed.reshape(())))
-    operands = [code, _codes(editor, weight), point, weight_zero]
+    operands = [code, _codes(editor, node, weight), point, weight_zero]
     while operands[-1] is None:
         operands.pop()
     total = editor.emit(node, "MatMulInteger", operands, like=node.outputs[0], dtype=ir.DataType.INT32)
@@ -232,7 +264,7 @@ def _float_linear(editor: Editor, node: ir.Node) -> str | None:
         return None
     weight = linear.weight
     depth, width = weight.codes.shape
-    codes = _codes(editor, weight)
+    codes = _codes(editor, node, weight)
     real = editor.emit(node, "Cast", [codes], like=codes, dtype=ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
     blocks = [(s, n // s) for s, n in zip(weight.scale.shape, weight.codes.shape, strict=False)]
     blocked = weight.scale.size > 1 and any(s > 1 and inner > 1 for s, inner in blocks)
@@ -265,46 +297,18 @@ def finish_linear(editor: Editor, linear: Linear, product: ir.Value) -> None:
     editor.replace(linear.output, product)
 
 
-def gather_codes(editor: Editor, node: ir.Node) -> str | None:
-    """``Gather(Dequantize(table))`` → ``Dequantize(Gather(codes))``: only the rows that are read become floats."""
-    table = marker(node.inputs[0], "Dequantize") if is_op(node, "Gather") else None
-    codes = editor.array(source(table)) if table is not None else None
-    if table is None or codes is None:
-        return None
-    if node.attributes.get_int("axis", 0) != 0 or codes.ndim != 2:
-        return "it does not gather rows of a table"
-    scale, zero = (np.asarray(editor.array(source(table, position))) for position in (1, 2))
-    if scale.size > 1 and scale.shape[1] > 1:
-        return "a row has more than one scale"
-    name, rows = source(table).name or "table_codes", node.inputs[1]
-    taken = editor.emit(node, "Gather", [source(table), rows], like=node.outputs[0], axis=0)
-    taken.dtype = ir.DataType.from_numpy(codes.dtype)
-    if scale.size == 1:
-        parts = [source(table, 1), source(table, 2)]
-    else:
-        stem = name.removesuffix("_codes")
-        parts = [
-            _gather_rows(editor, node, f"{stem}_scale", scale, codes.shape[0]),
-            _gather_rows(editor, node, f"{stem}_zero_point", zero, codes.shape[0]),
-        ]
-    editor.replace(node.outputs[0], editor.emit(node, "Dequantize", [taken, *parts], domain=DOMAIN))
-    return APPLIED
-
-
-def _gather_rows(editor: Editor, gather: ir.Node, name: str, array: Array, rows: int) -> ir.Value:
-    if not array.any():
-        return editor.constant("zero", np.float32(0))
-    table = editor.constant(name, np.repeat(array, rows // array.shape[0], axis=0))
-    return editor.emit(gather, "Gather", [table, gather.inputs[1]], axis=0)
-
-
 def _flat(array: Array) -> Array:
     return array.reshape(()) if array.size == 1 else array
 
 
-def _codes(editor: Editor, weight: Weight) -> ir.Value:
-    dtype = ir.DataType.from_numpy(weight.codes.dtype)
-    return editor.lazy(weight.name, "input first", dtype, weight.codes.shape, lambda: weight.codes)
+def _codes(editor: Editor, at: ir.Node, weight: Weight) -> ir.Value:
+    """The codes as the kernel reads them; in the file they take 2 or 4 bits where they have no more."""
+    name = f"{weight.name}{weight.part}"
+    spec = editor.specs.get(weight.name)
+    if weight.codes.dtype.itemsize > 1 or spec is None:
+        dtype = ir.DataType.from_numpy(weight.codes.dtype)
+        return editor.lazy(name, "input first", dtype, weight.codes.shape, lambda: weight.codes)
+    return byte_codes(editor, at, name, weight.codes, spec.grid.bits)
 
 
 def _scales(editor: Editor, weight: Weight) -> ir.Value:

@@ -9,21 +9,14 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from bitlower.backends.onnx_qdq._low_bit import Container, container, pack_codes, pack_zeros, spread_blocks
+from bitlower.backends.onnx_qdq._narrow import type_bits, typed_codes
 from bitlower.backends.onnx_qdq._rewrite import APPLIED, Array, Editor, Rule, is_op, marker, only_user, source
 from bitlower.backends.onnx_qdq._rewrite_linear import Form, Linear, find_linear, finish_linear
-from bitlower.ir import packing
 
-_NARROW = {2: (ir.DataType.INT2, ir.DataType.UINT2), 4: (ir.DataType.INT4, ir.DataType.UINT4)} | {
-    8: (ir.DataType.INT8, ir.DataType.UINT8)
-}
-"""Signed and unsigned types by bits."""
 LOW_BIT = "low-bit-linear"
 """The rule's name."""
-INT2_OPSET = 25
-"""The first opset in which DequantizeLinear takes 2-bit codes."""
 
 
 def low_bit_rules(form: Form, accuracy_level: int) -> tuple[Rule, ...]:
@@ -97,29 +90,17 @@ def _dequantized(editor: Editor, linear: Linear, kind: Container, level: int) ->
     weight, node = linear.weight, linear.matmul
     if weight.scale.size > 1 and weight.scale.shape[0] > 1:  # a short last group takes blocks that divide the inputs
         kind = replace(kind, block=math.gcd(kind.block, weight.codes.shape[0] // weight.scale.shape[0]))
-    bits = kind.bits if kind.bits > 2 or editor.opset >= INT2_OPSET else 4
-    codes = _stored(editor, weight.name, weight.codes, bits)
+    bits = type_bits(kind.bits, editor.opset)
+    codes = typed_codes(editor, weight.name, weight.codes, bits)
     parts = [_blocks(weight.scale, weight.codes.shape, kind), _blocks(weight.zero, weight.codes.shape, kind)]
     operands = [codes, editor.constant(f"{weight.stem}_scale", parts[0].astype(np.float32))]
     if parts[1].any():
         zeros = np.rint(parts[1]).astype(weight.codes.dtype)
-        operands.append(_stored(editor, f"{weight.stem}_zero_point", zeros, bits))
+        operands.append(typed_codes(editor, f"{weight.stem}_zero_point", zeros, bits))
     blocked = parts[0].ndim == 2
     attributes: dict[str, Any] = {"axis": 0, "block_size": kind.block} if blocked else {"axis": 1}
     [real] = editor.emit_all(node, "DequantizeLinear", operands, 1, **attributes)
     finish_linear(editor, linear, editor.emit(node, "MatMul", [linear.x, real], like=node.outputs[0]))
-
-
-def _stored(editor: Editor, name: str, codes: Array, bits: int) -> ir.Value:
-    """Codes in the ONNX type of ``bits``."""
-    dtype = _NARROW[bits][codes.dtype == np.uint8]
-    if bits == 8:
-        return editor.lazy(name, "input first", dtype, codes.shape, lambda: codes)
-    return editor.lazy(name, "input first", dtype, codes.shape, lambda: _packed(codes, bits))
-
-
-def _packed(codes: Array, bits: int) -> Array:
-    return packing.pack_onnx(torch.from_numpy(np.array(codes, order="C")), bits).numpy()
 
 
 def _blocks(scale: Array, shape: tuple[int, ...], kind: Container) -> Array:

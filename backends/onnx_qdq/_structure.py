@@ -11,6 +11,8 @@ from bitlower.backends.onnx_qdq._session import Array
 
 MOVES = frozenset({"Transpose", "Reshape", "Gather", "Cast", "Identity", "Squeeze", "Unsqueeze", "Slice", "Expand"})
 """Operators that leave codes and scales what they are."""
+UNFOLDS = frozenset({"BitShift", "BitwiseAnd", "BitwiseOr"})
+"""Operators that take codes out of packed bytes."""
 _BOUNDS = frozenset({"Clip", "Cast", "Min", "Max", "Identity"})
 
 
@@ -67,10 +69,11 @@ def constant(value: ir.Value | None) -> Array | None:
 def readers(codes: ir.Value) -> Iterator[tuple[ir.Node, int]]:
     """Every node that computes with ``codes``, and at which input.
 
-    Operators that move codes are looked through, and so is ``Sub``, which takes off the zero point and is given too.
+    Operators that move or unfold codes are looked through, and so is ``Sub``, which takes off the zero point and is
+    given too.
     """
     for node, index in codes.uses():
-        passes_on = index == 0 and (node.op_type in MOVES or node.op_type == "Sub")
+        passes_on = node.op_type in UNFOLDS or (index == 0 and (node.op_type in MOVES or node.op_type == "Sub"))
         if not passes_on or node.op_type == "Sub":
             yield node, index
         if passes_on:

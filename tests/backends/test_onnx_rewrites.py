@@ -11,8 +11,9 @@ import pytest
 from bitlower.backends.onnx_qdq._attention import flatten_attention, widen_mask
 from bitlower.backends.onnx_qdq._rewrite import APPLIED, Editor, Rule, apply_rules, spread
 from bitlower.backends.onnx_qdq._rewrite_graph import residual_sum, strip, widen_bias
-from bitlower.backends.onnx_qdq._rewrite_linear import gather_codes, linear_rules
+from bitlower.backends.onnx_qdq._rewrite_linear import linear_rules
 from bitlower.backends.onnx_qdq._rewrite_quantizers import lower_dequantize, lower_quantize, sink_dequantize
+from bitlower.backends.onnx_qdq._rewrite_tables import gather_codes
 from bitlower.ir import BitlowerError
 
 Feed = dict[str, np.ndarray]

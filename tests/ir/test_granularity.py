@@ -34,7 +34,7 @@ def _pieces(granularity, shape):
             return [np.s_[:, :]]
         case "channel" if granularity.axis == 0:
             return [np.s_[i, :] for i in range(rows)]
-        case "channel" | "embedding":
+        case "channel" | "embedding" | "embedding-parts":
             return [np.s_[:, j] for j in range(columns)]
         case "group":
             return [
@@ -60,6 +60,7 @@ ALL = [
     Granularity.per_token(),
     Granularity.per_embedding(),
     Granularity.per_embedding_group(3),
+    Granularity.per_embedding_parts(3),
 ]
 
 
@@ -90,6 +91,8 @@ def test_scale_shapes():
     assert Granularity.row_group(2).scale_shape((4, 6)) == (2, 1)
     assert Granularity.per_embedding().scale_shape(("batch", "sequence", 6)) == (1, 1, 6)
     assert Granularity.per_embedding_group(2).scale_shape(("batch", "sequence", 6)) == (1, 1, 2)
+    assert Granularity.per_embedding_parts(2).scale_shape(("batch", "sequence", 6)) == (1, 1, 6)
+    assert Granularity.per_embedding_parts(9).scale_shape(("batch", "sequence", 6)) == (1, 1, 6)
 
 
 activations = st.integers(0, 2**31).map(lambda s: torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(s)))
@@ -150,7 +153,9 @@ def test_what_does_not_fit_is_said(granularity, shape, words):
         granularity.scale_shape(shape)
 
 
-@pytest.mark.parametrize("arguments", [("tokens",), ("group", -1, 0), ("row-group", 0, -2), ("embedding-group", -1)])
+@pytest.mark.parametrize(
+    "arguments", [("tokens",), ("group", -1, 0), ("row-group", 0, -2), ("embedding-group", -1), ("embedding-parts",)]
+)
 def test_granularities_that_do_not_exist(arguments):
     with pytest.raises(BitlowerError, match="granularity"):
         Granularity(*arguments)
@@ -181,6 +186,7 @@ def granularities(draw):
         "token": Granularity.per_token,
         "embedding": Granularity.per_embedding,
         "embedding-group": lambda: Granularity.per_embedding_group(size),
+        "embedding-parts": lambda: Granularity.per_embedding_parts(size),
     }
     return makers[kind]()
 
@@ -201,6 +207,7 @@ def test_text_forms():
         "per-token",
         "per-embedding",
         "per-embedding-group(3)",
+        "per-embedding-parts(3)",
     ]
     assert str(Granularity.per_group(8, axis=0)) == "per-group(8, axis=0)"
 

@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program, get_tensor, lockstep, set_tensor
 from bitlower.ir.dataflow import activation_operand, linears, weight_operand
-from bitlower.ir.lockstep import walk
+from bitlower.ir.lockstep import steps, walk
 from bitlower.ir.observe import observe
 from bitlower.ir.storage import spill
 
@@ -76,6 +76,29 @@ def test_later_nodes_see_what_a_visit_writes(program: Program, batches) -> None:
     assert all(torch.equal(value, expected[name][0]) for name, value in seen.items())
     original = operands(program, batches[:1])
     assert not torch.equal(seen["linear_3"], original["linear_3"][0])
+
+
+def test_two_programs_are_walked_side_by_side(program: Program, batches) -> None:
+    """What is written to one does not reach the other, and the caller's gradients stay on."""
+    changed = program.clone()
+    expected = operands(program, batches)
+    seen: dict[str, list] = {}
+    pairs = zip(
+        steps(changed, linears(changed.graph), batches), steps(program, linears(program.graph), batches), strict=True
+    )
+    for (node, read), (other, read_other) in pairs:
+        assert torch.is_grad_enabled()
+        assert node.name == other.name
+        sides = ((read, node), (read_other, other))
+        values = [[value.clone() for value, _ in each(activation_operand(linear))] for each, linear in sides]
+        assert all(torch.equal(a, b) for a, b in zip(values[1], expected[node.name], strict=True)), node.name
+        seen[node.name] = values[0]
+        target = str(weight_operand(node).target)
+        set_tensor(changed.module, target, torch.nn.Parameter(get_tensor(changed.module, target).detach() * 2))
+    changed.recompile()
+    doubled = operands(changed, batches)
+    for name, values in seen.items():
+        assert all(torch.equal(a, b) for a, b in zip(values, doubled[name], strict=True)), name
 
 
 def test_values_beyond_the_budget_go_to_disk_and_stay_the_same(program: Program, batches, monkeypatch) -> None:

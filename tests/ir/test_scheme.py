@@ -17,6 +17,8 @@ NAMES = [
     "W16A16",
     "W8A8-full",
     "W8A8-peg6",
+    "W8A8-upeg6",
+    "W8A8-upeg3-full",
     "W4A8-token",
     "W8A8-asym",
     "W8A8-tensor",
@@ -258,3 +260,23 @@ def test_bad_values_are_named(form, words):
 def test_bad_schemes_are_named(form, words):
     with pytest.raises(BitlowerError, match=words):
         Scheme.from_dict(form)
+
+
+@pytest.mark.parametrize("name", ["W8A8-peg6-full", "W8A8-upeg6-full"])
+def test_roles_without_an_embedding_axis_are_per_tensor(name):
+    scheme = Scheme.parse(name)
+    kinds = {role: spec.granularity.kind for role in ACTIVATION_ROLES if (spec := scheme.spec(role))}
+    assert {role for role, kind in kinds.items() if kind == "tensor"} == {"scores", "probs", "context", "logits"}
+    assert set(kinds.values()) == {"tensor", scheme.activations.granularity.kind}
+
+
+def test_chosen_groups_have_a_long_form_and_are_for_activations():
+    form = {"num_bits": 8, "type": "uint", "symmetric": False, "strategy": "embedding_parts", "group_size": 6}
+    spec = QuantSpec.from_dict(form)
+    assert spec.granularity == Granularity.per_embedding_parts(6)
+    assert spec == Scheme.parse("W8A8-upeg6").activations
+    for broken in ({"weights": form}, {"embeddings": form}, {"overrides": {"linear-weight": form}}):
+        with pytest.raises(BitlowerError, match="is for activations, not for weights"):
+            Scheme.from_dict(broken)
+    with pytest.raises(BitlowerError, match="two suffixes for one thing"):
+        Scheme.parse("W8A8-peg6-upeg6")

@@ -8,8 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitlower.passes import _contracts
-from bitlower.passes._contracts import RTOL, excess
+from bitlower.ir import CheckError, Program, Scheme, get_tensor, set_tensor
+from bitlower.ir.dataflow import linears
+from bitlower.passes import Context, _contracts
+from bitlower.passes._contracts import RTOL, check_exact, equal_between_roundings, excess
+from bitlower.passes.calibrate import Calibrate
+from bitlower.passes.quantize import Quantize
 
 
 def by_numpy(expected: torch.Tensor, found: torch.Tensor) -> bool:
@@ -42,3 +46,42 @@ def test_what_is_not_finite_must_be_so_in_both() -> None:
     assert excess(torch.ones(3), torch.tensor([1.0, 1.0, math.nan])) == "NaN or Inf"
     assert not excess(torch.zeros(0), torch.zeros(0))
     assert excess(torch.zeros(3), torch.full((3,), 1e-9))
+
+
+def rounded(bert, batches, run) -> Program:
+    """A BERT in which nearly every value is rounded, coarsely enough for outputs to move by a lot."""
+    _, program = bert()
+    passes = Quantize(Scheme.parse("W4A4-full")), Calibrate(weights="minmax", activations="minmax")
+    return run(program, *passes, context=Context(calibration=batches(2)))
+
+
+def changed(program: Program, kind: str) -> Program:
+    """A copy with another linear: ``noise`` as float arithmetic makes it, a wrong ``bias``, or a wrong ``scale``.
+
+    A fault can be hidden from the outputs by the rounding after it, but not from the values that are rounded.
+    """
+    result = program.clone()
+    linear = linears(result.graph)[-1]
+    weight, bias = linear.args[1], linear.args[2]
+    name = str((weight.args[1] if kind == "scale" else bias).target)
+    tensor = get_tensor(result.module, name).detach()
+    factor = {"noise": 1 + 3e-6, "bias": 1.01, "scale": 1.5}[kind]
+    set_tensor(result.module, name, torch.nn.Parameter(tensor * factor) if kind != "scale" else tensor * factor)
+    return result
+
+
+def test_codes_that_turn_over_are_no_difference(bert, batches, run) -> None:
+    """Noise before a rounding, which outputs may show, is told from a fault, which they may hide."""
+    program, data = rounded(bert, batches, run), batches(3, seed=5)
+    for batch in data:
+        assert equal_between_roundings(program, changed(program, "noise"), batch)
+    check_exact("noise", program, changed(program, "noise"), data)
+    for kind in ("bias", "scale"):
+        assert not equal_between_roundings(program, changed(program, kind), data[0])
+    with pytest.raises(CheckError, match="'scale' says it is exact"):
+        check_exact("scale", program, changed(program, "scale"), data)
+
+
+def test_a_program_without_quantizers_has_no_such_excuse(bert, batches) -> None:
+    _, program = bert()
+    assert not equal_between_roundings(program, program, batches(1)[0])

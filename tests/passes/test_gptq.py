@@ -128,6 +128,41 @@ def test_later_layers_see_rewritten_predecessors(llama, run, monkeypatch) -> Non
     assert len(seen) == 8  # two blocks: q/k/v, o, gate/up, down share one Hessian each
 
 
+def inputs_of(program: Program, linear, batches) -> np.ndarray:
+    """What ``linear`` reads, ``[tokens, columns]`` float64."""
+    parts: list[np.ndarray] = []
+    observe(program, [activation_operand(linear)], batches, lambda _, value, batch: parts.append(value.numpy()))
+    return np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts]).astype(np.float64)
+
+
+@pytest.mark.parametrize("inputs", ["quantized", "float"])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_hessians_are_of_the_inputs_that_were_asked_for(llama, run, monkeypatch, inputs: str, calibrated: bool) -> None:
+    """Of every group, in float64: inputs of the finished program, or of the model before anything was quantized."""
+    _, program = llama
+    batches, seen = tokens(), {}
+    original = module.Hessian.matrix
+
+    def matrix(self):
+        seen[self.name] = original(self).clone()
+        return original(self)
+
+    monkeypatch.setattr(module.Hessian, "matrix", matrix)
+    clean = run(program, Clean())
+    placed = clean
+    if calibrated:
+        placed = run(clean, Quantize(Scheme.parse("W16A4")), Calibrate(), context=Context(batches))
+    pass_ = Gptq(inputs=inputs, weighting="none", precision="float32")
+    result = run(placed, W4, pass_, context=Context(batches))
+    source = clean if inputs == "float" else result
+    assert len(seen) == 8
+    for linear in linears(source.graph):
+        name = f"{linear.meta['path']}.weight"
+        if name in seen:
+            x = inputs_of(source, linear, batches)
+            np.testing.assert_allclose(seen[name], x.T @ x / len(x), rtol=1e-3, atol=1e-5)
+
+
 def test_it_does_better_than_round_to_nearest(llama, run) -> None:
     _, program = llama
     batches = tokens(8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitlower.passes._tokens import kept, token_mask
+from bitlower.passes._tokens import kept, token_mask, token_rows
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 4]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
@@ -53,3 +53,12 @@ def test_masks_follow_the_layout(shape: tuple[int | str, ...], expected: torch.T
 def test_no_padding_is_no_mask() -> None:
     batch = {"input_ids": IDS, "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
     assert kept(("batch", "sequence", 4), batch) is None
+
+
+def test_rows_are_the_tokens_that_are_there() -> None:
+    value = torch.arange(24.0).reshape(2, 3, 4)
+    batch = {"input_ids": IDS, "attention_mask": MASK}
+    assert torch.equal(token_rows(value, ("batch", "sequence", 4), batch), value[NOW])
+    flat = value.reshape(6, 4)
+    assert torch.equal(token_rows(flat, ("batch*sequence", 4), batch), value[NOW])
+    assert torch.equal(token_rows(value[:, 0], ("batch", 4), batch), value[:, 0])

@@ -17,11 +17,24 @@ def sizeof(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def test_codes_beside_quantized_activations_take_whole_bytes() -> None:
+def test_codes_beside_quantized_activations_take_the_smallest_type() -> None:
     target = Target("onnx-qdq", {"form": "onnxruntime"})
-    assert stored_bytes(quantizer(4, Granularity.per_channel(0)), (6, 10), target) == 60 + 6 * 4
+    assert stored_bytes(quantizer(4, Granularity.per_channel(0)), (6, 10), target) == 30 + 6 * 4
+    assert stored_bytes(quantizer(2, Granularity.per_channel(0)), (6, 10), target) == 30 + 6 * 4
+    latest = Target("onnx-qdq", {"opset": 25})
+    assert stored_bytes(quantizer(2, Granularity.per_channel(0)), (6, 10), latest) == 15 + 6 * 4
+    assert stored_bytes(quantizer(5, Granularity.per_channel(0)), (6, 10), target) == 60 + 6 * 4
     assert stored_bytes(quantizer(8, Granularity.per_tensor(), symmetric=False), (6, 10), target) == 60 + 4 + 1
     assert stored_bytes(quantizer(12, Granularity.per_tensor()), (6, 10), target) == 120 + 4
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_rows_of_a_table_are_packed_unless_it_is_small(bits: int) -> None:
+    table = quantizer(bits, Granularity.per_channel(0), role="embedding-table")
+    codes = torch.zeros(800, 30, dtype=torch.uint8)
+    expected = sizeof(packing.pack(codes, bits)) + 800 * 4
+    assert stored_bytes(table, (800, 30), Target("onnx-qdq")) == expected
+    assert stored_bytes(table, (8, 30), Target("onnx-qdq")) == 8 * (30 + 4)
 
 
 @pytest.mark.parametrize(("bits", "stored"), [(3, 4), (4, 4), (2, 4)])
@@ -40,7 +53,7 @@ def test_matmul_nbits(bits: int, stored: int, symmetric: bool) -> None:
 def test_matmul_nbits_fills_rows_of_one_scale_up_to_blocks() -> None:
     target = Target("onnx-qdq", {"form": "onnxruntime"}, weights_only=True)
     assert stored_bytes(quantizer(4, Granularity.per_channel(0)), (6, 200), target) == 6 * (2 * 64 + 2 * 4)
-    assert stored_bytes(quantizer(4, Granularity.per_group(20)), (6, 200), target) == 6 * (200 + 10 * 4)
+    assert stored_bytes(quantizer(4, Granularity.per_group(20)), (6, 200), target) == 6 * (100 + 10 * 4)
 
 
 def test_blocked_dequantize_linear() -> None:

@@ -1,0 +1,187 @@
+"""Bits by ``assign-precision`` against uniform bits and a greedy choice at equal average bits; the solver's time.
+
+    python benchmarks/assign_precision.py --data DIR [--part solver minilm smollm2]
+
+Weights alone, at an average of 3 and of 4 bits from 2, 3, 4, 6, 8 and 16 (SmolLM2: 2, 3, 4 and 6); linears that read
+one activation keep together. ``uniform`` gives each weight these bits; ``greedy`` starts with the bits of least loss and lowers, step by
+step, the weight that loses least for the bits that it saves; ``optimum`` has the least sum of the same losses (proved);
+``refined`` goes on from there with losses measured around it. Losses are measured on calibration data; the table has
+the loss of the whole model on these and on other data, and what users feel.
+
+- MiniLM, weights and tables per channel: noise over signal of the token embeddings; 128 sentences of STS-B train for
+  losses, 128 others held out, Spearman on STS-B dev.
+- SmolLM2, linears in groups of 128: KL divergence of the next token; 4 windows of 128 tokens of WikiText-2 valid for
+  losses, 4 windows of 512 of test held out, and the perplexity of these.
+
+The solver's part: 1000 items of 6 widths, random sizes and sensitivities, at several budgets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _common import MODEL, RESULTS, data_folder, show_table, write_result
+from accuracy import sentences
+from decoder_accuracy import MODEL as DECODER
+
+import bitlower
+from bitlower import Context, PassManager, Program, parse_pipeline
+from bitlower.frontends.tokenize import token_ids, windows
+from bitlower.ir import Batch
+from bitlower.passes._knapsack import Limit, greedy, solve, total
+from bitlower.passes._measures import Measure
+from bitlower.passes._precision_items import find_items, set_width
+from bitlower.passes._precision_search import Budgets, Search, lines_of, refine
+from bitlower.passes.assign_precision import AssignPrecision
+from bitlower.passes.calibrate import Calibrate
+from bitlower.tools.data import read_text
+from bitlower.tools.evaluate import evaluate
+from bitlower.tools.perplexity import perplexity
+
+WIDTHS = (2, 3, 4, 6, 8, 16)
+AVERAGES = (3, 4)
+ITEMS = 1000
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with open quantizers, data, and what users feel."""
+
+    program: Program
+    options: AssignPrecision
+    calibration: Sequence[Batch]
+    held_out: Sequence[Batch]
+    metric: Callable[[Program], float]
+
+    def search(self) -> tuple[Search, list[list[float]], float]:
+        """The trials, the losses of each item alone, and the seconds that both took."""
+        start = time.perf_counter()
+        items = find_items(self.program, self.options.bits, (), keep=False)
+        calibrate = Calibrate(weights=self.options.weights)
+        found = Search(self.program, items, self.options, calibrate, Context(self.calibration))
+        return found, found.alone(), time.perf_counter() - start
+
+    def make(self, found: Search, choice: Sequence[int]) -> Program:
+        """The program with these bits, calibrated."""
+        result = self.program.clone()
+        nodes = {node.name: node for node, _ in result.quantizers()}
+        for item, chosen in zip(found.items, choice, strict=True):
+            for node in item.nodes:
+                set_width(nodes[node.name], item.widths[chosen])
+        result.recompile()
+        return PassManager([found.calibrate], verify=False).run(result, Context(self.calibration))
+
+    def held_out_loss(self, program: Program, measure: Measure) -> float:
+        """Against the float model."""
+        parts = []
+        with torch.no_grad():
+            for batch in self.held_out:
+                expected, outputs = (made(**batch) for made in (self.program, program))
+                pair = ([values[name] for name in measure.outputs] for values in (expected, outputs))
+                parts.append(measure.compare(*pair, batch))
+        return measure.total(parts)
+
+
+def compare(case: Case, rounds: int) -> list[dict[str, Any]]:
+    """The rows of a model."""
+    found, losses, seconds = case.search()
+    print(f"{len(found.items)} items, {found.trials.runs} trials: {seconds:.0f} s", flush=True)
+    rows = []
+    for average in AVERAGES:
+        limits = [line.limit for line in lines_of(case.program, found.items, Budgets(weight_bits=average))]
+        rough = greedy(losses, limits)
+        assert rough is not None
+        best = solve(losses, limits)
+        start = time.perf_counter()
+        refined, _, steps = refine(found, best.choice, found.measure([best.choice])[0], limits, rounds)
+        print(f"{average} bits, refinement: {steps}, {time.perf_counter() - start:.0f} s", flush=True)
+        uniform = tuple(item.widths.index(average) for item in found.items)
+        for name, choice in (("uniform", uniform), ("greedy", rough), ("optimum", best.choice), ("refined", refined)):
+            made = case.make(found, choice)
+            rows.append({
+                "bits": average, "assignment": name, "predicted": total(losses, choice),
+                "measured": found.measure([choice])[0], "held_out": case.held_out_loss(made, found.trials.measure),
+                "metric": round(case.metric(made), 3), "gap": best.gap if name == "optimum" else None,
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    return rows
+
+
+def minilm(data: Path) -> Case:
+    """all-MiniLM-L6-v2 on STS-B."""
+    texts = sentences(data / "STS-B" / "sts-train.tsv", 256, 22)
+    program = bitlower.load(MODEL)
+    program = PassManager(parse_pipeline("clean,quantize{scheme=W4A16-e4}")).run(program, Context())
+    batches = bitlower.batches(program, texts, max_length=64, batch_size=32)
+    options = AssignPrecision(bits=WIDTHS, outputs=("last_hidden_state",))
+    path = data / "STS-B" / "sts-dev.tsv"
+    return Case(program, options, batches[::2], batches[1::2], lambda p: evaluate(p, "sts-b", path).metrics["spearman"])
+
+
+def smollm2(data: Path) -> Case:
+    """SmolLM2 on WikiText-2."""
+    program = bitlower.load(DECODER, task="text-generation")
+    program = PassManager(parse_pipeline("clean,quantize{scheme=W4A16-g128-asym}")).run(program, Context())
+    valid, test = (token_ids(program, read_text(data / "wikitext-2" / f"{name}.txt")) for name in ("valid", "test"))
+    calibration = windows(program, valid[1024 : 1024 + 4 * 128].reshape(4, 128), batch_size=4)
+    held_out = windows(program, test[: 4 * 512].reshape(4, 512))
+    options = AssignPrecision(bits=WIDTHS[:4], weights="minmax")
+    return Case(program, options, calibration, held_out, lambda p: perplexity(p, test, windows=4).perplexity)
+
+
+def solver() -> list[dict[str, Any]]:
+    """Seconds to solve random problems to proved optimality."""
+    rows, bits = [], np.array(WIDTHS)
+    for seed in range(4):
+        random = np.random.default_rng(seed)
+        layers = random.choice([384 * 384, 384 * 1536, 576 * 576, 49152 * 576, 768 * 3072, 384], ITEMS)
+        sizes = layers if seed % 2 == 0 else random.integers(1000, 10**7, ITEMS)
+        sensitivity = np.exp(random.normal(0, 3, ITEMS))[:, None]
+        losses = (sensitivity * 4.0**-bits * np.exp(random.normal(0, 0.3, (ITEMS, len(bits))))).tolist()
+        costs = tuple(tuple(int(size * b) for b in bits) for size in sizes)
+        for average in (2.5, 4.0, 5.4):
+            limit = Limit("bits", costs, int(sizes.sum() * average))
+            start = time.perf_counter()
+            found = solve(losses, [limit])
+            seconds = time.perf_counter() - start
+            rough = greedy(losses, [limit])
+            over = total(losses, rough) / found.loss - 1 if rough is not None else None
+            rows.append({
+                "seed": seed, "sizes": "of layers" if seed % 2 == 0 else "random", "bits": average,
+                "seconds": round(seconds, 2), "gap": found.gap, "greedy_above_optimum": over,
+            })  # fmt: skip
+    return rows
+
+
+PARTS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+    "solver": lambda data: solver(),
+    "minilm": lambda data: compare(minilm(data), 2),
+    "smollm2": lambda data: compare(smollm2(data), 1),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="the folder with the data sets; default: $BITLOWER_DATA")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    arguments = parser.parse_args()
+    data = data_folder(arguments.data)
+    for part in arguments.part:
+        rows = PARTS[part](data)
+        path = RESULTS / "assign_precision.json"
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        parts = {name: known[name] for name in PARTS if name in known} | {part: rows}
+        write_result("assign_precision", "python benchmarks/assign_precision.py --data DIR", parts)
+        show_table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Results of analyses and searches: told on the way, written into the artefact, equal in every run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from bitlower.tools._reports import Reports
+from bitlower.tools.flow import Options, run_recipe, standard_recipe
+from bitlower.tools.plan import plan_recipe
+from bitlower.tools.recipe import Recipe, Step, load_recipe
+from bitlower.tools.render import Display
+
+PASSES = (
+    "clean",
+    ("quantize", {"scheme": "W8A6-full"}),
+    ("assign-precision", {"share-16": 0.2, "rounds": 0, "front": 2, "activations": "minmax"}),
+    ("calibrate", {"activations": "minmax"}),
+    ("analyze-sensitivity", {"by": ["role"], "batches": 1}),
+    "lower-integer",
+)
+
+
+def recipe_with(bert: Path, texts: Path, passes: tuple[object, ...]) -> Recipe:
+    steps = [Step(name=p, params={}) if isinstance(p, str) else Step(name=p[0], params=p[1]) for p in passes]
+    return standard_recipe(str(bert), "W8A8", str(texts)).model_copy(update={"passes": steps})
+
+
+def test_results_are_told_and_written(
+    bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_with(bert, texts, PASSES)
+    run_recipe(recipe, tmp_path / "out", Options(cache=tmp_path / "cache", display=Display()))
+    told = capsys.readouterr().err
+    assert "assign-precision: " in told
+    assert "share-16" in told
+    fragment = "passes:" + told.partition("analyze-sensitivity: ")[2].partition("passes:")[2].partition("\n\n")[0]
+    assert "overrides" in fragment
+    sensitivity = json.loads((tmp_path / "out" / "analyze-sensitivity.json").read_text())
+    assert sensitivity["recipe"] in told
+    head = f"model: {{path: {bert}}}\ncalibration: {{data: {texts}}}\n"
+    (tmp_path / "again.yaml").write_text(head + sensitivity["recipe"] + "export: [onnx-qdq]\n")
+    assert [p.name for p in load_recipe(tmp_path / "again.yaml").build_passes()] == [
+        "clean", "quantize", "assign-precision", "calibrate", "lower-integer",
+    ]  # fmt: skip
+    assert (tmp_path / "out" / "assign-precision.svg").read_text().startswith("<svg")
+    assert json.loads((tmp_path / "out" / "assign-precision.json").read_text())["budgets"][0]["name"] == "share-16"
+
+    run_recipe(recipe, tmp_path / "second", Options(cache=tmp_path / "cache", display=Display()))  # from the cache
+    for name in ("assign-precision.json", "assign-precision.svg", "analyze-sensitivity.json"):
+        assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_a_plan_knows_a_fixed_set_and_says_what_it_does_not_know(bert: Path, texts: Path) -> None:
+    fixed = (*PASSES[:2], ("assign-precision", {"set": "paper"}), "calibrate", "lower-integer")
+    plan = plan_recipe(recipe_with(bert, texts, fixed))
+    wide = [value for value in plan.activations if value.spec.startswith("u16")]
+    assert len(wide) == 3 * len({value.path for value in wide if value.role == "residual"})
+    assert not plan.notes
+    searched = plan_recipe(recipe_with(bert, texts, PASSES))
+    assert any("assign-precision needs data" in note for note in searched.notes)
+
+
+def test_numbers_that_json_lacks_are_none() -> None:
+    from bitlower.passes import Context, make_pass
+    from bitlower.passes._precision_report import FrontPoint, PrecisionReport
+
+    told: list[str] = []
+    reports, context = Reports(told.append), Context()
+    pass_ = make_pass("assign-precision", {"set": "paper"})
+    reports.before(pass_, None, context)  # type: ignore[arg-type]
+    context.put(PrecisionReport((), front=(FrontPoint(1.0, 1.0, math.inf, None),)))
+    reports.after(pass_, None, context, True)  # type: ignore[arg-type]
+    assert json.loads(reports.files["assign-precision.json"])["front"][0]["predicted"] is None
+    assert len(told) == 1
