@@ -3,10 +3,10 @@
     python benchmarks/assign_precision.py --data DIR [--part solver minilm smollm2]
 
 Weights alone, at an average of 3 and of 4 bits from 2, 3, 4, 6, 8 and 16 (SmolLM2: 2, 3, 4 and 6); linears that read
-one activation keep together. ``uniform`` gives each weight these bits; ``greedy`` starts with the bits of least loss and lowers, step by
-step, the weight that loses least for the bits that it saves; ``optimum`` has the least sum of the same losses (proved);
-``refined`` goes on from there with losses measured around it. Losses are measured on calibration data; the table has
-the loss of the whole model on these and on other data, and what users feel.
+one activation keep together. ``uniform`` gives each weight these bits; ``greedy`` starts with the bits of least loss
+and lowers, step by step, the weight that loses least for the bits that it saves; ``optimum`` has the least sum of the
+same losses (proved); ``refined`` goes on from there with losses measured around it. Losses are measured on calibration
+data; the table has the loss of the whole model on these and on other data, and what users feel.
 
 - MiniLM, weights and tables per channel: noise over signal of the token embeddings; 128 sentences of STS-B train for
   losses, 128 others held out, Spearman on STS-B dev.

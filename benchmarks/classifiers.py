@@ -20,7 +20,8 @@ from finetune import TASKS, Task
 
 import bitlower
 from bitlower import Context, PassManager, Program, parse_pipeline
-from bitlower.ir import ACTIVATION_ROLES, Batch
+from bitlower.ir import Batch
+from bitlower.ir.scheme import ACTIVATION_ROLES
 from bitlower.tools.data import read_rows
 from bitlower.tools.evaluate import evaluate
 

@@ -22,7 +22,8 @@ from decoder_accuracy import LENGTH, MODEL, SAMPLES, WINDOW, open_bench
 
 from bitlower import Context, PassManager, Program
 from bitlower.frontends.tokenize import windows
-from bitlower.ir import ACTIVATION_ROLES, Scheme
+from bitlower.ir import Scheme
+from bitlower.ir.scheme import ACTIVATION_ROLES
 from bitlower.passes import Pass, make_pass, parse_pipeline
 from bitlower.tools.data import split_windows
 from bitlower.tools.perplexity import perplexity

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import networkx as nx
@@ -161,6 +161,24 @@ def _computes_from(branch: fx.Node, stream: fx.Node, position: dict[fx.Node, int
         computed = computed or node.target in LINEAR | MATMUL | ATTENTION
         frontier += [(source, computed) for source in node.all_input_nodes]
     return False
+
+
+def ancestors(graph: fx.Graph, nodes: Collection[fx.Node]) -> set[fx.Node]:
+    """What ``nodes`` depend on."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node in nodes or node in found:
+            found.update(node.all_input_nodes)
+    return found
+
+
+def constants(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that depend on no input: parameters, and what is computed from them alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr" or (node.op == "call_function" and found.issuperset(node.all_input_nodes)):
+            found.add(node)
+    return found
 
 
 def fusion_groups(graph: fx.Graph) -> list[tuple[fx.Node, ...]]:

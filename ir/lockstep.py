@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from bitlower.ir.dataflow import ancestors, constants
 from bitlower.ir.diagnostics import describe
 from bitlower.ir.numerics import bfloat16_products
 from bitlower.ir.observe import Track
@@ -102,8 +103,8 @@ class _Walker:
         self.module, self.stops, self.batches = program.module, stops, batches
         self._budget, self._folder = budget, folder
         self._interpreter = fx.Interpreter(self.module)
-        needed = _ancestors(program.graph, stops)
-        self._constant = _constants(program.graph)
+        needed = ancestors(program.graph, stops)
+        self._constant = constants(program.graph)
         self.values_needed = {n for n in needed if n.op != "placeholder" and n not in self._constant}
         self._readers = Counter(
             source for node in {*self.values_needed, *stops} for source in set(node.all_input_nodes)
@@ -191,24 +192,6 @@ class _Walker:
             pending += source.all_input_nodes
             if source.op == "get_attr":
                 release(get_tensor(self.module, str(source.target)))
-
-
-def _ancestors(graph: fx.Graph, nodes: Collection[fx.Node]) -> set[fx.Node]:
-    """What ``nodes`` depend on."""
-    found: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if node in nodes or node in found:
-            found.update(node.all_input_nodes)
-    return found
-
-
-def _constants(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that depend on no input."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "get_attr" or (node.op == "call_function" and found.issuperset(node.all_input_nodes)):
-            found.add(node)
-    return found
 
 
 def _shares(value: torch.Tensor, operand: Any) -> bool:

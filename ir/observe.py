@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from bitlower.ir.dataflow import ancestors, constants
 from bitlower.ir.diagnostics import BitlowerError, describe, nearest
 from bitlower.ir.program import Batch, Program
 from bitlower.ir.storage import release
@@ -26,6 +27,8 @@ def observe(
     label: str = "running batches",
 ) -> None:
     """Run ``program`` on each batch and call ``callback(node, value, batch)`` for each of ``nodes``, in graph order.
+
+    Nodes that depend on no input have their turn when they are first read, or at the end.
 
     Only what the nodes depend on is computed, without gradients, and a value is freed after its last use: the
     callback must copy what it keeps and must not write to the value.
@@ -73,17 +76,28 @@ def _resolve(graph: fx.Graph, nodes: Collection[fx.Node | str]) -> set[fx.Node]:
 
 
 def _cone(graph: fx.Graph, watched: Collection[fx.Node]) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    """Copy what ``watched`` depends on and all placeholders; give the graph and the original of each of its nodes."""
-    needed = set(watched)
-    for node in reversed(graph.nodes):
-        if node in needed:
-            needed.update(node.all_input_nodes)
+    """Copy what ``watched`` depends on and all placeholders; give the graph and the original of each of its nodes.
+
+    What depends on no input stands right before its first reader: the floats behind the codes of a weight live only
+    while they are multiplied with, wherever the graph has them.
+    """
+    needed, fixed = {*watched, *ancestors(graph, watched)}, constants(graph)
     cone, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+
+    def copy(node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            if source not in copies:
+                copy(source)
+        copies[node] = cone.node_copy(node, copies.__getitem__)
+
     for node in graph.nodes:
-        if node.op == "placeholder" or (node in needed and node.op != "output"):
-            copies[node] = cone.node_copy(node, copies.__getitem__)
+        if node.op == "placeholder" or (node in needed and node.op != "output" and node not in fixed):
+            copy(node)
+    for node in graph.nodes:
+        if node in watched and node not in copies:
+            copy(node)
     cone.output(())
-    return cone, {copy: node for node, copy in copies.items()}
+    return cone, {new: node for node, new in copies.items()}
 
 
 class _Runner(fx.Interpreter):

@@ -17,12 +17,10 @@ class FeedForward:
     Args:
         stream: the value that enters the residual sum beside the branch.
         output: the linear layer that the branch ends with.
-        total: the residual sum.
     """
 
     stream: fx.Node
     output: fx.Node
-    total: fx.Node
 
 
 def feed_forwards(graph: fx.Graph) -> list[FeedForward]:
@@ -32,7 +30,7 @@ def feed_forwards(graph: fx.Graph) -> list[FeedForward]:
     for total in residual_sums(graph):
         stream, branch = sorted(map(value_root, total.all_input_nodes[:2]), key=position.__getitem__)
         plain = [node for node in _writers(branch, stream) if not _attends(node, stream, position)]
-        found += [FeedForward(stream, plain[-1], total)] if plain else []
+        found += [FeedForward(stream, plain[-1])] if plain else []
     return found
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from bitlower.ir import Batch, Program, Quantizer, QuantSpec, get_tensor, ops, set_tensor
+from bitlower.ir import Batch, Program, Quantizer, QuantSpec, ops, set_tensor
 from bitlower.ir.dataflow import fusion_groups, operand, weight_operand
 from bitlower.ir.scheme import WEIGHT_ROLES
 from bitlower.passes._base import Context
@@ -159,16 +159,7 @@ def _calibrated(
             set_width(node, width)
     copy.recompile()
     calibrate.run(copy, Context(calibration=batches))
-    return {wanted[node.name]: stored_rounding(copy, node) for node, _ in copy.quantizers()}
-
-
-def stored_rounding(program: Program, node: fx.Node) -> Rounding:
-    """What the quantizer ``node`` does."""
-    grid = node.meta["quantizer"].spec.grid
-    scale, zero_point = operand(node, 1), operand(node, 2)
-    if scale.op != "get_attr":
-        return Rounding(grid)
-    return Rounding(grid, *(get_tensor(program.module, str(part.target)) for part in (scale, zero_point)))
+    return {wanted[node.name]: Rounding.of(copy, node) for node, _ in copy.quantizers()}
 
 
 def close_with(program: Program, node: fx.Node, rounding: Rounding) -> None:

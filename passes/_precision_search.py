@@ -22,7 +22,6 @@ from bitlower.passes._precision_items import (
     is_weight,
     roundings,
     set_width,
-    stored_rounding,
 )
 from bitlower.passes._precision_report import BudgetUse, FrontPoint, Optimum, PrecisionReport, PrecisionRow, Round
 from bitlower.passes._trials import Rounding, Setting, Trials
@@ -160,7 +159,7 @@ class Search:
                 rounding = self.grids[node, chosen[node]] if node in chosen else self.fixed[node]
                 close_with(copy, names[node.name], rounding)
         self.calibrate.run(copy, Context(calibration=self.batches))
-        return {node: stored_rounding(copy, names[node.name]) for node, _ in self.program.quantizers()}
+        return {node: Rounding.of(copy, names[node.name]) for node, _ in self.program.quantizers()}
 
     def measure(self, choices: Sequence[Choice]) -> list[float]:
         """The losses of whole assignments."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,15 +45,28 @@ class Rounding:
     scale: torch.Tensor | None = None
     zero_point: torch.Tensor | None = None
 
+    @cached_property
+    def is_open(self) -> bool:
+        """Whether there is no range yet: values are let through."""
+        return self.scale is not None and not bool(self.scale.any())
+
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` on the grid, as ``fake_quantize`` computes it."""
-        if self.scale is None or self.zero_point is None:
-            scale, zero = self.grid.qparams(*Granularity.per_token().range_of(x))
-        else:
-            scale, zero = self.scale, self.zero_point
-        if not bool(scale.any()):
+        """``x`` on the grid, as ``fake_quantize`` computes it, without the detour through torch's dispatcher."""
+        if self.is_open:
             return x
+        scale, zero = self.scale, self.zero_point
+        if scale is None or zero is None:
+            scale, zero = self.grid.qparams(*Granularity.per_token().range_of(x))
         return numerics.fake(x, scale, torch.round(zero), self.grid.quant_min, self.grid.quant_max)
+
+    @classmethod
+    def of(cls, program: Program, node: fx.Node) -> Rounding:
+        """What the quantizer ``node`` of a simulated program does."""
+        grid = node.meta["quantizer"].spec.grid
+        scale, zero_point = operand(node, 1), operand(node, 2)
+        if scale.op != "get_attr":
+            return cls(grid)
+        return cls(grid, *(get_tensor(program.module, str(part.target)) for part in (scale, zero_point)))
 
 
 State = Switch | Rounding
@@ -163,6 +177,7 @@ class _Plan:
         for node in self.order:
             if node.op == "get_attr" or (node.op == "call_function" and self.constant.issuperset(node.all_input_nodes)):
                 self.constant.add(node)
+        self.stored = {node: Rounding.of(program, node) for node, _ in program.quantizers()}
         self.last = {s: self.position[node] for node in self.order for s in node.all_input_nodes}
         self.last |= dict.fromkeys(results, len(self.nodes))
 
@@ -170,9 +185,10 @@ class _Plan:
         """The value of ``node``, whose operands ``value`` gives; ``state`` is that of a quantizer."""
         if node.op == "get_attr":
             return get_tensor(self.module, str(node.target))
-        if state is Switch.OFF or isinstance(state, Rounding):
+        if state is not None:
             x = value(operand(node, 0))
-            result = state.apply(x) if isinstance(state, Rounding) else x
+            rounding = state if isinstance(state, Rounding) else self.stored[node]
+            result = x if state is Switch.OFF else rounding.apply(x)
             return result if result is not x or x.is_contiguous() else x.clone()
         args: Any = fx.map_arg(node.args, value)
         kwargs: Any = fx.map_arg(node.kwargs, value)
@@ -180,7 +196,7 @@ class _Plan:
 
     def operands(self, node: fx.Node, state: State | None) -> list[fx.Node]:
         """What ``node`` is computed from in that state."""
-        return node.all_input_nodes if state is None or state is Switch.ON else [operand(node, 0)]
+        return node.all_input_nodes if state is None else [operand(node, 0)]
 
     def release(self, node: fx.Node) -> None:
         """Let go of mapped parameters that ``node`` has read."""

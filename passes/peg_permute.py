@@ -73,7 +73,7 @@ class PegPermute(Pass):
     requires: ClassVar[frozenset[Level]] = frozenset({Level.FLOAT})
     contract: ClassVar[Contract] = Contract.EXACT
     scope: Literal["network", "layer"] = "network"
-    """One order for the whole residual stream, or one a layer, by its feed-forward output, with a gather each."""
+    """One order for the whole residual stream, or one a layer with a gather each."""
     inner: bool = True
     """Sort inner channels too: those of feed-forward parts, and dimensions inside heads where no cache holds them."""
     groups: int = 0
@@ -176,14 +176,13 @@ def _sources(program: Program, found: Domains, settings: PegPermute) -> dict[Dom
 
 
 def _of_layers(graph: fx.Graph) -> Iterator[fx.Node]:
-    """What decides the order of a layer: its feed-forward output, whose outliers a post-norm layer then normalizes.
+    """What alone decides the order of a post-norm layer: its feed-forward output, which brings in the outliers.
 
-    A pre-norm layer keeps the outliers of those before it, so there the sum that the output enters decides with it.
+    A pre-norm layer carries the outliers of those before it along, so there all tensors of the layer decide.
     """
     for part in feed_forwards(graph):
-        yield part.output
-        if part.stream.target not in NORM:
-            yield part.total
+        if part.stream.target in NORM:
+            yield part.output
 
 
 def _is_learned(module: fx.GraphModule, domain: Domain) -> bool:

@@ -1,3 +1,4 @@
+import math
 import weakref
 
 import pytest
@@ -129,3 +130,26 @@ def test_what_the_callback_returns_takes_the_place_of_the_value():
     observe(chain(), ["relu", "neg"], [batch(0)], force)
     assert seen["relu"].any()
     torch.testing.assert_close(seen["neg"], -torch.ones(2, 4), rtol=0, atol=0)
+
+
+def test_what_needs_no_input_has_its_turn_when_it_is_read():
+    """x + exp(a) + exp(b), with both exponentials at the front of the graph."""
+    graph, module = fx.Graph(), torch.nn.Module()
+    x = graph.placeholder("x")
+    module.a, module.b = (torch.nn.Parameter(torch.full((4,), value)) for value in (0.0, 1.0))
+    exps = [graph.create_node("call_function", torch.ops.aten.exp.default, (graph.get_attr(n),)) for n in ("a", "b")]
+    sums = [x]
+    for exp in exps:
+        sums.append(graph.call_function(torch.ops.aten.add.Tensor, (sums[-1], exp)))
+    graph.output((sums[-1],))
+    for node in graph.nodes:
+        node.meta["type"] = KIND
+    specs = (ValueSpec("x", KIND),), (ValueSpec("y", KIND),)
+    program = Program({"model": fx.GraphModule(module, graph)}, Level.FLOAT, "custom", *specs)
+    seen: list[str] = []
+    inputs = {"x": batch(0)["x"]}
+    observe(program, [*exps, *sums[1:]], [inputs], lambda node, value, _: seen.append(node.name))
+    assert seen == [exps[0].name, sums[1].name, exps[1].name, sums[2].name]
+    found: list[torch.Tensor] = []
+    observe(program, [exps[1], x], [inputs], lambda node, value, _: found.append(value))
+    torch.testing.assert_close(found, [inputs["x"], torch.full((4,), math.e)])
