@@ -28,6 +28,7 @@ from bitlower.tools.evaluate import evaluate
 TEXTS = 128
 WAYS = {
     "per tensor": "quantize{{scheme=W8A{bits}-full}},calibrate",
+    "per tensor, min-max": "quantize{{scheme=W8A{bits}-full}},calibrate{{activations=minmax}}",
     "MP-PTQ": "quantize{{scheme=W8A{bits}-full}},assign-precision{{set=paper}},calibrate",
     "22 % at 16 bits, assigned": "quantize{{scheme=W8A{bits}-full}},assign-precision{{share-16=0.224}},calibrate",
     "PEG-6": "quantize{{scheme=W8A{bits}-peg6-full}},calibrate",

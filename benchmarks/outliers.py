@@ -32,15 +32,20 @@ ROLES = ("linear-weight", "linear-input", "residual")
 WINDOWS = 12
 CASES = {
     "float": ("", ""),
+    "float, prefix": ("prefix-sinks", ""),
     "per tensor": ("", "W8A8 | calibrate"),
-    "per tensor, from end to end": ("", "W8A8 | calibrate{activations=minmax}"),
+    "MP-PTQ": ("", "W8A8 | assign-precision{set=paper},calibrate"),
     "smooth": ("", "W8A8 | smooth,calibrate"),
     "rotate": ("rotate", "W8A8 | calibrate"),
-    "MP-PTQ": ("", "W8A8 | assign-precision{set=paper},calibrate"),
-    "PEG-6": ("", "W8A8-peg6 | calibrate"),
-    "PEG-6, permuted": ("peg-permute", "W8A8-peg6 | calibrate"),
-    "6 unequal groups, permuted": ("peg-permute", "W8A8-upeg6 | calibrate"),
-    "6 unequal groups, permuted, MP-PTQ": ("peg-permute", "W8A8-upeg6 | assign-precision{set=paper},calibrate"),
+    "PEG-6": ("", "W8A8-peg6 | calibrate{activations=minmax}"),
+    "PEG-6, permuted": ("peg-permute{groups=6}", "W8A8-peg6 | calibrate{activations=minmax}"),
+    "6 unequal groups, permuted": ("peg-permute", "W8A8-upeg6 | calibrate{activations=minmax}"),
+    "prefix, per tensor": ("prefix-sinks", "W8A8 | calibrate"),
+    "prefix, 6 unequal groups, permuted": ("prefix-sinks,peg-permute", "W8A8-upeg6 | calibrate{activations=minmax}"),
+    "prefix, 6 unequal groups, permuted, MP-PTQ": (
+        "prefix-sinks,peg-permute",
+        "W8A8-upeg6 | assign-precision{set=paper},calibrate{activations=minmax}",
+    ),
     "per token": ("", "W8A8-token | calibrate"),
 }
 """What stands before `quantize`, the scheme, and what stands after."""
@@ -50,7 +55,7 @@ def passes_of(name: str) -> tuple[Pass, ...]:
     """The pipeline of a case."""
     before, rest = CASES[name]
     if not rest:
-        return ()
+        return parse_pipeline(before) if before else ()
     scheme, _, after = map(str.strip, rest.partition("|"))
     placed = dataclasses.replace(Scheme.parse(scheme), embeddings=None, roles=ROLES)
     return (
