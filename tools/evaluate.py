@@ -97,7 +97,7 @@ def evaluate(
 
 
 def open_runner(target: str | os.PathLike[str] | Program) -> Runner:
-    """A model to run: the Program, an artefact in onnxruntime if the folder holds ``model.onnx``, else the float model."""
+    """A model to run: a Program, an artefact in onnxruntime where ``model.onnx`` lies, else the float model."""
     if not isinstance(target, Program) and (Path(target) / "model.onnx").is_file():
         return _artefact(Path(target))
     program = target if isinstance(target, Program) else load(target)
