@@ -227,6 +227,6 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     """A hash of dtype, shape and contents."""
     raw = tensor.detach().cpu().contiguous()
     state = hashlib.sha256(f"{raw.dtype}{list(raw.shape)}".encode())
-    for part in parts(raw):
+    for part in parts(raw) if raw.numel() else ():
         state.update(part.view(torch.uint8).numpy().data)
     return state.hexdigest()

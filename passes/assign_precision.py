@@ -35,7 +35,6 @@ class AssignPrecision(Pass):
 
     name: ClassVar[str] = "assign-precision"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
-    ensures: ClassVar[Level | None] = Level.SIMULATED
     contract: ClassVar[Contract] = Contract.LOSSY
     set: Literal["none", "paper"] = "none"
     """A fixed set, which needs no data and no budget."""

@@ -270,7 +270,6 @@ def test_a_view_of_a_rounded_value_is_not_rounded_again(bert) -> None:
     [
         ("W8A8-peg5", r"layer_norm \(linear-input\): per-embedding-group\(5\) does not divide an axis of 32"),
         ("W4A16-g20", r"bert\..*\.weight \(linear-weight\): per-group\(20\) and an axis of 32"),
-        ("W8A8-peg4-full", r"matmul\w* \(scores\): .* symbolic size 'sequence'"),
     ],
 )
 def test_a_granularity_that_does_not_fit_names_the_tensor(bert, scheme: str, tensor: str) -> None:
