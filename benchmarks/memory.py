@@ -1,6 +1,6 @@
 """Peak memory of GPTQ on models that are larger than it: random Llamas in bf16 shards, weights left in their files.
 
-    python benchmarks/memory.py [--layers 22 46] [--samples 4] [--length 512]
+    python benchmarks/memory.py [--layers 2 6 22] [--samples 4] [--length 512]
 
 Each model is written once to a temporary folder, then quantized to W4A16-g128 in a process of its own: loaded, traced,
 placed, rewritten by GPTQ, lowered to integers and written as a checkpoint. The process's peak resident memory is what
@@ -95,7 +95,7 @@ def quantize(folder: Path, samples: int, length: int, output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs="+", default=[22, 46])
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 6, 22])
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
