@@ -29,6 +29,7 @@ from bitlower.passes import (
 )
 from bitlower.passes._digest import digest_batches
 from bitlower.passes.adaround import AdaroundReport
+from bitlower.passes.assign_precision import AssignPrecision
 from bitlower.passes.gptq import GptqReport
 from bitlower.tools import _backends
 from bitlower.tools._output import disk_errors, new_folder
@@ -246,17 +247,17 @@ class FaultReproducer(Reproducer):
 
 
 class TargetCheck(Observer):
-    """Asks the backends, as soon as quantizers are placed, whether they can hold what will come out."""
+    """Asks the backends, as soon as quantizers are placed or get other bits, whether they can hold what comes out."""
 
     def __init__(self, exports: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
         self.exports = exports
 
     def after(self, pass_: Pass, program: Program, context: Context, changed: bool) -> None:
-        """Check the program, if it just got its quantizers.
+        """Check the program, if it just got its quantizers, or others.
 
         Raises:
             BitlowerError: a backend cannot hold a tensor, which is named.
         """
-        if pass_.ensures is Level.SIMULATED:
+        if pass_.ensures is Level.SIMULATED or isinstance(pass_, AssignPrecision):
             for name, options in self.exports:
                 _backends.check_program(name, program, options)

@@ -16,7 +16,7 @@ from bitlower.passes import Context, PassManager, make_pass, parse_pipeline
 from bitlower.passes._measures import Measure
 from bitlower.passes._precision_items import elements, find_items, float_bytes, is_weight, roundings, stored_bytes
 from bitlower.passes._trials import Trials
-from bitlower.passes.assign_precision import AssignPrecision, PrecisionReport
+from bitlower.passes.assign_precision import PrecisionReport
 from bitlower.passes.calibrate import Calibrate
 from bitlower.passes.quantize import PlacementReport
 
@@ -288,4 +288,3 @@ def test_it_stands_before_calibrate_and_needs_data(model) -> None:
     closed = PassManager([MINMAX]).run(placed, Context(calibration=data))
     with pytest.raises(BitlowerError, match="stands before"):
         assign(closed, data, **{"weight-bits": 4})
-    assert AssignPrecision.ensures is Level.SIMULATED

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from bitlower.ir import Program
 from bitlower.tools._reports import Reports
 from bitlower.tools.flow import Options, run_recipe, standard_recipe
 from bitlower.tools.plan import plan_recipe
@@ -63,6 +64,22 @@ def test_a_plan_knows_a_fixed_set_and_says_what_it_does_not_know(bert: Path, tex
     assert not plan.notes
     searched = plan_recipe(recipe_with(bert, texts, PASSES))
     assert any("assign-precision needs data" in note for note in searched.notes)
+
+
+def test_backends_are_asked_again_when_bits_change(
+    bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitlower.tools import _backends
+
+    asked: list[set[int]] = []
+
+    def check(name: str, program: Program, options: object) -> None:
+        asked.append({quantizer.spec.grid.bits for _, quantizer in program.quantizers()})
+
+    monkeypatch.setattr(_backends, "check_program", check)
+    steps = (*PASSES[:2], ("assign-precision", {"set": "paper"}), "calibrate", "lower-integer")
+    run_recipe(recipe_with(bert, texts, steps), tmp_path / "out", Options(cache=None))
+    assert asked == [{6, 8}, {6, 8, 16}]
 
 
 def test_numbers_that_json_lacks_are_none() -> None:
