@@ -2,16 +2,21 @@
 
     python benchmarks/classifiers.py TASK FOLDER [FOLDER ...] --data DIR [--cases NAME ...] [--fresh]
 
+    python benchmarks/classifiers.py --table
+
 FOLDER is a model as ``finetune.py`` leaves it (TASK-SEED). Full placement: weights per channel, every activation of
 Bondarenko et al. (2021), §3, static but for ``per token``. Ranges come from 128 texts of the training set. Numbers are
-the task's GLUE metric on its development set, in percent, in process. Rows that are in the results file already are
-kept, unless ``--fresh``.
+the task's GLUE metric on its development set, in percent, in process. ``W4A8`` is the placement of linears alone, with
+word tables of so many bits. Rows that are in the results file already are kept, unless ``--fresh``. ``--table`` shows
+what is there for all tasks: means and standard deviations over seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +41,12 @@ WAYS = {
     "6 unequal groups, permuted": "peg-permute,quantize{{scheme=W8A{bits}-upeg6-full}},calibrate",
     "per token": "quantize{{scheme=W8A{bits}-token-full}},calibrate",
 }
-CASES = {"float": ""} | {f"A{bits}, {name}": way.format(bits=bits) for bits in (8, 6, 4) for name, way in WAYS.items()}
+ULTRA_LOW = "quantize{{scheme=W16A16-e{bits}}},calibrate,quantize{{scheme=W4A8}},gptq,calibrate"
+CASES = {
+    "float": "",
+    **{f"A{bits}, {name}": way.format(bits=bits) for bits in (8, 6, 4) for name, way in WAYS.items()},
+    **{f"W4A8, tables of {bits} bits": ULTRA_LOW.format(bits=bits) for bits in (4, 3, 2)},
+}
 """Passes after `clean`."""
 
 
@@ -57,17 +67,42 @@ def measure(program: Program, batches: list[Batch], task: Task, data: Path, case
     return {"case": case, task.metric: round(found[task.metric], 2), "share_16": round(wide, 1)}
 
 
+def glue(rows: Sequence[dict[str, Any]]) -> None:
+    """Cases down, tasks across: the mean over models, and their standard deviation where there are several."""
+    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
+    lines = []
+    for case in CASES:
+        cells = [
+            [row[TASKS[task].metric] for row in rows if (row["task"], row["case"]) == (task, case)] for task in tasks
+        ]
+        if any(cells):
+            lines.append([case, *map(_cell, cells)])
+    show_table(["case", *(f"{task}, {TASKS[task].metric}" for task in tasks)], lines)
+
+
+def _cell(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else ""
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("task", nargs="?", choices=TASKS)
+    parser.add_argument("folders", nargs="*", type=Path)
+    parser.add_argument("--table", action="store_true", help="show the results of all tasks and measure nothing")
     parser.add_argument("--data", help="the folder with the data sets; default: $BITLOWER_DATA")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--fresh", action="store_true", help="measure rows again that are in the results file")
     arguments = parser.parse_args()
-    data, task = data_folder(arguments.data), TASKS[arguments.task]
     path = RESULTS / "classifiers.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    if arguments.table:
+        glue(rows)
+        return
+    if not arguments.task or not arguments.folders:
+        parser.error("name a task and at least one folder, or --table")
+    data, task = data_folder(arguments.data), TASKS[arguments.task]
     for folder in arguments.folders:
         program = PassManager(parse_pipeline("clean")).run(bitlower.load(folder), Context())
         batches = calibration(program, task, data)

@@ -51,6 +51,8 @@ SWITCHES = {
     "best of both grids": "ranges=best",
     "clipped-norm tokens": "weighting=clipped-norm",
     "root-norm tokens": "weighting=root-norm",
+    "unit outputs": "weighting=unit-output",
+    "inputs of the float model": "inputs=float",
     "damping 0.001": "damping=0.001",
     "refinement with scales": "refine=1 rescale=true",
     "unit norm and gradient 0.25": "gradient=0.25",

@@ -211,7 +211,7 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="torch threads; default: all cores")
     parser.add_argument("--quick", action="store_true", help="the smaller shapes only, and write no results")
     parser.add_argument("--show", action="store_true", help="print the last results and measure nothing")

@@ -27,6 +27,7 @@ from bitlower.passes.quantize import PlacementReport
 
 PARTS = ("codes", "scale", "zero_point")
 """What makes a weight on its grid."""
+_UNIT_OUTPUT = "unit-output"
 _TOKENS = 2048
 """So many tokens at least enter a Hessian at once."""
 _ELEMENTS = 1 << 22
@@ -82,10 +83,11 @@ class Gptq(Pass):
     preserves: ClassVar[frozenset[type]] = frozenset({PlacementReport})
     damping: float = 0.01
     """Share of the mean diagonal that is added to the Hessian; raised where it stays singular."""
-    weighting: Literal["none", "unit-norm", "root-norm", "clipped-norm"] = "unit-norm"
+    weighting: Literal["none", "unit-norm", "root-norm", "clipped-norm", "unit-output"] = "unit-norm"
     """How much a token counts in the Hessian. ``none`` is the published sum: a few tokens of huge norm (attention
     sinks) then own it. ``unit-norm`` counts every token the same, as the normalization after the residual sum does.
-    ``root-norm`` lies half way; ``clipped-norm`` scales down only tokens far above the median."""
+    ``root-norm`` lies half way; ``clipped-norm`` scales down only tokens far above the median; ``unit-output`` makes
+    the outputs of the layers that share the Hessian, and not their input, count the same."""
     inputs: Literal["quantized", "float"] = "quantized"
     """Where a layer's inputs come from: layers that are rewritten already, or the float model."""
     gradient: float = 0.0
@@ -190,9 +192,11 @@ class _Rewriter:
     def _solve(self, linear: fx.Node, quantizers: Sequence[fx.Node], read: Read) -> Stored:
         name = _weight_name(quantizers[0])
         options = self.options
-        hessian = Hessian(_columns(linear), weighting=options.weighting, precision=options.precision, name=name)
+        by_output = options.weighting == _UNIT_OUTPUT
+        weighting = "none" if by_output else options.weighting
+        hessian = Hessian(_columns(linear), weighting=weighting, precision=options.precision, name=name)
         for x, weights in _gathered(self._weighted(linear, quantizers, read)):
-            hessian.add(x, weights)
+            hessian.add(x, weights / self._output_norms(x, quantizers) if by_output else weights)
         stored, columns = Stored({}, []), hessian.columns
         factors: dict[int, Factor] = {}
         for spec, nodes in _by_spec(quantizers).items():
@@ -217,6 +221,12 @@ class _Rewriter:
             if parts:
                 weights = weights * torch.stack(parts).sum(0).pow(self.options.gradient).reshape(-1)
             yield rows, weights
+
+    def _output_norms(self, x: torch.Tensor, quantizers: Sequence[fx.Node]) -> torch.Tensor:
+        """``Σ ‖W x_t‖²`` over the weights that read ``x``, ``[tokens]``; infinite where all outputs are zero."""
+        weights = (get_tensor(self.module, _weight_name(node)).detach().float() for node in quantizers)
+        norms = torch.stack([functional.linear(x, weight).square().sum(1) for weight in weights]).sum(0)
+        return torch.where(norms == 0, torch.inf, norms)
 
     def _solve_stack(
         self, stored: Stored, nodes: Sequence[fx.Node], spec: QuantSpec, factor: Factor, tokens: int

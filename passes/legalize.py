@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from bitlower.ir import BitlowerError, Granularity, Level, Program, Quantizer, TensorType, ops, set_tensor
-from bitlower.ir.dataflow import operand, weight_operand
+from bitlower.ir.dataflow import VIEWS, operand, weight_operand
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._groups import Group, merge_groups, stored_groups
 from bitlower.passes._weights import is_open
@@ -120,6 +120,8 @@ def _legalize(program: Program, node: fx.Node, options: Legalize) -> LegalizeRow
     linears = [user for user, reason in readers if not reason]
     others = [user for user in node.users if user not in linears]
     reasons = sorted({reason for _, reason in readers if reason})
+    if any(reader.target is aten.linear.default for view in _views(node) for reader in view.users):
+        reasons.append("a linear reads a view of it, whose product stays float")
     kept = _why_kept(len(merged), linears, others, options.limit)
     cut = 0
     if not kept:
@@ -145,6 +147,12 @@ def _why_kept(parts: int, linears: Sequence[fx.Node], others: Sequence[fx.Node],
     if not linears and 2 * parts + 2 > _ELEMENTWISE:
         return f"{parts} slices and their quantizers take more operations than one scale an index"
     return ""
+
+
+def _views(node: fx.Node) -> list[fx.Node]:
+    """The views of ``node``, and those of them."""
+    found = [user for user in node.users if user.target in VIEWS]
+    return found + [further for view in found for further in _views(view)]
 
 
 def _refusal(linear: fx.Node) -> str:

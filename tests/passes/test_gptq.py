@@ -208,6 +208,27 @@ def test_tokens_are_weighted_by_the_loss_s_gradient(llama, run, monkeypatch) -> 
     assert float(expected.std()) > 0
 
 
+def test_tokens_are_weighted_by_their_outputs(llama, run) -> None:
+    """Query, key and value share the Hessian Σ x xᵀ / ‖[Wq; Wk; Wv] x‖², whose solution float64 gives again."""
+    model, program = llama
+    batches, layer = tokens(), model.model.layers[0]
+    with torch.no_grad():
+        ids = torch.cat([batch["input_ids"] for batch in batches])
+        x = layer.input_layernorm(model.model.embed_tokens(ids)).reshape(-1, 32).double().numpy()
+    names = ("q_proj", "k_proj", "v_proj")
+    weights = {name: getattr(layer.self_attn, name).weight.detach().double().numpy() for name in names}
+    scaled = x / np.linalg.norm(x @ np.concatenate(list(weights.values())).T, axis=1, keepdims=True)
+    plain = Gptq(weighting="unit-output", order="none", ranges="minmax", guard=False, precision="float32")
+    result = run(program, Clean(), W4, plain, context=Context(batches))
+    for name, weight in weights.items():
+        found = get_tensor(result.module, f"model.layers.0.self_attn.{name}.weight").detach().double().numpy()
+        expected = published(weight, scaled.T @ scaled / len(x), 16, 4, plain.damping)
+        unscaled = published(weight, x.T @ x / len(x), 16, 4, plain.damping)
+        equal = np.isclose(found, expected, rtol=1e-5, atol=1e-7).mean()
+        assert equal > 0.97, name
+        assert equal > np.isclose(found, unscaled, rtol=1e-5, atol=1e-7).mean(), name
+
+
 def test_padding_counts_for_nothing(llama, run) -> None:
     _, program = llama
     plain = tokens(2)

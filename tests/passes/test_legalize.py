@@ -22,6 +22,19 @@ aten = torch.ops.aten
 MINMAX = Calibrate(activations="minmax", weights="minmax")
 
 
+class Pooled(nn.Module):
+    """A sum whose first row is read by a linear of its own, as poolers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.pool = nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.tanh(x) * torch.logspace(-1, 1, 12)
+        x = self.up(x) + x
+        return self.up(x), self.pool(x[:, 0])
+
+
 class Net(nn.Module):
     """A linear whose input is read by a sum too."""
 
@@ -88,6 +101,17 @@ def test_a_sum_reads_the_slices_put_together(run) -> None:
     assert {q.spec.granularity.kind for _, q in after.quantizers() if q.role != "linear-weight"} == {"tensor"}
     x = data()[0]["x"]
     torch.testing.assert_close(after(x=x)["output"], before(x=x)["output"], atol=2e-5, rtol=0)
+
+
+def test_a_linear_behind_a_view_is_named(run) -> None:
+    program = run(
+        load(Pooled(), example_inputs=data()[0]), Quantize(Scheme.parse("W8A8-upeg3-full")), MINMAX,
+        context=Context(calibration=data()),
+    )  # fmt: skip
+    context = Context()
+    run(program, Legalize(), context=context)
+    reasons = {row.tensor: row.reason for row in context[LegalizeReport].rows}
+    assert [tensor for tensor, reason in reasons.items() if "a linear reads a view of it" in reason] == ["add"]
 
 
 def test_values_that_no_linear_reads_keep_many_groups(run) -> None:
