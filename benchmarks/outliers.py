@@ -4,7 +4,8 @@
 
 Weights per channel in 8 bits, the input of every linear but the head and every residual sum in 8 bits, scales from 32
 windows of 512 tokens of WikiText-2 valid. Perplexity over the first 12 windows of 512 tokens of test. ``16 bit`` is the
-share of activation quantizers that have 16 bits. Rows that are in the results file already are kept, unless
+share of activation quantizers that have 16 bits. ``prefix``: constant keys and values of the model's first token and of
+the newline, its two attention sinks, before every sequence. Rows that are in the results file already are kept, unless
 ``--fresh``.
 """
 
@@ -30,23 +31,24 @@ from bitlower.tools.perplexity import perplexity
 
 ROLES = ("linear-weight", "linear-input", "residual")
 WINDOWS = 12
-CASES = {
+GROUPED = "calibrate{activations=minmax}"
+FEW_WIDE = "assign-precision{share-16=0.05 activations=minmax batches=2 front=0}"
+WAYS = {
     "float": ("", ""),
-    "float, prefix": ("prefix-sinks", ""),
     "per tensor": ("", "W8A8 | calibrate"),
     "MP-PTQ": ("", "W8A8 | assign-precision{set=paper},calibrate"),
     "smooth": ("", "W8A8 | smooth,calibrate"),
     "rotate": ("rotate", "W8A8 | calibrate"),
-    "PEG-6": ("", "W8A8-peg6 | calibrate{activations=minmax}"),
-    "PEG-6, permuted": ("peg-permute{groups=6}", "W8A8-peg6 | calibrate{activations=minmax}"),
-    "6 unequal groups, permuted": ("peg-permute", "W8A8-upeg6 | calibrate{activations=minmax}"),
-    "prefix, per tensor": ("prefix-sinks", "W8A8 | calibrate"),
-    "prefix, 6 unequal groups, permuted": ("prefix-sinks,peg-permute", "W8A8-upeg6 | calibrate{activations=minmax}"),
-    "prefix, 6 unequal groups, permuted, MP-PTQ": (
-        "prefix-sinks,peg-permute",
-        "W8A8-upeg6 | assign-precision{set=paper},calibrate{activations=minmax}",
-    ),
+    "PEG-6": ("", f"W8A8-peg6 | {GROUPED}"),
+    "PEG-6, permuted": ("peg-permute{groups=6}", f"W8A8-peg6 | {GROUPED}"),
+    "6 unequal groups": ("", f"W8A8-upeg6 | {GROUPED}"),
+    "6 unequal groups, permuted": ("peg-permute", f"W8A8-upeg6 | {GROUPED}"),
+    "6 unequal groups, permuted, 5 % at 16 bits": ("peg-permute", f"W8A8-upeg6 | {FEW_WIDE},{GROUPED}"),
     "per token": ("", "W8A8-token | calibrate"),
+}
+PREFIX = "prefix-sinks{tokens=[1 198]}"
+CASES = WAYS | {
+    f"prefix, {name}": (f"{PREFIX},{before}" if before else PREFIX, rest) for name, (before, rest) in WAYS.items()
 }
 """What stands before `quantize`, the scheme, and what stands after."""
 

@@ -1,6 +1,6 @@
 """What a model is between passes: the Program, quantization types and numerics, low-bit operators, checks and views."""
 
-from bitlower.ir import ops, packing
+from bitlower.ir import kernels, ops, packing
 from bitlower.ir.diagnostics import BitlowerError, CheckError, describe, nearest
 from bitlower.ir.granularity import Granularity
 from bitlower.ir.grid import Grid, ScaleConvention
@@ -25,6 +25,7 @@ __all__ = [
     "copy_module",
     "describe",
     "get_tensor",
+    "kernels",
     "nearest",
     "ops",
     "packing",

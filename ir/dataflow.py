@@ -218,6 +218,11 @@ def activations(module: fx.GraphModule) -> set[fx.Node]:
 
     Masks, positions and rotary tables are not among them, nor is what is computed from parameters alone.
     """
+    return {node for node in _carriers(module) if is_float(node)}
+
+
+def _carriers(module: fx.GraphModule) -> set[fx.Node]:
+    """The activations, and the codes of those that are quantized."""
     touched, fed = set[fx.Node](), set[fx.Node]()
     for node in module.graph.nodes:
         if node.op == "placeholder" or any(n in fed for n in node.all_input_nodes):
@@ -226,11 +231,13 @@ def activations(module: fx.GraphModule) -> set[fx.Node]:
             continue
         if any(n in touched or _is_weight(module, n) for n in node.all_input_nodes):
             touched.add(node)
-    return {node for node in touched & fed if is_float(node)}
+    return touched & fed
 
 
 def _carries_floats(node: fx.Node) -> bool:
-    """Whether ``node`` is a float tensor, or gives several tensors."""
+    """Whether ``node`` is a float tensor, the codes of one, or gives several tensors."""
+    if node.target is ops.quantize:
+        return True
     if "type" in node.meta or not isinstance(node.target, torch._ops.OpOverload):
         return is_float(node)
     return any("Tensor" in str(value.type) for value in node.target._schema.returns)
@@ -249,9 +256,9 @@ def cut_points(module: fx.GraphModule) -> list[fx.Node]:
 
     What is only given out at the end does not count: hidden states, and the ``present`` keys and values of a decoder.
     """
-    values = activations(module)
-    alive = liveness(module.graph, outputs=False)
-    return [n for n, after in zip(module.graph.nodes, alive, strict=True) if n in values and after & values <= {n}]
+    values = _carriers(module)
+    alive = zip(module.graph.nodes, liveness(module.graph, outputs=False), strict=True)
+    return [n for n, after in alive if n in values and is_float(n) and after & values <= {n}]
 
 
 def blocks(module: fx.GraphModule) -> list[Block]:
@@ -295,4 +302,5 @@ def _end_of_last(
 
 
 def _operators(nodes: Iterable[fx.Node]) -> list[str]:
-    return [str(node.target) for node in nodes if node.op == "call_function"]
+    """What computes floats; masks are made in the first block and read in all."""
+    return [str(node.target) for node in nodes if node.op == "call_function" and is_float(node)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ class ScaleConvention(enum.StrEnum):
 
 
 _EPS = 5e-6
+_TEXT = re.compile(r"([su])(\d{1,2})( asymmetric)?( restricted)?(?: (half-range|half-range-eps|offset))?")
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,20 @@ class Grid:
         text = f"{'s' if self.signed else 'u'}{self.bits}{'' if self.symmetric else ' asymmetric'}"
         text += " restricted" if self.restricted else ""
         return text if self.convention is ScaleConvention.QMAX else f"{text} {self.convention}"
+
+    @classmethod
+    def parse(cls, text: str) -> Grid:
+        """The grid that prints as ``text``, such as ``u8 asymmetric``.
+
+        Raises:
+            BitlowerError: ``text`` is not one.
+        """
+        match = _TEXT.fullmatch(text)
+        if not match:
+            raise BitlowerError(f"{text!r} is not a grid", hint="examples: s8, u8 asymmetric, s2 restricted")
+        sign, bits, asymmetric, restricted, convention = match.groups()
+        kind = ScaleConvention(convention) if convention else ScaleConvention.QMAX
+        return cls(int(bits), sign == "s", not asymmetric, bool(restricted), kind)
 
 
 def _safe(scale: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,8 @@ class ValueSpec:
 class Quantizer:
     """What a ``fake_quantize``, ``quantize`` or ``dequantize`` node stands for; it lies in ``node.meta["quantizer"]``.
 
+    Kernels have several, by operand, in ``node.meta["quantizers"]``.
+
     Args:
         role: one of :data:`~bitlower.ir.scheme.WEIGHT_ROLES` or :data:`~bitlower.ir.scheme.ACTIVATION_ROLES`.
         spec: grid and granularity.
@@ -51,7 +53,8 @@ class Program:
     Each graph is a ``torch.fx.GraphModule`` of pre-decomposition ATen operators that takes the inputs by name and
     returns a tuple in the order of ``outputs``. Each of its nodes that is not ``output`` carries in ``meta``:
     ``type`` (:class:`TensorType`, absent for values that are no tensors), ``path`` (the model's own module path),
-    ``source`` (the line of the model that traced it), and ``quantizer`` (:class:`Quantizer`) on quantizer nodes.
+    ``source`` (the line of the model that traced it), ``quantizer`` (:class:`Quantizer`) on quantizer nodes, and
+    ``quantizers`` (several, by operand) on kernels.
 
     Args:
         graphs: by name; an encoder or a decoder alone is ``{"model": …}``.
@@ -151,11 +154,16 @@ class Program:
                 yield f"{graph_name}/{target}", get_tensor(module, target)
 
     def quantizers(self) -> Iterator[tuple[fx.Node, Quantizer]]:
-        """Every node that rounds or dequantizes, with what it stands for; one a quantizer."""
+        """Every node that rounds or dequantizes, with what it stands for; a kernel with what none before it has."""
         for module in self.graphs.values():
+            seen: set[Quantizer] = set()
             for node in module.graph.nodes:
                 if "quantizer" in node.meta:
                     yield node, node.meta["quantizer"]
+                for quantizer in node.meta.get("quantizers", {}).values():
+                    if quantizer not in seen:
+                        seen.add(quantizer)
+                        yield node, quantizer
 
     def size_bytes(self) -> int:
         """Bytes of all tensors, each storage once, at the width they are held in."""

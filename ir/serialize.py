@@ -205,11 +205,21 @@ def _encode_node(node: fx.Node) -> dict[str, Any]:
     if "type" in node.meta:
         meta["type"] = _encode_type(node.meta["type"])
     if "quantizer" in node.meta:
-        quantizer: Quantizer = node.meta["quantizer"]
-        meta["quantizer"] = [quantizer.role, quantizer.spec.to_dict(), quantizer.tensor]
+        meta["quantizer"] = _encode_quantizer(node.meta["quantizer"])
+    if "quantizers" in node.meta:
+        meta["quantizers"] = [[name, *_encode_quantizer(value)] for name, value in node.meta["quantizers"].items()]
     if meta:
         form["meta"] = meta
     return form
+
+
+def _encode_quantizer(quantizer: Quantizer) -> list[Any]:
+    return [quantizer.role, quantizer.spec.to_dict(), quantizer.tensor]
+
+
+def _decode_quantizer(form: list[Any]) -> Quantizer:
+    role, spec, tensor = form
+    return Quantizer(role, QuantSpec.from_dict(spec), tensor)
 
 
 def _encode_target(node: fx.Node) -> str:
@@ -303,7 +313,8 @@ def _decode_graph(forms: list[dict[str, Any]]) -> fx.Graph:
         if "type" in meta:
             node.meta["type"] = _decode_type(meta["type"])
         if "quantizer" in meta:
-            role, spec, tensor = meta["quantizer"]
-            node.meta["quantizer"] = Quantizer(role, QuantSpec.from_dict(spec), tensor)
+            node.meta["quantizer"] = _decode_quantizer(meta["quantizer"])
+        if "quantizers" in meta:
+            node.meta["quantizers"] = {name: _decode_quantizer(value) for name, *value in meta["quantizers"]}
         nodes[form["name"]] = node
     return graph

@@ -35,6 +35,7 @@ def format_node(module: fx.GraphModule, node: fx.Node) -> str:
     notes = []
     if "quantizer" in node.meta:
         notes.append(_format_quantizer(module, node, node.meta["quantizer"]))
+    notes += [f"{name} {quantizer.spec}" for name, quantizer in node.meta.get("quantizers", {}).items()]
     if node.meta.get("path"):
         notes.append(node.meta["path"])
     return f"{line}  # {' · '.join(notes)}" if notes else line

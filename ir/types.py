@@ -14,12 +14,14 @@ class Level(enum.StrEnum):
     """How far a Program is lowered (exactly one at a time).
 
     ``float``: as traced. ``simulated``: explicit ``fake_quantize`` nodes, differentiable. ``integer``: weights are
-    codes behind ``dequantize``, activations pass through ``quantize → dequantize``.
+    codes behind ``dequantize``, activations pass through ``quantize → dequantize``. ``fused``: kernel operators read
+    and give codes; those nodes that could be taken into them are gone.
     """
 
     FLOAT = "float"
     SIMULATED = "simulated"
     INTEGER = "integer"
+    FUSED = "fused"
 
 
 @dataclass(frozen=True)

@@ -7,27 +7,28 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import NoReturn
 
 import torch
 from torch import fx
 
 from bitlower.ir import ops
 from bitlower.ir.dataflow import QUANTIZER, VIEWS
-from bitlower.ir.diagnostics import BitlowerError, CheckError, describe, nearest
-from bitlower.ir.granularity import Granularity
-from bitlower.ir.grid import Grid, ScaleConvention
+from bitlower.ir.diagnostics import BitlowerError, CheckError, nearest
+from bitlower.ir.kernel_checks import check_kernel, check_source
+from bitlower.ir.kernels import KERNELS, is_kernel, output_of
 from bitlower.ir.program import Program, Quantizer, ValueSpec, get_tensor
+from bitlower.ir.scale_checks import check_layout, check_range, check_stored_codes, fail, identity, type_of
 from bitlower.ir.scheme import ACTIVATION_ROLES, WEIGHT_ROLES
-from bitlower.ir.storage import parts, release
+from bitlower.ir.storage import parts
 from bitlower.ir.types import Level, TensorType
 
 _PYTHON_MODULES = ("_operator", "math", "torch")
 _ROUNDING = (ops.fake_quantize, ops.quantize)
 _FORBIDDEN = {
-    Level.FLOAT: (ops.fake_quantize, ops.choose_qparams, ops.quantize, ops.dequantize),
-    Level.SIMULATED: (ops.quantize, ops.dequantize),
-    Level.INTEGER: (ops.fake_quantize,),
+    Level.FLOAT: KERNELS | {ops.fake_quantize, ops.choose_qparams, ops.quantize, ops.dequantize},
+    Level.SIMULATED: KERNELS | {ops.quantize, ops.dequantize},
+    Level.INTEGER: KERNELS | {ops.fake_quantize},
+    Level.FUSED: frozenset({ops.fake_quantize}),
 }
 
 GraphCheck = Callable[[Program, fx.GraphModule], None]
@@ -55,7 +56,7 @@ def check_names(program: Program, module: fx.GraphModule) -> None:
     seen: set[str] = set()
     for node in module.graph.nodes:
         if node.name in seen:
-            _fail(node, "another node has this name")
+            fail(node, "another node has this name")
         seen.add(node.name)
 
 
@@ -87,17 +88,17 @@ def _check_value(spec: ValueSpec, node: object) -> None:
         raise CheckError(f"the output {spec.name!r} is {node!r}, not a value of the graph")
     kind = node.meta.get("type")
     if not isinstance(kind, TensorType) or kind.dtype != spec.type.dtype or kind.rank != spec.type.rank:
-        _fail(node, f"is of type {kind}, the program says {spec}")
+        fail(node, f"is of type {kind}, the program says {spec}")
 
 
 def check_kind(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
     """Only operators of torch's registry and functions on sizes are called."""
     if node.op in ("call_module", "call_method"):
-        _fail(node, f"a Program holds no {node.op}")
+        fail(node, f"a Program holds no {node.op}")
     if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
         return
     if getattr(node.target, "__module__", "") not in _PYTHON_MODULES:
-        _fail(node, "calls a function that is no operator")
+        fail(node, "calls a function that is no operator")
 
 
 def check_attribute(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
@@ -107,10 +108,10 @@ def check_attribute(program: Program, module: fx.GraphModule, node: fx.Node) -> 
     try:
         tensor = get_tensor(module, str(node.target))
     except BitlowerError as error:
-        _fail(node, str(error))
+        fail(node, str(error))
     kind = node.meta.get("type")
     if kind is not None and kind != TensorType(tensor.dtype, tuple(tensor.shape)):
-        _fail(node, f"is of type {kind}, the tensor is {TensorType(tensor.dtype, tuple(tensor.shape))}")
+        fail(node, f"is of type {kind}, the tensor is {TensorType(tensor.dtype, tuple(tensor.shape))}")
 
 
 def check_meta(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
@@ -121,9 +122,9 @@ def check_meta(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
     kind = node.meta.get("type")
     if kind is None:
         if node.op == "placeholder" or (node.op == "call_function" and _gives_tensor(node)):
-            _fail(node, "has no type")
+            fail(node, "has no type")
     elif not isinstance(kind, TensorType) or not all(isinstance(d, str) or d >= 0 for d in kind.shape):
-        _fail(node, f"its type {kind!r} is none")
+        fail(node, f"its type {kind!r} is none")
 
 
 def _gives_tensor(node: fx.Node) -> bool:
@@ -141,7 +142,7 @@ def _gives_tensor(node: fx.Node) -> bool:
 def check_level(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
     """The operators that the program's level does not have are not there."""
     if node.target in _FORBIDDEN[program.level]:
-        _fail(node, f"does not belong into a program at level {program.level}")
+        fail(node, f"does not belong into a program at level {program.level}")
 
 
 def check_quantizer(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
@@ -149,13 +150,13 @@ def check_quantizer(program: Program, module: fx.GraphModule, node: fx.Node) -> 
     quantizer = node.meta.get("quantizer")
     if node.target not in QUANTIZER:
         if quantizer is not None:
-            _fail(node, "carries a quantizer but is none")
+            fail(node, "carries a quantizer but is none")
         return
     if not isinstance(quantizer, Quantizer):
-        _fail(node, "is a quantizer and does not say which")
+        fail(node, "is a quantizer and does not say which")
     roles = (*WEIGHT_ROLES, *ACTIVATION_ROLES)
     if quantizer.role not in roles:
-        _fail(node, f"has the unknown role {quantizer.role!r}", hint=nearest(quantizer.role, roles))
+        fail(node, f"has the unknown role {quantizer.role!r}", hint=nearest(quantizer.role, roles))
 
 
 def check_grid_arguments(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
@@ -164,23 +165,23 @@ def check_grid_arguments(program: Program, module: fx.GraphModule, node: fx.Node
         return
     grid = _quantizer(node).spec.grid
     if node.args[3:5] != (grid.quant_min, grid.quant_max):
-        _fail(node, f"clamps to {list(node.args[3:5])}, the grid {grid} is [{grid.quant_min}, {grid.quant_max}]")
+        fail(node, f"clamps to {list(node.args[3:5])}, the grid {grid} is [{grid.quant_min}, {grid.quant_max}]")
     if node.target is ops.quantize and [ops.DTYPES.get(str(name)) for name in node.args[5:]] != [grid.dtype]:
-        _fail(node, f"gives {list(node.args[5:])}, the grid {grid} is held in {grid.dtype}")
+        fail(node, f"gives {list(node.args[5:])}, the grid {grid} is held in {grid.dtype}")
 
 
 def check_quantizer_type(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
     """A quantizer gives the shape that it takes; only the dtype changes between codes and values."""
     if node.target not in QUANTIZER:
         return
-    before, after = _type(module, _operand(node)), node.meta["type"]
+    before, after = type_of(module, _operand(node)), node.meta["type"]
     dtype = before.dtype
     if node.target is ops.quantize:
         dtype = _quantizer(node).spec.grid.dtype
     elif node.target is ops.dequantize:
         dtype = torch.float32
     if after != before.with_dtype(dtype):
-        _fail(node, f"is of type {after}, its input makes it {before.with_dtype(dtype)}")
+        fail(node, f"is of type {after}, its input makes it {before.with_dtype(dtype)}")
 
 
 def check_scale(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
@@ -191,63 +192,26 @@ def check_scale(program: Program, module: fx.GraphModule, node: fx.Node) -> None
     if quantizer.spec.granularity.dynamic:
         _check_dynamic(node, quantizer, scale, zero_point)
     elif scale.op != "get_attr" or zero_point.op != "get_attr":
-        _fail(node, f"its scale is %{scale.name}, {quantizer.spec.granularity} scales are stored tensors")
+        fail(node, f"its scale is %{scale.name}, {quantizer.spec.granularity} scales are stored tensors")
     else:
         stored = get_tensor(module, str(scale.target)), get_tensor(module, str(zero_point.target))
-        _check_layout(node, quantizer.spec.granularity, _type(module, _operand(node)), *stored)
-        _check_range(program, node, quantizer.spec.grid, *stored)
+        check_layout(node, quantizer.spec.granularity, type_of(module, _operand(node)), *stored)
+        check_range(program, node, quantizer.spec.grid, *stored)
 
 
 def _check_dynamic(node: fx.Node, quantizer: Quantizer, scale: fx.Node, zero_point: fx.Node) -> None:
     chooser = scale.args[0] if scale.target is operator.getitem else None
     if not isinstance(chooser, fx.Node) or chooser.target is not ops.choose_qparams:
-        _fail(node, f"its scale is %{scale.name}, {quantizer.spec.granularity} scales come from choose_qparams")
+        fail(node, f"its scale is %{scale.name}, {quantizer.spec.granularity} scales come from choose_qparams")
     if scale.args[1] != 0 or zero_point.target is not operator.getitem or zero_point.args != (chooser, 1):
-        _fail(node, f"its scale and zero point are not both from %{chooser.name}")
+        fail(node, f"its scale and zero point are not both from %{chooser.name}")
     grid = quantizer.spec.grid
     expected = (grid.bits, grid.signed, grid.symmetric, grid.restricted, str(grid.convention))
     if chooser.args[1:] != expected:
-        _fail(node, f"%{chooser.name} chooses for {list(chooser.args[1:])}, the grid {grid} is {list(expected)}")
+        fail(node, f"%{chooser.name} chooses for {list(chooser.args[1:])}, the grid {grid} is {list(expected)}")
     rounded = _operand(_operand(node) if node.target is ops.dequantize else node)
     if _operand(chooser) is not rounded:
-        _fail(node, f"rounds %{rounded.name} with a scale chosen for %{_operand(chooser).name}")
-
-
-def _check_layout(
-    node: fx.Node, granularity: Granularity, kind: TensorType, scale: torch.Tensor, zero_point: torch.Tensor
-) -> None:
-    try:
-        expected = granularity.scale_shape(kind.shape)
-    except BitlowerError as error:
-        _fail(node, str(error))
-    for what, tensor in (("scale", scale), ("zero point", zero_point)):
-        if tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
-            found = TensorType(tensor.dtype, tuple(tensor.shape))
-            _fail(node, f"its {what} is {found}, {granularity} of {kind} takes {TensorType(torch.float32, expected)}")
-
-
-def _check_range(program: Program, node: fx.Node, grid: Grid, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
-    if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
-        _fail(node, "has a scale that is negative or not finite")
-    if not bool(scale.any()):
-        if program.level is Level.INTEGER:
-            _fail(node, "has no range", hint="run `calibrate` before it is lowered")
-        return
-    if not bool(scale.all()):
-        _fail(node, "is open in part: some of its scales are zero", hint="a quantizer has all of its scales or none")
-    if not torch.equal(zero_point, torch.round(zero_point)):
-        _fail(node, "has a zero point that is no whole number")
-    low, high = _zero_points(grid)
-    if bool((zero_point < low).any()) or bool((zero_point > high).any()):
-        _fail(node, f"has a zero point outside [{low}, {high}], which the grid {grid} allows")
-
-
-def _zero_points(grid: Grid) -> tuple[int, int]:
-    """The smallest and the largest zero point of ``grid``: symmetric grids have one."""
-    if not grid.symmetric:
-        return grid.quant_min, grid.quant_max
-    zero = 2 ** (grid.bits - 1) if grid.convention is ScaleConvention.OFFSET else 0
-    return zero, zero
+        fail(node, f"rounds %{rounded.name} with a scale chosen for %{_operand(chooser).name}")
 
 
 def check_series(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
@@ -258,39 +222,36 @@ def check_series(program: Program, module: fx.GraphModule, node: fx.Node) -> Non
     while source.target in VIEWS:
         source = source.all_input_nodes[0]
     if source.target in QUANTIZER:
-        _fail(node, f"rounds a value that %{source.name} has rounded already")
+        fail(node, f"rounds a value that %{source.name} has rounded already")
 
 
 def check_quantize(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
-    """Codes of ``quantize`` are read by ``dequantize`` alone, with the same range and spec."""
+    """Codes of ``quantize`` are read by ``dequantize`` alone, with the same range and spec, and by kernels."""
     if node.target is not ops.quantize:
         return
     for user in node.users:
+        if program.level is Level.FUSED and (user.target in VIEWS or is_kernel(user)):
+            continue  # the kernel is checked where it reads them
         if user.target is not ops.dequantize:
-            _fail(user, f"reads the codes of %{node.name}; only dequantize may")
-        if [_identity(n) for n in _parameters(user)] != [_identity(n) for n in _parameters(node)]:
-            _fail(user, f"has another scale or zero point than %{node.name}")
+            fail(user, f"reads the codes of %{node.name}; only dequantize may")
+        if [identity(n) for n in _parameters(user)] != [identity(n) for n in _parameters(node)]:
+            fail(user, f"has another scale or zero point than %{node.name}")
         if _quantizer(user) != _quantizer(node):
-            _fail(user, f"is {_quantizer(user)}, but %{node.name} is {_quantizer(node)}")
+            fail(user, f"is {_quantizer(user)}, but %{node.name} is {_quantizer(node)}")
 
 
 def check_codes(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
-    """``dequantize`` reads ``quantize`` or stored codes; these have the grid's dtype and lie inside the grid."""
+    """``dequantize`` reads ``quantize``, a kernel's codes, or stored ones of the grid's dtype, inside the grid."""
     if node.target is not ops.dequantize:
         return
     source, grid = _operand(node), _quantizer(node).spec.grid
     if source.op != "get_attr":
-        if source.target is not ops.quantize:
-            _fail(node, f"reads %{source.name}, which holds no codes")
+        if output_of(source) is not None:
+            check_source(module, node, "codes", (source, *_parameters(node)))
+        elif source.target is not ops.quantize:
+            fail(node, f"reads %{source.name}, which holds no codes")
         return
-    codes = get_tensor(module, str(source.target))
-    if codes.dtype != grid.dtype:
-        _fail(node, f"the codes {source.target!r} are {codes.dtype}, the grid {grid} is held in {grid.dtype}")
-    array = codes.detach().cpu().numpy()
-    low, high = int(array.min(initial=0)), int(array.max(initial=0))
-    release(codes)
-    if low < grid.quant_min or high > grid.quant_max:
-        _fail(node, f"the codes {source.target!r} are in [{low}, {high}], outside the grid {grid}")
+    check_stored_codes(module, node, source, grid)
 
 
 def check_finite(program: Program) -> None:
@@ -320,17 +281,14 @@ NODE_CHECKS: tuple[NodeCheck, ...] = (
     check_series,
     check_quantize,
     check_codes,
+    check_kernel,
 )
-
-
-def _fail(node: fx.Node, message: str, *, hint: str = "") -> NoReturn:
-    raise CheckError(f"{describe(node)}: {message}", hint=hint)
 
 
 def _quantizer(node: fx.Node) -> Quantizer:
     quantizer = node.meta.get("quantizer")
     if not isinstance(quantizer, Quantizer):
-        _fail(node, "is a quantizer and does not say which")
+        fail(node, "is a quantizer and does not say which")
     return quantizer
 
 
@@ -338,27 +296,12 @@ def _operand(node: fx.Node) -> fx.Node:
     """The first argument of a bitlower operator: the value or the codes."""
     operand = node.args[0] if node.args else None
     if not isinstance(operand, fx.Node):
-        _fail(node, f"its first argument is {operand!r}, not a value")
+        fail(node, f"its first argument is {operand!r}, not a value")
     return operand
 
 
 def _parameters(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The scale and the zero point of a quantizer."""
     if len(node.args) < 3 or not isinstance(node.args[1], fx.Node) or not isinstance(node.args[2], fx.Node):
-        _fail(node, "its scale and zero point are not values of the graph")
+        fail(node, "its scale and zero point are not values of the graph")
     return node.args[1], node.args[2]
-
-
-def _type(module: fx.GraphModule, node: fx.Node) -> TensorType:
-    kind = node.meta.get("type")
-    if isinstance(kind, TensorType):
-        return kind
-    if node.op != "get_attr":
-        _fail(node, "has no type")
-    tensor = get_tensor(module, str(node.target))
-    return TensorType(tensor.dtype, tuple(tensor.shape))
-
-
-def _identity(node: fx.Node) -> object:
-    """What a node stands for: a stored tensor by its name, everything else by itself."""
-    return node.target if node.op == "get_attr" else node

@@ -21,8 +21,8 @@ RTOL = 1e-4  # of a value's standard deviation over the batch
 _PART = 1 << 20
 
 
-def check_levels(passes: Sequence[Pass], level: Level) -> None:
-    """Follow the levels through a pipeline that starts at ``level``, without running it.
+def check_levels(passes: Sequence[Pass], level: Level) -> Level:
+    """Follow the levels through a pipeline that starts at ``level``, without running it; the level at its end.
 
     Raises:
         BitlowerError: a pass would get a level that it does not take.
@@ -35,6 +35,7 @@ def check_levels(passes: Sequence[Pass], level: Level) -> None:
                 hint=_who_gives(pass_.requires),
             )
         level = pass_.ensures or level
+    return level
 
 
 def _who_gives(levels: Iterable[Level]) -> str:

@@ -15,7 +15,6 @@ from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._rewrite import call_like
 
 aten = torch.ops.aten
-_TOTAL = "past + sequence"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 A backend's module offers ``Options`` (a dataclass of what it can be told), ``export(program, folder, batches=…,
 provenance=…, **options)`` and ``verify(folder)``; both give a report that has ``to_dict`` or is a dataclass. It may
-offer ``supports(spec, shape, role, **options)``, which gives the reason why a tensor cannot be held, or nothing.
+offer ``supports(spec, shape, role, **options)``, which gives the reason why a tensor cannot be held, or nothing, and
+``check_level(level)``, which raises where it takes no program at that level.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import bitlower.backends
-from bitlower.ir import Batch, BitlowerError, Program, nearest
+from bitlower.ir import Batch, BitlowerError, Level, Program, nearest
 from bitlower.ir.dataflow import operand
 
 
 def known_backends() -> list[str]:
-    """The names of all backends; imports none."""
-    modules = pkgutil.iter_modules(bitlower.backends.__path__)
-    return sorted(module.name.replace("_", "-") for module in modules if not module.name.startswith("_"))
+    """The names of all backends; imports none. A folder without a module ``_export`` writes no artefact and is none."""
+    folders = [Path(path) for path in bitlower.backends.__path__]
+    found = {module.name for module in pkgutil.iter_modules(map(str, folders)) if not module.name.startswith("_")}
+    exports = {name for name in found if any((folder / name / "_export.py").is_file() for folder in folders)}
+    return sorted(name.replace("_", "-") for name in exports)
 
 
 def check_export(name: str, options: Mapping[str, Any]) -> None:
@@ -41,6 +44,21 @@ def check_export(name: str, options: Mapping[str, Any]) -> None:
             raise BitlowerError(f"backend {name!r} has no option {option!r}", hint=nearest(option, known))
     try:
         module.Options(**_keywords(options))
+    except BitlowerError as error:
+        raise BitlowerError(f"backend {name!r}: {error.message}", hint=error.hint) from None
+
+
+def check_level(name: str, level: Level) -> None:
+    """See that the backend takes programs at ``level``.
+
+    Raises:
+        BitlowerError: it does not; the hint says what to do about it.
+    """
+    check = getattr(_module(name), "check_level", None)
+    if check is None:
+        return
+    try:
+        check(level)
     except BitlowerError as error:
         raise BitlowerError(f"backend {name!r}: {error.message}", hint=error.hint) from None
 

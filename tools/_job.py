@@ -101,9 +101,10 @@ class Job:
         Raises:
             BitlowerError: they do not.
         """
-        check_levels(self.passes, Level.FLOAT)
+        level = check_levels(self.passes, Level.FLOAT)
         for name, options in self.exports:
             _backends.check_export(name, options)
+            _backends.check_level(name, level)
         names = [name for name, _ in self.exports]
         if len(set(names)) != len(names):
             raise BitlowerError("an export is named twice", hint="each backend writes once")

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from bitlower.backends._level import check_level
 from bitlower.backends.checkpoint._skeleton import CONV1D, LINEAR, Skeleton
-from bitlower.ir import BitlowerError, Level, Program, QuantSpec, ScaleConvention, get_tensor, ops, packing
+from bitlower.ir import BitlowerError, Program, QuantSpec, ScaleConvention, get_tensor, ops, packing
 from bitlower.ir.storage import release
 
 _LINEAR, _EMBEDDING = torch.ops.aten.linear.default, torch.ops.aten.embedding.default
@@ -161,8 +162,7 @@ def collect(program: Program, skeleton: Skeleton) -> Contents:
 
 
 def _check_level(program: Program) -> None:
-    if program.level is Level.SIMULATED:
-        raise BitlowerError("a simulated program has no integers to export", hint="run the pass `lower-integer` first")
+    check_level(program.level)
     if set(program.graphs) != {"model"}:
         raise BitlowerError(f"this backend exports one graph, the program has {', '.join(program.graphs)}")
 

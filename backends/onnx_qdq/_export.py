@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from bitlower.backends._folder import sizes
+from bitlower.backends._level import check_level
 from bitlower.backends.onnx_qdq._folder import MODEL, write_assets, write_config, write_model
 from bitlower.backends.onnx_qdq._genai import write_genai_config
 from bitlower.backends.onnx_qdq._kernels import LEVEL_ENTRY
@@ -23,7 +24,7 @@ from bitlower.backends.onnx_qdq._rewrite_linear import Form
 from bitlower.backends.onnx_qdq._rewrite_low_bit import LOW_BIT
 from bitlower.backends.onnx_qdq._verification import Verification, write_verification
 from bitlower.backends.onnx_qdq._verify import verify_export
-from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program, nearest
+from bitlower.ir import Batch, BitlowerError, CheckError, Program, nearest
 
 FORMS: tuple[Form, ...] = ("qdq", "onnxruntime")
 OPSETS = (21, 25)
@@ -152,8 +153,7 @@ def operators(model: ir.Model) -> dict[str, int]:
 
 
 def _check(program: Program) -> None:
-    if program.level is Level.SIMULATED:
-        raise BitlowerError("a simulated program has no integers to export", hint="run the pass `lower-integer` first")
+    check_level(program.level)
     if set(program.graphs) != {"model"}:
         raise BitlowerError(f"this backend exports one graph, the program has {', '.join(program.graphs)}")
 

@@ -47,6 +47,14 @@ def test_a_simulated_program_is_refused(tiny_program: Program, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_a_fused_program_is_refused(tiny_program: Program, tmp_path: Path) -> None:
+    program = tiny_program.clone()
+    program.level = Level.FUSED
+    with pytest.raises(BitlowerError, match="leave out the pass `fuse`"):
+        export(program, tmp_path, batches=[])
+    assert not list(tmp_path.iterdir())
+
+
 class Untranslatable(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.special.bessel_j0(x)

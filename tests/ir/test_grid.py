@@ -215,3 +215,16 @@ def test_grids_print_what_sets_them_apart():
     assert str(Grid(2, restricted=True)) == "s2 restricted"
     assert str(Grid(4, signed=False, convention=ScaleConvention.OFFSET)) == "u4 offset"
     assert len({str(grid) for grid in GRIDS}) == len(GRIDS)
+
+
+@given(grids)
+def test_the_text_of_a_grid_is_read_back(grid):
+    assert Grid.parse(str(grid)) == grid
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8", "s", "i8", "s8 qmax", "s8  asymmetric", "u8 restricted", "s99", "s8 offset", "x s8"]
+)
+def test_what_is_no_grid_is_refused(text):
+    with pytest.raises(BitlowerError):
+        Grid.parse(text)

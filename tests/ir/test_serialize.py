@@ -262,7 +262,7 @@ def test_an_unknown_operator_is_named(target, words):
         ("[]", "format 2"),
         ("{}", "format 2"),
         (_document([], format=99), "format 2"),
-        (_document([], level="fused"), "damaged"),
+        (_document([], level="melted"), "damaged"),
         (_document([], parameters=["model/w"]), "damaged"),
         (_document([], aliases={"model/w": "model/v"}), "damaged"),
         (_document([], graphs=7), "damaged"),

@@ -19,7 +19,7 @@ def test_with_dtype_keeps_the_shape():
 
 
 def test_levels_are_their_names():
-    assert [str(level) for level in Level] == ["float", "simulated", "integer"]
+    assert [str(level) for level in Level] == ["float", "simulated", "integer", "fused"]
     assert Level("integer") is Level.INTEGER
     with pytest.raises(ValueError, match="fused-twice"):
         Level("fused-twice")

@@ -121,6 +121,27 @@ def test_mistakes_are_found_before_the_model_is_loaded(
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["onnx-qdq", "checkpoint"])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["lower-integer", "fuse"],
+            "a fused program has kernels that this backend does not know; leave out the pass `fuse`",
+        ),
+        ([], "a simulated program has no integers to export; run the pass `lower-integer` first"),
+    ],
+)
+def test_levels_that_a_backend_does_not_take_are_found_too(
+    bert: Path, texts: Path, name: str, more: list[str], message: str
+) -> None:
+    change = {"passes": ["clean", "quantize", "calibrate", *more], "export": [name]}
+    form = recipe_of(bert, texts).model_dump(exclude_unset=True) | change
+    with pytest.raises(BitlowerError) as caught:
+        recipe_job(Recipe.model_validate(form)).check()
+    assert str(caught.value) == f"backend '{name}': {message}"
+
+
 def test_several_exports_get_folders_of_their_own(
     bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace
 ) -> None:
