@@ -70,11 +70,14 @@ def test_no_import_runs_back_up(path):
             assert target in allowed, f"{path} imports {module}; {path.parts[0]} may import {sorted(allowed)}"
 
 
+IMPORTED_AS = {"apache-tvm": "tvm", "apache-tvm-ffi": "tvm-ffi"}
+
+
 def test_every_import_is_a_declared_dependency():
     extras = PROJECT["project"]["optional-dependencies"]
     optional = [line for extra in extras if extra not in ("test", "dev") for line in extras[extra]]
     declared = {re.split(r"[<>=!~ \[]", line)[0] for line in [*PROJECT["project"]["dependencies"], *optional]}
-    names = {name.replace("-", "_").split(".")[0] for name in declared}
+    names = {IMPORTED_AS.get(name, name).replace("-", "_").split(".")[0] for name in declared}
     for path in SOURCES:
         for module in _imported(path):
             first = module.split(".")[0]

@@ -1,0 +1,94 @@
+"""What CPU kernels share: vectors of 16 lanes in registers, tiles of rows, the product of bytes, the processor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from bitlower.backends.tvm_kernels._expressions import Expr, const
+from bitlower.backends.tvm_kernels._frame import i64
+from bitlower.backends.tvm_kernels._spec import Target
+
+LANES = 16
+
+
+def ramp(start: Expr) -> Any:
+    """The indices of a vector from ``start`` on."""
+    return tirx.Ramp(start, const(1, start), LANES)
+
+
+def splat(value: Expr) -> Any:
+    """One value on every lane."""
+    return tirx.Broadcast(value, LANES)
+
+
+def local(count: int, dtype: str) -> Any:
+    """``count`` vectors that live in registers as long as only constant places are used."""
+    return T.alloc_buffer((count * LANES,), dtype, scope="local")
+
+
+def get(buffer: Any, at: int) -> Any:
+    """Vector ``at`` of a :func:`local` buffer."""
+    return buffer[tirx.Ramp(tirx.const(at * LANES, "int32"), tirx.const(1, "int32"), LANES)]
+
+
+def put(buffer: Any, at: int, value: Expr) -> None:
+    """Set vector ``at`` of a :func:`local` buffer."""
+    T.buffer_store(buffer, value, [tirx.Ramp(tirx.const(at * LANES, "int32"), tirx.const(1, "int32"), LANES)])
+
+
+def fill(buffer: Any, count: int, dtype: str) -> None:
+    """Set the first ``count`` vectors to zero."""
+    for at in range(count):
+        put(buffer, at, splat(tirx.const(0, dtype)))
+
+
+def over_rows(rows: Any, tiles: Sequence[int], body: Callable[[int, Expr], None]) -> None:
+    """``body(tile, first row)`` over all rows: the largest tile as often as it fits, then each smaller one."""
+    largest = tiles[-1]
+    with T.serial(i64(0), rows // i64(largest)) as block:
+        body(largest, block * i64(largest))
+    done = rows // i64(largest) * i64(largest)
+    for tile in reversed(tiles[:-1]):
+        with T.serial(i64(0), (rows - done) // i64(tile)) as block:
+            body(tile, done + block * i64(tile))
+        done = done + (rows - done) // i64(tile) * i64(tile)
+
+
+def tvm_target(target: Target) -> Any:
+    """The TVM target of a CPU kernel: the processor that this is run on.
+
+    The generic target is told no processor, so that what it gives runs on all of its kind.
+    """
+    if target is Target.LLVM:
+        return tvm.target.Target({"kind": "llvm"})
+    return tvm.target.Target({"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()})
+
+
+def host_target() -> Target:
+    """What this processor can run: :attr:`Target.VNNI` where it has AVX512-VNNI, else :attr:`Target.LLVM`."""
+    codegen = tvm.target.codegen
+    host = tvm.target.Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()})
+    needed = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
+    return Target.VNNI if all(codegen.target_has_features(name, host) for name in needed) else Target.LLVM
+
+
+def dot(target: Target, total: Expr, unsigned: Expr, signed: Expr) -> Any:
+    """``total`` plus, on each lane, the products of four unsigned and four signed bytes.
+
+    All are int32x16. AVX512-VNNI has an instruction for it (its operands are vectors of bytes in LLVM 20 and later);
+    elsewhere it is written in shifts and products.
+    """
+    if target is Target.VNNI:
+        name = tvm.target.codegen.llvm_lookup_intrinsic_id("llvm.x86.avx512.vpdpbusd.512")
+        left, right = tirx.reinterpret("uint8x64", unsigned), tirx.reinterpret("int8x64", signed)
+        return tirx.call_llvm_pure_intrin("int32x16", name, total, left, right)
+    for byte in range(4):
+        high = signed << splat(tirx.const(24 - 8 * byte, "int32"))
+        left = (unsigned >> splat(tirx.const(8 * byte, "int32"))) & splat(tirx.const(255, "int32"))
+        total = total + left * (high >> splat(tirx.const(24, "int32")))
+    return total

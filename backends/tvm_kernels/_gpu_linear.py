@@ -1,0 +1,35 @@
+"""Linears on a GPU: which of the kernels a spec gets, and the function that picks one by the number of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bitlower.backends.tvm_kernels._frame import Buffers, function, i64, when
+from bitlower.backends.tvm_kernels._gpu_gemv import chunk, emit_gemv
+from bitlower.backends.tvm_kernels._gpu_matrix import emit_matrix, has_matrix
+from bitlower.backends.tvm_kernels._gpu_tile import depth, emit_tiles
+from bitlower.backends.tvm_kernels._spec import Layout, LinearSpec
+from bitlower.ir import BitlowerError
+
+
+def lower_linear(spec: LinearSpec) -> Any:
+    """The scheduled PrimFunc: a warp an output below ``buckets[-1]`` rows, tiles from there on.
+
+    Raises:
+        BitlowerError: the layout is not that of GPU kernels, or groups are no multiple of 4 inputs.
+    """
+    if spec.layout is not Layout.ROWS or not depth(spec):
+        raise BitlowerError(
+            f"GPU kernels read weights in {Layout.ROWS} in groups of a multiple of 4 inputs, not {spec.layout} in "
+            f"groups of {list(dict.fromkeys(spec.segment_sizes))}"
+        )
+    many = emit_matrix if has_matrix(spec) else emit_tiles
+
+    def body(buffers: Buffers, rows: Any) -> None:
+        if not chunk(spec):
+            many(spec, buffers, rows)
+            return
+        few = rows < i64(spec.buckets[-1])
+        when(few, lambda: emit_gemv(spec, buffers, rows), lambda: many(spec, buffers, rows))
+
+    return function(spec, body)

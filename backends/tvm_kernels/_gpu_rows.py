@@ -1,0 +1,50 @@
+"""Norms and activation functions on a GPU: a block of threads a row, one kernel from the sum to the codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+from bitlower.backends.tvm_kernels._build_linear import dequantized
+from bitlower.backends.tvm_kernels._frame import Buffers, function
+from bitlower.backends.tvm_kernels._gpu_frame import WARP, ThreadLanes
+from bitlower.backends.tvm_kernels._rows import activation_row, norm_row
+from bitlower.backends.tvm_kernels._spec import ActivationSpec, EmbeddingSpec, NormSpec
+
+_EACH = 4
+"""Columns that a thread has, as long as that gives enough threads to fill a block and not too many."""
+
+
+def threads_for(columns: int) -> int:
+    """Threads of a block: whole warps, 128 to 1024 where there are as many columns."""
+    wanted = min(1024, max(128, columns // _EACH), columns)
+    return -(-wanted // WARP) * WARP
+
+
+def lower_rows(spec: NormSpec | ActivationSpec | EmbeddingSpec) -> Any:
+    """The scheduled PrimFunc of a kernel over rows."""
+    threads = threads_for(spec.columns)
+
+    def body(buffers: Buffers, rows: Any) -> None:
+        with T.launch_thread("blockIdx.x", rows) as block, T.launch_thread("threadIdx.x", threads) as thread:
+            lanes, row = ThreadLanes(thread, threads), block.astype("int64")
+            match spec:
+                case NormSpec():
+                    norm_row(spec, buffers, row, lanes)
+                case ActivationSpec():
+                    activation_row(spec, buffers, row, lanes)
+                case EmbeddingSpec():
+                    _embedding_row(spec, buffers, row, lanes)
+
+    return function(spec, body)
+
+
+def _embedding_row(spec: EmbeddingSpec, buffers: Buffers, row: Any, lanes: ThreadLanes) -> None:
+    table = spec.table()
+
+    def one(at: Any) -> None:
+        value = dequantized(table, buffers, buffers["ids"][row], at)
+        T.buffer_store(buffers["values"], value.astype(spec.dtype), [row, at])
+
+    lanes.over(spec.columns, one)

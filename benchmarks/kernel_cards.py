@@ -1,0 +1,186 @@
+"""Kernel cards: what nvcc makes of the CUDA kernels for sm_80 and sm_90, and arithmetic on it. No GPU is needed.
+
+    python benchmarks/kernel_cards.py
+
+Read from the compiler and the machine code: instructions, registers, spills, shared memory. Calculated: occupancy (from
+the limits of the architecture), the bytes that the kernel's own loads and stores come to against the least possible
+(each operand once; caches are not counted), and the roofline time, the larger of least bytes / bandwidth and
+operations / peak rate of the A100 (80 GB, SXM) and the H100 (SXM) by their data sheets. It is a bound, not a
+measurement: no time of a GPU is claimed here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from _common import RESULTS, show_table, write_result
+
+from bitlower.backends.tvm_kernels import (
+    ActivationSpec,
+    EmbeddingSpec,
+    KernelSpec,
+    LinearSpec,
+    NormSpec,
+    Target,
+    arguments,
+    device_source,
+)
+from bitlower.backends.tvm_kernels._nvcc import DeviceFunction, device_functions
+from bitlower.ir import Granularity, Grid, QuantSpec
+
+UINT8 = Grid(8, signed=False, symmetric=False)
+STATIC, TOKEN = (QuantSpec(UINT8, g) for g in (Granularity.per_tensor(), Granularity.per_token()))
+PEG = QuantSpec(UINT8, Granularity.per_embedding_group(6))
+INT8 = QuantSpec(Grid(8), Granularity.per_channel(0))
+TILE, SHOWN = 64, ("IMMA", "HMMA", "IDP.4A", "FFMA", "LDSM", "SHFL", "I2F", "I2FP")
+
+
+@dataclass(frozen=True)
+class Device:
+    """Limits of a streaming multiprocessor, and rates of the whole device.
+
+    Args:
+        name: of the product.
+        shared: bytes of shared memory that blocks of a multiprocessor can have.
+        bandwidth: bytes a second.
+        rates: operations a second (a multiplication and an addition are two) by instruction.
+    """
+
+    name: str
+    shared: int
+    bandwidth: float
+    rates: dict[str, float]
+
+
+DEVICES = {
+    "sm_80": Device("A100", 164 << 10, 2.039e12, {"IMMA": 624e12, "HMMA": 312e12, "IDP.4A": 78e12, "FFMA": 19.5e12}),
+    "sm_90": Device("H100", 228 << 10, 3.35e12, {"IMMA": 1979e12, "HMMA": 989e12, "IDP.4A": 268e12, "FFMA": 67e12}),
+}
+"""Peak rates without sparsity; those of IDP.4A are four times those of FFMA."""
+THREADS, REGISTERS, BLOCKS = 2048, 65536, 32
+"""Of a multiprocessor of either architecture."""
+
+
+def low_bit(bits: int) -> QuantSpec:
+    return QuantSpec(Grid(bits, signed=False, symmetric=False), Granularity.per_group(128))
+
+
+def cases() -> list[tuple[str, KernelSpec, int]]:
+    """Name, spec and rows: an encoder layer of BERT-base at 128 tokens, and a Llama layer of 2048 channels."""
+    base = LinearSpec(inputs=768, outputs=2304, weight=INT8, bias=True, target=Target.CUDA, buckets=(1, 16))
+    up = replace(base, outputs=3072, activation=TOKEN, function="gelu")
+    half = replace(base, inputs=2048, outputs=2048, bias=False, dtype="float16")
+    bytes_ = replace(half, dtype="float32", activation=TOKEN)
+    norm = NormSpec(
+        columns=768, kind="layer", epsilon=1e-12, residual=True, bias=True, output=TOKEN, target=Target.CUDA
+    )
+    rms = NormSpec(
+        columns=2048, kind="rms", epsilon=1e-5, residual=True, keep_sum=True, output=TOKEN, target=Target.CUDA,
+        dtype="float16",
+    )  # fmt: skip
+    table = EmbeddingSpec(entries=30522, columns=768, weight=INT8, target=Target.CUDA)
+    gate = ActivationSpec(
+        columns=5632, function="silu", gate="halves", output=TOKEN, dtype="float16", target=Target.CUDA
+    )
+    found: list[tuple[str, KernelSpec, int]] = [
+        ("W8A8 q/k/v, static", replace(base, activation=STATIC), 128),
+        ("W8A8 up, GELU", up, 128),
+        ("W8A8 up, GELU, one row", up, 1),
+        ("W8A8 down, residual", replace(base, inputs=3072, outputs=768, activation=TOKEN, residual=True), 128),
+        ("W8A8 PEG, 6 groups", replace(base, activation=PEG), 128),
+        ("W4A8, g128", replace(bytes_, weight=low_bit(4)), 128),
+        ("W4A8, g128, one row", replace(bytes_, weight=low_bit(4)), 1),
+        *((f"W{b}A16, g128", replace(half, weight=low_bit(b)), 128) for b in (4, 3, 2)),
+        *((f"W{b}A16, g128, one row", replace(half, weight=low_bit(b)), 1) for b in (4, 3, 2)),
+        ("LayerNorm, residual, round", norm, 128),
+        ("RMSNorm, residual, round", rms, 128),
+        ("SiLU, gate, round", gate, 128),
+        ("embedding", table, 128),
+    ]
+    return found
+
+
+def occupancy(function: DeviceFunction, threads: int) -> float:
+    """The share of a multiprocessor's threads that blocks of this function can fill.
+
+    Registers are given out to warps in units of 256, and a block takes 1 KiB of shared memory beside its own.
+    """
+    warps = -(-threads // 32)
+    per_warp = -(-function.registers * 32 // 256) * 256
+    limits = [BLOCKS, THREADS // threads, REGISTERS // (per_warp * warps)]
+    limits.append(DEVICES[function.architecture].shared // (function.shared + 1024))
+    return min(limits) * threads / THREADS
+
+
+def traffic(spec: KernelSpec, rows: int) -> tuple[int, int]:
+    """Bytes of the kernel's own loads and stores of global memory, and the least possible."""
+    least = moved = 0
+    for argument in arguments(spec):
+        size = math.prod(rows if n is None else n for n in argument.shape) * np.dtype(argument.dtype).itemsize
+        if isinstance(spec, EmbeddingSpec) and argument.name in ("weight", "weight_scale"):
+            size = size // spec.entries * rows
+        least += size
+        moved += size * _times(spec, argument.name, rows)
+    return moved, least
+
+
+def _times(spec: KernelSpec, name: str, rows: int) -> int:
+    """How often a linear goes through an argument: tiles of 64 x 64, or a warp a row and output."""
+    if not isinstance(spec, LinearSpec):
+        return 1
+    few = rows < spec.buckets[-1]
+    if name == "x":
+        return spec.outputs if few else -(-spec.outputs // TILE)
+    if name.startswith("weight"):
+        return rows if few else -(-rows // TILE)
+    return 1
+
+
+def card(name: str, spec: KernelSpec, rows: int, architecture: str) -> dict[str, Any]:
+    """All figures of a kernel."""
+    source = device_source(spec, architecture)
+    functions = sorted(device_functions(source, architecture), key=lambda f: f.name)
+    many = isinstance(spec, LinearSpec) and rows >= spec.buckets[-1]
+    function = functions[1] if many else functions[0]
+    threads = int(re.findall(rf"__launch_bounds__\((\d+)\) {function.name}\(", source)[0])
+    counts = dict(function.instructions)
+    moved, least = traffic(spec, rows)
+    device = DEVICES[architecture]
+    unit = next((i for i in ("IMMA", "HMMA", "IDP.4A") if counts.get(i)), "FFMA")
+    work = 2 * rows * spec.inputs * spec.outputs if isinstance(spec, LinearSpec) else 0
+    return {
+        "kernel": name, "rows": rows, "architecture": architecture,
+        "instructions": {i: counts[i] for i in SHOWN if counts.get(i)},
+        "registers": function.registers, "spills": function.spills, "shared": function.shared, "threads": threads,
+        "occupancy": round(occupancy(function, threads), 3), "bytes": moved, "least_bytes": least,
+        "bytes_ratio": round(moved / least, 2), "device": device.name, "roofline_by": unit,
+        "roofline_us": round(1e6 * max(least / device.bandwidth, work / device.rates[unit]), 3),
+    }  # fmt: skip
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the cards as a table."""
+    keys = [key for key in rows[0] if key not in ("bytes", "roofline_by")]
+    text = [row | {"instructions": ", ".join(f"{k} {n}" for k, n in row["instructions"].items())} for row in rows]
+    show_table(keys, [[row[key] for key in keys] for row in text])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--show", action="store_true", help="print the last results and compile nothing")
+    if parser.parse_args().show:
+        show(json.loads((RESULTS / "kernel_cards.json").read_text())["cards"])
+        return
+    rows = [card(*case, architecture) for case in cases() for architecture in DEVICES]
+    write_result("kernel_cards", "python benchmarks/kernel_cards.py", {"cards": rows})
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The CPU schedules, with AVX512-VNNI where this processor has it and without, against float64."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tvm_ffi
+
+pytest.importorskip("tvm", reason="the extra tvm is not installed")
+
+from bitlower.backends.tvm_kernels import (
+    ActivationSpec,
+    EmbeddingSpec,
+    Layout,
+    LinearSpec,
+    NormSpec,
+    Target,
+    compile_kernel,
+    host_target,
+    pack_linear,
+)
+from bitlower.backends.tvm_kernels._compile import lower
+from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec
+
+TARGETS = [Target.LLVM, *([Target.VNNI] if host_target() is Target.VNNI else [])]
+UINT8, INT8 = Grid(8, signed=False, symmetric=False), Grid(8)
+STATIC, TOKEN = (QuantSpec(UINT8, g) for g in (Granularity.per_tensor(), Granularity.per_token()))
+ACTIVATIONS = {
+    "float": None,
+    "static": STATIC,
+    "token-s8": QuantSpec(INT8, Granularity.per_token()),
+    "peg": QuantSpec(UINT8, Granularity.per_embedding_group(2)),
+}
+WEIGHTS = {
+    "w8": QuantSpec(INT8, Granularity.per_channel(0)),
+    "w4": QuantSpec(Grid(4), Granularity.per_group(32)),
+    "w4-asym": QuantSpec(Grid(4, signed=False, symmetric=False), Granularity.per_group(64)),
+    "w3-asym": QuantSpec(Grid(3, symmetric=False), Granularity.per_group(32)),
+    "w2": QuantSpec(Grid(2), Granularity.per_channel(0)),
+}
+SPEC = LinearSpec(inputs=128, outputs=75, weight=WEIGHTS["w8"], layout=Layout.PANELS, bias=True, buckets=(1, 4, 9))
+
+
+@pytest.fixture(params=TARGETS, ids=str)
+def target(request):
+    return request.param
+
+
+PAIRS = [(target, weight, activation) for target in TARGETS for weight in WEIGHTS for activation in ACTIVATIONS]
+PLAIN = {("w8", "static"), ("w3-asym", "token-s8"), ("w4-asym", "float"), ("w4", "peg"), ("w2", "float")}
+
+
+@pytest.mark.parametrize(
+    ("target", "weight", "activation"), [pair for pair in PAIRS if pair[0] is Target.VNNI or pair[1:] in PLAIN]
+)
+def test_linears_of_every_bucket(make_linear, target, weight, activation):
+    """One function for all: 1 and 4 rows at a time, and from 9 on weights that are unfolded first."""
+    spec = replace(SPEC, weight=WEIGHTS[weight], activation=ACTIVATIONS[activation], target=target)
+    kernel = compile_kernel(spec)
+    for rows in (1, 7, 14):
+        case = make_linear(spec, rows)
+        case.check(kernel(case.given))
+
+
+def test_embedding_groups_that_are_no_multiple_of_weight_groups(make_linear, target):
+    parts = QuantSpec(UINT8, Granularity.per_embedding_parts(2))
+    buckets = (1, 9)  # with one tile of rows there is less to compile
+    spec = replace(SPEC, weight=WEIGHTS["w4"], activation=parts, splits=(40, 88), target=target, buckets=buckets)
+    case = make_linear(spec, 10)
+    case.check(compile_kernel(spec)(case.given))
+
+
+@pytest.mark.parametrize("outputs", [16, 64, 70, 80, 129])
+def test_ragged_outputs(make_linear, target, outputs):
+    spec = replace(SPEC, outputs=outputs, activation=STATIC, residual=True, function="gelu", target=target)
+    for output in (None, STATIC):
+        case = make_linear(replace(spec, output=output), 3)
+        case.check(compile_kernel(case.spec)(case.given))
+
+
+def test_output_scales_by_column(make_linear, target):
+    output = QuantSpec(INT8, Granularity.per_embedding())
+    spec = replace(SPEC, activation=STATIC, output=output, function="silu", target=target)
+    case = make_linear(spec, 3)
+    case.check(compile_kernel(spec)(case.given))
+
+
+def test_eight_bit_weights_beside_float_activations(make_linear, target):
+    spec = replace(SPEC, weight=QuantSpec(UINT8, Granularity.per_group(64)), target=target)
+    for rows in (3, 9):
+        case = make_linear(spec, rows)
+        case.check(compile_kernel(spec)(case.given))
+
+
+def test_the_largest_codes_do_not_saturate(target):
+    """Sums of products of bytes that a 16-bit accumulator would clip."""
+    spec = replace(SPEC, activation=STATIC, bias=False, target=target)
+    codes = np.full((75, 128), 127, np.int8)
+    codes[1] = -128
+    packed = pack_linear(spec, codes, np.float32(1), np.float32(0))
+    ones = np.ones(1, np.float32)
+    given = packed | {"x": np.full((2, 128), 255, np.uint8), "x_scale": ones, "x_zero": 0 * ones}
+    values = compile_kernel(spec)(given)["values"]
+    assert values[0, 0] == 255 * 127 * 128
+    assert values[1, 1] == -255 * 128 * 128
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_give_the_same(make_linear, threads):
+    spec = replace(SPEC, weight=WEIGHTS["w4-asym"], outputs=300, target=host_target())
+    case = make_linear(spec, 13)
+    configure = tvm_ffi.get_global_func("runtime.config_threadpool")
+    configure(1, threads)
+    assert tvm_ffi.get_global_func("runtime.NumThreads")() == threads
+    found = compile_kernel(spec)(case.given)
+    case.check(found)
+    configure(1, 1)
+    assert (found["values"] == compile_kernel(spec)(case.given)["values"]).all()
+
+
+@pytest.mark.parametrize("columns", [16, 37, 96])
+@pytest.mark.parametrize("output", [STATIC, TOKEN, QuantSpec(INT8, Granularity.per_embedding()), None], ids=str)
+def test_norms(make_rows, target, columns, output):
+    for kind in ("layer", "rms"):
+        spec = NormSpec(
+            columns=columns, kind=kind, epsilon=1e-6, residual=True, bias=kind == "layer", output=output,
+            keep="exact" if output else "", keep_sum=True, target=target,
+        )  # fmt: skip
+        case = make_rows(spec, 5)
+        results = compile_kernel(spec)(case.given)
+        case.check(results, limit=2e-6)
+        assert (results["sum"] == case.given["x"] + case.given["residual"]).all()
+
+
+@pytest.mark.parametrize("gate", ["", "separate", "halves"])
+@pytest.mark.parametrize("output", [STATIC, TOKEN], ids=str)
+def test_activations(make_rows, target, gate, output):
+    for function, columns in (("gelu", 33), ("silu", 64), ("gelu-tanh", 7), ("", 48)):
+        spec = ActivationSpec(columns=columns, output=output, function=function, gate=gate, bias=True, target=target)
+        case = make_rows(spec, 3)
+        case.check(compile_kernel(spec)(case.given), limit=2e-6)
+
+
+@pytest.mark.parametrize("codes", [TOKEN, QuantSpec(INT8, Granularity.per_embedding())], ids=str)
+def test_operands_that_are_codes(make_linear, make_rows, target, codes):
+    linear = replace(
+        SPEC, residual=True, residual_codes=codes, output=STATIC, keep="rounded", activation=TOKEN, target=target,
+        rounded=STATIC,
+    )  # fmt: skip
+    norm = NormSpec(
+        columns=37, kind="rms", epsilon=1e-5, x_codes=codes, residual=True, residual_codes=codes, output=TOKEN,
+        keep="rounded", target=target,
+    )  # fmt: skip
+    activation = ActivationSpec(
+        columns=37, function="tanh", x_codes=codes, gate="separate", gate_codes=codes, residual=True,
+        residual_codes=codes, output=STATIC, keep="exact", target=target,
+    )  # fmt: skip
+    for make, spec in ((make_linear, linear), (make_rows, norm), (make_rows, activation)):
+        case = make(spec, 5)
+        case.check(compile_kernel(spec)(case.given), limit=2e-6)
+
+
+def test_embeddings(make_weight, target):
+    spec = EmbeddingSpec(entries=9, columns=64, weight=WEIGHTS["w3-asym"], target=target)
+    table = make_weight(spec.table(), np.random.default_rng(0))
+    ids = np.array([8, 0, 3])
+    given = pack_linear(spec.table(), table.codes, table.scale, table.zero_point) | {"ids": ids}
+    np.testing.assert_allclose(compile_kernel(spec)(given)["values"], table.values()[ids], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.skipif(host_target() is not Target.VNNI, reason="this processor has no AVX512-VNNI")
+@pytest.mark.parametrize("weight", ["w8", "w4"])
+def test_vnni_is_in_the_code(weight):
+    spec = replace(SPEC, weight=WEIGHTS[weight], activation=STATIC, target=Target.VNNI)
+    assert "vpdpbusd" in compile_kernel(spec).executable.mod.inspect_source("asm")
+    plain = compile_kernel(replace(spec, target=Target.LLVM)).executable.mod.inspect_source("asm")
+    assert "zmm" not in plain
+
+
+def test_wrong_arguments_are_named(make_linear):
+    case = make_linear(replace(SPEC, target=host_target()), 2)
+    kernel = compile_kernel(case.spec)
+    with pytest.raises(BitlowerError, match=r"x is float32\[2, 128\], not float64\[2, 128\]"):
+        kernel(case.given | {"x": case.given["x"].astype(np.float64)})
+    with pytest.raises(BitlowerError, match="needs the argument 'bias'"):
+        kernel({name: value for name, value in case.given.items() if name != "bias"})
+
+
+def test_functions_bear_what_they_are():
+    function = lower(SPEC)
+    assert function.attrs["bitlower.family"] == "linear"
+    assert function.attrs["global_symbol"] == SPEC.name
+    assert compile_kernel(SPEC) is compile_kernel(replace(SPEC))

@@ -1,0 +1,121 @@
+"""The GPU schedules, thread for thread, in OpenCL on the CPU, against float64."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tvm", reason="the extra tvm is not installed")
+
+from bitlower.backends.tvm_kernels import (
+    ActivationSpec,
+    EmbeddingSpec,
+    Layout,
+    LinearSpec,
+    NormSpec,
+    Target,
+    compile_kernel,
+    device_source,
+    host_target,
+    pack_linear,
+)
+from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec
+
+UINT8, INT8 = Grid(8, signed=False, symmetric=False), Grid(8)
+STATIC, TOKEN = (QuantSpec(UINT8, g) for g in (Granularity.per_tensor(), Granularity.per_token()))
+PEG = QuantSpec(UINT8, Granularity.per_embedding_group(2))
+ACTIVATIONS = {"float": None, "static": STATIC, "token-s8": QuantSpec(INT8, Granularity.per_token()), "peg": PEG}
+WEIGHTS = {
+    "w8": QuantSpec(INT8, Granularity.per_channel(0)),
+    "w4-asym": QuantSpec(Grid(4, signed=False, symmetric=False), Granularity.per_group(64)),
+    "w3": QuantSpec(Grid(3), Granularity.per_group(32)),
+    "w2-asym": QuantSpec(Grid(2, symmetric=False), Granularity.per_channel(0)),
+}
+SPEC = LinearSpec(inputs=192, outputs=70, weight=WEIGHTS["w8"], bias=True, buckets=(1, 8), target=Target.OPENCL)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_linears_with_few_rows_and_many(make_linear, on_pocl, weight, activation):
+    """One function: below eight rows a warp an output, from there on tiles, of which the last ones are ragged."""
+    spec = replace(SPEC, weight=WEIGHTS[weight], activation=ACTIVATIONS[activation])
+    for rows, kernel in ((1, "kernel"), (5, "kernel"), (67, "kernel_1")):
+        case = make_linear(spec, rows)
+        results, launched = on_pocl(spec, case.given)
+        case.check(results)
+        assert launched == [f"{spec.name}_{kernel}"]
+
+
+@pytest.mark.parametrize("activation", ["peg", "token-s8"])
+def test_products_of_bytes_as_cuda_has_them(make_linear, on_pocl, activation):
+    """The CUDA kernels call ``__dp4a``, which OpenCL is given by hand."""
+    spec = replace(SPEC, weight=WEIGHTS["w4-asym"], activation=ACTIVATIONS[activation], target=Target.CUDA)
+    assert "__dp4a" in device_source(spec)
+    for rows in (2, 65):
+        case = make_linear(spec, rows)
+        case.check(on_pocl(spec, case.given)[0])
+
+
+@pytest.mark.parametrize("rows", [3, 66])
+def test_epilogues(make_linear, on_pocl, rows):
+    spec = replace(
+        SPEC, activation=STATIC, function="gelu", residual=True, residual_codes=TOKEN, output=STATIC, keep="rounded"
+    )
+    case = make_linear(spec, rows)
+    case.check(on_pocl(spec, case.given)[0])
+
+
+def test_groups_of_other_sizes(make_linear, on_pocl):
+    """Groups too small for wide loads, and inputs that no group size divides."""
+    grid = Grid(2, symmetric=False)
+    for spec in (
+        replace(SPEC, weight=QuantSpec(grid, Granularity.per_group(8)), activation=STATIC),
+        replace(SPEC, inputs=200, weight=QuantSpec(Grid(4), Granularity.per_group(64)), activation=STATIC),
+        replace(SPEC, activation=QuantSpec(UINT8, Granularity.per_embedding_parts(2)), splits=(20, 172)),
+    ):
+        for rows in (2, 9):
+            case = make_linear(spec, rows)
+            case.check(on_pocl(spec, case.given)[0])
+
+
+@pytest.mark.parametrize("columns", [48, 300, 1100])
+@pytest.mark.parametrize("output", [None, STATIC, TOKEN], ids=str)
+def test_norms_are_one_kernel(make_rows, on_pocl, columns, output):
+    for kind in ("layer", "rms"):
+        spec = NormSpec(
+            columns=columns, kind=kind, epsilon=1e-5, residual=True, bias=kind == "layer", output=output,
+            keep="exact" if output else "", keep_sum=True, target=Target.CUDA,
+        )  # fmt: skip
+        case = make_rows(spec, 4)
+        results, launched = on_pocl(spec, case.given)
+        case.check(results, limit=2e-6)
+        assert len(launched) == 1
+        assert (results["sum"] == case.given["x"] + case.given["residual"]).all()
+
+
+@pytest.mark.parametrize(("function", "gate"), [("silu", "halves"), ("gelu", ""), ("gelu-tanh", "separate"), ("", "")])
+def test_activations_are_one_kernel(make_rows, on_pocl, function, gate):
+    for output in (STATIC, TOKEN):
+        spec = ActivationSpec(columns=300, output=output, function=function, gate=gate, bias=True, target=Target.CUDA)
+        case = make_rows(spec, 3)
+        results, launched = on_pocl(spec, case.given)
+        case.check(results, limit=2e-6)
+        assert len(launched) == 1
+
+
+def test_embeddings(make_weight, on_pocl):
+    spec = EmbeddingSpec(entries=9, columns=192, weight=WEIGHTS["w3"], target=Target.OPENCL)
+    table = make_weight(spec.table(), np.random.default_rng(0))
+    ids = np.array([8, 0, 3])
+    given = pack_linear(spec.table(), table.codes, table.scale, table.zero_point) | {"ids": ids}
+    values = on_pocl(spec, given)[0]["values"]
+    np.testing.assert_allclose(values, table.values()[ids], rtol=1e-6, atol=1e-7)
+
+
+def test_what_gpus_have_no_kernel_for_is_said():
+    with pytest.raises(BitlowerError, match="read weights in rows-1"):
+        device_source(replace(SPEC, layout=Layout.PANELS))
+    with pytest.raises(BitlowerError, match="do not run on this host"):
+        compile_kernel(SPEC)
+    with pytest.raises(BitlowerError, match="have no device functions"):
+        device_source(replace(SPEC, target=host_target()))

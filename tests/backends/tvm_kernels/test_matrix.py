@@ -1,0 +1,67 @@
+"""Kernels that PoCL cannot run, float16 and matrix instructions, from their CUDA source, against float64."""
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("tvm", reason="the extra tvm is not installed")
+
+from bitlower.backends.tvm_kernels import ActivationSpec, LinearSpec, NormSpec, Target, device_source
+from bitlower.ir import Granularity, Grid, QuantSpec
+
+UINT8, INT8 = Grid(8, signed=False, symmetric=False), Grid(8)
+STATIC, TOKEN = (QuantSpec(UINT8, g) for g in (Granularity.per_tensor(), Granularity.per_token()))
+BYTES = QuantSpec(INT8, Granularity.per_channel(0))
+SPEC = LinearSpec(inputs=128, outputs=75, weight=BYTES, bias=True, target=Target.CUDA, buckets=(1, 8))
+HALF = 4e-3
+"""Products of float16 weights and sums in float32: an error of two roundings to 11 bits."""
+
+
+def low_bit(bits):
+    return QuantSpec(Grid(bits, signed=False, symmetric=False), Granularity.per_group(64))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"activation": STATIC, "output": STATIC, "function": "gelu"},
+        {"activation": QuantSpec(INT8, Granularity.per_token()), "residual": True},
+        {"activation": TOKEN, "weight": QuantSpec(Grid(4), Granularity.per_channel(0))},
+    ],
+    ids=["static", "token", "w4"],
+)
+def test_int8_matrices(make_linear, on_fibers, changes):
+    spec = replace(SPEC, **changes)
+    assert "matrix_a, 16, 16, 16, signed char" in device_source(spec)
+    for rows in (3, 70):
+        case = make_linear(spec, rows)
+        results, launched = on_fibers(spec, case.given)
+        case.check(results)
+        assert launched == [f"{spec.name}_kernel" + ("_1" if rows >= 8 else "")]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_float16_matrices_with_weights_unfolded_in_shared_memory(make_linear, on_fibers, bits):
+    spec = replace(SPEC, weight=low_bit(bits), dtype="float16")
+    assert "matrix_a, 16, 16, 16, half" in device_source(spec)
+    for rows in (3, 70):
+        case = make_linear(spec, rows)
+        case.check(on_fibers(spec, case.given)[0], limit=HALF)
+
+
+def test_products_of_bytes(make_linear, on_fibers):
+    spec = replace(SPEC, weight=low_bit(4), activation=TOKEN)
+    for rows in (3, 70):
+        case = make_linear(spec, rows)
+        case.check(on_fibers(spec, case.given)[0])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_rows_by_warp_shuffles(make_rows, on_fibers, dtype):
+    """A block of several warps, and one of a single warp; they compute in float32 whatever they read."""
+    for columns in (20, 300):
+        given = {"columns": columns, "output": TOKEN, "dtype": dtype, "target": Target.CUDA}
+        norm = NormSpec(kind="layer", epsilon=1e-5, bias=True, **given)
+        for spec in (norm, ActivationSpec(function="silu", gate="halves", **given)):
+            case = make_rows(spec, 3)
+            case.check(on_fibers(spec, case.given)[0], limit=2e-6)

@@ -1,0 +1,86 @@
+"""What nvcc makes of the CUDA kernels: the matrix instructions are there, nothing spills, shared memory fits."""
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("tvm", reason="the extra tvm is not installed")
+
+from bitlower.backends.tvm_kernels import ActivationSpec, EmbeddingSpec, LinearSpec, NormSpec, Target, device_source
+from bitlower.backends.tvm_kernels._nvcc import device_functions, find_tool
+from bitlower.ir import BitlowerError, CheckError, Granularity, Grid, QuantSpec
+
+MISSING = [tool for tool in ("nvcc", "cuobjdump", "nvdisasm") if find_tool(tool) is None]
+UINT8 = Grid(8, signed=False, symmetric=False)
+STATIC, TOKEN = (QuantSpec(UINT8, g) for g in (Granularity.per_tensor(), Granularity.per_token()))
+PEG = QuantSpec(UINT8, Granularity.per_embedding_group(3))
+INT8 = QuantSpec(Grid(8), Granularity.per_channel(0))
+BASE = LinearSpec(inputs=768, outputs=3072, weight=INT8, bias=True, buckets=(1, 16), target=Target.CUDA)
+
+
+def low_bit(bits):
+    return QuantSpec(Grid(bits, signed=False, symmetric=False), Granularity.per_group(128))
+
+
+LINEARS = {
+    "w8a8": (replace(BASE, activation=STATIC, function="gelu", output=STATIC), "IMMA"),
+    "w8a8-token": (replace(BASE, activation=TOKEN, residual=True), "IMMA"),
+    "w8a8-peg": (replace(BASE, activation=PEG), "IDP.4A"),
+    "w4a8": (replace(BASE, weight=low_bit(4), activation=TOKEN), "IDP.4A"),
+    **{f"w{bits}a16": (replace(BASE, weight=low_bit(bits), dtype="float16"), "HMMA") for bits in (2, 3, 4)},
+    "w4a32": (replace(BASE, weight=low_bit(4)), "FFMA"),
+}
+ROWS = {
+    "norm": NormSpec(
+        columns=768, kind="layer", epsilon=1e-5, residual=True, bias=True, output=TOKEN, target=Target.CUDA
+    ),
+    "norm-f16": NormSpec(
+        columns=2048, kind="rms", epsilon=1e-5, output=TOKEN, keep_sum=True, residual=True, dtype="float16",
+        target=Target.CUDA,
+    ),
+    "activation": ActivationSpec(columns=3072, output=TOKEN, function="silu", gate="halves", target=Target.CUDA),
+    "embedding": EmbeddingSpec(entries=30522, columns=768, weight=INT8, dtype="float16", target=Target.CUDA),
+}  # fmt: skip
+needs_nvcc = pytest.mark.skipif(bool(MISSING), reason=f"CUDA kernels are NOT compiled: no {', '.join(MISSING)}")
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", LINEARS)
+def test_linears(name, architecture):
+    spec, instruction = LINEARS[name]
+    few, many = sorted(device_functions(device_source(spec), architecture), key=lambda f: f.name)
+    assert (few.name, many.name) == (f"{spec.name}_kernel", f"{spec.name}_kernel_1")
+    for function in (few, many):
+        counts = dict(function.instructions)
+        assert function.spills == 0
+        assert not {"LDL", "STL"} & set(counts)
+        assert function.registers <= 128
+        assert function.shared <= 48 * 1024
+    assert dict(many.instructions)[instruction] >= 16
+    assert dict(few.instructions)["SHFL"] >= 5
+    assert few.shared == 0
+    if spec.activation is not None:
+        assert dict(few.instructions)["IDP.4A"] >= 4
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_are_one_device_function_without_spills(name, architecture):
+    [function] = device_functions(device_source(ROWS[name]), architecture)
+    assert function.spills == 0
+    assert not {"LDL", "STL"} & set(dict(function.instructions))
+    assert name == "embedding" or dict(function.instructions)["SHFL"] >= 5
+
+
+@needs_nvcc
+def test_what_does_not_compile_is_said():
+    with pytest.raises(CheckError, match=r"nvcc failed: (?s:.)*nonsense"):
+        device_functions("nonsense", "sm_80")
+
+
+def test_a_missing_tool_is_named(monkeypatch):
+    monkeypatch.setattr("bitlower.backends.tvm_kernels._nvcc.find_tool", lambda name: None)
+    with pytest.raises(BitlowerError, match="nvcc is needed to look at machine code"):
+        device_functions("// no such kernel", "sm_80")

@@ -1,0 +1,102 @@
+"""Specs: equality, names, segments, and what they refuse."""
+
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from bitlower.backends.tvm_kernels import ActivationSpec, EmbeddingSpec, Layout, LinearSpec, NormSpec, Target
+from bitlower.backends.tvm_kernels._spec import FUNCTIONS, KernelSpec
+from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec, ScaleConvention
+
+UINT8 = Grid(8, signed=False, symmetric=False)
+TENSOR = QuantSpec(UINT8, Granularity.per_tensor())
+INT8 = QuantSpec(Grid(8), Granularity.per_channel(0))
+INT4 = QuantSpec(Grid(4), Granularity.per_group(32))
+SPEC = LinearSpec(inputs=96, outputs=8, weight=INT4)
+
+
+def test_equal_specs_are_one_key_and_different_ones_are_not():
+    same = LinearSpec(inputs=96, outputs=8, weight=QuantSpec(Grid(4), Granularity.per_group(32)))
+    assert same == SPEC
+    assert hash(same) == hash(SPEC)
+    assert same.name == SPEC.name
+    others = [replace(SPEC, **change) for change in (
+        {"inputs": 64}, {"bias": True}, {"activation": TENSOR}, {"layout": Layout.PANELS}, {"target": Target.CUDA},
+        {"dtype": "float16"}, {"buckets": (1, 8)}, {"function": "gelu"}, {"output": TENSOR},
+    )]  # fmt: skip
+    assert len({spec.name for spec in [SPEC, *others]}) == len(others) + 1
+    assert SPEC.name.startswith("bitlower_linear_")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({}, (32, 32, 32)),
+        ({"weight": INT8}, (96,)),
+        ({"weight": INT8, "activation": QuantSpec(UINT8, Granularity.per_embedding_group(4))}, (24, 24, 24, 24)),
+        ({"activation": QuantSpec(UINT8, Granularity.per_embedding_group(2))}, (32, 16, 16, 32)),
+        ({"activation": QuantSpec(UINT8, Granularity.per_embedding_parts(2)), "splits": (8, 88)}, (8, 24, 32, 32)),
+        ({"inputs": 80, "weight": QuantSpec(Grid(4), Granularity.per_group(32))}, (16,) * 5),
+    ],
+)
+def test_segments_end_where_a_scale_changes(changes, sizes):
+    assert replace(SPEC, **changes).segment_sizes == sizes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": QuantSpec(Grid(4), Granularity.per_channel(1))}, "a weight quantized per-channel"),
+        ({"weight": QuantSpec(Grid(12), Granularity.per_tensor())}, "at most 8 bits"),
+        ({"activation": QuantSpec(Grid(16), Granularity.per_tensor())}, "at most 8 bits"),
+        ({"output": QuantSpec(UINT8, Granularity.per_token())}, "the output of a linear quantized per-token"),
+        ({"activation": INT8}, "an activation quantized per-channel"),
+        ({"function": "gleu"}, "did you mean 'gelu'"),
+        ({"splits": (8, 8)}, "do not add up to 96"),
+        ({"buckets": (2, 4)}, "must rise from 1"),
+        ({"dtype": "float64"}, "not in float64"),
+        ({"output": TENSOR, "keep": "exakt"}, "did you mean 'exact'"),
+        ({"weight": QuantSpec(UINT8, Granularity.per_channel(0)), "activation": TENSOR}, "no integer product"),
+        ({"weight": QuantSpec(Grid(8, signed=False), Granularity.per_channel(0))}, "no integer product"),
+        ({"layout": Layout.PANELS, "inputs": 36, "weight": QuantSpec(Grid(2), Granularity.per_tensor())}, "rows-1"),
+    ],
+)
+def test_what_no_kernel_can_do_is_refused(changes, message):
+    with pytest.raises(BitlowerError, match=message):
+        replace(SPEC, **changes)
+
+
+def test_offset_codes_of_eight_bits_fit_a_signed_byte():
+    grid = Grid(8, signed=False, convention=ScaleConvention.OFFSET)
+    spec = replace(SPEC, weight=QuantSpec(grid, Granularity.per_channel(0)), activation=TENSOR)
+    assert (spec.centre, spec.has_zeros) == (128, False)
+
+
+def test_norms_activations_and_tables_are_checked_too():
+    with pytest.raises(BitlowerError, match="did you mean 'layer'"):
+        NormSpec(columns=8, kind="layr", epsilon=1e-5, output=TENSOR)
+    with pytest.raises(BitlowerError, match="nothing to keep exact values beside"):
+        NormSpec(columns=8, kind="rms", epsilon=1e-5, keep="exact")
+    with pytest.raises(BitlowerError, match="has no residual, but a quantizer of it"):
+        NormSpec(columns=8, kind="rms", epsilon=1e-5, residual_codes=TENSOR)
+    with pytest.raises(BitlowerError, match="unknown gate"):
+        ActivationSpec(columns=8, output=TENSOR, gate="half")
+    with pytest.raises(BitlowerError, match="a result quantized"):
+        ActivationSpec(columns=8, output=INT4)
+    with pytest.raises(BitlowerError, match="at most 8 bits"):
+        EmbeddingSpec(entries=4, columns=8, weight=QuantSpec(Grid(16), Granularity.per_tensor()))
+
+
+def test_the_page_on_kernels_lists_what_there_is():
+    page = (Path(__file__).parents[3] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    for spec in (LinearSpec, NormSpec, ActivationSpec, EmbeddingSpec):
+        [listed] = re.findall(rf"^\| `{spec.__name__}` \|.*\| (.*?) \|$", page, re.MULTILINE)
+        own = [field.name for field in fields(spec) if field.name not in {f.name for f in fields(KernelSpec)}]
+        assert re.findall(r"`(\w+)`", listed) == own
+    [functions] = re.findall(r"^Functions: (.*?)\. ", page, re.MULTILINE)
+    assert re.findall(r"`([\w-]+)`", functions) == [name for name in FUNCTIONS if name]
+    for heading, names in (("Layouts", Layout), ("Targets", Target)):
+        section = page.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+        assert set(re.findall(r"^\| `([\w-]+)` \|", section, re.MULTILINE)) == set(map(str, names))

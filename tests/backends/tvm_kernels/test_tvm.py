@@ -1,0 +1,60 @@
+"""The extra: what is said when it is missing or wrongly paired, and that nothing imports it unasked."""
+
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+
+from bitlower.backends.tvm_kernels import _tvm
+from bitlower.ir import BitlowerError
+from bitlower.tools import _backends
+
+
+def _installed(monkeypatch, **versions):
+    def version(name):
+        if (found := versions.get(name.replace("-", "_"))) is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(_tvm, "version", version)
+
+
+def test_the_pins_are_those_of_the_extra():
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
+    pins = [f"{name}=={version}" for name, version in _tvm.PINS.items()]
+    assert project["project"]["optional-dependencies"]["tvm"] == pins
+
+
+@pytest.mark.parametrize(
+    ("versions", "named"),
+    [
+        ({}, "apache-tvm, which is not installed"),
+        ({"apache_tvm": "0.27.0.post1"}, "apache-tvm-ffi, which is not installed"),
+        ({"apache_tvm": "0.27.0.post1", "apache_tvm_ffi": "0.1.15.post2"}, "apache-tvm-ffi 0.1.15.post2 is installed"),
+        ({"apache_tvm": "0.26.0", "apache_tvm_ffi": "0.1.14.post1"}, "apache-tvm 0.26.0 is installed"),
+    ],
+)
+def test_what_is_wrong_and_how_to_mend_it_is_said(monkeypatch, versions, named):
+    _installed(monkeypatch, **versions)
+    with pytest.raises(BitlowerError, match=named) as caught:
+        _tvm.require_tvm()
+    assert caught.value.hint == "pip install 'bitlower[tvm]'"
+
+
+def test_the_pair_that_works_is_let_through(monkeypatch):
+    _installed(monkeypatch, **{name.replace("-", "_"): version for name, version in _tvm.PINS.items()})
+    _tvm.check_pins()
+
+
+def test_the_package_imports_no_tvm():
+    script = "import sys, bitlower.backends.tvm_kernels; print('tvm' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_kernels_alone_are_no_backend():
+    """Until they write artefacts, a recipe cannot name them."""
+    assert _backends.known_backends() == ["checkpoint", "onnx-qdq"]
