@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from bitlower.ir import Program, Quantizer, get_tensor, ops
+from bitlower.ir import Program, Quantizer, get_tensor, kernels, ops
 
 
 def resolved_tensors(program: Program) -> list[dict[str, Any]]:
@@ -28,7 +28,7 @@ def _tensor_row(program: Program, node: fx.Node, quantizer: Quantizer) -> dict[s
         "path": str(node.meta.get("path", "")),
         "spec": quantizer.spec.to_dict(),
     }
-    for name, argument in zip(("scale", "zero_point"), node.args[1:3], strict=True):
+    for name, argument in zip(("scale", "zero_point"), _scale_arguments(node, quantizer), strict=True):
         if not isinstance(argument, fx.Node) or argument.op != "get_attr":
             continue
         values = get_tensor(program.module, str(argument.target)).detach()
@@ -36,6 +36,18 @@ def _tensor_row(program: Program, node: fx.Node, quantizer: Quantizer) -> dict[s
         if values.dim() == 0:
             row[name] = float(f"{values.item():.9g}") if name == "scale" else int(values.item())
     return row
+
+
+def _scale_arguments(node: fx.Node, quantizer: Quantizer) -> tuple[Any, Any]:
+    """Scale and zero point of a quantizer among the arguments of its node."""
+    if not kernels.is_kernel(node):
+        return node.args[1], node.args[2]
+    given = kernels.arguments(node)
+    operand = next(name for name, held in node.meta["quantizers"].items() if held == quantizer)
+    stem, _, index = operand.partition("_")  # table_0, rounded_1: an entry of a list
+    if index:
+        return given[f"{stem}_scales"][int(index)], given[f"{stem}_zero_points"][int(index)]
+    return given.get(f"{operand}_scale"), given.get(f"{operand}_zero_point")
 
 
 def float_bytes(program: Program) -> int:

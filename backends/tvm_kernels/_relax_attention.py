@@ -1,0 +1,104 @@
+"""Attention in Relax: ``fused_attention``, and the operator that no quantizer touches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+from tvm import relax
+
+from bitlower.backends.tvm_kernels._relax_attention_kernel import Attention, attention
+from bitlower.backends.tvm_kernels._relax_frame import Frame, constant, dtype_name
+from bitlower.backends.tvm_kernels._relax_operands import Call
+from bitlower.ir import Grid, TensorType
+from bitlower.ir.types import Dim
+
+_OPERANDS = ("query", "key", "value")
+
+
+def convert_attention(call: Call) -> list[Any]:
+    """The results of a ``fused_attention``."""
+    frame, given = call.frame, call.given
+    what = _attention(
+        given,
+        factor=float(given["factor"]),
+        causal=bool(given.get("causal")),
+        explicit=bool(given.get("explicit")),
+        joined=bool(given.get("heads")),
+        scored=_grid(given.get("scores_grid")),
+        probs=_grid(given.get("probs_grid")),
+    )
+    inputs = _inputs(frame, what, given)
+    for name in (*_OPERANDS, "scores", "probs"):
+        if given.get(f"{name}_scale") is not None:
+            inputs += [constant(part.reshape(1)) for part in call.static(name)]
+    out = call.static("out") if call.has_codes and "value" not in call.names else None
+    columns = what.value_width * (what.heads if what.joined else 1)
+    if out is None or out[0].size not in (1, columns):
+        return call.finished(_emit(frame, what, given, inputs))
+    what = replace(what, output=_grid(given["out_grid"]), scales=out[0].size)
+    inputs += [constant(part.reshape(-1)) for part in out]
+    return call.taken({"codes": _emit(frame, what, given, inputs)}, 0)
+
+
+def convert_float_attention(frame: Frame, node: fx.Node) -> Any:
+    """``scaled_dot_product_attention`` between floats."""
+    names = ("query", "key", "value", "mask", "dropout", "causal")
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given["mask"] = given.get("mask", given.get("attn_mask"))
+    scale = given.get("scale")
+    factor = 1 / math.sqrt(_number(_type(given["query"]).shape[-1])) if scale is None else float(scale)
+    what = _attention(given, factor=factor, causal=bool(given.get("causal", given.get("is_causal"))))
+    return _emit(frame, what, given, _inputs(frame, what, given))
+
+
+def _attention(given: dict[str, Any], **options: Any) -> Attention:
+    query, key, value = (_type(given[name]) for name in _OPERANDS)
+    mask = given.get("mask")
+    sizes = (1,) * (4 - _type(mask).rank) + _type(mask).shape if mask is not None else ()
+    return Attention(
+        heads=_number(query.shape[1]),
+        groups=_number(key.shape[1]),
+        width=_number(query.shape[3]),
+        value_width=_number(value.shape[3]),
+        query=dtype_name(query),
+        key=dtype_name(key),
+        value=dtype_name(value),
+        mask=dtype_name(_type(mask)) if mask is not None else "",
+        spread=tuple(size == 1 for size in sizes),
+        **options,
+    )
+
+
+def _inputs(frame: Frame, what: Attention, given: dict[str, Any]) -> list[Any]:
+    """Query, key, value, and the mask with four axes."""
+    values = [frame.value(given[name]) for name in _OPERANDS]
+    if what.mask:
+        kind = _type(given["mask"])
+        shape = [frame.dim(1)] * (4 - kind.rank) + frame.shape(kind)
+        mask = frame.value(given["mask"])
+        values.append(mask if kind.rank == 4 else frame.reshape(mask, shape))
+    return values
+
+
+def _emit(frame: Frame, what: Attention, given: dict[str, Any], inputs: list[Any]) -> Any:
+    """Call the function of ``what``."""
+    batch, _, queries, _ = frame.shape(_type(given["query"]))
+    kind = relax.TensorType(what.result_shape(batch, queries), what.result_dtype)
+    return frame.emit(relax.call_tir(frame.function(what, "attention", lambda: attention(what)), inputs, out_ty=kind))
+
+
+def _grid(text: str | None) -> Grid | None:
+    return Grid.parse(text) if text else None
+
+
+def _type(node: fx.Node) -> TensorType:
+    found: TensorType = node.meta["type"]
+    return found
+
+
+def _number(size: Dim) -> int:
+    assert isinstance(size, int), f"attention over the symbolic dimension {size}"
+    return size

@@ -1,0 +1,154 @@
+"""What the conversion of a fused graph to Relax shares: symbolic dimensions, constants, and calls of kernels."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+import tvm_ffi
+from torch import fx
+from tvm import relax, tirx
+
+from bitlower.backends.tvm_kernels._arguments import arguments
+from bitlower.backends.tvm_kernels._compile import lower
+from bitlower.backends.tvm_kernels._frame import i64
+from bitlower.backends.tvm_kernels._spec import KernelSpec, Target
+from bitlower.ir import BitlowerError, TensorType, get_tensor
+from bitlower.ir.types import Dim
+
+Array = npt.NDArray[Any]
+Value = Any
+"""A Relax variable or constant, an expression of dimensions, or a list of the results of a kernel."""
+_OPAQUE = 8
+_OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+
+
+class Frame:
+    """One graph on its way to a Relax function.
+
+    Args:
+        module: the graph and its tensors.
+        builder: of TVM, within a dataflow block.
+        target: of the kernels.
+    """
+
+    def __init__(self, module: fx.GraphModule, builder: Any, target: Target) -> None:
+        self.module, self.builder, self.target = module, builder, target
+        self.values: dict[fx.Node, Value] = {}
+        self._symbols: dict[str, Any] = {}
+        self._functions: dict[Hashable, Any] = {}
+
+    def dim(self, size: Dim) -> Any:
+        """A dimension as an expression; equal names are equal variables.
+
+        Raises:
+            BitlowerError: it is no sum, difference, product or whole quotient of names and numbers.
+        """
+        try:
+            return self._expression(ast.parse(str(size), mode="eval").body)
+        except (SyntaxError, KeyError):
+            raise BitlowerError(f"the dimension {size!r} is no expression that a library can compute") from None
+
+    def _expression(self, tree: ast.expr) -> Any:
+        match tree:
+            case ast.Constant(value=int(value)):
+                return i64(value)
+            case ast.Name(id=name):
+                return self._symbols.setdefault(name, tirx.Var(name, "int64"))
+            case ast.BinOp(left=left, op=op, right=right):
+                return _OPERATORS[type(op)](self._expression(left), self._expression(right))
+            case _:
+                raise KeyError(tree)
+
+    def shape(self, kind: TensorType) -> list[Any]:
+        """The dimensions of a type."""
+        return [self.dim(size) for size in kind.shape]
+
+    def type_of(self, kind: TensorType) -> Any:
+        """A type in Relax."""
+        return relax.TensorType(self.shape(kind), dtype_name(kind))
+
+    def value(self, argument: Any) -> Value:
+        """What an argument of a node is here: nodes are looked up, also inside lists; all else stays."""
+        if isinstance(argument, fx.Node):
+            if argument not in self.values and argument.op == "get_attr":
+                self.values[argument] = constant(self.tensor(argument))
+            return self.values[argument]
+        if isinstance(argument, list | tuple):
+            return [self.value(item) for item in argument]
+        return argument
+
+    def tensor(self, node: fx.Node) -> Array:
+        """The tensor that a ``get_attr`` names."""
+        assert isinstance(node.target, str)
+        found: Array = get_tensor(self.module, node.target).detach().numpy()
+        return found
+
+    def emit(self, expression: Any) -> Any:
+        """A variable for an expression."""
+        return self.builder.emit(expression)
+
+    def te(self, function: Callable[..., Any], *given: Any, name: str, alone: bool = False) -> Any:
+        """A kernel made of ``te`` expressions, which TVM may fuse with others, unless it stands ``alone``."""
+        attributes = {"op_pattern": _OPAQUE} if alone else None
+        return self.builder.emit_te(function, *given, primfunc_name_hint=name, primfunc_attrs=attributes)
+
+    def reshape(self, value: Any, shape: list[Any]) -> Any:
+        """The same entries in another shape."""
+        return self.emit(relax.op.reshape(value, shape))
+
+    def cast(self, value: Any, kind: TensorType) -> Any:
+        """``value`` as of the type ``kind``: where TVM cannot tell that shapes are equal, it is checked at run time."""
+        wanted = self.type_of(kind)
+        same = tvm_ffi.structural_equal(value.ty, wanted)
+        return value if same else self.builder.match_cast(value, wanted)
+
+    def rows(self, value: Any, kind: TensorType) -> Any:
+        """``[…, columns]`` as ``[rows, columns]``."""
+        *outer, columns = self.shape(kind)
+        return value if len(outer) == 1 else self.reshape(value, [product(outer), columns])
+
+    def call(self, spec: KernelSpec, given: Mapping[str, Any], rows: Any) -> dict[str, Any]:
+        """Call the kernel of ``spec`` on its arguments by name; its results by name."""
+        function = self.function(spec, spec.name, lambda: lower(spec))
+        read = [given[argument.name] for argument in arguments(spec) if not argument.written]
+        written = [argument for argument in arguments(spec) if argument.written]
+        types = [relax.TensorType([rows if size is None else i64(size) for size in a.shape], a.dtype) for a in written]
+        found = self.emit(relax.call_tir(function, read, out_ty=types if len(types) > 1 else types[0]))
+        if len(written) == 1:
+            return {written[0].name: found}
+        return {a.name: self.emit(relax.TupleGetItem(found, at)) for at, a in enumerate(written)}
+
+    def function(self, key: Hashable, name: str, make: Callable[[], Any]) -> Any:
+        """The function that ``make`` gives, once for each key; TVM does not fuse it with others."""
+        if key not in self._functions:
+            self._functions[key] = self.builder.add_func(make().with_attr("op_pattern", _OPAQUE), name)
+        return self._functions[key]
+
+
+def constant(array: Array) -> Any:
+    """A constant of the library."""
+    return relax.const(tvm.runtime.tensor(np.asarray(array, order="C")))
+
+
+def product(sizes: list[Any]) -> Any:
+    """The product of dimensions."""
+    total = i64(1)
+    for size in sizes:
+        total = total * size
+    return total
+
+
+def dtype_name(kind: TensorType) -> str:
+    """The dtype as TVM calls it."""
+    return str(kind.dtype).removeprefix("torch.")

@@ -1,0 +1,153 @@
+"""``fused_linear`` in Relax: the kernel of its spec, or float32 products where there is none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from tvm import relax, te
+
+from bitlower.backends.tvm_kernels import _expressions as expressions
+from bitlower.backends.tvm_kernels._packing import pack_linear, pack_vector
+from bitlower.backends.tvm_kernels._relax_frame import Array, constant, product
+from bitlower.backends.tvm_kernels._relax_operands import Call
+from bitlower.backends.tvm_kernels._relax_quantize import dequantized, quantized
+from bitlower.backends.tvm_kernels._spec import Layout, LinearSpec
+from bitlower.ir import BitlowerError, Grid
+
+_MOST_RUNS = 64
+"""Kernels have code of their own for each group of embedding dimensions, if these are not equal."""
+
+
+def convert_linear(call: Call) -> list[Any]:
+    """The results of a ``fused_linear``."""
+    try:
+        spec, runs = linear_spec(call)
+    except BitlowerError:
+        return _plain(call)
+    given = _arguments(call, spec, runs)
+    rows = product(call.frame.shape(call.type_of("x"))[:-1])
+    found = call.frame.call(spec, given, rows)
+    sizes = call.given.get("rows")
+    if not sizes:
+        return call.taken(found, 0)
+    results, start = list[Any](), 0
+    for part, size in enumerate(sizes):
+        results += call.taken({name: _columns(call, value, start, size) for name, value in found.items()}, part)
+        start += size
+    return results
+
+
+def linear_spec(call: Call) -> tuple[LinearSpec, Array | None]:
+    """The spec of the kernel, and where each group of embedding dimensions of x starts (None: x has no groups).
+
+    Raises:
+        BitlowerError: there is no kernel for it.
+    """
+    codes, weight = call.stored("weight"), call.quantizer("weight")
+    assert codes is not None, f"the weight of %{call.node.name} is not stored"
+    assert weight is not None, f"the weight of %{call.node.name} has no quantizer"
+    if call.given.get("bias") is not None and call.stored("bias") is None:
+        raise BitlowerError(f"%{call.node.name}: kernels take a bias that is stored")
+    starts, splits = _runs(call, codes.shape[1])
+    spec = LinearSpec(
+        target=call.frame.target,
+        inputs=codes.shape[1],
+        outputs=codes.shape[0],
+        weight=weight,
+        activation=call.quantizer("x"),
+        splits=splits,
+        bias=call.given.get("bias") is not None,
+        function=call.given.get("activation", ""),
+        rounded=call.quantizer("rounded"),
+        residual=call.given.get("residual") is not None,
+        residual_codes=call.quantizer("residual"),
+        output=call.quantizer("out"),
+        keep=call.keep if call.has_codes else "",
+    )
+    if all(size % spec.step == 0 for size in spec.segment_sizes):
+        spec = replace(spec, layout=Layout.PANELS)
+    return spec, starts
+
+
+def _runs(call: Call, columns: int) -> tuple[Array | None, tuple[int, ...]]:
+    """Where the runs of columns of x with one scale start, and their sizes; nothing for a scale for all columns.
+
+    Raises:
+        BitlowerError: there are too many.
+    """
+    spec = call.quantizer("x")
+    if spec is None or not spec.granularity.kind.startswith("embedding"):
+        return None, ()
+    pair = np.stack([part.reshape(-1) for part in call.static("x")])
+    spaced = np.repeat(pair, columns // pair.shape[1], 1)
+    starts = np.flatnonzero(np.r_[True, (spaced[:, 1:] != spaced[:, :-1]).any(0)])
+    if len(starts) > _MOST_RUNS:
+        raise BitlowerError(f"%{call.node.name}: x has {len(starts)} groups, kernels take {_MOST_RUNS}")
+    return starts, tuple(int(size) for size in np.diff([*starts, columns]))
+
+
+def _arguments(call: Call, spec: LinearSpec, starts: Array | None) -> dict[str, Any]:
+    """All that the kernel reads."""
+    given: dict[str, Any] = {}
+    if starts is None:
+        call.operand("x", "x", given)
+    else:
+        given["x"] = call.frame.rows(call.frame.value(call.given["x"]), call.type_of("x"))
+        for name, part in zip(("x_scale", "x_zero"), call.static("x"), strict=True):
+            spaced = np.repeat(part.reshape(-1), spec.inputs // part.size)
+            given[name] = constant(spaced[starts])
+    codes = call.stored("weight")
+    assert codes is not None
+    packed = pack_linear(spec, codes, *call.static("weight"))
+    given |= {name: constant(array) for name, array in packed.items()}
+    bias = call.stored("bias")
+    if bias is not None:
+        given["bias"] = constant(pack_vector(spec, bias))
+    if spec.rounded is not None:
+        call.out_scales(spec.rounded, spec.outputs, given, "rounded")
+    if spec.residual:
+        call.operand("residual", "residual", given)
+    if spec.output is not None:
+        call.out_scales(spec.output, spec.outputs, given)
+    return given
+
+
+def _columns(call: Call, value: Any, start: int, size: int) -> Any:
+    return call.frame.emit(relax.op.strided_slice(value, axes=[1], begin=[start], end=[start + size]))
+
+
+def _plain(call: Call) -> list[Any]:
+    """The same in float32, operator by operator, with the weight dequantized."""
+    frame, weight = call.frame, call.floats("weight")
+    assert weight is not None
+    product = frame.emit(relax.op.matmul(call.real("x"), constant(weight.T)))
+    if call.given.get("bias") is not None:
+        product = frame.emit(relax.op.add(product, frame.value(call.given["bias"])))
+    if call.given.get("activation"):
+        product = activated(call, product)
+    if call.given.get("rounded_scale") is not None:
+        scale, zero = (constant(part) for part in call.static("rounded"))
+        codes = quantized(frame, product, scale, zero, Grid.parse(call.given["rounded_grid"]))
+        product = dequantized(frame, codes, scale, zero)
+    product = call.add(product, "residual")
+    sizes, results, start = call.given.get("rows"), list[Any](), 0
+    if not sizes:
+        return call.finished(product)
+    for part, size in enumerate(sizes):
+        axis = call.type_of("x").rank - 1
+        piece = relax.op.strided_slice(product, axes=[axis], begin=[start], end=[start + size])
+        results += call.finished(frame.emit(piece), part)
+        start += size
+    return results
+
+
+def activated(call: Call, x: Any) -> Any:
+    """The activation function of the node as an expression of its own."""
+    function = call.given["activation"]
+
+    def body(x: Any) -> Any:
+        return te.compute(x.shape, lambda *index: expressions.apply(function, x[index]), name="activated")
+
+    return call.frame.te(body, x, name=function.replace("-", "_"))

@@ -1,0 +1,190 @@
+"""Whole fused programs as libraries for the CPU: the numbers are those of the program that PyTorch runs."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+import transformers
+from torch import fx
+
+pytest.importorskip("tvm", reason="the extra tvm is not installed")
+
+from bitlower.backends._resolved import resolved_tensors
+from bitlower.backends.tvm_kernels._relax import Library, build_module, compile_program
+from bitlower.backends.tvm_kernels._relax_frame import Frame
+from bitlower.backends.tvm_kernels._spec import Target
+from bitlower.frontends import load
+from bitlower.ir import BitlowerError, Level, Program, ValueSpec, kernels
+from bitlower.passes import Context, PassManager, parse_pipeline
+
+TOLERANCE = 5e-6
+"""Of the largest error of an output, over its standard deviation. A code that float arithmetic turns over at a tie
+shows as more than 1e-3; these seeds have none."""
+SIZES = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+MODELS = {
+    "bert": ("Bert", SIZES | {"intermediate_size": 64}),
+    "llama": ("Llama", SIZES | {"num_key_value_heads": 2, "intermediate_size": 64, "tie_word_embeddings": True}),
+    "gemma": ("Gemma", SIZES | {"num_key_value_heads": 1, "intermediate_size": 64, "head_dim": 8}),
+    "gpt2": ("GPT2", {"vocab_size": 96, "n_layer": 2, "n_head": 4, "n_embd": 32}),
+    "neox": ("GPTNeoX", SIZES | {"intermediate_size": 64}),
+}
+
+
+def tokens(program: Program, rows: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The first row is padded, on the left."""
+    ids = torch.randint(3, 90, (rows, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    mask[0, : length // 3] = 0
+    found = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    found["token_type_ids"] = ids % 2
+    return {spec.name: found[spec.name] for spec in program.inputs if spec.name in found}
+
+
+@cache
+def fused(name: str, scheme: str, more: str = "", last: str = ",fuse") -> Program:
+    """A tiny random model, calibrated and fused."""
+    kind, sizes = MODELS[name]
+    torch.manual_seed(0)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = getattr(transformers, f"{kind}Config")(**sizes, max_position_embeddings=64, **ids)
+    make = transformers.AutoModel if name == "bert" else transformers.AutoModelForCausalLM
+    model = make.from_config(config).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if any(part in key for part in ("norm", "bias", "ln_", "LayerNorm")):
+                parameter += 0.1 * torch.randn(parameter.shape)
+    program = load(model) if name == "bert" else load(model, task="text-generation")
+    passes = parse_pipeline(f"clean,quantize{{scheme={scheme}}},calibrate{{weights=minmax}},{more}lower-integer{last}")
+    data = [tokens(program, 3, 9, seed) for seed in (1, 2)]
+    return PassManager(passes).run(program, Context(calibration=data))
+
+
+def worst(program: Program, library: Library, batch: dict[str, torch.Tensor]) -> float:
+    """The largest error of any output, over its standard deviation."""
+    with torch.no_grad():
+        expected, found = program(**batch), library(**batch)
+    assert expected.keys() == found.keys()
+    errors = []
+    for name, value in expected.items():
+        assert found[name].shape == value.shape
+        assert found[name].dtype == value.dtype
+        errors.append(float((found[name].double() - value.double()).abs().max() / value.double().std()))
+    return max(errors)
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A8-full", "W8A8-token", "W4A8-g16-upeg3"])
+def test_an_encoder_gives_the_numbers_of_its_program(scheme: str) -> None:
+    """One library for batches of any shape."""
+    program = fused("bert", scheme)
+    library = compile_program(program)
+    for rows, length in ((2, 7), (1, 1), (4, 12)):
+        assert worst(program, library, tokens(program, rows, length, seed=5)) < TOLERANCE
+
+
+def test_groups_that_legalize_cut_are_one_product_again() -> None:
+    program = fused("bert", "W8A8-peg4", "legalize,")
+    assert any("columns" in node.kwargs for node in program.graph.nodes)
+    assert worst(program, compile_program(program), tokens(program, 2, 7, seed=5)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme"),
+    [("llama", "W4A16-g16"), ("llama", "W8A8"), ("gemma", "W8A8"), ("gpt2", "W8A8-full"), ("neox", "W8A8-token")],
+)
+def test_a_decoder_reads_a_text_and_goes_on_from_its_cache(model: str, scheme: str) -> None:
+    program = fused(model, scheme)
+    library = compile_program(program)
+    batch = tokens(program, 2, 5)
+    assert worst(program, library, batch) < TOLERANCE
+    given = library(**batch)
+    past = {name.replace("present", "past_key_values"): value for name, value in given.items() if "present" in name}
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], 1)
+    step = {"input_ids": batch["input_ids"][:, :1], "attention_mask": mask}
+    step["position_ids"] = mask.sum(1, keepdim=True) - 1
+    step = {spec.name: step[spec.name] for spec in program.inputs if spec.name in step}
+    assert worst(program, library, step | past) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme"), [("bert", "W8A8-full"), ("bert", "W8A8-token"), ("bert", "W12A12-full"), ("llama", "W8A8")]
+)
+def test_codes_between_kernels_are_equal(model: str, scheme: str) -> None:
+    """Every kernel's codes become outputs: equal but for ties, which are one step apart.
+
+    Of 12 bits there are no kernels but expressions alone.
+    """
+    program = fused(model, scheme).clone()
+    codes = [node for node in program.graph.nodes if is_codes(node)]
+    output = program.graph.output_node()
+    output.args = (tuple(codes),)
+    program.outputs = tuple(ValueSpec(node.name, node.meta["type"]) for node in codes)
+    program.recompile()
+    batch = tokens(program, 3, 9, seed=7)
+    with torch.no_grad():
+        expected, found = program(**batch), compile_program(program)(**batch)
+    assert len(codes) >= 8
+    pairs = [(expected[name].int(), found[name].int()) for name in expected]
+    assert max(int((first - second).abs().max()) for first, second in pairs) <= 1
+    unequal = sum(int((first != second).sum()) for first, second in pairs)
+    assert unequal <= 1e-3 * sum(first.numel() for first, _ in pairs)
+
+
+def is_codes(node: fx.Node) -> bool:
+    taken = kernels.output_of(node)
+    return taken is not None and taken[1].name == "codes"
+
+
+def test_kernels_have_schedules_and_no_float_weights() -> None:
+    """A linear of a layer is one function of its spec, and equal layers share it."""
+    module = build_module(fused("bert", "W8A8"))
+    families = [
+        str(f.attrs["bitlower.family"]) for f in module.functions.values() if "bitlower.family" in (f.attrs or {})
+    ]
+    assert {family: families.count(family) for family in set(families)} == {
+        "linear": 5,  # merged queries, keys and values; two with a residual; one with GELU; the pooler
+        "norm": 2,  # with codes, and the last one without
+        "attention": 1,
+    }
+
+
+def test_any_cpu_computes_the_same() -> None:
+    program = fused("llama", "W4A16-g16")
+    batch = tokens(program, 2, 5)
+    assert worst(program, compile_program(program, Target.LLVM), batch) < TOLERANCE
+
+
+def test_programs_that_cannot_be_built_are_refused() -> None:
+    program = fused("bert", "W8A8").clone()
+    program.level = Level.INTEGER
+    with pytest.raises(BitlowerError, match="made of fused programs; this is integer; run the pass `fuse`"):
+        build_module(program)
+    program = fused("bert", "W8A8").clone()
+    program.graphs["second"] = program.module
+    with pytest.raises(BitlowerError, match="one graph, the program has model, second"):
+        build_module(program)
+    program = fused("bert", "W8A8").clone()
+    norm = next(node for node in program.graph.nodes if node.target is torch.ops.aten.layer_norm.default)
+    norm.target, norm.args = torch.ops.aten.erfinv.default, norm.args[:1]
+    with pytest.raises(BitlowerError, match=r"%layer_norm_4: there is no converter for aten\.erfinv\.default"):
+        build_module(program)
+
+
+def test_a_manifest_names_the_scales_that_kernels_hold() -> None:
+    """As the program before fusion has them, but for merged layers."""
+    before, after = (resolved_tensors(fused("bert", "W8A8-full", last=last)) for last in ("", ",fuse"))
+    scales = {row["tensor"]: {key: row.get(key) for key in ("scale_shape", "scale", "zero_point")} for row in before}
+    kept = [row for row in after if row["tensor"] in scales]
+    assert len(kept) > 30
+    assert all({key: row.get(key) for key in scales[row["tensor"]]} == scales[row["tensor"]] for row in kept)
+    assert sum("query_key_value" in row["tensor"] for row in after if row not in kept) == 2
+
+
+def test_dimensions_are_sums_and_products_of_names() -> None:
+    frame = Frame(fused("bert", "W8A8").module, None, Target.LLVM)
+    assert frame.dim("past + sequence").a.same_as(frame.dim("past"))
+    assert int(frame.dim(7)) == 7
+    for text in ("max(a, b)", "a +", "a ** 2"):
+        with pytest.raises(BitlowerError, match="no expression that a library can compute"):
+            frame.dim(text)

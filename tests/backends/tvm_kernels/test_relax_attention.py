@@ -1,0 +1,119 @@
+"""Attention as one function on the CPU against float64."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tvm", reason="the extra tvm is not installed")
+
+import tvm
+
+from bitlower.backends.tvm_kernels import host_target
+from bitlower.backends.tvm_kernels._cpu_frame import tvm_target
+from bitlower.backends.tvm_kernels._relax_attention_kernel import LEAST, Attention, attention
+from bitlower.ir import Grid
+
+UINT8 = Grid(8, signed=False, symmetric=False)
+SCALES = {"query": (0.02, 120.0), "key": (0.03, 131.0), "value": (0.025, 128.0), "scores": (0.11, 100.0)}
+SCALES |= {"probs": (1 / 255, 0.0), "out": (0.013, 127.0)}
+BATCH, QUERIES, KEYS = 2, 5, 7
+CASES = {
+    "plain": Attention(heads=4, groups=4, width=16, value_width=16, factor=0.25),
+    "ragged-groups": Attention(heads=6, groups=2, width=20, value_width=37, factor=0.2, joined=True),
+    "mask": Attention(
+        heads=2, groups=1, width=8, value_width=8, factor=0.3, mask="bool", spread=(False, True, False, False)
+    ),
+    "added": Attention(
+        heads=2, groups=2, width=32, value_width=16, factor=0.2, mask="float32", spread=(True, True, False, False)
+    ),
+    "causal": Attention(heads=2, groups=2, width=16, value_width=16, factor=0.25, causal=True),
+    "codes": Attention(
+        heads=4, groups=2, width=16, value_width=32, factor=0.2, joined=True, query="uint8", key="uint8", value="uint8",
+        output=UINT8, scales=128,
+    ),
+    "rounded": Attention(
+        heads=2, groups=2, width=16, value_width=16, factor=0.25, explicit=True, mask="bool",
+        spread=(False, True, True, False), scored=UINT8, probs=UINT8, output=UINT8,
+    ),
+}  # fmt: skip
+
+
+def rounding(value: np.ndarray, name: str) -> np.ndarray:
+    scale, zero = SCALES[name]
+    return (np.clip(np.rint(value / np.float32(scale)) + zero, 0, 255) - zero) * np.float64(np.float32(scale))
+
+
+def reference(what: Attention, given: dict[str, np.ndarray]) -> np.ndarray:
+    """Before the rounding of the result."""
+    real = {
+        name: (given[name].astype(np.float64) - SCALES[name][1]) * np.float64(np.float32(SCALES[name][0]))
+        if getattr(what, name) == "uint8"
+        else given[name].astype(np.float64)
+        for name in ("query", "key", "value")
+    }
+    key, value = (np.repeat(real[name], what.heads // what.groups, 1) for name in ("key", "value"))
+    scores = real["query"] @ key.swapaxes(2, 3)
+    scores = (rounding(scores, "scores") if what.scored else scores) * what.factor
+    gone = LEAST if what.explicit else -np.inf
+    if what.causal:
+        scores = np.where(np.tri(QUERIES, KEYS, dtype=bool), scores, gone)
+    if what.mask:
+        scores = np.where(given["mask"], scores, gone) if what.mask == "bool" else scores + given["mask"]
+    top = scores.max(-1, keepdims=True)
+    shares = np.exp(scores - np.where(np.isinf(top), 0, top))
+    total = shares.sum(-1, keepdims=True)
+    probs = np.divide(shares, total, out=np.zeros_like(shares), where=total > 0)
+    result = (rounding(probs, "probs") if what.probs else probs) @ value
+    return result.swapaxes(1, 2).reshape(BATCH, QUERIES, -1) if what.joined else result
+
+
+def operands(what: Attention) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(3)
+    shapes = {
+        "query": (BATCH, what.heads, QUERIES, what.width),
+        "key": (BATCH, what.groups, KEYS, what.width),
+        "value": (BATCH, what.groups, KEYS, what.value_width),
+    }
+    given = {}
+    for name, shape in shapes.items():
+        codes = getattr(what, name) == "uint8"
+        given[name] = (
+            random.integers(0, 256, shape, np.uint8) if codes else random.normal(size=shape).astype(np.float32)
+        )
+    if what.mask:
+        full = (BATCH, what.heads, QUERIES, KEYS)
+        shape = tuple(1 if one else size for size, one in zip(full, what.spread, strict=True))
+        kept = random.random(shape) < 0.6
+        kept[0, 0, 0] = False  # a row without a key
+        given["mask"] = kept if what.mask == "bool" else np.where(kept, random.normal(size=shape), -np.inf)
+        given["mask"] = given["mask"].astype(what.mask)
+    names = [name for name in shapes if getattr(what, name) == "uint8"]
+    names += [name for name, grid in (("scores", what.scored), ("probs", what.probs)) if grid]
+    for name in names:
+        given |= {f"{name}_{at}": np.array([part], np.float32) for at, part in zip(count(), SCALES[name], strict=False)}
+    if what.output:
+        given |= {f"out_{at}": np.full(what.scales, part, np.float32) for at, part in enumerate(SCALES["out"])}
+        given["out_0"] = given["out_0"] * np.linspace(1, 2, what.scales, dtype=np.float32)
+    return given
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_is_that_of_float64(name: str) -> None:
+    what = CASES[name]
+    given = operands(what)
+    wanted = reference(what, given)
+    executable = tvm.compile(tvm.IRModule({"attention": attention(what)}), target=tvm_target(host_target()))
+    result = tvm.runtime.tensor(np.zeros(wanted.shape, what.result_dtype))
+    executable["attention"](*map(tvm.runtime.tensor, given.values()), result)
+    found = result.numpy()
+    if what.output is None:
+        assert np.abs(found - wanted).max() < 2e-6 * np.abs(wanted).max()
+        return
+    ratio = wanted / given["out_0"].astype(np.float64) + SCALES["out"][1]
+    near = np.abs(ratio - np.floor(ratio) - 0.5) < 1e-4
+    assert ((found == np.clip(np.rint(ratio), 0, 255)) | near).all()
+    assert near.mean() < 0.01
+    assert len(np.unique(found)) > 20
