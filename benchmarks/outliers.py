@@ -5,7 +5,7 @@
 Weights per channel in 8 bits, the input of every linear but the head and every residual sum in 8 bits, scales from 32
 windows of 512 tokens of WikiText-2 valid. Perplexity over the first 12 windows of 512 tokens of test. ``16 bit`` is the
 share of activation quantizers that have 16 bits. ``prefix``: constant keys and values of the model's first token and of
-the newline, its two attention sinks, before every sequence. Rows that are in the results file already are kept, unless
+the newline before every sequence. Rows that are in the results file already are kept, unless
 ``--fresh``.
 """
 

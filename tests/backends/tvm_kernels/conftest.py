@@ -42,7 +42,7 @@ class Case:
         output = getattr(self.spec, "output", None)
         if output is not None:
             self._check_codes(output, results, limit)
-        if "values" in results:
+        if output is None or self.spec.keep:
             wanted = self.wanted
             if self.spec.keep == "rounded":
                 wanted = Operand(results["codes"], *self._scales(output, results)).values()
