@@ -97,8 +97,27 @@ def windows(program: Program, ids: torch.Tensor, *, batch_size: int = 1) -> list
     for rows in torch.split(ids, batch_size):
         mask = torch.ones_like(rows)
         known = {"input_ids": rows.contiguous(), "attention_mask": mask, "position_ids": positions(mask)}
+        known["token_type_ids"] = torch.zeros_like(rows)
         result.append({name: known[name] for name in names if name in known})
     return result
+
+
+def random_windows(
+    program: Program, *, count: int = 2, length: int = 32, seed: int = 0
+) -> list[dict[str, torch.Tensor]]:
+    """``count`` batches of one row of tokens drawn at random: for comparisons that need no text.
+
+    Raises:
+        BitlowerError: the program does not read token ids of a known vocabulary.
+    """
+    entries = program.config.get("vocab_size")
+    if not isinstance(entries, int) or "input_ids" not in (spec.name for spec in program.inputs):
+        raise BitlowerError(
+            f"{program.source or 'the model'} reads no token ids, so that inputs cannot be drawn for its checks",
+            hint="give calibration batches",
+        )
+    length = min(length, program.config.get("max_position_embeddings") or length)
+    return windows(program, torch.randint(entries, (count, length), generator=torch.Generator().manual_seed(seed)))
 
 
 def check_length(program: Program, length: int) -> None:

@@ -75,12 +75,16 @@ class Source:
 
 
 def recipe_source(recipe: Recipe, decoder: bool) -> Source:
-    """The data of a recipe; its files are read here.
+    """The data of a recipe, which may have none; its files are read here.
 
     Raises:
         BitlowerError: a file is missing, damaged or too short.
     """
-    return _recipe_windows(recipe) if decoder else _recipe_texts(recipe)
+    source = _section_source(recipe, recipe.calibration, decoder) if recipe.calibration else Source(lambda _: Data())
+    if recipe.evaluation is None:
+        return source
+    held_out = _evaluation(recipe, recipe.evaluation, decoder)
+    return replace(source, batches=lambda program: replace(source.batches(program), evaluation=held_out(program)))
 
 
 def python_source(
@@ -107,15 +111,25 @@ def python_source(
     return Source(lambda program: _windows(program, text, amount, seed), amount.samples)
 
 
-def _recipe_texts(recipe: Recipe) -> Source:
-    """Texts to calibrate on, and held-out ones: those of ``evaluation``, or what calibration leaves over."""
-    section, other = recipe.calibration, recipe.evaluation
-    texts = split_texts(recipe.resolve(section.data), samples=section.samples, seed=section.seed, column=section.column)
-    if other is not None:
-        path, count = recipe.resolve(other.data), other.samples or HELD_OUT_TEXTS
-        held_out = read_texts(path, column=other.column, samples=count, seed=other.seed)
-        texts = replace(texts, held_out=tuple(held_out))
-    return _texts(texts, Amount.of(section, False), Amount.of(other or section, False))
+def _section_source(recipe: Recipe, section: DataSection, decoder: bool) -> Source:
+    """What a section asks for to calibrate on, and what it leaves over to hold out."""
+    path, amount = recipe.resolve(section.data), Amount.of(section, decoder)
+    if not decoder:
+        texts = split_texts(path, samples=section.samples, seed=section.seed, column=section.column)
+        return _texts(texts, amount, amount)
+    text = read_text(path, column=section.column, limit=LONGEST_TEXT)
+    return Source(lambda program: _windows(program, text, amount, section.seed), amount.samples)
+
+
+def _evaluation(recipe: Recipe, section: DataSection, decoder: bool) -> Callable[[Program], Sequence[Batch]]:
+    """The texts, or windows of the text, of the section ``evaluation``."""
+    path, amount = recipe.resolve(section.data), Amount.of(section, decoder)
+    if not decoder:
+        texts = read_texts(path, column=section.column, samples=section.samples or HELD_OUT_TEXTS, seed=section.seed)
+        return lambda program: _rows(program, texts, amount)
+    text = read_text(path, column=section.column, limit=LONGEST_TEXT)
+    amount = replace(amount, samples=section.samples or HELD_OUT_WINDOWS)
+    return lambda program: _windows(program, text, amount, section.seed).calibration
 
 
 def _texts(texts: Split, amount: Amount, held_out: Amount) -> Source:
@@ -127,23 +141,6 @@ def _texts(texts: Split, amount: Amount, held_out: Amount) -> Source:
 
 def _rows(program: Program, texts: Sequence[str], amount: Amount) -> Sequence[Batch]:
     return batches(program, texts, max_length=amount.length(program), batch_size=amount.batch_size) if texts else ()
-
-
-def _recipe_windows(recipe: Recipe) -> Source:
-    """Windows of the calibration text, and held-out ones: of the text of ``evaluation``, or others of the same."""
-    section, other = recipe.calibration, recipe.evaluation
-    text = read_text(recipe.resolve(section.data), column=section.column, limit=LONGEST_TEXT)
-    amount = Amount.of(section, True)
-    if other is None:
-        return Source(lambda program: _windows(program, text, amount, section.seed), amount.samples)
-    second = read_text(recipe.resolve(other.data), column=other.column, limit=LONGEST_TEXT)
-    more, seed = replace(Amount.of(other, True), samples=other.samples or HELD_OUT_WINDOWS), other.seed
-
-    def made(program: Program) -> Data:
-        held_out = _windows(program, second, more, seed).calibration
-        return replace(_windows(program, text, amount, section.seed), evaluation=held_out)
-
-    return Source(made, amount.samples)
 
 
 def _windows(program: Program, text: str, amount: Amount, seed: int) -> Data:

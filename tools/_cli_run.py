@@ -32,11 +32,15 @@ Formats = Annotated[
         help="onnx-qdq (if not given), checkpoint (which is compressed-tensors), or gptq-v2; may be repeated.",
     ),
 ]
-Calibration = Annotated[
-    str,
+_TEXTS = (
+    "Texts: one a line, or FILE.tsv:COLUMN (also .csv, .jsonl; columns by name or from 0). For a language model the "
+    "file is one long text."
+)
+Calibration = Annotated[str, typer.Option(help=_TEXTS)]
+OptionalCalibration = Annotated[
+    str | None,
     typer.Option(
-        help="Texts: one a line, or FILE.tsv:COLUMN (also .csv, .jsonl; columns by name or from 0). For a language "
-        "model the file is one long text."
+        "--calibration", help=f"{_TEXTS} Not needed for schemes without static activations, by round-to-nearest."
     ),
 ]
 Task = Annotated[
@@ -90,8 +94,8 @@ def run(
 def quantize(
     context: typer.Context,
     model: Model,
-    calibration: Calibration,
     output: Output,
+    calibration: OptionalCalibration = None,
     scheme: Scheme = "W8A8",
     algorithm: Algorithm = None,
     formats: Formats = None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bitlower.frontends.tokenize import random_windows
 from bitlower.ir import Batch, BitlowerError, Level, Program
 from bitlower.passes import (
     Cache,
@@ -183,7 +184,7 @@ class _Run:
         ledger = json.dumps(self.ledger.to_dict(), indent=1, sort_keys=True)
         texts = {"ledger.json": f"{ledger}\n", "recipe.yaml": self.job.recipe, **self.reports.files}
         reports = {}
-        batches = data.evaluation or data.calibration[:2]
+        batches = data.evaluation or data.calibration[:2] or random_windows(program, seed=self.job.seed)
         provenance = {
             "seed": self.job.seed,
             "calibration_batches": len(data.calibration),

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bitlower.ir import BitlowerError, Scheme, nearest
+from bitlower.ir.scheme import ACTIVATION_ROLES
 from bitlower.passes import Pass, make_pass
 from bitlower.tools.data import split_column
 from bitlower.tools.recipe import Recipe, steps_of
@@ -53,23 +54,40 @@ def standard_passes(
 ) -> tuple[Pass, ...]:
     """The pipeline behind ``quantize``: every step from a float program to integers.
 
-    ``smooth`` and ``calibrate`` are for activations; with float activations ``algorithm`` stands alone.
+    ``smooth`` and ``calibrate`` are for activations; with float activations ``algorithm`` stands alone. Without
+    calibration data there is no ``smooth``.
 
     Raises:
-        BitlowerError: not a scheme, or not an algorithm.
+        BitlowerError: not a scheme, not an algorithm, or one of them needs calibration data and there are none.
     """
     made = as_scheme(scheme)
     algorithm = algorithm or default_algorithm(made, calibrated=calibrated)
     if algorithm not in ALGORITHMS:
         raise BitlowerError(f"unknown algorithm {algorithm!r}", hint=nearest(algorithm, ALGORITHMS))
+    if not calibrated:
+        _check_needs_no_data(made, algorithm)
     parameters: dict[str, Any] = {"scheme": scheme, "ignore": list(ignore)}
-    names = ("smooth", algorithm, "calibrate") if made.activations else (algorithm,)
+    smooth = ("smooth",) if calibrated else ()
+    names = (*smooth, algorithm, "calibrate") if made.activations else (algorithm,)
     return (
         make_pass("clean"),
         make_pass("quantize", parameters),
         *(make_pass(name) for name in dict.fromkeys(names)),
         make_pass("lower-integer"),
     )
+
+
+def _check_needs_no_data(scheme: Scheme, algorithm: str) -> None:
+    if algorithm == "gptq":
+        raise BitlowerError(
+            "gptq needs calibration data", hint="give calibration data, or round to nearest: algorithm rtn"
+        )
+    specs = [spec for role in ACTIVATION_ROLES if (spec := scheme.spec(role))]
+    if not all(spec.granularity.dynamic for spec in specs):
+        raise BitlowerError(
+            f"{scheme} has static activations, whose ranges need calibration data",
+            hint="give calibration data, or take scales of each token, such as W8A8-token",
+        )
 
 
 def standard_exports(scheme: str | Scheme, formats: Sequence[str] = ()) -> tuple[tuple[str, dict[str, Any]], ...]:
@@ -94,7 +112,7 @@ def standard_exports(scheme: str | Scheme, formats: Sequence[str] = ()) -> tuple
 def standard_recipe(
     model: str,
     scheme: str | Scheme,
-    calibration: str | os.PathLike[str],
+    calibration: str | os.PathLike[str] | None,
     *,
     algorithm: str | None = None,
     formats: Sequence[str] = (),
@@ -106,17 +124,20 @@ def standard_recipe(
 ) -> Recipe:
     """The recipe behind ``bitlower quantize``; paths are from the working directory.
 
+    Without calibration data weights are rounded to nearest, activations with scales of each token.
+
     Raises:
         BitlowerError: not a scheme, or not an algorithm.
     """
-    path, column = split_column(calibration)
-    data = {"data": str(path), "column": column, "samples": samples, "max_length": max_length, "seed": seed}
     form: dict[str, Any] = {
         "model": {"path": model, "task": task},
-        "calibration": {key: value for key, value in data.items() if value is not None},
-        "passes": steps_of(standard_passes(scheme, ignore, algorithm=algorithm)),
+        "passes": steps_of(standard_passes(scheme, ignore, algorithm=algorithm, calibrated=calibration is not None)),
         "export": [{name: params} if params else name for name, params in standard_exports(scheme, formats)],
     }
+    if calibration is not None:
+        path, column = split_column(calibration)
+        data = {"data": str(path), "column": column, "samples": samples, "max_length": max_length, "seed": seed}
+        form["calibration"] = {key: value for key, value in data.items() if value is not None}
     try:
         return Recipe.model_validate(form)
     except ValidationError as error:

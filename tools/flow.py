@@ -62,7 +62,7 @@ def recipe_job(recipe: Recipe) -> Job:
         passes=passes,
         exports=tuple((step.name, step.params) for step in recipe.export),
         recipe=dump_recipe(_resolved(recipe, source.samples)),
-        seed=recipe.calibration.seed,
+        seed=recipe.seed,
     )
 
 
@@ -91,8 +91,8 @@ def quantize(
         model: a Hugging Face folder, ``package:NAME``, or a module in memory.
         scheme: for example ``W8A8``, ``W4A16-g128``.
         calibration: a file of texts (``FILE:COLUMN`` for a table), the texts, or input batches; not needed for schemes
-            without static activations, unless ``algorithm`` is ``gptq``. For a language model the texts are one long
-            text, which is cut into windows.
+            without static activations, unless ``algorithm`` is ``gptq``: the artefact is then compared with the Program
+            on tokens drawn at random. For a language model the texts are one long text, which is cut into windows.
         output: the artefact's folder, which must not exist yet; None writes nothing.
         algorithm: what chooses the weights' codes: ``gptq``, ``rtn`` or ``calibrate``; if left out ``gptq`` for
             weights of fewer than 8 bits beside float activations (``rtn`` without calibration), else ``calibrate``.
@@ -161,8 +161,9 @@ def analyze_model(
 def _resolved(recipe: Recipe, samples: int | None) -> Recipe:
     """The recipe for the artefact: the number of samples that it was, and no paths that only this machine has."""
     update: dict[str, Any] = {"model": _portable_section(recipe.model, "path")}
-    calibration = _portable_section(recipe.calibration, "data")
-    update["calibration"] = calibration.model_copy(update={"samples": samples})
+    if recipe.calibration is not None:
+        calibration = _portable_section(recipe.calibration, "data")
+        update["calibration"] = calibration.model_copy(update={"samples": samples})
     if recipe.evaluation is not None:
         update["evaluation"] = _portable_section(recipe.evaluation, "data")
     return recipe.model_copy(update=update | {"plugins": [_portable(path) for path in recipe.plugins]})

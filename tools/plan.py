@@ -169,7 +169,8 @@ def plan_recipe(recipe: Recipe) -> Plan:
     job = recipe_job(recipe)
     job.check()
     program = job.load()
-    amount = Amount.of(recipe.calibration, program.task == TASK)
+    decoder = program.task == TASK
+    amount = Amount.of(recipe.calibration, decoder) if recipe.calibration else Amount.make(None, None, decoder)
     return make_plan(program, job.passes, Load.of(amount, program), job.exports)
 
 

@@ -84,7 +84,7 @@ class Recipe(Section):
     """A whole recipe."""
 
     model: ModelSection
-    calibration: DataSection
+    calibration: DataSection | None = None
     evaluation: EvaluationSection | None = None
     plugins: list[str] = Field(default_factory=list)
     passes: list[Step]
@@ -104,6 +104,11 @@ class Recipe(Section):
     def model_source(self) -> str:
         """The model, ready for ``frontends.load``: ``package:NAME``, or the path of a folder."""
         return self.model.path if self.model.path.startswith("package:") else str(self.resolve(self.model.path))
+
+    @property
+    def seed(self) -> int:
+        """The root of all randomness: that of the calibration data, 0 if there are none."""
+        return self.calibration.seed if self.calibration else 0
 
     def build_passes(self) -> tuple[Pass, ...]:
         """The passes, after loading the plugins.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from bitlower.frontends import batches, load
+from bitlower.frontends.tokenize import random_windows
 from bitlower.ir import BitlowerError, Program
 
 TEXTS = ["the cat sings", "a small dog sleeps near the old river and never falls", "bird", "quick quick", "unheard of"]
@@ -140,3 +142,13 @@ def test_a_tokenizer_that_cannot_pad_is_an_error(program) -> None:
     bare.assets = {"tokenizer.json": tokens.to_str().encode(), "tokenizer_config.json": json.dumps(settings).encode()}
     with pytest.raises(BitlowerError, match=r"has no padding token; name one in tokenizer_config\.json"):
         batches(bare, ["a"])
+
+
+def test_random_tokens_are_inputs_of_the_model_and_follow_the_seed(program) -> None:
+    first, second = random_windows(program, seed=1), random_windows(program, seed=1)
+    assert [tuple(batch["input_ids"].shape) for batch in first] == [(1, 24)] * 2  # as many as the model takes
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0]["input_ids"], random_windows(program, seed=2)[0]["input_ids"])
+    assert set(program(**first[0])) == {spec.name for spec in program.outputs}
+    with pytest.raises(BitlowerError, match="reads no token ids"):
+        random_windows(replace(program, config={}))

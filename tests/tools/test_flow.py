@@ -18,6 +18,7 @@ import torch
 from bitlower.frontends import load
 from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program
 from bitlower.passes import PassManager, format_pipeline
+from bitlower.tools._backends import verify_artefact
 from bitlower.tools.flow import Options, quantize, recipe_job, run_recipe, standard_passes, standard_recipe
 from bitlower.tools.recipe import Recipe, load_recipe
 
@@ -297,6 +298,27 @@ def test_gptq_in_one_line(llama: Path, story: Path, tmp_path: Path, backend: Sim
 def test_without_data_weights_are_rounded(llama: Path) -> None:
     made = quantize(llama, scheme="W4A16-g16")
     assert [text.partition("{")[0] for text in made.program.passes] == ["clean", "quantize", "rtn", "lower-integer"]
+
+
+def test_artefacts_need_no_data_where_no_pass_does(llama: Path, story: Path, tmp_path: Path) -> None:
+    recipe = standard_recipe(str(llama), "W4A16-g16", None)
+    assert recipe.calibration is None
+    run_recipe(recipe, tmp_path / "a", Options(cache=None))
+    again = load_recipe(tmp_path / "a" / "recipe.yaml")
+    assert again.calibration is None
+    assert [step.name for step in again.passes] == ["clean", "quantize", "rtn", "lower-integer"]
+    assert verify_artefact(tmp_path / "a")
+    form = recipe.model_dump(exclude_unset=True) | {"evaluation": {"data": str(story), "max_length": 16, "samples": 3}}
+    data = recipe_job(Recipe.model_validate(form)).data(load(str(llama)))
+    assert (len(data.calibration), [tuple(b["input_ids"].shape) for b in data.evaluation]) == (0, [(1, 16)] * 3)
+
+
+def test_per_token_activations_need_no_data(bert: Path, tmp_path: Path) -> None:
+    made = quantize(bert, scheme="W8A8-token", output=tmp_path / "out")
+    assert [text.partition("{")[0] for text in made.program.passes] == [
+        "clean", "quantize", "calibrate", "lower-integer",
+    ]  # fmt: skip
+    assert verify_artefact(tmp_path / "out")
 
 
 def test_a_target_refuses_before_the_long_passes(

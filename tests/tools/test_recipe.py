@@ -199,7 +199,7 @@ def test_the_starter_recipe_is_valid_once_its_data_are_there(tmp_path: Path) -> 
 def test_the_schema_knows_every_pass_and_its_parameters() -> None:
     schema = recipe_schema()
     json.dumps(schema)
-    assert schema["required"] == ["model", "calibration", "passes", "export"]
+    assert schema["required"] == ["model", "passes", "export"]
     assert schema["additionalProperties"] is False
     named, with_parameters = schema["properties"]["passes"]["items"]["anyOf"]
     assert set(with_parameters["properties"]) == set(named["examples"]) == set(known_passes())

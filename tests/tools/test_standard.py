@@ -40,6 +40,34 @@ def test_pipelines(scheme: str, algorithm: str | None, names: str) -> None:
     assert passes[1].parameters()["ignore"] == ("lm_head",)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "algorithm", "names"),
+    [
+        ("W4A16-g128", None, "clean quantize rtn lower-integer"),
+        ("W8A16", None, "clean quantize calibrate lower-integer"),
+        ("W8A8-token", None, "clean quantize calibrate lower-integer"),
+        ("W4A8-token", "rtn", "clean quantize rtn calibrate lower-integer"),
+    ],
+)
+def test_pipelines_without_data(scheme: str, algorithm: str | None, names: str) -> None:
+    passes = standard_passes(scheme, algorithm=algorithm, calibrated=False)
+    assert [pass_.name for pass_ in passes] == names.split()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "algorithm", "message"),
+    [
+        ("W8A8", None, "W8A8 has static activations, whose ranges need calibration data"),
+        ("W8A8-full", None, "static activations"),
+        ("W4A16-g128", "gptq", "gptq needs calibration data"),
+        ("W8A8-token", "gptq", "gptq needs calibration data"),
+    ],
+)
+def test_what_needs_data_is_refused_without(scheme: str, algorithm: str | None, message: str) -> None:
+    with pytest.raises(BitlowerError, match=message):
+        standard_passes(scheme, algorithm=algorithm, calibrated=False)
+
+
 def test_formats() -> None:
     assert standard_exports("W8A8") == (("onnx-qdq", {}),)
     assert standard_exports("W4A16-g128") == (("onnx-qdq", {"form": "onnxruntime"}),)
