@@ -242,6 +242,37 @@ def test_killed_and_started_again_gives_the_same_bytes(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+KILLED_IN_GPTQ = """
+import os, signal, sys
+from bitlower.passes import _checkpoints, gptq
+from bitlower.tools.flow import quantize
+model, text, output, left = *sys.argv[1:4], int(sys.argv[4])
+solved, save = [], _checkpoints.save_checkpoint
+def save_or_die(folder, name, stored):
+    save(folder, name, stored)
+    solved.append(name)
+    if len(solved) == left:
+        os.kill(os.getpid(), signal.SIGKILL)
+gptq.save_checkpoint = save_or_die
+quantize(model, scheme="W4A16-g16", calibration=text, output=output, samples=4, max_length=32, cache=sys.argv[5])
+print(len(solved))
+"""
+
+
+def test_gptq_goes_on_after_the_layers_that_were_done(llama: Path, story: Path, tmp_path: Path) -> None:
+    def run(output: str, cache: str, left: int) -> subprocess.CompletedProcess[str]:
+        places = [str(llama), str(story), str(tmp_path / output), str(left), str(tmp_path / cache)]
+        command = [sys.executable, "-c", KILLED_IN_GPTQ, *places]
+        return subprocess.run(command, cwd=Path(__file__).parents[2], check=False, capture_output=True, text=True)
+
+    undisturbed = run("undisturbed", "cache", 0)
+    groups = int(undisturbed.stdout)
+    assert run("killed", "other", 3).returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed").exists()
+    assert int(run("killed", "other", 0).stdout) == groups - 3
+    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
+
+
 def test_the_program_is_verified_between_passes_unless_told_otherwise(
     bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
