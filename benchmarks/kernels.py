@@ -9,13 +9,15 @@ activations to int8 inside the kernel, ours is the time of a per-token quantizer
 
 Sides take turns in one process, in alternating order; onnxruntime and torch do not spin, TVM binds its second thread to
 a core, as it does by itself. Each figure is a ratio of times, of the median and of the 10th percentile. ``x ort`` is
-against the faster of onnxruntime's. One row: ``read`` is the rate at which the kernel goes through its weight, as a
-share of that of a loop that only adds the same bytes up, as often: they come from the caches.
+against the faster of onnxruntime's. One row: ``read`` is the rate at which the kernel goes through its weight, scales
+and zero points, as a share of that of a loop that only adds as many bytes up: from the caches, where one layer runs
+again and again, and from memory, where each run takes the next of copies of 192 MiB in all, as decoding does.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -56,6 +58,8 @@ CODES = Grid(8, signed=False, symmetric=False)
 STATIC, TOKEN = (QuantSpec(CODES, g) for g in (Granularity.per_tensor(), Granularity.per_token()))
 INT8 = QuantSpec(Grid(8), Granularity.per_channel(0))
 INT4 = QuantSpec(Grid(4, signed=False, symmetric=False), Granularity.per_group(BLOCK))
+COLD = 192 << 20
+"""Bytes of copies of a layer: several times the last level of the caches."""
 Side = Callable[[], Any]
 Array = np.ndarray[Any, Any]
 
@@ -140,6 +144,20 @@ class Ours:
         held = [buffers[argument.name] for argument in arguments(self.spec)]
         return (lambda: self.function(*held)), buffers
 
+    @property
+    def bytes(self) -> int:
+        """Of all constants."""
+        return sum(array.numpy().nbytes for array in self.constants.values())
+
+    def cold(self, buffers: dict[str, Any]) -> Side:
+        """What runs the kernel on ``buffers``, each time on another copy of the constants."""
+        copies = []
+        for _ in range(math.ceil(COLD / self.bytes)):
+            own = {name: tvm.runtime.tensor(array.numpy()) for name, array in self.constants.items()}
+            copies.append([(buffers | own)[argument.name] for argument in arguments(self.spec)])
+        turn = itertools.cycle(copies)
+        return lambda: self.function(*next(turn))
+
 
 def reader(count: int) -> Any:
     """A function that adds ``count`` int32 words up in the same panels as the kernels, and nothing else."""
@@ -164,15 +182,14 @@ def reader(count: int) -> Any:
     return tvm.compile(tvm.IRModule({"read": builder.get()}), target=tvm.target.Target(target))["read"]
 
 
-def read_side(size: int) -> Side:
-    """Reads about ``size`` bytes."""
+def read_sides(size: int) -> dict[str, Side]:
+    """What reads about ``size`` bytes, the same each time, and those of another copy each time."""
     count = size // 4 // 1024 * 1024
     function = reader(count)
-    given, out = (
-        tvm.runtime.tensor(np.ones((16, count // 16), np.int32)),
-        tvm.runtime.tensor(np.zeros((16, 64), np.int32)),
-    )
-    return lambda: function(given, out)
+    out = tvm.runtime.tensor(np.zeros((16, 64), np.int32))
+    copies = [tvm.runtime.tensor(np.ones((16, count // 16), np.int32)) for _ in range(math.ceil(COLD / size))]
+    turn = itertools.cycle(copies)
+    return {"read": lambda: function(copies[0], out), "read, memory": lambda: function(next(turn), out)}
 
 
 def take_turns(sides: dict[str, Side], seconds: float) -> dict[str, tuple[float, float]]:
@@ -190,7 +207,7 @@ def take_turns(sides: dict[str, Side], seconds: float) -> dict[str, tuple[float,
 
 
 def int8_sides(shape: tuple[int, int], threads: int) -> Callable[[int], tuple[dict[str, Side], int]]:
-    """Sides for a number of rows, and the bytes of our weight."""
+    """Sides for a number of rows, and the bytes of our constants."""
     inputs, outputs = shape
     random = np.random.default_rng(0)
     codes = random.integers(-127, 128, (outputs, inputs)).astype(np.int8)
@@ -217,13 +234,13 @@ def int8_sides(shape: tuple[int, int], threads: int) -> Callable[[int], tuple[di
         sides: dict[str, Side] = {"ours": ours, "torch": lambda: torch.nn.functional.linear(real, dense, vector)}
         for name, peer in zip(("MatMulInteger", "QLinearMatMul"), peers, strict=True):
             sides[name] = lambda peer=peer: peer.run(None, {"x": x})
-        return sides, packed["weight"].nbytes
+        return sides | ({"ours, memory": kernel.cold(buffers)} if rows == 1 else {}), kernel.bytes
 
     return make
 
 
 def int4_sides(shape: tuple[int, int], level: int, threads: int) -> Callable[[int], tuple[dict[str, Side], int]]:
-    """Sides for a number of rows, and the bytes of our weight; ``level`` as that of ``MatMulNBits``."""
+    """Sides for a number of rows, and the bytes of our constants; ``level`` as that of ``MatMulNBits``."""
     inputs, outputs = shape
     random = np.random.default_rng(0)
     codes = random.integers(0, 16, (outputs, inputs)).astype(np.uint8)
@@ -251,10 +268,12 @@ def int4_sides(shape: tuple[int, int], level: int, threads: int) -> Callable[[in
         ours()
         agree(buffers["values"].numpy(), peer.run(None, {"x": x})[0], 0.03 if integer else 1e-5)
         real = torch.from_numpy(x)
-        return {
-            "ours": ours, "torch": lambda: torch.nn.functional.linear(real, dense),
-            "MatMulNBits": lambda: peer.run(None, {"x": x}),
-        }, packed["weight"].nbytes  # fmt: skip
+        sides: dict[str, Side] = {"ours": ours, "torch": lambda: torch.nn.functional.linear(real, dense)}
+        sides["MatMulNBits"] = lambda: peer.run(None, {"x": x})
+        if rows == 1:
+            cold = kernel.cold(buffers)
+            sides["ours, memory"] = (lambda: (first(), cold())) if integer else cold
+        return sides, kernel.bytes
 
     return make
 
@@ -278,7 +297,7 @@ def measure(shapes: tuple[tuple[int, int], ...], threads: int, seconds: float) -
             for count in ROWS:
                 sides, size = make(count)
                 if count == 1:
-                    sides["read"] = read_side(size)
+                    sides |= read_sides(size)
                 times = take_turns(sides, seconds)
                 rows.append(
                     {"kernel": kind, "threads": threads, "rows": count, "K": shape[0], "N": shape[1]} | ratios(times)
@@ -296,6 +315,7 @@ def ratios(times: dict[str, tuple[float, float]]) -> dict[str, Any]:
         found[f"x ort{suffix}"] = round(min(times[side][at] for side in peers) / ours[at], 3)
         if "read" in times:
             found[f"read{suffix}"] = round(times["read"][at] / ours[at], 2)
+            found[f"read, memory{suffix}"] = round(times["read, memory"][at] / times["ours, memory"][at], 2)
     return found
 
 
@@ -308,14 +328,16 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for key in ("x ort", "x ort p10"):
             entry[f"{key}, mean"] = round(math.exp(sum(math.log(row[key]) for row in mine) / len(mine)), 3)
             entry[f"{key}, least"] = min(row[key] for row in mine)
-        reads = [row["read"] for row in mine if "read" in row]
-        found.append(entry | {"read, least": min(reads), "read, most": max(reads)})
+        for key in ("read", "read, memory"):
+            reads = [row[key] for row in mine if key in row]
+            entry |= {f"{key}, least": min(reads), f"{key}, most": max(reads)}
+        found.append(entry)
     return found
 
 
 def show(result: dict[str, Any]) -> None:
     """Print the tables."""
-    keys = ("kernel", "threads", "rows", "K", "N", "us", "x ort", "x ort p10", "x torch", "read")
+    keys = ("kernel", "threads", "rows", "K", "N", "us", "x ort", "x ort p10", "x torch", "read", "read, memory")
     show_table(keys, [[row.get(key, "") for key in keys] for row in result["rows"]])
     print()
     show_table(tuple(result["summary"][0]), [list(row.values()) for row in result["summary"]])
