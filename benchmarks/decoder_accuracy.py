@@ -46,6 +46,8 @@ SWITCHES = {
     "damping 0.03": "damping=0.03",
     "one sweep of refinement": "refine=1",
     "group-aware order": "order=grouped",
+    "group-aware order, unit outputs": "order=grouped weighting=unit-output",
+    "group-aware order, mean-square grids": "order=grouped ranges=mse",
     "gradient 0.5 for unit norm": "weighting=none gradient=0.5",
     "mean-square grids": "ranges=mse",
     "best of both grids": "ranges=best",
