@@ -20,7 +20,7 @@ def codes(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int
 ) -> torch.Tensor:
     """The codes of ``x`` as whole numbers, float32 (float64 for a float64 ``x``)."""
-    return blockwise(_wide(x), scale, zero_point, lambda v, s, z: (torch.round(v / s) + z).clamp_(quant_min, quant_max))
+    return blockwise(_wide(x), scale, zero_point, lambda v, s, z: (v / s).round_().add_(z).clamp_(quant_min, quant_max))
 
 
 def values(code: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
@@ -34,8 +34,7 @@ def fake(
     """``values(codes(x))`` in one go: ``x`` rounded to its grid, in the dtype of ``x``."""
 
     def round_trip(v: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        q = (torch.round(v / s) + z).clamp_(quant_min, quant_max)
-        return q.sub_(z).mul_(s)
+        return (v / s).round_().add_(z).clamp_(quant_min, quant_max).sub_(z).mul_(s)
 
     return blockwise(_wide(x), scale, zero_point, round_trip).to(x.dtype)
 

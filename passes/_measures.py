@@ -7,7 +7,7 @@ its loss is the ratio of the sums, and the loss of a program is the mean over it
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,27 @@ Sums = tuple[tuple[float, float], ...]
 """Numerator and denominator of each output."""
 _ROWS = 1 << 22
 _PAST = "present."
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One output of the reference: what comparisons need of it, in blocks of rows, and a sum over it."""
+
+    parts: tuple[torch.Tensor, ...]
+    total: float
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The outputs of the reference on a batch, made ready for many comparisons."""
+
+    batch: Batch
+    sides: tuple[_Side, ...]
+
+    @property
+    def bytes(self) -> int:
+        """What is held."""
+        return sum(part.nbytes for side in self.sides for part in side.parts)
 
 
 @dataclass(frozen=True)
@@ -61,11 +82,20 @@ class Measure:
         """What the numbers are, in words."""
         return {"kl": "nats", "sqnr": "noise/signal", "disagreement": "share"}[self.kind]
 
+    def reference(self, expected: Sequence[torch.Tensor], batch: Batch) -> Reference:
+        """The outputs on one batch, in the order of ``outputs``, as what others are compared with."""
+        prepare, _ = _SUMS[self.kind]
+        return Reference(batch, tuple(prepare(_vectors(value, batch)) for value in expected))
+
+    def against(self, reference: Reference, found: Sequence[torch.Tensor]) -> Sums:
+        """Outputs on one batch against those of the reference."""
+        _, compare = _SUMS[self.kind]
+        pairs = zip(reference.sides, found, strict=True)
+        return tuple(compare(side, _vectors(value, reference.batch)) for side, value in pairs)
+
     def compare(self, expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor], batch: Batch) -> Sums:
         """One batch: ``expected`` and ``found`` are the outputs in the order of ``outputs``."""
-        return tuple(
-            _SUMS[self.kind](_vectors(e, batch), _vectors(f, batch)) for e, f in zip(expected, found, strict=True)
-        )
+        return self.against(self.reference(expected, batch), found)
 
     @staticmethod
     def total(parts: Sequence[Sums]) -> float:
@@ -93,24 +123,52 @@ def _vectors(value: torch.Tensor, batch: Batch) -> torch.Tensor:
     return value.reshape(-1, value.shape[-1]) if value.dim() else value.reshape(1, 1)
 
 
-def _divergence(expected: torch.Tensor, found: torch.Tensor) -> tuple[float, float]:
-    """``Σ p · (log p − log q)`` over all vectors, in double precision, and how many they are."""
-    step, total = max(1, _ROWS // expected.shape[-1]), 0.0
-    for e, f in zip(torch.split(expected, step), torch.split(found, step), strict=True):
-        log_p, log_q = e.double().log_softmax(-1), f.double().log_softmax(-1)
-        total += float((log_p.exp() * (log_p - log_q)).sum())
-    return max(total, 0.0), float(len(expected))
+def _probabilities(expected: torch.Tensor) -> _Side:
+    """The softmax of each row, in double precision, and ``Σ p · log p``."""
+    parts, total = [], 0.0
+    for part in torch.split(expected, _block(expected)):
+        log_p = part.double().log_softmax(-1)
+        parts.append(log_p.exp())
+        total += float(log_p.mul_(parts[-1]).sum())
+    return _Side(tuple(parts), total)
 
 
-def _noise(expected: torch.Tensor, found: torch.Tensor) -> tuple[float, float]:
+def _divergence(expected: _Side, found: torch.Tensor) -> tuple[float, float]:
+    """``Σ p · log p − Σ p · log q`` over all vectors, in double precision, and how many they are."""
+    crossed = 0.0
+    for p, part in zip(expected.parts, torch.split(found, _block(found)), strict=True):
+        crossed += float(part.double().log_softmax(-1).mul_(p).sum())
+    divergence = expected.total - crossed
+    return divergence if math.isnan(divergence) else max(divergence, 0.0), float(len(found))
+
+
+def _block(vectors: torch.Tensor) -> int:
+    """Rows that are worked on at a time."""
+    return max(1, _ROWS // vectors.shape[-1])
+
+
+def _signal(expected: torch.Tensor) -> _Side:
+    """The rows, and their energy."""
+    return _Side((expected,), float(expected.double().square().sum()))
+
+
+def _noise(expected: _Side, found: torch.Tensor) -> tuple[float, float]:
     """The energy of the difference, and that of the signal."""
-    signal, difference = expected.double(), found.double() - expected
-    return float(difference.square().sum()), float(signal.square().sum())
+    return float((found.double() - expected.parts[0]).square_().sum()), expected.total
 
 
-def _disagreement(expected: torch.Tensor, found: torch.Tensor) -> tuple[float, float]:
+def _largest(expected: torch.Tensor) -> _Side:
+    """Where each row has its largest entry."""
+    return _Side((expected.argmax(-1),), 0.0)
+
+
+def _disagreement(expected: _Side, found: torch.Tensor) -> tuple[float, float]:
     """How many vectors have their largest entry elsewhere, and how many there are."""
-    return float((expected.argmax(-1) != found.argmax(-1)).sum()), float(len(expected))
+    return float((expected.parts[0] != found.argmax(-1)).sum()), float(len(found))
 
 
-_SUMS = {"kl": _divergence, "sqnr": _noise, "disagreement": _disagreement}
+_SUMS: dict[Kind, tuple[Callable[[torch.Tensor], _Side], Callable[[_Side, torch.Tensor], tuple[float, float]]]] = {
+    "kl": (_probabilities, _divergence),
+    "sqnr": (_signal, _noise),
+    "disagreement": (_largest, _disagreement),
+}

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from bitlower.passes._outlier_report import Table
 
+TIME = "time"
+"""The budget whose use is calculated, and not counted."""
 _WIDTH, _HEIGHT, _MARGIN = 640, 400, 60
 
 
@@ -36,6 +38,28 @@ class BudgetUse:
     name: str
     most: float
     used: float
+
+    @property
+    def label(self) -> str:
+        """The name, and how the number came to be where it was not counted."""
+        return f"{self.name}, estimated by calculation" if self.name == TIME else self.name
+
+
+@dataclass(frozen=True)
+class TimeEstimate:
+    """What the linears take, estimated by calculation (:mod:`bitlower.passes._roofline`): nothing was measured.
+
+    Args:
+        target: its name.
+        rows: that each linear reads.
+        before_us: microseconds, with the bits that the scheme gives.
+        after_us: with those that were chosen.
+    """
+
+    target: str
+    rows: int
+    before_us: float
+    after_us: float
 
 
 @dataclass(frozen=True)
@@ -92,6 +116,7 @@ class PrecisionReport:
         measured: the loss with the assignment that was made.
         front: the best assignments under other values of the first budget.
         trials: that were run.
+        time: of the linears, where it is a budget.
     """
 
     rows: tuple[PrecisionRow, ...]
@@ -102,6 +127,12 @@ class PrecisionReport:
     measured: float | None = None
     front: tuple[FrontPoint, ...] = ()
     trials: int = 0
+    time: TimeEstimate | None = None
+
+    @property
+    def _axis(self) -> str:
+        """What the front goes along."""
+        return self.budgets[0].label if self.budgets else "budget"
 
     def table(self) -> Table:
         """One row for quantizers that keep together, in graph order."""
@@ -111,8 +142,7 @@ class PrecisionReport:
 
     def front_table(self) -> Table:
         """One row a point of the front."""
-        name = self.budgets[0].name if self.budgets else "budget"
-        return (name, "used", "predicted loss", "measured loss"), [
+        return (self._axis, "used", "predicted loss", "measured loss"), [
             (f"{p.budget:.6g}", f"{p.used:.6g}", _number(p.predicted), _number(p.measured)) for p in self.front
         ]
 
@@ -120,7 +150,10 @@ class PrecisionReport:
         """What was done, in words."""
         changed = sum(len(row.tensors) for row in self.rows if row.bits != row.before)
         lines = [f"{changed} of {sum(len(row.tensors) for row in self.rows)} quantizers got other bits"]
-        lines += [f"  {budget.name}: {budget.used:.6g} of {budget.most:.6g}" for budget in self.budgets]
+        lines += [f"  {budget.label}: {budget.used:.6g} of {budget.most:.6g}" for budget in self.budgets]
+        if self.time:
+            what = f"the linears on {self.time.target}, {self.time.rows} rows"
+            lines.append(f"  {what}: {self.time.before_us:.4g} → {self.time.after_us:.4g} µs by calculation")
         if self.optimum:
             found = self.optimum
             lines.append(
@@ -136,8 +169,7 @@ class PrecisionReport:
             "measured": [(p.budget, p.measured) for p in self.front if p.measured],
         }
         points = [point for curve in curves.values() for point in curve if math.isfinite(point[1])]
-        name = self.budgets[0].name if self.budgets else "budget"
-        body = [f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 12}" text-anchor="middle">{name}</text>']
+        body = [f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 12}" text-anchor="middle">{self._axis}</text>']
         body.append('<text x="12" y="20">loss</text>')
         if points:
             body += _curves(curves, points)

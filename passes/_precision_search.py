@@ -12,7 +12,7 @@ from torch import fx
 
 from bitlower.ir import BitlowerError, Program
 from bitlower.passes._base import Context
-from bitlower.passes._knapsack import Limit, Solution, greedy, solve, spent, total
+from bitlower.passes._knapsack import Limit, Solution, greedy, least, solve, spent, total
 from bitlower.passes._measures import Measure
 from bitlower.passes._precision_items import (
     Item,
@@ -23,7 +23,18 @@ from bitlower.passes._precision_items import (
     roundings,
     set_width,
 )
-from bitlower.passes._precision_report import BudgetUse, FrontPoint, Optimum, PrecisionReport, PrecisionRow, Round
+from bitlower.passes._precision_report import (
+    TIME,
+    BudgetUse,
+    FrontPoint,
+    Optimum,
+    PrecisionReport,
+    PrecisionRow,
+    Round,
+    TimeEstimate,
+)
+from bitlower.passes._precision_time import time_of
+from bitlower.passes._roofline import Roofline, widest
 from bitlower.passes._trials import Rounding, Setting, Trials
 from bitlower.passes.calibrate import Calibrate
 
@@ -44,12 +55,14 @@ class Budgets:
         model_bytes: of all parameters.
         activation_bits: average bits of activation quantizers.
         share_16: of activation quantizers with 16 bits.
+        time: of linears, as a share of what they take with the bits that they have.
     """
 
     weight_bits: float | None = None
     model_bytes: int | None = None
     activation_bits: float | None = None
     share_16: float | None = None
+    time: float | None = None
 
     def given(self) -> dict[str, float]:
         """Those that are set, by their names in recipes."""
@@ -66,22 +79,24 @@ class Budgets:
         if not self.given():
             raise BitlowerError(
                 "assign-precision needs a budget",
-                hint="weight-bits, model-bytes, activation-bits or share-16; or set: paper",
+                hint="weight-bits, model-bytes, activation-bits, share-16 or time; or set: paper",
             )
         for name, value in self.given().items():
             if not math.isfinite(value) or value < 0 or (name == "share-16" and value > 1):
                 raise BitlowerError(f"assign-precision: a budget {name} of {value:g} makes no sense")
 
-    @property
-    def weights(self) -> bool:
-        """Whether there is a choice for weights."""
-        return self.weight_bits is not None or self.model_bytes is not None
-
     def widths(self, bits: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
         """Widths for weights, widths for activations, and whether these may also stay as they are."""
-        wide = self.share_16 is not None and self.activation_bits is None
-        activations = (_WIDE,) if wide else tuple(bits) if self.activation_bits is not None else ()
-        return tuple(bits) if self.weights else (), activations, wide
+        weights: tuple[int, ...] = ()
+        if self.weight_bits is not None or self.model_bytes is not None:
+            weights = tuple(bits)
+        elif self.time is not None:
+            weights = widest(bits, weights=True)
+        if self.activation_bits is not None:
+            return weights, tuple(bits), False
+        if self.share_16 is not None:
+            return weights, (_WIDE,), True
+        return weights, widest(bits, weights=False) if self.time is not None else (), False
 
 
 @dataclass(frozen=True)
@@ -101,11 +116,13 @@ class Line:
         return dataclasses.replace(self, limit=dataclasses.replace(self.limit, most=most))
 
 
-def lines_of(program: Program, items: Sequence[Item], budgets: Budgets) -> list[Line]:
-    """The budgets as limits.
+def lines_of(
+    program: Program, items: Sequence[Item], budgets: Budgets, target: Roofline | None = None, rows: int = 1
+) -> list[Line]:
+    """The budgets as limits; that of time is on ``rows`` rows on ``target``.
 
     Raises:
-        BitlowerError: what stays float alone takes more than the bytes that the model may have.
+        BitlowerError: what is not chosen alone takes more than the whole may.
     """
     count = sum(not is_weight(node) for node, _ in program.quantizers())
     weights = sum(item.bits_cost(1) for item in items if item.is_weight)
@@ -118,6 +135,13 @@ def lines_of(program: Program, items: Sequence[Item], budgets: Budgets) -> list[
     }
     lines = []
     for name, most in budgets.given().items():
+        if name == TIME:
+            assert target is not None
+            time = time_of(program, items, target, rows, most)
+            if time.limit.most < 0:
+                raise BitlowerError(f"{name} of {most:g} is too little: linears without a choice take more")
+            lines.append(Line(time.limit, time.before, time.fixed))
+            continue
         cost, unit, fixed = costs[name]
         table = tuple(tuple(cost(item, width) for width in item.widths) for item in items)
         left = math.floor(most * unit + 1e-9 * unit) - fixed
@@ -145,7 +169,16 @@ class Search:
         rest = [node for node, _ in program.quantizers() if node not in chosen]
         self.fixed = roundings(program, list(filter(is_weight, rest)), None, calibrate, context.calibration)
         measure = Measure.choose(program, options.loss, options.outputs)
-        self.trials = Trials(program, context.calibration[: options.batches], measure)
+        batches = context.calibration[: options.batches]
+        self.trials = Trials(program, batches, measure)
+        several = len(batches) > 1
+        self.near = Trials(program, batches[::2], measure) if several else self.trials
+        self.judge = Trials(program, batches[1::2], measure) if several else self.trials
+
+    @property
+    def runs(self) -> int:
+        """Trials that were run."""
+        return sum(trials.runs for trials in {self.trials, self.near, self.judge})
 
     def settle(self, choice: Choice) -> Setting:
         """The whole program with that assignment, calibrated as it will be: activations see rounded weights."""
@@ -165,6 +198,12 @@ class Search:
         """The losses of whole assignments."""
         return self.trials.run([self.settle(choice) for choice in choices], baseline=self.trials.off)
 
+    def judged(self, choice: Choice) -> tuple[float, float]:
+        """The loss of a whole assignment on all batches, and on those that :meth:`around` does not see."""
+        setting = self.settle(choice)
+        [loss] = self.trials.run([setting], baseline=self.trials.off)
+        return loss, loss if self.judge is self.trials else self.judge.run([setting], baseline=self.judge.off)[0]
+
     def alone(self) -> Losses:
         """The loss of each item at each of its widths, all else off."""
         settings = [self._one(item, width) for item in self.items for width in item.widths]
@@ -172,7 +211,7 @@ class Search:
         return [[next(losses) for _ in item.widths] for item in self.items]
 
     def around(self, choice: Choice) -> Losses:
-        """The loss of the whole with each item one width up or down, Inf for other widths."""
+        """The loss of the whole with each item one width up or down, Inf for other widths; on every other batch."""
         near = [
             [c for c in (now - 1, now, now + 1) if 0 <= c < len(item.widths)]
             for item, now in zip(self.items, choice, strict=True)
@@ -182,7 +221,7 @@ class Search:
             for item, now, found in zip(self.items, choice, near, strict=True)
             for c in found
         ]
-        losses = iter(self.trials.run(settings, baseline=self.settle(choice), track=self.track, label="refinement"))
+        losses = iter(self.near.run(settings, baseline=self.settle(choice), track=self.track, label="refinement"))
         table = [[math.inf] * len(item.widths) for item in self.items]
         for row, found in zip(table, near, strict=True):
             for c in found:
@@ -204,10 +243,8 @@ def search(
     if not context.calibration:
         raise BitlowerError("assign-precision needs calibration data", hint="give calibration batches, or set: paper")
     items = find_items(program, *budgets.widths(options.bits))
-    lines = lines_of(program, items, budgets)
-    for line in lines:
-        if not any(any(row) for row in line.limit.costs):
-            raise BitlowerError(f"the program has no quantizer that {line.limit.name} could bound")
+    lines = lines_of(program, items, budgets, options.target, options.rows)
+    _require_room(lines, budgets)
     limits = [line.limit for line in lines]
     solve([[0.0] * len(item.widths) for item in items], limits)  # before any work
     found = Search(program, items, options, calibrate, context)
@@ -233,9 +270,32 @@ def search(
         tuple(rounds),
         loss,
         tuple(_front(found, losses, lines, options.front, options.measured)),
-        found.trials.runs,
+        found.runs,
+        _time_estimate(lines, options, choice),
     )
     return items, list(choice), report
+
+
+def _require_room(lines: Sequence[Line], budgets: Budgets) -> None:
+    """Raise BitlowerError if a budget bounds nothing, or is too small whatever is chosen."""
+    for line, most in zip(lines, budgets.given().values(), strict=True):
+        name = line.limit.name
+        if not line.limit.ceiling:
+            raise BitlowerError(f"the program has no quantizer that {name} could bound")
+        low = least(line.limit, [])
+        if low > line.limit.most:
+            fewest = (line.fixed + low) / line.unit
+            hint = f"the least is {fewest:.6g}; raise the budget, or allow fewer bits"
+            raise BitlowerError(f"no assignment has {name} of at most {most:g}", hint=hint)
+
+
+def _time_estimate(lines: Sequence[Line], options: AssignPrecision, choice: Choice) -> TimeEstimate | None:
+    """What linears take before and after, if there is a budget for it."""
+    for line in lines:
+        if line.limit.name == TIME and options.target is not None:
+            before, after = (1e-6 * line.unit * share for share in (1, line.used(choice)))
+            return TimeEstimate(options.target.name, options.rows, before, after)
+    return None
 
 
 def refine(
@@ -243,10 +303,12 @@ def refine(
 ) -> tuple[Choice, float, list[Round]]:
     """Solve again on losses measured around ``choice``; fewer changes at a time where the measured loss does not fall.
 
-    The measured loss of what comes out is never above ``loss``.
+    The best of many noisy changes are partly luck with the batches that they were measured on. So a step has to lower
+    the loss on the other batches too, where there are several. The loss of what comes out is never above ``loss``.
     """
     rounds: list[Round] = []
     reach = len(choice)
+    _, bar = found.judged(choice) if count else (loss, loss)
     for _ in range(count):
         table = found.around(choice)
         lowest = [min(row) for row in table]
@@ -262,12 +324,12 @@ def refine(
             changed = spent(changes, step)
             if not changed:
                 return choice, loss, rounds
-            predicted = loss + sum(row[c] - loss for row, c in zip(table, step, strict=True))
-            [measured] = found.measure([step])
-            kept = measured < loss
+            predicted = loss + sum(row[c] - row[now] for row, c, now in zip(table, step, choice, strict=True))
+            measured, judged = found.judged(step)
+            kept = measured < loss and judged < bar
             rounds.append(Round(changed, predicted, measured, kept))
             if kept:
-                choice, loss = step, measured
+                choice, loss, bar = step, measured, judged
             else:
                 reach = changed // 2
         if not kept:
@@ -280,9 +342,8 @@ def _front(found: Search, losses: Losses, lines: Sequence[Line], count: int, mea
     if count < 1:
         return []
     first, others = lines[0], [line.limit for line in lines[1:]]
-    free = solve(losses, [first.at(sum(map(max, first.limit.costs))).limit, *others])
-    least = solve([[float(c) for c in row] for row in first.limit.costs], others)
-    low, high = spent(first.limit, least.choice), spent(first.limit, free.choice)
+    free = solve(losses, [first.at(first.limit.ceiling).limit, *others])
+    low, high = least(first.limit, others), spent(first.limit, free.choice)
     values = sorted({round(low + (high - low) * i / max(1, count - 1)) for i in range(count)})
     points: list[tuple[Line, Solution]] = []
     for value in values:

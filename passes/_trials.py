@@ -27,7 +27,7 @@ from bitlower.ir.dataflow import operand
 from bitlower.ir.granularity import Granularity
 from bitlower.ir.observe import Track
 from bitlower.ir.storage import is_mapped, release
-from bitlower.passes._measures import Measure, Sums
+from bitlower.passes._measures import Measure, Reference, Sums
 
 
 class Switch(enum.Enum):
@@ -46,6 +46,11 @@ class Rounding:
     zero_point: torch.Tensor | None = None
 
     @cached_property
+    def _whole_zero(self) -> torch.Tensor | None:
+        """The zero point as ``fake_quantize`` takes it."""
+        return None if self.zero_point is None else torch.round(self.zero_point)
+
+    @cached_property
     def is_open(self) -> bool:
         """Whether there is no range yet: values are let through."""
         return self.scale is not None and not bool(self.scale.any())
@@ -54,10 +59,11 @@ class Rounding:
         """``x`` on the grid, as ``fake_quantize`` computes it, without the detour through torch's dispatcher."""
         if self.is_open:
             return x
-        scale, zero = self.scale, self.zero_point
+        scale, zero = self.scale, self._whole_zero
         if scale is None or zero is None:
             scale, zero = self.grid.qparams(*Granularity.per_token().range_of(x))
-        return numerics.fake(x, scale, torch.round(zero), self.grid.quant_min, self.grid.quant_max)
+            zero = torch.round(zero)
+        return numerics.fake(x, scale, zero, self.grid.quant_min, self.grid.quant_max)
 
     @classmethod
     def of(cls, program: Program, node: fx.Node) -> Rounding:
@@ -97,7 +103,7 @@ class Trials:
         self.runs = 0
         """Trials that were run, equal ones counted once."""
         self.plan = _Plan(program, self.results)
-        self._references: dict[int, list[torch.Tensor]] = {}
+        self._references: dict[int, Reference] = {}
 
     @property
     def off(self) -> Setting:
@@ -137,7 +143,7 @@ class Trials:
 
     def _chunks(self, base: Setting) -> Iterator[Sequence[int]]:
         """Numbers of batches whose values can be held at once."""
-        bytes_ = self.plan.living_bytes(self.batches[0], base) if len(self.batches) > 1 else 0
+        bytes_ = self.plan.living_bytes(self.batches[0], base, self.measure) if len(self.batches) > 1 else 0
         step = max(1, self.budget // max(1, bytes_))
         for start in range(0, len(self.batches), step):
             yield range(start, min(start + step, len(self.batches)))
@@ -149,14 +155,15 @@ class Trials:
             if index not in self._references:
                 line = _Line(self.plan, self.batches[index], self.off, _Constants(self.plan, self.off, 0))
                 line.advance(len(self.plan.nodes))
-                self._references[index] = [line.value(node) for node in self.results]
+                outputs = [line.value(node) for node in self.results]
+                self._references[index] = self.measure.reference(outputs, self.batches[index])
         constants = _Constants(self.plan, base, self.budget)
         lines = [_Line(self.plan, self.batches[index], base, constants) for index in chunk]
         return _Walk(self, chunk, lines, constants)
 
     def compare(self, index: int, found: Sequence[torch.Tensor]) -> Sums:
         """Outputs on the batch ``index`` against the reference."""
-        return self.measure.compare(self._references[index], found, self.batches[index])
+        return self.measure.against(self._references[index], found)
 
 
 class _Plan:
@@ -204,15 +211,15 @@ class _Plan:
             if source.op == "get_attr":
                 release(get_tensor(self.module, str(source.target)))
 
-    def living_bytes(self, batch: Batch, base: Setting) -> int:
-        """The most bytes of values that are alive at a time in a run on ``batch``, the outputs counted twice."""
+    def living_bytes(self, batch: Batch, base: Setting, measure: Measure) -> int:
+        """The most bytes of values that are alive at a time in a run on ``batch``, and those of the reference."""
         line, most = _Line(self, batch, base, _Constants(self, base, 0)), 0
         with torch.no_grad():
             for node in self.order:
                 if node not in self.constant:
                     line.advance(self.position[node] + 1)
                     most = max(most, _bytes(line.values.values()))
-            return most + _bytes(line.value(node) for node in self.results)
+            return most + measure.reference([line.value(node) for node in self.results], batch).bytes
 
 
 class _Constants:

@@ -13,6 +13,7 @@ from bitlower.passes._outlier_sites import feed_forwards
 from bitlower.passes._precision_items import Item, is_weight, set_width
 from bitlower.passes._precision_report import PrecisionReport, PrecisionRow
 from bitlower.passes._precision_search import Budgets, search
+from bitlower.passes._roofline import Roofline
 from bitlower.passes._weights import WeightRanges, is_open
 from bitlower.passes.calibrate import Calibrate, Estimator
 from bitlower.passes.quantize import PlacementReport
@@ -48,6 +49,12 @@ class AssignPrecision(Pass):
     """Budget: average bits of the activation quantizers."""
     share_16: float | None = None
     """Budget: the share of activation quantizers with 16 bits; without `activation-bits` the rest stay as they are."""
+    time: float | None = None
+    """Budget: the linears' time on ``target``, estimated by calculation, as a share of what the scheme takes there."""
+    target: Roofline | None = None
+    """What ``time`` is calculated for: ``a100``, ``h100``, or a mapping of the few numbers that make a roofline."""
+    rows: int = 128
+    """How many rows (tokens of all texts) a linear reads at a time, for ``time``."""
     loss: Literal["auto", "kl", "sqnr"] = "auto"
     """KL divergence of the softmax, or noise over signal of the outputs; the former if auto and there are logits."""
     outputs: tuple[str, ...] = ()
@@ -73,7 +80,7 @@ class AssignPrecision(Pass):
                 calibration data, or there is nothing to choose.
         """
         _require_open(program)
-        budgets = Budgets(self.weight_bits, self.model_bytes, self.activation_bits, self.share_16)
+        budgets = Budgets(self.weight_bits, self.model_bytes, self.activation_bits, self.share_16, self.time)
         if self.set == "paper":
             budgets.require_none("set: paper")
             items = [Item((node,), (_WIDE,)) for node in paper_set(program)]
@@ -91,7 +98,11 @@ class AssignPrecision(Pass):
         budgets.check()
         if not self.bits or not all(2 <= width <= _WIDE for width in self.bits):
             raise BitlowerError(f"bits are 2 to 16, not {list(self.bits)}")
-        for name, least in (("batches", 1), ("rounds", 0), ("front", 0), ("measured", 0)):
+        if (self.time is None) != (self.target is None):
+            raise BitlowerError(
+                "assign-precision takes time and target together", hint="time: 0.8, target: a100, rows: 128"
+            )
+        for name, least in (("batches", 1), ("rounds", 0), ("front", 0), ("measured", 0), ("rows", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise BitlowerError(f"{name} must be at least {least}, not {value}")

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program, Scheme, get_tensor, numerics, ops, set_tensor
-from bitlower.ir.dataflow import ACTIVATION, activation_operand, linears, weight_operand
+from bitlower.ir.dataflow import ACTIVATION, activation_operand, linears, parameter_of, weight_operand
 from bitlower.ir.observe import observe
 from bitlower.ir.storage import is_mapped, spill
 from bitlower.passes import Context
@@ -32,6 +33,58 @@ def values_at(program: Program, path: str, data) -> torch.Tensor:
     found: list[torch.Tensor] = []
     observe(program, [source], data, lambda _, value, batch: found.append(value[batch["attention_mask"].bool()]))
     return torch.cat(found)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> tuple[Program, list[dict[str, torch.Tensor]]]:
+    """A tiny Llama with grouped queries and a tied head, and four batches of whole windows."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=True,
+    )  # fmt: skip
+    program = load(LlamaForCausalLM(config).eval(), task="text-generation")
+    ids = [torch.randint(0, 60, (4, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    data = [
+        {"input_ids": i, "attention_mask": torch.ones_like(i), "position_ids": torch.arange(16).expand(4, 16)}
+        for i in ids
+    ]
+    return program, data
+
+
+@pytest.mark.parametrize("scheme", ["W4A16-g16", "W3A16-asym", "W4A8-token-e16", "W4A8-e16"])
+def test_the_error_of_each_layer_of_a_decoder_falls(decoder, run, scheme: str) -> None:
+    """Computed again in float64: from what layers read in the finished program, and what the float model gives."""
+    program, data = decoder
+    context, clean = Context(data), run(program, Clean())
+    placed = run(clean, Quantize(Scheme.parse(scheme)))
+    learner = Adaround(iterations=150, learning_rate=0.03, batch=64, weighting="none", activation=False)
+    result = run(placed, learner, context=context)
+    rows = {row.weight: row for row in context[AdaroundReport].rows}
+    assert len(rows) == 14
+    sums = {"learned": 0.0, "nearest": 0.0}
+    for linear in linears(result.graph):
+        name = str(parameter_of(weight_operand(linear)).target)
+        if name not in rows:  # the head
+            continue
+        path = linear.meta["path"]
+        twin = next(n for n in linears(clean.graph) if n.meta["path"] == path)
+        before = get_tensor(clean.module, str(twin.args[1].target)).detach()
+        after, scale, zero = (get_tensor(result.module, str(a.target)).detach() for a in linear.args[1].args[:3])
+        nearest = numerics.fake(before, scale, zero, *linear.args[1].args[3:])
+        expected = values_at(clean, path, data).double() @ before.double().T
+        inputs = values_at(result, path, data).double()
+        errors = {
+            name: float((inputs @ weight.double().T - expected).square().sum()) / len(inputs)
+            for name, weight in (("learned", after), ("nearest", nearest))
+        }
+        assert errors["learned"] == pytest.approx(rows[name].loss, rel=1e-3)
+        assert errors["nearest"] == pytest.approx(rows[name].nearest_loss, rel=1e-3)
+        assert errors["learned"] <= errors["nearest"]
+        sums = {key: sums[key] + errors[key] / errors["nearest"] for key in sums}
+    assert sums["learned"] < 0.8 * sums["nearest"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -14,9 +14,20 @@ from bitlower.frontends import load
 from bitlower.ir import Batch, BitlowerError, Level, Program, ops
 from bitlower.passes import Context, PassManager, make_pass, parse_pipeline
 from bitlower.passes._measures import Measure
-from bitlower.passes._precision_items import elements, find_items, float_bytes, is_weight, roundings, stored_bytes
+from bitlower.passes._precision_items import (
+    elements,
+    find_items,
+    float_bytes,
+    is_weight,
+    roundings,
+    set_width,
+    stored_bytes,
+)
+from bitlower.passes._precision_search import Budgets, Search, refine
+from bitlower.passes._precision_time import time_of
+from bitlower.passes._roofline import TARGETS, Roofline
 from bitlower.passes._trials import Trials
-from bitlower.passes.assign_precision import PrecisionReport
+from bitlower.passes.assign_precision import AssignPrecision, PrecisionReport
 from bitlower.passes.calibrate import Calibrate
 from bitlower.passes.quantize import PlacementReport
 
@@ -185,6 +196,103 @@ def test_refinement_never_makes_it_worse(model) -> None:
     assert report.measured == ([report.optimum.measured, *kept])[-1]
 
 
+@pytest.mark.parametrize(("elsewhere", "kept"), [(0.5, True), (1.5, False)])
+def test_a_step_has_to_gain_on_batches_that_did_not_propose_it(elsewhere: float, kept: bool) -> None:
+    """One item, for which another width looks better; all batches together say so too."""
+
+    class Found:
+        def around(self, choice: tuple[int, ...]) -> list[list[float]]:
+            return [[2.0, 1.0]] if choice == (0,) else [[1.0, 0.5]]
+
+        def judged(self, choice: tuple[int, ...]) -> tuple[float, float]:
+            return (1.0, 1.0) if choice == (0,) else (0.8, elsewhere)
+
+    choice, loss, rounds = refine(Found(), (0,), 1.0, [], 1)
+    assert (choice, loss) == (((1,), 0.8) if kept else ((0,), 1.0))
+    assert [(r.changed, r.predicted, r.measured, r.kept) for r in rounds] == [(1, 0.0, 0.8, kept)]
+
+
+def test_proposals_and_judgement_are_on_different_batches(bert, batches) -> None:
+    placed, data = place(bert(layers=1, labels=3)[1], "W8A8"), batches(3)
+    items = find_items(placed, (4, 8), (), keep=False)
+    found = Search(placed, items, AssignPrecision(weights="minmax"), MINMAX, Context(calibration=data))
+    assert [trials.batches for trials in (found.trials, found.near, found.judge)] == [
+        tuple(data), (data[0], data[2]), (data[1],),
+    ]  # fmt: skip
+    choice = (0,) * len(items)
+    assert found.judged(choice)[0] == found.measure([choice])[0]
+    alone = Search(placed, items, AssignPrecision(batches=1), MINMAX, Context(calibration=data))
+    assert alone.near is alone.judge is alone.trials
+    loss, judged = alone.judged(choice)
+    assert loss == judged
+
+
+# Time
+
+HOST = {"name": "host", "bandwidth": 4e8, "float-bytes": 4, "rates": {"W16A16": 4e9, "W4A8": 6e9, "W8A8": 9e9}}
+
+
+def test_a_share_of_the_time(model) -> None:
+    """Every assignment of 4, 8 or 16 bits to weights and inputs of two linears, as programs that have these bits."""
+    program, data = model
+    layer = "bert.encoder.layer.0."
+    scheme = f"clean,quantize{{scheme=W8A8 targets=[{layer}output.dense {layer}intermediate.dense]}}"
+    placed = PassManager(parse_pipeline(scheme)).run(program, Context())
+    widths, target = (4, 8, 16), Roofline.from_dict(HOST)
+    _, report = assign(
+        placed, data, bits=list(widths), time=1.01, target=HOST, rows=16, rounds=0, front=4,
+    )  # fmt: skip
+    items = find_items(placed, *Budgets(time=1.01).widths(widths))
+    assert [item.widths for item in items if item.is_weight] == [(4, 8, 16)] * 2
+    assert [item.widths for item in items if not item.is_weight] == [(8, 16)] * 2
+    trials = Trials(placed, data, Measure.choose(placed, "auto"))
+    grids = {
+        (node, w): rounding
+        for w in widths
+        for node, rounding in roundings(
+            placed, [n for i in items if w in i.widths for n in i.nodes], w, MINMAX, data
+        ).items()
+    }
+    flat = iter(trials.run([{n: grids[n, w] for n in i.nodes} for i in items for w in i.widths], baseline=trials.off))
+    losses = [[next(flat) for _ in item.widths] for item in items]
+    before, found = time_of(placed, [], target, 16, 1.0).before, []
+    for choice in itertools.product(*(range(len(item.widths)) for item in items)):
+        made = placed.clone()
+        names = {node.name: node for node, _ in made.quantizers()}
+        for item, c in zip(items, choice, strict=True):
+            for node in item.nodes:
+                set_width(names[node.name], item.widths[c])
+        share = time_of(made, [], target, 16, 1.0).before / before
+        if share <= 1.01:
+            found.append((sum(row[c] for row, c in zip(losses, choice, strict=True)), share))
+    assert report.optimum is not None
+    assert 1 < len(found) < 36
+    assert report.optimum.predicted == pytest.approx(min(found)[0], rel=1e-9)
+    assert report.optimum.bound <= min(found)[0] * (1 + 1e-9)
+    assert report.time is not None
+    assert report.time.before_us == pytest.approx(before / 1e6)
+    assert report.time.after_us == pytest.approx(report.budgets[0].used * before / 1e6)
+    assert report.budgets[0].used <= 1.01
+    assert report.front[0].budget == pytest.approx(min(s for _, s in [*found]), rel=1e-9)
+    assert [p.predicted for p in report.front] == sorted((p.predicted for p in report.front), reverse=True)
+    assert "estimated by calculation" in report.summary()
+    assert "by calculation" in report.front_table()[0][0]
+    assert "estimated by calculation" in report.svg()
+
+
+def test_time_beside_other_budgets(model) -> None:
+    program, data = model
+    budgets = {"weight-bits": 6, "share-16": 0.2, "time": 0.9}
+    placed = place(program, "W8A8-full")
+    result, report = assign(placed, data, **budgets, target="a100", rows=4, front=0, rounds=1)
+    assert [use.name for use in report.budgets] == list(budgets)
+    assert all(use.used <= use.most for use in report.budgets)
+    target = TARGETS["a100"]
+    share = time_of(result, [], target, 4, 1.0).before / time_of(placed, [], target, 4, 1.0).before
+    assert report.budgets[2].used == pytest.approx(share)
+    assert set(bits(result, weights=False)) <= {8, 16}
+
+
 # The front
 
 
@@ -267,17 +375,29 @@ def test_gptq_takes_mixed_bits(run) -> None:
         ({"set": "paper", "weight-bits": 4}, "takes no budget"),
         ({"weight-bits": 4, "bits": [1, 2]}, "bits are 2 to 16"),
         ({"share-16": 1.5}, "makes no sense"),
-        ({"weight-bits": 1.0}, "no assignment has weight-bits"),
+        ({"weight-bits": 1.0}, "no assignment has weight-bits of at most 1"),
+        ({"weight-bits": 2, "time": 0.4, "target": "a100"}, "no assignment has time of at most 0.4"),
         ({"model-bytes": 10}, "what stays float takes"),
         ({"weight-bits": 4, "rounds": -1}, "rounds must be at least 0"),
         ({"activation-bits": 4.0}, "no quantizer that activation-bits could bound"),
         ({"set": "paper"}, "feed-forward"),
+        ({"time": 0.9}, "time and target together"),
+        ({"target": "a100", "weight-bits": 4}, "time and target together"),
+        ({"time": 0.9, "target": "a100", "rows": 0}, "rows must be at least 1"),
+        ({"time": 0.1, "target": "a100"}, "no assignment has time"),
     ],
 )
 def test_wrong_parameters(model, parameters: dict[str, object], message: str) -> None:
     program, data = model
     with pytest.raises(BitlowerError, match=message):
         assign(place(program, "W8A16"), data, **parameters)
+
+
+def test_the_least_budget_is_said(model) -> None:
+    program, data = model
+    with pytest.raises(BitlowerError) as caught:
+        assign(place(program, "W8A16"), data, **{"weight-bits": 1.5, "bits": [3, 4]})
+    assert caught.value.hint.startswith("the least is 3;")
 
 
 def test_it_stands_before_calibrate_and_needs_data(model) -> None:
