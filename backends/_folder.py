@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePath
+from typing import Any
 
 from bitlower.ir import BitlowerError, Program
 
 CONFIG = "config.json"
 RESERVED = (CONFIG, "manifest.json", "verification.json", "ledger.json", "recipe.yaml")
 """Names that are ours in every artefact."""
+_TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
 
 
 def write_assets(program: Program, folder: Path, reserved: Collection[str]) -> list[str]:
@@ -30,6 +40,20 @@ def write_assets(program: Program, folder: Path, reserved: Collection[str]) -> l
         finally:
             temporary.unlink(missing_ok=True)
     return sorted(program.assets)
+
+
+def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The model's configuration, and the tokenizer's files by name.
+
+    Raises:
+        BitlowerError: there is no configuration.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BitlowerError(f"{folder} holds no readable {CONFIG}: {error}") from None
+    files = sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)})
+    return config, {path.name: path.read_bytes() for path in files}
 
 
 def sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from bitlower.backends._rounding import Rounding
 from bitlower.backends.onnx_qdq._session import Array, Session, exposed, named_values, read_model, to_tensor
 from bitlower.backends.onnx_qdq._structure import constant, quantizer_inputs
-from bitlower.backends.onnx_qdq._tally import Rounding, Tally
+from bitlower.backends.onnx_qdq._tally import Tally
 from bitlower.backends.onnx_qdq._verification import CodeError
 from bitlower.ir import Batch, CheckError, Program, Quantizer, get_tensor, numerics, ops
 from bitlower.ir.observe import observe

@@ -12,9 +12,10 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from bitlower.backends._config import write_config
 from bitlower.backends._folder import sizes
 from bitlower.backends._level import check_level
-from bitlower.backends.onnx_qdq._folder import MODEL, write_assets, write_config, write_model
+from bitlower.backends.onnx_qdq._folder import MODEL, write_assets, write_model
 from bitlower.backends.onnx_qdq._genai import write_genai_config
 from bitlower.backends.onnx_qdq._kernels import LEVEL_ENTRY
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS, ROUNDS_ACTIVATIONS
@@ -135,7 +136,7 @@ def export(
     session_config = {}
     if form == "qdq" and log.applied[LOW_BIT]:
         session_config[LEVEL_ENTRY] = str(accuracy_level)
-    files = [*write_model(model, folder, threshold=external_data_threshold), write_config(program, folder)]
+    files = [*write_model(model, folder, threshold=external_data_threshold), write_config(program, folder, "onnx")]
     files += [*write_assets(program, folder), *write_genai_config(program, folder, session_config)]
     _check_model(folder / MODEL)
     verification = verify_export(program, folder, batches, session_config=session_config, accuracy_level=accuracy_level)

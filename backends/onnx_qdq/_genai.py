@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bitlower.backends._json import write_json
+from bitlower.backends._steps import has_cache
 from bitlower.backends.onnx_qdq._folder import GENAI, MODEL
-from bitlower.backends.onnx_qdq._steps import has_cache
 from bitlower.ir import Program
 
 TYPE = "decoder"

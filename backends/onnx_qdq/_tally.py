@@ -6,31 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from bitlower.backends._rounding import TIE, Rounding
 from bitlower.backends.onnx_qdq._verification import CodeError
-from bitlower.ir import Quantizer, numerics
-
-TIE = 2e-5
-"""How far from a rounding interval a value may lie, as a part of the quantizer's range (0.005 steps of 8 bits)."""
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """What codes are made of: a value, its scale and zero point, and the limits of the grid."""
-
-    x: torch.Tensor
-    scale: torch.Tensor
-    zero_point: torch.Tensor
-    quant_min: int
-    quant_max: int
-
-    def excess(self, codes: torch.Tensor) -> float:
-        """The largest distance of a value from the interval that rounds to its code, in steps; in float64."""
-        parts = (self.x.double(), self.scale.double(), self.zero_point.double())
-        position = numerics.blockwise(*parts, lambda x, s, z: x / s + z)
-        away = position - codes
-        away = torch.where((codes <= self.quant_min) & (away < 0), 0.0, away)
-        away = torch.where((codes >= self.quant_max) & (away > 0), 0.0, away)
-        return max(float(away.abs().max()) - 0.5, 0.0)
+from bitlower.ir import Quantizer
 
 
 @dataclass

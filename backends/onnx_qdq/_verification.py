@@ -8,33 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from bitlower.backends._json import read_json, significant, write_json
+from bitlower.backends._outputs import OutputError
+from bitlower.backends._selftest import SelfTest
 from bitlower.backends.onnx_qdq._kernels import KernelReport
-from bitlower.backends.onnx_qdq._selftest import SelfTest
 from bitlower.ir import CheckError
 
 FILE = "verification.json"
-
-
-@dataclass(frozen=True)
-class OutputError:
-    """How far an output of the runtime is from the Program's.
-
-    Args:
-        name: of the output.
-        worst: the largest absolute error.
-        mean: the mean absolute error.
-        relative: ``worst`` over the standard deviation of the output.
-        cosine: of both outputs, flattened.
-        given_codes: as ``relative``, for a Program that computes with the runtime's codes: what is left is float
-            arithmetic alone, without the flips at rounding ties that quantization makes visible.
-    """
-
-    name: str
-    worst: float
-    mean: float
-    relative: float
-    cosine: float
-    given_codes: float
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,16 @@ from pathlib import Path
 
 import torch
 
+from bitlower.backends._outputs import OutputComparison, OutputError
+from bitlower.backends._rounding import TIE
+from bitlower.backends._selftest import SelfTest, make_selftest, small_batch
+from bitlower.backends._steps import cached_steps, visible
 from bitlower.backends.onnx_qdq._codes import CodeComparison
 from bitlower.backends.onnx_qdq._constants import check_constants, weights
 from bitlower.backends.onnx_qdq._kernels import inspect_kernels
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS
-from bitlower.backends.onnx_qdq._outputs import OutputComparison
-from bitlower.backends.onnx_qdq._selftest import SelfTest, make_selftest, small_batch
 from bitlower.backends.onnx_qdq._session import Session, read_model, runtime_versions
-from bitlower.backends.onnx_qdq._steps import cached_steps, visible
-from bitlower.backends.onnx_qdq._tally import TIE
-from bitlower.backends.onnx_qdq._verification import CodeError, OutputError, Verification
+from bitlower.backends.onnx_qdq._verification import CodeError, Verification
 from bitlower.ir import Batch, BitlowerError, CheckError, Program
 from bitlower.ir.folding import with_float_weights
 

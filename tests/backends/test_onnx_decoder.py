@@ -13,10 +13,10 @@ import pytest
 import torch
 import transformers
 
+from bitlower.backends._steps import cached_steps, visible
 from bitlower.backends.onnx_qdq import ExportReport, export, verify
 from bitlower.backends.onnx_qdq._lower import lower
 from bitlower.backends.onnx_qdq._session import Session
-from bitlower.backends.onnx_qdq._steps import cached_steps, visible
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, CheckError, Program, Scheme
 from bitlower.passes import Context, PassManager

@@ -14,9 +14,10 @@ import onnxruntime
 import pytest
 import torch
 
+from bitlower.backends._config import quantization_config
 from bitlower.backends.onnx_qdq import export, verify
 from bitlower.backends.onnx_qdq._export import operators
-from bitlower.backends.onnx_qdq._folder import quantization_config, write_model
+from bitlower.backends.onnx_qdq._folder import write_model
 from bitlower.backends.onnx_qdq._lower import lower, rewrite
 from bitlower.backends.onnx_qdq._rewrite_linear import Form
 from bitlower.backends.onnx_qdq._translate import translate
@@ -375,7 +376,7 @@ def test_the_configuration_says_what_is_quantized(tmp_path: Path) -> None:
     assert QuantSpec.from_dict(group["weights"]) == Scheme.parse("W8A8").weights
     assert QuantSpec.from_dict(group["input_activations"]) == Scheme.parse("W8A8").activations
     assert set(quantization["roles"]) == {"linear-weight", "embedding-table", "linear-input"}
-    assert quantization_config(integer("float"))["config_groups"] == {}
+    assert quantization_config(integer("float"), "onnx")["config_groups"] == {}
 
 
 def test_large_tensors_go_to_a_file_of_their_own(tmp_path: Path) -> None:

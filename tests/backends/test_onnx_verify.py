@@ -12,8 +12,9 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
+from bitlower.backends._rounding import Rounding
 from bitlower.backends.onnx_qdq._lower import lower
-from bitlower.backends.onnx_qdq._tally import Rounding, Tally
+from bitlower.backends.onnx_qdq._tally import Tally
 from bitlower.backends.onnx_qdq._verification import Verification, read_verification, write_verification
 from bitlower.backends.onnx_qdq._verify import verify_export
 from bitlower.ir import BitlowerError, CheckError, Program, Scheme

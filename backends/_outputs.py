@@ -5,12 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
-from bitlower.backends.onnx_qdq._session import Array
-from bitlower.backends.onnx_qdq._verification import OutputError
 from bitlower.ir import CheckError, Program
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """How far an output of the runtime is from the Program's.
+
+    Args:
+        name: of the output.
+        worst: the largest absolute error.
+        mean: the mean absolute error.
+        relative: ``worst`` over the standard deviation of the output.
+        cosine: of both outputs, flattened.
+        given_codes: as ``relative``, for a Program that computes with the runtime's codes: what is left is float
+            arithmetic alone, without the flips at rounding ties that quantization makes visible.
+    """
+
+    name: str
+    worst: float
+    mean: float
+    relative: float
+    cosine: float
+    given_codes: float
 
 
 @dataclass
