@@ -16,7 +16,7 @@ if not (Path(__file__).parent / "ir").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 if TYPE_CHECKING:
-    from bitlower.frontends import batches, load
+    from bitlower.frontends import batches
     from bitlower.ir import (
         BitlowerError,
         CheckError,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from bitlower.ir.version import __version__
     from bitlower.passes import Context, Contract, Pass, PassManager, parse_pipeline
     from bitlower.tools.flow import quantize
+    from bitlower.tools.load import load
 
 __all__ = [
     "BitlowerError",
@@ -54,10 +55,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "bitlower.frontends": ("batches", "load"),
+    "bitlower.frontends": ("batches",),
     "bitlower.passes": ("Context", "Contract", "Pass", "PassManager", "parse_pipeline"),
     "bitlower.ir.version": ("__version__",),
     "bitlower.tools.flow": ("quantize",),
+    "bitlower.tools.load": ("load",),
 }
 
 

@@ -8,7 +8,7 @@ by operand (``x``, ``weight``, ``out`` …) what its codes and roundings stand f
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "ROUNDINGS",
     "Output",
     "arguments",
+    "bind",
     "fused_attention",
     "fused_embedding",
     "fused_linear",
@@ -34,6 +35,7 @@ __all__ = [
     "fused_pointwise",
     "fused_rotary",
     "is_kernel",
+    "kind",
     "output_of",
     "outputs",
     "read_outputs",
@@ -85,10 +87,20 @@ def is_kernel(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in KERNELS
 
 
+def kind(node: fx.Node) -> str:
+    """The kernel's operator in a word, such as ``fused_linear``."""
+    return str(node.target).removeprefix("bitlower.").removesuffix(".default")
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a kernel by name; those that are left out are not there."""
+    return bind(node, node.args, node.kwargs)
+
+
+def bind(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """``args`` and ``kwargs``, laid out as those of ``node``, by name."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def outputs(node: fx.Node) -> list[Output]:

@@ -74,7 +74,7 @@ def test_the_interface_of_backends_is_documented() -> None:
     listed = [name.partition("(")[0] for name in names(rows(section("plugins.md", "Backends")))]
     for backend in _backends.known_backends():
         offered = [name for name in listed if hasattr(_module_of(backend), name)]
-        assert set(listed) - set(offered) <= {"supports"}
+        assert set(listed) - set(offered) <= {"supports", "check_program", "check_host"}
     assert hasattr(_module_of("checkpoint"), "supports")
 
 
@@ -151,18 +151,21 @@ def test_roles_and_conventions_are_documented() -> None:
 
 
 def test_thresholds_are_those_of_the_code() -> None:
-    from bitlower.backends.onnx_qdq import _codes, _manifest, _tally, _verify
+    from bitlower.backends import _rounding, _selftest
+    from bitlower.backends.onnx_qdq import _codes, _verify
 
     text = TEXT[ROOT / "docs" / "artefact.md"]
-    assert f"off it by {_tally.TIE:.0e}".replace("e-0", "e-") in text
+    assert f"off it by {_rounding.TIE:.0e}".replace("e-0", "e-") in text
     assert f"at most {_verify.OUTPUT_GIVEN_CODES:.0e} of".replace("e-0", "e-") in text
     assert f"output is {_verify.OUTPUT_COSINE} at least" in text
-    assert f"cosine of {_manifest.SELFTEST} at least" in text.replace("\n", " ")
+    assert f"cosine of {_selftest.LEAST} at least" in text.replace("\n", " ")
     assert f"within {_codes.SCALE:.0e}".replace("e-0", "e-") in text
     assert _verify.CODES_EQUAL == 0.5
 
 
-@pytest.mark.parametrize(("backend", "heading"), [("onnx-qdq", "Verification"), ("checkpoint", "Checkpoints")])
+@pytest.mark.parametrize(
+    ("backend", "heading"), [("onnx-qdq", "Verification"), ("checkpoint", "Checkpoints"), ("tvm-kernels", "Libraries")]
+)
 def test_the_fields_of_a_verification_are_documented(backend: str, heading: str) -> None:
     text = section("artefact.md", heading)
     for field in fields(_module_of(backend).Verification):
@@ -184,6 +187,19 @@ def test_the_limits_of_checkpoints_are_those_of_the_code() -> None:
     text = section("artefact.md", "Checkpoints")
     assert f"at most {_outputs.GIVEN_WEIGHTS:.0e} standard".replace("e-0", "e-") in text
     assert f"Program's is {_outputs.OUTPUT_COSINE} at least" in text
+
+
+def test_the_limits_of_libraries_are_those_of_the_code() -> None:
+    from bitlower.backends import _rounding
+    from bitlower.backends.tvm_kernels import _agreement, _verification
+
+    text = section("artefact.md", "Libraries")
+    assert f"off it by {_rounding.TIE:.0e} of".replace("e-0", "e-") in text
+    assert f"at most {_agreement.VALUE:.0e} of the root".replace("e-0", "e-") in text
+    assert f"within {_agreement.QPARAM:.0e}, relatively".replace("e-0", "e-") in text
+    assert f"{100 * _agreement.TURNED:g} % may be turned over" in text
+    for field in fields(_verification.KernelError):
+        assert f"`{field.name}`" in text, field.name
 
 
 def test_the_signature_of_decoders_is_as_documented() -> None:

@@ -2,8 +2,10 @@
 
 A backend's module offers ``Options`` (a dataclass of what it can be told), ``export(program, folder, batches=…,
 provenance=…, **options)`` and ``verify(folder)``; both give a report that has ``to_dict`` or is a dataclass. It may
-offer ``supports(spec, shape, role, **options)``, which gives the reason why a tensor cannot be held, or nothing, and
-``check_level(level)``, which raises where it takes no program at that level.
+offer ``supports(spec, shape, role, **options)``, which gives the reason why a tensor cannot be held, or nothing;
+``check_level(level)``, which raises where it takes no program at that level; ``check_program(program, **options)``,
+which raises where it cannot express an operator; and ``check_host(**options)``, which raises where this machine lacks
+what it needs.
 """
 
 from __future__ import annotations
@@ -63,6 +65,26 @@ def check_level(name: str, level: Level) -> None:
         raise BitlowerError(f"backend {name!r}: {error.message}", hint=error.hint) from None
 
 
+def check_host(name: str, options: Mapping[str, Any]) -> None:
+    """See that this machine has what the backend needs.
+
+    Raises:
+        BitlowerError: a package, a tool or the right processor is missing; the hint says what to do about it.
+    """
+    check = getattr(_module(name), "check_host", None)
+    if check is not None:
+        check(**_keywords(options))
+
+
+def takes(name: str, level: Level) -> bool:
+    """Whether the backend takes programs at ``level``."""
+    try:
+        check_level(name, level)
+    except BitlowerError:
+        return False
+    return True
+
+
 def export(
     name: str,
     program: Program,
@@ -84,12 +106,14 @@ def export(
 
 
 def check_program(name: str, program: Program, options: Mapping[str, Any]) -> None:
-    """See that the backend can hold every tensor that has a quantizer, open or closed.
+    """See that the backend can express every operator, and hold every tensor that has a quantizer, open or closed.
 
     Raises:
-        BitlowerError: it cannot; the tensor is named.
+        BitlowerError: it cannot; the operator or the tensor is named.
     """
-    supports = getattr(_module(name), "supports", None)
+    check, supports = (getattr(_module(name), what, None) for what in ("check_program", "supports"))
+    if check is not None:
+        check(program, **_keywords(options))
     if supports is None:
         return
     for node, quantizer in program.quantizers():

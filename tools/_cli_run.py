@@ -21,15 +21,16 @@ Scheme = Annotated[str, typer.Option(help="For example W8A8, W8A8-full, W8A8-tok
 Algorithm = Annotated[
     str | None,
     typer.Option(
-        help="What chooses the weights' codes: gptq, rtn or calibrate. gptq if not given, for weights of fewer than 8 "
-        "bits beside float activations; else calibrate."
+        help="What chooses the weights' codes: gptq, adaround, rtn or calibrate. gptq if not given, for weights of "
+        "fewer than 8 bits beside float activations; else calibrate."
     ),
 ]
 Formats = Annotated[
     list[str] | None,
     typer.Option(
         "--format",
-        help="onnx-qdq (if not given), checkpoint (which is compressed-tensors), or gptq-v2; may be repeated.",
+        help="onnx-qdq (if not given), checkpoint (which is compressed-tensors), gptq-v2, or tvm-kernels; may be "
+        "repeated.",
     ),
 ]
 _TEXTS = (
@@ -108,7 +109,7 @@ def quantize(
     no_cache: NoCache = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Quantize a model in one line, to verified ONNX or a checkpoint."""
+    """Quantize a model in one line, to verified ONNX, a checkpoint or a library."""
     settings = settings_of(context)
     from bitlower.passes import format_pipeline
     from bitlower.tools.flow import standard_recipe

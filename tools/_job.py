@@ -106,6 +106,7 @@ class Job:
         for name, options in self.exports:
             _backends.check_export(name, options)
             _backends.check_level(name, level)
+            _backends.check_host(name, options)
         names = [name for name, _ in self.exports]
         if len(set(names)) != len(names):
             raise BitlowerError("an export is named twice", hint="each backend writes once")

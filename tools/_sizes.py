@@ -9,6 +9,7 @@ onnx-qdq               4 bits (or 2 from opset 25 on), one byte above, two above
 .. onnxruntime         the same, in blocks of MatMulNBits, a scale for each block     4 bytes              as it is
 compressed-tensors     rows as dense streams of 32-bit words                         as what stays float  ``dtype``
 gptq-v2                columns as dense streams of 32-bit words, and an index         2 bytes              ``dtype``
+tvm-kernels            as its kernels read them; a table that is a head too, twice    4 bytes              as it is
 =====================  ============================================================  ===================  ==============
 
 Zero points of asymmetric grids take the bits of their codes; gptq-v2 always has them.
@@ -17,18 +18,23 @@ Zero points of asymmetric grids take the bits of their codes; gptq-v2 always has
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import fx
 
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS, Container
 from bitlower.backends.onnx_qdq._low_bit import container as low_bit_container
 from bitlower.backends.onnx_qdq._narrow import SMALL, type_bits
-from bitlower.ir import Program, Quantizer, QuantSpec
+from bitlower.backends.tvm_kernels._sizes import linear_bytes, table_bytes
+from bitlower.ir import Granularity, Grid, Program, Quantizer, QuantSpec
+from bitlower.ir.dataflow import EMBEDDING, LINEAR
 from bitlower.ir.scheme import WEIGHT_ROLES
 
+CODE_BYTES = 300_000
+"""Of a library, beside the weights."""
 ENTRY_BYTES = 106
 """Of a node or a stored tensor in an ONNX file, beside its data, and of a tensor in a safetensors header."""
 _DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -71,19 +77,24 @@ class Target:
         """Bytes of a number that stays float."""
         return _DTYPES[self.options.get("dtype", "float16")] if self.is_checkpoint else 4
 
-    def float_bytes(self, tensor: torch.Tensor) -> int:
-        """Of ``tensor``, which is not quantized."""
+    def float_bytes(self, tensor: torch.Tensor, readers: Collection[fx.Node] = ()) -> int:
+        """Of ``tensor``, which is not quantized and which ``readers`` read."""
         width = self.width if tensor.is_floating_point() else tensor.element_size()
-        return tensor.numel() * width
+        kinds = {node.target in EMBEDDING for node in readers if node.target in LINEAR | EMBEDDING}
+        return tensor.numel() * width * (max(len(kinds), 1) if self.backend == "tvm-kernels" else 1)
 
     def __str__(self) -> str:
         options = " ".join(f"{key}={value}" for key, value in self.options.items())
         return f"{self.backend}{{{options}}}" if options else self.backend
 
 
-def stored_bytes(quantizer: Quantizer, shape: tuple[int, ...], target: Target) -> int:
-    """Codes, scales and zero points of a weight of ``shape``."""
+def stored_bytes(
+    quantizer: Quantizer, shape: tuple[int, ...], target: Target, readers: Collection[fx.Node] = ()
+) -> int:
+    """Codes, scales and zero points of a weight of ``shape``, which ``readers`` read."""
     spec = quantizer.spec
+    if target.backend == "tvm-kernels":
+        return _library_bytes(spec, shape, target, readers)
     scales = math.prod(spec.granularity.scale_shape(shape))
     if target.is_checkpoint and len(shape) == 2:
         return _checkpoint_bytes(spec, (shape[0], shape[1]), scales, target)
@@ -94,6 +105,17 @@ def stored_bytes(quantizer: Quantizer, shape: tuple[int, ...], target: Target) -
     width: int = spec.grid.dtype.itemsize
     codes = _onnx_code_bytes(quantizer, shape, target) if spec.grid.bits < 8 else width * math.prod(shape)
     return codes + (4 if spec.grid.symmetric else 4 + width) * scales
+
+
+def _library_bytes(spec: QuantSpec, shape: tuple[int, ...], target: Target, readers: Collection[fx.Node]) -> int:
+    """For linears, for look-ups, or for both; what is read otherwise is stored in float32."""
+    if len(shape) != 2:
+        return 4 * math.prod(shape)
+    activation = None if target.weights_only else QuantSpec(Grid(8), Granularity.per_tensor())
+    linear = any(node.target in LINEAR for node in readers)
+    table = any(node.target in EMBEDDING for node in readers)
+    pair = (shape[0], shape[1])
+    return (linear_bytes(pair, spec, activation) if linear else 0) + (table_bytes(pair, spec) if table else 0)
 
 
 def _onnx_code_bytes(quantizer: Quantizer, shape: tuple[int, ...], target: Target) -> int:
@@ -121,6 +143,8 @@ def _low_bit_bytes(spec: QuantSpec, shape: tuple[int, int], kind: Container, tar
 def overhead_bytes(program: Program, target: Target) -> int:
     """What a model file holds besides tensors: the nodes of the graph, and each tensor's name, type and shape."""
     stored = len({node.target for node in program.graph.nodes if node.op == "get_attr"})
+    if target.backend == "tvm-kernels":
+        return CODE_BYTES
     if target.is_checkpoint:
         return ENTRY_BYTES * stored
     return ENTRY_BYTES * (stored + len([node for node in program.graph.nodes if node.op == "call_function"]))

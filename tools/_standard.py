@@ -8,20 +8,25 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bitlower.ir import BitlowerError, Scheme, nearest
+from bitlower.ir import BitlowerError, Level, Scheme, nearest
 from bitlower.ir.scheme import ACTIVATION_ROLES
 from bitlower.passes import Pass, make_pass
+from bitlower.tools import _backends
 from bitlower.tools.data import split_column
 from bitlower.tools.recipe import Recipe, steps_of
 
-ALGORITHMS = ("calibrate", "gptq", "rtn")
+ALGORITHMS = ("adaround", "calibrate", "gptq", "rtn")
+_LEARNED = ("adaround", "gptq")
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "onnx-qdq": ("onnx-qdq", {}),
     "checkpoint": ("checkpoint", {}),
     "compressed-tensors": ("checkpoint", {"format": "compressed-tensors"}),
     "gptq-v2": ("checkpoint", {"format": "gptq-v2"}),
+    "tvm-kernels": ("tvm-kernels", {}),
 }
 """Names of artefacts: a backend and its options."""
+DEFAULT = "onnx-qdq"
+"""The format if nobody says."""
 _FULL_WIDTH = 8
 
 
@@ -50,15 +55,22 @@ def default_algorithm(scheme: str | Scheme, *, calibrated: bool = True) -> str:
 
 
 def standard_passes(
-    scheme: str | Scheme, ignore: Sequence[str] = (), *, algorithm: str | None = None, calibrated: bool = True
+    scheme: str | Scheme,
+    ignore: Sequence[str] = (),
+    *,
+    algorithm: str | None = None,
+    calibrated: bool = True,
+    formats: Sequence[str] = (),
 ) -> tuple[Pass, ...]:
-    """The pipeline behind ``quantize``: every step from a float program to integers.
+    """The pipeline behind ``quantize``: every step from a float program to integers, or to kernels.
 
     ``smooth`` and ``calibrate`` are for activations; with float activations ``algorithm`` stands alone. Without
-    calibration data there is no ``smooth``.
+    calibration data there is no ``smooth``. Formats that are made of kernels have ``fuse`` at the end, and no
+    ``smooth``, whose multiplications would stand between kernels.
 
     Raises:
-        BitlowerError: not a scheme, not an algorithm, or one of them needs calibration data and there are none.
+        BitlowerError: not a scheme, an algorithm or a format; one of them needs calibration data and there are none; or
+            no program fits all formats.
     """
     made = as_scheme(scheme)
     algorithm = algorithm or default_algorithm(made, calibrated=calibrated)
@@ -67,20 +79,46 @@ def standard_passes(
     if not calibrated:
         _check_needs_no_data(made, algorithm)
     parameters: dict[str, Any] = {"scheme": scheme, "ignore": list(ignore)}
-    smooth = ("smooth",) if calibrated else ()
+    fused = _of_kernels(formats)
+    smooth = ("smooth",) if calibrated and not fused else ()
     names = (*smooth, algorithm, "calibrate") if made.activations else (algorithm,)
     return (
         make_pass("clean"),
         make_pass("quantize", parameters),
         *(make_pass(name) for name in dict.fromkeys(names)),
         make_pass("lower-integer"),
+        *((make_pass("fuse"),) if fused else ()),
     )
 
 
-def _check_needs_no_data(scheme: Scheme, algorithm: str) -> None:
-    if algorithm == "gptq":
+def _of_kernels(formats: Sequence[str]) -> bool:
+    """Whether the formats are made of fused programs.
+
+    Raises:
+        BitlowerError: an unknown format, or some are and others are not.
+    """
+    fused, others = list[str](), list[str]()
+    for name in formats or (DEFAULT,):
+        (others if _backends.takes(_format(name)[0], Level.INTEGER) else fused).append(name)
+    if fused and others:
         raise BitlowerError(
-            "gptq needs calibration data", hint="give calibration data, or round to nearest: algorithm rtn"
+            f"{fused[0]} is made of kernels, which the pass `fuse` makes and {others[0]} does not know: no program fits"
+            " both",
+            hint="run once for each",
+        )
+    return bool(fused)
+
+
+def _format(name: str) -> tuple[str, dict[str, Any]]:
+    if name not in FORMATS:
+        raise BitlowerError(f"unknown format {name!r}", hint=nearest(name, FORMATS))
+    return FORMATS[name]
+
+
+def _check_needs_no_data(scheme: Scheme, algorithm: str) -> None:
+    if algorithm in _LEARNED:
+        raise BitlowerError(
+            f"{algorithm} needs calibration data", hint="give calibration data, or round to nearest: algorithm rtn"
         )
     specs = [spec for role in ACTIVATION_ROLES if (spec := scheme.spec(role))]
     if not all(spec.granularity.dynamic for spec in specs):
@@ -100,10 +138,8 @@ def standard_exports(scheme: str | Scheme, formats: Sequence[str] = ()) -> tuple
     """
     weights_only = as_scheme(scheme).activations is None
     exports = []
-    for name in formats or ("onnx-qdq",):
-        if name not in FORMATS:
-            raise BitlowerError(f"unknown format {name!r}", hint=nearest(name, FORMATS))
-        backend, options = FORMATS[name]
+    for name in formats or (DEFAULT,):
+        backend, options = _format(name)
         form = {"form": "onnxruntime"} if backend == "onnx-qdq" and weights_only else {}
         exports.append((backend, options | form))
     return tuple(exports)
@@ -129,9 +165,11 @@ def standard_recipe(
     Raises:
         BitlowerError: not a scheme, or not an algorithm.
     """
+    calibrated = calibration is not None
+    passes = standard_passes(scheme, ignore, algorithm=algorithm, calibrated=calibrated, formats=formats)
     form: dict[str, Any] = {
         "model": {"path": model, "task": task},
-        "passes": steps_of(standard_passes(scheme, ignore, algorithm=algorithm, calibrated=calibration is not None)),
+        "passes": steps_of(passes),
         "export": [{name: params} if params else name for name, params in standard_exports(scheme, formats)],
     }
     if calibration is not None:

@@ -1,8 +1,7 @@
-"""Accuracy on labelled data, of an artefact (in onnxruntime) or of a float model (as a Program)."""
+"""Accuracy on labelled data, of an artefact (in onnxruntime or TVM) or of a float model (as a Program)."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bitlower.backends._folder import read_model
+from bitlower.backends.tvm_kernels import is_library, load_library
 from bitlower.frontends import batches, load
 from bitlower.ir import Batch, BitlowerError, Level, Program, TensorType, ValueSpec, nearest
 from bitlower.tools.data import Row, number, read_rows, split_column
@@ -25,14 +26,6 @@ Array = NDArray[Any]
 TASKS = ("sts-b", "classification")
 STS_B_COLUMNS = ("4", "5", "6")
 """Score, first and second sentence in the STS benchmark's own files, which have no header line."""
-_TOKENIZER_FILES = (
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-)
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ def evaluate(
     """Measure ``target`` on ``data``.
 
     Args:
-        target: an artefact's folder (with ``model.onnx``), a model as the frontends take it, or a Program of any level.
+        target: an artefact's folder (ONNX or library), a model as the frontends take it, or a Program of any level.
         task: ``sts-b`` (score, two sentences: correlation of the score with the cosine of mean-pooled embeddings) or
             ``classification`` (text, an optional second text, label).
         data: a .tsv, .csv or .jsonl file.
@@ -97,9 +90,12 @@ def evaluate(
 
 
 def open_runner(target: str | os.PathLike[str] | Program) -> Runner:
-    """A model to run: a Program, an artefact in onnxruntime where ``model.onnx`` lies, else the float model."""
+    """A model to run: a Program, an artefact in onnxruntime or TVM where one lies, else the float model."""
     if not isinstance(target, Program) and (Path(target) / "model.onnx").is_file():
         return _artefact(Path(target))
+    if not isinstance(target, Program) and is_library(Path(target)):
+        library = load_library(Path(target))
+        return Runner(library.program, lambda batch: {name: v.numpy() for name, v in library(**batch).items()})
     program = target if isinstance(target, Program) else load(target)
 
     def run(batch: Batch) -> dict[str, Array]:
@@ -230,11 +226,7 @@ def shell(folder: Path, session: InferenceSession | None = None) -> Program:
     Raises:
         BitlowerError: there is no configuration.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise BitlowerError(f"{folder} holds no readable config.json: {error}") from None
-    files = sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)})
+    config, files = read_model(folder)
     return Program(
         {},
         Level.FLOAT,
@@ -242,7 +234,7 @@ def shell(folder: Path, session: InferenceSession | None = None) -> Program:
         tuple(map(_value_spec, session.get_inputs())) if session else (),
         tuple(map(_value_spec, session.get_outputs())) if session else (),
         config,
-        {path.name: path.read_bytes() for path in files},
+        files,
         str(folder),
     )
 

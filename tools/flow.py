@@ -91,10 +91,10 @@ def quantize(
         model: a Hugging Face folder, ``package:NAME``, or a module in memory.
         scheme: for example ``W8A8``, ``W4A16-g128``.
         calibration: a file of texts (``FILE:COLUMN`` for a table), the texts, or input batches; not needed for schemes
-            without static activations, unless ``algorithm`` is ``gptq``: the artefact is then compared with the Program
+            without static activations (but for ``gptq`` and ``adaround``): artefacts are then compared with the Program
             on tokens drawn at random. For a language model the texts are one long text, which is cut into windows.
         output: the artefact's folder, which must not exist yet; None writes nothing.
-        algorithm: what chooses the weights' codes: ``gptq``, ``rtn`` or ``calibrate``; if left out ``gptq`` for
+        algorithm: of the weights' codes: ``gptq``, ``adaround``, ``rtn`` or ``calibrate``; if left out ``gptq`` for
             weights of fewer than 8 bits beside float activations (``rtn`` without calibration), else ``calibrate``.
         formats: backends to write with; ``onnx-qdq`` if left out. Several write into folders of their names.
         task: as for :func:`~bitlower.frontends.load`; read from the model's configuration if left out.
@@ -118,10 +118,9 @@ def quantize(
             )
         )  # fmt: skip
     else:
-        source = python_source(
-            calibration, samples=samples, seed=seed, max_length=max_length, decoder=is_decoder(model, task)
-        )
-        passes = standard_passes(scheme, ignore, algorithm=algorithm, calibrated=calibration is not None)
+        decoder, calibrated = is_decoder(model, task), calibration is not None
+        source = python_source(calibration, samples=samples, seed=seed, max_length=max_length, decoder=decoder)
+        passes = standard_passes(scheme, ignore, algorithm=algorithm, calibrated=calibrated, formats=formats)
         loader = partial(load, model, task=task, example_inputs=example_inputs)
         job = Job(loader, source.batches, passes, standard_exports(scheme, formats), seed=seed)
     program, summary = run_job(job, _path(output), Options(cache=_path(cache), overwrite=overwrite))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bitlower.backends.tvm_kernels import Library
 from bitlower.frontends.tokenize import decode, positions, token_ids
 from bitlower.ir import BitlowerError, Program
 from bitlower.tools.language_model import LanguageModel, language_model
@@ -41,7 +42,7 @@ class Sample:
 
 
 def generate(
-    model: Program | LanguageModel,
+    model: Program | Library | LanguageModel,
     input_ids: torch.Tensor,
     max_new_tokens: int,
     *,
@@ -55,7 +56,8 @@ def generate(
     ``max_new_tokens``.
 
     Args:
-        model: a Program with a cache, or anything behind :class:`~bitlower.tools.language_model.LanguageModel`.
+        model: a Program or a library with a cache, or anything behind
+            :class:`~bitlower.tools.language_model.LanguageModel`.
         input_ids: ``[batch, prompt]``; shorter prompts are padded on the left.
         max_new_tokens: at least 1.
         attention_mask: 0 where ``input_ids`` is padding; all ones if left out.
@@ -82,7 +84,7 @@ def generate(
 
 
 def sample(
-    model: Program | LanguageModel, prompt: str, max_new_tokens: int, *, stops: Collection[int] | None = None
+    model: Program | Library | LanguageModel, prompt: str, max_new_tokens: int, *, stops: Collection[int] | None = None
 ) -> Sample:
     """Continue ``prompt`` greedily, and time the prompt and the steps; a first run of the prompt is not timed.
 

@@ -1,4 +1,4 @@
-"""One small interface to causal language models, whatever runs them: a Program, onnxruntime, or transformers."""
+"""One small interface to causal language models, whatever runs them: a Program, TVM, onnxruntime, or transformers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bitlower.backends.tvm_kernels import Library, is_library, load_library
 from bitlower.frontends import load
 from bitlower.frontends._weights import quiet
 from bitlower.frontends.locate import locate
@@ -53,8 +54,11 @@ class LanguageModel:
         return () if stop is None else tuple(stop) if isinstance(stop, list) else (int(stop),)
 
 
-def language_model(model: Program | LanguageModel | str | os.PathLike[str]) -> LanguageModel:
-    """``model`` behind the interface: a Program, an artefact's folder, or a float model as the frontends take it.
+Model = Program | Library | LanguageModel | str | os.PathLike[str]
+
+
+def language_model(model: Model) -> LanguageModel:
+    """``model`` behind the interface: a Program, a library or its folder, another artefact's folder, or a float model.
 
     Raises:
         BitlowerError: it is no causal language model, or what reads it is not installed.
@@ -63,7 +67,11 @@ def language_model(model: Program | LanguageModel | str | os.PathLike[str]) -> L
         return model
     if isinstance(model, Program):
         return _of_program(model)
+    if isinstance(model, Library):
+        return _of_library(model)
     folder = Path(model)
+    if is_library(folder):
+        return _of_library(load_library(folder))
     if (folder / "model.onnx").is_file():
         return _of_onnx(folder)
     if (folder / "config.json").is_file() and (method := quantization_of(folder)):
@@ -112,6 +120,20 @@ def _of_program(program: Program) -> LanguageModel:
         return logits, {_past_name(name): value for name, value in outputs.items() if name.startswith(_PRESENT)}
 
     return LanguageModel(program, step, "Program")
+
+
+def _of_library(library: Library) -> LanguageModel:
+    """A library of kernels; the cache stays in its own memory from step to step."""
+    program = library.program
+    _check(program)
+
+    def step(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
+        given = {spec.name: feed[spec.name] for spec in program.inputs if spec.name in feed}
+        results = library.run({**given, **(cache or {})})
+        logits = torch.from_numpy(results["logits"].numpy())
+        return logits, {_past_name(name): value for name, value in results.items() if name.startswith(_PRESENT)}
+
+    return LanguageModel(program, step, "TVM")
 
 
 def _of_onnx(folder: Path) -> LanguageModel:

@@ -12,7 +12,10 @@ The formulas, with S the bytes of the float model's tensors::
 The constants were measured on BERTs of 4 to 12 layers. With ``gptq`` there come to the peak the activations between two
 layers for all calibration data, at most the memory that the pass may hold, and three Hessians of the widest input; to
 the operations one forward run, a Hessian for each input of width c (2 c² a token), its factor (2 c³) and error feedback
-(2 c² a row).
+(2 c² a row). With ``adaround`` there come to the peak the activations of two walks, the float weights of linears, and
+LAYER_COPIES of the largest layer with the tokens that it is learned on; to the operations, for each step and weight, 4
+for each token of the step (products forward and backward) and STEP_WORK (what is done weight by weight, in the time of
+so many operations).
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from bitlower.frontends import load
 from bitlower.ir import Level, Program, get_tensor
 from bitlower.ir.dataflow import activation_operand, linears, parameter_of, weight_operand
 from bitlower.passes import Context, Contract, Pass, PassManager, format_pipeline
+from bitlower.passes.adaround import Adaround
 from bitlower.passes.assign_precision import AssignPrecision
 from bitlower.passes.gptq import Gptq
 from bitlower.passes.quantize import PlacementReport
@@ -48,7 +52,9 @@ ROW_BYTES = 700
 BASE_BYTES = 680_000_000
 COPIES = 6.3
 FIXED_SECONDS = 12.0
-_SIZE_KEEPING = ("adaround", "calibrate", "correct-bias", "gptq", "rtn", "lower-integer")
+LAYER_COPIES = 14
+STEP_WORK = 1600.0
+_SIZE_KEEPING = ("adaround", "calibrate", "correct-bias", "fuse", "gptq", "rtn", "lower-integer")
 
 
 @dataclass(frozen=True)
@@ -189,7 +195,7 @@ def plan_model(
     Raises:
         BitlowerError: bad input.
     """
-    passes, exports = standard_passes(scheme, algorithm=algorithm), standard_exports(scheme, formats)
+    passes, exports = standard_passes(scheme, algorithm=algorithm, formats=formats), standard_exports(scheme, formats)
     program = load(model, task=task)
     amount = Amount.make(samples, max_length, program.task == TASK)
     return make_plan(program, passes, Load.of(amount, program), exports)
@@ -246,21 +252,22 @@ def _tensor_plans(program: Program, reasons: dict[str, str], target: Target) -> 
         if any(getattr(n.args[0], "target", None) != name for n in quantizers) or tensor.data_ptr() in seen:
             continue
         seen.add(tensor.data_ptr())
-        plans.append(_tensor_plan(name, tensor, quantizers, len(readers), reasons.get(name, ""), target))
+        plans.append(_tensor_plan(name, tensor, quantizers, readers, reasons.get(name, ""), target))
     return tuple(plans)
 
 
 def _tensor_plan(
-    name: str, tensor: torch.Tensor, quantizers: list[fx.Node], readers: int, reason: str, target: Target
+    name: str, tensor: torch.Tensor, quantizers: list[fx.Node], readers: list[fx.Node], reason: str, target: Target
 ) -> TensorPlan:
     full, count, shape = tensor.numel() * tensor.element_size(), max(tensor.numel(), 1), tuple(tensor.shape)
-    kept = target.float_bytes(tensor)
+    kept = target.float_bytes(tensor, readers)
     if not quantizers:
-        bits, reason = 8 * kept // count, reason or "no role in the scheme"
+        bits, reason = 8 * target.float_bytes(tensor) // count, reason or "no role in the scheme"
         return TensorPlan(name, shape, bits, "", full, kept, 8 * kept / count, reason)
     quantizer = quantizers[0].meta["quantizer"]
-    size = stored_bytes(quantizer, shape, target)
-    also = "" if len(quantizers) == readers else "and in float, for another reader"
+    users = [user for node in quantizers for user in node.users]
+    size = stored_bytes(quantizer, shape, target, users)
+    also = "" if len(quantizers) == len(readers) else "and in float, for another reader"
     size += kept if also else 0
     return TensorPlan(name, shape, quantizer.spec.grid.bits, str(quantizer.spec), full, size, 8 * size / count, also)
 
@@ -284,16 +291,26 @@ def _notes(later: Sequence[Pass], exports: Exports) -> Iterator[str]:
 def _peak_bytes(program: Program, passes: Sequence[Pass], data: Load) -> int:
     widest = max((node.meta["type"].shape[-1] for node in linears(program.graph)), default=0)
     values = data.batch_size * data.max_length * (widest + data.max_length * _heads(program)) * 4
-    return int(BASE_BYTES + COPIES * program.size_bytes() + values + _gptq_bytes(program, passes, data))
+    return int(BASE_BYTES + COPIES * program.size_bytes() + values + _solver_bytes(program, passes, data))
 
 
-def _gptq_bytes(program: Program, passes: Sequence[Pass], data: Load) -> int:
-    """What ``gptq`` holds besides the model: activations between two layers, and Hessians; 0 without it."""
-    budgets = [pass_.memory for pass_ in passes if isinstance(pass_, Gptq)]
-    widths = _widths(program)
-    if not budgets or not widths:
-        return 0
-    return int(min(budgets[0], data.tokens * (max(widths) + 2 * min(widths)) * 4) + 3 * max(widths) ** 2 * 4)
+def _solver_bytes(program: Program, passes: Sequence[Pass], data: Load) -> int:
+    """What ``gptq`` or ``adaround`` holds besides the model; 0 without them.
+
+    Both hold activations between two layers: the first Hessians too; the second those of two walks, the float weights,
+    and what a layer is learned with.
+    """
+    widths, shapes, found = _widths(program), [tuple(weight.shape) for weight in _weights(program)], 0
+    for pass_ in passes if widths else ():
+        if isinstance(pass_, Gptq | Adaround):
+            walks = 1 if isinstance(pass_, Gptq) else 2
+            found += min(pass_.memory, walks * data.tokens * (max(widths) + 2 * min(widths)) * 4)
+        if isinstance(pass_, Gptq):
+            found += 3 * max(widths) ** 2 * 4
+        if isinstance(pass_, Adaround):
+            layer = max(LAYER_COPIES * r * c + 3 * min(pass_.tokens, data.tokens) * (r + c) for r, c in shapes)
+            found += 4 * (sum(r * c for r, c in shapes) + layer)
+    return int(found)
 
 
 def _widths(program: Program) -> list[int]:
@@ -307,7 +324,7 @@ def _heads(program: Program) -> int:
 
 
 def _seconds(program: Program, passes: Sequence[Pass], data: Load) -> float:
-    """Fixed costs, and the operations of all runs over the data and of ``gptq``, at the measured rate."""
+    """Fixed costs, and the operations of all runs over the data and of the solvers, at the measured rate."""
     shapes = [tuple(weight.shape) for weight in _weights(program)]
     lossy = [pass_ for pass_ in passes if pass_.contract is Contract.LOSSY]
     runs = len(passes) * 0.25 + len(lossy) * 0.5
@@ -315,6 +332,10 @@ def _seconds(program: Program, passes: Sequence[Pass], data: Load) -> float:
     if any(isinstance(pass_, Gptq) for pass_ in passes):
         work += sum(2.0 * width**2 * (data.tokens + width) for width in _widths(program))
         work += sum(2.0 * rows * columns**2 for rows, columns in shapes)
+    for pass_ in passes:
+        if isinstance(pass_, Adaround):
+            steps = pass_.iterations * (4.0 * pass_.batch + STEP_WORK)
+            work += steps * sum(rows * columns for rows, columns in shapes)
     return FIXED_SECONDS + work / _flop_rate()
 
 

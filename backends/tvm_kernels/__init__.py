@@ -3,17 +3,28 @@
 A spec says what a kernel computes (:class:`LinearSpec`, :class:`NormSpec`, :class:`ActivationSpec`,
 :class:`EmbeddingSpec`), :func:`pack_linear` brings a weight into the form that it reads, :func:`arguments` lists what
 it takes, and :func:`compile_kernel` gives it. :func:`compile_program` makes a library of a Program at level fused, and
-:func:`write_library` a folder, which :func:`load_library` and :func:`verify_library` read without the Program. TVM (the
-extra ``tvm``) is imported by what compiles, and only there.
+:func:`export` a folder, which :func:`load_library` and :func:`verify` read without the Program. TVM (the extra ``tvm``)
+is imported by what compiles or runs, and only there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bitlower.backends.tvm_kernels._arguments import Argument, arguments
+from bitlower.backends.tvm_kernels._artefact import ArtefactReport
+from bitlower.backends.tvm_kernels._artefact import verify_artefact as verify
+from bitlower.backends.tvm_kernels._export import (
+    ExportReport,
+    Options,
+    check_host,
+    check_level,
+    check_program,
+    export,
+)
+from bitlower.backends.tvm_kernels._library import Library, is_library
 from bitlower.backends.tvm_kernels._packing import pack_linear, pack_vector, unpack_linear
 from bitlower.backends.tvm_kernels._spec import (
     ActivationSpec,
@@ -25,34 +36,42 @@ from bitlower.backends.tvm_kernels._spec import (
     Target,
 )
 from bitlower.backends.tvm_kernels._tvm import require_tvm
-from bitlower.ir import Batch, Program
+from bitlower.backends.tvm_kernels._verification import Verification
+from bitlower.ir import Program
 
 if TYPE_CHECKING:
     from bitlower.backends.tvm_kernels._compile import Kernel
-    from bitlower.backends.tvm_kernels._relax import Library
-    from bitlower.backends.tvm_kernels._relax_library import LibraryReport
 
 __all__ = [
     "ActivationSpec",
     "Argument",
+    "ArtefactReport",
     "EmbeddingSpec",
+    "ExportReport",
     "KernelSpec",
     "Layout",
+    "Library",
     "LinearSpec",
     "NormSpec",
+    "Options",
     "Target",
+    "Verification",
     "arguments",
+    "check_host",
+    "check_level",
+    "check_program",
     "compile_kernel",
     "compile_program",
     "device_source",
+    "export",
     "host_target",
+    "is_library",
     "load_library",
     "pack_linear",
     "pack_vector",
     "require_tvm",
     "unpack_linear",
-    "verify_library",
-    "write_library",
+    "verify",
 ]
 
 
@@ -92,70 +111,34 @@ def host_target() -> Target:
     return _cpu_frame.host_target()
 
 
-def compile_program(program: Program, target: Target | None = None) -> Library:
+def compile_program(
+    program: Program, target: Target | None = None, *, sizes: Mapping[str, int] | None = None
+) -> Library:
     """A Program at level fused as a library in memory, which is called as the Program is.
 
     Args:
         program: with one graph.
-        target: a CPU; None: the best that this processor has.
+        target: whose code; None: the best CPU that this processor is.
+        sizes: symbolic dimensions that are known already, by name.
 
     Raises:
         BitlowerError: TVM is not installed in the pairing that works, or the program cannot be compiled.
+        CheckError: a function for a GPU has no schedule, or its code does not compile.
     """
     require_tvm()
     from bitlower.backends.tvm_kernels import _relax
 
-    return _relax.compile_program(program, target)
-
-
-def write_library(
-    program: Program,
-    folder: Path,
-    batches: Sequence[Batch],
-    *,
-    target: Target | None = None,
-    provenance: Mapping[str, Any] | None = None,
-) -> LibraryReport:
-    """Compile ``program`` into the existing ``folder`` and compare what lies there with it on ``batches``.
-
-    Args:
-        program: at level fused.
-        folder: exists.
-        batches: real inputs; the first also makes the self-test.
-        target: a CPU; None: the best that this processor has.
-        provenance: for the manifest; plain data.
-
-    Raises:
-        BitlowerError: TVM is not installed, there is no batch, or the program cannot be compiled.
-        CheckError: the library does not compute what the program does.
-    """
-    require_tvm()
-    from bitlower.backends.tvm_kernels import _relax_library
-
-    return _relax_library.write_library(program, folder, batches, target=target, provenance=provenance)
+    return _relax.compile_program(program, target, sizes=sizes)
 
 
 def load_library(folder: Path) -> Library:
-    """The library in a folder that :func:`write_library` wrote.
+    """The library in a folder that :func:`export` wrote.
 
     Raises:
         BitlowerError: TVM is not installed, or the library is code for another processor.
         CheckError: a file is missing or damaged.
     """
     require_tvm()
-    from bitlower.backends.tvm_kernels import _relax_library
+    from bitlower.backends.tvm_kernels import _files
 
-    return _relax_library.load_library(folder)
-
-
-def verify_library(folder: Path) -> dict[str, float]:
-    """Check a folder without the Program; the cosine of each output to what was recorded when it was written.
-
-    Raises:
-        BitlowerError: TVM is not installed, there is no such folder, or it is code for another processor.
-        CheckError: a file is missing or changed, or the library gives something else than it did.
-    """
-    require_tvm()
-    from bitlower.backends.tvm_kernels import _relax_library
-
-    return _relax_library.verify_library(folder)
+    return _files.load_library(folder)

@@ -79,6 +79,10 @@ def padded_outputs(spec: LinearSpec) -> int:
 def weight_arguments(spec: LinearSpec) -> list[Argument]:
     """The weight and what belongs to it, as :func:`~bitlower.backends.tvm_kernels._packing.pack_linear` gives them."""
     groups = spec.inputs // spec.group
+    if spec.weight is None:
+        rows = spec.layout is Layout.ROWS
+        full = (spec.outputs, spec.inputs) if rows else (panels(spec), spec.inputs, 1, PANEL)
+        return [Argument("weight", spec.dtype, full)]
     if spec.layout is Layout.ROWS:
         words = -(-spec.inputs * spec.width // 32)
         kind, shape = ("int8", (spec.outputs, spec.inputs)) if spec.width == 8 else ("int32", (spec.outputs, words))

@@ -119,6 +119,9 @@ def centred_code(spec: LinearSpec, given: Tensors, n: Expr, k: Expr) -> Expr:
 
 def dequantized(spec: LinearSpec, given: Tensors, n: Expr, k: Expr) -> Expr:
     """The real weight, float32."""
+    if spec.weight is None:
+        index = (n, k) if spec.layout is Layout.ROWS else (n // _i64(PANEL), k, _i64(0), n % _i64(PANEL))
+        return given["weight"][index].astype("float32")
     scale = _by_group(spec, given["weight_scale"], n, k)
     return centred_code(spec, given, n, k).astype("float32") * scale
 

@@ -66,7 +66,11 @@ class FloatPanel:
             over_rows(self.rows, self.tiles, self._folded_tile)
 
     def _folded_tile(self, tile: int, row: Expr) -> None:
-        """Sums of codes within each group; scale and zero point come after them."""
+        """Sums of codes within each group; scale and zero point come after them. Float weights have neither."""
+        if self.spec.weight is None:
+            sums = self._group(tile, row, i64(0))
+            self._store(tile, row, lambda at: get(sums, at))
+            return
         total = local(tile * COLUMNS, "float32")
         fill(total, tile * COLUMNS, "float32")
         with T.serial(i64(0), i64(self.spec.inputs // self.spec.group)) as group:
@@ -89,7 +93,12 @@ class FloatPanel:
             at = group * i64(spec.group // spec.step) + offset
             words = [self._words(at, column) for column in range(COLUMNS)]
             for turn in range(spec.step):
-                codes = [T.Bind(float_codes(spec, words[column], turn)) for column in range(COLUMNS)]
+                codes = [
+                    words[column][0].astype("float32x16")
+                    if spec.weight is None
+                    else T.Bind(float_codes(spec, words[column], turn))
+                    for column in range(COLUMNS)
+                ]
                 for line in range(tile):
                     x = self._x(row + i64(line), at * i64(spec.step) + i64(turn))
                     for column in range(COLUMNS):
@@ -116,7 +125,7 @@ class FloatPanel:
         return T.Bind(scales(self.spec, self.buffers, "weight_scale", self.panel, group, column))
 
     def _words(self, at: Expr, column: int) -> list[Any]:
-        count = self.spec.step * self.spec.width // 32
+        count = 1 if self.spec.weight is None else self.spec.step * self.spec.width // 32
         index = ramp(i64(column * 16))
         return [T.Bind(self.buffers["weight"][self.panel, at, i64(word), index]) for word in range(count)]
 

@@ -41,7 +41,7 @@ def lower_linear(spec: LinearSpec) -> Any:
                 kind(spec, buffers, rows, panel, tiles, unfold).emit()
 
         def several() -> None:
-            if spec.activation is not None and spec.width == 8:
+            if spec.weight is None or (spec.activation is not None and spec.width == 8):
                 over_panels(spec.buckets[:-1], False)
                 return
             few = rows < i64(spec.buckets[-1])

@@ -68,6 +68,10 @@ class _Gemv:
     def _add(self, start: Expr, inside: Expr) -> None:
         """Add a chunk if it is ``inside``: no thread of a warp branches off before the warp comes together."""
         start = T.Bind(start)
+        if self.spec.weight is None:
+            part = self._plain_part(start)
+            T.buffer_store(self.total, self.total[0] + tirx.Select(inside, part, tirx.const(0.0, "float32")), [0])
+            return
         words = self._weight_words(start)
         group = start // i64(self.spec.group)
         part = (
@@ -109,6 +113,18 @@ class _Gemv:
                 code = (code_at(spec, words, first + k) - zero).astype("float32")
                 T.buffer_store(part, part[0] + held[k].astype("float32") * code, [0])
         return part[0]
+
+    def _plain_part(self, start: Expr) -> Any:
+        """Σ x·w of a chunk of floats."""
+        run = tirx.Ramp(start, i64(1), self.chunk) if self.chunk > 1 else start
+        place = tirx.Ramp(0, 1, self.chunk) if self.chunk > 1 else 0
+        held = [T.alloc_buffer((self.chunk,), self.spec.dtype, scope="local") for _ in range(2)]
+        for buffer, name, row in zip(held, ("x", "weight"), (self.row, self.output), strict=True):
+            T.buffer_store(buffer, self.buffers[name][row, run], [place])
+        total = tirx.const(0.0, "float32")
+        for k in range(self.chunk):
+            total = total + held[0][k].astype("float32") * held[1][k].astype("float32")
+        return T.Bind(total)
 
     def _bytes_part(self, start: Expr, words: Any, group: Expr) -> Any:
         """Σ q·(u − z) of a chunk: products of bytes, less the zero point's share of the sum of ``q``."""

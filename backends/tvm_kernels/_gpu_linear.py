@@ -12,8 +12,8 @@ from bitlower.backends.tvm_kernels._spec import Layout, LinearSpec
 from bitlower.ir import BitlowerError
 
 
-def lower_linear(spec: LinearSpec) -> Any:
-    """The scheduled PrimFunc: a warp an output below ``buckets[-1]`` rows, tiles from there on.
+def check_gpu(spec: LinearSpec) -> None:
+    """See that there is a kernel of ``spec`` for GPUs.
 
     Raises:
         BitlowerError: the layout is not that of GPU kernels, or groups are no multiple of 4 inputs.
@@ -23,6 +23,15 @@ def lower_linear(spec: LinearSpec) -> Any:
             f"GPU kernels read weights in {Layout.ROWS} in groups of a multiple of 4 inputs, not {spec.layout} in "
             f"groups of {list(dict.fromkeys(spec.segment_sizes))}"
         )
+
+
+def lower_linear(spec: LinearSpec) -> Any:
+    """The scheduled PrimFunc: a warp an output below ``buckets[-1]`` rows, tiles from there on.
+
+    Raises:
+        BitlowerError: the layout is not that of GPU kernels, or groups are no multiple of 4 inputs.
+    """
+    check_gpu(spec)
     many = emit_matrix if has_matrix(spec) else emit_tiles
 
     def body(buffers: Buffers, rows: Any) -> None:

@@ -13,7 +13,8 @@ one instruction of AVX512-VNNI multiplies. A step holds
 - 3 bits: inputs 32s … 32s + 31 in three words: the two low bits as two words of 2 bits, the high ones as a word of
   1 bit.
 
-Scales [outputs, groups] and zero points lie panel by panel too, [panels, groups, 64].
+Scales [outputs, groups] and zero points lie panel by panel too, [panels, groups, 64], and so do float weights,
+[panels, inputs, 1, 64].
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitlower.backends.tvm_kernels._spec import Layout, LinearSpec
-from bitlower.ir import BitlowerError
+from bitlower.ir import BitlowerError, Grid
 
 Array = npt.NDArray[Any]
 PANEL = 64
@@ -42,9 +43,15 @@ def panels(spec: LinearSpec) -> int:
     return -(-spec.outputs // PANEL)
 
 
+def grid_of(spec: LinearSpec) -> Grid:
+    """The grid of the weight, which is codes."""
+    assert spec.weight is not None, "the weight is float"
+    return spec.weight.grid
+
+
 def base(spec: LinearSpec) -> int:
     """The smallest code of the grid, restricted or not."""
-    grid = spec.weight.grid
+    grid = grid_of(spec)
     return -(1 << (grid.bits - 1)) if grid.signed else 0
 
 
@@ -76,6 +83,20 @@ def pack_linear(spec: LinearSpec, codes: Array, scale: Array, zero_point: Array)
     if spec.activation is not None:
         found["weight_sum"] = pack_vector(spec, _sums(spec, codes, scales, zeros))
     return found
+
+
+def pack_float(spec: LinearSpec, weight: Array) -> dict[str, Array]:
+    """The argument ``weight`` of a linear whose weight [outputs, inputs] is float.
+
+    Raises:
+        BitlowerError: it has another shape.
+    """
+    if weight.shape != (spec.outputs, spec.inputs):
+        raise BitlowerError(f"the spec is of a weight {[spec.outputs, spec.inputs]}, not {list(weight.shape)}")
+    held = weight.astype(spec.dtype)
+    if spec.layout is Layout.PANELS:
+        held = _filled(held, 0, PANEL).reshape(panels(spec), PANEL, spec.inputs).transpose(0, 2, 1)[:, :, None]
+    return {"weight": np.ascontiguousarray(held)}
 
 
 def unpack_linear(spec: LinearSpec, arrays: Mapping[str, Array]) -> tuple[Array, Array, Array]:
@@ -114,8 +135,8 @@ def _stored(spec: LinearSpec, codes: Array, zeros: Array) -> tuple[Array, Array]
         BitlowerError: a code does not fit.
     """
     whole = codes.astype(np.int32)
-    if whole.size and not 0 <= whole.min() - base(spec) <= whole.max() - base(spec) < 1 << spec.weight.grid.bits:
-        raise BitlowerError(f"codes from {whole.min()} to {whole.max()} do not fit a grid of {spec.weight.grid}")
+    if whole.size and not 0 <= whole.min() - base(spec) <= whole.max() - base(spec) < 1 << grid_of(spec).bits:
+        raise BitlowerError(f"codes from {whole.min()} to {whole.max()} do not fit a grid of {grid_of(spec)}")
     stored_zeros = (zeros.astype(np.int32) - base(spec)).astype(np.uint8)
     return (whole - _shift(spec)).astype(np.uint8 if spec.width < 8 else np.int8), stored_zeros
 

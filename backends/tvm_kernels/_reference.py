@@ -45,10 +45,10 @@ Value = Operand | Array
 
 
 def linear(
-    spec: LinearSpec, x: Value, weight: Operand, *, bias: Array | None = None, residual: Value | None = None
+    spec: LinearSpec, x: Value, weight: Value, *, bias: Array | None = None, residual: Value | None = None
 ) -> Array:
     """``function(x̂ · Ŵᵀ + bias) + residual``, float64 [rows, outputs]."""
-    y: Array = _real(x) @ weight.values().T
+    y: Array = _real(x) @ _real(weight).T
     if bias is not None:
         y = y + bias
     y = apply(spec.function, y)

@@ -1,24 +1,25 @@
-"""A fused Program as a Relax module, compiled for the CPU, and run by TVM's virtual machine."""
+"""A fused Program as a Relax module, compiled for a CPU or a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-import torch
 import tvm
 from torch import fx
 from tvm import relax
 
 from bitlower.backends.tvm_kernels._cpu_frame import host_target, tvm_target
+from bitlower.backends.tvm_kernels._cuda_library import own_compiler
+from bitlower.backends.tvm_kernels._gpu_schedule import gpu_target, schedule
+from bitlower.backends.tvm_kernels._library import Library
 from bitlower.backends.tvm_kernels._relax_aten import convert_operator
 from bitlower.backends.tvm_kernels._relax_attention import convert_attention
 from bitlower.backends.tvm_kernels._relax_frame import Frame
 from bitlower.backends.tvm_kernels._relax_linear import convert_linear
 from bitlower.backends.tvm_kernels._relax_operands import Call
-from bitlower.backends.tvm_kernels._relax_pipeline import pipeline
+from bitlower.backends.tvm_kernels._relax_order import variables_in_order
+from bitlower.backends.tvm_kernels._relax_pipeline import fusion, lowering
 from bitlower.backends.tvm_kernels._relax_rows import (
     convert_embedding,
     convert_norm,
@@ -36,34 +37,6 @@ _KERNELS: dict[Any, Callable[[Call], list[Any]]] = {
     kernels.fused_attention: convert_attention,
     kernels.fused_embedding: convert_embedding,
 }
-
-
-@dataclass(frozen=True)
-class Library:
-    """A compiled Program.
-
-    Args:
-        executable: what TVM compiled, or a library that was loaded.
-        program: whose inputs and outputs it has.
-    """
-
-    executable: Any
-    program: Program
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_machine", relax.VirtualMachine(self.executable, tvm.cpu()))
-
-    def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Run it: inputs by name, outputs by name; a past that is left out is empty.
-
-        Raises:
-            BitlowerError: an input is missing or unknown.
-        """
-        given = [tvm.runtime.tensor(np.ascontiguousarray(t.numpy())) for t in self.program.arguments(inputs)]
-        found = self._machine["main"](*given)  # type: ignore[attr-defined]
-        return {
-            spec.name: torch.from_numpy(value.numpy()) for spec, value in zip(self.program.outputs, found, strict=True)
-        }
 
 
 def build_module(program: Program, target: Target | None = None) -> Any:
@@ -109,12 +82,47 @@ def _convert(frame: Frame, graph: fx.Graph, variables: list[Any]) -> list[Any]:
     return list(frame.value(graph.output_node().args[0]))
 
 
-def compile_program(program: Program, target: Target | None = None) -> Library:
-    """The Program as a library in memory.
+@variables_in_order()
+def fuse_module(program: Program, target: Target, device: Any, sizes: Mapping[str, int] | None = None) -> Any:
+    """The Relax module of a fused Program, in which TVM has fused what is left, and every function has a schedule.
+
+    Args:
+        program: at level fused, with one graph.
+        target: of the kernels.
+        device: the TVM target.
+        sizes: symbolic dimensions that are known already, by name.
 
     Raises:
         BitlowerError: see :func:`build_module`.
+        CheckError: a function for a GPU has no schedule.
+    """
+    module = build_module(program, target)
+    if sizes:
+        module = relax.transform.BindSymbolicVars(dict(sizes), "main")(module)
+    with device:
+        module = fusion()(module)
+    return module if target.on_cpu else schedule(module, device)
+
+
+def compile_program(
+    program: Program, target: Target | None = None, *, sizes: Mapping[str, int] | None = None
+) -> Library:
+    """The Program as a library in memory.
+
+    Args:
+        program: at level fused, with one graph.
+        target: whose code; None: the best CPU that this processor is.
+        sizes: symbolic dimensions that are known already, by name. Where all are, a library for CUDA takes its
+            launches as one graph.
+
+    Raises:
+        BitlowerError: see :func:`build_module`.
+        CheckError: a function for a GPU has no schedule, or its code does not compile.
     """
     target = target or host_target()
-    executable = tvm.compile(build_module(program, target), target=tvm_target(target), relax_pipeline=pipeline())
-    return Library(executable, program)
+    device = tvm_target(target) if target.on_cpu else gpu_target(target)
+    module = fuse_module(program, target, device, sizes)
+    graphs = {"relax.backend.use_cuda_graph": target is Target.CUDA}
+    with tvm.transform.PassContext(opt_level=3, config=graphs), own_compiler():
+        executable = tvm.compile(module, target=device, relax_pipeline=lowering(target))
+    return Library(executable, program, target)

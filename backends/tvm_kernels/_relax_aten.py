@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -19,8 +20,10 @@ from tvm.relax.frontend.torch.exported_program_translator import ExportedProgram
 from bitlower.backends.tvm_kernels._frame import i64
 from bitlower.backends.tvm_kernels._relax_attention import convert_float_attention
 from bitlower.backends.tvm_kernels._relax_frame import Frame, dtype_name
-from bitlower.backends.tvm_kernels._relax_quantize import dequantized, is_number, quantized, token_qparams
-from bitlower.backends.tvm_kernels._relax_rows import convert_float_norm
+from bitlower.backends.tvm_kernels._relax_linear import convert_float_linear
+from bitlower.backends.tvm_kernels._relax_quantize import dequantized, is_number, quantized, token_rounded
+from bitlower.backends.tvm_kernels._relax_rows import convert_float_embedding, convert_float_norm
+from bitlower.backends.tvm_kernels._relax_views import Strip, heads_of, read_heads, strip_of
 from bitlower.ir import BitlowerError, Grid, ScaleConvention, TensorType, ops
 
 aten = torch.ops.aten
@@ -40,6 +43,27 @@ def convert_operator(frame: Frame, node: fx.Node) -> Any:
     return _imported(frame, node)
 
 
+def check_operator(node: fx.Node) -> None:
+    """See that an operator has a converter, or is one that ``lower-integer`` and ``fuse`` take away.
+
+    Raises:
+        BitlowerError: there is none.
+    """
+    known = node.target in _CONVERTERS or "type" not in node.meta or str(node.target).startswith("bitlower.")
+    if not known and _name(node) not in _imported_names():
+        raise _unknown(node)
+
+
+@cache
+def _imported_names() -> frozenset[str]:
+    """The operators that TVM's importer converts."""
+    return frozenset(ExportedProgramImporter().convert_map)
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
 def _scalar(frame: Frame, node: fx.Node) -> Any:
     """Arithmetic of dimensions."""
     if not callable(node.target):
@@ -54,24 +78,41 @@ def _imported(frame: Frame, node: fx.Node) -> Any:
     """Let TVM's importer convert it, and hold it to its type."""
     importer = ExportedProgramImporter()
     importer.block_builder = frame.builder
-    name = getattr(node.target, "__name__", str(node.target))
+    name = _name(node)
     if name not in importer.convert_map or node.kwargs.get("alpha", 1) != 1:
         raise _unknown(node)
     for argument in node.all_input_nodes:
         value = frame.value(argument)
         importer.env[argument] = _as_tensor(frame, value) if name.endswith((".Tensor", ".Scalar")) else value
-    return frame.cast(importer.convert_map[name](node), node.meta["type"])
+    try:
+        return frame.cast(_of_dtype(frame, importer.convert_map[name](node), node), node.meta["type"])
+    except Exception as error:  # TVM raises many kinds
+        raise BitlowerError(
+            f"{_where(node)}: TVM does not convert {node.target} here: {str(error).splitlines()[0]}",
+            hint="export to another backend",
+        ) from error
+
+
+def _of_dtype(frame: Frame, value: Any, node: fx.Node) -> Any:
+    """``value`` in the dtype of the node: sums of whole numbers are wider in PyTorch."""
+    wanted = dtype_name(node.meta["type"])
+    return value if str(value.ty.dtype) == wanted else frame.emit(relax.op.astype(value, wanted))
 
 
 def _as_tensor(frame: Frame, value: Any) -> Any:
     """A dimension as a tensor of rank 0, made by a function of its own: TVM fuses none that reads a number."""
     if not tvm.ir.is_prim_expr(value):
         return value
-    return frame.te(lambda size: te.compute((), lambda: size, name="size"), value, name="size", alone=True)
+    return frame.te(lambda size: te.compute((), lambda: size, name="size"), value, name="size", fuse=False)
 
 
 def _unknown(node: fx.Node) -> BitlowerError:
-    return BitlowerError(f"%{node.name}: there is no converter for {node.target}", hint="export to another backend")
+    return BitlowerError(f"{_where(node)}: there is no converter for {node.target}", hint="export to another backend")
+
+
+def _where(node: fx.Node) -> str:
+    """The node and its module."""
+    return f"%{node.name} in {node.meta['path']}" if node.meta.get("path") else f"%{node.name}"
 
 
 def _given(node: fx.Node, *defaults: Any) -> list[Any]:
@@ -104,6 +145,11 @@ def _expand(frame: Frame, node: fx.Node) -> Any:
 
 def _to(frame: Frame, node: fx.Node) -> Any:
     return frame.emit(relax.op.astype(frame.value(node.args[0]), dtype_name(node.meta["type"])))
+
+
+def _transpose(frame: Frame, node: fx.Node) -> Any:
+    strip = heads_of(frame, node)
+    return _imported(frame, node) if strip is None else read_heads(frame, node, strip)
 
 
 def _ones(frame: Frame, node: fx.Node) -> Any:
@@ -155,10 +201,23 @@ def _parts(frame: Frame, node: fx.Node) -> list[Any]:
         size = -(-extent // _int(given)) if node.target is aten.chunk.default else _int(given)
         ends = [min(end, extent) for end in range(size, extent + size, size)]
     value = frame.value(x)
+    _note_strips(frame, node, axis, [0, *ends])
     return [
         frame.emit(relax.op.strided_slice(value, axes=[axis], begin=[start], end=[end]))
         for start, end in pairwise([0, *ends])
     ]
+
+
+def _note_strips(frame: Frame, node: fx.Node, axis: int, starts: list[int]) -> None:
+    """Note where the parts of rows lie, for what can read them there."""
+    x = node.args[0]
+    whole = strip_of(frame, x)
+    if whole is None or axis != 2:
+        return
+    for user in node.users:
+        if user.target is operator.getitem:
+            start = starts[_int(user.args[1])]
+            frame.strips[user] = Strip(whole.value, whole.columns, whole.start + start)
 
 
 def _int(value: Any) -> int:
@@ -171,6 +230,26 @@ def _index(value: Any, size: Any) -> Any:
     if not isinstance(value, int):
         return value
     return i64(value) if value >= 0 else tirx.max(size + i64(value), i64(0))
+
+
+def _cat(frame: Frame, node: fx.Node) -> Any:
+    """Two values one after the other along an axis; TVM's own expression is fused with nothing where one is a past."""
+    values, axis = _given(node, None, 0)
+    if len(values) != 2 or _int(axis) % node.meta["type"].rank == node.meta["type"].rank - 1:
+        return _imported(frame, node)
+    axis = _int(axis) % node.meta["type"].rank
+
+    def body(first: Any, second: Any) -> Any:
+        shape = [*first.shape[:axis], first.shape[axis] + second.shape[axis], *first.shape[axis + 1 :]]
+
+        def value(*index: Any) -> Any:
+            at = index[axis]
+            later = second[(*index[:axis], at - first.shape[axis], *index[axis + 1 :])]
+            return tirx.if_then_else(at < first.shape[axis], first[index], later)
+
+        return te.compute(shape, value, name="cat")
+
+    return frame.cast(frame.te(body, *frame.value(values), name="cat", fuse=True), node.meta["type"])
 
 
 def _gather(frame: Frame, node: fx.Node) -> Any:
@@ -198,6 +277,29 @@ def _at(size: Any, index: Any) -> Any:
     return i64(0) if is_number(size, 1) else index
 
 
+def _linear(frame: Frame, node: fx.Node) -> Any:
+    found = convert_float_linear(frame, node)
+    return _imported(frame, node) if found is None else found
+
+
+def _cumsum(frame: Frame, node: fx.Node) -> Any:
+    """Sums up to each place of an axis."""
+    x, axis = _given(node)[:2]
+    kind: TensorType = node.meta["type"]
+    axis, dtype = _int(axis) % kind.rank, dtype_name(kind)
+
+    def body(x: Any) -> Any:
+        k = te.reduce_axis((0, x.shape[axis]), name="k")
+
+        def value(*index: Any) -> Any:
+            entry = x[(*index[:axis], k, *index[axis + 1 :])].astype(dtype)
+            return te.sum(tirx.Select(k.var <= index[axis], entry, tirx.const(0, dtype)), axis=k)
+
+        return te.compute(x.shape, value, name="cumsum")
+
+    return frame.te(body, frame.value(x), name="cumsum")
+
+
 def _layer_norm(frame: Frame, node: fx.Node) -> Any:
     return _norm(frame, node, "layer", *_given(node, None, None, None, None, 1e-5)[:5])
 
@@ -215,8 +317,24 @@ def _norm(frame: Frame, node: fx.Node, name: str, x: Any, shape: Any, weight: An
 
 
 def _quantize(frame: Frame, node: fx.Node) -> Any:
+    grid = node.meta["quantizer"].spec.grid
+    chosen = _chosen(node)
+    if chosen is not None and chosen[0] == grid:
+        return frame.value(chosen[1])[2]
     x, scale, zero = (frame.value(part) for part in node.args[:3])
-    return quantized(frame, x, scale, zero, node.meta["quantizer"].spec.grid)
+    return quantized(frame, x, scale, zero, grid)
+
+
+def _chosen(node: fx.Node) -> tuple[Grid, fx.Node] | None:
+    """The ``choose_qparams`` that a quantize of the same value has scale and zero point from, and its grid."""
+    x, scale, zero = node.args[:3]
+    taken = [
+        part.args if isinstance(part, fx.Node) and part.target is operator.getitem else () for part in (scale, zero)
+    ]
+    choice = taken[0][0] if taken[0] else None
+    if not isinstance(choice, fx.Node) or choice.target is not ops.choose_qparams or choice.args[0] is not x:
+        return None
+    return (_grid(choice), choice) if taken == [(choice, 0), (choice, 1)] else None
 
 
 def _dequantize(frame: Frame, node: fx.Node) -> Any:
@@ -224,9 +342,16 @@ def _dequantize(frame: Frame, node: fx.Node) -> Any:
 
 
 def _choose(frame: Frame, node: fx.Node) -> Any:
-    x, bits, signed, symmetric, restricted, convention = node.args
-    grid = Grid(_int(bits), bool(signed), bool(symmetric), bool(restricted), ScaleConvention(str(convention)))
-    return list(token_qparams(frame, frame.value(x), grid))
+    """Scale and zero point, and the codes, which quantizing the same value takes."""
+    x = node.args[0]
+    assert isinstance(x, fx.Node), f"%{node.name} has no operand"
+    codes, scale, zero = token_rounded(frame, frame.value(x), x.meta["type"], _grid(node))
+    return [scale, zero, codes]
+
+
+def _grid(node: fx.Node) -> Grid:
+    _, bits, signed, symmetric, restricted, convention = node.args
+    return Grid(_int(bits), bool(signed), bool(symmetric), bool(restricted), ScaleConvention(str(convention)))
 
 
 _CONVERTERS: dict[Any, Converter] = {
@@ -247,13 +372,19 @@ _CONVERTERS: dict[Any, Converter] = {
     aten.to.device: _to,
     aten.to.dtype_layout: _to,
     aten._to_copy.default: _to,
+    aten.transpose.int: _transpose,
+    aten.permute.default: _transpose,
     aten.new_ones.default: _ones,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.split.Tensor: _parts,
     aten.split_with_sizes.default: _parts,
     aten.chunk.default: _parts,
+    aten.cat.default: _cat,
     aten.index.Tensor: _gather,
+    aten.cumsum.default: _cumsum,
+    aten.embedding.default: convert_float_embedding,
+    aten.linear.default: _linear,
     aten.layer_norm.default: _layer_norm,
     aten.rms_norm.default: _rms_norm,
     aten.scaled_dot_product_attention.default: convert_float_attention,

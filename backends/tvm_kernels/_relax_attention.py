@@ -9,19 +9,20 @@ from typing import Any
 from torch import fx
 from tvm import relax
 
-from bitlower.backends.tvm_kernels._relax_attention_kernel import Attention, attention
+from bitlower.backends.tvm_kernels import _gpu_attention, _relax_attention_kernel
+from bitlower.backends.tvm_kernels._attention import OPERANDS, Attention
 from bitlower.backends.tvm_kernels._relax_frame import Frame, constant, dtype_name
 from bitlower.backends.tvm_kernels._relax_operands import Call
+from bitlower.backends.tvm_kernels._relax_views import heads_of
 from bitlower.ir import Grid, TensorType
 from bitlower.ir.types import Dim
-
-_OPERANDS = ("query", "key", "value")
 
 
 def convert_attention(call: Call) -> list[Any]:
     """The results of a ``fused_attention``."""
     frame, given = call.frame, call.given
     what = _attention(
+        frame,
         given,
         factor=float(given["factor"]),
         causal=bool(given.get("causal")),
@@ -31,7 +32,7 @@ def convert_attention(call: Call) -> list[Any]:
         probs=_grid(given.get("probs_grid")),
     )
     inputs = _inputs(frame, what, given)
-    for name in (*_OPERANDS, "scores", "probs"):
+    for name in (*OPERANDS, "scores", "probs"):
         if given.get(f"{name}_scale") is not None:
             inputs += [constant(part.reshape(1)) for part in call.static(name)]
     out = call.static("out") if call.has_codes and "value" not in call.names else None
@@ -50,13 +51,14 @@ def convert_float_attention(frame: Frame, node: fx.Node) -> Any:
     given["mask"] = given.get("mask", given.get("attn_mask"))
     scale = given.get("scale")
     factor = 1 / math.sqrt(_number(_type(given["query"]).shape[-1])) if scale is None else float(scale)
-    what = _attention(given, factor=factor, causal=bool(given.get("causal", given.get("is_causal"))))
+    what = _attention(frame, given, factor=factor, causal=bool(given.get("causal", given.get("is_causal"))))
     return _emit(frame, what, given, _inputs(frame, what, given))
 
 
-def _attention(given: dict[str, Any], **options: Any) -> Attention:
-    query, key, value = (_type(given[name]) for name in _OPERANDS)
+def _attention(frame: Frame, given: dict[str, Any], **options: Any) -> Attention:
+    query, key, value = (_type(given[name]) for name in OPERANDS)
     mask = given.get("mask")
+    strips = [heads_of(frame, given[name]) for name in OPERANDS]
     sizes = (1,) * (4 - _type(mask).rank) + _type(mask).shape if mask is not None else ()
     return Attention(
         heads=_number(query.shape[1]),
@@ -68,13 +70,15 @@ def _attention(given: dict[str, Any], **options: Any) -> Attention:
         value=dtype_name(value),
         mask=dtype_name(_type(mask)) if mask is not None else "",
         spread=tuple(size == 1 for size in sizes),
+        places=tuple((strip.columns, strip.start) if strip else None for strip in strips),
         **options,
     )
 
 
 def _inputs(frame: Frame, what: Attention, given: dict[str, Any]) -> list[Any]:
     """Query, key, value, and the mask with four axes."""
-    values = [frame.value(given[name]) for name in _OPERANDS]
+    strips = [heads_of(frame, given[name]) for name in OPERANDS]
+    values = [strip.value if strip else frame.value(given[name]) for name, strip in zip(OPERANDS, strips, strict=True)]
     if what.mask:
         kind = _type(given["mask"])
         shape = [frame.dim(1)] * (4 - kind.rank) + frame.shape(kind)
@@ -87,7 +91,16 @@ def _emit(frame: Frame, what: Attention, given: dict[str, Any], inputs: list[Any
     """Call the function of ``what``."""
     batch, _, queries, _ = frame.shape(_type(given["query"]))
     kind = relax.TensorType(what.result_shape(batch, queries), what.result_dtype)
-    return frame.emit(relax.call_tir(frame.function(what, "attention", lambda: attention(what)), inputs, out_ty=kind))
+    return frame.emit(
+        relax.call_tir(frame.function(what, "attention", lambda: _lower(frame, what)), inputs, out_ty=kind)
+    )
+
+
+def _lower(frame: Frame, what: Attention) -> Any:
+    """The scheduled PrimFunc for the target."""
+    if frame.target.on_cpu:
+        return _relax_attention_kernel.attention(what)
+    return _gpu_attention.attention(what, frame.target)
 
 
 def _grid(text: str | None) -> Grid | None:

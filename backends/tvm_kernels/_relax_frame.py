@@ -24,7 +24,8 @@ from bitlower.ir.types import Dim
 Array = npt.NDArray[Any]
 Value = Any
 """A Relax variable or constant, an expression of dimensions, or a list of the results of a kernel."""
-_OPAQUE = 8
+_INJECTIVE, _OPAQUE = 2, 8
+"""What TVM may fuse: functions that move and change entries, and none."""
 _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -45,6 +46,7 @@ class Frame:
     def __init__(self, module: fx.GraphModule, builder: Any, target: Target) -> None:
         self.module, self.builder, self.target = module, builder, target
         self.values: dict[fx.Node, Value] = {}
+        self.strips: dict[fx.Node, Any] = {}
         self._symbols: dict[str, Any] = {}
         self._functions: dict[Hashable, Any] = {}
 
@@ -98,9 +100,9 @@ class Frame:
         """A variable for an expression."""
         return self.builder.emit(expression)
 
-    def te(self, function: Callable[..., Any], *given: Any, name: str, alone: bool = False) -> Any:
-        """A kernel made of ``te`` expressions, which TVM may fuse with others, unless it stands ``alone``."""
-        attributes = {"op_pattern": _OPAQUE} if alone else None
+    def te(self, function: Callable[..., Any], *given: Any, name: str, fuse: bool | None = None) -> Any:
+        """A kernel made of ``te`` expressions; whether TVM may fuse it with others, or None: TVM finds out itself."""
+        attributes = None if fuse is None else {"op_pattern": _INJECTIVE if fuse else _OPAQUE}
         return self.builder.emit_te(function, *given, primfunc_name_hint=name, primfunc_attrs=attributes)
 
     def reshape(self, value: Any, shape: list[Any]) -> Any:

@@ -6,15 +6,18 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch import fx
 from tvm import relax, te
 
 from bitlower.backends.tvm_kernels import _expressions as expressions
-from bitlower.backends.tvm_kernels._packing import pack_linear, pack_vector
-from bitlower.backends.tvm_kernels._relax_frame import Array, constant, product
+from bitlower.backends.tvm_kernels._gpu_linear import check_gpu
+from bitlower.backends.tvm_kernels._packing import pack_float, pack_linear, pack_vector
+from bitlower.backends.tvm_kernels._relax_frame import Array, Frame, constant, product
 from bitlower.backends.tvm_kernels._relax_operands import Call
 from bitlower.backends.tvm_kernels._relax_quantize import dequantized, quantized
+from bitlower.backends.tvm_kernels._relax_views import Strip
 from bitlower.backends.tvm_kernels._spec import Layout, LinearSpec
-from bitlower.ir import BitlowerError, Grid
+from bitlower.ir import BitlowerError, Grid, TensorType, kernels
 
 _MOST_RUNS = 64
 """Kernels have code of their own for each group of embedding dimensions, if these are not equal."""
@@ -36,7 +39,21 @@ def convert_linear(call: Call) -> list[Any]:
     for part, size in enumerate(sizes):
         results += call.taken({name: _columns(call, value, start, size) for name, value in found.items()}, part)
         start += size
+    _note_strips(call, found, sizes)
     return results
+
+
+def _note_strips(call: Call, found: dict[str, Any], sizes: list[int]) -> None:
+    """Note where in the rows of the whole result each layer's own lies."""
+    kind, columns = call.type_of("x"), sum(sizes)
+    if kind.rank != 3:
+        return
+    shape = [*call.frame.shape(kind)[:-1], call.frame.dim(columns)]
+    whole = {name: call.frame.reshape(value, shape) for name, value in found.items()}
+    whole["value"] = whole["rounded"] = whole.get("values")
+    for (part, name), node in kernels.read_outputs(call.node).items():
+        if whole.get(name) is not None and not (name == "rounded" and call.keep != "rounded"):
+            call.frame.strips[node] = Strip(whole[name], columns, sum(sizes[:part]))
 
 
 def linear_spec(call: Call) -> tuple[LinearSpec, Array | None]:
@@ -66,9 +83,20 @@ def linear_spec(call: Call) -> tuple[LinearSpec, Array | None]:
         output=call.quantizer("out"),
         keep=call.keep if call.has_codes else "",
     )
-    if all(size % spec.step == 0 for size in spec.segment_sizes):
-        spec = replace(spec, layout=Layout.PANELS)
-    return spec, starts
+    return laid_out(spec), starts
+
+
+def laid_out(spec: LinearSpec) -> LinearSpec:
+    """The linear in the layout that is best for its target.
+
+    Raises:
+        BitlowerError: a GPU has no kernel for it.
+    """
+    if spec.target.on_cpu:
+        panels = all(size % spec.step == 0 for size in spec.segment_sizes)
+        return replace(spec, layout=Layout.PANELS) if panels else spec
+    check_gpu(spec)
+    return spec
 
 
 def _runs(call: Call, columns: int) -> tuple[Array | None, tuple[int, ...]]:
@@ -122,11 +150,13 @@ def _plain(call: Call) -> list[Any]:
     """The same in float32, operator by operator, with the weight dequantized."""
     frame, weight = call.frame, call.floats("weight")
     assert weight is not None
-    product = frame.emit(relax.op.matmul(call.real("x"), constant(weight.T)))
-    if call.given.get("bias") is not None:
+    function, bias = call.given.get("activation", ""), call.stored("bias")
+    if bias is None and call.given.get("bias") is not None:
+        product = float_linear(frame, call.real("x"), call.type_of("x"), weight)
         product = frame.emit(relax.op.add(product, frame.value(call.given["bias"])))
-    if call.given.get("activation"):
-        product = activated(call, product)
+        product = activated(frame, function, product) if function else product
+    else:
+        product = float_linear(frame, call.real("x"), call.type_of("x"), weight, bias, function)
     if call.given.get("rounded_scale") is not None:
         scale, zero = (constant(part) for part in call.static("rounded"))
         codes = quantized(frame, product, scale, zero, Grid.parse(call.given["rounded_grid"]))
@@ -143,11 +173,40 @@ def _plain(call: Call) -> list[Any]:
     return results
 
 
-def activated(call: Call, x: Any) -> Any:
-    """The activation function of the node as an expression of its own."""
-    function = call.given["activation"]
+def float_linear(
+    frame: Frame, x: Any, kind: TensorType, weight: Array, bias: Array | None = None, function: str = ""
+) -> Any:
+    """``function(x · Wᵀ + bias)`` of floats ``x`` of a type: the kernel of its spec, or loops where there is none."""
+    outputs, inputs = weight.shape
+    spec = LinearSpec(
+        target=frame.target, inputs=inputs, outputs=outputs, weight=None, bias=bias is not None, function=function
+    )
+    try:
+        spec = laid_out(spec)
+    except BitlowerError:
+        value = frame.emit(relax.op.matmul(x, constant(weight.T)))
+        value = value if bias is None else frame.emit(relax.op.add(value, constant(bias)))
+        return activated(frame, function, value) if function else value
+    given = {"x": frame.rows(x, kind)} | {name: constant(array) for name, array in pack_float(spec, weight).items()}
+    if bias is not None:
+        given["bias"] = constant(pack_vector(spec, bias))
+    *outer, _ = frame.shape(kind)
+    return frame.reshape(frame.call(spec, given, product(outer))["values"], [*outer, frame.dim(outputs)])
+
+
+def convert_float_linear(frame: Frame, node: fx.Node) -> Any:
+    """``aten.linear`` that no quantizer touches; None where its weight or bias is computed."""
+    x, *parts = (part for part in node.args if isinstance(part, fx.Node))
+    if any(part.op != "get_attr" for part in parts):
+        return None
+    weight, *bias = map(frame.tensor, parts)
+    return float_linear(frame, frame.value(x), x.meta["type"], weight, bias[0] if bias else None)
+
+
+def activated(frame: Frame, function: str, x: Any) -> Any:
+    """An activation function as an expression of its own."""
 
     def body(x: Any) -> Any:
         return te.compute(x.shape, lambda *index: expressions.apply(function, x[index]), name="activated")
 
-    return call.frame.te(body, x, name=function.replace("-", "_"))
+    return frame.te(body, x, name=function.replace("-", "_"))

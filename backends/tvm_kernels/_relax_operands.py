@@ -11,7 +11,7 @@ from torch import fx
 from tvm import relax
 
 from bitlower.backends.tvm_kernels._relax_frame import Array, Frame, constant, product
-from bitlower.backends.tvm_kernels._relax_quantize import dequantized, quantized, token_qparams
+from bitlower.backends.tvm_kernels._relax_quantize import dequantized, quantized, token_rounded
 from bitlower.backends.tvm_kernels._spec import KernelSpec, static_scales
 from bitlower.ir import BitlowerError, Grid, QuantSpec, TensorType, kernels, numerics
 
@@ -172,13 +172,19 @@ class Call:
         if self.has_codes:
             grid = Grid.parse(self.given["out_grid"])
             if self.stored("out_scale") is None:
-                scale, zero = token_qparams(self.frame, value, grid)
+                codes, scale, zero = token_rounded(self.frame, value, self._type(part), grid)
             else:
                 scale, zero = (constant(self._part(stored, part)) for stored in self.static("out"))
-            held |= {"scale": scale, "zero_point": zero, "codes": quantized(self.frame, value, scale, zero, grid)}
+                codes = quantized(self.frame, value, scale, zero, grid)
+            held |= {"scale": scale, "zero_point": zero, "codes": codes}
             if "rounded" in self.names:
                 held["rounded"] = dequantized(self.frame, held["codes"], scale, zero)
         return [held[name] for name in self.names]
+
+    def _type(self, part: int) -> TensorType:
+        """The type of the codes of a part."""
+        outputs = kernels.outputs(self.node)
+        return next(o.type for o in outputs if o.part == part and o.name not in ("scale", "zero_point"))
 
     def add(self, value: Any, name: str) -> Any:
         """``value`` plus an operand, if there is one."""

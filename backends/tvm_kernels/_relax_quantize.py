@@ -9,8 +9,9 @@ from tvm import te, tirx
 
 from bitlower.backends.tvm_kernels import _expressions as expressions
 from bitlower.backends.tvm_kernels._frame import i64
-from bitlower.backends.tvm_kernels._relax_frame import Frame
-from bitlower.ir import Grid
+from bitlower.backends.tvm_kernels._relax_frame import Frame, product
+from bitlower.backends.tvm_kernels._spec import ActivationSpec
+from bitlower.ir import Granularity, Grid, QuantSpec, TensorType
 
 Expr = Any
 
@@ -60,8 +61,21 @@ def dequantized(frame: Frame, codes: Any, scale: Any, zero: Any) -> Any:
     return frame.te(body, codes, scale, zero, name="dequantize")
 
 
-def token_qparams(frame: Frame, x: Any, grid: Grid) -> tuple[Any, Any]:
-    """Scale and zero point of each token, float32 ``[…, 1]``."""
+def token_rounded(frame: Frame, x: Any, kind: TensorType, grid: Grid) -> tuple[Any, Any, Any]:
+    """Codes, and scale and zero point of each token, float32 ``[…, 1]``: one kernel for grids of 8 bits."""
+    columns = kind.shape[-1]
+    if not isinstance(columns, int) or grid.bits > 8:
+        scale, zero = _token_qparams(frame, x, grid)
+        return quantized(frame, x, scale, zero, grid), scale, zero
+    quantizer = QuantSpec(grid, Granularity.per_token())
+    spec = ActivationSpec(target=frame.target, columns=columns, output=quantizer)
+    *outer, _ = shape = frame.shape(kind)
+    found = frame.call(spec, {"x": frame.rows(x, kind)}, product(outer))
+    parts = [frame.reshape(found[name], [*outer, frame.dim(1)]) for name in ("out_scale", "out_zero")]
+    return frame.reshape(found["codes"], shape), *parts
+
+
+def _token_qparams(frame: Frame, x: Any, grid: Grid) -> tuple[Any, Any]:
 
     def body(x: Any, which: int) -> Any:
         shape = (*x.shape[:-1], i64(1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from torch import fx
 from tvm import relax, te, tirx
 
 from bitlower.backends.tvm_kernels._build_linear import dequantized as entry
@@ -15,6 +16,7 @@ from bitlower.backends.tvm_kernels._relax_frame import Frame, constant, product
 from bitlower.backends.tvm_kernels._relax_linear import activated
 from bitlower.backends.tvm_kernels._relax_operands import Call
 from bitlower.backends.tvm_kernels._relax_quantize import spread
+from bitlower.backends.tvm_kernels._relax_views import strip_of
 from bitlower.backends.tvm_kernels._spec import ActivationSpec, EmbeddingSpec, LinearSpec, NormSpec
 from bitlower.ir import BitlowerError, Grid, TensorType
 
@@ -77,6 +79,7 @@ def convert_pointwise(call: Call) -> list[Any]:
     """The results of a ``fused_pointwise``."""
     frame, kind = call.frame, call.type_of("x")
     operands = [name for name in ("x", "factor", "residual") if call.given.get(name) is not None]
+    halves = _halves(call)
     columns = _columns(kind) * (_count(kind.shape[1]) if call.given.get("heads") else 1)
     try:
         spec = ActivationSpec(
@@ -84,7 +87,7 @@ def convert_pointwise(call: Call) -> list[Any]:
             columns=columns,
             function=call.given.get("activation", ""),
             x_codes=call.quantizer("x"),
-            gate="separate" if "factor" in operands else "",
+            gate="halves" if halves is not None else "separate" if "factor" in operands else "",
             gate_codes=call.quantizer("factor"),
             residual="residual" in operands,
             residual_codes=call.quantizer("residual"),
@@ -96,6 +99,9 @@ def convert_pointwise(call: Call) -> list[Any]:
     except BitlowerError:
         return _plain_pointwise(call)
     given: dict[str, Any] = {}
+    if halves is not None:
+        given["x"] = frame.reshape(halves, [product(frame.shape(kind)[:-1]), frame.dim(2 * columns)])
+        operands = [name for name in operands if name == "residual"]
     for name, argument in zip(operands, [{"factor": "gate"}.get(name, name) for name in operands], strict=True):
         call.operand(name, argument, given)
         if call.given.get("heads"):
@@ -107,6 +113,17 @@ def convert_pointwise(call: Call) -> list[Any]:
     return call.kernel(spec, given, _tokens(frame, kind) if heads else product(frame.shape(kind)[:-1]))
 
 
+def _halves(call: Call) -> Any:
+    """The rows whose first half is ``x`` and whose second half is the factor; None if there are none."""
+    if call.given.get("factor") is None or call.quantizer("x") or call.quantizer("factor") or call.given.get("heads"):
+        return None
+    first, second = (strip_of(call.frame, call.given[name]) for name in ("x", "factor"))
+    if first is None or second is None or first.value is not second.value:
+        return None
+    size = first.columns // 2
+    return first.value if (first.start, second.start, size) == (0, size, _columns(call.type_of("x"))) else None
+
+
 def _has_rows(call: Call, name: str) -> bool:
     spec = call.quantizer(name)
     return spec is not None and spec.granularity.kind != "tensor"
@@ -115,7 +132,7 @@ def _has_rows(call: Call, name: str) -> bool:
 def _plain_pointwise(call: Call) -> list[Any]:
     frame, value = call.frame, call.real("x")
     if call.given.get("activation"):
-        value = activated(call, value)
+        value = activated(frame, call.given["activation"], value)
     if call.given.get("factor") is not None:
         value = frame.emit(relax.op.multiply(value, call.real("factor")))
     value = call.add(value, "residual")
@@ -191,7 +208,7 @@ def _embedding_body(specs: list[LinearSpec], names: list[list[str]], rounded: li
             *token, column = index
             total = None
             for at, (spec, table) in enumerate(zip(specs, tables, strict=True)):
-                term = entry(spec, table, ids[at][tuple(token)], column)
+                term = entry(spec, table, _row(ids[at][tuple(token)], spec.outputs), column)
                 total = term if total is None else total + term
                 if 0 < at <= len(rounded):
                     scale, zero = (tirx.const(part, "float32") for part in rounded[at - 1])
@@ -201,6 +218,23 @@ def _embedding_body(specs: list[LinearSpec], names: list[list[str]], rounded: li
         return te.compute(shape, value, name="embedding")
 
     return body
+
+
+def convert_float_embedding(frame: Frame, node: fx.Node) -> Any:
+    """Rows of a table of floats."""
+    table, ids = (frame.value(argument) for argument in node.args[:2])
+    rows = _count(node.all_input_nodes[0].meta["type"].shape[0])
+
+    def body(table: Any, ids: Any) -> Any:
+        shape = (*ids.shape, table.shape[1])
+        return te.compute(shape, lambda *index: table[_row(ids[index[:-1]], rows), index[-1]], name="embedding")
+
+    return frame.te(body, table, ids, name="embedding")
+
+
+def _row(index: Any, rows: int) -> Any:
+    """The row of a table: the nearest one that there is, since other memory must not be read."""
+    return tirx.max(tirx.min(index, tirx.const(rows - 1, index.dtype)), tirx.const(0, index.dtype))
 
 
 def _ids_shape(call: Call) -> list[Any]:

@@ -83,7 +83,7 @@ class LinearSpec(KernelSpec):
     Args:
         inputs: columns of the weight, K.
         outputs: its rows, N.
-        weight: grid and granularity (tensor, channel, row-group or group) of the weight.
+        weight: grid and granularity (tensor, channel, row-group or group) of the weight; None: it is float, as ``x``.
         activation: those of ``x``, which then comes as codes; None: ``x`` is float. Per tensor, per token, or embedding
             groups (then the product is a sum over them: PEG).
         splits: sizes of the embedding groups of ``x`` where they are not equal.
@@ -100,7 +100,7 @@ class LinearSpec(KernelSpec):
 
     inputs: int
     outputs: int
-    weight: QuantSpec
+    weight: QuantSpec | None
     activation: QuantSpec | None = None
     splits: tuple[int, ...] = ()
     bias: bool = False
@@ -116,7 +116,12 @@ class LinearSpec(KernelSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_function(self.function)
-        _check_kind(self.weight, _WEIGHT_KINDS, "a weight")
+        if self.weight is not None:
+            _check_kind(self.weight, _WEIGHT_KINDS, "a weight")
+            if self.weight.grid.bits > 8:
+                raise BitlowerError(f"weights of kernels have at most 8 bits, not {self.weight.grid.bits}")
+        elif self.activation is not None:
+            raise BitlowerError("kernels have no product of codes with float weights", hint="quantize the weight")
         if self.activation is not None:
             _check_kind(self.activation, (*_STATIC_KINDS, "token"), "an activation")
             _check_codes(self.activation)
@@ -126,8 +131,6 @@ class LinearSpec(KernelSpec):
                 _check_codes(static)
         _check_operand(self.residual_codes, self.residual, "residual")
         _check_keep(self.keep, self.output)
-        if self.weight.grid.bits > 8:
-            raise BitlowerError(f"weights of kernels have at most 8 bits, not {self.weight.grid.bits}")
         if sum(self.splits) not in (0, self.inputs):
             raise BitlowerError(f"splits of {list(self.splits)} do not add up to {self.inputs} inputs")
         if not self.buckets or self.buckets[0] != 1 or list(self.buckets) != sorted(set(self.buckets)):
@@ -142,6 +145,8 @@ class LinearSpec(KernelSpec):
 
     def _check_sums(self) -> None:
         """Integer sums need weights that fit a signed byte once their zero point is taken off."""
+        if self.weight is None:
+            return
         grid = self.weight.grid
         narrow = self.width < 8 or (grid.symmetric and self.centre <= 1 << 7 and grid.quant_max - self.centre < 1 << 7)
         if not narrow and (self.activation is not None or grid.symmetric):
@@ -149,18 +154,22 @@ class LinearSpec(KernelSpec):
 
     @property
     def width(self) -> int:
-        """Bits that a stored weight code takes: 2, 3, 4 or 8."""
+        """Bits that a stored weight takes: 2, 3, 4 or 8 where it is codes."""
+        if self.weight is None:
+            return int(self.dtype.removeprefix("float"))
         bits = self.weight.grid.bits
         return bits if bits in (2, 3, 4) else 8
 
     @property
     def step(self) -> int:
         """Consecutive inputs that are packed together in panels."""
-        return {2: 16, 3: 32, 4: 8, 8: 4}[self.width]
+        return {2: 16, 3: 32, 4: 8, 8: 4}.get(self.width, 1)
 
     @property
     def group(self) -> int:
         """Inputs that share a stored scale of the weight."""
+        if self.weight is None:
+            return self.inputs
         granularity = self.weight.granularity
         return granularity.block_size(self.inputs) if granularity.kind == "group" else self.inputs
 
@@ -172,11 +181,13 @@ class LinearSpec(KernelSpec):
     @property
     def has_zeros(self) -> bool:
         """Whether the weight has zero points of its own, rather than a constant."""
-        return not self.weight.grid.symmetric
+        return self.weight is not None and not self.weight.grid.symmetric
 
     @property
     def centre(self) -> int:
         """The code that means zero, for symmetric weights."""
+        if self.weight is None:
+            return 0
         grid = self.weight.grid
         return 1 << (grid.bits - 1) if grid.convention is ScaleConvention.OFFSET else 0
 

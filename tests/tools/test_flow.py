@@ -326,6 +326,17 @@ def test_gptq_in_one_line(llama: Path, story: Path, tmp_path: Path, backend: Sim
     assert len(codes) == 14
 
 
+def test_adaround_of_a_decoder(llama: Path, story: Path, tmp_path: Path) -> None:
+    """What the one-line command runs, with fewer steps, up to the artefact and its checks."""
+    recipe = standard_recipe(str(llama), "W4A8-e16", str(story), samples=4, max_length=32, algorithm="adaround")
+    form = recipe.model_dump(exclude_unset=True)
+    place = next(i for i, step in enumerate(form["passes"]) if step == "adaround")
+    form["passes"][place] = {"adaround": {"iterations": 10}}
+    summary = run_recipe(Recipe.model_validate(form), tmp_path / "out", Options(cache=None))
+    assert "adaround" in summary.pipeline
+    assert verify_artefact(tmp_path / "out")
+
+
 def test_without_data_weights_are_rounded(llama: Path) -> None:
     made = quantize(llama, scheme="W4A16-g16")
     assert [text.partition("{")[0] for text in made.program.passes] == ["clean", "quantize", "rtn", "lower-integer"]

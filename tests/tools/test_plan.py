@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,11 @@ def test_a_decoder_in_few_bits_by_hand(llama_program: Program) -> None:
     rounded = make_plan(llama_program.clone(), standard_passes("W4A16-g16", algorithm="rtn"), Load(8, 32), exports)
     assert rounded.seconds <= plan.seconds
     assert rounded.peak_bytes < plan.peak_bytes
+    learned = make_plan(llama_program.clone(), standard_passes("W4A16-g16", algorithm="adaround"), Load(8, 32), exports)
+    assert learned.file_bytes == plan.file_bytes
+    assert learned.notes == ()
+    assert learned.seconds > rounded.seconds
+    assert learned.peak_bytes > rounded.peak_bytes + 4 * sum(math.prod(t.shape) for t in learned.tensors if t.spec)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ def test_the_algorithm_follows_from_the_scheme(scheme: str, calibrated: bool, al
     [
         ("W8A8", None, "clean quantize smooth calibrate lower-integer"),
         ("W8A8", "gptq", "clean quantize smooth gptq calibrate lower-integer"),
+        ("W4A8", "adaround", "clean quantize smooth adaround calibrate lower-integer"),
+        ("W4A16", "adaround", "clean quantize adaround lower-integer"),
         ("W4A16-g128", None, "clean quantize gptq lower-integer"),
         ("W4A16-g128", "rtn", "clean quantize rtn lower-integer"),
         ("W4A16-g128", "calibrate", "clean quantize calibrate lower-integer"),
@@ -61,6 +63,7 @@ def test_pipelines_without_data(scheme: str, algorithm: str | None, names: str) 
         ("W8A8-full", None, "static activations"),
         ("W4A16-g128", "gptq", "gptq needs calibration data"),
         ("W8A8-token", "gptq", "gptq needs calibration data"),
+        ("W4A16", "adaround", "adaround needs calibration data"),
     ],
 )
 def test_what_needs_data_is_refused_without(scheme: str, algorithm: str | None, message: str) -> None:

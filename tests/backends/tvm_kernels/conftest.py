@@ -7,14 +7,24 @@ import os
 import runpy
 import shutil
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bitlower.backends.tvm_kernels import ActivationSpec, LinearSpec, NormSpec, arguments, pack_linear, pack_vector
+from bitlower.backends.tvm_kernels import (
+    ActivationSpec,
+    LinearSpec,
+    NormSpec,
+    Target,
+    arguments,
+    pack_linear,
+    pack_vector,
+)
 from bitlower.backends.tvm_kernels import _reference as reference
+from bitlower.backends.tvm_kernels._packing import pack_float
 from bitlower.backends.tvm_kernels._reference import Operand
 from bitlower.backends.tvm_kernels._spec import static_scales
 
@@ -108,9 +118,13 @@ def _activation_of(spec: LinearSpec, rows: int, random: np.random.Generator) -> 
 def linear_case(spec: LinearSpec, rows: int, seed: int = 0) -> Case:
     """A random linear."""
     random = np.random.default_rng(seed)
-    weight = weight_of(spec, random)
     x, given = _activation_of(spec, rows, random)
-    given |= pack_linear(spec, weight.codes, weight.scale, weight.zero_point)
+    if spec.weight is None:
+        weight: Any = random.standard_normal((spec.outputs, spec.inputs)).astype(spec.dtype)
+        given |= pack_float(spec, weight)
+    else:
+        weight = weight_of(spec, random)
+        given |= pack_linear(spec, weight.codes, weight.scale, weight.zero_point)
     extra: dict[str, Array] = {}
     if spec.bias:
         extra["bias"] = random.standard_normal(spec.outputs).astype(spec.dtype)
@@ -118,7 +132,7 @@ def linear_case(spec: LinearSpec, rows: int, seed: int = 0) -> Case:
     product = replace(spec, residual=False, residual_codes=None)
     wanted = reference.linear(product, x, weight, **extra)
     real = x.values() if isinstance(x, Operand) else x.astype(np.float64)
-    size = np.abs(real) @ np.abs(weight.values()).T + 1
+    size = np.abs(real) @ np.abs(weight.values() if isinstance(weight, Operand) else weight.astype(np.float64)).T + 1
     if spec.rounded is not None:
         wanted, rounding = _rounded(spec, wanted)
         given |= rounding
@@ -205,6 +219,7 @@ def make_weight():
     return weight_of
 
 
+@cache
 def _load(name: str) -> dict[str, Any]:
     """What a file beside this one defines."""
     return runpy.run_path(str(Path(__file__).with_name(f"{name}.py")))
@@ -232,6 +247,35 @@ def _hosted(name: str) -> Any:
         return results, compiled[spec].launches
 
     return run
+
+
+@dataclass(frozen=True)
+class Emulated:
+    """A GPU whose device functions one of the files beside this one runs."""
+
+    name: str
+
+    def kernel(self, function: Any, name: str) -> Any:
+        """A scheduled PrimFunc as a function of CPU tensors."""
+        emulator = _load(self.name)
+        return _load("hosted")["HostedKernel"](function, name, emulator["TARGET"], emulator["build"])
+
+    def library(self, program: Any) -> Any:
+        """A fused Program as a library with GPU schedules; called as the Program is, it notes its ``launches``."""
+        target = Target.OPENCL if self.name == "pocl" else Target.CUDA
+        return _load("hosted")["HostedLibrary"](program, target, _load(self.name)["build"])
+
+
+@pytest.fixture(scope="session")
+def pocl(on_pocl):
+    """OpenCL on the CPU."""
+    return Emulated("pocl")
+
+
+@pytest.fixture(scope="session")
+def fibers(on_fibers):
+    """CUDA source compiled by g++."""
+    return Emulated("fibers")
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ struct uint2 { uint x, y; };
 struct uint4 { uint x, y, z, w; };
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct char4 { signed char x, y, z, w; };
 struct uchar4 { uchar x, y, z, w; };
 struct dim3 { int x, y, z; };
@@ -26,6 +27,7 @@ struct dim3 { int x, y, z; };
 #define __launch_bounds__(n)
 #define __restrict__
 #define alignas(n) __attribute__((aligned(n)))
+#define CUDART_INF_F INFINITY
 using std::max;
 using std::min;
 

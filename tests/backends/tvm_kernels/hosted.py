@@ -6,8 +6,10 @@ compute the grid, and call each device function by its name among TVM's global f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import tvm
@@ -20,7 +22,52 @@ Launcher = Callable[[list[Any], list[int], list[int]], None]
 """Runs a device function on arguments, with a number of blocks and of threads along x, y and z."""
 
 
-class HostedKernel:
+class Hosted:
+    """Code for a GPU that runs on CPU tensors.
+
+    Args:
+        compile: gives an executable, with device functions beside the host's code.
+        build: from their source to a launcher for each of them.
+    """
+
+    _running: Hosted
+
+    def __init__(self, compile: Callable[[], Any], build: Callable[[str], dict[str, Launcher]]) -> None:
+        self._axes: dict[str, list[str]] = {}
+        with _host_on_cpu(self._axes):
+            self.executable = compile()
+        self.launches = list[str]()
+        host = self.executable.mod
+        while host.imports and host.imports[0].kind not in ("cuda", "opencl"):
+            host = host.imports[0]
+        self._launchers = build(host.imports[0].inspect_source())
+        host.clear_imports()
+        for symbol in self._launchers:
+            tvm_ffi.register_global_func(symbol, partial(_launch, symbol), override=True)
+
+    def run(self, function: Callable[[], Any]) -> Any:
+        """What ``function`` gives, in which device functions are those of this code; they are noted in ``launches``."""
+        self.launches.clear()
+        Hosted._running = self
+        return function()
+
+    def launch(self, symbol: str, arguments: Sequence[Any]) -> None:
+        """Run a device function; a GPU takes no empty grid."""
+        axes = self._axes[symbol]
+        given, extents = arguments[: len(arguments) - len(axes)], arguments[len(arguments) - len(axes) :]
+        sizes = dict(zip(axes, map(int, extents), strict=True))
+        threads, blocks = ([sizes.get(f"{what}.{axis}", 1) for axis in "xyz"] for what in ("threadIdx", "blockIdx"))
+        assert 0 not in blocks, f"{symbol} is launched on an empty grid"
+        self._launchers[symbol](list(given), blocks, threads)
+        self.launches.append(symbol)
+
+
+def _launch(symbol: str, *arguments: Any) -> None:
+    """The global function of a symbol: equal names in several codes are told apart by which of them runs."""
+    Hosted._running.launch(symbol, arguments)
+
+
+class HostedKernel(Hosted):
     """A scheduled PrimFunc as a function of CPU tensors.
 
     Args:
@@ -33,31 +80,35 @@ class HostedKernel:
     def __init__(
         self, function: Any, name: str, target: dict[str, Any], build: Callable[[str], dict[str, Launcher]]
     ) -> None:
-        found: dict[str, list[str]] = {}
-        with _host_on_cpu(found):
-            device = tvm.target.Target(target, host={"kind": "llvm"})
-            self.executable = tvm.compile(tvm.IRModule({name: function}), target=device)
-        self.name, self.launches = name, list[str]()
-        module = self.executable.mod
-        launchers = build(module.imports[0].inspect_source())
-        module.clear_imports()
-        for symbol, launcher in launchers.items():
-            tvm_ffi.register_global_func(symbol, self._entry(symbol, launcher, found[symbol]), override=True)
-
-    def _entry(self, symbol: str, launcher: Launcher, axes: list[str]) -> Callable[..., None]:
-        def launch(*arguments: Any) -> None:
-            given, extents = arguments[: len(arguments) - len(axes)], arguments[len(arguments) - len(axes) :]
-            sizes = dict(zip(axes, map(int, extents), strict=True))
-            threads, blocks = ([sizes.get(f"{what}.{axis}", 1) for axis in "xyz"] for what in ("threadIdx", "blockIdx"))
-            if 0 not in blocks:
-                launcher(list(given), blocks, threads)
-            self.launches.append(symbol)
-
-        return launch
+        device = tvm.target.Target(target, host={"kind": "llvm"})
+        super().__init__(lambda: tvm.compile(tvm.IRModule({name: function}), target=device), build)
+        self.name = name
 
     def __call__(self, *tensors: Any) -> None:
-        self.launches.clear()
-        self.executable[self.name](*tensors)
+        self.run(lambda: self.executable[self.name](*tensors))
+
+
+class HostedLibrary(Hosted):
+    """A Program compiled for a GPU, called as the Program is, on the CPU.
+
+    Args:
+        program: at level fused.
+        target: a GPU.
+        build: from the source of the device functions to a launcher for each of them.
+    """
+
+    def __init__(self, program: Any, target: Any, build: Callable[[str], dict[str, Launcher]]) -> None:
+        from bitlower.backends.tvm_kernels import Target
+        from bitlower.backends.tvm_kernels._relax import compile_program
+
+        def compile() -> Any:
+            self.library = replace(compile_program(program, target), target=Target.LLVM)
+            return self.library.executable
+
+        super().__init__(compile, build)
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.run(lambda: self.library(**inputs))
 
 
 @contextmanager

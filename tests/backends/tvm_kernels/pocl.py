@@ -26,7 +26,7 @@ _QUEUE = cl.CommandQueue(_CONTEXT)
 
 def build(source: str) -> dict[str, Callable[..., None]]:
     """A launcher for each kernel of ``source``."""
-    program = cl.Program(_CONTEXT, PREAMBLE + source).build(options=["-cl-kernel-arg-info"])
+    program = cl.Program(_CONTEXT, PREAMBLE + source).build(options=["-cl-kernel-arg-info", "-cl-opt-disable"])
     return {kernel.function_name: _launcher(kernel) for kernel in program.all_kernels()}
 
 

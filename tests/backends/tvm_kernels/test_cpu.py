@@ -92,6 +92,14 @@ def test_eight_bit_weights_beside_float_activations(make_linear, target):
         case.check(compile_kernel(spec)(case.given))
 
 
+def test_float_weights(make_linear, target):
+    """Few rows and many, and outputs that fill no panel."""
+    spec = replace(SPEC, weight=None, inputs=44, outputs=70, function="gelu", target=target, layout=Layout.PANELS)
+    for rows in (1, 3, 65):
+        case = make_linear(spec, rows)
+        case.check(compile_kernel(spec)(case.given))
+
+
 def test_the_largest_codes_do_not_saturate(target):
     """Sums of products of bytes that a 16-bit accumulator would clip."""
     spec = replace(SPEC, activation=STATIC, bias=False, target=target)

@@ -78,6 +78,14 @@ def test_groups_of_other_sizes(make_linear, on_pocl):
             case.check(on_pocl(spec, case.given)[0])
 
 
+def test_float_weights(make_linear, on_pocl):
+    for inputs in (192, 36):
+        spec = replace(SPEC, inputs=inputs, weight=None, function="gelu", output=STATIC)
+        for rows in (2, 67):
+            case = make_linear(spec, rows)
+            case.check(on_pocl(spec, case.given)[0])
+
+
 @pytest.mark.parametrize("columns", [48, 300, 1100])
 @pytest.mark.parametrize("output", [None, STATIC, TOKEN], ids=str)
 def test_norms_are_one_kernel(make_rows, on_pocl, columns, output):

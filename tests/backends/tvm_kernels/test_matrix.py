@@ -49,6 +49,13 @@ def test_float16_matrices_with_weights_unfolded_in_shared_memory(make_linear, on
         case.check(on_fibers(spec, case.given)[0], limit=HALF)
 
 
+def test_float16_weights(make_linear, on_fibers):
+    spec = replace(SPEC, weight=None, dtype="float16")
+    for rows in (3, 70):
+        case = make_linear(spec, rows)
+        case.check(on_fibers(spec, case.given)[0], limit=HALF)
+
+
 def test_products_of_bytes(make_linear, on_fibers):
     spec = replace(SPEC, weight=low_bit(4), activation=TOKEN)
     for rows in (3, 70):

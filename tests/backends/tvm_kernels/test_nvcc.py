@@ -29,6 +29,8 @@ LINEARS = {
     "w4a8": (replace(BASE, weight=low_bit(4), activation=TOKEN), "IDP.4A"),
     **{f"w{bits}a16": (replace(BASE, weight=low_bit(bits), dtype="float16"), "HMMA") for bits in (2, 3, 4)},
     "w4a32": (replace(BASE, weight=low_bit(4)), "FFMA"),
+    "f32": (replace(BASE, weight=None), "FFMA"),
+    "f16": (replace(BASE, weight=None, dtype="float16"), "HMMA"),
 }
 ROWS = {
     "norm": NormSpec(

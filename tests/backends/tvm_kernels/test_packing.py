@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitlower.backends.tvm_kernels import Layout, LinearSpec, arguments, pack_linear, pack_vector, unpack_linear
+from bitlower.backends.tvm_kernels._packing import pack_float
 from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec, ScaleConvention, packing
 
 ACTIVATION = QuantSpec(Grid(8, signed=False, symmetric=False), Granularity.per_tensor())
@@ -83,6 +84,18 @@ def test_vectors_are_filled_up_to_the_last_panel():
     spec = LinearSpec(inputs=8, outputs=5, weight=QuantSpec(Grid(8), Granularity.per_channel(0)), layout=Layout.PANELS)
     packed = pack_vector(spec, np.arange(5, dtype=np.float32))
     assert packed.tolist() == [0, 1, 2, 3, 4] + [0] * 59
+
+
+def test_float_weights_lie_in_panels_of_outputs():
+    spec = LinearSpec(inputs=3, outputs=66, weight=None, layout=Layout.PANELS)
+    weight = np.arange(66 * 3, dtype=np.float32).reshape(66, 3)
+    packed = pack_float(spec, weight)["weight"]
+    assert packed.shape == (2, 3, 1, 64)
+    assert (weight[:64] == packed[0, :, 0, :].T).all()
+    assert (weight[64:] == packed[1, :, 0, :2].T).all()
+    assert not packed[1, :, 0, 2:].any()
+    with pytest.raises(BitlowerError, match=r"of a weight \[66, 3\], not \[3, 66\]"):
+        pack_float(spec, weight.T)
 
 
 def test_what_does_not_fit_is_refused():

@@ -1,8 +1,10 @@
-"""Attention as one function on the CPU against float64."""
+"""Attention as one function, on the CPU and with GPU schedules, against float64."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,15 +13,17 @@ pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
 import tvm
 
-from bitlower.backends.tvm_kernels import host_target
+from bitlower.backends.tvm_kernels import Target, _gpu_attention, _relax_attention_kernel, host_target
+from bitlower.backends.tvm_kernels._attention import LEAST, OPERANDS, Attention
 from bitlower.backends.tvm_kernels._cpu_frame import tvm_target
-from bitlower.backends.tvm_kernels._relax_attention_kernel import LEAST, Attention, attention
 from bitlower.ir import Grid
 
 UINT8 = Grid(8, signed=False, symmetric=False)
-SCALES = {"query": (0.02, 120.0), "key": (0.03, 131.0), "value": (0.025, 128.0), "scores": (0.11, 100.0)}
-SCALES |= {"probs": (1 / 255, 0.0), "out": (0.013, 127.0)}
-BATCH, QUERIES, KEYS = 2, 5, 7
+SCALES = {"query": (0.02, 120.0), "key": (0.03, 131.0), "value": (0.025, 128.0), "scores": (0.1103, 100.0)}
+SCALES |= {"probs": (1 / 255, 3.0), "out": (0.013, 127.0)}
+BATCH = 2
+SIZES = {"small": (5, 7), "tiles": (19, 41), "step": (1, 70)}
+"""Queries and keys."""
 CASES = {
     "plain": Attention(heads=4, groups=4, width=16, value_width=16, factor=0.25),
     "ragged-groups": Attention(heads=6, groups=2, width=20, value_width=37, factor=0.2, joined=True),
@@ -38,6 +42,15 @@ CASES = {
         heads=2, groups=2, width=16, value_width=16, factor=0.25, explicit=True, mask="bool",
         spread=(False, True, True, False), scored=UINT8, probs=UINT8, output=UINT8,
     ),
+    "places": Attention(
+        heads=4, groups=2, width=16, value_width=16, factor=0.25, joined=True, places=((96, 8), (96, 48), None)
+    ),
+    "bytes": Attention(
+        heads=4, groups=2, width=72, value_width=40, factor=0.25, explicit=True, joined=True, mask="bool",
+        spread=(False, True, True, False), scored=UINT8, probs=UINT8, output=UINT8,
+        query="uint8", key="uint8", value="uint8", places=(None, (160, 16), (100, 20)),
+    ),
+    "wide": Attention(heads=2, groups=1, width=132, value_width=160, factor=0.1, query="uint8"),
 }  # fmt: skip
 
 
@@ -46,20 +59,27 @@ def rounding(value: np.ndarray, name: str) -> np.ndarray:
     return (np.clip(np.rint(value / np.float32(scale)) + zero, 0, 255) - zero) * np.float64(np.float32(scale))
 
 
+def real(what: Attention, given: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """An operand in float64 with four axes, as many heads as there are of queries."""
+    stored, merged = given[name], what.places[OPERANDS.index(name)]
+    heads, width = (what.heads if name == "query" else what.groups), what.value_width if name == "value" else what.width
+    if merged is not None:
+        part = stored[..., merged[1] : merged[1] + heads * width]
+        stored = part.reshape(BATCH, -1, heads, width).swapaxes(1, 2)
+    value = stored.astype(np.float64)
+    if stored.dtype == np.uint8:
+        value = (value - SCALES[name][1]) * np.float64(np.float32(SCALES[name][0]))
+    return np.repeat(value, what.heads // heads, 1)
+
+
 def reference(what: Attention, given: dict[str, np.ndarray]) -> np.ndarray:
     """Before the rounding of the result."""
-    real = {
-        name: (given[name].astype(np.float64) - SCALES[name][1]) * np.float64(np.float32(SCALES[name][0]))
-        if getattr(what, name) == "uint8"
-        else given[name].astype(np.float64)
-        for name in ("query", "key", "value")
-    }
-    key, value = (np.repeat(real[name], what.heads // what.groups, 1) for name in ("key", "value"))
-    scores = real["query"] @ key.swapaxes(2, 3)
+    query, key, value = (real(what, given, name) for name in OPERANDS)
+    scores = query @ key.swapaxes(2, 3)
     scores = (rounding(scores, "scores") if what.scored else scores) * what.factor
     gone = LEAST if what.explicit else -np.inf
     if what.causal:
-        scores = np.where(np.tri(QUERIES, KEYS, dtype=bool), scores, gone)
+        scores = np.where(np.tri(*scores.shape[2:], dtype=bool), scores, gone)
     if what.mask:
         scores = np.where(given["mask"], scores, gone) if what.mask == "bool" else scores + given["mask"]
     top = scores.max(-1, keepdims=True)
@@ -67,27 +87,29 @@ def reference(what: Attention, given: dict[str, np.ndarray]) -> np.ndarray:
     total = shares.sum(-1, keepdims=True)
     probs = np.divide(shares, total, out=np.zeros_like(shares), where=total > 0)
     result = (rounding(probs, "probs") if what.probs else probs) @ value
-    return result.swapaxes(1, 2).reshape(BATCH, QUERIES, -1) if what.joined else result
+    return result.swapaxes(1, 2).reshape(BATCH, result.shape[2], -1) if what.joined else result
 
 
-def operands(what: Attention) -> dict[str, np.ndarray]:
+def operands(what: Attention, queries: int, keys: int) -> dict[str, np.ndarray]:
     random = np.random.default_rng(3)
     shapes = {
-        "query": (BATCH, what.heads, QUERIES, what.width),
-        "key": (BATCH, what.groups, KEYS, what.width),
-        "value": (BATCH, what.groups, KEYS, what.value_width),
+        "query": (BATCH, what.heads, queries, what.width),
+        "key": (BATCH, what.groups, keys, what.width),
+        "value": (BATCH, what.groups, keys, what.value_width),
     }
     given = {}
-    for name, shape in shapes.items():
+    for (name, shape), merged in zip(shapes.items(), what.places, strict=True):
         codes = getattr(what, name) == "uint8"
+        shape = shape if merged is None else (BATCH, shape[2], merged[0])
         given[name] = (
             random.integers(0, 256, shape, np.uint8) if codes else random.normal(size=shape).astype(np.float32)
         )
     if what.mask:
-        full = (BATCH, what.heads, QUERIES, KEYS)
+        full = (BATCH, what.heads, queries, keys)
         shape = tuple(1 if one else size for size, one in zip(full, what.spread, strict=True))
         kept = random.random(shape) < 0.6
-        kept[0, 0, 0] = False  # a row without a key
+        if queries > 1:
+            kept[0, 0, 0] = False  # a row without a key
         given["mask"] = kept if what.mask == "bool" else np.where(kept, random.normal(size=shape), -np.inf)
         given["mask"] = given["mask"].astype(what.mask)
     names = [name for name in shapes if getattr(what, name) == "uint8"]
@@ -100,14 +122,13 @@ def operands(what: Attention) -> dict[str, np.ndarray]:
     return given
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_attention_is_that_of_float64(name: str) -> None:
+def check(name: str, size: str, kernel: Callable[..., object]) -> None:
+    """``kernel(operands…, result)`` gives what float64 gives; codes but for ties."""
     what = CASES[name]
-    given = operands(what)
+    given = operands(what, *SIZES[size])
     wanted = reference(what, given)
-    executable = tvm.compile(tvm.IRModule({"attention": attention(what)}), target=tvm_target(host_target()))
     result = tvm.runtime.tensor(np.zeros(wanted.shape, what.result_dtype))
-    executable["attention"](*map(tvm.runtime.tensor, given.values()), result)
+    kernel(*map(tvm.runtime.tensor, given.values()), result)
     found = result.numpy()
     if what.output is None:
         assert np.abs(found - wanted).max() < 2e-6 * np.abs(wanted).max()
@@ -117,3 +138,26 @@ def test_attention_is_that_of_float64(name: str) -> None:
     assert ((found == np.clip(np.rint(ratio), 0, 255)) | near).all()
     assert near.mean() < 0.01
     assert len(np.unique(found)) > 20
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_is_that_of_float64(name: str) -> None:
+    function = _relax_attention_kernel.attention(CASES[name])
+    executable = tvm.compile(tvm.IRModule({"attention": function}), target=tvm_target(host_target()))
+    check(name, "small", executable["attention"])
+
+
+@pytest.mark.parametrize("name", ["ragged-groups", "added", "causal", "codes", "rounded", "places", "bytes", "wide"])
+def test_attention_on_a_gpu(pocl: Any, name: str) -> None:
+    """Whole tiles of queries and keys, ragged ones, and a single query."""
+    kernel = pocl.kernel(_gpu_attention.attention(CASES[name], Target.OPENCL), "attention")
+    for size in ("tiles", "step"):
+        if size == "tiles" or name != "causal":
+            check(name, size, kernel)
+            assert len(kernel.launches) == 1
+
+
+@pytest.mark.parametrize("name", ["mask", "bytes"])
+def test_attention_as_cuda_has_it(fibers: Any, name: str) -> None:
+    """Sums over a warp by shuffles, products of bytes by ``__dp4a``."""
+    check(name, "tiles", fibers.kernel(_gpu_attention.attention(CASES[name], Target.CUDA), "attention"))

@@ -53,6 +53,7 @@ def test_segments_end_where_a_scale_changes(changes, sizes):
         ({"activation": QuantSpec(Grid(16), Granularity.per_tensor())}, "at most 8 bits"),
         ({"output": QuantSpec(UINT8, Granularity.per_token())}, "the output of a linear quantized per-token"),
         ({"activation": INT8}, "an activation quantized per-channel"),
+        ({"weight": None, "activation": TENSOR}, "no product of codes with float weights"),
         ({"function": "gleu"}, "did you mean 'gelu'"),
         ({"splits": (8, 8)}, "do not add up to 96"),
         ({"buckets": (2, 4)}, "must rise from 1"),

@@ -50,11 +50,16 @@ def test_the_pair_that_works_is_let_through(monkeypatch):
 
 
 def test_the_package_imports_no_tvm():
-    script = "import sys, bitlower.backends.tvm_kernels; print('tvm' in sys.modules)"
+    script = (
+        "import sys, bitlower.backends.tvm_kernels as backend; backend.Options('llvm'); print('tvm' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
-def test_kernels_alone_are_no_backend():
-    """Until they write artefacts, a recipe cannot name them."""
-    assert _backends.known_backends() == ["checkpoint", "onnx-qdq"]
+def test_recipes_can_name_it_and_are_told_what_is_missing(monkeypatch):
+    assert "tvm-kernels" in _backends.known_backends()
+    _backends.check_export("tvm-kernels", {"target": "llvm"})
+    _installed(monkeypatch)
+    with pytest.raises(BitlowerError, match="apache-tvm, which is not installed"):
+        _backends.check_host("tvm-kernels", {})

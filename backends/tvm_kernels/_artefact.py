@@ -1,0 +1,61 @@
+"""The check of a library on the disk, without its Program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bitlower.backends import _manifest
+from bitlower.backends._json import significant
+from bitlower.backends._selftest import run_selftest
+from bitlower.backends.tvm_kernels._tvm import require_tvm
+from bitlower.backends.tvm_kernels._verification import FILE, read_verification
+from bitlower.ir import Batch
+
+
+@dataclass(frozen=True)
+class ArtefactReport:
+    """A sound library.
+
+    Args:
+        files: how many there are.
+        bytes: of all of them.
+        unlisted: files that the manifest does not know.
+        runtime: the target, and the processor and TVM's version of the export.
+        selftest: the cosine of each output to the recorded one.
+    """
+
+    files: int
+    bytes: int
+    unlisted: tuple[str, ...]
+    runtime: Mapping[str, str]
+    selftest: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        selftest = {name: significant(value) for name, value in self.selftest.items()}
+        return {**asdict(self), "unlisted": list(self.unlisted), "selftest": selftest}
+
+
+def verify_artefact(folder: Path) -> ArtefactReport:
+    """Check a library on the disk against what was recorded when it was written.
+
+    Raises:
+        BitlowerError: TVM is not installed, there is no such folder, or the library is code for another processor.
+        CheckError: a file is missing or changed, the library does not load, or gives something else than it did.
+    """
+    require_tvm()
+    from bitlower.backends.tvm_kernels._files import RESERVED, load_library
+
+    manifest = _manifest.read_manifest(folder)
+    files = _manifest.check_files(folder, manifest, (*RESERVED, FILE))
+    recorded, library = read_verification(folder), load_library(folder)
+
+    def run(batch: Batch) -> dict[str, Any]:
+        return {name: value.numpy() for name, value in library(**batch).items()}
+
+    selftest = run_selftest(recorded.selftest, run)
+    unlisted = tuple(sorted(set(_manifest.list_files(folder)) - set(files)))
+    return ArtefactReport(len(files), sum(files.values()), unlisted, dict(recorded.runtime), selftest)

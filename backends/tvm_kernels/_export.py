@@ -1,0 +1,169 @@
+"""Write the verified library of a Program."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitlower.backends import _folder
+from bitlower.backends._config import write_config
+from bitlower.backends._manifest import write_manifest
+from bitlower.backends.tvm_kernels._spec import Target
+from bitlower.backends.tvm_kernels._tvm import check_pins, require_tvm
+from bitlower.ir import Batch, BitlowerError, Level, Program, kernels, nearest
+
+if TYPE_CHECKING:
+    from bitlower.backends.tvm_kernels._verification import Verification
+
+BACKEND = "tvm-kernels"
+PACKAGES = ("torch", "transformers", "apache-tvm", "apache-tvm-ffi")
+HOST = "host"
+TARGETS = (HOST, str(Target.LLVM), str(Target.VNNI))
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a Program is compiled.
+
+    Args:
+        target: whose code: ``llvm`` for any CPU of this architecture, ``llvm-avx512-vnni`` for processors like this
+            one, or ``host``, the best of them that this processor runs.
+
+    Raises:
+        BitlowerError: an unknown target.
+    """
+
+    target: str = HOST
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise BitlowerError(f"unknown target {self.target!r}", hint=nearest(str(self.target), TARGETS))
+
+    def resolve(self) -> Target:
+        """The target that it stands for.
+
+        Raises:
+            BitlowerError: TVM is not installed, or this processor does not run such code.
+        """
+        require_tvm()
+        from bitlower.backends.tvm_kernels._cpu_frame import host_target
+
+        best = host_target()
+        target = best if self.target == HOST else Target(self.target)
+        if target not in (best, Target.LLVM):
+            raise BitlowerError(
+                f"this processor does not run {target}, and what was not run is not verified", hint=f"take {best}"
+            )
+        return target
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Args:
+        files: bytes by name.
+        target: whose code it is.
+        operators: how many kernels of each kind the Program has.
+        verification: how the library compares with the Program.
+    """
+
+    files: dict[str, int]
+    target: str
+    operators: dict[str, int]
+    verification: Verification
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        form = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return form | {"verification": self.verification.to_dict()}
+
+
+def check_level(level: Level) -> None:
+    """See that a program at ``level`` is made of kernels.
+
+    Raises:
+        BitlowerError: it is not; the hint says which pass is missing.
+    """
+    if level is not Level.FUSED:
+        missing = "`fuse`" if level is Level.INTEGER else "`lower-integer` and `fuse`"
+        raise BitlowerError(
+            f"libraries are made of fused programs; this is {level}", hint=f"end the passes with {missing}"
+        )
+
+
+def check_host(*, target: str = Options.target) -> None:
+    """See that this machine has what an export needs: TVM, a C compiler, a processor that runs the target.
+
+    Raises:
+        BitlowerError: it lacks one of them.
+    """
+    Options(target).resolve()
+    from tvm.support import cc
+
+    if cc.get_cc() is None:
+        raise BitlowerError("no C compiler is found, which links libraries", hint="install gcc or clang")
+
+
+def check_program(program: Program, *, target: str = Options.target) -> None:
+    """See that every operator has a converter; for programs of any level, as far as their operators stay.
+
+    Raises:
+        BitlowerError: TVM is not installed, or one has none: it is named with its module.
+    """
+    require_tvm()
+    from bitlower.backends.tvm_kernels._relax_aten import check_operator
+
+    Options(target)
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            check_operator(node)
+
+
+def export(
+    program: Program,
+    folder: Path,
+    *,
+    batches: Sequence[Batch],
+    target: str = Options.target,
+    provenance: Mapping[str, Any] | None = None,
+) -> ExportReport:
+    """Compile ``program`` into the existing ``folder`` and compare what lies there with it on ``batches``.
+
+    Args:
+        program: at level fused.
+        folder: exists.
+        batches: real inputs for the verification.
+        target: see :class:`Options`.
+        provenance: for the manifest: seeds, hashes of data, and what else the caller knows; plain data.
+
+    Raises:
+        BitlowerError: TVM is not installed, an option is wrong, there is no batch, or the program cannot be compiled.
+        CheckError: the library does not compute what the program does.
+    """
+    options = Options(target)
+    check_pins()
+    check_level(program.level)
+    resolved = options.resolve()
+    from bitlower.backends.tvm_kernels._files import RESERVED, write_library
+    from bitlower.backends.tvm_kernels._verification import write_verification
+    from bitlower.backends.tvm_kernels._verify import verify_export
+
+    files = [*write_library(program, folder, resolved), write_config(program, folder, BACKEND)]
+    files += _folder.write_assets(program, folder, RESERVED)
+    verification = verify_export(program, folder, batches, target=resolved)
+    write_verification(verification, folder)
+    write_manifest(
+        program,
+        folder,
+        backend=BACKEND,
+        packages=PACKAGES,
+        backend_options={"target": str(resolved)},
+        provenance=provenance,
+    )
+    kinds = Counter(kernels.kind(node) for node in program.graph.nodes if kernels.is_kernel(node))
+    return ExportReport(_folder.sizes(folder, files), str(resolved), dict(sorted(kinds.items())), verification)

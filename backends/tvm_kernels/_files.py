@@ -1,0 +1,103 @@
+"""The files of a library: the code with the weights, and what it takes, gives and runs on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import tvm
+
+from bitlower.backends import _folder
+from bitlower.backends._json import read_json, write_json
+from bitlower.backends.tvm_kernels._cuda_library import write_code
+from bitlower.backends.tvm_kernels._library import LIBRARY, SIGNATURE, Library, find_device
+from bitlower.backends.tvm_kernels._relax import compile_program
+from bitlower.backends.tvm_kernels._spec import Target
+from bitlower.ir import BitlowerError, CheckError, Level, Program, TensorType, ValueSpec
+
+RESERVED = (LIBRARY, SIGNATURE)
+
+
+def write_library(program: Program, folder: Path, target: Target) -> tuple[str, ...]:
+    """Compile ``program`` into ``folder``; the names of the files, each of which appears whole.
+
+    Raises:
+        BitlowerError: the program cannot be compiled.
+    """
+    try:
+        executable = compile_program(program, target).executable
+    except BitlowerError:
+        raise
+    except Exception as error:  # TVM raises many kinds
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BitlowerError(f"TVM does not compile the program: {line}", hint="export to another backend") from error
+    with tempfile.TemporaryDirectory(prefix=".library-", dir=folder) as scratch:
+        path = Path(scratch) / LIBRARY
+        further = write_code(executable, target, path)
+        for name, text in further.items():
+            (Path(scratch) / name).write_text(text, encoding="utf-8")
+        for name in (LIBRARY, *further):
+            _folder.flush(Path(scratch) / name)
+            (Path(scratch) / name).replace(folder / name)
+    write_json(folder / SIGNATURE, _signature(program, target))
+    return (*RESERVED, *further)
+
+
+def _signature(program: Program, target: Target) -> dict[str, Any]:
+    """What is needed to run the library without the Program."""
+    return {
+        "target": str(target),
+        "processor": processor() if target is Target.VNNI else "",
+        "task": program.task,
+        "inputs": [_encode(spec) for spec in program.inputs],
+        "outputs": [_encode(spec) for spec in program.outputs],
+    }
+
+
+def processor() -> str:
+    """The name of this processor, as LLVM calls it."""
+    return str(tvm.target.codegen.llvm_get_system_cpu())
+
+
+def _encode(spec: ValueSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "dtype": str(spec.type.dtype).removeprefix("torch."),
+        "shape": list(spec.type.shape),
+    }
+
+
+def _decode(form: Mapping[str, Any]) -> ValueSpec:
+    return ValueSpec(str(form["name"]), TensorType(getattr(torch, form["dtype"]), tuple(form["shape"])))
+
+
+def load_library(folder: Path) -> Library:
+    """The library that :func:`write_library` wrote.
+
+    Raises:
+        BitlowerError: it is code for another processor, or for a GPU that is not here.
+        CheckError: a file is missing or damaged.
+    """
+    form = read_json(folder / SIGNATURE)
+    try:
+        inputs, outputs = (tuple(_decode(spec) for spec in form[name]) for name in ("inputs", "outputs"))
+        target, wanted, task = Target(form["target"]), str(form["processor"]), str(form["task"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckError(f"{SIGNATURE} in {folder} is damaged: {error!r}") from None
+    if wanted and wanted != processor():
+        raise BitlowerError(
+            f"{folder} holds code for {wanted}, and this is {processor()}",
+            hint=f"export for the target `{Target.LLVM}`, which runs on any",
+        )
+    find_device(target)
+    if not (folder / LIBRARY).is_file():
+        raise CheckError(f"{LIBRARY} is missing in {folder}")
+    try:
+        module = tvm.runtime.load_module(str(folder / LIBRARY))
+    except (RuntimeError, OSError, ValueError) as error:
+        raise CheckError(f"{LIBRARY} in {folder} does not load: {str(error).splitlines()[0]}") from None
+    program = Program({}, Level.FUSED, task, inputs, outputs, *_folder.read_model(folder), str(folder))
+    return Library(module, program, target)

@@ -1,0 +1,209 @@
+"""All results of kernels as outputs: what a library is compared with its Program by, kernel by kernel.
+
+Rounding turns a tiny difference of float arithmetic at a tie into a whole step, and later kernels carry it on, so that
+two right implementations differ in the end. Here each kernel of the Program reads what the *library* gave before it,
+and what it gives is compared with what the library gave: nothing is carried on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from bitlower.backends._rounding import TIE, Rounding
+from bitlower.backends.tvm_kernels._agreement import Agreement
+from bitlower.ir import Grid, Program, ValueSpec, kernels, numerics, ops
+
+Tensors = Mapping[str, torch.Tensor]
+QPARAMS = ("scale", "zero_point")
+_EXPRESSIONS = (kernels.fused_embedding, kernels.fused_rotary)
+
+
+def trace(program: Program) -> Program:
+    """``program`` with all that its kernels give, and all that is rounded outside them, as further outputs.
+
+    They are called ``%`` and the name of their node.
+    """
+    traced = program.clone()
+    nodes = [node for node in traced.graph.nodes if _shown(node)]
+    output = traced.graph.output_node()
+    given = output.args[0]
+    assert isinstance(given, tuple | list)
+    output.args = ((*given, *nodes),)
+    traced.outputs = (*program.outputs, *(ValueSpec(_name(node), node.meta["type"]) for node in nodes))
+    traced.recompile()
+    return traced
+
+
+def _shown(node: fx.Node) -> bool:
+    """Whether the value of ``node`` is compared.
+
+    Floats that are made by expressions are not: reading them could keep TVM from making one function of them and what
+    follows, whose rounding errors are others. What follows is compared.
+    """
+    taken = kernels.output_of(node)
+    if taken is None:
+        return node.target is ops.quantize or _is_qparam(node)
+    kernel, output = taken
+    expression = kernel.target in _EXPRESSIONS and not kernels.arguments(kernel).get("rounded_scales")
+    return not (expression and output.name == "value")
+
+
+def _is_qparam(node: fx.Node) -> bool:
+    """Whether ``node`` is a scale or zero point that is computed outside kernels."""
+    source = node.args[0] if node.args else None
+    return isinstance(source, fx.Node) and source.target is ops.choose_qparams
+
+
+def _name(node: fx.Node) -> str:
+    return f"%{node.name}"
+
+
+class KernelComparison:
+    """Compares what kernels gave, batch by batch.
+
+    Args:
+        program: whose kernels they are.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self.agreements: dict[fx.Node, Agreement] = {}
+
+    def run(self, arguments: list[torch.Tensor], theirs: Tensors) -> dict[str, torch.Tensor]:
+        """Compare one run of a library of :func:`trace`; the Program's outputs, made of the library's values.
+
+        Args:
+            arguments: what was run, in the order of the Program's inputs.
+            theirs: all outputs of the library.
+
+        Raises:
+            CheckError: a value has another shape than the Program's, or is not finite where that is.
+        """
+        runner = _Runner(self._program, theirs, self.agreements)
+        with torch.no_grad():
+            results = runner.run(*arguments, enable_io_processing=False)
+        return {spec.name: value for spec, value in zip(self._program.outputs, results, strict=True)}
+
+
+class _Runner(fx.Interpreter):
+    """Runs the Program; the library's values take the place of what kernels give."""
+
+    def __init__(self, program: Program, theirs: Tensors, agreements: dict[fx.Node, Agreement]) -> None:
+        super().__init__(program.module, garbage_collect_values=True)
+        self.extra_traceback = False
+        self._theirs, self._agreements = theirs, agreements
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Compute ``n``, compare it if it is a kernel or rounds, and go on with the library's values."""
+        if kernels.is_kernel(n):
+            return self._kernel(n)
+        value = super().run_node(n)
+        if n.target is ops.quantize:
+            given: Any = self.map_nodes_to_values(n.args[:5], n)
+            self._agreement(n).add_codes([Rounding(*given)], self._theirs[_name(n)])
+        elif _is_qparam(n):
+            self._agreement(n).add_qparam(QPARAMS[n.args[1]], value, self._theirs[_name(n)])  # type: ignore[index]
+        else:
+            return value
+        return self._theirs[_name(n)].to(value.dtype)
+
+    def _agreement(self, node: fx.Node, hidden: bool = False) -> Agreement:
+        return self._agreements.setdefault(node, Agreement(node, hidden))
+
+    def _kernel(self, node: fx.Node) -> list[torch.Tensor]:
+        """What the library gave of a kernel's results; what nobody reads is the Program's."""
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        call = _Call(node, kernels.bind(node, args, kwargs))
+        read = kernels.read_outputs(node).items()
+        theirs = {key: self._theirs[_name(taken)] for key, taken in read if _shown(taken)}
+        agreement, results = self._agreement(node, call.rounds_unseen), list[torch.Tensor]()
+        for part, (ours, values) in enumerate(zip(call.results(), call.values(), strict=True)):
+            given = {name: theirs[part, name] for name in call.names if (part, name) in theirs}
+            call.compare(part, ours, [ours["value"], *values], given, agreement)
+            results += [given[name].to(ours[name].dtype) if name in given else ours[name] for name in call.names]
+        return results
+
+
+class _Call:
+    """A kernel with the values that it reads.
+
+    Args:
+        node: the kernel.
+        given: its arguments by name.
+    """
+
+    def __init__(self, node: fx.Node, given: dict[str, Any]) -> None:
+        self._operator: Any = node.target
+        self._given = given
+        self.names = str(given.get("outputs", "value")).split()
+
+    @property
+    def rounds_unseen(self) -> bool:
+        """Whether it rounds inside where :meth:`values` does not say what ties make of it."""
+        return any(self._given.get(f"{name}_grid") for name in ("scores", "probs")) or bool(
+            self._given.get("rounded_scales")
+        )
+
+    def results(self) -> list[dict[str, torch.Tensor]]:
+        """What the Program's kernel gives, layer by layer where several are merged, and the value before rounding."""
+        names = list(dict.fromkeys([*self.names, "value"]))
+        found = self._operator(**self._given | {"outputs": " ".join(names)})
+        return [dict(zip(names, found[at:], strict=False)) for at in range(0, len(found), len(names))]
+
+    def values(self) -> list[list[torch.Tensor]]:
+        """What else the value of each layer may be, if products at ties are rounded the other way."""
+        given = self._given
+        if not given.get("rounded_grid") or given.get("rounded_scales") is not None:
+            return [[] for _ in given.get("rows") or [0]]
+        product = {name: value for name, value in given.items() if not name.startswith(("rounded", "residual", "out"))}
+        grid, scale, zero = Grid.parse(given["rounded_grid"]), given["rounded_scale"], given["rounded_zero_point"]
+        limits, rest = (grid.quant_min, grid.quant_max), given.get("residual")
+        if rest is not None and given.get("residual_scale") is not None:
+            rest = numerics.values(rest, given["residual_scale"], given["residual_zero_point"])
+        found = []
+        for value in self._operator(**product):
+            steps = [sign * TIE * (limits[1] - limits[0]) * scale for sign in (-1, 1)]
+            rounded = [numerics.fake(value + step, scale, zero, *limits) for step in steps]
+            found.append([part if rest is None else part + rest for part in rounded])
+        return found
+
+    def compare(
+        self, part: int, ours: Tensors, values: list[torch.Tensor], theirs: Tensors, agreement: Agreement
+    ) -> None:
+        """Compare the results of a layer; ``values`` are what it may be before it is rounded."""
+        roundings = list[Rounding]()
+        if self._given.get("out_grid"):
+            grid = Grid.parse(self._given["out_grid"])
+            scale, zero = (self._scale(kind, part, theirs.get(kind, ours.get(kind))) for kind in QPARAMS)
+            roundings = [Rounding(value, scale, zero, grid.quant_min, grid.quant_max) for value in values]
+        for name, found in theirs.items():
+            match name:
+                case "value":
+                    agreement.add_value(values, found)
+                case "sum":
+                    agreement.add_value([ours[name]], found)
+                case "codes":
+                    agreement.add_codes(roundings, found)
+                case "rounded":
+                    main = roundings[0]
+                    codes = numerics.codes(found, main.scale, main.zero_point, main.quant_min, main.quant_max)
+                    agreement.add_codes(roundings, codes)
+                    agreement.add_value([numerics.values(codes, main.scale, main.zero_point)], found)
+                case _:
+                    agreement.add_qparam(name, ours[name], found)
+
+    def _scale(self, kind: str, part: int, computed: torch.Tensor | None) -> torch.Tensor:
+        """The stored scale or zero point of what a layer gives, or the computed one."""
+        stored: torch.Tensor | None = self._given.get(f"out_{kind}")
+        rows = self._given.get("rows")
+        if stored is None:
+            assert computed is not None
+            return computed
+        if not rows or stored.dim() == 0:
+            return stored
+        start = sum(rows[:part])
+        return stored[..., start : start + rows[part]]

@@ -1,0 +1,137 @@
+"""What a verified library is: the figures of the comparison between a Program and its library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from bitlower.backends._json import read_json, significant, write_json
+from bitlower.backends._outputs import OutputError
+from bitlower.backends._selftest import SelfTest
+from bitlower.backends.tvm_kernels._agreement import Agreement
+from bitlower.ir import CheckError
+
+FILE = "verification.json"
+
+
+@dataclass(frozen=True)
+class KernelError:
+    """How far kernels of one kind are from the Program's, which read the same.
+
+    Args:
+        kind: the operator.
+        kernels: how many of them were compared.
+        values: how many floats that they gave.
+        worst: the largest error of one, over the root mean square of its row.
+        codes: how many codes that they gave.
+        equal: the share of them that is equal; 1 where there are none.
+        excess: how far any value lies from the rounding interval of its code, in steps.
+        turned: the largest share of what one of them gave that roundings inside of it turned over.
+        scale: the largest relative error of a scale that was chosen for a token.
+    """
+
+    kind: str
+    kernels: int
+    values: int
+    worst: float
+    codes: int
+    equal: float
+    excess: float
+    turned: float
+    scale: float
+
+    @classmethod
+    def of(cls, kind: str, found: Iterable[Agreement]) -> KernelError:
+        """The figures of kernels of one kind, each at its worst."""
+        rows = list(found)
+        codes = sum(row.codes for row in rows)
+        return cls(
+            kind=kind,
+            kernels=len(rows),
+            values=sum(row.values for row in rows),
+            worst=max(row.worst for row in rows),
+            codes=codes,
+            equal=sum(row.equal for row in rows) / codes if codes else 1.0,
+            excess=max(row.excess for row in rows),
+            turned=max(row.turned_share for row in rows),
+            scale=max(row.qparams.get("scale", 0.0) for row in rows),
+        )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A comparison that held.
+
+    Args:
+        runtime: the target, the processor and TVM's version.
+        batches: how many were compared, the small one of the self-test among them.
+        tokens: the entries of their first input.
+        outputs: one row each.
+        kernels: one row for each kind.
+        exposing: the largest change of an output from reading what kernels give, over the output's standard deviation.
+        selftest: lets the artefact be checked without the Program.
+    """
+
+    runtime: Mapping[str, str]
+    batches: int
+    tokens: int
+    outputs: tuple[OutputError, ...]
+    kernels: tuple[KernelError, ...]
+    exposing: float
+    selftest: SelfTest
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, floats with six significant digits; the inverse of :meth:`from_dict`."""
+        form = {field.name: getattr(self, field.name) for field in fields(self)}
+        form |= {"runtime": dict(self.runtime), "selftest": self.selftest.to_dict(), "summary": self.summary()}
+        for name in ("outputs", "kernels"):
+            form[name] = [_rounded(asdict(row)) for row in form[name]]
+        return _rounded(form)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures that people look at first: the worst of all."""
+        codes = sum(row.codes for row in self.kernels)
+        equal = sum(row.equal * row.codes for row in self.kernels)
+        figures: dict[str, Any] = {
+            "output_relative_error": max((row.relative for row in self.outputs), default=0.0),
+            "output_cosine": min((row.cosine for row in self.outputs), default=1.0),
+            "kernels": sum(row.kernels for row in self.kernels),
+            "kernel_error": max((row.worst for row in self.kernels), default=0.0),
+        }
+        return _rounded(figures | ({"codes_equal_given_inputs": equal / codes} if codes else {}))
+
+    @classmethod
+    def from_dict(cls, form: Mapping[str, Any]) -> Verification:
+        """The verification of plain data.
+
+        Raises:
+            CheckError: a figure is missing.
+        """
+        try:
+            values = {field.name: form[field.name] for field in fields(cls)}
+            values["outputs"] = tuple(OutputError(**row) for row in form["outputs"])
+            values["kernels"] = tuple(KernelError(**row) for row in form["kernels"])
+            values["selftest"] = SelfTest.from_dict(form["selftest"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckError(f"{FILE} is damaged: {error}") from None
+        return cls(**values)
+
+
+def write_verification(verification: Verification, folder: Path) -> None:
+    """Write ``verification.json`` into ``folder``."""
+    write_json(folder / FILE, verification.to_dict())
+
+
+def read_verification(folder: Path) -> Verification:
+    """What :func:`write_verification` wrote.
+
+    Raises:
+        CheckError: the file is missing or damaged.
+    """
+    return Verification.from_dict(read_json(folder / FILE))
+
+
+def _rounded(form: dict[str, Any]) -> dict[str, Any]:
+    return {key: significant(value) if isinstance(value, float) else value for key, value in form.items()}

@@ -1,0 +1,177 @@
+"""Compare a written library with its Program: what every kernel gives, and the outputs.
+
+- given inputs: a second library, which also gives the results of all kernels, is run, and each kernel of the Program
+  reads what that library's kernels gave (:mod:`bitlower.backends.tvm_kernels._trace`). Values differ by the float
+  arithmetic of one kernel, codes are equal but for ties, at any depth; and so are the outputs.
+- exposing: what was written gives the outputs of that second library.
+- on its own: both run from the inputs. The errors of the outputs are what users see: ties turn codes over, which later
+  layers carry on.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from bitlower.backends._outputs import Array, OutputComparison, OutputError
+from bitlower.backends._selftest import SelfTest, make_selftest, small_batch
+from bitlower.backends._steps import cached_steps, visible
+from bitlower.backends.tvm_kernels._agreement import Agreement
+from bitlower.backends.tvm_kernels._files import load_library, processor
+from bitlower.backends.tvm_kernels._library import Library
+from bitlower.backends.tvm_kernels._relax import compile_program
+from bitlower.backends.tvm_kernels._spec import Target
+from bitlower.backends.tvm_kernels._trace import KernelComparison, trace
+from bitlower.backends.tvm_kernels._verification import KernelError, Verification
+from bitlower.ir import Batch, BitlowerError, CheckError, Program
+from bitlower.ir.observe import run
+
+OUTPUT_GIVEN_INPUTS = 2e-4
+"""The largest error of an output, over its standard deviation, that float arithmetic after the last kernel may make, or
+that reading inner values may."""
+TIES = 4
+"""How many times what ties make between the Program and the library that shows its kernels they may make between that
+library and the one that was written: reading inner values can move the last bit of others."""
+OUTPUT_COSINE = 0.9
+"""The least cosine between an output of the library and the Program's when both run on their own."""
+ROWS, LENGTH = 4, 64
+"""A batch is cut to so many rows and tokens where the results of all kernels are held."""
+
+
+def verify_export(
+    program: Program, folder: Path, batches: Iterable[Batch], *, target: Target, limit: int = 4
+) -> Verification:
+    """Check that the library in ``folder`` computes what ``program`` does.
+
+    A decoder also decodes: part of the first batch is run again in steps, the last of one token, with the keys and
+    values of those before.
+
+    Args:
+        program: what was exported.
+        folder: the artefact's.
+        batches: inputs by name; real ones.
+        target: whose code was written.
+        limit: only so many batches are compared, besides a part of the first, which is kept for the self-test.
+
+    Raises:
+        BitlowerError: there is no batch.
+        CheckError: the library does not load, or computes something else: the kernel and the figures are named.
+    """
+    given = list(_with_small_batch(program, itertools.islice(batches, limit)))
+    if not given:
+        raise BitlowerError("an export cannot be verified without a batch of inputs", hint="give at least one")
+    comparison = Comparison(program, load_library(folder), compile_program(trace(program), target))
+    for batch in given:
+        comparison.run(batch)
+    return comparison.result({"target": str(target), "processor": processor(), "tvm": version("apache-tvm")})
+
+
+class Comparison:
+    """All comparisons, summed over batches.
+
+    Args:
+        program: what was exported.
+        library: what was written.
+        traced: that of :func:`~bitlower.backends.tvm_kernels._trace.trace`.
+    """
+
+    def __init__(self, program: Program, library: Library, traced: Library) -> None:
+        self._program, self._library, self._traced = program, library, traced
+        self._kernels = KernelComparison(program)
+        self._outputs = OutputComparison(program)
+        self._exposing, self._ties = OutputComparison(program), OutputComparison(program)
+        self._selftest: SelfTest | None = None
+        self._batches = self._tokens = 0
+
+    def run(self, batch: Batch) -> None:
+        """Compare one batch; the first becomes the self-test.
+
+        Raises:
+            CheckError: an output or an inner value has another shape, or is not finite where the Program's is.
+        """
+        batch = self._program.complete(batch)
+        deployed = self._library(**batch)
+        self._outputs.add(run(self._program, batch), _arrays(deployed), visible(self._program, batch))
+        self._compare_kernels(small_batch(self._program, batch, ROWS, LENGTH))
+        self._selftest = self._selftest or make_selftest(batch, _arrays(deployed))
+        self._batches, self._tokens = self._batches + 1, self._tokens + next(iter(batch.values())).numel()
+
+    def _compare_kernels(self, batch: Batch) -> None:
+        found, shown = self._traced(**batch), visible(self._program, batch)
+        outputs = {spec.name: found[spec.name] for spec in self._program.outputs}
+        given = self._kernels.run(self._program.arguments(batch), found)
+        self._outputs.add_given_codes(given, _arrays(outputs), shown)
+        self._exposing.add(outputs, _arrays(self._library(**batch)), shown)
+        self._ties.add(run(self._program, batch), _arrays(outputs), shown)
+
+    def result(self, runtime: Mapping[str, str]) -> Verification:
+        """The figures.
+
+        Raises:
+            CheckError: they are not those of a library of the Program.
+        """
+        assert self._selftest is not None
+        agreements = [row for row in self._kernels.agreements.values() if row.compared]
+        kinds = dict.fromkeys(row.kind for row in agreements)
+        verification = Verification(
+            runtime=runtime,
+            batches=self._batches,
+            tokens=self._tokens,
+            outputs=self._outputs.rows(),
+            kernels=tuple(KernelError.of(kind, (row for row in agreements if row.kind == kind)) for kind in kinds),
+            exposing=_worst(self._exposing),
+            selftest=self._selftest,
+        )
+        _require([*_kernel_problems(agreements), *_output_problems(verification.outputs)])
+        limit = max(OUTPUT_GIVEN_INPUTS, TIES * _worst(self._ties))
+        if not verification.exposing <= limit:
+            _require(
+                [
+                    f"an output is {verification.exposing:.3g} standard deviations off what it is when the kernels'"
+                    f" results are read, where ties explain {limit:.3g}"
+                ]
+            )
+        return verification
+
+
+def _arrays(values: Mapping[str, torch.Tensor]) -> dict[str, Array]:
+    return {name: value.detach().numpy() for name, value in values.items()}
+
+
+def _with_small_batch(program: Program, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """A part of the first batch, on which the self-test will run; that in steps; and then all."""
+    for count, batch in enumerate(batches):
+        if count == 0:
+            small = small_batch(program, batch)
+            yield small
+            yield from cached_steps(program, small)
+        yield batch
+
+
+def _kernel_problems(agreements: Sequence[Agreement]) -> Iterator[str]:
+    yield from filter(None, (row.problem() for row in agreements))
+
+
+def _worst(comparison: OutputComparison) -> float:
+    return max((row.relative for row in comparison.rows()), default=0.0)
+
+
+def _output_problems(rows: Sequence[OutputError]) -> Iterator[str]:
+    for row in rows:
+        if not row.given_codes <= OUTPUT_GIVEN_INPUTS:
+            yield (
+                f"the output {row.name} is {row.given_codes:.3g} standard deviations off, given what the kernels before"
+                f" it gave, where float arithmetic explains {OUTPUT_GIVEN_INPUTS:.3g}"
+            )
+        elif not row.cosine >= OUTPUT_COSINE:
+            yield f"the output {row.name} has the cosine {row.cosine:.6g} to the program's"
+
+
+def _require(problems: Sequence[str]) -> None:
+    if problems:
+        rest = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckError(f"the library is not its program: {problems[0]}{rest}")

@@ -1,0 +1,257 @@
+"""A program becomes a folder that is verified, loaded without the program, and computes the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tvm", reason="the extra tvm is not installed")
+
+from bitlower.backends._manifest import describe_file
+from bitlower.backends.tvm_kernels import (
+    Options,
+    Target,
+    _cpu_frame,
+    _files,
+    _verify,
+    check_host,
+    check_level,
+    check_program,
+    compile_program,
+    export,
+    is_library,
+    load_library,
+    verify,
+)
+from bitlower.backends.tvm_kernels._trace import trace
+from bitlower.backends.tvm_kernels._verification import read_verification
+from bitlower.frontends import load
+from bitlower.ir import BitlowerError, CheckError, Level, Program, get_tensor, kernels, set_tensor
+from bitlower.passes import Context, PassManager, parse_pipeline
+
+FILES = {"library.so", "library.json", "verification.json", "config.json", "manifest.json", "tokenizer.json"}
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 90, (rows, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    mask[0, : length // 3] = 0
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+@pytest.fixture(scope="module")
+def program(lowered: Callable[..., Program]) -> Program:
+    """A tiny decoder with weights of 4 bits and a tokenizer."""
+    made = PassManager(parse_pipeline("fuse")).run(lowered("llama-tied", "W4A16-g16"), Context())
+    made.assets = {"tokenizer.json": b"{}"}
+    return made
+
+
+@pytest.fixture(scope="module")
+def written(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("library")
+    report = export(program, folder, batches=[tokens(3, 9), tokens(1, 20)], provenance={"seed": 3})
+    form = report.to_dict()
+    assert form["operators"]["fused_linear"] > 4
+    assert form["files"]["library.so"] > 10_000
+    summary = form["verification"]["summary"]
+    assert summary["output_relative_error"] < 5e-6
+    assert summary["kernel_error"] < 5e-6
+    return folder
+
+
+@pytest.fixture
+def folder(written: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(written, tmp_path / "copy"))
+
+
+def edit(path: Path, change: Callable[[dict], object]) -> None:
+    """Change a JSON file, and what the manifest says about it."""
+    form = json.loads(path.read_text())
+    change(form)
+    path.write_text(json.dumps(form))
+    manifest = path.with_name("manifest.json")
+    listed = json.loads(manifest.read_text())
+    listed["files"][path.name] = describe_file(path)
+    manifest.write_text(json.dumps(listed))
+
+
+def test_a_loaded_library_decodes_as_the_program_does(program: Program, written: Path) -> None:
+    library = load_library(written)
+    assert (library.inputs, library.outputs) == (program.inputs, program.outputs)
+    assert library.program.config["vocab_size"] == program.config["vocab_size"]
+    assert library.program.assets == program.assets
+    batch = tokens(2, 6, seed=4)
+    with torch.no_grad():
+        expected = program(**batch)
+    found = library(**batch)
+    past = {name.replace("present", "past_key_values"): value for name, value in found.items() if "present" in name}
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], 1)
+    step = {
+        "input_ids": torch.tensor([[5], [7]]),
+        "attention_mask": mask,
+        "position_ids": mask.sum(1, keepdim=True) - 1,
+    }
+    with torch.no_grad():
+        expected_step = program(**step, **past)
+    for first, second in ((expected, found), (expected_step, library(**step, **past))):
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            assert (second[name] - value).abs().max() < 5e-6 * value.std()
+
+
+def test_the_folder_is_whole_and_verified(program: Program, written: Path) -> None:
+    assert is_library(written)
+    assert not is_library(written.parent)
+    assert {path.name for path in written.iterdir()} == FILES
+    report = verify(written).to_dict()
+    assert min(report["selftest"].values()) > 0.999999
+    assert report["files"] == len(FILES) - 1
+    manifest = json.loads((written / "manifest.json").read_text())
+    assert manifest["backend"] == "tvm-kernels"
+    assert manifest["provenance"] == {"seed": 3}
+    assert manifest["backend_options"] == {"target": str(_cpu_frame.host_target())}
+    assert set(manifest["files"]) == FILES - {"manifest.json"}
+    config = json.loads((written / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["format"]) == ("bitlower", "tvm-kernels")
+    assert {group["weights"]["num_bits"] for group in config["config_groups"].values()} == {4}
+    verification = read_verification(written)
+    assert verification.batches == 5  # a small part, that in two steps from a cache, and both batches
+    assert verification.exposing == 0
+    linears = [node for node in program.graph.nodes if node.target is kernels.fused_linear]
+    assert {row.kind: row.kernels for row in verification.kernels}["fused_linear"] == len(linears)
+
+
+def test_equal_programs_give_equal_bytes(program: Program, written: Path, tmp_path: Path) -> None:
+    _files.write_library(program, tmp_path, _cpu_frame.host_target())
+    assert (tmp_path / "library.so").read_bytes() == (written / "library.so").read_bytes()
+
+
+def test_faults_are_found(folder: Path) -> None:
+    library = load_library(folder)
+    with pytest.raises(BitlowerError, match="the input 'attention_mask' is missing"):
+        library(input_ids=tokens(1, 3)["input_ids"])
+    edit(folder / "verification.json", lambda form: form["selftest"]["outputs"]["logits"]["values"].reverse())
+    with pytest.raises(CheckError, match=r"the output logits has the cosine .* recorded at export"):
+        verify(folder)
+    edit(folder / "verification.json", lambda form: form.pop("selftest"))
+    with pytest.raises(CheckError, match=r"verification\.json is damaged: 'selftest'"):
+        verify(folder)
+    edit(folder / "library.json", lambda form: form.update(processor="z80"))
+    with pytest.raises(BitlowerError, match=r"holds code for z80, and this is .*export for the target `llvm`"):
+        load_library(folder)
+    edit(folder / "library.json", lambda form: form.pop("inputs"))
+    with pytest.raises(CheckError, match=r"library\.json in .* is damaged: KeyError\('inputs'\)"):
+        load_library(folder)
+
+
+def test_changed_and_missing_files_are_found(folder: Path) -> None:
+    (folder / "library.so").write_bytes(b"no library")
+    with pytest.raises(CheckError, match=r"library\.so in .* does not load"):
+        load_library(folder)
+    with pytest.raises(CheckError, match=r"library\.so in .* the manifest says"):
+        verify(folder)
+    (folder / "library.so").unlink()
+    with pytest.raises(CheckError, match=r"library\.so is missing"):
+        load_library(folder)
+
+
+def negated(program: Program) -> Program:
+    """A program one of whose merged linears has scales of the wrong sign."""
+    wrong = program.clone()
+    scale = next(node for node in wrong.graph.nodes if node.kwargs.get("rows")).args[2]
+    set_tensor(wrong.module, "negated", -get_tensor(wrong.module, scale.target))
+    scale.target = "negated"
+    return wrong
+
+
+def test_a_library_that_computes_something_else_is_not_exported(
+    program: Program, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel is named."""
+    before = {name: tensor.clone() for name, tensor in program.tensors()}
+    monkeypatch.setattr(_verify, "compile_program", lambda given, target: compile_program(negated(given), target))
+    with pytest.raises(CheckError, match=r"is not its program: %fused_linear\w* \(fused_linear in model\.layers\.0"):
+        _verify.verify_export(program, written, [tokens(2, 6)], target=_cpu_frame.host_target())
+    assert all(torch.equal(before[name], tensor) for name, tensor in program.tensors())
+    with pytest.raises(BitlowerError, match="without a batch of inputs"):
+        _verify.verify_export(program, written, [], target=Target.LLVM)
+
+
+def test_a_small_fault_of_the_deployed_library_alone_is_found(program: Program) -> None:
+    """Its outputs must be those of the library that shows its kernels; Programs stand in for both."""
+
+    def off(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: value * 1.001 for name, value in program(**batch).items()}
+
+    comparison = _verify.Comparison(program, off, trace(program))  # type: ignore[arg-type]
+    comparison.run(tokens(2, 6))
+    with pytest.raises(CheckError, match=r"an output is 0\.0\d+ standard deviations off what it is when the kernels"):
+        comparison.result({})
+
+
+def test_programs_that_do_not_fit_are_refused(program: Program, lowered: Callable[..., Program]) -> None:
+    for level, missing in ((Level.INTEGER, "`fuse`"), (Level.SIMULATED, "`lower-integer` and `fuse`")):
+        with pytest.raises(
+            BitlowerError, match=f"made of fused programs; this is {level}; end the passes with {missing}"
+        ):
+            check_level(level)
+    check_level(Level.FUSED)
+    check_program(program)
+    wrong = lowered("llama")
+    check_program(wrong)
+    node = next(node for node in wrong.graph.nodes if node.target is torch.ops.aten.silu.default)
+    node.target = torch.ops.aten.erfinv.default
+    with pytest.raises(
+        BitlowerError, match=r"%silu\w* in model\.layers\.0\.mlp.*: there is no converter for aten\.erfinv"
+    ):
+        check_program(wrong)
+
+
+def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BitlowerError, match=r"unknown target 'lvm'; did you mean 'llvm'\?"):
+        Options("lvm")
+    assert Options().resolve() is _cpu_frame.host_target()
+    assert Options("llvm").resolve() is Target.LLVM
+    monkeypatch.setattr(_cpu_frame, "host_target", lambda: Target.LLVM)
+    with pytest.raises(BitlowerError, match="does not run llvm-avx512-vnni, and what was not run is not verified"):
+        check_host(target="llvm-avx512-vnni")
+    monkeypatch.setenv("PATH", "")
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(BitlowerError, match="no C compiler is found"):
+        check_host(target="llvm")
+
+
+def test_ids_outside_the_vocabulary_stand_for_the_nearest_one(program: Program, written: Path) -> None:
+    """No other memory is read."""
+    library, batch = load_library(written), tokens(1, 4)
+    outside = library(**batch | {"input_ids": torch.tensor([[-1, 5, 1 << 40, 96]])})
+    inside = library(**batch | {"input_ids": torch.tensor([[0, 5, 95, 95]])})
+    assert torch.equal(outside["logits"], inside["logits"])
+
+
+class RunningSum(torch.nn.Module):
+    """A linear of sums along the rows, as position ids of RoBERTa are made of a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, mask: torch.Tensor) -> torch.Tensor:
+        return self.linear(torch.cumsum(mask.int(), 1).type_as(mask).float())
+
+
+def test_running_sums_of_whole_numbers() -> None:
+    torch.manual_seed(0)
+    batch = {"mask": torch.randint(0, 2, (3, 8))}
+    made = load(RunningSum().eval(), example_inputs=batch)
+    made = PassManager(parse_pipeline("clean,quantize{scheme=W8A16},rtn,lower-integer,fuse")).run(made, Context())
+    [expected], [found] = made(**batch).values(), compile_program(made)(**batch).values()
+    torch.testing.assert_close(found, expected)

@@ -1,0 +1,97 @@
+"""Whole fused programs with GPU schedules, run on the CPU: the numbers are those of the program that PyTorch runs."""
+
+from __future__ import annotations
+
+import runpy
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("tvm", reason="the extra tvm is not installed")
+
+import tvm
+from tvm import te
+
+from bitlower.backends.tvm_kernels import Library, Target
+from bitlower.backends.tvm_kernels._gpu_schedule import gpu_target, launches, schedule
+from bitlower.backends.tvm_kernels._launches import Launch, launches_of
+from bitlower.ir import BitlowerError, CheckError
+
+_HELPERS = runpy.run_path(str(Path(__file__).with_name("programs.py")))
+TOLERANCE, fused, tokens, worst, next_step = (
+    _HELPERS[name] for name in ("TOLERANCE", "fused", "tokens", "worst", "next_step")
+)
+LAYERS = 2
+
+
+def families(names: list[str]) -> Counter[str]:
+    """How often kernels of each family were launched."""
+    known = ("bitlower_linear", "bitlower_norm", "bitlower_activation", "attention")
+    return Counter(next((family for family in known if name.startswith(family)), "other") for name in names)
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A8-full", "W8A8-token"])
+def test_an_encoder_in_opencl(pocl: Any, scheme: str) -> None:
+    """So many rows that linears go by tiles, and a single one."""
+    program = fused("bert", scheme)
+    library = pocl.library(program)
+    for rows, length in ((1, 1), (4, 19))[scheme != "W8A8-full" :]:
+        assert worst(program, library, tokens(program, rows, length, seed=5)) < TOLERANCE
+    assert families(library.launches)["attention"] == LAYERS
+    counted = launches_of(program, {"batch": 4, "sequence": 19}, Target.OPENCL)
+    assert sum(call.count for call in counted) == len(library.launches)
+    assert any(name.endswith("_kernel_1") for name in library.launches)
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A16-g16"])
+def test_a_decoder_in_opencl_reads_a_text_and_goes_on(pocl: Any, scheme: str) -> None:
+    program = fused("llama", scheme)
+    library = pocl.library(program)
+    batch = tokens(program, 2, 5)
+    assert worst(program, library, batch) < TOLERANCE
+    assert worst(program, library, next_step(program, batch, library(**batch))) < TOLERANCE
+
+
+def test_an_encoder_in_cuda(fibers: Any) -> None:
+    """With int8 matrices, shuffles and products of bytes."""
+    program = fused("bert", "W8A8")
+    library = fibers.library(program)
+    assert worst(program, library, tokens(program, 4, 19, seed=5)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("model", "scheme", "layer"), [("bert", "W8A8", 7), ("llama", "W4A16-g16", 11)])
+def test_launches_of_a_layer(model: str, scheme: str, layer: int) -> None:
+    """Merged layers are read where they lie: none is cut, no head is moved, a gate is the half of a row."""
+    sizes = {"batch": 2, "sequence": 7, "past": 0}
+    one, two = (launches_of(fused(model, scheme, layers=count), sizes) for count in (1, 2))
+    assert sum(call.count for call in two) - sum(call.count for call in one) == layer
+
+
+def test_bytes_of_a_launch() -> None:
+    """The merged linear of queries, keys and values: codes, weight, scales, sums and bias, float32 results."""
+    calls = launches_of(fused("bert", "W8A8"), {"batch": 2, "sequence": 7})
+    linear = next(call for call in calls if call.name.startswith("bitlower_linear"))
+    rows, inputs, outputs = 14, 32, 96
+    read = rows * inputs + 2 * 4 + outputs * inputs + 3 * 4 * outputs
+    assert linear == Launch(linear.name, 1, read, 4 * rows * outputs)
+
+
+def test_a_function_without_a_schedule_is_refused() -> None:
+    device = gpu_target(Target.CUDA)
+    x = te.placeholder((4,), name="x")
+    function = te.create_prim_func([x, te.compute((4,), lambda i: x[i] + 1.0)])
+    module = schedule(tvm.IRModule({"plus": function}), device)
+    assert launches(module["plus"]) == 1
+    with pytest.raises(CheckError, match="the function plus of the library has no schedule"):
+        schedule(tvm.IRModule({"plus": function.with_attr("bitlower.family", "sum")}), device)
+
+
+@pytest.mark.parametrize("target", [Target.CUDA, Target.OPENCL])
+def test_a_library_does_not_run_without_its_device(target: Target) -> None:
+    if (tvm.cuda() if target is Target.CUDA else tvm.opencl()).exist:
+        pytest.skip("there is such a device")
+    library = Library(None, fused("bert", "W8A8"), target)
+    with pytest.raises(BitlowerError, match=f"code for {target}, and TVM finds no such device here"):
+        library(**tokens(library.program, 1, 4))
