@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import tvm
 from _common import RESULTS, show_table, write_result
 
 from bitlower.backends.tvm_kernels import (
@@ -31,6 +32,10 @@ from bitlower.backends.tvm_kernels import (
     arguments,
     device_source,
 )
+from bitlower.backends.tvm_kernels._attention import Attention
+from bitlower.backends.tvm_kernels._cuda_library import device_module
+from bitlower.backends.tvm_kernels._gpu_attention import attention
+from bitlower.backends.tvm_kernels._gpu_schedule import gpu_target
 from bitlower.backends.tvm_kernels._nvcc import DeviceFunction, device_functions
 from bitlower.ir import Granularity, Grid, QuantSpec
 
@@ -71,7 +76,7 @@ def low_bit(bits: int) -> QuantSpec:
     return QuantSpec(Grid(bits, signed=False, symmetric=False), Granularity.per_group(128))
 
 
-def cases() -> list[tuple[str, KernelSpec, int]]:
+def cases() -> list[tuple[str, KernelSpec | Attention, int]]:
     """Name, spec and rows: an encoder layer of BERT-base at 128 tokens, and a Llama layer of 2048 channels."""
     base = LinearSpec(inputs=768, outputs=2304, weight=INT8, bias=True, target=Target.CUDA, buckets=(1, 16))
     up = replace(base, outputs=3072, activation=TOKEN, function="gelu")
@@ -88,7 +93,21 @@ def cases() -> list[tuple[str, KernelSpec, int]]:
     gate = ActivationSpec(
         columns=5632, function="silu", gate="halves", output=TOKEN, dtype="float16", target=Target.CUDA
     )
-    found: list[tuple[str, KernelSpec, int]] = [
+    heads = Attention(
+        heads=12,
+        groups=12,
+        width=64,
+        value_width=64,
+        factor=0.125,
+        joined=True,
+        output=UINT8,
+        mask="bool",
+        spread=(True, True, True, False),
+        places=((2304, 0), (2304, 768), (2304, 1536)),
+    )
+    codes = replace(heads, explicit=True, scored=UINT8, probs=UINT8, query="uint8", key="uint8", value="uint8")
+    shared = replace(heads, heads=32, groups=8, places=(None, None, None), output=None)
+    found: list[tuple[str, KernelSpec | Attention, int]] = [
         ("W8A8 q/k/v, static", replace(base, activation=STATIC), 128),
         ("W8A8 up, GELU", up, 128),
         ("W8A8 up, GELU, one row", up, 1),
@@ -102,6 +121,9 @@ def cases() -> list[tuple[str, KernelSpec, int]]:
         ("RMSNorm, residual, round", rms, 128),
         ("SiLU, gate, round", gate, 128),
         ("embedding", table, 128),
+        ("attention, 12 heads", heads, 128),
+        ("attention, codes", codes, 128),
+        ("attention, 32 heads, 8 of keys", shared, 128),
     ]
     return found
 
@@ -118,8 +140,10 @@ def occupancy(function: DeviceFunction, threads: int) -> float:
     return min(limits) * threads / THREADS
 
 
-def traffic(spec: KernelSpec, rows: int) -> tuple[int, int]:
+def traffic(spec: KernelSpec | Attention, rows: int) -> tuple[int, int]:
     """Bytes of the kernel's own loads and stores of global memory, and the least possible."""
+    if isinstance(spec, Attention):
+        return _attention_traffic(spec, rows)
     least = moved = 0
     for argument in arguments(spec):
         size = math.prod(rows if n is None else n for n in argument.shape) * np.dtype(argument.dtype).itemsize
@@ -128,6 +152,24 @@ def traffic(spec: KernelSpec, rows: int) -> tuple[int, int]:
         least += size
         moved += size * _times(spec, argument.name, rows)
     return moved, least
+
+
+def _attention_traffic(what: Attention, rows: int) -> tuple[int, int]:
+    """A text of so many queries and keys: keys are read twice and values once by each block of 16 queries."""
+    tiles = -(-rows * what.heads // what.groups // 16)
+    query = rows * what.heads * what.width * np.dtype(what.query).itemsize
+    key = rows * what.groups * what.width * np.dtype(what.key).itemsize
+    value = rows * what.groups * what.value_width * np.dtype(what.value).itemsize
+    result = rows * what.heads * what.value_width * np.dtype(what.result_dtype).itemsize
+    mask = rows * what.heads * rows
+    return query + result + tiles * (2 * key + value) + 2 * mask, query + key + value + result + rows
+
+
+def attention_source(what: Attention, architecture: str) -> str:
+    """The CUDA source of an attention kernel."""
+    module = tvm.IRModule({"attention": attention(what, Target.CUDA)})
+    executable = tvm.compile(module, target=gpu_target(Target.CUDA, architecture))
+    return str(device_module(executable).inspect_source())
 
 
 def _times(spec: KernelSpec, name: str, rows: int) -> int:
@@ -142,9 +184,10 @@ def _times(spec: KernelSpec, name: str, rows: int) -> int:
     return 1
 
 
-def card(name: str, spec: KernelSpec, rows: int, architecture: str) -> dict[str, Any]:
+def card(name: str, spec: KernelSpec | Attention, rows: int, architecture: str) -> dict[str, Any]:
     """All figures of a kernel."""
-    source = device_source(spec, architecture)
+    made = attention_source if isinstance(spec, Attention) else device_source
+    source = made(spec, architecture)
     functions = sorted(device_functions(source, architecture), key=lambda f: f.name)
     many = isinstance(spec, LinearSpec) and rows >= spec.buckets[-1]
     function = functions[1] if many else functions[0]
@@ -154,6 +197,8 @@ def card(name: str, spec: KernelSpec, rows: int, architecture: str) -> dict[str,
     device = DEVICES[architecture]
     unit = next((i for i in ("IMMA", "HMMA", "IDP.4A") if counts.get(i)), "FFMA")
     work = 2 * rows * spec.inputs * spec.outputs if isinstance(spec, LinearSpec) else 0
+    if isinstance(spec, Attention):
+        work = 2 * rows * rows * spec.heads * (2 * spec.width + spec.value_width)
     return {
         "kernel": name, "rows": rows, "architecture": architecture,
         "instructions": {i: counts[i] for i in SHOWN if counts.get(i)},

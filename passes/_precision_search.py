@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 Losses = list[list[float]]
 Choice = tuple[int, ...]
 _WIDE = 16
+_TRUST = 0.25
+"""The share of the predicted gain that a step of refinement has to bring (a trust region's, Conn et al. 2000, §6.1)."""
 
 
 @dataclass(frozen=True)
@@ -303,8 +305,9 @@ def refine(
 ) -> tuple[Choice, float, list[Round]]:
     """Solve again on losses measured around ``choice``; fewer changes at a time where the measured loss does not fall.
 
-    The best of many noisy changes are partly luck with the batches that they were measured on. So a step has to lower
-    the loss on the other batches too, where there are several. The loss of what comes out is never above ``loss``.
+    The best of many noisy changes are partly luck with the batches that they were measured on, and far from ``choice``
+    their sum says little. So a step has to bring :data:`_TRUST` of what was predicted, and to lower the loss on the
+    other batches too, where there are several. The loss of what comes out is never above ``loss``.
     """
     rounds: list[Round] = []
     reach = len(choice)
@@ -326,7 +329,7 @@ def refine(
                 return choice, loss, rounds
             predicted = loss + sum(row[c] - row[now] for row, c, now in zip(table, step, choice, strict=True))
             measured, judged = found.judged(step)
-            kept = measured < loss and judged < bar
+            kept = measured < loss and loss - measured >= _TRUST * (loss - predicted) and judged < bar
             rounds.append(Round(changed, predicted, measured, kept))
             if kept:
                 choice, loss, bar = step, measured, judged

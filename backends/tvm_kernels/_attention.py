@@ -10,7 +10,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from bitlower.backends.tvm_kernels._expressions import Expr, codes, decoded, with_lanes
+from bitlower.backends.tvm_kernels._expressions import Expr, codes, const, decoded, with_lanes
 from bitlower.backends.tvm_kernels._frame import i64
 from bitlower.ir import Grid
 
@@ -126,18 +126,24 @@ class Operands:
         return decoded(T.Bind(self.code(name, grid, value)), *self.scales(name, value))
 
     def score(self, product: Expr, place: tuple[Expr, ...], key: Expr) -> Any:
-        """The masked score of a product of query and key."""
+        """The masked score of a product of query and key, or those of a vector of keys."""
         what = self.what
         if what.scored is not None:
             product = self.rounded("scores", what.scored, product)
-        score = product * tirx.const(what.factor, "float32")
-        gone = tirx.const(LEAST if what.explicit else float("-inf"), "float32")
+        score = product * const(what.factor, product)
+        lanes = key.lanes if isinstance(key, tirx.Ramp) else 1
+
+        def wide(value: Expr) -> Any:
+            return tirx.Broadcast(value, lanes) if lanes != 1 else value
+
+        gone = wide(tirx.const(LEAST if what.explicit else float("-inf"), "float32"))
         if what.causal:
-            score = tirx.Select(key <= place[2], score, gone)
+            score = tirx.Select(key <= wide(place[2]), score, gone)
         if not what.mask:
             return score
         index = [i64(0) if one else at for one, at in zip(what.spread, (*place, key), strict=True)]
         mask = self.buffers["mask"][tuple(index)]
+        mask = wide(mask) if what.spread[3] else mask
         return score + mask if what.mask == "float32" else tirx.Select(mask, score, gone)
 
     def store(self, value: Any, place: tuple[Expr, ...], at: Expr) -> None:

@@ -91,8 +91,9 @@ class VectorReduction:
         T.buffer_store(self._held, self._combine(self._held[at], value), [at])
 
     def result(self) -> Any:
-        """All lanes together."""
-        total = self._held[0]
-        for lane in range(1, LANES):
-            total = self._combine(total, self._held[lane])
-        return T.Bind(total)
+        """All lanes together, in pairs, so that few results wait for each other."""
+        parts = [self._held[lane] for lane in range(LANES)]
+        while len(parts) > 1:
+            half = len(parts) // 2
+            parts = [self._combine(a, b) for a, b in zip(parts[:half], parts[half:], strict=True)]
+        return T.Bind(parts[0])

@@ -18,7 +18,7 @@ from typing import Any
 
 import tvm_ffi
 
-from bitlower.backends.tvm_kernels._nvcc import find_tool
+from bitlower.backends.tvm_kernels._nvcc import REGISTERS, find_tool
 from bitlower.backends.tvm_kernels._spec import Target
 from bitlower.ir import BitlowerError, CheckError
 
@@ -61,7 +61,8 @@ def compile_source(source: str) -> bytes:
     codes.append(f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / SOURCE).write_text(source, encoding="utf-8")
-        command = [require_nvcc(), "-std=c++17", "-O3", "-w", "-fatbin", *codes, "-o", "kernels.fatbin", SOURCE]
+        command = [require_nvcc(), "-std=c++17", "-O3", "-w", *REGISTERS, "-fatbin", *codes, "-o", "kernels.fatbin"]
+        command.append(SOURCE)
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         if done.returncode:
             raise CheckError(f"nvcc failed: {(done.stderr or done.stdout).strip()[:2000]}")
@@ -72,7 +73,7 @@ def compile_source(source: str) -> bytes:
 def own_compiler() -> Iterator[None]:
     """Within, TVM compiles CUDA source by :func:`compile_source`, where it has a driver and compiles at once."""
     before = tvm_ffi.get_global_func(_CALLBACK)
-    tvm_ffi.register_global_func(_CALLBACK, lambda source, _: compile_source(source), override=True)
+    tvm_ffi.register_global_func(_CALLBACK, compile_source, override=True)
     try:
         yield
     finally:

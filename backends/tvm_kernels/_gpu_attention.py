@@ -68,8 +68,7 @@ class _Tile:
         self.thread = T.Bind((self.warp * WARP + self.lane).astype("int64"))
         self.column = T.Bind(self.lane.astype("int64"))
         self.first = T.Bind(block.astype("int64") * i64(WARPS * self.each))
-        self.own = [T.Bind(self.warp.astype("int64") * i64(self.each) + i64(at)) for at in range(self.each)]
-        self.places = [self._query(line) for line in self.own]
+        self.own = [self.warp * tirx.const(self.each, "int32") + tirx.const(at, "int32") for at in range(self.each)]
         self.bytes_in = what.query in _BYTES and what.key in _BYTES and what.width % 4 == 0
         self.bytes_out = what.probs is not None and what.probs.bits <= 8 and what.value in _BYTES
         self.words = what.width // 4 if self.bytes_in else what.width
@@ -87,20 +86,28 @@ class _Tile:
         lines = WARP // 4 if self.bytes_out else WARP
         self.value = T.alloc_buffer((lines * self.across,), "int32" if self.bytes_out else "float32", scope="shared")
         self.share = T.alloc_buffer((rows * WARP,), "int8" if self.bytes_out else "float32", scope="shared")
+        self.head, self.position = (T.alloc_buffer((rows,), "int32", scope="shared") for _ in range(2))
+
+    def _place(self) -> None:
+        """Note head and position of each line of the block; those of the last query beyond the end."""
+        times = tirx.const(self.what.heads // self.what.groups, "int32")
+        queries = self.queries.astype("int32")  # a division of 64 bits is a function
+        row = T.Bind(tirx.min((self.first + self.thread).astype("int32"), times * queries - 1))
+
+        def note() -> None:
+            T.buffer_store(self.head, self.place[1].astype("int32") * times + row // queries, [self.thread])
+            T.buffer_store(self.position, row % queries, [self.thread])
+
+        when(self.thread < i64(WARPS * self.each), note)
+        sync()
 
     def _query(self, line: Expr) -> tuple[Any, Any, Any]:
-        """Batch, head and position of a line of the block; those of the last one beyond the end."""
-        item, group = self.place
-        times = self.what.heads // self.what.groups
-        row = T.Bind(tirx.min(self.first + line, i64(times) * self.queries - i64(1)))
-        if times == 1:
-            return item, group, row
-        narrow, queries = row.astype("int32"), self.queries.astype("int32")  # a division of 64 bits is a function
-        head, query = ((part).astype("int64") for part in (narrow // queries, narrow % queries))
-        return item, T.Bind(group * i64(times) + head), T.Bind(query)
+        """Batch, head and position of a line of the block."""
+        return self.place[0], self.head[line].astype("int64"), self.position[line].astype("int64")
 
     def emit(self) -> None:
         """Queries to shared memory, the two passes over keys, and the result."""
+        self._place()
         self._fill(self.query, self.words, WARPS * self.each, (0, self.words), "query", self._query)
         top, total = (_registers(self.each, "float32", value) for value in (LEAST, 0.0))
         self._over_keys(lambda key: self._gather(key, top, total))
@@ -119,9 +126,7 @@ class _Tile:
     ) -> None:
         """Stage words or floats ``part[0] … part[1]`` of queries or keys; ``place`` says whose a line is."""
         begin, end = part
-        lanes = self._lanes(name)
-        wide = lanes // 4 if self.bytes_in else lanes
-        wide = max(wide, 1)
+        wide = 1 if self.bytes_in else self._lanes(name)
 
         def one(line: Any, at: Any) -> None:
             held = place(line)
@@ -174,11 +179,12 @@ class _Tile:
             self._fill(self.key, self.pitch, WARP, (begin, end), "key", self._key(first))
             sync()
             with T.serial(0, (end - begin) // self.quad) as step:
-                self._multiply(begin, step.astype("int64") * i64(self.quad), sums, ones)
+                self._multiply(begin, step * tirx.const(self.quad, "int32"), sums, ones)
         key = T.Bind(first + self.column)
         inside, near = key < self.keys, T.Bind(tirx.min(key, self.keys - i64(1)))
         found = []
-        for at, place in enumerate(self.places):
+        for at, line in enumerate(self.own):
+            place = self._query(line)
             product = self._product(at, sums[at], ones) if self.bytes_in else sums[at]
             score = self.operands.score(product, place, near)
             found.append(T.Bind(tirx.Select(inside, score, tirx.const(float("-inf"), "float32"))))
@@ -186,12 +192,12 @@ class _Tile:
 
     def _multiply(self, begin: int, at: Expr, sums: Any, ones: Any) -> None:
         """Add the products of four words or floats (or of one)."""
-        key = _local(self.key, self.column * i64(self.pitch) + at, self.quad)
+        key = _local(self.key, self.lane * tirx.const(self.pitch, "int32") + at, self.quad)
         if ones is not None:
             for k in range(self.quad):
                 T.buffer_store(ones, add_bytes(self.target, ones[0], key[k]), [0])
         for row, line in enumerate(self.own):
-            query = _local(self.query, line * i64(self.words) + i64(begin) + at, self.quad)
+            query = _local(self.query, line * tirx.const(self.words, "int32") + (at + begin), self.quad)
             for k in range(self.quad):
                 if self.bytes_in:
                     T.buffer_store(sums, dot_bytes(self.target, sums[row], query[k], key[k]), [row])
@@ -202,7 +208,7 @@ class _Tile:
         """``Σ (q − z)(k − z)``, dequantized: the sum of signed bytes less the shares of the zero points."""
         added = _registers(1, "int32", 0)
         with T.serial(0, self.words) as word:
-            query = self.query[self.own[at] * i64(self.words) + word.astype("int64")]
+            query = self.query[self.own[at] * tirx.const(self.words, "int32") + word]
             T.buffer_store(added, add_bytes(self.target, added[0], query), [0])
         zeros = [self._zero(name, getattr(self.what, name)) for name in ("query", "key")]
         exact = total - zeros[0] * ones[0] - zeros[1] * added[0]
@@ -258,10 +264,10 @@ class _Tile:
             sync()
             columns = range(begin // WARP, -(-end // WARP))
             with T.serial(0, WARP // 4) as four:
-                self._accumulate(four.astype("int64"), columns, begin // WARP, sums)
+                self._accumulate(four, columns, begin // WARP, sums)
 
     def _share_at(self, at: int) -> Any:
-        return self.own[at] * i64(WARP) + self.column
+        return self.own[at] * tirx.const(WARP, "int32") + self.lane
 
     def _shared(self, share: Any, inside: Expr, at: int, sums: _Sums) -> Any:
         """What other lanes read of a share: its value, or its code as a signed byte, which is 0 beyond the end."""
@@ -299,19 +305,19 @@ class _Tile:
         """Add what four keys give to each query of the warp and column of the lane."""
         if self.bytes_out:
             words = T.decl_buffer((WARPS * self.each * WARP // 4,), "int32", data=self.share.data, scope="shared")
-            shares = [T.Bind(words[line * i64(WARP // 4) + four]) for line in self.own]
+            shares = [T.Bind(words[line * (WARP // 4) + four]) for line in self.own]
             for column in columns:
-                value = T.Bind(self.value[four * i64(self.across) + i64((column - start) * WARP) + self.column])
+                value = T.Bind(self.value[four * self.across + (column - start) * WARP + self.lane])
                 T.buffer_store(sums.values, add_bytes(self.target, sums.values[column], value), [column])
                 for row, share in enumerate(shares):
                     at = row * sums.columns + column
                     T.buffer_store(sums.held, dot_bytes(self.target, sums.held[at], share, value), [at])
             return
-        held = [_local(self.share, line * i64(WARP) + four * i64(4), 4) for line in self.own]
+        held = [_local(self.share, line * WARP + four * 4, 4) for line in self.own]
         for key in range(4):
-            line = (four * i64(4) + i64(key)) * i64(self.across) + self.column
+            line = (four * 4 + key) * self.across + self.lane
             for column in columns:
-                value = T.Bind(self.value[line + i64((column - start) * WARP)])
+                value = T.Bind(self.value[line + (column - start) * WARP])
                 for row in range(self.each):
                     at = row * sums.columns + column
                     T.buffer_store(sums.held, sums.held[at] + held[row][key] * value, [at])
@@ -324,13 +330,14 @@ class _Tile:
                 for at in range(self.each)
             ]
         count = i64(self.what.heads // self.what.groups) * self.queries
-        for row, place in enumerate(self.places):
+        for row, line in enumerate(self.own):
+            place = self._query(line)
             for column in range(sums.columns):
                 value = sums.held[row * sums.columns + column]
                 if self.bytes_out:
                     value = self._dequantized(value, shares[row], sums.values[column])
                 at = self.column + i64(column * WARP)
-                inside = tirx.all(self.first + self.own[row] < count, at < i64(self.what.value_width))
+                inside = tirx.all(self.first + line.astype("int64") < count, at < i64(self.what.value_width))
                 when(inside, partial(self.operands.store, value, place, at))
 
     def _dequantized(self, total: Expr, shares: Expr, values: Expr) -> Any:
@@ -367,7 +374,7 @@ def _registers(count: int, dtype: str, value: float) -> Any:
 
 def _run(at: Expr, lanes: int) -> Any:
     """``lanes`` neighbours from ``at`` on."""
-    return tirx.Ramp(at, i64(1), lanes) if lanes > 1 else at
+    return tirx.Ramp(at, tirx.const(1, str(at.ty.dtype)), lanes) if lanes > 1 else at
 
 
 def _local(shared: Any, at: Expr, lanes: int) -> Any:

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from bitlower.ir import BitlowerError, CheckError
 
+REGISTERS = ("-maxrregcount=128", "-Xptxas", "--register-usage-level=10")
+"""More registers than kernels take, used freely; by itself the assembler spills a few bytes of some, for more warps."""
 _FUNCTION = re.compile(r"Compiling entry function '(\w+)'")
 _FACTS = {
     "registers": re.compile(r"Used (\d+) registers"),
@@ -71,7 +73,18 @@ def device_functions(source: str, architecture: str) -> tuple[DeviceFunction, ..
     with tempfile.TemporaryDirectory() as folder:
         given, made = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
         given.write_text(source, encoding="utf-8")
-        options = ["-std=c++17", "-cubin", f"-arch={architecture}", "-Xptxas", "-v", "-w", "-o", str(made), str(given)]
+        options = [
+            "-std=c++17",
+            "-cubin",
+            f"-arch={architecture}",
+            "-Xptxas",
+            "-v",
+            *REGISTERS,
+            "-w",
+            "-o",
+            str(made),
+            str(given),
+        ]
         log = _run([str(tools["nvcc"]), *options])
         search = os.pathsep.join([str(Path(str(tools["nvdisasm"])).parent), os.environ.get("PATH", "")])
         code = _run([str(tools["cuobjdump"]), "-sass", str(made)], PATH=search)

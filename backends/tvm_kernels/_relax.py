@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import tvm
@@ -123,6 +124,7 @@ def compile_program(
     device = tvm_target(target) if target.on_cpu else gpu_target(target)
     module = fuse_module(program, target, device, sizes)
     graphs = {"relax.backend.use_cuda_graph": target is Target.CUDA}
-    with tvm.transform.PassContext(opt_level=3, config=graphs), own_compiler():
+    compiler = own_compiler() if target is Target.CUDA else nullcontext()
+    with tvm.transform.PassContext(opt_level=3, config=graphs), compiler:
         executable = tvm.compile(module, target=device, relax_pipeline=lowering(target))
     return Library(executable, program, target)

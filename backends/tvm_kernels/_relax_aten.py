@@ -23,7 +23,7 @@ from bitlower.backends.tvm_kernels._relax_frame import Frame, dtype_name
 from bitlower.backends.tvm_kernels._relax_linear import convert_float_linear
 from bitlower.backends.tvm_kernels._relax_quantize import dequantized, is_number, quantized, token_rounded
 from bitlower.backends.tvm_kernels._relax_rows import convert_float_embedding, convert_float_norm
-from bitlower.backends.tvm_kernels._relax_views import Strip, heads_of, read_heads, strip_of
+from bitlower.backends.tvm_kernels._relax_views import Strip, heads_of, read_heads, strip_of, swaps_heads
 from bitlower.ir import BitlowerError, Grid, ScaleConvention, TensorType, ops
 
 aten = torch.ops.aten
@@ -148,6 +148,8 @@ def _to(frame: Frame, node: fx.Node) -> Any:
 
 
 def _transpose(frame: Frame, node: fx.Node) -> Any:
+    if node.args[0] in frame.joined and swaps_heads(node):
+        return frame.reshape(frame.joined[node.args[0]], frame.shape(node.meta["type"]))  # type: ignore[index]
     strip = heads_of(frame, node)
     return _imported(frame, node) if strip is None else read_heads(frame, node, strip)
 

@@ -13,7 +13,7 @@ from bitlower.backends.tvm_kernels import _gpu_attention, _relax_attention_kerne
 from bitlower.backends.tvm_kernels._attention import OPERANDS, Attention
 from bitlower.backends.tvm_kernels._relax_frame import Frame, constant, dtype_name
 from bitlower.backends.tvm_kernels._relax_operands import Call
-from bitlower.backends.tvm_kernels._relax_views import heads_of
+from bitlower.backends.tvm_kernels._relax_views import heads_of, joins_heads, swaps_heads
 from bitlower.ir import Grid, TensorType
 from bitlower.ir.types import Dim
 
@@ -51,8 +51,13 @@ def convert_float_attention(frame: Frame, node: fx.Node) -> Any:
     given["mask"] = given.get("mask", given.get("attn_mask"))
     scale = given.get("scale")
     factor = 1 / math.sqrt(_number(_type(given["query"]).shape[-1])) if scale is None else float(scale)
-    what = _attention(frame, given, factor=factor, causal=bool(given.get("causal", given.get("is_causal"))))
-    return _emit(frame, what, given, _inputs(frame, what, given))
+    joined = bool(node.users) and all(swaps_heads(user) or joins_heads(user) for user in node.users)
+    causal = bool(given.get("causal", given.get("is_causal")))
+    what = _attention(frame, given, factor=factor, causal=causal, joined=joined)
+    found = _emit(frame, what, given, _inputs(frame, what, given))
+    if joined:
+        frame.joined[node] = found  # all that is read of it
+    return found
 
 
 def _attention(frame: Frame, given: dict[str, Any], **options: Any) -> Attention:

@@ -1,7 +1,8 @@
-"""Attention on the CPU as one function: a query of a head is a task, and goes over all keys in vectors of its width.
+"""Attention on the CPU as one function: few queries, as in decoding, one by one; many in tiles.
 
-Scores and probabilities of a query wait in scratch memory; the softmax is that of the whole row. Products are summed in
-float32, of values that are dequantized as they are read.
+Each single query of a head is a task, and goes over all keys in vectors of its width. Scores and probabilities of a
+query wait in scratch memory; the softmax is that of the whole row. Products are summed in float32, of values that are
+dequantized as they are read.
 """
 
 from __future__ import annotations
@@ -11,20 +12,32 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from bitlower.backends.tvm_kernels import _cpu_attention
 from bitlower.backends.tvm_kernels._attention import LEAST, Attention, Operands, function
 from bitlower.backends.tvm_kernels._cpu_rows import VectorLanes
 from bitlower.backends.tvm_kernels._expressions import Expr, exp
-from bitlower.backends.tvm_kernels._frame import i64
+from bitlower.backends.tvm_kernels._frame import i64, when
 
 
 def attention(what: Attention) -> Any:
     """The PrimFunc, with the arguments of :func:`~bitlower.backends.tvm_kernels._attention.function`."""
 
     def body(operands: Operands, batch: Any, queries: Any, keys: Any) -> None:
-        with T.parallel(i64(0), batch * i64(what.heads) * queries) as task:
-            rest = task // queries
-            place = (rest // i64(what.heads), rest % i64(what.heads), task % queries)
-            _Query(operands, place, keys).emit()
+        heads = i64(what.heads)
+
+        def singly() -> None:
+            with T.parallel(i64(0), batch * heads * queries) as task:
+                rest = task // queries
+                _Query(operands, (rest // heads, rest % heads, task % queries), keys).emit()
+
+        def together() -> None:
+            with T.parallel(i64(0), batch * heads) as task:
+                _cpu_attention.Head(operands, task // heads, task % heads, queries, keys).emit()
+
+        if _cpu_attention.fits(what):
+            when(queries < i64(_cpu_attention.TILES[-1]), singly, together)
+        else:
+            singly()
 
     return function(what, body)
 

@@ -47,6 +47,7 @@ class Frame:
         self.module, self.builder, self.target = module, builder, target
         self.values: dict[fx.Node, Value] = {}
         self.strips: dict[fx.Node, Any] = {}
+        self.joined: dict[fx.Node, Any] = {}
         self._symbols: dict[str, Any] = {}
         self._functions: dict[Hashable, Any] = {}
 

@@ -16,7 +16,9 @@ _PREFIX = "shape_func"
 def sort_shape_functions() -> Any:
     """A pass: functions that compute dimensions store them in the order of their places.
 
-    TVM emits these stores in the order of a set of pointers. None reads what another of the same function stores.
+    TVM emits these stores in the order of a set of pointers. None reads what another of the same function stores. They
+    have one argument and are marked as free of aliases: in its code for CPUs TVM goes by the mark of the last function
+    of a module for all of them, and without it LLVM keeps the sums of kernels in memory.
     """
 
     def sort(module: Any, context: Any) -> Any:
@@ -24,7 +26,9 @@ def sort_shape_functions() -> Any:
         for name, function in module.functions_items():
             if name.name_hint.startswith(_PREFIX) and isinstance(function.body, tirx.SeqStmt):
                 stores = sorted(function.body.seq, key=lambda store: int(store.indices[0]))
-                copy.update_func(name, function.with_body(tirx.SeqStmt(stores)))
+                function = function.with_body(tirx.SeqStmt(stores))
+            if name.name_hint.startswith(_PREFIX):
+                copy.update_func(name, function.with_attr("tirx.noalias", True))
         return copy
 
     return tvm.transform.module_pass(sort, opt_level=0, name="SortShapeFunctions")

@@ -105,7 +105,7 @@ def convert_pointwise(call: Call) -> list[Any]:
     for name, argument in zip(operands, [{"factor": "gate"}.get(name, name) for name in operands], strict=True):
         call.operand(name, argument, given)
         if call.given.get("heads"):
-            value = joined(frame, frame.value(call.given[name]), kind)
+            value = joined(call, name, frame.value(call.given[name]))
             given[argument] = frame.reshape(value, [_tokens(frame, kind), columns])
     if spec.output is not None:
         call.out_scales(spec.output, columns, given)
@@ -137,12 +137,15 @@ def _plain_pointwise(call: Call) -> list[Any]:
         value = frame.emit(relax.op.multiply(value, call.real("factor")))
     value = call.add(value, "residual")
     if call.given.get("heads"):
-        value = joined(frame, value, call.type_of("x"))
+        value = joined(call, "x", value)
     return call.finished(value)
 
 
-def joined(frame: Frame, value: Any, kind: TensorType) -> Any:
-    """``[batch, heads, length, width]`` as ``[batch, length, heads · width]``."""
+def joined(call: Call, name: str, value: Any) -> Any:
+    """An operand ``[batch, heads, length, width]`` as ``[batch, length, heads · width]``, which it may be already."""
+    frame, kind = call.frame, call.type_of(name)
+    if call.given[name] in frame.joined:
+        return value
     batch, heads, length, width = frame.shape(kind)
     return frame.reshape(frame.emit(relax.op.permute_dims(value, [0, 2, 1, 3])), [batch, length, heads * width])
 

@@ -11,7 +11,7 @@ from tvm import te
 
 from bitlower.backends.tvm_kernels._frame import i64
 from bitlower.backends.tvm_kernels._relax_frame import Frame
-from bitlower.ir import TensorType
+from bitlower.ir import TensorType, kernels
 
 aten = torch.ops.aten
 _VIEWS = (aten.reshape.default, aten.view.default, aten.unflatten.int)
@@ -46,7 +46,7 @@ def strip_of(frame: Frame, node: Any) -> Strip | None:
 
 def heads_of(frame: Frame, node: Any) -> Strip | None:
     """Where the value ``[batch, heads, length, width]`` of a node lies, head after head, before it was transposed."""
-    if not isinstance(node, fx.Node) or not _swaps_heads(node):
+    if not isinstance(node, fx.Node) or not swaps_heads(node):
         return None
     view = node.args[0]
     if not isinstance(view, fx.Node) or view.target not in _VIEWS:
@@ -58,11 +58,18 @@ def heads_of(frame: Frame, node: Any) -> Strip | None:
     return strip_of(frame, source) if same and all(isinstance(size, int) for size in kind.shape[2:]) else None
 
 
-def _swaps_heads(node: fx.Node) -> bool:
+def swaps_heads(node: fx.Node) -> bool:
+    """Whether ``node`` is ``[batch, heads, length, width]`` with heads and length in each other's place."""
     if node.target is aten.transpose.int:
         axes = [axis % 4 for axis in node.args[1:] if isinstance(axis, int)]
         return sorted(axes) == [1, 2] and node.meta["type"].rank == 4
     return node.target is aten.permute.default and list(node.args[1]) == [0, 2, 1, 3]  # type: ignore[arg-type]
+
+
+def joins_heads(node: fx.Node) -> bool:
+    """Whether ``node`` reads its operand ``[batch, heads, length, width]`` with the heads joined: its only operand."""
+    alone = node.target is kernels.fused_pointwise and not {"factor", "residual"} & set(kernels.arguments(node))
+    return alone and bool(kernels.arguments(node).get("heads"))
 
 
 def read_heads(frame: Frame, node: fx.Node, strip: Strip) -> Any:

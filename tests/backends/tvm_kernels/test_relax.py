@@ -11,9 +11,13 @@ from torch import fx
 
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
+from tvm import tirx
+
 from bitlower.backends._resolved import resolved_tensors
-from bitlower.backends.tvm_kernels._relax import build_module, compile_program
+from bitlower.backends.tvm_kernels._cpu_frame import host_target, tvm_target
+from bitlower.backends.tvm_kernels._relax import build_module, compile_program, fuse_module
 from bitlower.backends.tvm_kernels._relax_frame import Frame
+from bitlower.backends.tvm_kernels._relax_pipeline import lowering
 from bitlower.backends.tvm_kernels._spec import Target
 from bitlower.ir import BitlowerError, Level, ValueSpec, kernels
 
@@ -30,6 +34,15 @@ def test_an_encoder_gives_the_numbers_of_its_program(scheme: str) -> None:
     library = compile_program(program)
     for rows, length in ((2, 7), (1, 1), (4, 12)):
         assert worst(program, library, tokens(program, rows, length, seed=5)) < TOLERANCE
+
+
+def test_every_function_is_compiled_as_free_of_aliases() -> None:
+    """TVM goes by the mark of one function for all of a module: without it sums of kernels stay in memory."""
+    device = tvm_target(host_target())
+    module = lowering(host_target())(fuse_module(fused("bert", "W8A8"), host_target(), device))
+    functions = {name.name_hint: f for name, f in module.functions_items() if isinstance(f, tirx.PrimFunc)}
+    assert "shape_func" in functions
+    assert [name for name, function in functions.items() if not function.attrs["tirx.noalias"]] == []
 
 
 def test_groups_that_legalize_cut_are_one_product_again() -> None:

@@ -32,7 +32,7 @@ def families(names: list[str]) -> Counter[str]:
     return Counter(next((family for family in known if name.startswith(family)), "other") for name in names)
 
 
-@pytest.mark.parametrize("scheme", ["W8A8", "W8A8-full", "W8A8-token"])
+@pytest.mark.parametrize("scheme", ["W8A8-full", "W8A8-token"])
 def test_an_encoder_in_opencl(pocl: Any, scheme: str) -> None:
     """So many rows that linears go by tiles, and a single one."""
     program = fused("bert", scheme)
@@ -61,7 +61,9 @@ def test_an_encoder_in_cuda(fibers: Any) -> None:
     assert worst(program, library, tokens(program, 4, 19, seed=5)) < TOLERANCE
 
 
-@pytest.mark.parametrize(("model", "scheme", "layer"), [("bert", "W8A8", 7), ("llama", "W4A16-g16", 11)])
+@pytest.mark.parametrize(
+    ("model", "scheme", "layer"), [("bert", "W8A8", 7), ("bert", "W8A8-token", 9), ("llama", "W4A16-g16", 11)]
+)
 def test_launches_of_a_layer(model: str, scheme: str, layer: int) -> None:
     """Merged layers are read where they lie: none is cut, no head is moved, a gate is the half of a row."""
     sizes = {"batch": 2, "sequence": 7, "past": 0}
