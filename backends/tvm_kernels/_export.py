@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BACKEND = "tvm-kernels"
 PACKAGES = ("torch", "transformers", "apache-tvm", "apache-tvm-ffi")
 HOST = "host"
-TARGETS = (HOST, str(Target.LLVM), str(Target.VNNI))
+TARGETS = (HOST, str(Target.LLVM), str(Target.VNNI), str(Target.CUDA))
 
 
 @dataclass(frozen=True)
@@ -31,25 +31,33 @@ class Options:
 
     Args:
         target: whose code: ``llvm`` for any CPU of this architecture, ``llvm-avx512-vnni`` for processors like this
-            one, or ``host``, the best of them that this processor runs.
+            one, ``host``, the best of them that this processor runs, or ``cuda`` for NVIDIA GPUs.
+        unrun: write a library for GPUs on a machine that has none: it is compared with nothing. Its self-test expects
+            what the Program gives, so that ``verify`` compares where the GPU is.
 
     Raises:
         BitlowerError: an unknown target.
     """
 
     target: str = HOST
+    unrun: bool = False
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise BitlowerError(f"unknown target {self.target!r}", hint=nearest(str(self.target), TARGETS))
+        if not isinstance(self.unrun, bool):
+            raise BitlowerError(f"unrun is true or false, not {self.unrun!r}")
 
     def resolve(self) -> Target:
         """The target that it stands for.
 
         Raises:
-            BitlowerError: TVM is not installed, or this processor does not run such code.
+            BitlowerError: TVM is not installed, or this machine does not run such code, or does not compile it.
         """
         require_tvm()
+        if self.target == Target.CUDA:
+            self._check_cuda()
+            return Target.CUDA
         from bitlower.backends.tvm_kernels._cpu_frame import host_target
 
         best = host_target()
@@ -60,6 +68,17 @@ class Options:
             )
         return target
 
+    def _check_cuda(self) -> None:
+        from bitlower.backends.tvm_kernels._cuda_library import require_nvcc
+        from bitlower.backends.tvm_kernels._library import has_device
+
+        require_nvcc()
+        if not (self.unrun or has_device(Target.CUDA)):
+            raise BitlowerError(
+                "this machine has no GPU that TVM finds, and what was not run is not verified",
+                hint="export where there is one, or say `unrun: true`, and `bitlower verify` where there is one",
+            )
+
 
 @dataclass(frozen=True)
 class ExportReport:
@@ -69,7 +88,7 @@ class ExportReport:
         files: bytes by name.
         target: whose code it is.
         operators: how many kernels of each kind the Program has.
-        verification: how the library compares with the Program.
+        verification: how the library compares with the Program; without kernels and outputs if it was not run.
     """
 
     files: dict[str, int]
@@ -96,20 +115,20 @@ def check_level(level: Level) -> None:
         )
 
 
-def check_host(*, target: str = Options.target) -> None:
-    """See that this machine has what an export needs: TVM, a C compiler, a processor that runs the target.
+def check_host(*, target: str = Options.target, unrun: bool = Options.unrun) -> None:
+    """See that this machine has what an export needs: TVM, compilers, a processor or GPU that runs the target.
 
     Raises:
         BitlowerError: it lacks one of them.
     """
-    Options(target).resolve()
+    Options(target, unrun).resolve()
     from tvm.support import cc
 
     if cc.get_cc() is None:
         raise BitlowerError("no C compiler is found, which links libraries", hint="install gcc or clang")
 
 
-def check_program(program: Program, *, target: str = Options.target) -> None:
+def check_program(program: Program, *, target: str = Options.target, unrun: bool = Options.unrun) -> None:
     """See that every operator has a converter; for programs of any level, as far as their operators stay.
 
     Raises:
@@ -118,7 +137,7 @@ def check_program(program: Program, *, target: str = Options.target) -> None:
     require_tvm()
     from bitlower.backends.tvm_kernels._relax_aten import check_operator
 
-    Options(target)
+    Options(target, unrun)
     for node in program.graph.nodes:
         if node.op == "call_function":
             check_operator(node)
@@ -130,6 +149,7 @@ def export(
     *,
     batches: Sequence[Batch],
     target: str = Options.target,
+    unrun: bool = Options.unrun,
     provenance: Mapping[str, Any] | None = None,
 ) -> ExportReport:
     """Compile ``program`` into the existing ``folder`` and compare what lies there with it on ``batches``.
@@ -139,23 +159,28 @@ def export(
         folder: exists.
         batches: real inputs for the verification.
         target: see :class:`Options`.
+        unrun: see :class:`Options`.
         provenance: for the manifest: seeds, hashes of data, and what else the caller knows; plain data.
 
     Raises:
         BitlowerError: TVM is not installed, an option is wrong, there is no batch, or the program cannot be compiled.
         CheckError: the library does not compute what the program does.
     """
-    options = Options(target)
+    options = Options(target, unrun)
     check_pins()
     check_level(program.level)
     resolved = options.resolve()
     from bitlower.backends.tvm_kernels._files import RESERVED, write_library
+    from bitlower.backends.tvm_kernels._library import has_device
     from bitlower.backends.tvm_kernels._verification import write_verification
-    from bitlower.backends.tvm_kernels._verify import verify_export
+    from bitlower.backends.tvm_kernels._verify import expect, verify_export
 
     files = [*write_library(program, folder, resolved), write_config(program, folder, BACKEND)]
     files += _folder.write_assets(program, folder, RESERVED)
-    verification = verify_export(program, folder, batches, target=resolved)
+    if has_device(resolved):
+        verification = verify_export(program, folder, batches, target=resolved)
+    else:
+        verification = expect(program, batches, target=resolved)
     write_verification(verification, folder)
     write_manifest(
         program,

@@ -24,16 +24,25 @@ def is_library(folder: Path) -> bool:
     return (folder / SIGNATURE).is_file()
 
 
+def has_device(target: Target) -> bool:
+    """Whether TVM finds a device for code of a target here."""
+    return bool(_device(target).exist)
+
+
+def _device(target: Target) -> Any:
+    tvm = require_tvm()
+    if target.on_cpu:
+        return tvm.cpu()
+    return tvm.cuda() if target is Target.CUDA else tvm.opencl()
+
+
 def find_device(target: Target) -> Any:
     """TVM's device for code of a target.
 
     Raises:
         BitlowerError: this machine has none, or TVM cannot use it.
     """
-    tvm = require_tvm()
-    if target.on_cpu:
-        return tvm.cpu()
-    device = tvm.cuda() if target is Target.CUDA else tvm.opencl()
+    device = _device(target)
     if not device.exist:
         needed = "a GPU with its driver and libcudart.so.13" if target is Target.CUDA else "a TVM with OpenCL"
         raise BitlowerError(

@@ -62,16 +62,17 @@ class KernelError:
 
 @dataclass(frozen=True)
 class Verification:
-    """A comparison that held.
+    """A comparison that held, or was left to where the library runs.
 
     Args:
         runtime: the target, the processor and TVM's version.
         batches: how many were compared, the small one of the self-test among them.
         tokens: the entries of their first input.
-        outputs: one row each.
-        kernels: one row for each kind.
+        outputs: one row each; none where the library was not run.
+        kernels: one row for each kind; none where the library was not run.
         exposing: the largest change of an output from reading what kernels give, over the output's standard deviation.
-        selftest: lets the artefact be checked without the Program.
+        selftest: lets the artefact be checked without the Program; expects the Program's outputs where the library was
+            not run, else its own.
     """
 
     runtime: Mapping[str, str]
@@ -94,6 +95,8 @@ class Verification:
         """The figures that people look at first: the worst of all."""
         codes = sum(row.codes for row in self.kernels)
         equal = sum(row.equal * row.codes for row in self.kernels)
+        if not self.batches:
+            return {"not_run": True}
         figures: dict[str, Any] = {
             "output_relative_error": max((row.relative for row in self.outputs), default=0.0),
             "output_cosine": min((row.cosine for row in self.outputs), default=1.0),

@@ -67,7 +67,31 @@ def verify_export(
     comparison = Comparison(program, load_library(folder), compile_program(trace(program), target))
     for batch in given:
         comparison.run(batch)
-    return comparison.result({"target": str(target), "processor": processor(), "tvm": version("apache-tvm")})
+    return comparison.result(_runtime(target))
+
+
+def expect(program: Program, batches: Sequence[Batch], *, target: Target) -> Verification:
+    """What a library that does not run here is checked by where it does: the Program's outputs for a small input.
+
+    Raises:
+        BitlowerError: there is no batch.
+    """
+    if not batches:
+        raise BitlowerError("an export has no self-test without a batch of inputs", hint="give at least one")
+    small = program.complete(small_batch(program, batches[0]))
+    return Verification(
+        runtime=_runtime(target),
+        batches=0,
+        tokens=0,
+        outputs=(),
+        kernels=(),
+        exposing=0.0,
+        selftest=make_selftest(small, _arrays(run(program, small))),
+    )
+
+
+def _runtime(target: Target) -> dict[str, str]:
+    return {"target": str(target), "processor": processor(), "tvm": version("apache-tvm")}
 
 
 class Comparison:

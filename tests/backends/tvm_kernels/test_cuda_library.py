@@ -11,12 +11,15 @@ import pytest
 
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
+import torch
 import tvm
 
-from bitlower.backends.tvm_kernels import Target, compile_program
+from bitlower.backends._selftest import run_selftest
+from bitlower.backends.tvm_kernels import Target, check_host, compile_program, export, verify
 from bitlower.backends.tvm_kernels import _cuda_library as cuda_library
 from bitlower.backends.tvm_kernels._files import load_library, write_library
 from bitlower.backends.tvm_kernels._nvcc import device_functions, find_tool
+from bitlower.backends.tvm_kernels._verification import read_verification
 from bitlower.ir import BitlowerError, CheckError
 
 _HELPERS = runpy.run_path(str(Path(__file__).with_name("programs.py")))
@@ -110,3 +113,50 @@ def test_graphs_are_made_of_static_shapes() -> None:
 
     assert "cuda_graph.run_or_capture" in text(batch=1, sequence=8)
     assert "cuda_graph" not in text()
+
+
+def _batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+
+
+@needs_nvcc
+def test_an_export_that_was_not_run_expects_what_the_program_gives(tmp_path: Path) -> None:
+    if tvm.cuda().exist:
+        pytest.skip("there is a GPU")
+    program = fused("bert", "W8A8", layers=1)
+    report = export(program, tmp_path, batches=[_batch()], target="cuda", unrun=True).to_dict()
+    assert set(report["files"]) >= {"library.so", "library.json", "kernels.cu", "config.json"}
+    assert report["verification"]["summary"] == {"not_run": True}
+    recorded = read_verification(tmp_path).selftest
+    cosines = run_selftest(
+        recorded, lambda batch: {name: value.detach().numpy() for name, value in program(**batch).items()}
+    )
+    assert set(cosines) == {spec.name for spec in program.outputs}
+    assert all(cosine == pytest.approx(1) for cosine in cosines.values())
+    with pytest.raises(CheckError, match="cosine"):
+        run_selftest(
+            recorded, lambda batch: {name: -value.detach().numpy() for name, value in program(**batch).items()}
+        )
+    with pytest.raises(BitlowerError, match="TVM finds no such device here"):
+        verify(tmp_path)
+
+
+@needs_nvcc
+def test_what_cannot_be_run_is_not_written_unless_one_says_so(tmp_path: Path) -> None:
+    if tvm.cuda().exist:
+        pytest.skip("there is a GPU")
+    for refused in (
+        lambda: check_host(target="cuda"),
+        lambda: export(fused("bert", "W8A8", layers=1), tmp_path, batches=[_batch()], target="cuda"),
+    ):
+        with pytest.raises(BitlowerError, match=r"what was not run is not verified; .*unrun: true"):
+            refused()
+    check_host(target="cuda", unrun=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_nvcc_an_export_for_gpus_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_library, "find_tool", lambda name: None)
+    with pytest.raises(BitlowerError, match="compiled by nvcc, which is not installed"):
+        check_host(target="cuda", unrun=True)
