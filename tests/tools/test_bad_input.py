@@ -241,7 +241,8 @@ def test_a_full_disk(quantize: Refused, monkeypatch: pytest.MonkeyPatch, writer:
 def test_usage(refused: Refused) -> None:
     assert "No such command 'runn'" in refused("runn")
     assert "No such option: --schem" in refused("quantize", "x", "--schem", "W8A8")
-    assert "Missing option" in refused("quantize", "x", "-o", "y")
+    assert "Missing option" in refused("quantize", "x")
+    assert "ranges need calibration data" in refused("quantize", "x", "-o", "y")
     assert "exclude each other" in refused(
         "quantize", "x", "--calibration", "y", "-o", "z", "--cache", "c", "--no-cache"
     )
