@@ -56,7 +56,9 @@ def test_backends_are_documented() -> None:
 def test_options_of_backends_are_as_documented(backend: str) -> None:
     table = rows(section("recipes.md", "`export`", f"`{backend}`"), "option")
     documented = {row[0].strip("`"): row[2].strip("`") for row in table}
-    assert documented == {field.name: str(field.default) for field in fields(_module_of(backend).Options)}
+    defaults = {field.name: field.default for field in fields(_module_of(backend).Options)}
+    as_yaml = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in defaults.items()}
+    assert documented == as_yaml
 
 
 def test_what_checkpoint_formats_hold_is_as_documented() -> None:
