@@ -48,3 +48,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(form, dict):
         raise CheckError(f"{path.name} in {path.parent} is damaged: not a mapping")
     return form
+
+
+def rounded_figures(form: Mapping[str, Any]) -> dict[str, Any]:
+    """``form`` with six significant digits of its floats."""
+    return {key: significant(value) if isinstance(value, float) else value for key, value in form.items()}

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from bitlower.backends._json import read_json, significant, write_json
+from bitlower.backends._json import read_json, rounded_figures, write_json
 from bitlower.ir import CheckError
 
 FILE = "verification.json"
@@ -83,13 +83,13 @@ class Verification:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, floats with six significant digits; the inverse of :meth:`from_dict`."""
         form = {field.name: getattr(self, field.name) for field in fields(self)}
-        form["layers"] = [_rounded(asdict(row)) for row in self.layers]
-        form["outputs"] = [_rounded(asdict(row)) for row in self.outputs]
-        return _rounded(form | {"versions": dict(self.versions), "summary": self.summary()})
+        form["layers"] = [rounded_figures(asdict(row)) for row in self.layers]
+        form["outputs"] = [rounded_figures(asdict(row)) for row in self.outputs]
+        return rounded_figures(form | {"versions": dict(self.versions), "summary": self.summary()})
 
     def summary(self) -> dict[str, Any]:
         """The figures that people look at first."""
-        return _rounded(
+        return rounded_figures(
             {
                 "output_relative_error": max((row.relative for row in self.outputs), default=0.0),
                 "output_cosine": min((row.cosine for row in self.outputs), default=1.0),
@@ -126,7 +126,3 @@ def read_verification(folder: Path) -> Verification:
         CheckError: the file is missing or damaged.
     """
     return Verification.from_dict(read_json(folder / FILE))
-
-
-def _rounded(form: dict[str, Any]) -> dict[str, Any]:
-    return {key: significant(value) if isinstance(value, float) else value for key, value in form.items()}

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from bitlower.backends._json import read_json, significant, write_json
+from bitlower.backends._json import read_json, rounded_figures, significant, write_json
 from bitlower.backends._outputs import OutputError
 from bitlower.backends._selftest import SelfTest
 from bitlower.backends.onnx_qdq._kernels import KernelReport
@@ -83,8 +83,8 @@ class Verification:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, floats with six significant digits; the inverse of :meth:`from_dict`."""
         form = {field.name: getattr(self, field.name) for field in fields(self)}
-        form["outputs"] = [_rounded(asdict(row)) for row in self.outputs]
-        form["quantized"] = [_rounded(asdict(row)) for row in self.quantized]
+        form["outputs"] = [rounded_figures(asdict(row)) for row in self.outputs]
+        form["quantized"] = [rounded_figures(asdict(row)) for row in self.quantized]
         form["exposing"] = significant(self.exposing)
         form["kernels"] = self.kernels.to_dict()
         form["selftest"] = self.selftest.to_dict()
@@ -105,7 +105,7 @@ class Verification:
             figures["codes_equal_least"] = min(row.equal for row in self.quantized)
             figures["codes_worst_difference"] = max(row.worst for row in self.quantized)
             figures["codes_equal_given_codes"] = sum(row.given_codes * row.codes for row in self.quantized) / total
-        return _rounded(figures)
+        return rounded_figures(figures)
 
     @classmethod
     def from_dict(cls, form: Mapping[str, Any]) -> Verification:
@@ -137,7 +137,3 @@ def read_verification(folder: Path) -> Verification:
         CheckError: the file is missing or damaged.
     """
     return Verification.from_dict(read_json(folder / FILE))
-
-
-def _rounded(form: dict[str, Any]) -> dict[str, Any]:
-    return {key: significant(value) if isinstance(value, float) else value for key, value in form.items()}

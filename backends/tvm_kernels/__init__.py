@@ -1,4 +1,4 @@
-"""Low-bit kernels that TVM generates, one spec, one kernel, for CPUs and for GPUs; and whole Programs for the CPU.
+"""Low-bit kernels that TVM generates, one spec, one kernel, for CPUs and for GPUs; and whole Programs.
 
 A spec says what a kernel computes (:class:`LinearSpec`, :class:`NormSpec`, :class:`ActivationSpec`,
 :class:`EmbeddingSpec`), :func:`pack_linear` brings a weight into the form that it reads, :func:`arguments` lists what

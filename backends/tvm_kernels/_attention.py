@@ -10,7 +10,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from bitlower.backends.tvm_kernels._expressions import Expr, codes, const, decoded, with_lanes
+from bitlower.backends.tvm_kernels._expressions import Expr, codes, const, decoded, spread, with_lanes
 from bitlower.backends.tvm_kernels._frame import i64
 from bitlower.ir import Grid
 
@@ -112,9 +112,7 @@ class Operands:
 
     def scales(self, name: str, like: Expr) -> list[Any]:
         """Scale and zero point, on as many lanes as ``like`` has."""
-        lanes = with_lanes("", like)[1:]
-        held = [self.buffers[f"{name}_{part}"][0] for part in ("scale", "zero")]
-        return [tirx.Broadcast(part, int(lanes)) for part in held] if lanes else held
+        return [spread(self.buffers[f"{name}_{part}"][0], like) for part in ("scale", "zero")]
 
     def code(self, name: str, grid: Grid, value: Expr) -> Any:
         """The code of a score or a probability, int32."""
@@ -131,19 +129,14 @@ class Operands:
         if what.scored is not None:
             product = self.rounded("scores", what.scored, product)
         score = product * const(what.factor, product)
-        lanes = key.lanes if isinstance(key, tirx.Ramp) else 1
-
-        def wide(value: Expr) -> Any:
-            return tirx.Broadcast(value, lanes) if lanes != 1 else value
-
-        gone = wide(tirx.const(LEAST if what.explicit else float("-inf"), "float32"))
+        gone = const(LEAST if what.explicit else float("-inf"), product)
         if what.causal:
-            score = tirx.Select(key <= wide(place[2]), score, gone)
+            score = tirx.Select(key <= spread(place[2], product), score, gone)
         if not what.mask:
             return score
         index = [i64(0) if one else at for one, at in zip(what.spread, (*place, key), strict=True)]
         mask = self.buffers["mask"][tuple(index)]
-        mask = wide(mask) if what.spread[3] else mask
+        mask = spread(mask, product) if what.spread[3] else mask
         return score + mask if what.mask == "float32" else tirx.Select(mask, score, gone)
 
     def store(self, value: Any, place: tuple[Expr, ...], at: Expr) -> None:

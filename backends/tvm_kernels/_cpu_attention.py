@@ -15,7 +15,7 @@ from tvm.script.ir_builder import tirx as T
 from bitlower.backends.tvm_kernels._attention import LEAST, Attention, Operands
 from bitlower.backends.tvm_kernels._cpu_frame import LANES, fill, get, local, over_rows, put, ramp, splat
 from bitlower.backends.tvm_kernels._cpu_rows import VectorReduction
-from bitlower.backends.tvm_kernels._expressions import Expr, const, exp
+from bitlower.backends.tvm_kernels._expressions import Expr, const, exp, spread
 from bitlower.backends.tvm_kernels._frame import i64
 
 TILES = (1, 4)
@@ -117,7 +117,7 @@ class Head:
 
         def share(at: Expr) -> None:
             score = held[i64(line), at]
-            part = exp(score - most * const(1.0, score))
+            part = exp(score - spread(most, score))
             part = T.Bind(tirx.Select(score < const(LEAST, score), const(0.0, score), part))
             T.buffer_store(held, part, [i64(line), at])
             total.add(part)
@@ -127,7 +127,7 @@ class Head:
 
         def divide(at: Expr) -> None:
             part = held[i64(line), at]
-            whole_here = whole * const(1.0, part)
+            whole_here = spread(whole, part)
             part = T.Bind(tirx.Select(whole_here > const(0.0, part), part / whole_here, const(0.0, part)))
             if what.probs is not None:
                 part = operands.rounded("probs", what.probs, part)

@@ -47,6 +47,8 @@ class Options:
             raise BitlowerError(f"unknown target {self.target!r}", hint=nearest(str(self.target), TARGETS))
         if not isinstance(self.unrun, bool):
             raise BitlowerError(f"unrun is true or false, not {self.unrun!r}")
+        if self.unrun and self.target != Target.CUDA:
+            raise BitlowerError(f"a library for {self.target} is run where it is written", hint="leave out `unrun`")
 
     def resolve(self) -> Target:
         """The target that it stands for.

@@ -149,6 +149,12 @@ def _polynomial(x: Expr, coefficients: tuple[float, ...]) -> Expr:
     return total
 
 
+def spread(value: Expr, like: Expr) -> Expr:
+    """The scalar ``value`` on as many lanes as ``like`` has."""
+    lanes = with_lanes("", like)[1:]
+    return tirx.Broadcast(value, int(lanes)) if lanes else value
+
+
 def with_lanes(dtype: str, like: Expr) -> str:
     """``dtype`` with as many lanes as ``like`` has."""
     _, _, lanes = dtype_of(like).partition("x")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from bitlower.backends._json import read_json, significant, write_json
+from bitlower.backends._json import read_json, rounded_figures, write_json
 from bitlower.backends._outputs import OutputError
 from bitlower.backends._selftest import SelfTest
 from bitlower.backends.tvm_kernels._agreement import Agreement
@@ -88,22 +88,22 @@ class Verification:
         form = {field.name: getattr(self, field.name) for field in fields(self)}
         form |= {"runtime": dict(self.runtime), "selftest": self.selftest.to_dict(), "summary": self.summary()}
         for name in ("outputs", "kernels"):
-            form[name] = [_rounded(asdict(row)) for row in form[name]]
-        return _rounded(form)
+            form[name] = [rounded_figures(asdict(row)) for row in form[name]]
+        return rounded_figures(form)
 
     def summary(self) -> dict[str, Any]:
         """The figures that people look at first: the worst of all."""
-        codes = sum(row.codes for row in self.kernels)
-        equal = sum(row.equal * row.codes for row in self.kernels)
         if not self.batches:
             return {"not_run": True}
+        codes = sum(row.codes for row in self.kernels)
+        equal = sum(row.equal * row.codes for row in self.kernels)
         figures: dict[str, Any] = {
             "output_relative_error": max((row.relative for row in self.outputs), default=0.0),
             "output_cosine": min((row.cosine for row in self.outputs), default=1.0),
             "kernels": sum(row.kernels for row in self.kernels),
             "kernel_error": max((row.worst for row in self.kernels), default=0.0),
         }
-        return _rounded(figures | ({"codes_equal_given_inputs": equal / codes} if codes else {}))
+        return rounded_figures(figures | ({"codes_equal_given_inputs": equal / codes} if codes else {}))
 
     @classmethod
     def from_dict(cls, form: Mapping[str, Any]) -> Verification:
@@ -134,7 +134,3 @@ def read_verification(folder: Path) -> Verification:
         CheckError: the file is missing or damaged.
     """
     return Verification.from_dict(read_json(folder / FILE))
-
-
-def _rounded(form: dict[str, Any]) -> dict[str, Any]:
-    return {key: significant(value) if isinstance(value, float) else value for key, value in form.items()}

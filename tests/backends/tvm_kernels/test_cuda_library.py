@@ -153,6 +153,8 @@ def test_what_cannot_be_run_is_not_written_unless_one_says_so(tmp_path: Path) ->
         with pytest.raises(BitlowerError, match=r"what was not run is not verified; .*unrun: true"):
             refused()
     check_host(target="cuda", unrun=True)
+    with pytest.raises(BitlowerError, match="llvm is run where it is written"):
+        check_host(target="llvm", unrun=True)
     assert not list(tmp_path.iterdir())
 
 

@@ -5,8 +5,10 @@ A Program in PyTorch with something changed stands in for the library, so that n
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,15 +23,7 @@ from bitlower.ir import CheckError, Program, get_tensor, kernels, set_tensor
 from bitlower.passes import Context, PassManager, parse_pipeline
 
 SIZES = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
-
-
-def tokens(program: Program, rows: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, 90, (rows, length), generator=torch.Generator().manual_seed(seed))
-    mask = torch.ones_like(ids)
-    mask[0, : length // 3] = 0
-    found = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    found["token_type_ids"] = ids % 2
-    return {spec.name: found[spec.name] for spec in program.inputs if spec.name in found}
+tokens = runpy.run_path(str(Path(__file__).with_name("programs.py")))["tokens"]
 
 
 @cache
