@@ -1,9 +1,9 @@
-"""Errors of outputs, summed batch by batch."""
+"""Errors of outputs, summed batch by batch and part by part, so that no copy of a batch's logits is made."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from bitlower.ir import CheckError, Program
 
 Array = np.ndarray[Any, Any]
+_PART = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class OutputError:
 
 
 @dataclass
-class _Sums:
+class Sums:
+    """What two tensors, seen in parts, have in common: the first is the Program's, the second the runtime's."""
+
     count: int = 0
     worst: float = 0.0
     absolute: float = 0.0
@@ -46,7 +49,22 @@ class _Sums:
     squares: float = 0.0
     theirs: float = 0.0
     product: float = 0.0
-    given_codes: float = 0.0
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Take parts of both: flat, in float64, not empty."""
+        error = (a - b).abs()
+        self.count += a.numel()
+        self.worst = max(self.worst, largest(error))
+        self.absolute += float(error.sum())
+        self.total += float(a.sum())
+        self.squares += float(a @ a)
+        self.theirs += float(b @ b)
+        self.product += float(a @ b)
+
+    @property
+    def mean(self) -> float:
+        """The mean absolute error."""
+        return self.absolute / self.count
 
     @property
     def deviation(self) -> float:
@@ -55,12 +73,18 @@ class _Sums:
         variance = self.squares / self.count - mean**2
         return math.sqrt(variance) if variance > 1e-12 * mean**2 else abs(mean) or 1.0
 
+    @property
+    def cosine(self) -> float:
+        """Of both, flattened."""
+        return self.product / (math.sqrt(self.squares * self.theirs) or 1.0)
+
 
 class OutputComparison:
     """Compares the outputs of the runtime with those of the Program."""
 
     def __init__(self, program: Program) -> None:
-        self._sums = {spec.name: _Sums() for spec in program.outputs}
+        self._sums = {spec.name: Sums() for spec in program.outputs}
+        self._given = dict.fromkeys(self._sums, 0.0)
 
     def add(
         self,
@@ -74,17 +98,8 @@ class OutputComparison:
             CheckError: an output has another shape, or is not finite where the Program's is.
         """
         for name, sums in self._sums.items():
-            a, b = _pair(name, ours[name], theirs[name], visible)
-            if not a.numel():
-                continue
-            error = (a - b).abs()
-            sums.count += a.numel()
-            sums.worst = max(sums.worst, float(error.max()))
-            sums.absolute += float(error.sum())
-            sums.total += float(a.sum())
-            sums.squares += float((a * a).sum())
-            sums.theirs += float((b * b).sum())
-            sums.product += float((a * b).sum())
+            for a, b in _pairs(name, ours[name], theirs[name], visible):
+                sums.add(a, b)
 
     def add_given_codes(
         self,
@@ -97,9 +112,9 @@ class OutputComparison:
         Raises:
             CheckError: as :meth:`add`.
         """
-        for name, sums in self._sums.items():
-            a, b = _pair(name, ours[name], theirs[name], visible)
-            sums.given_codes = max(sums.given_codes, float((a - b).abs().max()) if a.numel() else 0.0)
+        for name in self._sums:
+            for a, b in _pairs(name, ours[name], theirs[name], visible):
+                self._given[name] = max(self._given[name], largest((a - b).abs()))
 
     def rows(self) -> tuple[OutputError, ...]:
         """A row for each output that was compared."""
@@ -107,28 +122,44 @@ class OutputComparison:
             OutputError(
                 name=name,
                 worst=sums.worst,
-                mean=sums.absolute / sums.count,
+                mean=sums.mean,
                 relative=sums.worst / sums.deviation,
-                cosine=sums.product / (math.sqrt(sums.squares * sums.theirs) or 1.0),
-                given_codes=sums.given_codes / sums.deviation,
+                cosine=sums.cosine,
+                given_codes=self._given[name] / sums.deviation,
             )
             for name, sums in self._sums.items()
             if sums.count
         )
 
 
-def _pair(
+def largest(error: torch.Tensor) -> float:
+    """The largest entry; infinity where one is not a number."""
+    found = float(error.max())
+    return math.inf if math.isnan(found) else found
+
+
+def flat_parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tensors of one shape, flat, in parts."""
+    flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    for start in range(0, flat[0].numel(), _PART):
+        yield tuple(tensor[start : start + _PART] for tensor in flat)
+
+
+def _pairs(
     name: str, ours: torch.Tensor, theirs: Array, visible: Mapping[str, torch.Tensor] | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in float64, without the entries that do not count and those that are infinite or NaN in both."""
-    a, b = ours.detach().double(), torch.from_numpy(theirs).double()
-    if a.shape != b.shape:
-        raise CheckError(f"the output {name} has the shape {list(b.shape)}, the program's {list(a.shape)}")
-    if visible is not None and name in visible:
-        counts = visible[name].expand_as(a)
-        a, b = a[counts], b[counts]
-    both = a.isfinite() & b.isfinite()
-    alike = (a == b) | (a.isnan() & b.isnan())
-    if not bool((both | alike).all()):
-        raise CheckError(f"the output {name} is not finite where the program's is, or the other way round")
-    return a[both], b[both]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Both in float64, in parts, without the entries that do not count and those that are infinite or NaN in both."""
+    other = torch.from_numpy(theirs)
+    if ours.shape != other.shape:
+        raise CheckError(f"the output {name} has the shape {list(other.shape)}, the program's {list(ours.shape)}")
+    chosen = [visible[name].expand_as(ours)] if visible is not None and name in visible else []
+    for a, b, *counts in flat_parts(ours, other, *chosen):
+        a, b = a.double(), b.double()
+        if counts:
+            a, b = a[counts[0]], b[counts[0]]
+        both = a.isfinite() & b.isfinite()
+        alike = (a == b) | (a.isnan() & b.isnan())
+        if not bool((both | alike).all()):
+            raise CheckError(f"the output {name} is not finite where the program's is, or the other way round")
+        if bool(both.any()):
+            yield a[both], b[both]

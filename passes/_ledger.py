@@ -20,6 +20,9 @@ from bitlower.passes._observers import Recorder
 from bitlower.passes._pipeline import format_pipeline
 from bitlower.passes._tokens import token_mask
 
+_PART = 1 << 20
+"""Entries that are compared at a time, in float64: logits are large."""
+
 
 class Ledger(Recorder):
     """After every lossy pass that changed the program, a row of losses; the first program seen is the reference.
@@ -80,11 +83,17 @@ class _Energies:
 
     def add(self, expected: torch.Tensor, found: torch.Tensor, *, deep: bool = False) -> None:
         """Take one batch; ``deep`` also takes cosines and divergences along the last axis."""
-        expected, found = expected.double(), found.double()
-        self.signal += float(expected.square().sum())
-        self.noise += float((found - expected).square().sum())
-        if deep and expected.dim():
-            rows, others = (t.reshape(-1, t.shape[-1]) for t in (expected, found))
+        if not expected.numel():
+            return
+        width = expected.shape[-1] if expected.dim() else 1
+        pairs = (tensor.reshape(-1, width).split(max(_PART // width, 1)) for tensor in (expected, found))
+        for rows, others in zip(*pairs, strict=True):
+            self._add_rows(rows.double(), others.double(), deep=deep and expected.dim() > 0)
+
+    def _add_rows(self, rows: torch.Tensor, others: torch.Tensor, *, deep: bool) -> None:
+        self.signal += float(rows.square().sum())
+        self.noise += float((others - rows).square().sum())
+        if deep:
             self.vectors += rows.shape[0]
             self.cosine += float(torch.cosine_similarity(rows, others, dim=-1).sum())
             log_p, log_q = rows.log_softmax(-1), others.log_softmax(-1)
@@ -184,6 +193,6 @@ def _run(program: Program, layers: Mapping[str, Any], batch: Batch, keep: Any) -
 def _unpadded(value: torch.Tensor, batch: Batch) -> torch.Tensor:
     """The positions that are not padding, of a value laid out ``[batch, sequence, …]``; else all of it."""
     mask = token_mask(batch)
-    if mask is None or value.dim() < 2 or value.shape[:2] != mask.shape:
+    if mask is None or value.dim() < 2 or value.shape[:2] != mask.shape or bool(mask.all()):
         return value
     return value[mask]

@@ -1,13 +1,13 @@
-"""Errors of outputs, summed batch by batch and part by part, so that no copy of a batch's logits is made."""
+"""Errors of a checkpoint's outputs, summed batch by batch."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from bitlower.backends._outputs import Sums, flat_parts, largest
 from bitlower.backends.checkpoint._verification import OutputCheck
 from bitlower.ir import CheckError
 
@@ -15,38 +15,17 @@ GIVEN_WEIGHTS = 1e-3
 """The largest error of an output, over its standard deviation, that float arithmetic alone may make."""
 OUTPUT_COSINE = 0.9
 """The least cosine of an output with the stored weights to the Program's."""
-_PART = 1 << 20
 
 
 @dataclass
-class _Sums:
-    count: int = 0
-    worst: float = 0.0
-    absolute: float = 0.0
-    total: float = 0.0
-    squares: float = 0.0
-    theirs: float = 0.0
-    product: float = 0.0
+class _Sums(Sums):
     given: float = 0.0
 
-    def add(self, ours: torch.Tensor, kept: torch.Tensor, model: torch.Tensor) -> None:
-        for a, b, c in _parts(ours, kept, model):
-            error = (a - b).abs()
-            self.count += a.numel()
-            self.worst = max(self.worst, _largest(error))
-            self.given = max(self.given, _largest((b - c).abs()))
-            self.absolute += float(error.sum())
-            self.total += float(a.sum())
-            self.squares += float(a @ a)
-            self.theirs += float(b @ b)
-            self.product += float(a @ b)
-
-    @property
-    def deviation(self) -> float:
-        """The standard deviation of the Program's output; its size where it is constant."""
-        mean = self.total / self.count
-        variance = self.squares / self.count - mean**2
-        return math.sqrt(variance) if variance > 1e-12 * mean**2 else abs(mean) or 1.0
+    def add_three(self, ours: torch.Tensor, kept: torch.Tensor, model: torch.Tensor) -> None:
+        for part in flat_parts(ours, kept, model):
+            a, b, c = (tensor.double() for tensor in part)
+            self.add(a, b)
+            self.given = max(self.given, largest((b - c).abs()))
 
 
 class OutputComparison:
@@ -74,7 +53,7 @@ class OutputComparison:
             if model[name].shape != kept[name].shape:
                 shapes = list(model[name].shape), list(kept[name].shape)
                 raise CheckError(f"the output {name} of Hugging Face's model is {shapes[0]}, the program's {shapes[1]}")
-            self._sums.setdefault(name, _Sums()).add(ours[name], kept[name], model[name])
+            self._sums.setdefault(name, _Sums()).add_three(ours[name], kept[name], model[name])
 
     def rows(self) -> tuple[OutputCheck, ...]:
         """A row for each output.
@@ -89,9 +68,9 @@ def _row(name: str, sums: _Sums) -> OutputCheck:
     row = OutputCheck(
         name=name,
         worst=sums.worst,
-        mean=sums.absolute / sums.count,
+        mean=sums.mean,
         relative=sums.worst / sums.deviation,
-        cosine=sums.product / (math.sqrt(sums.squares * sums.theirs) or 1.0),
+        cosine=sums.cosine,
         given_weights=sums.given / sums.deviation,
     )
     if not row.given_weights <= GIVEN_WEIGHTS:
@@ -106,16 +85,3 @@ def _row(name: str, sums: _Sums) -> OutputCheck:
             hint="choose dtype float32",
         )
     return row
-
-
-def _largest(error: torch.Tensor) -> float:
-    """The largest entry; infinity where one is not a number."""
-    largest = float(error.max())
-    return math.inf if math.isnan(largest) else largest
-
-
-def _parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Equal tensors, flat, in parts, in float64."""
-    flat = [tensor.detach().reshape(-1) for tensor in tensors]
-    for start in range(0, flat[0].numel(), _PART):
-        yield tuple(tensor[start : start + _PART].double() for tensor in flat)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitlower.backends.checkpoint import _outputs
+from bitlower.backends import _outputs
 from bitlower.backends.checkpoint._outputs import OutputComparison
 from bitlower.ir import CheckError
 

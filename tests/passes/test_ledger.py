@@ -11,7 +11,7 @@ import torch
 from scipy.special import log_softmax
 
 from bitlower.ir import Level, Program, TensorType, ValueSpec, get_tensor, set_tensor
-from bitlower.passes import Context, Contract, Ledger, Pass, PassManager
+from bitlower.passes import Context, Contract, Ledger, Pass, PassManager, _ledger
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,11 @@ def linear(program: Program, name: str, x: np.ndarray) -> np.ndarray:
     return x @ weight.T + bias
 
 
-def test_losses_agree_with_numpy(tiny_program: Program, context: Context) -> None:
+@pytest.mark.parametrize("part", [1 << 20, 40])
+def test_losses_agree_with_numpy(
+    tiny_program: Program, context: Context, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_ledger, "_PART", part)
     ledger = Ledger()
     result = PassManager([Same(), Round()], [ledger]).run(tiny_program, context)
     (row,) = ledger.to_dict()["rows"]
