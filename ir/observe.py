@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -48,10 +49,27 @@ def observe(
     watched = _resolve(program.graph, nodes)
     if not watched:
         return
-    runner = _Runner(program.module, watched, callback)
-    with torch.no_grad():
-        for batch in track(batches, label) if track else batches:
-            runner.run_batch(program.arguments(batch), batch)
+    runner = _Runner(program.module, watched)
+    for batch in track(batches, label) if track else batches:
+        values = runner.values(program.arguments(batch))
+        seen = next(values, None)
+        while seen:
+            with torch.no_grad(), _noted(seen[0]):
+                replacement = callback(*seen, batch)
+            seen = None
+            with contextlib.suppress(StopIteration):
+                seen = values.send(replacement)
+
+
+def stream(program: Program, nodes: Collection[fx.Node | str], batch: Batch) -> Iterator[tuple[fx.Node, Any]]:
+    """What :func:`observe` shows on one batch, one by one: the run goes on when the next value is asked for.
+
+    So two programs can be run side by side, and their values compared while few of them are held.
+
+    Raises:
+        BitlowerError: an unknown node name, or a batch with missing or unknown inputs.
+    """
+    yield from _Runner(program.module, _resolve(program.graph, nodes)).values(program.arguments(batch))
 
 
 def run(program: Program, batch: Batch) -> dict[str, torch.Tensor]:
@@ -103,31 +121,36 @@ def _cone(graph: fx.Graph, watched: Collection[fx.Node]) -> tuple[fx.Graph, dict
 class _Runner(fx.Interpreter):
     """Runs the cone of the watched nodes; values that nobody reads later are dropped."""
 
-    def __init__(self, module: fx.GraphModule, watched: Collection[fx.Node], callback: Callback) -> None:
+    def __init__(self, module: fx.GraphModule, watched: Collection[fx.Node]) -> None:
         cone, originals = _cone(module.graph, watched)
         super().__init__(module, garbage_collect_values=True, graph=cone)
-        self.extra_traceback = False
         self._watched: Mapping[fx.Node, fx.Node] = {c: n for c, n in originals.items() if n in watched}
         self._originals: Mapping[fx.Node, fx.Node] = originals
-        self._callback = callback
-        self._batch: Batch = {}
 
-    def run_batch(self, arguments: list[torch.Tensor], batch: Batch) -> None:
-        """Run once; the callback fires on the way."""
-        self._batch = batch
-        self.run(*arguments, enable_io_processing=False)
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Compute ``n`` and show its value to the callback if it is watched."""
-        try:
-            value = super().run_node(n)
-            if n in self._watched:
-                replacement = self._callback(self._watched[n], value, self._batch)
+    def values(self, arguments: list[torch.Tensor]) -> Generator[tuple[fx.Node, Any], Any, None]:
+        """Run once and give the watched nodes' values on the way; what is sent back, unless None, takes their place."""
+        self.args_iter, self.env = iter(arguments), {}
+        for node in self.graph.nodes:
+            with torch.no_grad(), _noted(self._originals.get(node, node)):
+                value = self.run_node(node)
+            if node in self._watched:
+                replacement = yield self._watched[node], value
                 value = value if replacement is None else replacement
-        except Exception as error:
-            error.add_note(f"while running {describe(self._originals.get(n, n))}")
-            raise
-        for source in n.all_input_nodes:
-            if source.op == "get_attr":
-                release(self.fetch_attr(str(source.target)))
-        return value if n.users else None
+                del replacement
+            for source in node.all_input_nodes:
+                if source.op == "get_attr":
+                    release(self.fetch_attr(str(source.target)))
+            self.env[node] = value if node.users else None
+            del value
+            for read in self.user_to_last_uses.get(node, ()):
+                del self.env[read]
+
+
+@contextlib.contextmanager
+def _noted(node: fx.Node) -> Iterator[None]:
+    """Errors say at which node they came."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"while running {describe(node)}")
+        raise

@@ -99,6 +99,10 @@ class Pass:
         """
         raise BitlowerError(f"{type(self).__name__} defines no `run`", hint="write `def run(self, program, context)`")
 
+    def data_runs(self, program: Program) -> int:
+        """How often :meth:`run` runs ``program`` over all calibration data, for predictions of time."""
+        return 0
+
     def parameters(self) -> dict[str, Any]:
         """The fields that differ from their defaults."""
         values = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import fx
 
 from bitlower.ir import Batch, Program
 from bitlower.ir.dataflow import linears, residual_sums
-from bitlower.ir.observe import observe
+from bitlower.ir.observe import stream
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._digest import digest_batches, digest_program
 from bitlower.passes._observers import Recorder
@@ -22,6 +22,7 @@ from bitlower.passes._tokens import token_mask
 
 _PART = 1 << 20
 """Entries that are compared at a time, in float64: logits are large."""
+_OUTPUT = "output: "
 
 
 class Ledger(Recorder):
@@ -86,7 +87,7 @@ class _Energies:
         if not expected.numel():
             return
         width = expected.shape[-1] if expected.dim() else 1
-        pairs = (tensor.reshape(-1, width).split(max(_PART // width, 1)) for tensor in (expected, found))
+        pairs = (torch.split(t.reshape(-1, width), max(_PART // width, 1)) for t in (expected, found))
         for rows, others in zip(*pairs, strict=True):
             self._add_rows(rows.double(), others.double(), deep=deep and expected.dim() > 0)
 
@@ -114,7 +115,7 @@ class _Energies:
 
 @dataclass
 class _Comparison:
-    """Runs two programs side by side, one batch at a time."""
+    """Runs two programs side by side, one batch at a time; a value is held until the other program's is there."""
 
     reference: Program
     program: Program
@@ -130,15 +131,17 @@ class _Comparison:
         self.outputs = {spec.name: _Energies() for spec in self.reference.outputs if spec.type.is_float}
 
     def add(self, batch: Batch) -> None:
-        """Run both programs on ``batch``; only the values to compare are held."""
-        kept: dict[str, torch.Tensor] = {}
-        expected = _run(self.reference, self.layers, batch, lambda name, value: kept.update({name: value}))
-        found = _run(self.program, self.layers, batch, lambda name, value: self._add_layer(kept, name, value, batch))
-        for name, energies in self.outputs.items():
-            energies.add(_unpadded(expected[name], batch), _unpadded(found[name], batch), deep=True)
-
-    def _add_layer(self, kept: dict[str, torch.Tensor], name: str, value: torch.Tensor, batch: Batch) -> None:
-        self.layers[name].add(_unpadded(kept.pop(name), batch), _unpadded(value, batch))
+        """Run both programs on ``batch``, side by side: what has been compared is let go of."""
+        ours, kept = _values(self.reference, self.layers, batch), dict[str, torch.Tensor]()
+        for name, value in _values(self.program, self.layers, batch):
+            while name not in kept:
+                first, expected = next(ours)
+                kept[first] = expected
+            pair = _unpadded(kept.pop(name), batch), _unpadded(value, batch)
+            if name in self.layers:
+                self.layers[name].add(*pair)
+            else:
+                self.outputs[name.removeprefix(_OUTPUT)].add(*pair, deep=True)
 
 
 def compare(reference: Program, program: Program, context: Context) -> dict[str, Any]:
@@ -172,22 +175,17 @@ def _rounded(value: float | None) -> float | None:
     return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
 
 
-def _run(program: Program, layers: Mapping[str, Any], batch: Batch, keep: Any) -> dict[str, torch.Tensor]:
-    """Run ``program`` once, hand the values of ``layers`` to ``keep`` by name, and give the outputs."""
+def _values(program: Program, layers: Mapping[str, Any], batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those of ``layers`` by name, and the float outputs by ``_OUTPUT`` and theirs, as one run gives them."""
     returned = program.graph.output_node().args[0]
     assert isinstance(returned, tuple | list)
-    results: dict[fx.Node, torch.Tensor] = {}
-    wanted = {node for node in returned if isinstance(node, fx.Node)}
-
-    def take(node: fx.Node, value: Any, batch: Batch) -> None:
-        if node in wanted:
-            results[node] = value
-        if node.name in layers:
-            keep(node.name, value)
-
-    chosen = [node for node in program.graph.nodes if node in wanted or node.name in layers]
-    observe(program, chosen, [batch], take)
-    return {spec.name: results[node] for spec, node in zip(program.outputs, returned, strict=True)}
+    names: dict[fx.Node, list[str]] = {node: [node.name] for node in program.graph.nodes if node.name in layers}
+    for spec, node in zip(program.outputs, returned, strict=True):
+        if spec.type.is_float and isinstance(node, fx.Node):
+            names.setdefault(node, []).append(f"{_OUTPUT}{spec.name}")
+    for node, value in stream(program, names, batch):
+        for name in names[node]:
+            yield name, value
 
 
 def _unpadded(value: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -94,6 +94,10 @@ class Adaround(Pass):
     memory: int = 2 << 30
     """Bytes of activations that are held in memory; more go to disk."""
 
+    def data_runs(self, program: Program) -> int:
+        """The float and the quantized program."""
+        return 2
+
     def run(self, program: Program, context: Context) -> bool:
         """Rewrite all open weights and leave an :class:`AdaroundReport`.
 

@@ -65,6 +65,10 @@ class AnalyzeOutliers(Pass):
     batches: int | None = None
     """How many calibration batches to look at; all if left out."""
 
+    def data_runs(self, program: Program) -> int:
+        """Ranges first, then what lies outside them."""
+        return 2
+
     def run(self, program: Program, context: Context) -> bool:
         """Analyze and leave the report.
 

@@ -64,18 +64,26 @@ class Calibrate(Pass):
     bins: int = 4096
     """Histogram bins for ``percentile`` and ``mse``."""
 
+    def data_runs(self, program: Program) -> int:
+        """For extremes, then for histograms; none without activation quantizers."""
+        return (2 if self.activations in _FROM_HISTOGRAM else 1) if _open_activations(program) else 0
+
     def run(self, program: Program, context: Context) -> bool:
         """Estimate and store all open ranges.
 
         Raises:
             BitlowerError: no calibration batches, or a value that is not finite (the tensor is named).
         """
-        weights = open_weights(program.module)
-        activations = [n for n in program.graph.nodes if is_open(program.module, n) and n not in weights]
+        weights, activations = open_weights(program.module), _open_activations(program)
         close_weights(program.module, context.track(weights, "weight ranges"), self.weights)
         if activations:
             _calibrate_activations(program, activations, self, context)
         return bool(weights or activations)
+
+
+def _open_activations(program: Program) -> list[fx.Node]:
+    weights = set(open_weights(program.module))
+    return [node for node in program.graph.nodes if is_open(program.module, node) and node not in weights]
 
 
 def _calibrate_activations(program: Program, nodes: list[fx.Node], options: Calibrate, context: Context) -> None:

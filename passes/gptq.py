@@ -114,6 +114,10 @@ class Gptq(Pass):
     memory: int = 2 << 30
     """Bytes of activations that are held in memory; more go to disk."""
 
+    def data_runs(self, program: Program) -> int:
+        """One walk, and a run forwards and backwards (twice as long as forwards) for gradients."""
+        return 4 if self.gradient else 1
+
     def run(self, program: Program, context: Context) -> bool:
         """Rewrite all open weights and leave a :class:`GptqReport`.
 

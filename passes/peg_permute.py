@@ -83,6 +83,10 @@ class PegPermute(Pass):
     ignore: tuple[str, ...] = ()
     """Module paths; a domain that holds anything of one keeps its order."""
 
+    def data_runs(self, program: Program) -> int:
+        """One, for the ranges of channels."""
+        return 1
+
     def run(self, program: Program, context: Context) -> bool:
         """Reorder, and leave a :class:`PermutationReport`.
 

@@ -40,6 +40,10 @@ class Smooth(Pass):
     gain: float = 0.1
     """The least share of a site's quantization error that has to go for the site to be changed."""
 
+    def data_runs(self, program: Program) -> int:
+        """One, if there is a site."""
+        return int(any(smoothing_sites(program.module)))
+
     def run(self, program: Program, context: Context) -> bool:
         """Smooth every site that gains.
 

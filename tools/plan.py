@@ -2,27 +2,16 @@
 
 The model is traced and the passes that place quantizers run on it (they need no data); nothing is calibrated. From the
 placed quantizers follow the bytes of every tensor (:mod:`bitlower.tools._sizes`), and whether the target can hold it.
-The formulas, with S the bytes of the float model's tensors::
+Memory and time are foreseen by :mod:`bitlower.tools._costs`. Sizes are::
 
-    model file  = Σ codes + Σ scales and zero points + Σ tensors that stay float + overhead of nodes and tensors
-    artefact    = model file + tokenizer + FOLDER_BYTES + ROW_BYTES · quantizers
-    peak memory = BASE_BYTES + COPIES · S + activations of one batch
-    seconds     = fixed part + floating-point operations of the data and the solver / measured rate
-
-The constants were measured on BERTs of 4 to 12 layers. With ``gptq`` there come to the peak the activations between two
-layers for all calibration data, at most the memory that the pass may hold, and three Hessians of the widest input; to
-the operations one forward run, a Hessian for each input of width c (2 c² a token), its factor (2 c³) and error feedback
-(2 c² a row). With ``adaround`` there come to the peak the activations of two walks, the float weights of linears, and
-LAYER_COPIES of the largest layer with the tokens that it is learned on; to the operations, for each step and weight, 4
-for each token of the step (products forward and backward) and STEP_WORK (what is done weight by weight, in the time of
-so many operations).
+    model file = Σ codes + Σ scales and zero points + Σ tensors that stay float + overhead of nodes and tensors
+    artefact   = model file + tokenizer + FOLDER_BYTES + ROW_BYTES · quantizers
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,14 +21,12 @@ from torch import fx
 
 from bitlower.frontends import load
 from bitlower.ir import Level, Program, get_tensor
-from bitlower.ir.dataflow import activation_operand, linears, parameter_of, weight_operand
 from bitlower.passes import Context, Contract, Pass, PassManager, format_pipeline
-from bitlower.passes.adaround import Adaround
 from bitlower.passes.assign_precision import AssignPrecision
-from bitlower.passes.gptq import Gptq
 from bitlower.passes.quantize import PlacementReport
 from bitlower.tools import _backends
-from bitlower.tools._calibration import TEXTS, Amount
+from bitlower.tools._calibration import Amount
+from bitlower.tools._costs import Costs, Exports, Load
 from bitlower.tools._sizes import Target, overhead_bytes, stored_bytes
 from bitlower.tools._standard import standard_exports, standard_passes
 from bitlower.tools.flow import recipe_job
@@ -49,12 +36,8 @@ from bitlower.tools.render import format_bytes, make_table
 
 FOLDER_BYTES = 4_000
 ROW_BYTES = 700
-BASE_BYTES = 680_000_000
-COPIES = 6.3
-FIXED_SECONDS = 12.0
-LAYER_COPIES = 14
-STEP_WORK = 1600.0
 _SIZE_KEEPING = ("adaround", "calibrate", "correct-bias", "fuse", "gptq", "rtn", "lower-integer")
+_TRYING = ("analyze-sensitivity", "assign-precision")
 
 
 @dataclass(frozen=True)
@@ -144,28 +127,6 @@ class Plan:
         )
 
 
-@dataclass(frozen=True)
-class Load:
-    """How much data a run reads: ``samples`` texts of at most ``max_length`` tokens, ``batch_size`` at a time."""
-
-    samples: int
-    max_length: int
-    batch_size: int = 8
-
-    @property
-    def tokens(self) -> int:
-        """Of all of them together."""
-        return self.samples * self.max_length
-
-    @classmethod
-    def of(cls, amount: Amount, program: Program) -> Load:
-        """``amount`` for ``program``."""
-        return cls(amount.samples or TEXTS, amount.length(program), amount.batch_size)
-
-
-Exports = Sequence[tuple[str, Mapping[str, Any]]]
-
-
 def plan_recipe(recipe: Recipe) -> Plan:
     """Predict what :func:`~bitlower.tools.flow.run_recipe` will give and take.
 
@@ -223,7 +184,7 @@ def make_plan(program: Program, passes: tuple[Pass, ...], data: Load, exports: E
         for tensors, target in zip(planned, targets, strict=True)
     ]
     beside = sum(map(len, program.assets.values())) + FOLDER_BYTES + ROW_BYTES * len(list(placed.quantizers()))
-    later = [pass_ for pass_ in passes if pass_ not in early]
+    later, costs = [pass_ for pass_ in passes if pass_ not in early], Costs(program, placed, passes, data, exports)
     return Plan(
         program.source,
         format_pipeline(passes),
@@ -234,8 +195,8 @@ def make_plan(program: Program, passes: tuple[Pass, ...], data: Load, exports: E
         files[0],
         sum(files) + beside * len(files),
         float_bytes,
-        _peak_bytes(program, passes, data),
-        _seconds(program, passes, data),
+        costs.peak_bytes(),
+        costs.seconds(),
     )
 
 
@@ -284,73 +245,7 @@ def _notes(later: Sequence[Pass], exports: Exports) -> Iterator[str]:
     for pass_ in later:
         if pass_.contract is not Contract.ANALYSIS and pass_.name not in _SIZE_KEEPING:
             yield f"{pass_.name} needs data and was not run; sizes are as without it"
+        if pass_.name in _TRYING:
+            yield f"{pass_.name} runs the model as often as there is something to try; the time is as without it"
     for name, _ in exports[1:]:
         yield f"{name} is written as well; tensors and model file are as {exports[0][0]} writes them"
-
-
-def _peak_bytes(program: Program, passes: Sequence[Pass], data: Load) -> int:
-    widest = max((node.meta["type"].shape[-1] for node in linears(program.graph)), default=0)
-    values = data.batch_size * data.max_length * (widest + data.max_length * _heads(program)) * 4
-    return int(BASE_BYTES + COPIES * program.size_bytes() + values + _solver_bytes(program, passes, data))
-
-
-def _solver_bytes(program: Program, passes: Sequence[Pass], data: Load) -> int:
-    """What ``gptq`` or ``adaround`` holds besides the model; 0 without them.
-
-    Both hold activations between two layers: the first Hessians too; the second those of two walks, the float weights,
-    and what a layer is learned with.
-    """
-    widths, shapes, found = _widths(program), [tuple(weight.shape) for weight in _weights(program)], 0
-    for pass_ in passes if widths else ():
-        if isinstance(pass_, Gptq | Adaround):
-            walks = 1 if isinstance(pass_, Gptq) else 2
-            found += min(pass_.memory, walks * data.tokens * (max(widths) + 2 * min(widths)) * 4)
-        if isinstance(pass_, Gptq):
-            found += 3 * max(widths) ** 2 * 4
-        if isinstance(pass_, Adaround):
-            layer = max(LAYER_COPIES * r * c + 3 * min(pass_.tokens, data.tokens) * (r + c) for r, c in shapes)
-            found += 4 * (sum(r * c for r, c in shapes) + layer)
-    return int(found)
-
-
-def _widths(program: Program) -> list[int]:
-    """The widths of the activations that linears read, each activation once."""
-    inputs = dict.fromkeys(activation_operand(node) for node in linears(program.graph))
-    return [int(node.meta["type"].shape[-1]) for node in inputs]
-
-
-def _heads(program: Program) -> int:
-    return int(program.config.get("num_attention_heads") or 1)
-
-
-def _seconds(program: Program, passes: Sequence[Pass], data: Load) -> float:
-    """Fixed costs, and the operations of all runs over the data and of the solvers, at the measured rate."""
-    shapes = [tuple(weight.shape) for weight in _weights(program)]
-    lossy = [pass_ for pass_ in passes if pass_.contract is Contract.LOSSY]
-    runs = len(passes) * 0.25 + len(lossy) * 0.5
-    work = runs * 2.0 * sum(rows * columns for rows, columns in shapes) * data.tokens
-    if any(isinstance(pass_, Gptq) for pass_ in passes):
-        work += sum(2.0 * width**2 * (data.tokens + width) for width in _widths(program))
-        work += sum(2.0 * rows * columns**2 for rows, columns in shapes)
-    for pass_ in passes:
-        if isinstance(pass_, Adaround):
-            steps = pass_.iterations * (4.0 * pass_.batch + STEP_WORK)
-            work += steps * sum(rows * columns for rows, columns in shapes)
-    return FIXED_SECONDS + work / _flop_rate()
-
-
-def _weights(program: Program) -> list[torch.Tensor]:
-    """The parameters of linears."""
-    nodes = [parameter_of(weight_operand(node)) for node in linears(program.graph)]
-    found = [get_tensor(program.module, str(node.target)) for node in nodes if node is not None]
-    return [tensor for tensor in found if tensor.dim() == 2]
-
-
-def _flop_rate() -> float:
-    """Floating-point operations a second of this machine, by multiplying matrices for a moment."""
-    matrix = torch.ones(512, 512)
-    matrix @ matrix
-    start = time.perf_counter()
-    for _ in range(8):
-        matrix @ matrix
-    return 8 * 2 * 512**3 / (time.perf_counter() - start)

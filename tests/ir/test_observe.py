@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from bitlower.ir import BitlowerError, Level, Program, TensorType, ValueSpec
-from bitlower.ir.observe import observe
+from bitlower.ir.observe import observe, stream
 
 KIND = TensorType(torch.float32, ("batch", 4))
 
@@ -153,3 +153,37 @@ def test_what_needs_no_input_has_its_turn_when_it_is_read():
     found: list[torch.Tensor] = []
     observe(program, [exps[1], x], [inputs], lambda node, value, _: found.append(value))
     torch.testing.assert_close(found, [inputs["x"], torch.full((4,), math.e)])
+
+
+def test_a_stream_gives_values_while_the_run_goes_on(monkeypatch):
+    ran = []
+    original = fx.Interpreter.call_function
+    monkeypatch.setattr(fx.Interpreter, "call_function", lambda s, t, a, k: ran.append(str(t)) or original(s, t, a, k))
+    given = batch(0)
+    values = stream(chain(), ["relu", "neg"], given)
+    node, relu = next(values)
+    assert (node.name, ran) == ("relu", ["aten.relu.default"])
+    torch.testing.assert_close(relu, given["x"].clamp(min=0), rtol=0, atol=0)
+    alive = weakref.ref(relu)
+    del relu
+    node, neg = next(values)
+    assert (node.name, alive()) == ("neg", None)
+    torch.testing.assert_close(neg, -torch.exp(given["x"].clamp(min=0)), rtol=0, atol=0)
+    assert not neg.requires_grad
+    assert next(values, None) is None
+
+
+def test_a_stream_names_unknown_nodes():
+    with pytest.raises(BitlowerError, match=r"%rellu; did you mean 'relu'"):
+        next(stream(chain(), ["rellu"], batch(0)))
+
+
+def test_what_a_callback_gives_back_takes_the_place_of_a_value():
+    seen = []
+
+    def look(node: fx.Node, value: torch.Tensor, _: object) -> torch.Tensor | None:
+        seen.append(value.clone())
+        return torch.full_like(value, 3.0) if node.name == "relu" else None
+
+    observe(chain(), ["relu", "neg"], [batch(0)], look)
+    torch.testing.assert_close(seen[1], torch.full((2, 4), -math.exp(3.0)))

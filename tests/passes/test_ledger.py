@@ -11,6 +11,7 @@ import torch
 from scipy.special import log_softmax
 
 from bitlower.ir import Level, Program, TensorType, ValueSpec, get_tensor, set_tensor
+from bitlower.ir.observe import stream
 from bitlower.passes import Context, Contract, Ledger, Pass, PassManager, _ledger
 
 
@@ -165,3 +166,21 @@ def test_padded_positions_do_not_count() -> None:
         PassManager([Spoil()], [ledger], verify=False).run(program, Context(evaluation=[batch]))
         errors.append(ledger.rows[0]["outputs"]["last_hidden_state"]["relative_error"])
     assert errors == [0.0, pytest.approx(math.sqrt(1 / 3), rel=1e-5)]
+
+
+def test_programs_run_side_by_side(tiny_program: Program, context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two programs with the same layers, no value is held while another layer is computed."""
+    seen: dict[int, list[str]] = {}
+
+    def logged(program: Program, nodes, batch):
+        names = seen.setdefault(id(program), [])
+        for node, value in stream(program, nodes, batch):
+            names.append(node.name)
+            assert max(map(len, seen.values())) - min(map(len, seen.values())) <= 1 or len(seen) == 1
+            yield node, value
+
+    monkeypatch.setattr(_ledger, "stream", logged)
+    PassManager([Round()], [Ledger()]).run(tiny_program, context)
+    first, second = seen.values()
+    assert first == second
+    assert len(first) > 2 * len(context.evaluation)

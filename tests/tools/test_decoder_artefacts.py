@@ -10,12 +10,13 @@ import torch
 
 from bitlower.frontends import load
 from bitlower.frontends.tokenize import token_ids
+from bitlower.tools._costs import Load
 from bitlower.tools._standard import standard_exports, standard_passes
 from bitlower.tools.flow import Quantized, quantize
 from bitlower.tools.generation import generate
 from bitlower.tools.language_model import language_model
 from bitlower.tools.perplexity import perplexity
-from bitlower.tools.plan import Load, make_plan
+from bitlower.tools.plan import make_plan
 
 SCHEME, FORMATS = "W4A16-g32", ("onnx-qdq", "checkpoint")
 

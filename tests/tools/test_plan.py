@@ -11,9 +11,10 @@ import torch
 
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program
+from bitlower.tools._costs import Load
 from bitlower.tools._standard import standard_exports
 from bitlower.tools.flow import quantize, standard_passes, standard_recipe
-from bitlower.tools.plan import Load, make_plan, plan_recipe
+from bitlower.tools.plan import make_plan, plan_recipe
 
 
 def test_tensors_by_hand(bert_program: Program) -> None:

@@ -1,0 +1,36 @@
+"""What float arithmetic explains of an output's error: the Program's own outputs when its linears round otherwise."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from bitlower.ir import Batch, Program
+from bitlower.ir.dataflow import linears
+from bitlower.ir.observe import observe
+
+ROUNDING = 2.0**-22
+"""By how much sums of products in float32 differ with their order, over the largest result of a row."""
+
+
+def shaken(program: Program, batch: Batch, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The outputs on one batch when each result of each linear is off by up to ``ROUNDING`` of its row's largest.
+
+    Errors of rounding go with the terms of a sum and not with what is left of them, so a model whose residual stream
+    holds a few large values shows far more of them in its outputs than another.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shaky = set(linears(program.graph))
+    results = dict(zip(program.graph.output_node().args[0], program.outputs, strict=True))  # type: ignore[arg-type]
+    found: dict[str, torch.Tensor] = {}
+
+    def look(node: fx.Node, value: torch.Tensor, batch: Batch) -> torch.Tensor | None:
+        if node in shaky:
+            off = 2 * torch.rand(value.shape, generator=generator) - 1
+            value = value + ROUNDING * value.abs().amax(-1, keepdim=True) * off
+        if node in results:
+            found[results[node].name] = value
+        return value
+
+    observe(program, shaky | results.keys(), [batch], look)
+    return found
