@@ -107,6 +107,9 @@ def cases() -> list[tuple[str, KernelSpec | Attention, int]]:
     )
     codes = replace(heads, explicit=True, scored=UINT8, probs=UINT8, query="uint8", key="uint8", value="uint8")
     shared = replace(heads, heads=32, groups=8, places=(None, None, None), output=None)
+    halves = replace(shared, query="float16", key="float16", value="float16", result="float16")
+    wide = replace(halves, width=128, value_width=128)
+    down = replace(half, weight=low_bit(4), residual=True).holding({"residual": "float32", "values": "float32"})
     found: list[tuple[str, KernelSpec | Attention, int]] = [
         ("W8A8 q/k/v, static", replace(base, activation=STATIC), 128),
         ("W8A8 up, GELU", up, 128),
@@ -117,6 +120,7 @@ def cases() -> list[tuple[str, KernelSpec | Attention, int]]:
         ("W4A8, g128, one row", replace(bytes_, weight=low_bit(4)), 1),
         *((f"W{b}A16, g128", replace(half, weight=low_bit(b)), 128) for b in (4, 3, 2)),
         *((f"W{b}A16, g128, one row", replace(half, weight=low_bit(b)), 1) for b in (4, 3, 2)),
+        ("W4A16, g128, residual float32", down, 128),
         ("LayerNorm, residual, round", norm, 128),
         ("RMSNorm, residual, round", rms, 128),
         ("SiLU, gate, round", gate, 128),
@@ -124,6 +128,8 @@ def cases() -> list[tuple[str, KernelSpec | Attention, int]]:
         ("attention, 12 heads", heads, 128),
         ("attention, codes", codes, 128),
         ("attention, 32 heads, 8 of keys", shared, 128),
+        ("the same, float16", halves, 128),
+        ("the same, of 128 columns", wide, 128),
     ]
     return found
 
@@ -191,7 +197,7 @@ def card(name: str, spec: KernelSpec | Attention, rows: int, architecture: str) 
     functions = sorted(device_functions(source, architecture), key=lambda f: f.name)
     many = isinstance(spec, LinearSpec) and rows >= spec.buckets[-1]
     function = functions[1] if many else functions[0]
-    threads = int(re.findall(rf"__launch_bounds__\((\d+)\) {function.name}\(", source)[0])
+    threads = int(re.findall(rf"__launch_bounds__\((\d+)[\d, ]*\) {function.name}\(", source)[0])
     counts = dict(function.instructions)
     moved, least = traffic(spec, rows)
     device = DEVICES[architecture]

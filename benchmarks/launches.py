@@ -8,8 +8,9 @@ also one token with a past of 128.
 
 Before: the Program at level integer, one launch an operator that computes: a linear, norm, attention, quantize,
 dequantize, choice of scales, concatenation … Views (reshape, transpose, slice …) are none, and neither is the
-dequantization of a weight: the linear is taken to read its codes. After: the device functions of the library for CUDA.
-The bytes of a launch are those of its inputs and results by their types, each tensor once, whatever caches do.
+dequantization of a weight: the linear is taken to read its codes. After: the device functions of the library for CUDA,
+with float32 between them, as the Program has it, and with float16, as libraries for CUDA have it by themselves. The
+bytes of a launch are those of its inputs and results by their types, each tensor once, whatever caches do.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import transformers
 from _common import RESULTS, show_table, write_result
 from torch import fx
 
-from bitlower.backends.tvm_kernels import require_tvm
+from bitlower.backends.tvm_kernels import Target, require_tvm
 from bitlower.frontends import load
 from bitlower.ir import Program, TensorType, get_tensor, ops
 from bitlower.passes import Context, PassManager, parse_pipeline
@@ -141,11 +142,11 @@ def _size(dim: int | str, sizes: Mapping[str, int]) -> int:
     return dim if isinstance(dim, int) else sum(sizes[part.strip()] for part in dim.split("+"))
 
 
-def after(program: Program, sizes: Mapping[str, int]) -> tuple[int, int, list[str]]:
+def after(program: Program, sizes: Mapping[str, int], activations: str = "auto") -> tuple[int, int, list[str]]:
     """Device functions of the library, the bytes that they move, and their names."""
     from bitlower.backends.tvm_kernels._launches import launches_of
 
-    calls = launches_of(program, sizes)
+    calls = launches_of(program, sizes, Target.CUDA, activations)
     names = [call.name for call in calls for _ in range(call.count)]
     return len(names), sum(call.read + call.written for call in calls), names
 
@@ -159,15 +160,18 @@ def block(name: str, scheme: str) -> list[dict[str, Any]]:
             continue
         old = [x - y for x, y in zip(before(two[0], sizes), before(one[0], sizes), strict=True)]
         first, second = after(one[1], sizes), after(two[1], sizes)
+        wide = [after(made, sizes, "float32") for made in (one[1], two[1])]
+        assert wide[1][0] - wide[0][0] == second[0] - first[0], "casts are launches of their own"
         kernels = list(second[2])
         for kernel in first[2]:
             kernels.remove(kernel)
-        moved = [int(old[1]), second[1] - first[1]]
+        moved = [int(old[1]), wide[1][1] - wide[0][1], second[1] - first[1]]
         rows.append(
             {
                 "block": name, "scheme": scheme, "tokens": sizes["sequence"], "past": sizes["past"],
                 "launches_before": old[0], "launches": second[0] - first[0], "bytes_before": moved[0],
-                "bytes": moved[1], "fewer_bytes": round(moved[0] / moved[1], 2), "kernels": kernels,
+                "bytes_float32": moved[1], "fewer_by_fusion": round(moved[0] / moved[1], 2), "bytes": moved[2],
+                "fewer_bytes": round(moved[0] / moved[2], 2), "kernels": kernels,
             }
         )  # fmt: skip
     return rows
@@ -175,11 +179,16 @@ def block(name: str, scheme: str) -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the figures as a table."""
-    headers = ["block", "scheme", "tokens", "past", "launches, before", "after", "MB moved, before", "after", "ratio"]
+    headers = ["block", "scheme", "tokens", "past", "launches, before", "after"]
+    headers += ["MB moved, before", "after, float32", "ratio", "after, float16", "ratio"]
     keys = ("block", "scheme", "tokens", "past", "launches_before", "launches")
-    sizes = ("bytes_before", "bytes")
+    figures = ("bytes_before", "bytes_float32", "fewer_by_fusion", "bytes", "fewer_bytes")
     text = [
-        [*(row[key] for key in keys), *(f"{row[key] / 1e6:.2f}" for key in sizes), row["fewer_bytes"]] for row in rows
+        [
+            *(row[key] for key in keys),
+            *(f"{row[key] / 1e6:.2f}" if key.startswith("bytes") else row[key] for key in figures),
+        ]
+        for row in rows
     ]
     show_table(headers, text)
 

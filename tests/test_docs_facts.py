@@ -200,6 +200,10 @@ def test_the_limits_of_libraries_are_those_of_the_code() -> None:
     assert f"at most {_agreement.VALUE:.0e} of the root".replace("e-0", "e-") in text
     assert f"within {_agreement.QPARAM:.0e}, relatively".replace("e-0", "e-") in text
     assert f"{100 * _agreement.TURNED:g} % may be turned over" in text
+    half = _agreement.FLOAT16
+    value, qparam, tie = (f"{limit:.0e}".replace("e-0", "e-") for limit in (half.value, half.qparam, half.tie))
+    assert f"may be {value} of the root mean square" in text
+    assert f"chosen scales {qparam}, codes {tie} of the range" in text
     for field in fields(_verification.KernelError):
         assert f"`{field.name}`" in text, field.name
 

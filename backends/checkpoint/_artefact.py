@@ -9,8 +9,9 @@ from typing import Any
 from bitlower.backends import _manifest
 from bitlower.backends._folder import CONFIG
 from bitlower.backends._json import read_json
+from bitlower.backends._verified import FILE
 from bitlower.backends.checkpoint._formats import FORMATS
-from bitlower.backends.checkpoint._verification import FILE, read_verification
+from bitlower.backends.checkpoint._verification import Verification
 from bitlower.backends.checkpoint._verify import Stored, check_weight
 from bitlower.ir import CheckError
 
@@ -52,7 +53,7 @@ def verify_artefact(folder: Path) -> ArtefactReport:
     """
     manifest = _manifest.read_manifest(folder)
     files = _manifest.check_files(folder, manifest, (CONFIG, FILE))
-    recorded = read_verification(folder)
+    recorded = Verification.read(folder)
     if recorded.format not in FORMATS:
         raise CheckError(f"{FILE} in {folder} names the unknown format {recorded.format!r}")
     stored = Stored(folder, FORMATS[recorded.format], read_json(folder / CONFIG))

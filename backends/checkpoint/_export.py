@@ -18,7 +18,7 @@ from bitlower.backends.checkpoint._formats import FORMATS, refusal
 from bitlower.backends.checkpoint._packed import cast
 from bitlower.backends.checkpoint._safetensors import INDEX, MODEL, Entry, write_tensors
 from bitlower.backends.checkpoint._skeleton import EMBEDDING, LINEAR, Skeleton
-from bitlower.backends.checkpoint._verification import Verification, write_verification
+from bitlower.backends.checkpoint._verification import Verification
 from bitlower.backends.checkpoint._verify import PACKAGES, Stored, verify_export
 from bitlower.ir import Batch, BitlowerError, Program, QuantSpec, nearest
 
@@ -122,7 +122,7 @@ def export(
     files += [CONFIG, *_write_assets(program, folder)]
     stored = Stored(folder, form, read_json(folder / CONFIG))
     verification = verify_export(program, contents, skeleton, stored, batches, form=form, dtype=number)
-    write_verification(verification, folder)
+    verification.write(folder)
     _manifest.write_manifest(
         program,
         folder,

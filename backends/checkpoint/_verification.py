@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from bitlower.backends._json import read_json, rounded_figures, write_json
-from bitlower.ir import CheckError
-
-FILE = "verification.json"
+from bitlower.backends._json import rounded_figures
+from bitlower.backends._verified import Verified, rows_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class OutputCheck:
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Verified):
     """A comparison that held.
 
     Args:
@@ -70,6 +67,11 @@ class Verification:
         outputs: one row each.
         versions: of what ran the model.
     """
+
+    parts: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
+        "layers": rows_of(LayerCheck),
+        "outputs": rows_of(OutputCheck),
+    }
 
     format: str
     dtype: str
@@ -97,32 +99,3 @@ class Verification:
                 "scale_error": max((row.scale_error for row in self.layers), default=0.0),
             }
         )
-
-    @classmethod
-    def from_dict(cls, form: Mapping[str, Any]) -> Verification:
-        """The verification of plain data.
-
-        Raises:
-            CheckError: a figure is missing.
-        """
-        try:
-            values = {field.name: form[field.name] for field in fields(cls)}
-            values["layers"] = tuple(LayerCheck(**row) for row in form["layers"])
-            values["outputs"] = tuple(OutputCheck(**row) for row in form["outputs"])
-        except (KeyError, TypeError) as error:
-            raise CheckError(f"{FILE} is damaged: {error}") from None
-        return cls(**values)
-
-
-def write_verification(verification: Verification, folder: Path) -> None:
-    """Write ``verification.json`` into ``folder``."""
-    write_json(folder / FILE, verification.to_dict())
-
-
-def read_verification(folder: Path) -> Verification:
-    """What :func:`write_verification` wrote.
-
-    Raises:
-        CheckError: the file is missing or damaged.
-    """
-    return Verification.from_dict(read_json(folder / FILE))

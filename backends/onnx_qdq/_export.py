@@ -23,7 +23,7 @@ from bitlower.backends.onnx_qdq._lower import lower
 from bitlower.backends.onnx_qdq._manifest import write_manifest
 from bitlower.backends.onnx_qdq._rewrite_linear import Form
 from bitlower.backends.onnx_qdq._rewrite_low_bit import LOW_BIT
-from bitlower.backends.onnx_qdq._verification import Verification, write_verification
+from bitlower.backends.onnx_qdq._verification import Verification
 from bitlower.backends.onnx_qdq._verify import verify_export
 from bitlower.ir import Batch, BitlowerError, CheckError, Program, nearest
 
@@ -140,7 +140,7 @@ def export(
     files += [*write_assets(program, folder), *write_genai_config(program, folder, session_config)]
     _check_model(folder / MODEL)
     verification = verify_export(program, folder, batches, session_config=session_config, accuracy_level=accuracy_level)
-    write_verification(verification, folder)
+    verification.write(folder)
     write_manifest(program, folder, backend_options=dataclasses.asdict(options), provenance=provenance)
     return ExportReport(
         sizes(folder, files), opset, form, accuracy_level, operators(model), log.to_dict(), verification

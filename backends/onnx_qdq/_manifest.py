@@ -17,7 +17,7 @@ from bitlower.backends._json import significant
 from bitlower.backends._selftest import run_selftest
 from bitlower.backends.onnx_qdq._kernels import KernelReport, count_kernels, optimized_graph
 from bitlower.backends.onnx_qdq._session import Session, runtime_versions
-from bitlower.backends.onnx_qdq._verification import Verification, read_verification
+from bitlower.backends.onnx_qdq._verification import Verification
 from bitlower.backends.onnx_qdq._verify import MODEL
 from bitlower.ir import CheckError, Program
 
@@ -92,7 +92,7 @@ def verify_artefact(folder: Path) -> ArtefactReport:
     """
     manifest = _manifest.read_manifest(folder)
     files = _manifest.check_files(folder, manifest, (MODEL, "verification.json"))
-    recorded = read_verification(folder)
+    recorded = Verification.read(folder)
     path = folder / MODEL
     kernels = count_kernels(
         optimized_graph(path, recorded.session_config),

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from bitlower.backends._json import read_json, rounded_figures, significant, write_json
+from bitlower.backends._json import rounded_figures, significant
 from bitlower.backends._outputs import OutputError
 from bitlower.backends._selftest import SelfTest
+from bitlower.backends._verified import Verified, rows_of
 from bitlower.backends.onnx_qdq._kernels import KernelReport
-from bitlower.ir import CheckError
-
-FILE = "verification.json"
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class CodeError:
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Verified):
     """A comparison that held.
 
     Args:
@@ -68,6 +65,13 @@ class Verification:
         kernels: what the runtime runs.
         selftest: lets the artefact be checked without the Program.
     """
+
+    parts: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
+        "outputs": rows_of(OutputError),
+        "quantized": rows_of(CodeError),
+        "kernels": KernelReport.from_dict,
+        "selftest": SelfTest.from_dict,
+    }
 
     runtime: Mapping[str, str]
     session_config: Mapping[str, str]
@@ -106,34 +110,3 @@ class Verification:
             figures["codes_worst_difference"] = max(row.worst for row in self.quantized)
             figures["codes_equal_given_codes"] = sum(row.given_codes * row.codes for row in self.quantized) / total
         return rounded_figures(figures)
-
-    @classmethod
-    def from_dict(cls, form: Mapping[str, Any]) -> Verification:
-        """The verification of plain data.
-
-        Raises:
-            CheckError: a figure is missing.
-        """
-        try:
-            values = {field.name: form[field.name] for field in fields(cls)}
-            values["outputs"] = tuple(OutputError(**row) for row in form["outputs"])
-            values["quantized"] = tuple(CodeError(**row) for row in form["quantized"])
-            values["kernels"] = KernelReport.from_dict(form["kernels"])
-            values["selftest"] = SelfTest.from_dict(form["selftest"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckError(f"{FILE} is damaged: {error}") from None
-        return cls(**values)
-
-
-def write_verification(verification: Verification, folder: Path) -> None:
-    """Write ``verification.json`` into ``folder``."""
-    write_json(folder / FILE, verification.to_dict())
-
-
-def read_verification(folder: Path) -> Verification:
-    """What :func:`write_verification` wrote.
-
-    Raises:
-        CheckError: the file is missing or damaged.
-    """
-    return Verification.from_dict(read_json(folder / FILE))

@@ -112,7 +112,11 @@ def host_target() -> Target:
 
 
 def compile_program(
-    program: Program, target: Target | None = None, *, sizes: Mapping[str, int] | None = None
+    program: Program,
+    target: Target | None = None,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    activations: str = Options.activations,
 ) -> Library:
     """A Program at level fused as a library in memory, which is called as the Program is.
 
@@ -120,6 +124,7 @@ def compile_program(
         program: with one graph.
         target: whose code; None: the best CPU that this processor is.
         sizes: symbolic dimensions that are known already, by name.
+        activations: see :class:`Options`.
 
     Raises:
         BitlowerError: TVM is not installed in the pairing that works, or the program cannot be compiled.
@@ -128,7 +133,7 @@ def compile_program(
     require_tvm()
     from bitlower.backends.tvm_kernels import _relax
 
-    return _relax.compile_program(program, target, sizes=sizes)
+    return _relax.compile_program(program, target, sizes=sizes, activations=activations)
 
 
 def load_library(folder: Path) -> Library:

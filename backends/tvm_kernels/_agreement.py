@@ -22,6 +22,31 @@ TURNED = 0.01
 """The largest share of what a kernel gives that roundings inside of it, which nobody sees, may turn over."""
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What float arithmetic may make of what one kernel gives.
+
+    Args:
+        value: see :data:`VALUE`.
+        own: how much a value may be off beside it, of itself.
+        tie: how far a code may be off its rounding interval, of the range of the grid.
+        qparam: see :data:`QPARAM`.
+    """
+
+    value: float = VALUE
+    own: float = 0.0
+    tie: float = TIE
+    qparam: float = QPARAM
+
+
+FLOAT32 = Limits()
+FLOAT16_RESULT = Limits(own=2.0**-10)
+"""Of kernels whose result may be rounded to 11 bits, by 2⁻¹¹ of itself at most."""
+FLOAT16 = Limits(value=1e-2, own=2.0**-10, tie=1e-3, qparam=1e-3)
+"""Of kernels that round weights to 11 bits too, or read what was rounded and is not seen: each by 2⁻¹¹ at most, which
+mostly averages out in a sum."""
+
+
 @dataclass
 class Agreement:
     """Sums over batches for one kernel, or one rounding outside kernels.
@@ -29,10 +54,12 @@ class Agreement:
     Args:
         node: of the Program.
         hidden: the kernel rounds inside, where ties show in what it gives and cannot be told.
+        limits: what float arithmetic explains.
     """
 
     node: fx.Node
     hidden: bool = False
+    limits: Limits = FLOAT32
     values: int = 0
     worst: float = 0.0
     codes: int = 0
@@ -59,10 +86,11 @@ class Agreement:
         if not expected.numel():
             return
         error = torch.stack([(value.double() - theirs.double()).abs() for value in ours]).amin(0).nan_to_num(0.0)
-        relative = error / _sizes(expected)
+        own = self.limits.own * expected.double().abs().nan_to_num(0.0, 0.0, 0.0)
+        relative = (error - own).clamp(min=0) / _sizes(expected)
         self.values += relative.numel()
         self.worst = max(self.worst, float(relative.max()))
-        self.turned += int((relative > VALUE).sum())
+        self.turned += int((relative > self.limits.value).sum())
 
     def add_codes(self, ours: Sequence[Rounding], theirs: torch.Tensor) -> None:
         """Codes; ``ours`` as in :meth:`add_value`, with the scales of the codes."""
@@ -71,7 +99,7 @@ class Agreement:
         self.codes += given.numel()
         self.equal += int((main.codes() == given).sum())
         self.excess = max(self.excess, float(away.max()) if away.numel() else 0.0)
-        self.tie = TIE * (main.quant_max - main.quant_min)
+        self.tie = self.limits.tie * (main.quant_max - main.quant_min)
         self.turned += int((away > self.tie).sum())
 
     def add_qparam(self, kind: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -99,7 +127,7 @@ class Agreement:
 
     def problem(self) -> str:
         """What float arithmetic does not explain; empty if there is nothing."""
-        for kind, limit in (("scale", QPARAM), ("zero_point", 1.0)):
+        for kind, limit in (("scale", self.limits.qparam), ("zero_point", 1.0)):
             if not self.qparams.get(kind, 0.0) <= limit:
                 return f"{self.where}: a {kind.replace('_', ' ')} of a token is {self.qparams[kind]:.3g} off"
         if self.turned_share <= (TURNED if self.hidden else 0):

@@ -55,20 +55,21 @@ def code_dtype(spec: QuantSpec) -> str:
 
 
 def _linear(spec: LinearSpec) -> tuple[Argument, ...]:
-    found = [Argument("x", code_dtype(spec.activation) if spec.activation else spec.dtype, (None, spec.inputs))]
+    dtype = code_dtype(spec.activation) if spec.activation else spec.dtype_of("x")
+    found = [Argument("x", dtype, (None, spec.inputs))]
     if spec.activation is not None:
         token = spec.activation.granularity.dynamic
         shape: tuple[int | None, ...] = (None,) if token else (len(spec.activation_sizes),)
         found += [Argument("x_scale", "float32", shape), Argument("x_zero", "float32", shape)]
     found += weight_arguments(spec)
     if spec.bias:
-        found.append(Argument("bias", spec.dtype, (padded_outputs(spec),)))
+        found.append(Argument("bias", spec.dtype_of("bias"), (padded_outputs(spec),)))
     if spec.rounded is not None:
         count = static_scales(spec.rounded, spec.outputs)
         found += [Argument(f"rounded_{part}", "float32", (count,)) for part in ("scale", "zero")]
     if spec.residual:
-        found += _operand("residual", spec.residual_codes, spec.dtype, spec.outputs)
-    return (*found, *_results(spec.output, spec.dtype, spec.outputs, spec.keep))
+        found += _operand("residual", spec.residual_codes, spec.dtype_of("residual"), spec.outputs)
+    return (*found, *_results(spec.output, spec.dtype_of("values"), spec.outputs, spec.keep))
 
 
 def padded_outputs(spec: LinearSpec) -> int:
@@ -100,32 +101,32 @@ def weight_arguments(spec: LinearSpec) -> list[Argument]:
 
 
 def _norm(spec: NormSpec) -> tuple[Argument, ...]:
-    found = _operand("x", spec.x_codes, spec.dtype, spec.columns)
+    found = _operand("x", spec.x_codes, spec.dtype_of("x"), spec.columns)
     if spec.residual:
-        found += _operand("residual", spec.residual_codes, spec.dtype, spec.columns)
-    found.append(Argument("weight", spec.dtype, (spec.columns,)))
+        found += _operand("residual", spec.residual_codes, spec.dtype_of("residual"), spec.columns)
+    found.append(Argument("weight", spec.dtype_of("weight"), (spec.columns,)))
     if spec.bias:
-        found.append(Argument("bias", spec.dtype, (spec.columns,)))
-    results = _results(spec.output, spec.dtype, spec.columns, spec.keep)
+        found.append(Argument("bias", spec.dtype_of("bias"), (spec.columns,)))
+    results = _results(spec.output, spec.dtype_of("values"), spec.columns, spec.keep)
     if spec.keep_sum:
-        results.append(Argument("sum", spec.dtype, (None, spec.columns), written=True))
+        results.append(Argument("sum", spec.dtype_of("sum"), (None, spec.columns), written=True))
     return (*found, *results)
 
 
 def _activation(spec: ActivationSpec) -> tuple[Argument, ...]:
     width = spec.columns * (2 if spec.gate == "halves" else 1)
-    found = _operand("x", spec.x_codes, spec.dtype, width)
+    found = _operand("x", spec.x_codes, spec.dtype_of("x"), width)
     if spec.bias:
-        found.append(Argument("bias", spec.dtype, (width,)))
+        found.append(Argument("bias", spec.dtype_of("bias"), (width,)))
     if spec.gate == "separate":
-        found += _operand("gate", spec.gate_codes, spec.dtype, spec.columns)
+        found += _operand("gate", spec.gate_codes, spec.dtype_of("gate"), spec.columns)
     if spec.residual:
-        found += _operand("residual", spec.residual_codes, spec.dtype, spec.columns)
-    return (*found, *_results(spec.output, spec.dtype, spec.columns, spec.keep))
+        found += _operand("residual", spec.residual_codes, spec.dtype_of("residual"), spec.columns)
+    return (*found, *_results(spec.output, spec.dtype_of("values"), spec.columns, spec.keep))
 
 
 def _embedding(spec: EmbeddingSpec) -> tuple[Argument, ...]:
-    out = Argument("values", spec.dtype, (None, spec.columns), written=True)
+    out = Argument("values", spec.dtype_of("values"), (None, spec.columns), written=True)
     return (Argument("ids", "int64", (None,)), *weight_arguments(spec.table()), out)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from bitlower.backends import _manifest
 from bitlower.backends._json import significant
 from bitlower.backends._selftest import run_selftest
+from bitlower.backends._verified import FILE
 from bitlower.backends.tvm_kernels._tvm import require_tvm
-from bitlower.backends.tvm_kernels._verification import FILE, read_verification
+from bitlower.backends.tvm_kernels._verification import Verification
 from bitlower.ir import Batch
 
 
@@ -51,7 +52,7 @@ def verify_artefact(folder: Path) -> ArtefactReport:
 
     manifest = _manifest.read_manifest(folder)
     files = _manifest.check_files(folder, manifest, (*RESERVED, FILE))
-    recorded, library = read_verification(folder), load_library(folder)
+    recorded, library = Verification.read(folder), load_library(folder)
 
     def run(batch: Batch) -> dict[str, Any]:
         return {name: value.numpy() for name, value in library(**batch).items()}

@@ -12,6 +12,7 @@ from tvm.script.ir_builder import tirx as T
 
 from bitlower.backends.tvm_kernels._expressions import Expr, codes, const, decoded, spread, with_lanes
 from bitlower.backends.tvm_kernels._frame import i64
+from bitlower.backends.tvm_kernels._spec import FLOATS
 from bitlower.ir import Grid
 
 LEAST = -3.4028234663852886e38
@@ -32,7 +33,7 @@ class Attention:
         causal: mask keys that are later than the query, both counted from the start.
         explicit: a masked score is :data:`LEAST`; else it has no share, and a row without keys gives zeros.
         joined: the result is ``[batch, queries, heads · width]``.
-        query: the dtype of the queries, ``float32`` or that of codes.
+        query: the dtype of the queries, ``float32``, ``float16`` or that of codes.
         key: the dtype of the keys.
         value: the dtype of the values.
         mask: the dtype of the mask, ``bool`` or ``float32``; empty: there is none.
@@ -41,6 +42,7 @@ class Attention:
         probs: the grid that probabilities are rounded to.
         output: the grid of the result, whose codes are given; None: the value.
         scales: how many scales the result has: 1, or one a column.
+        result: the dtype of a result that is no codes.
         places: of query, key and value: where one lies in the rows of merged layers, ``(columns of a row, the first of
             its columns)``, head after head; None: its axes are batch, heads, length and width.
     """
@@ -62,12 +64,13 @@ class Attention:
     probs: Grid | None = None
     output: Grid | None = None
     scales: int = 1
+    result: str = "float32"
     places: tuple[tuple[int, int] | None, ...] = (None, None, None)
 
     @property
     def result_dtype(self) -> str:
         """The dtype of the result."""
-        return "float32" if self.output is None else str(self.output.dtype).removeprefix("torch.")
+        return self.result if self.output is None else str(self.output.dtype).removeprefix("torch.")
 
     def result_shape(self, batch: Any, queries: Any) -> list[Any]:
         """The shape of the result."""
@@ -108,7 +111,9 @@ class Operands:
     def real(self, name: str, place: tuple[Expr, ...], at: Expr) -> Any:
         """Query, key or value in float32."""
         stored = self.stored(name, place, at)
-        return decoded(stored, *self.scales(name, stored)) if f"{name}_scale" in self.buffers else stored
+        if f"{name}_scale" in self.buffers:
+            return decoded(stored, *self.scales(name, stored))
+        return stored.astype(with_lanes("float32", stored))
 
     def scales(self, name: str, like: Expr) -> list[Any]:
         """Scale and zero point, on as many lanes as ``like`` has."""
@@ -150,7 +155,8 @@ class Operands:
                 if what.scales == 1
                 else [self.buffers[f"out_{part}"][column] for part in ("scale", "zero")]
             )
-            value = codes(value, scale, zero, what.output).astype(with_lanes(what.result_dtype, value))
+            value = codes(value, scale, zero, what.output)
+        value = value.astype(with_lanes(what.result_dtype, value))
         index = [batch, query, column] if what.joined else [batch, head, query, column]
         T.buffer_store(self.buffers["result"], value, index)
 
@@ -172,7 +178,7 @@ def _shapes(what: Attention, batch: Any, queries: Any, keys: Any) -> tuple[dict[
         for name, merged in zip(OPERANDS, what.places, strict=True)
     }
     dtypes = {name: str(getattr(what, name)) for name in OPERANDS} | {"result": what.result_dtype}
-    rounded = [name for name in OPERANDS if dtypes[name] != "float32"]
+    rounded = [name for name in OPERANDS if dtypes[name] not in FLOATS]
     rounded += [name for name, grid in (("scores", what.scored), ("probs", what.probs)) if grid is not None]
     if what.mask:
         full = (batch, i64(what.heads), queries, keys)

@@ -52,7 +52,7 @@ def finish(spec: LinearSpec, given: Tensors, y: Expr, i: Expr, j: Expr) -> Expr:
         y = rounded(spec.rounded, given, "rounded", y, j, spec.outputs)
     if spec.residual:
         y = y + operand(spec.residual_codes, given, "residual", (i, j), spec.outputs)
-    return y if spec.output is not None else y.astype(with_lanes(spec.dtype, y))
+    return y if spec.output is not None else y.astype(with_lanes(spec.dtype_of("values"), y))
 
 
 def kept_value(spec: LinearSpec | NormSpec | ActivationSpec, given: Tensors, y: Expr, j: Expr) -> Expr:
@@ -60,7 +60,7 @@ def kept_value(spec: LinearSpec | NormSpec | ActivationSpec, given: Tensors, y: 
     if spec.keep == "rounded" and spec.output is not None:
         columns = spec.outputs if isinstance(spec, LinearSpec) else spec.columns
         y = rounded(spec.output, given, "out", y, j, columns)
-    return y.astype(with_lanes(spec.dtype, y))
+    return y.astype(with_lanes(spec.dtype_of("values"), y))
 
 
 def rounded(quantizer: QuantSpec, given: Tensors, stem: str, y: Expr, column: Expr, columns: int) -> Expr:
@@ -139,7 +139,9 @@ def _float_product(spec: LinearSpec, given: Tensors, rows: Any) -> Any:
     k = te.reduce_axis((0, _i64(spec.inputs)), name="k")
     product = te.compute(
         (rows, shape[0]),
-        lambda i, j: te.sum(given["x"][i, k].astype("float32") * wide[j, k].astype("float32"), axis=k),
+        lambda i, j: te.sum(
+            given["x"][i, k].astype(spec.dtype).astype("float32") * wide[j, k].astype("float32"), axis=k
+        ),
         name="product",
     )
     return lambda i, j: product[i, j]

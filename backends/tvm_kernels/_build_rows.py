@@ -26,7 +26,7 @@ def norm_stages(spec: NormSpec, given: Tensors, rows: Any) -> Tensors:
 
     total = te.compute(shape, added, name="total")
     if spec.keep_sum:
-        results["sum"] = te.compute(shape, lambda i, j: total[i, j].astype(spec.dtype), name="sum")
+        results["sum"] = te.compute(shape, lambda i, j: total[i, j].astype(spec.dtype_of("sum")), name="sum")
     centred = _less_mean(spec, total, rows) if spec.kind == "layer" else total
     k = te.reduce_axis((0, _i64(spec.columns)), name="k")
     square = te.compute((rows,), lambda i: te.sum(centred[i, k] * centred[i, k], axis=k), name="square")
@@ -64,7 +64,7 @@ def result_stages(spec: NormSpec | ActivationSpec, given: Tensors, y: Any, rows:
     """What a kernel gives of the float32 rows ``y``: values, codes, and the scales of a dynamic quantizer."""
     shape, output, columns = (rows, _i64(spec.columns)), spec.output, spec.columns
     if output is None:
-        return {"values": te.compute(shape, lambda i, j: y[i, j].astype(spec.dtype), name="values")}
+        return {"values": te.compute(shape, lambda i, j: y[i, j].astype(spec.dtype_of("values")), name="values")}
     if output.granularity.dynamic:
         return _dynamic_stages(spec, output, y, rows)
     found = {"codes": te.compute(shape, lambda i, j: static_codes(output, given, y[i, j], j, columns), name="codes")}
@@ -85,7 +85,7 @@ def _dynamic_stages(spec: NormSpec | ActivationSpec, output: QuantSpec, y: Any, 
 
     def kept(i: Expr, j: Expr) -> Expr:
         value = decoded(code(i, j), scale[i], zero[i]) if spec.keep == "rounded" else y[i, j]
-        return value.astype(spec.dtype)
+        return value.astype(spec.dtype_of("values"))
 
     found = {"codes": te.compute(shape, code, name="codes"), "out_scale": scale, "out_zero": zero}
     return found | ({"values": te.compute(shape, kept, name="values")} if spec.keep else {})

@@ -89,7 +89,7 @@ class Head:
         with T.serial(i64(0), self.padded // i64(LANES * _BLOCK)) as block:
             start = block * i64(LANES * _BLOCK)
             sums = local(count, "float32")
-            fill(sums, count, "float32")
+            fill(sums, "float32")
             with T.serial(i64(0), i64(what.width)) as at:
                 keys = [T.Bind(self.key[at, ramp(start + i64(part * LANES))]) for part in range(_BLOCK)]
                 for line in range(tile):
@@ -146,7 +146,7 @@ class Head:
         """Sums of values in some of their columns, which are written."""
         count = tile * len(parts)
         sums = local(count, "float32")
-        fill(sums, count, "float32")
+        fill(sums, "float32")
         with T.serial(i64(0), self.keys) as key:
             values = [T.Bind(self.value[key, ramp(i64(part * LANES))]) for part in parts]
             for line in range(tile):

@@ -9,9 +9,10 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from bitlower.backends.tvm_kernels._cpu_frame import fill, get, local, over_rows, put, ramp, splat
-from bitlower.backends.tvm_kernels._cpu_linear import COLUMNS, scales, store
+from bitlower.backends.tvm_kernels._cpu_linear import COLUMNS, ask_scales, ask_words, scales, store
+from bitlower.backends.tvm_kernels._cpu_rows import VectorLanes, VectorReduction
 from bitlower.backends.tvm_kernels._cpu_unfold import float_codes
-from bitlower.backends.tvm_kernels._expressions import Expr
+from bitlower.backends.tvm_kernels._expressions import Expr, with_lanes
 from bitlower.backends.tvm_kernels._frame import Buffers, i64, when
 from bitlower.backends.tvm_kernels._packing import PANEL
 from bitlower.backends.tvm_kernels._spec import LinearSpec
@@ -30,10 +31,14 @@ def row_sums(spec: LinearSpec, buffers: Buffers, rows: Any) -> Any:
 
     def emit() -> None:
         with T.serial(i64(0), rows) as row, T.serial(i64(0), i64(groups)) as group:
-            T.buffer_store(sums, tirx.const(0.0, "float32"), [row, group])
-            with T.serial(i64(0), i64(spec.group)) as k:
-                x = buffers["x"][row, group * i64(spec.group) + k].astype("float32")
-                T.buffer_store(sums, sums[row, group] + x, [row, group])
+            total = VectorReduction(lambda a, b: a + b, 0.0)
+
+            def add(at: Expr) -> None:
+                x = buffers["x"][row, group * i64(spec.group) + at]
+                total.add(x.astype(with_lanes("float32", x)))
+
+            VectorLanes().over(spec.group, add)
+            T.buffer_store(sums, total.result(), [row, group])
 
     when(rows < i64(spec.buckets[-1]), emit)
     return sums
@@ -49,14 +54,17 @@ class FloatPanel:
         panel: which of the panels.
         tiles: how many rows go together, ascending from 1.
         unfold: whether the weights are unfolded to scratch memory first.
+        single: whether there is only one row; then memory is asked for codes before they are read.
     """
 
     def __init__(
-        self, spec: LinearSpec, buffers: Buffers, rows: Any, panel: Expr, tiles: Sequence[int], unfold: bool
-    ) -> None:
+        self, spec: LinearSpec, buffers: Buffers, rows: Any, panel: Expr, tiles: Sequence[int], *, unfold: bool,
+        single: bool,
+    ) -> None:  # fmt: skip
         self.spec, self.buffers, self.rows, self.panel = spec, buffers, rows, panel
         self.tiles, self.unfold = tiles, unfold
         self.block = block_size(spec)
+        self.asks = single and spec.weight is not None
 
     def emit(self) -> None:
         """The whole panel."""
@@ -72,8 +80,10 @@ class FloatPanel:
             self._store(tile, row, lambda at: get(sums, at))
             return
         total = local(tile * COLUMNS, "float32")
-        fill(total, tile * COLUMNS, "float32")
+        fill(total, "float32")
         with T.serial(i64(0), i64(self.spec.inputs // self.spec.group)) as group:
+            if self.asks:
+                ask_scales(self.spec, self.buffers, self.panel, group)
             sums = self._group(tile, row, group)
             for column in range(COLUMNS):
                 scale = self._scales(group, column)
@@ -88,9 +98,11 @@ class FloatPanel:
         spec, count = self.spec, tile * COLUMNS
         chains = 2 if tile == 1 else 1
         sums = local(count * chains, "float32")
-        fill(sums, count * chains, "float32")
+        fill(sums, "float32")
         with T.serial(i64(0), i64(spec.group // spec.step)) as offset:
             at = group * i64(spec.group // spec.step) + offset
+            if self.asks:
+                ask_words(spec, self.buffers, self.panel, at)
             words = [self._words(at, column) for column in range(COLUMNS)]
             for turn in range(spec.step):
                 codes = [
@@ -159,7 +171,7 @@ class FloatPanel:
     def _add_block(self, tile: int, row: Expr, block: Expr, weights: Any, sums: Any) -> None:
         held = local(tile * COLUMNS, "float32")
         places = [(line, column) for line in range(tile) for column in range(COLUMNS)]
-        fill(held, tile * COLUMNS, "float32")
+        fill(held, "float32")
 
         def load() -> None:
             for at, (line, column) in enumerate(places):

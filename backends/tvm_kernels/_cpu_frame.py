@@ -26,25 +26,25 @@ def splat(value: Expr) -> Any:
     return tirx.Broadcast(value, LANES)
 
 
-def local(count: int, dtype: str) -> Any:
-    """``count`` vectors that live in registers as long as only constant places are used."""
-    return T.alloc_buffer((count * LANES,), dtype, scope="local")
+def local(count: int, dtype: str) -> list[Any]:
+    """``count`` vectors that live in registers: each is a buffer on the stack, as TVM has them below 1 KiB."""
+    return [T.alloc_buffer((LANES,), dtype, scope="global") for _ in range(count)]
 
 
-def get(buffer: Any, at: int) -> Any:
-    """Vector ``at`` of a :func:`local` buffer."""
-    return buffer[tirx.Ramp(tirx.const(at * LANES, "int32"), tirx.const(1, "int32"), LANES)]
+def get(vectors: Sequence[Any], at: int) -> Any:
+    """Vector ``at`` of :func:`local` ones."""
+    return vectors[at][ramp(tirx.const(0, "int32"))]
 
 
-def put(buffer: Any, at: int, value: Expr) -> None:
-    """Set vector ``at`` of a :func:`local` buffer."""
-    T.buffer_store(buffer, value, [tirx.Ramp(tirx.const(at * LANES, "int32"), tirx.const(1, "int32"), LANES)])
+def put(vectors: Sequence[Any], at: int, value: Expr) -> None:
+    """Set vector ``at`` of :func:`local` ones."""
+    T.buffer_store(vectors[at], value, [ramp(tirx.const(0, "int32"))])
 
 
-def fill(buffer: Any, count: int, dtype: str) -> None:
-    """Set the first ``count`` vectors to zero."""
-    for at in range(count):
-        put(buffer, at, splat(tirx.const(0, dtype)))
+def fill(vectors: Sequence[Any], dtype: str) -> None:
+    """Set all :func:`local` vectors to zero."""
+    for at in range(len(vectors)):
+        put(vectors, at, splat(tirx.const(0, dtype)))
 
 
 def over_rows(rows: Any, tiles: Sequence[int], body: Callable[[int, Expr], None]) -> None:
@@ -57,6 +57,13 @@ def over_rows(rows: Any, tiles: Sequence[int], body: Callable[[int, Expr], None]
         with T.serial(i64(0), (rows - done) // i64(tile)) as block:
             body(tile, done + block * i64(tile))
         done = done + (rows - done) // i64(tile) * i64(tile)
+
+
+def prefetch(buffer: Any, index: Sequence[Expr]) -> None:
+    """Ask memory for the line of ``buffer`` at ``index``, which may lie past its end."""
+    address = tirx.address_of(tirx.BufferLoad(buffer, list(index)))
+    hints = [tirx.const(value, "int32") for value in (0, 3, 1)]  # to read, to the first-level cache, data
+    T.evaluate(tirx.call_llvm_intrin("", "llvm.prefetch", address, *hints))
 
 
 def tvm_target(target: Target) -> Any:

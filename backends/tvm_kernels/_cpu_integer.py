@@ -9,7 +9,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from bitlower.backends.tvm_kernels._cpu_frame import dot, fill, get, local, over_rows, put, ramp, splat
-from bitlower.backends.tvm_kernels._cpu_linear import COLUMNS, scales, store
+from bitlower.backends.tvm_kernels._cpu_linear import COLUMNS, ask_scales, ask_words, scales, store
 from bitlower.backends.tvm_kernels._cpu_unfold import centred_bytes, zero_bytes
 from bitlower.backends.tvm_kernels._expressions import Expr
 from bitlower.backends.tvm_kernels._frame import Buffers, i64
@@ -31,14 +31,17 @@ class IntegerPanel:
         panel: which of the panels.
         tiles: how many rows go together, ascending from 1.
         unfold: whether the weights are unfolded to scratch memory first.
+        single: whether there is only one row; then memory is asked for narrow weights before they are read.
     """
 
     def __init__(
-        self, spec: LinearSpec, buffers: Buffers, rows: Any, panel: Expr, tiles: Sequence[int], unfold: bool
-    ) -> None:
+        self, spec: LinearSpec, buffers: Buffers, rows: Any, panel: Expr, tiles: Sequence[int], *, unfold: bool,
+        single: bool,
+    ) -> None:  # fmt: skip
         self.spec, self.buffers, self.rows, self.panel = spec, buffers, rows, panel
         self.tiles, self.unfold = tiles, unfold
         self.unfolded: Any = None
+        self.asks = single and spec.width < 8
 
     def emit(self) -> None:
         """The whole panel."""
@@ -63,7 +66,7 @@ class IntegerPanel:
     def tile(self, tile: int, row: Expr) -> None:
         """The results of ``tile`` rows from ``row`` on."""
         total = local(tile * COLUMNS, "float32")
-        fill(total, tile * COLUMNS, "float32")
+        fill(total, "float32")
         over_parts(self.spec, lambda part, found: self._activation_group(tile, row, part, found, total))
         for line in range(tile):
             for column in range(COLUMNS):
@@ -73,7 +76,7 @@ class IntegerPanel:
         """Add what one group of inputs with one activation scale gives."""
         sums = local(tile * COLUMNS, "float32" if self.spec.grouped else "int32")
         if self.spec.grouped:
-            fill(sums, tile * COLUMNS, "float32")
+            fill(sums, "float32")
             for segment, times in found:
                 repeat(times, segment, lambda s: self._add_segment(s, tile, row, sums))
         else:
@@ -106,6 +109,8 @@ class IntegerPanel:
 
     def _add_segment(self, segment: Segment, tile: int, row: Expr, total: Any) -> None:
         sums = local(tile * COLUMNS, "int32")
+        if self.asks:
+            ask_scales(self.spec, self.buffers, self.panel, segment.group)
         self._sum(segment, tile, row, sums)
         for column in range(COLUMNS):
             scale = T.Bind(scales(self.spec, self.buffers, "weight_scale", self.panel, segment.group, column))
@@ -119,10 +124,14 @@ class IntegerPanel:
         count, turns = tile * COLUMNS, step // _QUADS
         chains = 2 if tile == 1 and turns > 1 else 1
         held = sums if chains == 1 else local(count * chains, "int32")
-        fill(held, count * chains, "int32")
+        fill(held, "int32")
         zeros = [self._zeros(segment.group, column) for column in range(COLUMNS)] if self.unfolded is None else []
-        with T.serial(i64(0), i64(segment.size // step)) as offset:
+        # With the number of rows in it, which is 1, LLVM does not unroll the loop and bring all it asks for together.
+        times = i64(segment.size // step) * (self.rows if self.asks else i64(1))
+        with T.serial(i64(0), times) as offset:
             at = segment.start // i64(step) + offset
+            if self.asks:
+                ask_words(self.spec, self.buffers, self.panel, at)
             words = self._step_words(at, zeros)
             for turn in range(turns):
                 for line in range(tile):

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from bitlower.backends.tvm_kernels._cpu_frame import LANES, ramp
+from bitlower.backends.tvm_kernels._cpu_frame import LANES, local, prefetch, put, ramp
 from bitlower.backends.tvm_kernels._expressions import Expr
 from bitlower.backends.tvm_kernels._frame import Buffers, function, i64, when
 from bitlower.backends.tvm_kernels._packing import PANEL, panels
@@ -23,6 +22,9 @@ from bitlower.backends.tvm_kernels._write import write
 
 COLUMNS = PANEL // LANES
 """Vectors across a panel."""
+_AHEAD = 6144
+"""Bytes of codes between those that one row reads and those that it asks memory for. To unfold a line takes so many
+instructions that the processor by itself sees only a few lines ahead."""
 
 
 def lower_linear(spec: LinearSpec) -> Any:
@@ -36,18 +38,18 @@ def lower_linear(spec: LinearSpec) -> Any:
         if spec.activation is None and spec.has_zeros:
             buffers["row_sums"] = row_sums(spec, buffers, rows)
 
-        def over_panels(tiles: Sequence[int], unfold: bool) -> None:
+        def over_panels(tiles: Sequence[int], *, unfold: bool = False, single: bool = False) -> None:
             with T.parallel(i64(0), i64(panels(spec))) as panel:
-                kind(spec, buffers, rows, panel, tiles, unfold).emit()
+                kind(spec, buffers, rows, panel, tiles, unfold=unfold, single=single).emit()
 
         def several() -> None:
             if spec.weight is None or (spec.activation is not None and spec.width == 8):
-                over_panels(spec.buckets[:-1], False)
+                over_panels(spec.buckets[:-1])
                 return
             few = rows < i64(spec.buckets[-1])
-            when(few, lambda: over_panels(spec.buckets[:-1], False), lambda: over_panels(spec.buckets[:-1], True))
+            when(few, lambda: over_panels(spec.buckets[:-1]), lambda: over_panels(spec.buckets[:-1], unfold=True))
 
-        when(rows.equal(i64(1)), lambda: over_panels((1,), False), several)
+        when(rows.equal(i64(1)), lambda: over_panels((1,), single=True), several)
 
     return function(spec, body)
 
@@ -57,8 +59,8 @@ def store(spec: LinearSpec, buffers: Buffers, panel: Expr, row: Expr, column: in
     start = panel * i64(PANEL) + i64(column * LANES)
 
     def ragged() -> None:
-        held = T.alloc_buffer((LANES,), "float32", scope="local")
-        T.buffer_store(held, y, [ramp(tirx.const(0, "int32"))])
+        [held] = vectors = local(1, "float32")
+        put(vectors, 0, y)
         with T.serial(i64(0), i64(spec.outputs % LANES)) as lane:
             write(spec, buffers, row, start + lane, held[lane])
 
@@ -73,3 +75,27 @@ def store(spec: LinearSpec, buffers: Buffers, panel: Expr, row: Expr, column: in
 def scales(spec: LinearSpec, buffers: Buffers, name: str, panel: Expr, group: Expr, column: int) -> Any:
     """16 entries of ``weight_scale`` or ``weight_zero`` of a group."""
     return buffers[name][panel, group, ramp(i64(column * LANES))]
+
+
+def ask_words(spec: LinearSpec, buffers: Buffers, panel: Expr, step: Expr) -> None:
+    """Prefetch, while a single row reads a step of a panel, the words :data:`_AHEAD` bytes later.
+
+    Panels follow each other in memory, so that this goes on into the next.
+    """
+    for word in range(spec.step * spec.width // 32):
+        for column in range(COLUMNS):
+            prefetch(buffers["weight"], [panel, step + _later(spec, spec.step), i64(word), i64(column * LANES)])
+
+
+def ask_scales(spec: LinearSpec, buffers: Buffers, panel: Expr, group: Expr) -> None:
+    """The same of the scales and zero points of a group."""
+    later = group + _later(spec, spec.group)
+    for column in range(COLUMNS):
+        prefetch(buffers["weight_scale"], [panel, later, i64(column * LANES)])
+    if spec.has_zeros:
+        prefetch(buffers["weight_zero"], [panel, later, i64(0)])
+
+
+def _later(spec: LinearSpec, each: int) -> Any:
+    """How many entries, of ``each`` inputs, cover :data:`_AHEAD` bytes of codes."""
+    return i64(max(1, _AHEAD * 8 // (PANEL * spec.width) // each))

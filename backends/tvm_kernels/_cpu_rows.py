@@ -9,7 +9,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from bitlower.backends.tvm_kernels._build_linear import dequantized
-from bitlower.backends.tvm_kernels._cpu_frame import LANES, ramp
+from bitlower.backends.tvm_kernels._cpu_frame import LANES, local, ramp
 from bitlower.backends.tvm_kernels._expressions import Expr, with_lanes
 from bitlower.backends.tvm_kernels._frame import Buffers, function, i64
 from bitlower.backends.tvm_kernels._rows import activation_row, norm_row
@@ -81,7 +81,7 @@ class VectorReduction:
 
     def __init__(self, combine: Callable[[Expr, Expr], Expr], start: float) -> None:
         self._combine = combine
-        self._held = T.alloc_buffer((LANES,), "float32", scope="local")
+        [self._held] = local(1, "float32")
         self._vector = ramp(tirx.const(0, "int32"))
         T.buffer_store(self._held, tirx.const(start, "float32x16"), [self._vector])
 

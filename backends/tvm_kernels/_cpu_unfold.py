@@ -60,7 +60,7 @@ def float_codes(spec: LinearSpec, words: Sequence[Expr], turn: int) -> Any:
         span = 32 // plane
         inner = turn % span
         part = _shifted(words[at + turn // span], inner % 4 * 8 + inner // 4 * plane - low)
-        if spec.width != 4 or spec.target is not Target.VNNI:
+        if spec.width not in (2, 4) or spec.target is not Target.VNNI:
             part = part & splat(tirx.const((1 << plane) - 1 << low, "int32"))
         total = part if total is None else total | part
         at, low = at + spec.step // span, low + plane
@@ -68,11 +68,16 @@ def float_codes(spec: LinearSpec, words: Sequence[Expr], turn: int) -> Any:
 
 
 def _as_float(spec: LinearSpec, code: Any) -> Any:
-    """Codes 0 … 15 as float32; AVX512 looks them up in one register by their lowest four bits."""
+    """Codes 0 … 15 as float32.
+
+    AVX512 looks them up in one register by their lowest four bits; those above a code are not looked at.
+    """
     zero = 0 if spec.has_zeros else fixed_zero(spec)
     if spec.target is not Target.VNNI:
         return (code - splat(tirx.const(zero, "int32"))).astype("float32x16")
-    table = tirx.Ramp(tirx.const(-zero, "int32"), tirx.const(1, "int32"), 16).astype("float32x16")
+    entries = tirx.Ramp(tirx.const(0, "int32"), tirx.const(1, "int32"), 16)
+    codes = entries & splat(tirx.const((1 << spec.width) - 1, "int32"))
+    table = (codes - splat(tirx.const(zero, "int32"))).astype("float32x16")
     name = tvm.target.codegen.llvm_lookup_intrinsic_id("llvm.x86.avx512.permvar.sf.512")
     return tirx.call_llvm_pure_intrin("float32x16", name, table, code)
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from bitlower.backends import _folder
 from bitlower.backends._config import write_config
 from bitlower.backends._manifest import write_manifest
-from bitlower.backends.tvm_kernels._spec import Target
+from bitlower.backends.tvm_kernels._activations import AUTO, activations_of, check_range
+from bitlower.backends.tvm_kernels._spec import HALF, Target
 from bitlower.backends.tvm_kernels._tvm import check_pins, require_tvm
 from bitlower.ir import Batch, BitlowerError, Level, Program, kernels, nearest
 
@@ -34,13 +35,16 @@ class Options:
             one, ``host``, the best of them that this processor runs, or ``cuda`` for NVIDIA GPUs.
         unrun: write a library for GPUs on a machine that has none: it is compared with nothing. Its self-test expects
             what the Program gives, so that ``verify`` compares where the GPU is.
+        activations: ``float16`` or ``float32``, what linears of floats multiply and what lies between kernels (see
+            :mod:`bitlower.backends.tvm_kernels._activations`), or ``auto``: float16 for ``cuda``, which alone has it.
 
     Raises:
-        BitlowerError: an unknown target.
+        BitlowerError: an unknown target or dtype, or one that the target has no kernels for.
     """
 
     target: str = HOST
     unrun: bool = False
+    activations: str = AUTO
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -49,6 +53,7 @@ class Options:
             raise BitlowerError(f"unrun is true or false, not {self.unrun!r}")
         if self.unrun and self.target != Target.CUDA:
             raise BitlowerError(f"a library for {self.target} is run where it is written", hint="leave out `unrun`")
+        activations_of(self.target, self.activations)
 
     def resolve(self) -> Target:
         """The target that it stands for.
@@ -117,20 +122,28 @@ def check_level(level: Level) -> None:
         )
 
 
-def check_host(*, target: str = Options.target, unrun: bool = Options.unrun) -> None:
+def check_host(
+    *, target: str = Options.target, unrun: bool = Options.unrun, activations: str = Options.activations
+) -> None:
     """See that this machine has what an export needs: TVM, compilers, a processor or GPU that runs the target.
 
     Raises:
         BitlowerError: it lacks one of them.
     """
-    Options(target, unrun).resolve()
+    Options(target, unrun, activations).resolve()
     from tvm.support import cc
 
     if cc.get_cc() is None:
         raise BitlowerError("no C compiler is found, which links libraries", hint="install gcc or clang")
 
 
-def check_program(program: Program, *, target: str = Options.target, unrun: bool = Options.unrun) -> None:
+def check_program(
+    program: Program,
+    *,
+    target: str = Options.target,
+    unrun: bool = Options.unrun,
+    activations: str = Options.activations,
+) -> None:
     """See that every operator has a converter; for programs of any level, as far as their operators stay.
 
     Raises:
@@ -139,7 +152,7 @@ def check_program(program: Program, *, target: str = Options.target, unrun: bool
     require_tvm()
     from bitlower.backends.tvm_kernels._relax_aten import check_operator
 
-    Options(target, unrun)
+    Options(target, unrun, activations)
     for node in program.graph.nodes:
         if node.op == "call_function":
             check_operator(node)
@@ -152,6 +165,7 @@ def export(
     batches: Sequence[Batch],
     target: str = Options.target,
     unrun: bool = Options.unrun,
+    activations: str = Options.activations,
     provenance: Mapping[str, Any] | None = None,
 ) -> ExportReport:
     """Compile ``program`` into the existing ``folder`` and compare what lies there with it on ``batches``.
@@ -162,34 +176,38 @@ def export(
         batches: real inputs for the verification.
         target: see :class:`Options`.
         unrun: see :class:`Options`.
+        activations: see :class:`Options`.
         provenance: for the manifest: seeds, hashes of data, and what else the caller knows; plain data.
 
     Raises:
-        BitlowerError: TVM is not installed, an option is wrong, there is no batch, or the program cannot be compiled.
+        BitlowerError: TVM is not installed, an option is wrong, there is no batch, the program cannot be compiled, or
+            float16 does not hold what it computes.
         CheckError: the library does not compute what the program does.
     """
-    options = Options(target, unrun)
+    options = Options(target, unrun, activations)
     check_pins()
     check_level(program.level)
     resolved = options.resolve()
     from bitlower.backends.tvm_kernels._files import RESERVED, write_library
     from bitlower.backends.tvm_kernels._library import has_device
-    from bitlower.backends.tvm_kernels._verification import write_verification
-    from bitlower.backends.tvm_kernels._verify import expect, verify_export
+    from bitlower.backends.tvm_kernels._verify import BATCHES, expect, verify_export
 
-    files = [*write_library(program, folder, resolved), write_config(program, folder, BACKEND)]
+    dtype = activations_of(resolved, activations)
+    if dtype == HALF:
+        check_range(program, batches[:BATCHES])
+    files = [*write_library(program, folder, resolved, dtype), write_config(program, folder, BACKEND)]
     files += _folder.write_assets(program, folder, RESERVED)
     if has_device(resolved):
-        verification = verify_export(program, folder, batches, target=resolved)
+        verification = verify_export(program, folder, batches, target=resolved, activations=dtype)
     else:
-        verification = expect(program, batches, target=resolved)
-    write_verification(verification, folder)
+        verification = expect(program, batches, target=resolved, activations=dtype)
+    verification.write(folder)
     write_manifest(
         program,
         folder,
         backend=BACKEND,
         packages=PACKAGES,
-        backend_options={"target": str(resolved)},
+        backend_options={"target": str(resolved), "activations": dtype},
         provenance=provenance,
     )
     kinds = Counter(kernels.kind(node) for node in program.graph.nodes if kernels.is_kernel(node))

@@ -12,6 +12,7 @@ import tvm
 
 from bitlower.backends import _folder
 from bitlower.backends._json import read_json, write_json
+from bitlower.backends.tvm_kernels._activations import AUTO
 from bitlower.backends.tvm_kernels._cuda_library import write_code
 from bitlower.backends.tvm_kernels._library import LIBRARY, SIGNATURE, Library, find_device
 from bitlower.backends.tvm_kernels._relax import compile_program
@@ -21,14 +22,14 @@ from bitlower.ir import BitlowerError, CheckError, Level, Program, TensorType, V
 RESERVED = (LIBRARY, SIGNATURE)
 
 
-def write_library(program: Program, folder: Path, target: Target) -> tuple[str, ...]:
+def write_library(program: Program, folder: Path, target: Target, activations: str = AUTO) -> tuple[str, ...]:
     """Compile ``program`` into ``folder``; the names of the files, each of which appears whole.
 
     Raises:
         BitlowerError: the program cannot be compiled.
     """
     try:
-        executable = compile_program(program, target).executable
+        library = compile_program(program, target, activations=activations)
     except BitlowerError:
         raise
     except Exception as error:  # TVM raises many kinds
@@ -36,24 +37,24 @@ def write_library(program: Program, folder: Path, target: Target) -> tuple[str, 
         raise BitlowerError(f"TVM does not compile the program: {line}", hint="export to another backend") from error
     with tempfile.TemporaryDirectory(prefix=".library-", dir=folder) as scratch:
         path = Path(scratch) / LIBRARY
-        further = write_code(executable, target, path)
+        further = write_code(library.executable, target, path)
         for name, text in further.items():
             (Path(scratch) / name).write_text(text, encoding="utf-8")
         for name in (LIBRARY, *further):
             _folder.flush(Path(scratch) / name)
             (Path(scratch) / name).replace(folder / name)
-    write_json(folder / SIGNATURE, _signature(program, target))
+    write_json(folder / SIGNATURE, _signature(library))
     return (*RESERVED, *further)
 
 
-def _signature(program: Program, target: Target) -> dict[str, Any]:
+def _signature(library: Library) -> dict[str, Any]:
     """What is needed to run the library without the Program."""
     return {
-        "target": str(target),
-        "processor": processor() if target is Target.VNNI else "",
-        "task": program.task,
-        "inputs": [_encode(spec) for spec in program.inputs],
-        "outputs": [_encode(spec) for spec in program.outputs],
+        "target": str(library.target),
+        "processor": processor() if library.target is Target.VNNI else "",
+        "task": library.program.task,
+        "inputs": [_encode(spec) for spec in library.inputs],
+        "outputs": [_encode(spec) for spec in library.outputs],
     }
 
 

@@ -23,6 +23,8 @@ from bitlower.backends.tvm_kernels._gpu_tile import sync
 from bitlower.backends.tvm_kernels._spec import Target
 
 WARPS = 4
+_BLOCKS = "tirx.launch_bounds_min_blocks_per_sm"
+"""Where nothing is said the assembler goes for many, and spills for it."""
 _CHUNK = 64
 """Words of a key, or columns of a value, that are staged at a time."""
 _BYTES = ("int8", "uint8")
@@ -42,11 +44,16 @@ def attention(what: Attention, target: Target) -> Any:
             T.launch_thread("blockIdx.z", batch) as item,
             T.launch_thread("threadIdx.y", WARPS) as warp,
             T.launch_thread("threadIdx.x", WARP) as lane,
+            T.attr(tirx.const(0, "int32"), _BLOCKS, tirx.const(_blocks(what), "int32")),
         ):
             place = (item.astype("int64"), group.astype("int64"))
             _Tile(operands, target, (block, warp, lane), place, (queries, keys)).emit()
 
     return function(what, body)
+
+
+def _blocks(what: Attention) -> int:
+    return 3 if max(what.width, what.value_width) > _CHUNK else 4  # 168 registers a thread, or 128
 
 
 def _each(what: Attention) -> int:

@@ -100,13 +100,14 @@ class _Gemv:
     def _float_part(self, start: Expr, words: Any, group: Expr) -> Any:
         """Σ x·(u − z) of a chunk, float32."""
         spec = self.spec
-        lanes = 4 if spec.dtype == "float32" else 8
+        dtype = spec.dtype_of("x")
+        lanes = 4 if dtype == "float32" else 8
         zero = T.Bind(self._zero(group))
         part = T.alloc_buffer((1,), "float32", scope="local")
         T.buffer_store(part, tirx.const(0.0, "float32"), [0])
         for first in range(0, self.chunk, lanes):
             count = min(lanes, self.chunk - first)
-            held = T.alloc_buffer((count,), spec.dtype, scope="local")
+            held = T.alloc_buffer((count,), dtype, scope="local")
             vector = tirx.Ramp(start + i64(first), i64(1), count)
             T.buffer_store(held, self.buffers["x"][self.row, vector], [tirx.Ramp(0, 1, count)])
             for k in range(count):
@@ -118,9 +119,10 @@ class _Gemv:
         """Σ x·w of a chunk of floats."""
         run = tirx.Ramp(start, i64(1), self.chunk) if self.chunk > 1 else start
         place = tirx.Ramp(0, 1, self.chunk) if self.chunk > 1 else 0
-        held = [T.alloc_buffer((self.chunk,), self.spec.dtype, scope="local") for _ in range(2)]
-        for buffer, name, row in zip(held, ("x", "weight"), (self.row, self.output), strict=True):
-            T.buffer_store(buffer, self.buffers[name][row, run], [place])
+        held = []
+        for name, row in (("x", self.row), ("weight", self.output)):
+            held.append(T.alloc_buffer((self.chunk,), str(self.buffers[name].dtype), scope="local"))
+            T.buffer_store(held[-1], self.buffers[name][row, run], [place])
         total = tirx.const(0.0, "float32")
         for k in range(self.chunk):
             total = total + held[0][k].astype("float32") * held[1][k].astype("float32")

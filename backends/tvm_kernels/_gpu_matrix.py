@@ -13,12 +13,14 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from bitlower.backends.tvm_kernels._frame import Buffers, i64
-from bitlower.backends.tvm_kernels._gpu_tile import TILE, Stage, depth, scaled, sync
+from bitlower.backends.tvm_kernels._gpu_tile import TILE, Stage, scaled, sync
 from bitlower.backends.tvm_kernels._spec import LinearSpec, Target
 
 _FRAGMENT = 16
 _WARPS, _WARP = 4, 32
 _DEPTH = 32
+_RUN = 8
+"""Float16 values of 16 bytes, which are read at once."""
 _PITCH = {"int8": 48, "float16": 40}
 """Elements from line to line in shared memory: 16 bytes more than a line, against bank conflicts."""
 _SUM_PITCH = TILE + 4
@@ -26,7 +28,7 @@ _SUM_PITCH = TILE + 4
 
 def has_matrix(spec: LinearSpec) -> bool:
     """Whether the linear goes by matrix instructions: int8 with one scale on either side, or float16."""
-    if spec.target is not Target.CUDA or depth(spec) < _DEPTH:
+    if spec.target is not Target.CUDA or spec.inputs % _DEPTH:
         return False
     return spec.dtype == "float16" if spec.activation is None else len(spec.segment_sizes) == 1
 
@@ -94,7 +96,10 @@ class _Matrix:
             stage.fill(words[0], pitch // 4, _DEPTH // 4, lambda line, at: stage.x_word(line, start + at * i64(4)))
             stage.fill(words[1], pitch // 4, _DEPTH // 4, lambda line, at: stage.weight_word(line, start + at * i64(4)))
         else:
-            stage.fill(self.left, pitch, _DEPTH, lambda line, at: stage.x_value(line, start + at))
+            if self.spec.dtype_of("x") == self.dtype:
+                stage.fill(self.left, pitch, _DEPTH, lambda line, at: stage.x_run(line, start + at, _RUN), _RUN)
+            else:
+                stage.fill(self.left, pitch, _DEPTH, lambda line, at: stage.x_value(line, start + at))
             stage.fill(self.right, pitch, _DEPTH, lambda line, at: stage.weight_value(line, start + at))
         sync()
         for k in range(0, _DEPTH, _FRAGMENT):

@@ -52,15 +52,18 @@ class Stage:
         self.first_output, self.first_row = (T.Bind(block.astype("int64") * i64(TILE)) for block in blocks)
         self.thread = T.Bind(thread.astype("int64"))
 
-    def fill(self, shared: Any, pitch: int, across: int, value: Any) -> None:
-        """``shared[line * pitch + at] = value(line, at)`` for 64 lines and ``across`` places."""
+    def fill(self, shared: Any, pitch: int, across: int, value: Any, lanes: int = 1) -> None:
+        """``shared[line * pitch + at] = value(line, at)`` for 64 lines and ``across`` places, ``lanes`` at once."""
+        across //= lanes
         count = TILE * across
         with T.serial(i64(0), i64(-(-count // self.threads))) as turn:
             place = T.Bind(turn * i64(self.threads) + self.thread)
             line, at = T.Bind(place // i64(across)), T.Bind(place % i64(across))
 
             def one() -> None:
-                T.buffer_store(shared, value(line, at), [line * i64(pitch) + at])
+                start = line * i64(pitch) + at * i64(lanes)
+                run = tirx.Ramp(start, i64(1), lanes) if lanes > 1 else start
+                T.buffer_store(shared, value(line, at * i64(lanes)), [run])
 
             if count % self.threads:
                 when(place < i64(count), one)
@@ -74,10 +77,15 @@ class Stage:
         return tirx.if_then_else(row < self.rows, signed_bytes(self.spec, word), tirx.const(0, "int32"))
 
     def x_value(self, line: Expr, k: Expr) -> Any:
-        """A float activation; zero beyond the rows."""
+        """A float activation in the kernel's float type; zero beyond the rows."""
         row = self.first_row + line
         zero = tirx.const(0.0, self.spec.dtype)
-        return tirx.if_then_else(row < self.rows, self.buffers["x"][row, k], zero)
+        return tirx.if_then_else(row < self.rows, self.buffers["x"][row, k].astype(self.spec.dtype), zero)
+
+    def x_run(self, line: Expr, k: Expr, lanes: int) -> Any:
+        """Neighbouring float activations in their own type; those of the last row beyond the rows."""
+        row = tirx.min(self.first_row + line, self.rows - i64(1))
+        return self.buffers["x"][row, tirx.Ramp(k, i64(1), lanes)]
 
     def weight_word(self, line: Expr, k: Expr) -> Any:
         """Four centred codes from input ``k`` on as signed bytes."""

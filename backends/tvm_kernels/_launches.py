@@ -10,6 +10,7 @@ import numpy as np
 import tvm
 from tvm import relax, sym
 
+from bitlower.backends.tvm_kernels._activations import AUTO
 from bitlower.backends.tvm_kernels._frame import i64
 from bitlower.backends.tvm_kernels._gpu_schedule import gpu_target, launches
 from bitlower.backends.tvm_kernels._relax import fuse_module
@@ -34,15 +35,18 @@ class Launch:
     written: int
 
 
-def launches_of(program: Program, sizes: Mapping[str, int], target: Target = Target.CUDA) -> list[Launch]:
+def launches_of(
+    program: Program, sizes: Mapping[str, int], target: Target = Target.CUDA, activations: str = AUTO
+) -> list[Launch]:
     """The calls of functions in the library of a fused program, in order.
 
     Args:
         program: at level fused.
         sizes: the symbolic dimensions by name.
         target: a GPU.
+        activations: as :func:`~bitlower.backends.tvm_kernels._relax.compile_program` takes them.
     """
-    module = fuse_module(program, target, gpu_target(target))
+    module = fuse_module(program, target, gpu_target(target), activations=activations)
     calls = [
         binding.value
         for block in module["main"].body.blocks

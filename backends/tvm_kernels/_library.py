@@ -106,15 +106,19 @@ class Library:
         Raises:
             BitlowerError: an input is missing or unknown.
         """
-        given = [_held(value, self.device) for value in self.program.arguments(inputs)]
+        given = [
+            _held(value, spec.type.dtype, self.device)
+            for spec, value in zip(self.inputs, self.program.arguments(inputs), strict=True)
+        ]
         found = self._machine["main"](*given)
         return {spec.name: value for spec, value in zip(self.outputs, found, strict=True)}
 
 
-def _held(value: Any, device: Any) -> Any:
-    """A tensor of TVM on the device."""
+def _held(value: Any, dtype: torch.dtype, device: Any) -> Any:
+    """A tensor of TVM on the device; floats become those that the library takes."""
     if not isinstance(value, torch.Tensor):
         return value
     import tvm
 
+    value = value.to(dtype) if value.is_floating_point() else value
     return tvm.runtime.tensor(np.ascontiguousarray(value.numpy()), device)

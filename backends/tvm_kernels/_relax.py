@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,6 +10,7 @@ import tvm
 from torch import fx
 from tvm import relax
 
+from bitlower.backends.tvm_kernels._activations import AUTO, activations_of, half_values, typed
 from bitlower.backends.tvm_kernels._cpu_frame import host_target, tvm_target
 from bitlower.backends.tvm_kernels._cuda_library import own_compiler
 from bitlower.backends.tvm_kernels._gpu_schedule import gpu_target, schedule
@@ -27,8 +28,8 @@ from bitlower.backends.tvm_kernels._relax_rows import (
     convert_pointwise,
     convert_rotary,
 )
-from bitlower.backends.tvm_kernels._spec import Target
-from bitlower.ir import BitlowerError, Level, Program, ValueSpec, kernels
+from bitlower.backends.tvm_kernels._spec import HALF, Target
+from bitlower.ir import BitlowerError, Level, Program, TensorType, ValueSpec, kernels
 
 _KERNELS: dict[Any, Callable[[Call], list[Any]]] = {
     kernels.fused_linear: convert_linear,
@@ -40,15 +41,17 @@ _KERNELS: dict[Any, Callable[[Call], list[Any]]] = {
 }
 
 
-def build_module(program: Program, target: Target | None = None) -> Any:
+def build_module(program: Program, target: Target | None = None, activations: str = AUTO) -> Any:
     """The Relax module of a fused Program: one function ``main``, and its kernels.
 
     Args:
         program: at level fused, with one graph.
-        target: of the kernels, a CPU; None: the best that this processor has.
+        target: of the kernels; None: the best CPU that this processor is.
+        activations: see :func:`compile_program`.
 
     Raises:
-        BitlowerError: the program is at another level, or has an operator without a converter.
+        BitlowerError: the program is at another level, or has an operator without a converter; the target has no
+            kernels for the dtype.
     """
     if program.level is not Level.FUSED:
         raise BitlowerError(
@@ -56,15 +59,22 @@ def build_module(program: Program, target: Target | None = None) -> Any:
         )
     if set(program.graphs) != {"model"}:
         raise BitlowerError(f"libraries are made of one graph, the program has {', '.join(program.graphs)}")
-    builder = relax.BlockBuilder()
-    frame = Frame(program.module, builder, target or host_target())
-    variables = [relax.Var(_name(spec), frame.type_of(spec.type)) for spec in program.inputs]
+    builder, target = relax.BlockBuilder(), target or host_target()
+    half = activations_of(target, activations) == HALF
+    frame = Frame(program.module, builder, target, half_values(program) if half else None)
+    variables = [relax.Var(_name(spec), frame.type_of(kind)) for spec, kind in _inputs(frame, program)]
     with builder.function("main", variables):
         with builder.dataflow():
             results = _convert(frame, program.graph, variables)
             output = builder.emit_output(relax.Tuple(results))
         builder.emit_func_output(output)
     return builder.finalize()
+
+
+def _inputs(frame: Frame, program: Program) -> Iterator[tuple[ValueSpec, TensorType]]:
+    """The inputs, and the types that they have here."""
+    places = program.graph.find_nodes(op="placeholder")
+    yield from zip(program.inputs, map(frame.kind_of, places), strict=True)
 
 
 def _name(spec: ValueSpec) -> str:
@@ -84,7 +94,9 @@ def _convert(frame: Frame, graph: fx.Graph, variables: list[Any]) -> list[Any]:
 
 
 @variables_in_order()
-def fuse_module(program: Program, target: Target, device: Any, sizes: Mapping[str, int] | None = None) -> Any:
+def fuse_module(
+    program: Program, target: Target, device: Any, sizes: Mapping[str, int] | None = None, activations: str = AUTO
+) -> Any:
     """The Relax module of a fused Program, in which TVM has fused what is left, and every function has a schedule.
 
     Args:
@@ -92,12 +104,13 @@ def fuse_module(program: Program, target: Target, device: Any, sizes: Mapping[st
         target: of the kernels.
         device: the TVM target.
         sizes: symbolic dimensions that are known already, by name.
+        activations: see :func:`compile_program`.
 
     Raises:
         BitlowerError: see :func:`build_module`.
         CheckError: a function for a GPU has no schedule.
     """
-    module = build_module(program, target)
+    module = build_module(program, target, activations)
     if sizes:
         module = relax.transform.BindSymbolicVars(dict(sizes), "main")(module)
     with device:
@@ -106,7 +119,11 @@ def fuse_module(program: Program, target: Target, device: Any, sizes: Mapping[st
 
 
 def compile_program(
-    program: Program, target: Target | None = None, *, sizes: Mapping[str, int] | None = None
+    program: Program,
+    target: Target | None = None,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    activations: str = AUTO,
 ) -> Library:
     """The Program as a library in memory.
 
@@ -115,6 +132,8 @@ def compile_program(
         target: whose code; None: the best CPU that this processor is.
         sizes: symbolic dimensions that are known already, by name. Where all are, a library for CUDA takes its
             launches as one graph.
+        activations: the dtype of the floats that linears multiply and of what lies between kernels: ``float32``,
+            ``float16`` (see :mod:`bitlower.backends.tvm_kernels._activations`), or ``auto``, the second for CUDA alone.
 
     Raises:
         BitlowerError: see :func:`build_module`.
@@ -122,9 +141,10 @@ def compile_program(
     """
     target = target or host_target()
     device = tvm_target(target) if target.on_cpu else gpu_target(target)
-    module = fuse_module(program, target, device, sizes)
-    graphs = {"relax.backend.use_cuda_graph": target is Target.CUDA}
+    module = fuse_module(program, target, device, sizes, activations)
+    static = not any(relax.analysis.tir_vars_in_type(given.ty) for given in module["main"].params)
+    graphs = {"relax.backend.use_cuda_graph": target is Target.CUDA and static}
     compiler = own_compiler() if target is Target.CUDA else nullcontext()
     with tvm.transform.PassContext(opt_level=3, config=graphs), compiler:
         executable = tvm.compile(module, target=device, relax_pipeline=lowering(target))
-    return Library(executable, program, target)
+    return Library(executable, typed(program, activations_of(target, activations)), target)

@@ -85,7 +85,7 @@ def _imported(frame: Frame, node: fx.Node) -> Any:
         value = frame.value(argument)
         importer.env[argument] = _as_tensor(frame, value) if name.endswith((".Tensor", ".Scalar")) else value
     try:
-        return frame.cast(_of_dtype(frame, importer.convert_map[name](node), node), node.meta["type"])
+        return frame.cast(_of_dtype(frame, importer.convert_map[name](node), node), frame.kind_of(node))
     except Exception as error:  # TVM raises many kinds
         raise BitlowerError(
             f"{_where(node)}: TVM does not convert {node.target} here: {str(error).splitlines()[0]}",
@@ -95,8 +95,7 @@ def _imported(frame: Frame, node: fx.Node) -> Any:
 
 def _of_dtype(frame: Frame, value: Any, node: fx.Node) -> Any:
     """``value`` in the dtype of the node: sums of whole numbers are wider in PyTorch."""
-    wanted = dtype_name(node.meta["type"])
-    return value if str(value.ty.dtype) == wanted else frame.emit(relax.op.astype(value, wanted))
+    return frame.in_dtype(value, dtype_name(frame.kind_of(node)))
 
 
 def _as_tensor(frame: Frame, value: Any) -> Any:
@@ -239,7 +238,7 @@ def _cat(frame: Frame, node: fx.Node) -> Any:
     values, axis = _given(node, None, 0)
     if len(values) != 2 or _int(axis) % node.meta["type"].rank == node.meta["type"].rank - 1:
         return _imported(frame, node)
-    axis = _int(axis) % node.meta["type"].rank
+    axis, dtype = _int(axis) % node.meta["type"].rank, dtype_name(frame.kind_of(node))
 
     def body(first: Any, second: Any) -> Any:
         shape = [*first.shape[:axis], first.shape[axis] + second.shape[axis], *first.shape[axis + 1 :]]
@@ -247,32 +246,34 @@ def _cat(frame: Frame, node: fx.Node) -> Any:
         def value(*index: Any) -> Any:
             at = index[axis]
             later = second[(*index[:axis], at - first.shape[axis], *index[axis + 1 :])]
-            return tirx.if_then_else(at < first.shape[axis], first[index], later)
+            return tirx.if_then_else(at < first.shape[axis], first[index].astype(dtype), later.astype(dtype))
 
         return te.compute(shape, value, name="cat")
 
-    return frame.cast(frame.te(body, *frame.value(values), name="cat", fuse=True), node.meta["type"])
+    return frame.cast(frame.te(body, *frame.value(values), name="cat", fuse=True), frame.kind_of(node))
 
 
 def _gather(frame: Frame, node: fx.Node) -> Any:
-    """``x[i₀, i₁, …]`` with a tensor of indices for every axis, which broadcast."""
+    """``x[…, i₀, i₁, …]`` with indices, which broadcast, for axes side by side; negative ones count from the end."""
     x, indices = _given(node)
-    if None in indices or len(indices) != x.meta["type"].rank:
-        return _imported(frame, node)
-    shape = frame.shape(node.meta["type"])
+    axes = [axis for axis, index in enumerate(indices) if index is not None]
+    shape, first = frame.shape(node.meta["type"]), axes[0]
+    if axes != [*range(first, axes[-1] + 1)] or any(indices[axis].meta["type"].dtype is torch.bool for axis in axes):
+        raise _unknown(node)
+    wide = max(indices[axis].meta["type"].rank for axis in axes)
 
     def body(x: Any, places: list[Any], shape: list[Any]) -> Any:
         def value(*index: Any) -> Any:
-            found = []
-            for place, size in zip(places, x.shape, strict=True):
-                inner = index[len(index) - len(place.shape) :]
+            found = list(index[:first])
+            for place, size in zip(places, x.shape[first:], strict=False):
+                inner = index[first + wide - len(place.shape) : first + wide]
                 at = place[tuple(_at(s, i) for s, i in zip(place.shape, inner, strict=True))]
                 found.append(tirx.if_then_else(at < i64(0), at + size, at))
-            return x[tuple(found)]
+            return x[(*found, *index[first + wide :])]
 
         return te.compute(shape, value, name="gather")
 
-    return frame.te(body, frame.value(x), frame.value(indices), shape, name="gather")
+    return frame.te(body, frame.value(x), [frame.value(indices[axis]) for axis in axes], shape, name="gather")
 
 
 def _at(size: Any, index: Any) -> Any:
@@ -315,7 +316,8 @@ def _norm(frame: Frame, node: fx.Node, name: str, x: Any, shape: Any, weight: An
     if len(shape) != 1:
         raise BitlowerError(f"%{node.name}: norms go over the last axis, not over {len(shape)}")
     value, gain, shift = (frame.value(part) for part in (x, weight, bias))
-    return convert_float_norm(frame, x.meta["type"], name, value, gain, shift, eps)
+    values = dtype_name(frame.kind_of(node))
+    return convert_float_norm(frame, x.meta["type"], name, value, gain, shift, eps, values)
 
 
 def _quantize(frame: Frame, node: fx.Node) -> Any:

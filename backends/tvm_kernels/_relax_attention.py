@@ -38,6 +38,7 @@ def convert_attention(call: Call) -> list[Any]:
     out = call.static("out") if call.has_codes and "value" not in call.names else None
     columns = what.value_width * (what.heads if what.joined else 1)
     if out is None or out[0].size not in (1, columns):
+        what = replace(what, result="float32" if call.has_codes else call.dtype)
         return call.finished(_emit(frame, what, given, inputs))
     what = replace(what, output=_grid(given["out_grid"]), scales=out[0].size)
     inputs += [constant(part.reshape(-1)) for part in out]
@@ -54,6 +55,7 @@ def convert_float_attention(frame: Frame, node: fx.Node) -> Any:
     joined = bool(node.users) and all(swaps_heads(user) or joins_heads(user) for user in node.users)
     causal = bool(given.get("causal", given.get("is_causal")))
     what = _attention(frame, given, factor=factor, causal=causal, joined=joined)
+    what = replace(what, result=dtype_name(frame.kind_of(node)))
     found = _emit(frame, what, given, _inputs(frame, what, given))
     if joined:
         frame.joined[node] = found  # all that is read of it
@@ -70,9 +72,9 @@ def _attention(frame: Frame, given: dict[str, Any], **options: Any) -> Attention
         groups=_number(key.shape[1]),
         width=_number(query.shape[3]),
         value_width=_number(value.shape[3]),
-        query=dtype_name(query),
-        key=dtype_name(key),
-        value=dtype_name(value),
+        query=dtype_name(frame.kind_of(given["query"])),
+        key=dtype_name(frame.kind_of(given["key"])),
+        value=dtype_name(frame.kind_of(given["value"])),
         mask=dtype_name(_type(mask)) if mask is not None else "",
         spread=tuple(size == 1 for size in sizes),
         places=tuple((strip.columns, strip.start) if strip else None for strip in strips),

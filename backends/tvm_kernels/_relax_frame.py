@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import tvm
 import tvm_ffi
 from torch import fx
@@ -17,13 +18,15 @@ from tvm import relax, tirx
 from bitlower.backends.tvm_kernels._arguments import arguments
 from bitlower.backends.tvm_kernels._compile import lower
 from bitlower.backends.tvm_kernels._frame import i64
-from bitlower.backends.tvm_kernels._spec import KernelSpec, Target
+from bitlower.backends.tvm_kernels._spec import FLOATS, HALF, KernelSpec, Target
 from bitlower.ir import BitlowerError, TensorType, get_tensor
 from bitlower.ir.types import Dim
 
 Array = npt.NDArray[Any]
 Value = Any
 """A Relax variable or constant, an expression of dimensions, or a list of the results of a kernel."""
+_FLOATING = ("x", "residual", "gate", "bias", "weight", "sum", "values")
+"""Arguments of kernels that may be floats of either kind."""
 _INJECTIVE, _OPAQUE = 2, 8
 """What TVM may fuse: functions that move and change entries, and none."""
 _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -41,10 +44,15 @@ class Frame:
         module: the graph and its tensors.
         builder: of TVM, within a dataflow block.
         target: of the kernels.
+        halves: the nodes whose values are float16; None: there are none, and linears of floats multiply float32.
     """
 
-    def __init__(self, module: fx.GraphModule, builder: Any, target: Target) -> None:
+    def __init__(
+        self, module: fx.GraphModule, builder: Any, target: Target, halves: frozenset[fx.Node] | None = None
+    ) -> None:
         self.module, self.builder, self.target = module, builder, target
+        self.halves = halves or frozenset()
+        self.dtype = "float32" if halves is None else HALF
         self.values: dict[fx.Node, Value] = {}
         self.strips: dict[fx.Node, Any] = {}
         self.joined: dict[fx.Node, Any] = {}
@@ -81,6 +89,11 @@ class Frame:
         """A type in Relax."""
         return relax.TensorType(self.shape(kind), dtype_name(kind))
 
+    def kind_of(self, node: fx.Node) -> TensorType:
+        """The type that the value of a node has here."""
+        found: TensorType = node.meta["type"]
+        return found.with_dtype(torch.float16) if node in self.halves else found
+
     def value(self, argument: Any) -> Value:
         """What an argument of a node is here: nodes are looked up, also inside lists; all else stays."""
         if isinstance(argument, fx.Node):
@@ -110,6 +123,10 @@ class Frame:
         """The same entries in another shape."""
         return self.emit(relax.op.reshape(value, shape))
 
+    def in_dtype(self, value: Any, dtype: str) -> Any:
+        """``value`` in another dtype, if it has another."""
+        return value if str(value.ty.dtype) == dtype else self.emit(relax.op.astype(value, dtype))
+
     def cast(self, value: Any, kind: TensorType) -> Any:
         """``value`` as of the type ``kind``: where TVM cannot tell that shapes are equal, it is checked at run time."""
         wanted = self.type_of(kind)
@@ -121,8 +138,15 @@ class Frame:
         *outer, columns = self.shape(kind)
         return value if len(outer) == 1 else self.reshape(value, [product(outer), columns])
 
-    def call(self, spec: KernelSpec, given: Mapping[str, Any], rows: Any) -> dict[str, Any]:
-        """Call the kernel of ``spec`` on its arguments by name; its results by name."""
+    def call(self, spec: KernelSpec, given: Mapping[str, Any], rows: Any, values: str = "float32") -> dict[str, Any]:
+        """Call the kernel of ``spec`` on its arguments by name; its results by name, the float one of dtype ``values``.
+
+        Float arguments come in the dtypes that they have; sums before a norm are float32.
+        """
+        if self.dtype == HALF:
+            floats = [a for a in arguments(spec) if a.name in _FLOATING and a.dtype in FLOATS]
+            dtypes = {a.name: "float32" if a.written else str(given[a.name].ty.dtype) for a in floats}
+            spec = spec.holding(dtypes | ({"values": values} if "values" in dtypes else {}))
         function = self.function(spec, spec.name, lambda: lower(spec))
         read = [given[argument.name] for argument in arguments(spec) if not argument.written]
         written = [argument for argument in arguments(spec) if argument.written]

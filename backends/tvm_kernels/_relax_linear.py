@@ -12,7 +12,7 @@ from tvm import relax, te
 from bitlower.backends.tvm_kernels import _expressions as expressions
 from bitlower.backends.tvm_kernels._gpu_linear import check_gpu
 from bitlower.backends.tvm_kernels._packing import pack_float, pack_linear, pack_vector
-from bitlower.backends.tvm_kernels._relax_frame import Array, Frame, constant, product
+from bitlower.backends.tvm_kernels._relax_frame import Array, Frame, constant, dtype_name, product
 from bitlower.backends.tvm_kernels._relax_operands import Call
 from bitlower.backends.tvm_kernels._relax_quantize import dequantized, quantized
 from bitlower.backends.tvm_kernels._relax_views import Strip
@@ -21,6 +21,8 @@ from bitlower.ir import BitlowerError, Grid, TensorType, kernels
 
 _MOST_RUNS = 64
 """Kernels have code of their own for each group of embedding dimensions, if these are not equal."""
+_BUCKETS = (1, 16)
+"""On GPUs fewer rows than the last go by warps, an output each; matrix instructions take 16 at least."""
 
 
 def convert_linear(call: Call) -> list[Any]:
@@ -31,7 +33,7 @@ def convert_linear(call: Call) -> list[Any]:
         return _plain(call)
     given = _arguments(call, spec, runs)
     rows = product(call.frame.shape(call.type_of("x"))[:-1])
-    found = call.frame.call(spec, given, rows)
+    found = call.frame.call(spec, given, rows, call.dtype)
     sizes = call.given.get("rows")
     if not sizes:
         return call.taken(found, 0)
@@ -68,12 +70,14 @@ def linear_spec(call: Call) -> tuple[LinearSpec, Array | None]:
     if call.given.get("bias") is not None and call.stored("bias") is None:
         raise BitlowerError(f"%{call.node.name}: kernels take a bias that is stored")
     starts, splits = _runs(call, codes.shape[1])
+    activation = call.quantizer("x")
     spec = LinearSpec(
         target=call.frame.target,
+        dtype=call.frame.dtype if activation is None else "float32",
         inputs=codes.shape[1],
         outputs=codes.shape[0],
         weight=weight,
-        activation=call.quantizer("x"),
+        activation=activation,
         splits=splits,
         bias=call.given.get("bias") is not None,
         function=call.given.get("activation", ""),
@@ -96,7 +100,7 @@ def laid_out(spec: LinearSpec) -> LinearSpec:
         panels = all(size % spec.step == 0 for size in spec.segment_sizes)
         return replace(spec, layout=Layout.PANELS) if panels else spec
     check_gpu(spec)
-    return spec
+    return replace(spec, buckets=_BUCKETS)
 
 
 def _runs(call: Call, columns: int) -> tuple[Array | None, tuple[int, ...]]:
@@ -151,12 +155,15 @@ def _plain(call: Call) -> list[Any]:
     frame, weight = call.frame, call.floats("weight")
     assert weight is not None
     function, bias = call.given.get("activation", ""), call.stored("bias")
+    codes = call.quantizer("x") is not None
+    x = call.real("x") if codes else frame.value(call.given["x"])
+    dtype = "float32" if codes else frame.dtype
     if bias is None and call.given.get("bias") is not None:
-        product = float_linear(frame, call.real("x"), call.type_of("x"), weight)
+        product = float_linear(frame, x, call.type_of("x"), weight, dtype=dtype)
         product = frame.emit(relax.op.add(product, frame.value(call.given["bias"])))
         product = activated(frame, function, product) if function else product
     else:
-        product = float_linear(frame, call.real("x"), call.type_of("x"), weight, bias, function)
+        product = float_linear(frame, x, call.type_of("x"), weight, bias, function, dtype=dtype)
     if call.given.get("rounded_scale") is not None:
         scale, zero = (constant(part) for part in call.static("rounded"))
         codes = quantized(frame, product, scale, zero, Grid.parse(call.given["rounded_grid"]))
@@ -174,24 +181,41 @@ def _plain(call: Call) -> list[Any]:
 
 
 def float_linear(
-    frame: Frame, x: Any, kind: TensorType, weight: Array, bias: Array | None = None, function: str = ""
+    frame: Frame,
+    x: Any,
+    kind: TensorType,
+    weight: Array,
+    bias: Array | None = None,
+    function: str = "",
+    *,
+    dtype: str = "float32",
+    values: str = "float32",
 ) -> Any:
-    """``function(x · Wᵀ + bias)`` of floats ``x`` of a type: the kernel of its spec, or loops where there is none."""
+    """``function(x · Wᵀ + bias)`` of floats ``x`` of a type: the kernel of its spec, or loops where there is none.
+
+    Products are of ``dtype``, and so is the weight; the result is of the dtype ``values``.
+    """
     outputs, inputs = weight.shape
     spec = LinearSpec(
-        target=frame.target, inputs=inputs, outputs=outputs, weight=None, bias=bias is not None, function=function
+        target=frame.target,
+        dtype=dtype,
+        inputs=inputs,
+        outputs=outputs,
+        weight=None,
+        bias=bias is not None,
+        function=function,
     )
     try:
         spec = laid_out(spec)
     except BitlowerError:
-        value = frame.emit(relax.op.matmul(x, constant(weight.T)))
+        value = frame.emit(relax.op.matmul(frame.in_dtype(x, "float32"), constant(weight.T)))
         value = value if bias is None else frame.emit(relax.op.add(value, constant(bias)))
-        return activated(frame, function, value) if function else value
+        return frame.in_dtype(activated(frame, function, value) if function else value, values)
     given = {"x": frame.rows(x, kind)} | {name: constant(array) for name, array in pack_float(spec, weight).items()}
     if bias is not None:
         given["bias"] = constant(pack_vector(spec, bias))
     *outer, _ = frame.shape(kind)
-    return frame.reshape(frame.call(spec, given, product(outer))["values"], [*outer, frame.dim(outputs)])
+    return frame.reshape(frame.call(spec, given, product(outer), values)["values"], [*outer, frame.dim(outputs)])
 
 
 def convert_float_linear(frame: Frame, node: fx.Node) -> Any:
@@ -200,7 +224,8 @@ def convert_float_linear(frame: Frame, node: fx.Node) -> Any:
     if any(part.op != "get_attr" for part in parts):
         return None
     weight, *bias = map(frame.tensor, parts)
-    return float_linear(frame, frame.value(x), x.meta["type"], weight, bias[0] if bias else None)
+    dtypes = {"dtype": frame.dtype, "values": dtype_name(frame.kind_of(node))}
+    return float_linear(frame, frame.value(x), x.meta["type"], weight, bias[0] if bias else None, **dtypes)
 
 
 def activated(frame: Frame, function: str, x: Any) -> Any:

@@ -12,7 +12,7 @@ from tvm import relax
 
 from bitlower.backends.tvm_kernels._relax_frame import Array, Frame, constant, product
 from bitlower.backends.tvm_kernels._relax_quantize import dequantized, quantized, token_rounded
-from bitlower.backends.tvm_kernels._spec import KernelSpec, static_scales
+from bitlower.backends.tvm_kernels._spec import HALF, KernelSpec, static_scales
 from bitlower.ir import BitlowerError, Grid, QuantSpec, TensorType, kernels, numerics
 
 
@@ -47,6 +47,12 @@ class Call:
     def keep(self) -> str:
         """Which floats a kernel with codes gives, in the words of the specs."""
         return "exact" if "value" in self.names else "rounded" if "rounded" in self.names else ""
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the value that it gives."""
+        read = kernels.read_outputs(self.node).items()
+        return HALF if any(name == "value" and node in self.frame.halves for (_, name), node in read) else "float32"
 
     def quantizer(self, name: str) -> QuantSpec | None:
         """That of an operand that is codes, or of a result that is rounded; None: it is float."""
@@ -124,13 +130,13 @@ class Call:
         """An operand in float32 and its own shape."""
         value = self.frame.value(self.given[name])
         if self.quantizer(name) is None:
-            return value
+            return self.frame.in_dtype(value, "float32")
         scales = [self.frame.value(self.given[f"{name}_{part}"]) for part in ("scale", "zero_point")]
         return dequantized(self.frame, value, *scales)
 
     def kernel(self, spec: KernelSpec, given: dict[str, Any], rows: Any) -> list[Any]:
         """Call a kernel of one part; what the node gives of its results."""
-        return self.taken(self.frame.call(spec, given, rows), 0)
+        return self.taken(self.frame.call(spec, given, rows, self.dtype), 0)
 
     def taken(self, found: dict[str, Any], part: int) -> list[Any]:
         """What the node gives of the results ``values``, ``codes``, ``out_scale`` … of one part, in its types."""
@@ -167,8 +173,8 @@ class Call:
         return np.ascontiguousarray(stored[..., start : start + rows[part]])
 
     def finished(self, value: Any, part: int = 0, total: Any = None) -> list[Any]:
-        """What the node gives of the float32 ``value`` of a part, rounded by expressions of their own."""
-        held = {"value": value, "sum": total}
+        """What the node gives of the ``value`` of a part, rounded by expressions of their own."""
+        held = {"value": self.frame.in_dtype(value, self.dtype), "sum": total}
         if self.has_codes:
             grid = Grid.parse(self.given["out_grid"])
             if self.stored("out_scale") is None:

@@ -64,14 +64,16 @@ def _weight(call: Call, columns: int) -> Any:
     return call.real("weight") if stored is None else constant(stored)
 
 
-def convert_float_norm(frame: Frame, kind: TensorType, norm: str, x: Any, weight: Any, bias: Any, eps: Any) -> Any:
-    """A LayerNorm or RMSNorm over the last axis that no quantizer touches."""
+def convert_float_norm(
+    frame: Frame, kind: TensorType, norm: str, x: Any, weight: Any, bias: Any, eps: Any, values: str = "float32"
+) -> Any:
+    """A LayerNorm or RMSNorm over the last axis that no quantizer touches; its result is of the dtype ``values``."""
     spec = NormSpec(
         target=frame.target, columns=_columns(kind), kind=norm, epsilon=_epsilon(eps), bias=bias is not None
     )
     ones = constant(np.ones(spec.columns, np.float32))
     given = {"x": frame.rows(x, kind), "weight": ones if weight is None else weight, "bias": bias}
-    found = frame.call(spec, given, product(frame.shape(kind)[:-1]))
+    found = frame.call(spec, given, product(frame.shape(kind)[:-1]), values)
     return frame.reshape(found["values"], frame.shape(kind))
 
 
@@ -160,18 +162,23 @@ def convert_rotary(call: Call) -> list[Any]:
     half = _columns(call.type_of("x")) // 2
 
     def body(x: Any, cos: Any, sin: Any) -> Any:
+        def real(index: Any) -> Any:
+            return x[index].astype("float32")
+
         def value(*index: Any) -> Any:
             *outer, at = index
             first = at < i64(half)
             place = tirx.if_then_else(first, at + half, at - half)
-            other = x[(*outer, place)]
+            other = real((*outer, place))
             turned = tirx.if_then_else(first, tirx.const(0.0, "float32") - other, other)
-            return x[index] * spread(cos, x.shape, index) + turned * spread(sin, x.shape, index)
+            return real(index) * spread(cos, x.shape, index) + turned * spread(sin, x.shape, index)
 
         return te.compute(x.shape, value, name="rotary")
 
     tables = [call.frame.value(call.given[name]) for name in ("cos", "sin")]
-    return call.finished(call.frame.te(body, call.real("x"), *tables, name="rotary"))
+    floats = call.quantizer("x") is None
+    x = call.frame.value(call.given["x"]) if floats else call.real("x")
+    return call.finished(call.frame.te(body, x, *tables, name="rotary"))
 
 
 def convert_embedding(call: Call) -> list[Any]:
@@ -224,13 +231,20 @@ def _embedding_body(specs: list[LinearSpec], names: list[list[str]], rounded: li
 
 
 def convert_float_embedding(frame: Frame, node: fx.Node) -> Any:
-    """Rows of a table of floats."""
-    table, ids = (frame.value(argument) for argument in node.args[:2])
-    rows = _count(node.all_input_nodes[0].meta["type"].shape[0])
+    """Rows of a table of floats, which is stored as the weights of float linears are."""
+    source, ids = node.args[0], frame.value(node.args[1])
+    assert isinstance(source, fx.Node), f"%{node.name} has no table"
+    stored = source.op == "get_attr"
+    table = constant(frame.tensor(source).astype(frame.dtype)) if stored else frame.value(source)
+    rows = _count(source.meta["type"].shape[0])
 
     def body(table: Any, ids: Any) -> Any:
         shape = (*ids.shape, table.shape[1])
-        return te.compute(shape, lambda *index: table[_row(ids[index[:-1]], rows), index[-1]], name="embedding")
+
+        def value(*index: Any) -> Any:
+            return table[_row(ids[index[:-1]], rows), index[-1]].astype("float32")
+
+        return te.compute(shape, value, name="embedding")
 
     return frame.te(body, table, ids, name="embedding")
 

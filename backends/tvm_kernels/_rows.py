@@ -68,7 +68,7 @@ def norm_row(spec: NormSpec, buffers: Buffers, row: Expr, lanes: Lanes) -> None:
             x = x + operand(spec.residual_codes, buffers, "residual", (row, at), spec.columns)
         x = T.Bind(x)
         if spec.keep_sum:
-            T.buffer_store(buffers["sum"], x.astype(with_lanes(spec.dtype, x)), [row, at])
+            T.buffer_store(buffers["sum"], x.astype(with_lanes(spec.dtype_of("sum"), x)), [row, at])
         T.buffer_store(held, x, [lanes.place(at)])
         added.add(x)
 
@@ -111,7 +111,9 @@ class _Result:
             self.low.add(y)
             self.high.add(y)
         elif self.output is None:
-            T.buffer_store(self.buffers["values"], y.astype(with_lanes(self.spec.dtype, y)), [self.row, at])
+            T.buffer_store(
+                self.buffers["values"], y.astype(with_lanes(self.spec.dtype_of("values"), y)), [self.row, at]
+            )
         else:
             code = static_codes(self.output, self.buffers, y, at, self.spec.columns)
             T.buffer_store(self.buffers["codes"], code, [self.row, at])
@@ -138,7 +140,9 @@ class _Result:
             T.buffer_store(buffers["codes"], code.astype(with_lanes(dtype, y)), [self.row, at])
             if self.spec.keep:
                 kept = decoded(code, _like(scale, y), _like(zero, y)) if self.spec.keep == "rounded" else y
-                T.buffer_store(buffers["values"], kept.astype(with_lanes(self.spec.dtype, y)), [self.row, at])
+                T.buffer_store(
+                    buffers["values"], kept.astype(with_lanes(self.spec.dtype_of("values"), y)), [self.row, at]
+                )
 
         self.lanes.over(self.spec.columns, one)
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Self
 
 from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec, ScaleConvention, nearest
 
 FUNCTIONS = ("", "relu", "gelu", "gelu-tanh", "silu", "tanh", "sigmoid")
 """Activation functions of an epilogue; the empty name is the identity."""
-FLOATS = ("float32", "float16")
+HALF = "float16"
+FLOATS = ("float32", HALF)
 KEEP = ("", "exact", "rounded")
 """Whether a kernel gives floats beside codes: none, the result before its rounding, or the values of its codes."""
 _WEIGHT_KINDS = ("tensor", "channel", "row-group", "group")
@@ -55,15 +58,28 @@ class KernelSpec:
 
     Args:
         target: whose code.
-        dtype: of the values that are not codes, arguments and results; sums are float32 always.
+        dtype: of the values that are not codes, arguments and results, and of what linears multiply; sums are float32
+            always.
+        dtypes: of those that have another, by name, in order; GPU kernels read and write either.
     """
 
     target: Target = Target.LLVM
     dtype: str = "float32"
+    dtypes: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.dtype not in FLOATS:
-            raise BitlowerError(f"kernels compute in {' or '.join(FLOATS)}, not in {self.dtype}")
+        for dtype in (self.dtype, *dict(self.dtypes).values()):
+            if dtype not in FLOATS:
+                raise BitlowerError(f"kernels compute in {' or '.join(FLOATS)}, not in {dtype}")
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of an argument that is no codes."""
+        return dict(self.dtypes).get(name, self.dtype)
+
+    def holding(self, dtypes: Mapping[str, str]) -> Self:
+        """The same kernel with arguments of these dtypes, by name."""
+        others = {name: dtype for name, dtype in dtypes.items() if dtype != self.dtype}
+        return replace(self, dtypes=tuple(sorted(others.items())))
 
     @property
     def family(self) -> str:

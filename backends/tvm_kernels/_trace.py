@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from bitlower.backends._rounding import TIE, Rounding
-from bitlower.backends.tvm_kernels._agreement import Agreement
+from bitlower.backends._rounding import Rounding
+from bitlower.backends.tvm_kernels._activations import VIEWS, half_values
+from bitlower.backends.tvm_kernels._agreement import FLOAT16, FLOAT16_RESULT, FLOAT32, Agreement, Limits
+from bitlower.backends.tvm_kernels._spec import HALF
 from bitlower.ir import Grid, Program, ValueSpec, kernels, numerics, ops
 
 Tensors = Mapping[str, torch.Tensor]
@@ -67,10 +69,12 @@ class KernelComparison:
 
     Args:
         program: whose kernels they are.
+        activations: of the library, ``float16`` or ``float32``.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, activations: str = "float32") -> None:
         self._program = program
+        self._halves = half_values(program) if activations == HALF else None
         self.agreements: dict[fx.Node, Agreement] = {}
 
     def run(self, arguments: list[torch.Tensor], theirs: Tensors) -> dict[str, torch.Tensor]:
@@ -83,19 +87,29 @@ class KernelComparison:
         Raises:
             CheckError: a value has another shape than the Program's, or is not finite where that is.
         """
-        runner = _Runner(self._program, theirs, self.agreements)
+        runner = _Runner(self._program, theirs, self.agreements, self._halves)
         with torch.no_grad():
             results = runner.run(*arguments, enable_io_processing=False)
         return {spec.name: value for spec, value in zip(self._program.outputs, results, strict=True)}
 
 
 class _Runner(fx.Interpreter):
-    """Runs the Program; the library's values take the place of what kernels give."""
+    """Runs the Program; the library's values take the place of what kernels give.
 
-    def __init__(self, program: Program, theirs: Tensors, agreements: dict[fx.Node, Agreement]) -> None:
+    Other values are rounded where they are float16 in the library (``halves``), and so are tables of floats.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        theirs: Tensors,
+        agreements: dict[fx.Node, Agreement],
+        halves: frozenset[fx.Node] | None,
+    ) -> None:
         super().__init__(program.module, garbage_collect_values=True)
         self.extra_traceback = False
         self._theirs, self._agreements = theirs, agreements
+        self._halves, self._narrow = halves or frozenset(), halves is not None
 
     def run_node(self, n: fx.Node) -> Any:
         """Compute ``n``, compare it if it is a kernel or rounds, and go on with the library's values."""
@@ -108,24 +122,49 @@ class _Runner(fx.Interpreter):
         elif _is_qparam(n):
             self._agreement(n).add_qparam(QPARAMS[n.args[1]], value, self._theirs[_name(n)])  # type: ignore[index]
         else:
-            return value
+            table = self._narrow and n.target is torch.ops.aten.embedding.default
+            return _rounded(value) if table or n in self._halves else value
         return self._theirs[_name(n)].to(value.dtype)
 
     def _agreement(self, node: fx.Node, hidden: bool = False) -> Agreement:
-        return self._agreements.setdefault(node, Agreement(node, hidden))
+        return self._agreements.setdefault(node, Agreement(node, hidden, self._limits(node)))
+
+    def _limits(self, node: fx.Node) -> Limits:
+        """What float arithmetic explains of ``node``."""
+        if not self._narrow:
+            return FLOAT32
+        weights = node.target is kernels.fused_linear and kernels.arguments(node).get("x_scale") is None
+        unseen = any(source in self._halves and not _is_seen(source) for source in node.all_input_nodes)
+        return FLOAT16 if weights or unseen else FLOAT16_RESULT
 
     def _kernel(self, node: fx.Node) -> list[torch.Tensor]:
         """What the library gave of a kernel's results; what nobody reads is the Program's."""
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         call = _Call(node, kernels.bind(node, args, kwargs))
-        read = kernels.read_outputs(node).items()
-        theirs = {key: self._theirs[_name(taken)] for key, taken in read if _shown(taken)}
+        read = kernels.read_outputs(node)
+        theirs = {key: self._theirs[_name(taken)] for key, taken in read.items() if _shown(taken)}
         agreement, results = self._agreement(node, call.rounds_unseen), list[torch.Tensor]()
-        for part, (ours, values) in enumerate(zip(call.results(), call.values(), strict=True)):
+        for part, (ours, values) in enumerate(zip(call.results(), call.values(agreement.limits.tie), strict=True)):
             given = {name: theirs[part, name] for name in call.names if (part, name) in theirs}
             call.compare(part, ours, [ours["value"], *values], given, agreement)
-            results += [given[name].to(ours[name].dtype) if name in given else ours[name] for name in call.names]
+            for name in call.names:
+                rounds = name not in given and read.get((part, name)) in self._halves
+                results.append(given.get(name, _rounded(ours[name]) if rounds else ours[name]).to(ours[name].dtype))
         return results
+
+
+def _is_seen(node: fx.Node) -> bool:
+    """Whether the value of ``node`` is that of a kernel, which the library gives, or a view of one."""
+    while node.target in VIEWS:
+        node = node.all_input_nodes[0]
+    return kernels.output_of(node) is not None and _shown(node)
+
+
+def _rounded(value: Any) -> Any:
+    """The nearest float16 values, in their own dtype; of a list those of all."""
+    if isinstance(value, torch.Tensor):
+        return value.half().to(value.dtype)
+    return [_rounded(part) for part in value]
 
 
 class _Call:
@@ -154,8 +193,8 @@ class _Call:
         found = self._operator(**self._given | {"outputs": " ".join(names)})
         return [dict(zip(names, found[at:], strict=False)) for at in range(0, len(found), len(names))]
 
-    def values(self) -> list[list[torch.Tensor]]:
-        """What else the value of each layer may be, if products at ties are rounded the other way."""
+    def values(self, tie: float) -> list[list[torch.Tensor]]:
+        """What else the value of each layer may be, if products that are so near to ties are rounded the other way."""
         given = self._given
         if not given.get("rounded_grid") or given.get("rounded_scales") is not None:
             return [[] for _ in given.get("rows") or [0]]
@@ -166,7 +205,7 @@ class _Call:
             rest = numerics.values(rest, given["residual_scale"], given["residual_zero_point"])
         found = []
         for value in self._operator(**product):
-            steps = [sign * TIE * (limits[1] - limits[0]) * scale for sign in (-1, 1)]
+            steps = [sign * tie * (limits[1] - limits[0]) * scale for sign in (-1, 1)]
             rounded = [numerics.fake(value + step, scale, zero, *limits) for step in steps]
             found.append([part if rest is None else part + rest for part in rounded])
         return found

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from bitlower.backends._json import read_json, rounded_figures, write_json
+from bitlower.backends._json import rounded_figures
 from bitlower.backends._outputs import OutputError
 from bitlower.backends._selftest import SelfTest
+from bitlower.backends._verified import Verified, rows_of
 from bitlower.backends.tvm_kernels._agreement import Agreement
-from bitlower.ir import CheckError
-
-FILE = "verification.json"
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class KernelError:
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Verified):
     """A comparison that held, or was left to where the library runs.
 
     Args:
@@ -74,6 +71,12 @@ class Verification:
         selftest: lets the artefact be checked without the Program; expects the Program's outputs where the library was
             not run, else its own.
     """
+
+    parts: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
+        "outputs": rows_of(OutputError),
+        "kernels": rows_of(KernelError),
+        "selftest": SelfTest.from_dict,
+    }
 
     runtime: Mapping[str, str]
     batches: int
@@ -104,33 +107,3 @@ class Verification:
             "kernel_error": max((row.worst for row in self.kernels), default=0.0),
         }
         return rounded_figures(figures | ({"codes_equal_given_inputs": equal / codes} if codes else {}))
-
-    @classmethod
-    def from_dict(cls, form: Mapping[str, Any]) -> Verification:
-        """The verification of plain data.
-
-        Raises:
-            CheckError: a figure is missing.
-        """
-        try:
-            values = {field.name: form[field.name] for field in fields(cls)}
-            values["outputs"] = tuple(OutputError(**row) for row in form["outputs"])
-            values["kernels"] = tuple(KernelError(**row) for row in form["kernels"])
-            values["selftest"] = SelfTest.from_dict(form["selftest"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckError(f"{FILE} is damaged: {error}") from None
-        return cls(**values)
-
-
-def write_verification(verification: Verification, folder: Path) -> None:
-    """Write ``verification.json`` into ``folder``."""
-    write_json(folder / FILE, verification.to_dict())
-
-
-def read_verification(folder: Path) -> Verification:
-    """What :func:`write_verification` wrote.
-
-    Raises:
-        CheckError: the file is missing or damaged.
-    """
-    return Verification.from_dict(read_json(folder / FILE))

@@ -20,11 +20,12 @@ import torch
 from bitlower.backends._outputs import Array, OutputComparison, OutputError
 from bitlower.backends._selftest import SelfTest, make_selftest, small_batch
 from bitlower.backends._steps import cached_steps, visible
+from bitlower.backends.tvm_kernels._activations import typed
 from bitlower.backends.tvm_kernels._agreement import Agreement
 from bitlower.backends.tvm_kernels._files import load_library, processor
 from bitlower.backends.tvm_kernels._library import Library
 from bitlower.backends.tvm_kernels._relax import compile_program
-from bitlower.backends.tvm_kernels._spec import Target
+from bitlower.backends.tvm_kernels._spec import HALF, Target
 from bitlower.backends.tvm_kernels._trace import KernelComparison, trace
 from bitlower.backends.tvm_kernels._verification import KernelError, Verification
 from bitlower.ir import Batch, BitlowerError, CheckError, Program
@@ -33,17 +34,27 @@ from bitlower.ir.observe import run
 OUTPUT_GIVEN_INPUTS = 2e-4
 """The largest error of an output, over its standard deviation, that float arithmetic after the last kernel may make, or
 that reading inner values may."""
+OUTPUT_OF_HALVES = 1e-2
+"""The same where activations are float16: of what the last linear multiplies, each factor is rounded to 11 bits."""
 TIES = 4
 """How many times what ties make between the Program and the library that shows its kernels they may make between that
 library and the one that was written: reading inner values can move the last bit of others."""
 OUTPUT_COSINE = 0.9
 """The least cosine between an output of the library and the Program's when both run on their own."""
+BATCHES = 4
+"""Only so many batches are compared, besides a part of the first."""
 ROWS, LENGTH = 4, 64
 """A batch is cut to so many rows and tokens where the results of all kernels are held."""
 
 
 def verify_export(
-    program: Program, folder: Path, batches: Iterable[Batch], *, target: Target, limit: int = 4
+    program: Program,
+    folder: Path,
+    batches: Iterable[Batch],
+    *,
+    target: Target,
+    activations: str = "float32",
+    limit: int = BATCHES,
 ) -> Verification:
     """Check that the library in ``folder`` computes what ``program`` does.
 
@@ -55,6 +66,7 @@ def verify_export(
         folder: the artefact's.
         batches: inputs by name; real ones.
         target: whose code was written.
+        activations: of the library, ``float16`` or ``float32``.
         limit: only so many batches are compared, besides a part of the first, which is kept for the self-test.
 
     Raises:
@@ -64,13 +76,14 @@ def verify_export(
     given = list(_with_small_batch(program, itertools.islice(batches, limit)))
     if not given:
         raise BitlowerError("an export cannot be verified without a batch of inputs", hint="give at least one")
-    comparison = Comparison(program, load_library(folder), compile_program(trace(program), target))
+    traced = compile_program(trace(program), target, activations=activations)
+    comparison = Comparison(program, load_library(folder), traced, activations)
     for batch in given:
         comparison.run(batch)
-    return comparison.result(_runtime(target))
+    return comparison.result(_runtime(target, activations))
 
 
-def expect(program: Program, batches: Sequence[Batch], *, target: Target) -> Verification:
+def expect(program: Program, batches: Sequence[Batch], *, target: Target, activations: str = "float32") -> Verification:
     """What a library that does not run here is checked by where it does: the Program's outputs for a small input.
 
     Raises:
@@ -80,7 +93,7 @@ def expect(program: Program, batches: Sequence[Batch], *, target: Target) -> Ver
         raise BitlowerError("an export has no self-test without a batch of inputs", hint="give at least one")
     small = program.complete(small_batch(program, batches[0]))
     return Verification(
-        runtime=_runtime(target),
+        runtime=_runtime(target, activations),
         batches=0,
         tokens=0,
         outputs=(),
@@ -90,8 +103,9 @@ def expect(program: Program, batches: Sequence[Batch], *, target: Target) -> Ver
     )
 
 
-def _runtime(target: Target) -> dict[str, str]:
-    return {"target": str(target), "processor": processor(), "tvm": version("apache-tvm")}
+def _runtime(target: Target, activations: str) -> dict[str, str]:
+    names = {"target": str(target), "activations": activations, "processor": processor()}
+    return names | {"tvm": version("apache-tvm")}
 
 
 class Comparison:
@@ -101,11 +115,14 @@ class Comparison:
         program: what was exported.
         library: what was written.
         traced: that of :func:`~bitlower.backends.tvm_kernels._trace.trace`.
+        activations: of both.
     """
 
-    def __init__(self, program: Program, library: Library, traced: Library) -> None:
+    def __init__(self, program: Program, library: Library, traced: Library, activations: str = "float32") -> None:
         self._program, self._library, self._traced = program, library, traced
-        self._kernels = KernelComparison(program)
+        self._inputs = typed(program, activations).inputs
+        self._output = OUTPUT_OF_HALVES if activations == HALF else OUTPUT_GIVEN_INPUTS
+        self._kernels = KernelComparison(program, activations)
         self._outputs = OutputComparison(program)
         self._exposing, self._ties = OutputComparison(program), OutputComparison(program)
         self._selftest: SelfTest | None = None
@@ -117,12 +134,17 @@ class Comparison:
         Raises:
             CheckError: an output or an inner value has another shape, or is not finite where the Program's is.
         """
-        batch = self._program.complete(batch)
+        batch = self._as_taken(self._program.complete(batch))
         deployed = self._library(**batch)
         self._outputs.add(run(self._program, batch), _arrays(deployed), visible(self._program, batch))
         self._compare_kernels(small_batch(self._program, batch, ROWS, LENGTH))
         self._selftest = self._selftest or make_selftest(batch, _arrays(deployed))
         self._batches, self._tokens = self._batches + 1, self._tokens + next(iter(batch.values())).numel()
+
+    def _as_taken(self, batch: Batch) -> Batch:
+        """Floats as the library takes them, so that the Program takes the same: a cache may be float16."""
+        dtypes = {spec.name: spec.type.dtype for spec in self._inputs if spec.type.is_float}
+        return {name: value.to(dtypes.get(name, value.dtype)).to(value.dtype) for name, value in batch.items()}
 
     def _compare_kernels(self, batch: Batch) -> None:
         found, shown = self._traced(**batch), visible(self._program, batch)
@@ -150,8 +172,8 @@ class Comparison:
             exposing=_worst(self._exposing),
             selftest=self._selftest,
         )
-        _require([*_kernel_problems(agreements), *_output_problems(verification.outputs)])
-        limit = max(OUTPUT_GIVEN_INPUTS, TIES * _worst(self._ties))
+        _require([*_kernel_problems(agreements), *_output_problems(verification.outputs, self._output)])
+        limit = max(self._output, TIES * _worst(self._ties))
         if not verification.exposing <= limit:
             _require(
                 [
@@ -184,12 +206,12 @@ def _worst(comparison: OutputComparison) -> float:
     return max((row.relative for row in comparison.rows()), default=0.0)
 
 
-def _output_problems(rows: Sequence[OutputError]) -> Iterator[str]:
+def _output_problems(rows: Sequence[OutputError], limit: float) -> Iterator[str]:
     for row in rows:
-        if not row.given_codes <= OUTPUT_GIVEN_INPUTS:
+        if not row.given_codes <= limit:
             yield (
                 f"the output {row.name} is {row.given_codes:.3g} standard deviations off, given what the kernels before"
-                f" it gave, where float arithmetic explains {OUTPUT_GIVEN_INPUTS:.3g}"
+                f" it gave, where float arithmetic explains {limit:.3g}"
             )
         elif not row.cosine >= OUTPUT_COSINE:
             yield f"the output {row.name} has the cosine {row.cosine:.6g} to the program's"

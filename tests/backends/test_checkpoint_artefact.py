@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitlower.backends.checkpoint import export, verify
-from bitlower.backends.checkpoint._verification import Verification, read_verification
+from bitlower.backends.checkpoint._verification import Verification
 from bitlower.ir import BitlowerError, CheckError, Program
 
 Lowered = Callable[..., Program]
@@ -119,6 +119,6 @@ def test_damaged_descriptions_are_named(artefact: Path, name: str, change, messa
 
 
 def test_verification_is_plain_data_and_back(artefact: Path):
-    verification = read_verification(artefact)
+    verification = Verification.read(artefact)
     assert Verification.from_dict(json.loads(json.dumps(verification.to_dict()))) == verification
     assert verification.summary()["codes"] == sum(row.codes for row in verification.layers)

@@ -15,7 +15,6 @@ from onnx import numpy_helper
 from bitlower.backends._json import read_json, write_json
 from bitlower.backends._resolved import float_bytes, resolved_tensors
 from bitlower.backends.onnx_qdq._manifest import verify_artefact, write_manifest
-from bitlower.backends.onnx_qdq._verification import write_verification
 from bitlower.backends.onnx_qdq._verify import verify_export
 from bitlower.ir import BitlowerError, CheckError
 
@@ -24,7 +23,7 @@ from bitlower.ir import BitlowerError, CheckError
 def artefact(handmade, tmp_path: Path) -> Path:
     folder = handmade.write(tmp_path / "artefact")
     (folder / "config.json").write_text("{}")
-    write_verification(verify_export(handmade.program, folder, handmade.batches), folder)
+    verify_export(handmade.program, folder, handmade.batches).write(folder)
     write_manifest(handmade.program, folder, backend_options={"opset": 21}, provenance={"seed": 3})
     return folder
 

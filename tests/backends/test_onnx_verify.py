@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 from bitlower.backends._rounding import Rounding
 from bitlower.backends.onnx_qdq._lower import lower
 from bitlower.backends.onnx_qdq._tally import Tally
-from bitlower.backends.onnx_qdq._verification import Verification, read_verification, write_verification
+from bitlower.backends.onnx_qdq._verification import Verification
 from bitlower.backends.onnx_qdq._verify import verify_export
 from bitlower.ir import BitlowerError, CheckError, Program, Scheme
 from bitlower.passes import Context
@@ -195,9 +195,9 @@ def test_the_file_is_deterministic_and_reads_back(handmade, tmp_path: Path):
     for name in ("a", "b"):
         folder = handmade.write(tmp_path / name)
         result = verify_export(handmade.program, folder, handmade.batches)
-        write_verification(result, folder)
+        result.write(folder)
         texts.append((folder / "verification.json").read_bytes())
-        assert read_verification(folder).to_dict() == result.to_dict()
+        assert Verification.read(folder).to_dict() == result.to_dict()
     assert texts[0] == texts[1]
     assert str(tmp_path).encode() not in texts[0]
     form = json.loads(texts[0])
@@ -214,7 +214,7 @@ def test_a_damaged_file_is_refused(handmade, tmp_path: Path):
             Verification.from_dict({k: v for k, v in result.items() if k != key})
     (tmp_path / "verification.json").write_text("{")
     with pytest.raises(CheckError, match="damaged"):
-        read_verification(tmp_path)
+        Verification.read(tmp_path)
 
 
 def lowered(program: Program, scheme: str, batches) -> Program:

@@ -99,7 +99,7 @@ def weight_of(spec: LinearSpec, random: np.random.Generator) -> Operand:
 
 def _activation_of(spec: LinearSpec, rows: int, random: np.random.Generator) -> tuple[Any, dict[str, Array]]:
     if spec.activation is None:
-        x = random.standard_normal((rows, spec.inputs)).astype(spec.dtype)
+        x = random.standard_normal((rows, spec.inputs)).astype(spec.dtype_of("x"))
         return x, {"x": x}
     count = rows if spec.activation.granularity.dynamic else len(spec.activation_sizes)
     scale = random.uniform(0.01, 0.05, count).astype(np.float32)
@@ -127,7 +127,7 @@ def linear_case(spec: LinearSpec, rows: int, seed: int = 0) -> Case:
         given |= pack_linear(spec, weight.codes, weight.scale, weight.zero_point)
     extra: dict[str, Array] = {}
     if spec.bias:
-        extra["bias"] = random.standard_normal(spec.outputs).astype(spec.dtype)
+        extra["bias"] = random.standard_normal(spec.outputs).astype(spec.dtype_of("bias"))
         given["bias"] = pack_vector(spec, extra["bias"])
     product = replace(spec, residual=False, residual_codes=None)
     wanted = reference.linear(product, x, weight, **extra)
@@ -137,7 +137,8 @@ def linear_case(spec: LinearSpec, rows: int, seed: int = 0) -> Case:
         wanted, rounding = _rounded(spec, wanted)
         given |= rounding
     if spec.residual:
-        residual, held = operand("residual", spec.residual_codes, spec.dtype, (rows, spec.outputs), random)
+        dtype = spec.dtype_of("residual")
+        residual, held = operand("residual", spec.residual_codes, dtype, (rows, spec.outputs), random)
         given |= held
         wanted = wanted + (residual.values() if isinstance(residual, Operand) else residual)
     return Case(spec, given | ranges(spec, wanted), wanted, size)
@@ -260,10 +261,10 @@ class Emulated:
         emulator = _load(self.name)
         return _load("hosted")["HostedKernel"](function, name, emulator["TARGET"], emulator["build"])
 
-    def library(self, program: Any) -> Any:
+    def library(self, program: Any, activations: str = "auto") -> Any:
         """A fused Program as a library with GPU schedules; called as the Program is, it notes its ``launches``."""
         target = Target.OPENCL if self.name == "pocl" else Target.CUDA
-        return _load("hosted")["HostedLibrary"](program, target, _load(self.name)["build"])
+        return _load("hosted")["HostedLibrary"](program, target, _load(self.name)["build"], activations)
 
 
 @pytest.fixture(scope="session")

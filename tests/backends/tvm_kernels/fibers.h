@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 #include <vector>
 
 using half = _Float16;
@@ -20,11 +21,12 @@ struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct char4 { signed char x, y, z, w; };
+struct half4 { half x, y, z, w; };
 struct uchar4 { uchar x, y, z, w; };
 struct dim3 { int x, y, z; };
 #define __global__
 #define __shared__ static
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 #define __restrict__
 #define alignas(n) __attribute__((aligned(n)))
 #define CUDART_INF_F INFINITY
@@ -81,7 +83,8 @@ struct accumulator {};
 struct row_major {};
 struct col_major {};
 enum layout_t { mem_row_major, mem_col_major };
-template <class Use, int M, int N, int K, class T, class Order = row_major> struct fragment { T at[16][16]; };
+template <class T> using wide = std::conditional_t<std::is_same_v<T, half>, float, decltype(T() + T())>;
+template <class Use, int M, int N, int K, class T, class Order = row_major> struct fragment { wide<T> at[16][16]; };
 template <class F, class T> void fill_fragment(F& f, T value) {
   for (auto& row : f.at) for (auto& x : row) x = value;
 }
@@ -96,8 +99,8 @@ void load_matrix_sync(fragment<U, 16, 16, 16, T, col_major>& f, const P* from, u
 template <class D, class A, class B, class C> void mma_sync(D& d, const A& a, const B& b, const C& c) {
   auto sums = c;
   for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 16; ++j)
-      for (int k = 0; k < 16; ++k) sums.at[i][j] += (decltype(sums.at[0][0] + 0))a.at[i][k] * b.at[k][j];
+    for (int k = 0; k < 16; ++k)
+      for (int j = 0; j < 16; ++j) sums.at[i][j] += a.at[i][k] * b.at[k][j];
   d = sums;
 }
 template <class P, class F> void store_matrix_sync(P* to, const F& f, unsigned pitch, layout_t) {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 TARGET = {"kind": "cuda", "arch": "sm_80"}
-_KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\) \{')
+_KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\([\d, ]+\) (\w+)\(([^)]*)\) \{')
 
 
 def build(source: str) -> dict[str, Callable[..., None]]:
@@ -28,7 +28,7 @@ def build(source: str) -> dict[str, Callable[..., None]]:
     with tempfile.TemporaryDirectory() as folder:
         path, library = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
         path.write_text(f'#include "fibers.h"\n{code}\n{entries}\n')
-        command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{Path(__file__).parent}"]
+        command = ["g++", "-std=c++20", "-O2", "-w", "-shared", "-fPIC", f"-I{Path(__file__).parent}"]
         subprocess.run([*command, "-o", str(library), str(path)], check=True)
         loaded = ctypes.CDLL(str(library))
     return {name: _launcher(loaded[f"run_{name}"], kinds) for name, kinds in kernels.items()}

@@ -95,14 +95,17 @@ class HostedLibrary(Hosted):
         program: at level fused.
         target: a GPU.
         build: from the source of the device functions to a launcher for each of them.
+        activations: float16, float32, or what the target has by itself.
     """
 
-    def __init__(self, program: Any, target: Any, build: Callable[[str], dict[str, Launcher]]) -> None:
+    def __init__(
+        self, program: Any, target: Any, build: Callable[[str], dict[str, Launcher]], activations: str = "auto"
+    ) -> None:
         from bitlower.backends.tvm_kernels import Target
         from bitlower.backends.tvm_kernels._relax import compile_program
 
         def compile() -> Any:
-            self.library = replace(compile_program(program, target), target=Target.LLVM)
+            self.library = replace(compile_program(program, target, activations=activations), target=Target.LLVM)
             return self.library.executable
 
         super().__init__(compile, build)

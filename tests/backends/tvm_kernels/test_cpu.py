@@ -1,5 +1,7 @@
 """The CPU schedules, with AVX512-VNNI where this processor has it and without, against float64."""
 
+import re
+from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +17,7 @@ from bitlower.backends.tvm_kernels import (
     LinearSpec,
     NormSpec,
     Target,
+    arguments,
     compile_kernel,
     host_target,
     pack_linear,
@@ -66,8 +69,9 @@ def test_embedding_groups_that_are_no_multiple_of_weight_groups(make_linear, tar
     parts = QuantSpec(UINT8, Granularity.per_embedding_parts(2))
     buckets = (1, 9)  # with one tile of rows there is less to compile
     spec = replace(SPEC, weight=WEIGHTS["w4"], activation=parts, splits=(40, 88), target=target, buckets=buckets)
-    case = make_linear(spec, 10)
-    case.check(compile_kernel(spec)(case.given))
+    for rows in (3, 10):
+        case = make_linear(spec, rows)
+        case.check(compile_kernel(spec)(case.given))
 
 
 @pytest.mark.parametrize("outputs", [16, 64, 70, 80, 129])
@@ -183,6 +187,47 @@ def test_vnni_is_in_the_code(weight):
     assert "vpdpbusd" in compile_kernel(spec).executable.mod.inspect_source("asm")
     plain = compile_kernel(replace(spec, target=Target.LLVM)).executable.mod.inspect_source("asm")
     assert "zmm" not in plain
+
+
+def test_sums_live_in_registers(target):
+    """Scratch memory is only for weights that are unfolded for many rows."""
+    spec = replace(SPEC, activation=STATIC, residual=True, function="gelu", output=STATIC, target=target)
+    assert "AllocWorkspace" not in compile_kernel(spec).executable.mod.inspect_source("asm")
+
+
+@pytest.mark.parametrize("activation", ["float", "peg"])
+@pytest.mark.parametrize("weight", ["w4", "w4-asym", "w3-asym", "w2"])
+def test_one_row_asks_memory_for_what_it_reads_later(weight, activation):
+    """For the lines of one later step of codes, and for the scales and zero points that belong to them."""
+    spec = replace(SPEC, inputs=256, weight=WEIGHTS[weight], activation=ACTIVATIONS[activation])
+    asked = _prefetched(spec)
+    ahead, step = min(asked["weight"]), 64 * spec.step * spec.width // 8
+    assert asked["weight"] == set(range(ahead, ahead + step, 64))
+    assert 4096 <= ahead <= 8192
+    if spec.grouped or activation == "float":
+        group = max(1, ahead // (64 * spec.group * spec.width // 8))
+        assert asked["weight_scale"] == {256 * group + line for line in (0, 64, 128, 192)}
+        assert asked.get("weight_zero", {64 * group}) == {64 * group}
+        assert ("weight_zero" in asked) == spec.has_zeros
+
+
+def _prefetched(spec):
+    """The bytes that are asked for at the first turn of all loops, by the name of the argument."""
+    found = defaultdict(set)
+    for number, place in re.findall(r"T\.address_of\(buffer_(\d+)\[(.+)\]\)", lower(spec).script()):
+        argument, at = arguments(spec)[int(number)], 0
+        for index, size in zip(place.split(", "), argument.shape, strict=True):
+            at = at * size + sum(map(int, re.findall(r"(?:^| \+ )T\.int64\((\d+)\)", index)))
+        found[argument.name].add(at * np.dtype(argument.dtype).itemsize)
+    return found
+
+
+@pytest.mark.skipif(host_target() is not Target.VNNI, reason="this processor has no AVX512-VNNI")
+@pytest.mark.parametrize("weight", ["w8", "w4"])
+def test_only_narrow_codes_are_asked_for(weight):
+    """Others come fast enough by themselves."""
+    spec = replace(SPEC, weight=WEIGHTS[weight], activation=STATIC, target=Target.VNNI)
+    assert ("prefetcht0" in compile_kernel(spec).executable.mod.inspect_source("asm")) == (weight == "w4")
 
 
 def test_wrong_arguments_are_named(make_linear):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import subprocess
 from pathlib import Path
@@ -19,7 +20,7 @@ from bitlower.backends.tvm_kernels import Target, check_host, compile_program, e
 from bitlower.backends.tvm_kernels import _cuda_library as cuda_library
 from bitlower.backends.tvm_kernels._files import load_library, write_library
 from bitlower.backends.tvm_kernels._nvcc import device_functions, find_tool
-from bitlower.backends.tvm_kernels._verification import read_verification
+from bitlower.backends.tvm_kernels._verification import Verification
 from bitlower.ir import BitlowerError, CheckError
 
 _HELPERS = runpy.run_path(str(Path(__file__).with_name("programs.py")))
@@ -27,7 +28,7 @@ fused = _HELPERS["fused"]
 MISSING = [tool for tool in ("nvcc", "cuobjdump", "nvdisasm") if find_tool(tool) is None]
 MODELS = {
     "encoder": ("bert", "W8A8-full", {"linear": "IMMA", "attention": "IDP.4A", "norm": "SHFL"}),
-    "decoder": ("llama", "W4A16-g16", {"linear": "FFMA", "attention": "SHFL", "norm": "SHFL"}),
+    "decoder": ("llama", "W4A16-g16", {"linear": "HMMA", "attention": "SHFL", "norm": "SHFL"}),
 }
 needs_nvcc = pytest.mark.skipif(bool(MISSING), reason=f"CUDA libraries are NOT compiled: no {', '.join(MISSING)}")
 
@@ -46,6 +47,8 @@ def test_all_device_functions_of_a_program_compile_without_spills(name: str) -> 
             local = {"LDL", "STL"} & set(dict(function.instructions))
             assert not local or function.name.startswith(("tir_sin", "tir_cos")), function.name  # reduce large angles
             assert function.shared <= 48 * 1024
+            if function.name.startswith("bitlower_linear") and function.name.endswith("_kernel_1"):
+                assert dict(function.instructions).get(instructions["linear"], 0) >= 16, (architecture, function.name)
         for family, instruction in instructions.items():
             found = [dict(f.instructions) for f in functions if f.name.startswith((family, f"bitlower_{family}"))]
             assert max(counts.get(instruction, 0) for counts in found) >= 5, (architecture, family)
@@ -128,7 +131,9 @@ def test_an_export_that_was_not_run_expects_what_the_program_gives(tmp_path: Pat
     report = export(program, tmp_path, batches=[_batch()], target="cuda", unrun=True).to_dict()
     assert set(report["files"]) >= {"library.so", "library.json", "kernels.cu", "config.json"}
     assert report["verification"]["summary"] == {"not_run": True}
-    recorded = read_verification(tmp_path).selftest
+    options = json.loads((tmp_path / "manifest.json").read_text())["backend_options"]
+    assert options == {"target": "cuda", "activations": "float16"}
+    recorded = Verification.read(tmp_path).selftest
     cosines = run_selftest(
         recorded, lambda batch: {name: value.detach().numpy() for name, value in program(**batch).items()}
     )

@@ -29,7 +29,7 @@ from bitlower.backends.tvm_kernels import (
     verify,
 )
 from bitlower.backends.tvm_kernels._trace import trace
-from bitlower.backends.tvm_kernels._verification import read_verification
+from bitlower.backends.tvm_kernels._verification import Verification
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, CheckError, Level, Program, get_tensor, kernels, set_tensor
 from bitlower.passes import Context, PassManager, parse_pipeline
@@ -116,12 +116,12 @@ def test_the_folder_is_whole_and_verified(program: Program, written: Path) -> No
     manifest = json.loads((written / "manifest.json").read_text())
     assert manifest["backend"] == "tvm-kernels"
     assert manifest["provenance"] == {"seed": 3}
-    assert manifest["backend_options"] == {"target": str(_cpu_frame.host_target())}
+    assert manifest["backend_options"] == {"target": str(_cpu_frame.host_target()), "activations": "float32"}
     assert set(manifest["files"]) == FILES - {"manifest.json"}
     config = json.loads((written / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["format"]) == ("bitlower", "tvm-kernels")
     assert {group["weights"]["num_bits"] for group in config["config_groups"].values()} == {4}
-    verification = read_verification(written)
+    verification = Verification.read(written)
     assert verification.batches == 5  # a small part, that in two steps from a cache, and both batches
     assert verification.exposing == 0
     linears = [node for node in program.graph.nodes if node.target is kernels.fused_linear]
@@ -176,7 +176,11 @@ def test_a_library_that_computes_something_else_is_not_exported(
 ) -> None:
     """The kernel is named."""
     before = {name: tensor.clone() for name, tensor in program.tensors()}
-    monkeypatch.setattr(_verify, "compile_program", lambda given, target: compile_program(negated(given), target))
+    monkeypatch.setattr(
+        _verify,
+        "compile_program",
+        lambda given, target, **options: compile_program(negated(given), target, **options),
+    )
     with pytest.raises(CheckError, match=r"is not its program: %fused_linear\w* \(fused_linear in model\.layers\.0"):
         _verify.verify_export(program, written, [tokens(2, 6)], target=_cpu_frame.host_target())
     assert all(torch.equal(before[name], tensor) for name, tensor in program.tensors())
@@ -184,16 +188,23 @@ def test_a_library_that_computes_something_else_is_not_exported(
         _verify.verify_export(program, written, [], target=Target.LLVM)
 
 
-def test_a_small_fault_of_the_deployed_library_alone_is_found(program: Program) -> None:
+@pytest.mark.parametrize(("activations", "factor"), [("float32", 1.001), ("float16", 1.02)])
+def test_a_small_fault_of_the_deployed_library_alone_is_found(
+    program: Program, activations: str, factor: float
+) -> None:
     """Its outputs must be those of the library that shows its kernels; Programs stand in for both."""
 
-    def off(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {name: value * 1.001 for name, value in program(**batch).items()}
+    def compare(factor: float) -> None:
+        def deployed(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {name: value * factor for name, value in program(**batch).items()}
 
-    comparison = _verify.Comparison(program, off, trace(program))  # type: ignore[arg-type]
-    comparison.run(tokens(2, 6))
-    with pytest.raises(CheckError, match=r"an output is 0\.0\d+ standard deviations off what it is when the kernels"):
+        comparison = _verify.Comparison(program, deployed, trace(program), activations)  # type: ignore[arg-type]
+        comparison.run(tokens(2, 6))
         comparison.result({})
+
+    compare(1 + (factor - 1) / 50)
+    with pytest.raises(CheckError, match=r"an output is 0\.0\d+ standard deviations off what it is when the kernels"):
+        compare(factor)
 
 
 def test_programs_that_do_not_fit_are_refused(program: Program, lowered: Callable[..., Program]) -> None:
@@ -255,3 +266,25 @@ def test_running_sums_of_whole_numbers() -> None:
     made = PassManager(parse_pipeline("clean,quantize{scheme=W8A16},rtn,lower-integer,fuse")).run(made, Context())
     [expected], [found] = made(**batch).values(), compile_program(made)(**batch).values()
     torch.testing.assert_close(found, expected)
+
+
+class Picked(torch.nn.Module):
+    """Columns of a linear by their numbers, some of which count from the end, as heads of Falcon are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 12)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        heads = self.linear(x).view(-1, 3, 4)
+        places = torch.tensor([[-1], [0]]), torch.tensor([-2, 1, 3])
+        return heads[:, places[0], places[1]], heads[:, torch.tensor([-2])]
+
+
+def test_indices_count_from_either_end_of_an_axis() -> None:
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(5, 8)}
+    made = load(Picked().eval(), example_inputs=batch)
+    made = PassManager(parse_pipeline("clean,quantize{scheme=W8A16},rtn,lower-integer,fuse")).run(made, Context())
+    for expected, found in zip(made(**batch).values(), compile_program(made)(**batch).values(), strict=True):
+        torch.testing.assert_close(found, expected)

@@ -49,6 +49,28 @@ def test_float16_matrices_with_weights_unfolded_in_shared_memory(make_linear, on
         case.check(on_fibers(spec, case.given)[0], limit=HALF)
 
 
+@pytest.mark.parametrize("dtypes", [{}, {"x": "float32", "residual": "float32", "values": "float32"}])
+def test_float16_products_of_small_groups(make_linear, on_fibers, dtypes):
+    """Groups within what is staged at a time; operands and results in either dtype."""
+    weight = QuantSpec(Grid(4, signed=False, symmetric=False), Granularity.per_group(16))
+    spec = replace(SPEC, weight=weight, dtype="float16", residual=True).holding({"bias": "float32"} | dtypes)
+    assert "matrix_a, 16, 16, 16, half" in device_source(spec)
+    for rows in (3, 70):
+        case = make_linear(spec, rows)
+        results, _ = on_fibers(spec, case.given)
+        assert results["values"].dtype == dtypes.get("values", "float16")
+        case.check(results, limit=HALF)
+
+
+def test_float16_products_without_matrices(make_linear, on_fibers):
+    """Inputs that are no multiple of what matrix instructions take at a time."""
+    spec = replace(SPEC, inputs=36, weight=QuantSpec(INT8, Granularity.per_channel(0)), dtype="float16")
+    assert "matrix_a" not in device_source(spec)
+    for rows in (3, 70):
+        case = make_linear(spec, rows)
+        case.check(on_fibers(spec, case.given)[0], limit=HALF)
+
+
 def test_float16_weights(make_linear, on_fibers):
     spec = replace(SPEC, weight=None, dtype="float16")
     for rows in (3, 70):
@@ -61,6 +83,16 @@ def test_products_of_bytes(make_linear, on_fibers):
     for rows in (3, 70):
         case = make_linear(spec, rows)
         case.check(on_fibers(spec, case.given)[0])
+
+
+def test_a_norm_of_a_float32_sum_gives_float16(make_rows, on_fibers):
+    """As between the residual stream and a linear."""
+    spec = NormSpec(columns=300, kind="rms", epsilon=1e-5, residual=True, keep_sum=True, target=Target.CUDA)
+    case = make_rows(spec.holding({"values": "float16"}), 3)
+    results, _ = on_fibers(case.spec, case.given)
+    assert (results["values"].dtype, results["sum"].dtype) == ("float16", "float32")
+    assert (results["sum"] == case.given["x"] + case.given["residual"]).all()
+    case.check(results, limit=2**-11)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -6,7 +6,13 @@ import pytest
 
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
+import tvm
+
 from bitlower.backends.tvm_kernels import ActivationSpec, EmbeddingSpec, LinearSpec, NormSpec, Target, device_source
+from bitlower.backends.tvm_kernels._attention import Attention
+from bitlower.backends.tvm_kernels._cuda_library import device_module
+from bitlower.backends.tvm_kernels._gpu_attention import attention
+from bitlower.backends.tvm_kernels._gpu_schedule import gpu_target
 from bitlower.backends.tvm_kernels._nvcc import device_functions, find_tool
 from bitlower.ir import BitlowerError, CheckError, Granularity, Grid, QuantSpec
 
@@ -28,6 +34,12 @@ LINEARS = {
     "w8a8-peg": (replace(BASE, activation=PEG), "IDP.4A"),
     "w4a8": (replace(BASE, weight=low_bit(4), activation=TOKEN), "IDP.4A"),
     **{f"w{bits}a16": (replace(BASE, weight=low_bit(bits), dtype="float16"), "HMMA") for bits in (2, 3, 4)},
+    "w4a16-residual": (
+        replace(BASE, weight=low_bit(4), dtype="float16", residual=True).holding(
+            {"bias": "float32", "residual": "float32", "values": "float32"}
+        ),
+        "HMMA",
+    ),
     "w4a32": (replace(BASE, weight=low_bit(4)), "FFMA"),
     "f32": (replace(BASE, weight=None), "FFMA"),
     "f16": (replace(BASE, weight=None, dtype="float16"), "HMMA"),
@@ -43,6 +55,27 @@ ROWS = {
     "activation": ActivationSpec(columns=3072, output=TOKEN, function="silu", gate="halves", target=Target.CUDA),
     "embedding": EmbeddingSpec(entries=30522, columns=768, weight=INT8, dtype="float16", target=Target.CUDA),
 }  # fmt: skip
+HEADS = Attention(
+    heads=12,
+    groups=12,
+    width=64,
+    value_width=64,
+    factor=0.125,
+    joined=True,
+    mask="bool",
+    spread=(False, True, False, False),
+)
+HALVES = {"query": "float16", "key": "float16", "value": "float16", "result": "float16"}
+ATTENTION = {
+    "merged-f16": replace(HEADS, places=((2304, 0), (2304, 768), (2304, 1536)), **HALVES),
+    "narrow": replace(HEADS, width=48, value_width=48, causal=True, mask="", spread=()),
+    "grouped-128-f16": replace(
+        HEADS, heads=32, groups=8, width=128, value_width=128, spread=(True, True, True, False), **HALVES
+    ),
+    "codes": replace(
+        HEADS, explicit=True, scored=UINT8, probs=UINT8, query="uint8", key="uint8", value="uint8", output=UINT8
+    ),
+}
 needs_nvcc = pytest.mark.skipif(bool(MISSING), reason=f"CUDA kernels are NOT compiled: no {', '.join(MISSING)}")
 
 
@@ -74,6 +107,18 @@ def test_rows_are_one_device_function_without_spills(name, architecture):
     assert function.spills == 0
     assert not {"LDL", "STL"} & set(dict(function.instructions))
     assert name == "embedding" or dict(function.instructions)["SHFL"] >= 5
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_does_not_spill(name, architecture):
+    module = tvm.IRModule({"attention": attention(ATTENTION[name], Target.CUDA)})
+    source = device_module(tvm.compile(module, target=gpu_target(Target.CUDA, architecture))).inspect_source()
+    [function] = device_functions(str(source), architecture)
+    assert function.spills == 0
+    assert not {"LDL", "STL"} & set(dict(function.instructions))
+    assert function.registers <= 168
 
 
 @needs_nvcc

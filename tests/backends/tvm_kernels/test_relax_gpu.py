@@ -11,12 +11,14 @@ import pytest
 
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
+import torch
 import tvm
 from tvm import te
 
 from bitlower.backends.tvm_kernels import Library, Target
 from bitlower.backends.tvm_kernels._gpu_schedule import gpu_target, launches, schedule
 from bitlower.backends.tvm_kernels._launches import Launch, launches_of
+from bitlower.backends.tvm_kernels._trace import KernelComparison, trace
 from bitlower.ir import BitlowerError, CheckError
 
 _HELPERS = runpy.run_path(str(Path(__file__).with_name("programs.py")))
@@ -24,6 +26,9 @@ TOLERANCE, fused, tokens, worst, next_step = (
     _HELPERS[name] for name in ("TOLERANCE", "fused", "tokens", "worst", "next_step")
 )
 LAYERS = 2
+HALF = 8 * LAYERS * 2.0**-11
+"""Of an output's standard deviation: values, weights and results are rounded to 11 bits eight times a layer or more,
+each by 2⁻¹¹ at most; not all of them in the same direction."""
 
 
 def families(names: list[str]) -> Counter[str]:
@@ -57,8 +62,29 @@ def test_a_decoder_in_opencl_reads_a_text_and_goes_on(pocl: Any, scheme: str) ->
 def test_an_encoder_in_cuda(fibers: Any) -> None:
     """With int8 matrices, shuffles and products of bytes."""
     program = fused("bert", "W8A8")
-    library = fibers.library(program)
+    library = fibers.library(program, "float32")
     assert worst(program, library, tokens(program, 4, 19, seed=5)) < TOLERANCE
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_a_decoder_in_cuda_with_float16_between_kernels(fibers: Any, model: str) -> None:
+    """A text by matrix instructions and a step from its cache, kernel by kernel and as a whole."""
+    program = fused(model, "W4A16-g32")
+    library = fibers.library(trace(program))
+    batch = tokens(program, 2, 9)
+    for given, tiles in ((batch, True), (next_step(program, batch, library(**batch)), False)):
+        given = {name: value.float() if value.is_floating_point() else value for name, value in given.items()}
+        found, comparison = library(**given), KernelComparison(program, "float16")
+        linears = [name for name in library.launches if name.startswith("bitlower_linear")]
+        assert linears
+        assert all(name.endswith("_kernel_1") == tiles for name in linears)
+        comparison.run(program.arguments(given), found)
+        assert not list(filter(None, (kernel.problem() for kernel in comparison.agreements.values())))
+        with torch.no_grad():
+            expected = program(**given)
+        for name, value in expected.items():
+            assert found[name].dtype == (torch.float32 if name == "logits" else torch.float16)
+            assert (found[name] - value).abs().max() < HALF * value.std()
 
 
 @pytest.mark.parametrize(
@@ -72,12 +98,13 @@ def test_launches_of_a_layer(model: str, scheme: str, layer: int) -> None:
 
 
 def test_bytes_of_a_launch() -> None:
-    """The merged linear of queries, keys and values: codes, weight, scales, sums and bias, float32 results."""
-    calls = launches_of(fused("bert", "W8A8"), {"batch": 2, "sequence": 7})
-    linear = next(call for call in calls if call.name.startswith("bitlower_linear"))
+    """The merged linear of queries, keys and values: codes, weight, scales, sums and bias, and float results."""
     rows, inputs, outputs = 14, 32, 96
     read = rows * inputs + 2 * 4 + outputs * inputs + 3 * 4 * outputs
-    assert linear == Launch(linear.name, 1, read, 4 * rows * outputs)
+    for activations, width in (("float32", 4), ("float16", 2)):
+        calls = launches_of(fused("bert", "W8A8"), {"batch": 2, "sequence": 7}, Target.CUDA, activations)
+        linear = next(call for call in calls if call.name.startswith("bitlower_linear"))
+        assert linear == Launch(linear.name, 1, read, width * rows * outputs)
 
 
 def test_a_function_without_a_schedule_is_refused() -> None:

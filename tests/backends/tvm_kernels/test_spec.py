@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bitlower.backends.tvm_kernels import ActivationSpec, EmbeddingSpec, Layout, LinearSpec, NormSpec, Target
+from bitlower.backends.tvm_kernels import ActivationSpec, EmbeddingSpec, Layout, LinearSpec, NormSpec, Target, arguments
 from bitlower.backends.tvm_kernels._spec import FUNCTIONS, KernelSpec
 from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec, ScaleConvention
 
@@ -28,6 +28,16 @@ def test_equal_specs_are_one_key_and_different_ones_are_not():
     )]  # fmt: skip
     assert len({spec.name for spec in [SPEC, *others]}) == len(others) + 1
     assert SPEC.name.startswith("bitlower_linear_")
+
+
+def test_dtypes_name_what_differs_in_one_way():
+    half = replace(SPEC, dtype="float16", residual=True)
+    given = half.holding({"values": "float32", "x": "float16", "residual": "float32"})
+    assert given == half.holding({"residual": "float32", "values": "float32"})
+    assert half.holding({"x": "float16"}) == half
+    dtypes = {argument.name: argument.dtype for argument in arguments(given)}
+    assert (dtypes["x"], dtypes["residual"], dtypes["values"]) == ("float16", "float32", "float32")
+    assert given.name != half.name
 
 
 @pytest.mark.parametrize(
@@ -58,6 +68,7 @@ def test_segments_end_where_a_scale_changes(changes, sizes):
         ({"splits": (8, 8)}, "do not add up to 96"),
         ({"buckets": (2, 4)}, "must rise from 1"),
         ({"dtype": "float64"}, "not in float64"),
+        ({"dtypes": (("x", "float64"),)}, "not in float64"),
         ({"output": TENSOR, "keep": "exakt"}, "did you mean 'exact'"),
         ({"weight": QuantSpec(UINT8, Granularity.per_channel(0)), "activation": TENSOR}, "no integer product"),
         ({"weight": QuantSpec(Grid(8, signed=False), Granularity.per_channel(0))}, "no integer product"),

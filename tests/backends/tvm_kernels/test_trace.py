@@ -9,6 +9,7 @@ import runpy
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import transformers
 from torch import fx
 
 from bitlower.backends._rounding import Rounding
+from bitlower.backends.tvm_kernels._activations import half_values
 from bitlower.backends.tvm_kernels._agreement import TURNED, Agreement
 from bitlower.backends.tvm_kernels._trace import KernelComparison, trace
 from bitlower.frontends import load
@@ -47,18 +49,38 @@ def spread(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def compare(program: Program, library: Program, batches: int = 2) -> list[Agreement]:
+def compare(program: Program, library: Program, batches: int = 2, activations: str = "float32") -> list[Agreement]:
     """What is found where ``library``, traced, stands in for the library of ``program``."""
-    comparison = KernelComparison(program)
+    comparison = KernelComparison(program, activations)
     for seed in range(batches):
         batch = tokens(program, 3, 9, seed=seed + 5)
         with torch.no_grad():
-            comparison.run(program.arguments(batch), library(**batch))
+            found = library(**batch) if activations == "float32" else in_halves(program, library, batch)
+            comparison.run(program.arguments(batch), found)
     return list(comparison.agreements.values())
 
 
-def problems(program: Program, library: Program) -> list[str]:
-    return [row.problem() for row in compare(program, library) if row.problem()]
+class Halves(fx.Interpreter):
+    """A library in whose graph the values of some nodes, by name, are float16."""
+
+    def __init__(self, module: fx.GraphModule, names: set[str]) -> None:
+        super().__init__(module)
+        self.names = names
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        narrow = n.name in self.names and isinstance(value, torch.Tensor)
+        return value.half().float() if narrow or n.target is torch.ops.aten.embedding.default else value
+
+
+def in_halves(program: Program, library: Program, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    names = {node.name for node in half_values(program)}
+    values = Halves(library.module, names).run(*library.arguments(batch), enable_io_processing=False)
+    return {spec.name: value for spec, value in zip(library.outputs, values, strict=True)}
+
+
+def problems(program: Program, library: Program, activations: str = "float32") -> list[str]:
+    return [row.problem() for row in compare(program, library, activations=activations) if row.problem()]
 
 
 CASES = [
@@ -173,9 +195,10 @@ def test_a_fault_in_one_kernel_is_found_there_and_nowhere_else(
     node = [n for n in held if kernels.arguments(n).get(argument) is not None][1]
     change(node, library.module)
     library.recompile()
-    found = problems(program, library)
-    assert len(found) == 1
-    assert found[0].startswith(f"%{node.name} ({kind} in ")
+    for activations in ("float32", "float16"):
+        found = problems(program, library, activations)
+        assert len(found) == 1
+        assert found[0].startswith(f"%{node.name} ({kind} in ")
 
 
 def test_a_value_of_another_shape_or_not_finite_is_refused() -> None:
