@@ -10,6 +10,7 @@ onnx-qdq               4 bits (or 2 from opset 25 on), one byte above, two above
 compressed-tensors     rows as dense streams of 32-bit words                         as what stays float  ``dtype``
 gptq-v2                columns as dense streams of 32-bit words, and an index         2 bytes              ``dtype``
 tvm-kernels            as its kernels read them; a table that is a head too, twice    4 bytes              as it is
+.. cuda                the same                                                      4 bytes              matrices in 2
 =====================  ============================================================  ===================  ==============
 
 Zero points of asymmetric grids take the bits of their codes; gptq-v2 always has them.
@@ -81,7 +82,15 @@ class Target:
         """Of ``tensor``, which is not quantized and which ``readers`` read."""
         width = self.width if tensor.is_floating_point() else tensor.element_size()
         kinds = {node.target in EMBEDDING for node in readers if node.target in LINEAR | EMBEDDING}
+        if self._halves and kinds and tensor.is_floating_point() and tensor.dim() == 2:
+            width = 2
         return tensor.numel() * width * (max(len(kinds), 1) if self.backend == "tvm-kernels" else 1)
+
+    @property
+    def _halves(self) -> bool:
+        """Whether a library multiplies floats in half precision, and keeps weights and tables so."""
+        cuda = self.backend == "tvm-kernels" and self.options.get("target") == "cuda"
+        return cuda and self.options.get("activations") != "float32"
 
     def __str__(self) -> str:
         options = " ".join(f"{key}={value}" for key, value in self.options.items())

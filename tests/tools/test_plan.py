@@ -123,3 +123,17 @@ def test_a_plan_refuses_what_the_target_cannot_hold(
 ) -> None:
     with pytest.raises(BitlowerError, match=message):
         make_plan(llama_program.clone(), standard_passes(scheme, algorithm="rtn"), Load(8, 32), [export])
+
+
+def test_a_library_for_cuda_keeps_float_matrices_in_half_precision(llama_program: Program) -> None:
+    passes = standard_passes("W4A16-g16", algorithm="rtn")
+    cuda = {"target": "cuda", "unrun": True}
+    sizes = []
+    for options in ({"target": "llvm"}, cuda, cuda | {"activations": "float32"}):
+        plan = make_plan(llama_program.clone(), passes, Load(8, 32), [("tvm-kernels", options)])
+        sizes.append({tensor.name: tensor.bytes for tensor in plan.tensors})
+    host, half, full = sizes
+    table, norm, down = "model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.down_proj.weight"
+    assert host[table] == full[table] == 2 * half[table]
+    assert half[norm] == host[norm]
+    assert half[down] == full[down]
