@@ -19,6 +19,7 @@ from torch import fx
 
 from bitlower.backends.tvm_kernels._spec import FLOATS, HALF, Target
 from bitlower.ir import Batch, BitlowerError, Program, ValueSpec, kernels, nearest
+from bitlower.ir.observe import observe
 
 aten = torch.ops.aten
 AUTO = "auto"
@@ -189,29 +190,16 @@ def check_range(program: Program, batches: Iterable[Batch]) -> None:
     """
     read = {node.args[0] for node in program.graph.nodes if node.target is aten.linear.default}
     read |= {kernels.arguments(node)["x"] for node in program.graph.nodes if node.target is kernels.fused_linear}
-    runner = _Ranges(program.module, half_values(program) | {node for node in read if isinstance(node, fx.Node)})
-    for batch in batches:
-        with torch.no_grad():
-            runner.run(*program.arguments(batch), enable_io_processing=False)
+    observe(program, half_values(program) | {node for node in read if isinstance(node, fx.Node)}, batches, _fits)
 
 
-class _Ranges(fx.Interpreter):
-    """Runs a graph and looks at the values of some of its nodes."""
-
-    def __init__(self, module: fx.GraphModule, nodes: frozenset[fx.Node]) -> None:
-        super().__init__(module, garbage_collect_values=True)
-        self.extra_traceback = False
-        self._nodes = nodes
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Compute ``n`` and see that it fits."""
-        value = super().run_node(n)
-        if n in self._nodes and isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
-            largest = float(value.nan_to_num(0.0, 0.0, 0.0).abs().max())
-            if largest > LARGEST:
-                where = f" in {n.meta['path']}" if n.meta.get("path") else ""
-                raise BitlowerError(
-                    f"%{n.name}{where} reaches {largest:.3g}, and float16 ends at {LARGEST:g}",
-                    hint="say `activations: float32`",
-                )
-        return value
+def _fits(node: fx.Node, value: Any, batch: Batch) -> None:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.numel():
+        return
+    largest = float(value.nan_to_num(0.0, 0.0, 0.0).abs().max())
+    if largest > LARGEST:
+        where = f" in {node.meta['path']}" if node.meta.get("path") else ""
+        raise BitlowerError(
+            f"%{node.name}{where} reaches {largest:.3g}, and float16 ends at {LARGEST:g}",
+            hint="say `activations: float32`",
+        )
