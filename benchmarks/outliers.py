@@ -32,7 +32,6 @@ from bitlower.tools.perplexity import perplexity
 ROLES = ("linear-weight", "linear-input", "residual")
 WINDOWS = 12
 GROUPED = "calibrate{activations=minmax}"
-FEW_WIDE = "assign-precision{share-16=0.05 activations=minmax batches=2 front=0}"
 WAYS = {
     "float": ("", ""),
     "per tensor": ("", "W8A8 | calibrate"),
@@ -43,7 +42,7 @@ WAYS = {
     "PEG-6, permuted": ("peg-permute{groups=6}", f"W8A8-peg6 | {GROUPED}"),
     "6 unequal groups": ("", f"W8A8-upeg6 | {GROUPED}"),
     "6 unequal groups, permuted": ("peg-permute", f"W8A8-upeg6 | {GROUPED}"),
-    "6 unequal groups, permuted, 5 % at 16 bits": ("peg-permute", f"W8A8-upeg6 | {FEW_WIDE},{GROUPED}"),
+    "rotate, 6 unequal groups, permuted": ("rotate,peg-permute", f"W8A8-upeg6 | {GROUPED}"),
     "per token": ("", "W8A8-token | calibrate"),
 }
 PREFIX = "prefix-sinks{tokens=[1 198]}"
