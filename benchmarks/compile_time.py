@@ -3,7 +3,7 @@
     python benchmarks/compile_time.py
 
 MiniLM, fused; each target in a process of its own that has compiled nothing before. `library`: from the Program to code
-in memory, for CUDA to its source. `again`: the same once more in that process, where kernels are found by their specs.
+in memory, for CUDA to its source; within it equal specs are one kernel. `again`: the same once more in that process.
 `nvcc`: that source to machine code for sm_80 and sm_90 and to PTX (CUDA only; empty where nvcc is not installed).
 """
 

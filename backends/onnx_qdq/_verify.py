@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from bitlower.backends._float_noise import shaken
 from bitlower.backends._outputs import OutputComparison, OutputError
 from bitlower.backends._rounding import TIE
 from bitlower.backends._selftest import SelfTest, make_selftest, small_batch
 from bitlower.backends._steps import cached_steps, visible
 from bitlower.backends.onnx_qdq._codes import CodeComparison
 from bitlower.backends.onnx_qdq._constants import check_constants, weights
+from bitlower.backends.onnx_qdq._float_noise import shaken
 from bitlower.backends.onnx_qdq._kernels import inspect_kernels
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS
 from bitlower.backends.onnx_qdq._session import Session, read_model, runtime_versions

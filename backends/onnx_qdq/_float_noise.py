@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from bitlower.backends.onnx_qdq._codes import output_nodes
 from bitlower.ir import Batch, Program
 from bitlower.ir.dataflow import linears
 from bitlower.ir.observe import observe
@@ -21,16 +22,16 @@ def shaken(program: Program, batch: Batch, *, seed: int = 0) -> dict[str, torch.
     """
     generator = torch.Generator().manual_seed(seed)
     shaky = set(linears(program.graph))
-    results = dict(zip(program.graph.output_node().args[0], program.outputs, strict=True))  # type: ignore[arg-type]
-    found: dict[str, torch.Tensor] = {}
+    results = output_nodes(program)
+    found: dict[fx.Node, torch.Tensor] = {}
 
     def look(node: fx.Node, value: torch.Tensor, batch: Batch) -> torch.Tensor | None:
         if node in shaky:
             off = 2 * torch.rand(value.shape, generator=generator) - 1
             value = value + ROUNDING * value.abs().amax(-1, keepdim=True) * off
-        if node in results:
-            found[results[node].name] = value
+        if node in results.values():
+            found[node] = value
         return value
 
-    observe(program, shaky | results.keys(), [batch], look)
-    return found
+    observe(program, shaky | set(results.values()), [batch], look)
+    return {name: found[node] for name, node in results.items()}

@@ -11,9 +11,8 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from bitlower.backends import _float_noise
-from bitlower.backends._float_noise import ROUNDING, shaken
-from bitlower.backends.onnx_qdq import export
+from bitlower.backends.onnx_qdq import _float_noise, export
+from bitlower.backends.onnx_qdq._float_noise import ROUNDING, shaken
 from bitlower.backends.onnx_qdq._verify import verify_export
 from bitlower.frontends import load
 from bitlower.ir import CheckError, Program
@@ -65,6 +64,22 @@ def test_where_large_values_cancel_the_noise_is_large(batch) -> None:
         value = batch["input"][:, 0].double()
         spreads.append(float((shaken(program, batch)[name].double() - value).abs().max() / value.std()))
     assert spreads[1] > 1000 * spreads[0]
+
+
+def test_a_value_that_is_two_outputs_is_given_by_both_names(batch) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 4)
+
+        def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = self.linear(input)
+            return y, y
+
+    program = load(Twice().eval(), example_inputs=batch)
+    found = shaken(program, batch)
+    assert list(found) == [spec.name for spec in program.outputs]
+    assert len(found) == 2
 
 
 def _with_another_bias(folder: Path, share: float) -> None:
