@@ -67,6 +67,7 @@ class Program:
         source: where it came from, as the user wrote it.
         passes: the passes that ran, as pipeline text.
         transposed: the parameters, as ``graph/name``, that lie the other way round than in the model's own files.
+        notes: what the frontend did that the user should know, a line each; neither saved nor part of the digest.
     """
 
     graphs: dict[str, fx.GraphModule]
@@ -79,6 +80,7 @@ class Program:
     source: str = ""
     passes: list[str] = field(default_factory=list)
     transposed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def module(self) -> fx.GraphModule:
@@ -139,6 +141,7 @@ class Program:
             self.source,
             list(self.passes),
             self.transposed,
+            self.notes,
         )
 
     def recompile(self) -> None:

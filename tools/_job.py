@@ -138,6 +138,7 @@ class _Run:
         self.timing, self.ledger = Timing(), Ledger()
         self.reports = Reports(options.display.note)
         self.stages: list[PassTime] = []
+        self.notes: tuple[str, ...] = ()
 
     def run(self, folder: Path | None) -> tuple[Program, RunSummary]:
         """All stages; the artefact goes into ``folder`` if there is one."""
@@ -151,7 +152,9 @@ class _Run:
         pipeline = format_pipeline(self.job.passes)
         stages = (*before_export, *self.stages)
         ledger = self.ledger.to_dict()
-        return program, RunSummary(pipeline, None, stages, peak_bytes(), float_bytes, files, ledger, reports)
+        return program, RunSummary(
+            pipeline, None, stages, peak_bytes(), float_bytes, files, ledger, reports, self.notes
+        )
 
     def load(self) -> tuple[Program, Data]:
         """The float program and its data."""
@@ -159,6 +162,9 @@ class _Run:
         with self.stage("load"):
             display.note("loading and tracing the model")
             program = job.load()
+            self.notes = program.notes
+            for note in self.notes:
+                display.note(note)
         with self.stage("data"):
             data = job.data(program)
             check_finite(data.calibration, "calibration")

@@ -29,6 +29,7 @@ class RunSummary:
         files: the bytes of each file of the artefact.
         ledger: what each lossy pass cost.
         reports: what each backend said, by its name.
+        notes: what was done to the model while it was loaded, a line each.
     """
 
     pipeline: str
@@ -39,6 +40,7 @@ class RunSummary:
     files: dict[str, int] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def artefact_bytes(self) -> int:
@@ -65,6 +67,7 @@ class RunSummary:
             "files": self.files,
             "ledger": self.ledger,
             "reports": self.reports,
+            "notes": list(self.notes),
         }
 
     def tables(self) -> tuple[Table, ...]:

@@ -152,6 +152,8 @@ def analyze_model(
     source = python_source(calibration, samples=samples, seed=seed, max_length=max_length, decoder=decoder)
     display.note("loading and tracing the model")
     program = load(model, task=task)
+    for note in program.notes:
+        display.note(note)
     context = Context(source.batches(program).calibration, seed=seed, track=display.track)
     PassManager((make_pass("clean"), make_pass("analyze-outliers", {"sigma": sigma}))).run(program, context)
     return context[OutlierReport]

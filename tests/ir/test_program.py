@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,12 @@ def test_the_digest_sees_every_edit(exported, edit):
     assert twin.digest() == exported.digest()
     EDITS[edit](twin)
     assert twin.digest() != exported.digest()
+
+
+def test_notes_go_with_a_clone_and_change_no_digest(exported):
+    noted = replace(exported.clone(), notes=("half-precision weights were widened",))
+    assert noted.clone().notes == noted.notes
+    assert noted.digest() == exported.digest()
 
 
 def test_the_digest_sees_quantizers(quantized):

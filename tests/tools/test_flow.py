@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from bitlower.passes import PassManager, format_pipeline
 from bitlower.tools._backends import verify_artefact
 from bitlower.tools.flow import Options, quantize, recipe_job, run_recipe, standard_passes, standard_recipe
 from bitlower.tools.recipe import Recipe, load_recipe
+from bitlower.tools.render import Display
 
 
 def listing(folder: Path) -> list[str]:
@@ -53,6 +55,16 @@ def test_a_run_writes_everything_and_tells_what_it_took(
     assert program.level is Level.INTEGER
     assert sum(len(batch["input_ids"]) for batch in batches) == 5  # an eighth of 40 texts is held out
     assert summary.to_dict()["pipeline"] == format_pipeline(standard_passes("W8A8"))
+
+
+def test_what_the_frontend_notes_is_shown_and_said_in_the_summary(
+    bert_program: Program, bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace, capsys, monkeypatch
+) -> None:
+    noted = replace(bert_program, notes=("the weights were widened",))
+    monkeypatch.setattr("bitlower.tools.flow.load", lambda *arguments, **options: noted.clone())
+    summary = run_recipe(recipe_of(bert, texts), tmp_path / "out", Options(cache=None, display=Display()))
+    assert summary.to_dict()["notes"] == ["the weights were widened"]
+    assert "the weights were widened" in capsys.readouterr().err.splitlines()
 
 
 def test_the_recipe_in_the_artefact_runs_again_and_names_no_place(
