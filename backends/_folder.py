@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePath
 from typing import Any
 
 from bitlower.ir import BitlowerError, Program
+from bitlower.ir.files import reason
+from bitlower.ir.json_files import read_json
 
 CONFIG = "config.json"
 RESERVED = (CONFIG, "manifest.json", "verification.json", "ledger.json", "recipe.yaml")
@@ -49,9 +50,9 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         BitlowerError: there is no configuration.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG, finite=False)
     except (OSError, ValueError) as error:
-        raise BitlowerError(f"{folder} holds no readable {CONFIG}: {error}") from None
+        raise BitlowerError(f"{folder} holds no readable {CONFIG}: {reason(error)}") from None
     files = sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)})
     return config, {path.name: path.read_bytes() for path in files}
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bitlower.ir import CheckError
+from bitlower.ir import CheckError, json_files
+from bitlower.ir.files import reason
 
 DIGITS = 6
 
@@ -40,14 +41,11 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckError: the file is missing or damaged.
     """
     try:
-        form = json.loads(path.read_text(encoding="utf-8"))
+        return json_files.read_json(path)
     except FileNotFoundError:
         raise CheckError(f"{path.name} is missing in {path.parent}") from None
     except (OSError, ValueError) as error:
-        raise CheckError(f"{path.name} in {path.parent} is damaged: {error}") from None
-    if not isinstance(form, dict):
-        raise CheckError(f"{path.name} in {path.parent} is damaged: not a mapping")
-    return form
+        raise CheckError(f"{path.name} in {path.parent} is damaged: {reason(error)}") from None
 
 
 def rounded_figures(form: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from bitlower.ir import BitlowerError
+from bitlower.ir import BitlowerError, json_files
+from bitlower.ir.files import reason
 from bitlower.ir.storage import bound_heap, map_safetensors, parts, spill
 
 if TYPE_CHECKING:
@@ -21,12 +21,17 @@ if TYPE_CHECKING:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of a Hugging Face folder; infinite numbers are let through, some configurations hold them.
+
+    Raises:
+        BitlowerError: the file cannot be read, is not JSON, or asks for code of its own.
+    """
     try:
-        value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json_files.read_json(path, finite=False)
+    except OSError as error:
+        raise BitlowerError(f"{path} cannot be read: {reason(error)}") from None
+    except ValueError as error:
         raise BitlowerError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BitlowerError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     if "auto_map" in value:
         raise BitlowerError(
             f"{path} asks for remote code (`auto_map`), which is never run",

@@ -1,7 +1,7 @@
 """What a model is between passes: the Program, quantization types and numerics, low-bit operators, checks and views."""
 
 from bitlower.ir import kernels, ops, packing
-from bitlower.ir.diagnostics import BitlowerError, CheckError, describe, nearest
+from bitlower.ir.diagnostics import BitlowerError, CheckError, describe, nearest, shorten
 from bitlower.ir.granularity import Granularity
 from bitlower.ir.grid import Grid, ScaleConvention
 from bitlower.ir.program import Batch, Program, Quantizer, ValueSpec, copy_module, get_tensor, set_tensor
@@ -30,4 +30,5 @@ __all__ = [
     "ops",
     "packing",
     "set_tensor",
+    "shorten",
 ]

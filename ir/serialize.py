@@ -24,11 +24,15 @@ from safetensors.torch import load_file, save_file
 from torch import fx
 
 from bitlower.ir.diagnostics import BitlowerError, describe
+from bitlower.ir.files import read_text
+from bitlower.ir.json_files import parse_json
 from bitlower.ir.program import Program, Quantizer, ValueSpec, set_tensor
 from bitlower.ir.scheme import QuantSpec
 from bitlower.ir.types import Level, TensorType
 
 FORMAT = 2
+_LIMIT = 1 << 30
+"""Bytes of a document; the tokenizer's files are in it."""
 _FUNCTIONS = {
     f"{function.__module__}:{function.__name__}": function
     for function in (
@@ -93,7 +97,7 @@ def decode(document: str, tensors: Mapping[str, torch.Tensor]) -> Program:
         BitlowerError: not such a document, another format's, or one that names unknown operators or tensors.
     """
     try:
-        form = json.loads(document)
+        form = parse_json(document, finite=False)
         if not isinstance(form, dict) or form.get("format") != FORMAT:
             raise BitlowerError(f"not a program in format {FORMAT}, the one that this version reads")
         return _decode_program(form, tensors)
@@ -168,7 +172,7 @@ def load(folder: Path) -> Program:
         BitlowerError: a file is missing or damaged.
     """
     try:
-        return decode((folder / "program.json").read_text(), load_file(folder / "program.safetensors"))
+        return decode(read_text(folder / "program.json", _LIMIT), load_file(folder / "program.safetensors"))
     except (OSError, SafetensorError) as error:
         raise BitlowerError(f"{folder}: cannot read the saved program ({error})") from error
 

@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from bitlower.ir.json_files import parse_json
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -32,7 +34,7 @@ def load_checkpoint(folder: Path | None, name: str) -> Stored | None:
         return None
     try:
         with safe_open(_path(folder, name), framework="pt") as file:
-            rows = json.loads(file.metadata()["rows"])
+            rows = parse_json(file.metadata()["rows"], finite=False)
             return Stored({key: file.get_tensor(key).clone() for key in file.keys()}, rows)  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from bitlower.ir.dataflow import (
     residual_sums,
     value_root,
 )
+from bitlower.ir.json_files import parse_json
 
 aten = torch.ops.aten
 _CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default})
@@ -215,7 +215,7 @@ def vocabulary(program: Program) -> tuple[dict[int, str], frozenset[int]]:
 
 def _asset(program: Program, name: str) -> dict[str, Any]:
     try:
-        form = json.loads(program.assets.get(name, b"{}"))
+        form = parse_json(program.assets.get(name, b"{}"))
     except ValueError as error:
         raise BitlowerError(f"{program.source}: {name} is not JSON: {error}", hint="fetch the model again") from None
     return form if isinstance(form, dict) else {}

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitlower.ir import BitlowerError, nearest
+from bitlower.ir.json_files import parse_json
 from bitlower.passes._base import Pass
 
 
@@ -128,8 +129,8 @@ def _coerce_structured(kind: Any, value: Any) -> Any:
         return value
     if isinstance(value, str) and value.startswith("{") and hasattr(kind, "from_dict"):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
+            value = parse_json(value)
+        except ValueError as error:
             raise MismatchError(f"takes {describe_type(kind)}; its JSON is broken: {error}") from None
     try:
         if isinstance(value, Mapping) and hasattr(kind, "from_dict"):

@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bitlower.ir import Batch, BitlowerError, Program
+from bitlower.ir.files import read_text
+from bitlower.ir.json_files import read_json
 from bitlower.ir.serialize import load, save
 from bitlower.passes._base import Context, Pass
 from bitlower.passes._manager import PassManager
@@ -88,8 +90,8 @@ def replay(folder: str | Path) -> Program:
     """
     folder = Path(folder)
     try:
-        settings = json.loads((folder / "settings.json").read_text())
-        text = (folder / "pipeline.txt").read_text()
+        settings = read_json(folder / "settings.json", finite=False)
+        text = read_text(folder / "pipeline.txt")
         tensors = load_file(folder / "batches.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise BitlowerError(f"{folder} is not a reproducer ({error})") from error

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import pkgutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import Any
 import bitlower.backends
 from bitlower.ir import Batch, BitlowerError, Level, Program, nearest
 from bitlower.ir.dataflow import operand
+from bitlower.ir.files import reason
+from bitlower.ir.json_files import read_json
 
 
 def known_backends() -> list[str]:
@@ -134,11 +135,11 @@ def verify_artefact(folder: Path) -> dict[str, Any]:
     """
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         name = str(manifest["backend"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"its manifest.json is damaged: {error}"
-        raise BitlowerError(f"{folder} is not an artefact ({reason})", hint="give the folder of a run") from None
+        why = reason(error) if isinstance(error, OSError) else f"its manifest.json is damaged: {error}"
+        raise BitlowerError(f"{folder} is not an artefact ({why})", hint="give the folder of a run") from None
     if name not in known_backends():
         raise BitlowerError(f"{path} names the unknown backend {name!r}", hint=nearest(name, known_backends()))
     return plain_report(_module(name).verify(folder))

@@ -8,7 +8,6 @@ a file without a header line.
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bitlower.ir import BitlowerError, nearest
+from bitlower.ir.json_files import object_of, parse_json
 
 TABLES = (".tsv", ".csv", ".jsonl")
 
@@ -173,11 +173,9 @@ def _objects(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int
         if not line.strip():
             continue
         try:
-            form = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BitlowerError(f"{path}, line {count}: not JSON: {error.msg}") from None
-        if not isinstance(form, dict):
-            raise BitlowerError(f"{path}, line {count}: not a JSON object")
+            form = object_of(parse_json(line))
+        except ValueError as error:
+            raise BitlowerError(f"{path}, line {count}: not JSON: {error}") from None
         yield count, form
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
@@ -18,7 +17,9 @@ from bitlower.frontends import load
 from bitlower.frontends._weights import quiet
 from bitlower.frontends.locate import locate
 from bitlower.ir import Batch, BitlowerError, Program
+from bitlower.ir.files import reason
 from bitlower.ir.folding import with_float_weights
+from bitlower.ir.json_files import read_json
 from bitlower.tools.evaluate import open_session, shell
 
 TASK = "text-generation"
@@ -93,7 +94,7 @@ def is_decoder(model: str | os.PathLike[str] | torch.nn.Module, task: str | None
     if place.suffix == ".gguf":
         return True
     try:
-        names = json.loads((place / "config.json").read_text(encoding="utf-8"))["architectures"]
+        names = read_json(place / "config.json", finite=False)["architectures"]
         return bool(names) and str(names[0]).endswith(_SUFFIXES)
     except (OSError, ValueError, KeyError, TypeError):
         return False  # the frontend says what is wrong with it
@@ -102,9 +103,9 @@ def is_decoder(model: str | os.PathLike[str] | torch.nn.Module, task: str | None
 def quantization_of(folder: Path) -> str:
     """The ``quant_method`` that the configuration in ``folder`` names; empty if there is none."""
     try:
-        form = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError, AttributeError) as error:
-        raise BitlowerError(f"{folder} holds no readable config.json: {error}") from None
+        form = read_json(folder / "config.json", finite=False).get("quantization_config")
+    except (OSError, ValueError) as error:
+        raise BitlowerError(f"{folder} holds no readable config.json: {reason(error)}") from None
     return str(form.get("quant_method", "")) if isinstance(form, Mapping) else ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from bitlower.backends._json import write_json
 from bitlower.backends._steps import has_cache
 from bitlower.backends.onnx_qdq._folder import GENAI, MODEL
 from bitlower.ir import Program
+from bitlower.ir.json_files import parse_json
 
 TYPE = "decoder"
 """onnxruntime-genai's name for any decoder with a cache of keys and values, whatever its family."""
@@ -87,7 +87,7 @@ def _context_length(program: Program) -> int:
 def _setting(program: Program, key: str, *, default: Any) -> Any:
     """A value of ``generation_config.json``, else of the model's configuration, else ``default``."""
     try:
-        generation = json.loads(program.assets.get("generation_config.json", b"{}"))
+        generation = parse_json(program.assets.get("generation_config.json", b"{}"))
     except ValueError:
         generation = {}
     for source in (generation, program.config):

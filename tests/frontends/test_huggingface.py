@@ -172,7 +172,7 @@ def test_no_configuration(copy) -> None:
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("[1]", "must hold a JSON object, not a list"),
+        ("[1]", "is not JSON: it holds a list, not a JSON object"),
         ("\x00", "is not JSON"),
         ("", "is not JSON"),
     ],
@@ -298,7 +298,7 @@ def test_a_shard_with_nan(copy) -> None:
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "must hold a JSON object"),
+        ("[]", "not a JSON object"),
         ("{}", "does not say which file holds which weight"),
         ('{"weight_map": {"a": 1}}', "does not say which file"),
         ('{"weight_map": {"a": "../../model.safetensors"}}', "does not say which file"),

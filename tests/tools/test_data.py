@@ -153,7 +153,7 @@ def test_windows_come_from_all_of_the_text_and_must_be_enough() -> None:
         ("a.tsv", b"s1\ts2\nx\ty\n", None, "has several columns: s1, s2; name one"),
         ("a.tsv", b"text\tlabel\nx\n", "label", "line 2: 1 columns, column 1 is asked for"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "text", "line 2: not JSON"),
-        ("a.jsonl", b'["a"]\n', "text", "line 1: not a JSON object"),
+        ("a.jsonl", b'["a"]\n', "text", "line 1: not JSON: it holds a list, not a JSON object"),
         ("a.jsonl", b'{"txt": "a"}\n', "text", "no column 'text'; did you mean 'txt'"),
         ("a.jsonl", b'{"text": ["a"]}\n', "text", "column 'text' is no text and no number"),
         ("a.csv", b'text\n"open\n', "text", "line 2: unexpected end of data"),

@@ -1,0 +1,84 @@
+"""The one way to open files that others wrote: regular files only, and no more bytes than the reader expects.
+
+What cannot be read is an :class:`OSError` or a :class:`ValueError`; :func:`reason` says either in a few words.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+LIMIT = 32 << 20
+"""Bytes of a file of settings, unless its reader says otherwise."""
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """``path`` opened for reading bytes; a named pipe is refused before anything could wait for its other end.
+
+    Raises:
+        OSError: it is missing, may not be read, or is no regular file.
+        ValueError: the name holds a null character.
+    """
+    _check_regular(os.stat(path))  # devices are not opened: some act on that
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_regular(os.fstat(handle))  # it may be another by now
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((name for holds, name in _KINDS if holds(status.st_mode)), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a file")
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int = LIMIT) -> bytes:
+    """What the regular file ``path`` holds.
+
+    Raises:
+        OSError: as :func:`open_regular`.
+        ValueError: the file has more than ``limit`` bytes, or its name holds a null character.
+    """
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it has more than {limit} bytes")
+    return data
+
+
+def read_text(path: str | os.PathLike[str], limit: int = LIMIT) -> str:
+    """The UTF-8 text that the regular file ``path`` holds, a byte-order mark left out.
+
+    Raises:
+        OSError, ValueError: as :func:`read_bytes`; or the bytes are not UTF-8.
+    """
+    try:
+        return read_bytes(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8") from None
+
+
+def is_file(path: Path) -> bool:
+    """Whether ``path`` is a regular file; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def reason(error: BaseException) -> str:
+    """Why something could not be read, in a few words and without the path."""
+    return str(error.strerror) if isinstance(error, OSError) and error.strerror else str(error)
