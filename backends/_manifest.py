@@ -50,6 +50,7 @@ def write_manifest(
             "digest": program.digest(),
             "inputs": [str(spec) for spec in program.inputs],
             "outputs": [str(spec) for spec in program.outputs],
+            "context_length": program.context_length,
         },
         "tensors": resolved_tensors(program),
         "files": files,
@@ -75,6 +76,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise BitlowerError(f"there is no artefact at {folder}", hint="give the folder that an export wrote")
     return read_json(folder / FILE)
+
+
+def context_length(folder: Path) -> int | None:
+    """How many tokens the model in ``folder`` takes at once; None: no limit is known, or there is no manifest.
+
+    Raises:
+        CheckError: the manifest is damaged.
+    """
+    if not (folder / FILE).is_file():
+        return None
+    program = read_json(folder / FILE).get("program")
+    length = program.get("context_length") if isinstance(program, dict) else None
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+        raise CheckError(f"{FILE} in {folder} is damaged: a context of {length!r} tokens")
+    return length
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any], needed: Collection[str]) -> dict[str, int]:

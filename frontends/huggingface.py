@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitlower.frontends._context import context_length, stated_length
 from bitlower.frontends._decoder import Signature
 from bitlower.frontends._trace import check_replay, evaluating, explain_failure, releasing, to_program
 from bitlower.frontends._weights import load_weights, quiet, read_json
@@ -103,6 +104,7 @@ def _trace(
     program.config.pop("_name_or_path", None)
     program.assets = dict(pretrained.assets)
     program.source = pretrained.source or type(model).__name__
+    program.context_length = context_length(program, stated_length(model.config))
     return program
 
 

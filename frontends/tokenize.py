@@ -42,8 +42,7 @@ def batches(
             f"batches of {batch_size} texts of {max_length} tokens make no sense", hint="take 1 and 4 at least"
         )
     tokenizer = _padding_tokenizer(program)
-    longest = program.config.get("max_position_embeddings") or max_length
-    limit = min(max_length, longest, tokenizer.model_max_length)
+    limit = min(max_length, program.context_length or max_length, tokenizer.model_max_length)
     names = [spec.name for spec in program.inputs]
     result = []
     for start in range(0, len(texts), batch_size):
@@ -116,7 +115,7 @@ def random_windows(
             f"{program.source or 'the model'} reads no token ids, so that inputs cannot be drawn for its checks",
             hint="give calibration batches",
         )
-    length = min(length, program.config.get("max_position_embeddings") or length)
+    length = min(length, program.context_length or length)
     return windows(program, torch.randint(entries, (count, length), generator=torch.Generator().manual_seed(seed)))
 
 
@@ -126,7 +125,7 @@ def check_length(program: Program, length: int) -> None:
     Raises:
         BitlowerError: it does not, or there would be nothing to predict.
     """
-    longest = program.config.get("max_position_embeddings") or length
+    longest = program.context_length or length
     if not 2 <= length <= longest:
         raise BitlowerError(
             f"windows of {length} tokens do not fit the model", hint=f"it takes 2 to {max(longest, 2)} tokens"

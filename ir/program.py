@@ -67,6 +67,7 @@ class Program:
         source: where it came from, as the user wrote it.
         passes: the passes that ran, as pipeline text.
         transposed: the parameters, as ``graph/name``, that lie the other way round than in the model's own files.
+        context_length: the most tokens, earlier and new ones together, that it takes at once; None: no limit is known.
         notes: what the frontend did that the user should know, a line each; neither saved nor part of the digest.
     """
 
@@ -80,6 +81,7 @@ class Program:
     source: str = ""
     passes: list[str] = field(default_factory=list)
     transposed: tuple[str, ...] = ()
+    context_length: int | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -141,6 +143,7 @@ class Program:
             self.source,
             list(self.passes),
             self.transposed,
+            self.context_length,
             self.notes,
         )
 

@@ -30,7 +30,7 @@ from bitlower.ir.program import Program, Quantizer, ValueSpec, set_tensor
 from bitlower.ir.scheme import QuantSpec
 from bitlower.ir.types import Level, TensorType
 
-FORMAT = 2
+FORMAT = 3
 _LIMIT = 1 << 30
 """Bytes of a document; the tokenizer's files are in it."""
 _FUNCTIONS = {
@@ -68,6 +68,7 @@ def encode(program: Program) -> tuple[str, dict[str, torch.Tensor]]:
         "source": program.source,
         "passes": program.passes,
         "transposed": list(program.transposed),
+        "context_length": program.context_length,
         "graphs": [[name, [_encode_node(n) for n in module.graph.nodes]] for name, module in program.graphs.items()],
         "parameters": sorted(name for name, t in tensors.items() if isinstance(t, torch.nn.Parameter)),
         "aliases": aliases,
@@ -128,6 +129,7 @@ def _decode_program(form: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -
         form["source"],
         form["passes"],
         tuple(form["transposed"]),
+        form["context_length"],
     )
 
 

@@ -44,7 +44,8 @@ class PrefixSinks(Pass):
     prefix at run time: each attention reads that many keys and values more.
 
     The outputs are exactly those of the model on the prefix followed by the sequence. The cache (``past_key_values``,
-    ``present``) and the attention mask keep their shapes and know nothing of it; positions are counted from behind it.
+    ``present``) and the attention mask keep their shapes and know nothing of it; positions are counted from behind it,
+    so that the model takes that many tokens fewer.
     """
 
     name: ClassVar[str] = "prefix-sinks"
@@ -74,6 +75,8 @@ class PrefixSinks(Pass):
                     replaced[value] = longer
                 node.update_arg(position, replaced[value])
         _shift_positions(program, len(tokens))
+        if program.context_length is not None:
+            program.context_length -= len(tokens)
         program.recompile()
         context.put(PrefixReport(tokens, len(attentions), before, _largest(program, context)))
         return True

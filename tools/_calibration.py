@@ -63,7 +63,7 @@ class Amount:
 
     def length(self, program: Program) -> int:
         """Tokens of a sample for ``program``."""
-        return self.max_length or min(WINDOW_LENGTH, program.config.get("max_position_embeddings") or WINDOW_LENGTH)
+        return self.max_length or min(WINDOW_LENGTH, program.context_length or WINDOW_LENGTH)
 
 
 @dataclass(frozen=True)

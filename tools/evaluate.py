@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bitlower.backends import _manifest
 from bitlower.backends._folder import read_model
 from bitlower.backends.tvm_kernels import is_library, load_library
 from bitlower.frontends import batches, load
@@ -236,6 +237,7 @@ def shell(folder: Path, session: InferenceSession | None = None) -> Program:
         config,
         files,
         str(folder),
+        context_length=_manifest.context_length(folder),
     )
 
 

@@ -52,8 +52,8 @@ def generate(
 ) -> torch.Tensor:
     """The most likely tokens one by one: the prompts with what follows, ``[batch, prompt + new]`` int64.
 
-    One graph computes prompt and steps; the cache grows by a token a step. It ends when every row has ended, or after
-    ``max_new_tokens``.
+    One graph computes prompt and steps; the cache grows by a token a step. It ends when every row has ended, after
+    ``max_new_tokens``, or when the model's context is full.
 
     Args:
         model: a Program or a library with a cache, or anything behind
@@ -65,7 +65,8 @@ def generate(
         pad: what follows the end of a row; the first of ``stops`` if left out.
 
     Raises:
-        BitlowerError: the shapes do not fit, padding stands on the right, or the model is no causal language model.
+        BitlowerError: the shapes do not fit, padding stands on the right, the prompt is longer than the context, or the
+            model is no causal language model.
     """
     model = language_model(model)
     if max_new_tokens < 1:
@@ -74,7 +75,7 @@ def generate(
     filler = pad if pad is not None else int(stop[0]) if len(stop) else 0
     done = torch.zeros(len(input_ids), dtype=torch.bool)
     tokens = [input_ids]
-    for token in islice(_greedy(model, input_ids, attention_mask), max_new_tokens):
+    for token in islice(_greedy(model, input_ids, attention_mask), _room(model, input_ids, max_new_tokens)):
         token[done] = filler  # the next step reads it
         tokens.append(token[:, None].clone())
         done |= torch.isin(token, stop)
@@ -94,11 +95,12 @@ def sample(
     model = language_model(model)
     ids = token_ids(model.program, prompt)[None]
     stop = set(model.stops if stops is None else stops)
+    count = _room(model, ids, max_new_tokens)
     next(_greedy(model, ids, None))
     new: list[int] = []
     start = time.perf_counter()
     first = start
-    for token in islice(_greedy(model, ids, None), max_new_tokens):
+    for token in islice(_greedy(model, ids, None), count):
         new.append(int(token))
         if len(new) == 1:
             first = time.perf_counter()
@@ -112,6 +114,19 @@ def sample(
 def samples(model: LanguageModel, prompts: Sequence[str], max_new_tokens: int) -> tuple[Sample, ...]:
     """:func:`sample` for each prompt."""
     return tuple(sample(model, prompt, max_new_tokens) for prompt in prompts)
+
+
+def _room(model: LanguageModel, ids: torch.Tensor, wanted: int) -> int:
+    """How many of ``wanted`` tokens can follow the prompts ``ids``: the model need not read the last one."""
+    longest, prompt = model.program.context_length, ids.shape[-1]
+    if longest is None:
+        return wanted
+    if prompt > longest:
+        raise BitlowerError(
+            f"a prompt of {prompt} tokens does not fit the model",
+            hint=f"it takes {longest} tokens, earlier and new ones",
+        )
+    return min(wanted, longest - prompt + 1)
 
 
 def _greedy(model: LanguageModel, ids: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:

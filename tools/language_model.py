@@ -14,6 +14,7 @@ import torch
 
 from bitlower.backends.tvm_kernels import Library, is_library, load_library
 from bitlower.frontends import load
+from bitlower.frontends._context import stated_length
 from bitlower.frontends._weights import quiet
 from bitlower.frontends.locate import locate
 from bitlower.ir import Batch, BitlowerError, Program
@@ -177,7 +178,9 @@ def _of_checkpoint(folder: Path, method: str) -> LanguageModel:
                             past_key_values=cache, use_cache=True)  # fmt: skip
         return outputs.logits.float(), outputs.past_key_values
 
-    return LanguageModel(shell(folder), step, "transformers")
+    program = shell(folder)
+    program.context_length = program.context_length or stated_length(model.config)
+    return LanguageModel(program, step, "transformers")
 
 
 def _past_name(present: str) -> str:

@@ -14,6 +14,8 @@ from bitlower.ir.json_files import parse_json
 
 TYPE = "decoder"
 """onnxruntime-genai's name for any decoder with a cache of keys and values, whatever its family."""
+ENDLESS = 2048
+"""The tokens that a model without a limit of its own is said to take: the runtime asks for a number."""
 _KEY, _VALUE = "past_key_values.%d.key", "past_key_values.%d.value"
 
 
@@ -80,8 +82,7 @@ def _search(program: Program) -> dict[str, Any]:
 
 
 def _context_length(program: Program) -> int:
-    config = program.config
-    return int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
+    return program.context_length or ENDLESS
 
 
 def _setting(program: Program, key: str, *, default: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import tvm
 
-from bitlower.backends import _folder
+from bitlower.backends import _folder, _manifest
 from bitlower.backends._json import read_json, write_json
 from bitlower.backends.tvm_kernels._activations import AUTO
 from bitlower.backends.tvm_kernels._cuda_library import write_code
@@ -100,5 +100,7 @@ def load_library(folder: Path) -> Library:
         module = tvm.runtime.load_module(str(folder / LIBRARY))
     except (RuntimeError, OSError, ValueError) as error:
         raise CheckError(f"{LIBRARY} in {folder} does not load: {str(error).splitlines()[0]}") from None
-    program = Program({}, Level.FUSED, task, inputs, outputs, *_folder.read_model(folder), str(folder))
+    model = _folder.read_model(folder)
+    length = _manifest.context_length(folder)
+    program = Program({}, Level.FUSED, task, inputs, outputs, *model, str(folder), context_length=length)
     return Library(module, program, target)

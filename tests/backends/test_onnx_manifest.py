@@ -13,6 +13,7 @@ import torch
 from onnx import numpy_helper
 
 from bitlower.backends._json import read_json, write_json
+from bitlower.backends._manifest import context_length
 from bitlower.backends._resolved import float_bytes, resolved_tensors
 from bitlower.backends.onnx_qdq._manifest import verify_artefact, write_manifest
 from bitlower.backends.onnx_qdq._verify import verify_export
@@ -57,6 +58,21 @@ def test_the_manifest_describes_program_and_files(artefact: Path, handmade):
     assert form["program"]["digest"] == handmade.program.digest()
     assert form["program"]["inputs"] == ["x: float32[batch, 8]"]
     assert {"bitlower", "torch", "transformers", "onnx", "onnxruntime"} <= set(form["versions"])
+
+
+def test_the_context_is_what_the_manifest_says(artefact: Path, tmp_path: Path):
+    form = json.loads((artefact / "manifest.json").read_text())
+    for length in (None, 77):
+        form["program"]["context_length"] = length
+        (artefact / "manifest.json").write_text(json.dumps(form))
+        assert context_length(artefact) == length
+    (tmp_path / "other").mkdir()
+    assert context_length(tmp_path / "other") is None
+    for damaged in ("many", True, 0, 1.5):
+        form["program"]["context_length"] = damaged
+        (artefact / "manifest.json").write_text(json.dumps(form))
+        with pytest.raises(CheckError, match=f"damaged: a context of {damaged!r} tokens"):
+            context_length(artefact)
 
 
 def test_the_resolved_scheme_has_every_tensor(handmade):

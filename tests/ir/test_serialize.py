@@ -159,6 +159,7 @@ def _document(nodes, **changes):
     form = {
         "format": serialize.FORMAT,
         "transposed": [],
+        "context_length": None,
         "level": "float",
         "task": "custom",
         "inputs": [["x", "float32", [2]]],
@@ -259,9 +260,9 @@ def test_an_unknown_operator_is_named(target, words):
     [
         ("", "damaged"),
         ("{", "damaged"),
-        ("[]", "format 2"),
-        ("{}", "format 2"),
-        (_document([], format=99), "format 2"),
+        ("[]", "format 3"),
+        ("{}", "format 3"),
+        (_document([], format=99), "format 3"),
         (_document([], level="melted"), "damaged"),
         (_document([], parameters=["model/w"]), "damaged"),
         (_document([], aliases={"model/w": "model/v"}), "damaged"),

@@ -67,6 +67,8 @@ def test_it_is_the_model_on_the_prefix_and_the_sequence(name: str) -> None:
     torch.testing.assert_close(result(**inputs(ids))["logits"], with_prefix(model, ids), rtol=0, atol=2e-6)
     report = context[PrefixReport]
     assert (report.tokens, report.attentions) == (PREFIX, 2)
+    assert program.context_length is not None
+    assert result.context_length == program.context_length - len(PREFIX)
     assert report.before > 0 < report.after
 
 

@@ -60,6 +60,7 @@ def test_every_client_computes_what_the_program_does(made: Quantized) -> None:
     for name, runtime, tolerance in (("onnx-qdq", "onnxruntime", 1e-4), ("checkpoint", "transformers", 2e-3)):
         client = language_model(made.output / name)
         assert client.runtime == runtime
+        assert client.program.context_length == 64
         assert perplexity(client, ids, window=32, windows=4).perplexity == pytest.approx(expected, rel=tolerance)
         assert torch.equal(generate(client, ids[None, :8], 12), tokens)
 

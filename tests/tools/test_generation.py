@@ -76,6 +76,17 @@ def test_rows_end_at_a_stop_token_and_all_end_together(decoder: tuple[Any, Progr
     assert int(short[0, -1]) == stop
 
 
+def test_generation_ends_with_the_context(decoder: tuple[Any, Program]) -> None:
+    model, program = decoder
+    ids = torch.arange(3, 63)[None]
+    found = generate(program, ids, 50, stops=(), pad=5)
+    assert found.shape == (1, 65)  # the last token is given out, and never read
+    assert torch.equal(found[:, :-1], reference(model, ids, torch.ones_like(ids), max_new_tokens=4))
+    with pytest.raises(BitlowerError, match="a prompt of 65 tokens does not fit the model") as caught:
+        generate(program, found, 1)
+    assert "64 tokens" in caught.value.hint
+
+
 def test_a_sample_stops_and_is_timed(llama_program: Program) -> None:
     found = sample(llama_program, "the cat sings near a river", 12, stops=())
     ids = token_ids(llama_program, "the cat sings near a river")[None]
