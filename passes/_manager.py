@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import dataclasses
-import inspect
 import shutil
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bitlower.ir import BitlowerError, Program
+from bitlower.ir import BitlowerError, CheckError, Program
 from bitlower.ir.storage import trim
 from bitlower.passes._base import Context, Contract, Pass
+from bitlower.passes._batch_guard import BatchGuard
 from bitlower.passes._cache import Cache, aligned
 from bitlower.passes._contracts import Guard, check_levels
+from bitlower.passes._declared import check_declared, declared
+from bitlower.passes._faults import blame_pass, is_own, pass_name
 from bitlower.passes._observers import Observer, Recorder, Verify
 from bitlower.passes._pipeline import format_pipeline
-from bitlower.passes._registry import describe_error
+from bitlower.passes._process import kept_process
 from bitlower.passes._resume import Resume, WatchedContext
+from bitlower.passes._shape import shape_problem
+from bitlower.passes._trespass import TrespassGuard
 
 
 class PassManager:
@@ -49,8 +53,11 @@ class PassManager:
         Raises:
             BitlowerError: the levels do not go together (found before any work), a pass refuses its input, or a
                 third party's pass fails.
-            CheckError: a pass broke its contract or the program.
+            CheckError: a pass broke its contract or the program, wrote into the data, or left something behind in the
+                process.
         """
+        for pass_ in self.passes:
+            check_declared(pass_)
         check_levels(self.passes, program.level)
         resume = Resume(self.cache, context) if self.cache else None
         if resume:
@@ -64,19 +71,26 @@ class PassManager:
             for observer in self.observers:
                 observer.before(pass_, program, context)
             result, changed = self._outcome(pass_, program, context, resume)
-            for observer in self.observers:
-                row = resume.row(observer) if resume and isinstance(observer, Recorder) else None
-                if row is not None and isinstance(observer, Recorder):
-                    observer.restore(row)
-                else:
-                    observer.after(pass_, result, context, changed)
-            if resume:
-                resume.store_rows(observer for observer in self.observers if isinstance(observer, Recorder))
+            self._observe(pass_, result, context, changed, resume)
             return result
-        except BaseException as error:
-            error.add_note(f"in the pass {format_pipeline([pass_])}")
+        except BaseException as raised:
+            error = raised if isinstance(raised, BitlowerError) else blame_pass(pass_, raised)
+            error.add_note(f"in the pass {describe_pass(pass_)}")
             self._tell_failure(pass_, program, context, error)
-            raise
+            if error is raised:
+                raise
+            raise error from raised
+
+    def _observe(self, pass_: Pass, result: Program, context: Context, changed: bool, resume: Resume | None) -> None:
+        """Let the observers look at what the pass gave; those with a record in the cache take that instead."""
+        for observer in self.observers:
+            row = resume.row(observer) if resume and isinstance(observer, Recorder) else None
+            if row is not None and isinstance(observer, Recorder):
+                observer.restore(row)
+            else:
+                observer.after(pass_, result, context, changed)
+        if resume:
+            resume.store_rows(observer for observer in self.observers if isinstance(observer, Recorder))
 
     def _outcome(self, pass_: Pass, program: Program, context: Context, resume: Resume | None) -> tuple[Program, bool]:
         """What the pass gives, from the cache if it is there; results in the context are as after the pass."""
@@ -108,6 +122,14 @@ class PassManager:
                 error.add_note(f"and {type(observer).__name__} failed on it: {second}")
 
 
+def describe_pass(pass_: Pass) -> str:
+    """The pass as text; its name alone where its parameters cannot be printed."""
+    try:
+        return format_pipeline([pass_])
+    except Exception:
+        return pass_name(pass_)
+
+
 def execute(pass_: Pass, program: Program, context: Context) -> tuple[Program, bool]:
     """Run one pass on a clone and hold it to its contract; gives ``program`` itself if the pass changed nothing.
 
@@ -115,34 +137,42 @@ def execute(pass_: Pass, program: Program, context: Context) -> tuple[Program, b
         BitlowerError: the pass refuses its input, or it is a third party's and fails.
         CheckError: the pass broke its contract.
     """
-    guard = Guard(pass_, program)
-    clone = program.clone()
     try:
-        changed: Any = pass_.run(clone, context)
-        if not isinstance(changed, bool):
-            raise BitlowerError(
-                f"the pass {pass_.name!r} returned {type(changed).__name__}",
-                hint="`run` returns True if it changed the program, else False",
-            )
-        if changed:
-            clone.level = pass_.ensures or program.level
-            clone.passes = [*program.passes, format_pipeline([pass_])]
-            clone.recompile()
-        exact = pass_.contract is Contract.EXACT and changed
-        guard.check(clone, changed, (context.evaluation or context.calibration[:1]) if exact else ())
-    except BitlowerError:
-        raise
-    except Exception as error:
-        if type(pass_).__module__.startswith("bitlower."):
+        clone, changed = _run(pass_, program, context)
+    except BaseException as error:
+        blame = blame_pass(pass_, error)
+        if blame is error:
             raise
-        raise _foreign_error(pass_, error) from error
+        raise blame from error
     trim()
     return (clone, True) if changed else (program, False)
 
 
-def _foreign_error(pass_: Pass, error: Exception) -> BitlowerError:
-    """A third party's failure in one line, with the line of its source."""
-    source = None
-    with contextlib.suppress(TypeError):
-        source = inspect.getsourcefile(type(pass_))
-    return BitlowerError(f"pass {pass_.name!r} failed: {describe_error(error, source)}")
+def _run(pass_: Pass, program: Program, context: Context) -> tuple[Program, bool]:
+    """What the pass makes of a clone; everything else is as it was, or else the pass is to blame."""
+    name, said = pass_.name, declared(pass_)
+    guard, batches = Guard(pass_, program), BatchGuard(context)
+    trespass = None if is_own(pass_) else TrespassGuard()
+    clone = program.clone()
+    clone.config = copy.deepcopy(program.config)
+    with kept_process():
+        changed: Any = pass_.run(clone, context)
+    if trespass:
+        trespass.check(name)
+    batches.check(name)
+    if declared(pass_) != said:
+        raise CheckError(f"the pass {name!r} changed what it declares while it ran")
+    if not isinstance(changed, bool):
+        raise BitlowerError(
+            f"the pass {name!r} returned {type(changed).__name__}",
+            hint="`run` returns True if it changed the program, else False",
+        )
+    if changed:
+        if problem := shape_problem(clone, program):
+            raise CheckError(f"the pass {name!r} broke the program: {problem}")
+        clone.level = pass_.ensures or program.level
+        clone.passes = [*program.passes, format_pipeline([pass_])]
+        clone.recompile()
+    exact = pass_.contract is Contract.EXACT and changed
+    guard.check(clone, changed, (context.evaluation or context.calibration[:1]) if exact else ())
+    return clone, changed

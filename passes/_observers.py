@@ -18,7 +18,7 @@ import psutil
 from rich.console import Console
 from rich.progress import Progress as RichProgress
 
-from bitlower.ir import Program
+from bitlower.ir import CheckError, Program
 from bitlower.ir.verifier import verify
 from bitlower.passes._base import Context, Pass
 from bitlower.passes._pipeline import format_pipeline
@@ -60,9 +60,13 @@ class Verify(Observer):
     """Verify the program after every pass; the manager does so by default."""
 
     def after(self, pass_: Pass, program: Program, context: Context, changed: bool) -> None:
-        """Raise CheckError for a program that is not well formed."""
-        if changed:
+        """Raise CheckError, which names the pass, for a program that is not well formed."""
+        if not changed:
+            return
+        try:
             verify(program)
+        except CheckError as error:
+            raise CheckError(f"the pass {pass_.name!r} broke the program: {error.message}", hint=error.hint) from error
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from typing import Any
 from bitlower.ir import BitlowerError, nearest
 from bitlower.ir.json_files import parse_json
 from bitlower.passes._base import Pass
+from bitlower.passes._declared import check_declared
+from bitlower.passes._faults import blamed, source_of
 
 
 class MismatchError(ValueError):
@@ -179,8 +181,16 @@ def build(cls: type[Pass], parameters: Mapping[str, Any]) -> Pass:
     """The pass with ``parameters``, in kebab-case or with underscores, checked against the fields' annotations.
 
     Raises:
-        BitlowerError: a parameter is unknown, doubled, missing, of the wrong type, or refused by the pass.
+        BitlowerError: a parameter is unknown, doubled, missing, of the wrong type, or refused by the pass, whose code
+            may fail in any way.
     """
+    with blamed(f"pass {cls.name!r} cannot be made", source_of(cls)):
+        pass_ = _build(cls, parameters)
+        check_declared(pass_)
+        return pass_
+
+
+def _build(cls: type[Pass], parameters: Mapping[str, Any]) -> Pass:
     kinds = parameter_types(cls)
     values: dict[str, Any] = {}
     for key, value in parameters.items():

@@ -13,17 +13,20 @@ import importlib
 import importlib.util
 import re
 import sys
-import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bitlower.ir import BitlowerError, Level, nearest
+from bitlower.ir import BitlowerError, nearest
 from bitlower.passes import _parameters
-from bitlower.passes._base import Contract, Pass
+from bitlower.passes._base import Pass
+from bitlower.passes._declared import declaration_problem
+from bitlower.passes._faults import blamed
+from bitlower.passes._process import kept_process
 
 GROUP = "bitlower.passes"
 FOLDER = Path(__file__).parent
@@ -126,7 +129,8 @@ def check_class(cls: type[Pass], where: str) -> None:
     Raises:
         BitlowerError: addressed to the pass's author; ``where`` names the file or distribution.
     """
-    problem = _class_problem(cls) or _parameter_problem(cls)
+    with blamed(f"{where}: the pass class {cls.__name__} cannot be read"):
+        problem = _class_problem(cls) or _parameter_problem(cls)
     if problem:
         raise BitlowerError(f"{where}: the pass class {cls.__name__} {problem[0]}", hint=problem[1])
 
@@ -145,12 +149,7 @@ def _class_problem(cls: type[Pass]) -> tuple[str, str] | None:
         return f"has the name {cls.name!r}, which is not kebab-case", f"for example {mended!r}"
     if cls.run is Pass.run:
         return "defines no `run`", "write `def run(self, program, context) -> bool`"
-    if not isinstance(cls.contract, Contract):
-        return f"has the contract {cls.contract!r}", "set it to one of Contract.ANALYSIS, EXACT, LOSSY"
-    levels = cls.requires if isinstance(cls.requires, set | frozenset) else {None}
-    if not all(isinstance(level, Level) for level in levels) or not isinstance(cls.ensures, Level | None):
-        return "has no proper levels", "`requires` is a frozenset of Level, `ensures` a Level or None"
-    return None
+    return declaration_problem(cls)
 
 
 def _parameter_problem(cls: type[Pass]) -> tuple[str, str] | None:
@@ -184,14 +183,11 @@ def _load_own(name: str) -> type[Pass]:
 
 
 def _load_entry_point(offer: Provider, point: EntryPoint) -> type[Pass]:
-    try:
-        cls = point.load()
-    except BitlowerError:
-        raise
-    except (Exception, SystemExit) as error:
+    source = None
+    with suppress(ImportError, ValueError):
         source = importlib.util.find_spec(point.module.partition(".")[0])
-        place = describe_error(error, source.origin if source else None)
-        raise BitlowerError(f"{offer.origin} fails to import: {place}") from error
+    with kept_process(), blamed(f"{offer.origin} fails to import", source.origin if source else None):
+        cls = point.load()
     if not (isinstance(cls, type) and issubclass(cls, Pass)):
         raise BitlowerError(
             f"{offer.origin}: {point.attr} is no pass class", hint="point at a subclass of bitlower.Pass"
@@ -215,24 +211,14 @@ def _import_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        exec(compile(path.read_bytes(), spec.origin, "exec"), module.__dict__)
-    except (Exception, SystemExit) as error:
+        with kept_process(), blamed(f"the plugin {path.name} fails to import", spec.origin):
+            exec(compile(path.read_bytes(), spec.origin, "exec"), module.__dict__)
+    except BaseException as error:
         del sys.modules[name]
-        hint = "decorate the pass with @dataclass(frozen=True)" if "from a frozen" in str(error) else ""
-        place = describe_error(error, spec.origin)
-        raise BitlowerError(f"the plugin {path.name} fails to import: {place}", hint=hint) from error
+        if "from a frozen" not in str(error) or not isinstance(error, BitlowerError):
+            raise
+        raise BitlowerError(error.message, hint="decorate the pass with @dataclass(frozen=True)") from error.__cause__
     return module
-
-
-def describe_error(error: BaseException, source: str | None) -> str:
-    """The error's type, text and the last line of file ``source`` (else the last line at all) that led to it."""
-    text = str(error).splitlines()[0] if str(error) else ""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{type(error).__name__}: {error.msg} at {Path(error.filename).name}:{error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if source and f.filename == source] or frames[-1:]
-    place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
-    return f"{type(error).__name__}: {text}{place}"
 
 
 def _defined_in(module: ModuleType) -> list[type[Pass]]:

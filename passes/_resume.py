@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,13 +47,10 @@ class Resume:
         self._base = ""
         self._key = ""
         self._entry: Entry | None = None
-        self._enabled = True
 
     def recall(self, pass_: Pass, program: Program, context: Context) -> Entry | None:
         """What the cache knows of ``pass_`` on ``program``; its results are put into the context."""
         self._entry = None
-        if not self._enabled:
-            return None
         base = [
             digest_program(program),
             format_pipeline([pass_]),
@@ -76,25 +72,23 @@ class Resume:
     def remember(self, pass_: Pass, program: Program | None, before: dict[type, Any], context: WatchedContext) -> None:
         """Store what ``pass_`` gave: a new program or None, and results that were not there before.
 
-        A result that cannot be saved ends the use of the cache for the rest of the run, with a warning.
+        Raises:
+            BitlowerError: a result that the pass left cannot be saved, or the cache cannot be written to.
         """
-        if not self._enabled:
-            return
         left = {kind: value for kind, value in context.results.items() if before.get(kind) is not value}
         try:
             results = encode_results(left)
         except BitlowerError as error:
-            self._enabled = False
-            warnings.warn(f"the pass {pass_.name!r} and later ones are not cached: {error}", stacklevel=2)
-            return
+            raise BitlowerError(
+                f"what the pass {pass_.name!r} left in the context does not go into the cache: {error.message}",
+                hint=f"{error.hint or 'use frozen dataclasses of plain data'}, or run without the cache",
+            ) from error
         self._key = self._full_key(self.cache.note_uses(self._base, frozenset(context.used)))
         self._entry = Entry(program is not None, program, results)
         self.cache.put(self._key, self._entry)
 
-    def work(self) -> Path | None:
+    def work(self) -> Path:
         """A folder for checkpoints inside the pass at hand: of this program, this pass, these data and this seed."""
-        if not self._enabled:
-            return None
         key = self._full_key(_PARTS)
         return self.cache.folder / "work" / key
 

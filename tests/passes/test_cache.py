@@ -196,11 +196,16 @@ def test_a_damaged_file_counts_as_missing(tiny_program: Program, tmp_path: Path,
     assert run(tiny_program, cache, PIPELINE)[3] == []
 
 
-def test_a_result_that_cannot_be_saved_ends_caching_with_a_warning(tiny_program: Program, tmp_path: Path) -> None:
+def test_a_result_that_cannot_be_saved_is_an_error_that_names_it_and_the_pass(
+    tiny_program: Program, tmp_path: Path
+) -> None:
     passes = [Shrink(), Measure(opaque=True), Shrink()]
-    for ran in (["shrink nothing", "measure", "shrink nothing"], ["measure", "shrink nothing"]):
-        with pytest.warns(UserWarning, match=r"'measure' and later ones are not cached: the result .*:Opaque cannot"):
-            assert run(tiny_program, Cache(tmp_path), passes)[3] == ran
+    for _ in range(2):
+        with pytest.raises(
+            BitlowerError, match=r"the pass 'measure' left .*:Opaque cannot be saved.* without the cache"
+        ):
+            run(tiny_program, Cache(tmp_path), passes)
+    assert run(tiny_program, None, passes)[3] == ["shrink nothing", "measure", "shrink nothing"]
 
 
 def test_a_result_of_a_foreign_type_is_not_loaded(tiny_program: Program, tmp_path: Path) -> None:

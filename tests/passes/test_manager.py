@@ -211,7 +211,7 @@ def test_a_refusal_carries_the_pass_as_a_note(tiny_program: Program, context: Co
     log = Log()
     with pytest.raises(BitlowerError, match="not with me") as info:
         PassManager([Scale(), Faulty("refuse")], [log]).run(tiny_program, context)
-    assert str(info.value) == "not with me"
+    assert str(info.value) == "pass 'faulty': not with me"
     assert "in the pass faulty{way=refuse}" in info.value.__notes__
     assert log.events[-1] == ("failed", "faulty", info.value)
 

@@ -1,0 +1,47 @@
+"""What a pass declares about itself (levels, contract, what it preserves), and whether that means anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bitlower.ir import BitlowerError, Level
+from bitlower.passes._base import Contract, Pass
+from bitlower.passes._faults import pass_name
+
+_DECLARED = ("name", "requires", "ensures", "contract", "preserves")
+
+
+def declaration_problem(declared: Pass | type[Pass]) -> tuple[str, str] | None:
+    """What is wrong with what a pass, or a class of passes, declares, and the mend."""
+    if not isinstance(declared.contract, Contract):
+        return f"has the contract {declared.contract!r}", "set it to one of Contract.ANALYSIS, EXACT, LOSSY"
+    if not _is_set_of(declared.requires, Level) or not isinstance(declared.ensures, Level | None):
+        return "has no proper levels", "`requires` is a frozenset of Level, `ensures` a Level or None"
+    if not declared.requires:
+        return "takes no level", "`requires` names one or more"
+    if not _is_set_of(declared.preserves, type):
+        return f"preserves {declared.preserves!r}", "`preserves` is a frozenset of types of results"
+    return None
+
+
+def check_declared(pass_: Pass) -> None:
+    """Hold a pass, which may have set what its class declares, to meaning.
+
+    Raises:
+        BitlowerError: it is no pass, or declares nonsense.
+    """
+    if not isinstance(pass_, Pass):
+        raise BitlowerError(f"{type(pass_).__name__} is no pass", hint="derive from bitlower.Pass")
+    named = isinstance(pass_.name, str) and pass_.name == type(pass_).name and bool(pass_.name)
+    problem = declaration_problem(pass_) if named else ("has lost its name", "`name` belongs to the class")
+    if problem:
+        raise BitlowerError(f"the pass {pass_name(pass_)!r} {problem[0]}", hint=problem[1])
+
+
+def declared(pass_: Pass) -> dict[str, Any]:
+    """All that ``pass_`` declares, by name."""
+    return {name: getattr(pass_, name) for name in _DECLARED}
+
+
+def _is_set_of(value: object, kind: type) -> bool:
+    return isinstance(value, set | frozenset) and all(isinstance(item, kind) for item in value)
