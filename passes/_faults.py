@@ -9,11 +9,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bitlower.ir import BitlowerError
+from bitlower.ir.diagnostics import shorten
 from bitlower.passes._base import Pass
 
 _EXIT_CODES = (1, 2)
-_LONGEST = 300
-"""So many characters of a foreign text are shown."""
 
 
 def is_own(pass_: Pass | type[Pass]) -> bool:
@@ -55,8 +54,8 @@ def blame_pass(pass_: Pass, error: BaseException) -> BaseException:
     name = pass_name(pass_)
     if isinstance(error, BitlowerError) and error.exit_code in _EXIT_CODES:
         if repr(name) not in str(error):
-            error.message = f"pass {name!r}: {error.message}"
-            error.args = (f"{error.message}; {error.hint}" if error.hint else error.message,)
+            named = BitlowerError(f"pass {name!r}: {error.message}", hint=error.hint)
+            error.message, error.args = named.message, named.args
         return error
     return BitlowerError(f"pass {name!r} failed: {describe_error(error, source_of(type(pass_)))}")
 
@@ -73,7 +72,8 @@ def describe_error(error: BaseException, source: str | None) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if source and f.filename == source] or frames[-1:]
     place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
-    return f"{type(error).__name__}: {_first_line(error)}{place}"
+    text = _first_line(error)
+    return f"{type(error).__name__}{f': {text}' if text else ''}{place}"
 
 
 def source_of(cls: type) -> str | None:
@@ -86,7 +86,6 @@ def source_of(cls: type) -> str | None:
 def _first_line(error: BaseException) -> str:
     """The first line of the error's text, which is foreign too."""
     try:
-        line = next(iter(str(error).splitlines()), "")
+        return shorten(next(iter(str(error).splitlines()), ""))
     except Exception:
         return "(its text cannot be read)"
-    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"

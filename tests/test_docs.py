@@ -22,7 +22,8 @@ from bitlower.ir import Level, Scheme
 from bitlower.passes import Context, PassManager, check_levels, load_plugin, providers
 from bitlower.passes import _registry as registry
 from bitlower.tools import _backends
-from bitlower.tools.cli import app, main
+from bitlower.tools._app import app
+from bitlower.tools.cli import main
 from bitlower.tools.recipe import load_recipe, validate_recipe
 
 _READ = runpy.run_path(str(Path(__file__).with_name("docs_pages.py")))

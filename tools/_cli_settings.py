@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from bitlower.tools._stdout import results_alone
+
 if TYPE_CHECKING:
     from bitlower.tools.render import Display
 
@@ -55,13 +57,15 @@ def hoist(arguments: Sequence[str]) -> list[str]:
 
 
 def settings_of(context: typer.Context) -> Settings:
-    """The settings of this call; plugins are loaded here, so that ``--help`` needs none.
+    """The settings of this call, with standard output kept for the result; plugins are loaded here and not before.
 
     Raises:
         BitlowerError: a plugin cannot be loaded.
     """
-    settings = context.find_root().obj
+    root = context.find_root()
+    settings = root.obj
     assert isinstance(settings, Settings)
+    root.with_resource(results_alone())
     if settings.plugins:
         from bitlower.passes import load_plugin
 

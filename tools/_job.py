@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bitlower.frontends.tokenize import random_windows
-from bitlower.ir import Batch, BitlowerError, Level, Program
+from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program
 from bitlower.passes import (
     Cache,
     Context,
@@ -144,7 +144,7 @@ class _Run:
         """All stages; the artefact goes into ``folder`` if there is one."""
         program, data = self.load()
         float_bytes = program.size_bytes()
-        program = self.lower(program, data)
+        program = self.lower(program, data, folder)
         before_export = [*self.stages, *self.timing.rows]
         self.stages.clear()
         reports = self.export(program, data, folder) if folder else {}
@@ -171,11 +171,11 @@ class _Run:
             check_finite(data.evaluation, "evaluation")
         return program, data
 
-    def lower(self, program: Program, data: Data) -> Program:
-        """Run the passes."""
+    def lower(self, program: Program, data: Data, folder: Path | None) -> Program:
+        """Run the passes, which have no business in ``folder``."""
         context = Context(data.calibration, data.evaluation, seed=self.job.seed, track=self.options.display.track)
         cache = self.open_cache()
-        manager = PassManager(self.job.passes, self.observers(cache), cache, verify=self.options.verify)
+        manager = PassManager(self.job.passes, self.observers(cache, folder), cache, verify=self.options.verify)
         result = manager.run(program, context)
         reports: dict[str, type[GptqReport | AdaroundReport]] = {"gptq": GptqReport, "adaround": AdaroundReport}
         for name, kind in reports.items():
@@ -208,9 +208,11 @@ class _Run:
                 reports[name] = _backends.export(name, program, place, batches, options, provenance)
         return reports
 
-    def observers(self, cache: Cache | None) -> list[Observer]:
+    def observers(self, cache: Cache | None, folder: Path | None) -> list[Observer]:
         """Timing comes first, so that it leaves out the others."""
         observers: list[Observer] = [self.timing, TargetCheck(self.job.exports), self.ledger, self.reports]
+        if folder is not None:
+            observers.append(FolderCheck(folder))
         display = self.options.display
         if not (display.machine or display.quiet):
             observers.append(Progress(total=len(self.job.passes)))
@@ -253,6 +255,24 @@ class FaultReproducer(Reproducer):
         """Write the folder, unless the user can mend the input."""
         if not isinstance(error, BitlowerError) or error.exit_code == 1 or error.__cause__ is not None:
             super().failed(pass_, program, context, error)
+
+
+class FolderCheck(Observer):
+    """Sees that the folder that the artefact will be written to stays there, and empty."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def after(self, pass_: Pass, program: Program, context: Context, changed: bool) -> None:
+        """Look.
+
+        Raises:
+            CheckError: the folder is gone, or something lies in it.
+        """
+        if not self.folder.is_dir():
+            raise CheckError(f"the pass {pass_.name!r} removed the output's folder {self.folder}")
+        if found := next(self.folder.iterdir(), None):
+            raise CheckError(f"the pass {pass_.name!r} wrote {found.name} into the output's folder {self.folder}")
 
 
 class TargetCheck(Observer):

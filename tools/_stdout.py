@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
+STDOUT, STDERR = 1, 2
 _results: TextIO | None = None
 
 
@@ -22,37 +22,44 @@ def results_alone() -> Iterator[None]:
     """In the block only what is written to :func:`result_stream` reaches standard output.
 
     All else, also what compiled code writes to the descriptor, goes to standard error; closing the streams that foreign
-    code sees closes neither.
+    code sees closes neither. Where standard output is another stream, put there by whoever called us, results go to it.
     """
     global _results
     kept = sys.stdout
-    real = _descriptor(kept)
-    if real is None:  # replaced by whoever called us
-        _results, sys.stdout = kept, sys.stderr
-        try:
-            yield
-        finally:
-            _results, sys.stdout = None, kept
-        return
-    kept.flush()
-    copy = os.dup(real)
-    _results = io.TextIOWrapper(os.fdopen(copy, "wb"), encoding=kept.encoding, errors=kept.errors, line_buffering=True)
-    sys.stdout = io.TextIOWrapper(os.fdopen(os.dup(2), "wb"), encoding=kept.encoding, line_buffering=True)
-    os.dup2(2, real)
+    real = _descriptor(kept) == STDOUT
+    copy, other = _duplicate(STDOUT), _duplicate(STDERR)
+    _results = _stream(os.dup(copy), kept) if real else kept
+    sys.stdout = _stream(os.dup(other), kept) if real else sys.stderr
     try:
+        kept.flush()
+        os.dup2(other, STDOUT)
         yield
     finally:
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
-        with suppress(OSError, ValueError):
-            _results.flush()
-        os.dup2(copy, real)
-        _results, sys.stdout = None, kept
+        given, lent, _results, sys.stdout = _results, sys.stdout, None, kept
+        for stream in (given, lent) if real else ():
+            with suppress(OSError, ValueError):
+                stream.close()
+        with suppress(OSError):
+            os.dup2(copy, STDOUT)
+        for descriptor in (copy, other):
+            with suppress(OSError):
+                os.close(descriptor)
+
+
+def _stream(descriptor: int, like: TextIO) -> TextIO:
+    """A text stream of its own to a descriptor, encoded as ``like``."""
+    return open(descriptor, "w", encoding=like.encoding, errors=like.errors, buffering=1)
+
+
+def _duplicate(descriptor: int) -> int:
+    """Another descriptor for the same stream; for nowhere if that is closed."""
+    try:
+        return os.dup(descriptor)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY)
 
 
 def _descriptor(stream: TextIO) -> int | None:
-    """The descriptor behind standard output, if it is there and is standard output's."""
     with suppress(OSError, ValueError, AttributeError):
-        number = stream.fileno()
-        return number if number == 1 else None
+        return stream.fileno()
     return None

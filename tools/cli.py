@@ -1,111 +1,51 @@
-"""The command line, installed as ``bitlower``.
+"""The command ``bitlower``, from its first line on.
 
-Exit codes: 0 done, 1 a check failed (or a fault in bitlower itself), 2 bad input, 130 interrupted. Results go to
-standard output, progress and errors to standard error; with ``--json`` standard output holds one JSON document. What a
-command needs is imported when it runs, so that ``--help`` is quick.
+Exit codes: 0 done, 1 a check failed (or a fault in bitlower itself), 2 bad input, 128 and the signal's number where one
+ended the run: 129 hung up, 130 interrupted, 143 terminated. Nothing but Python's own modules is imported before the
+signals are looked after: importing the others takes seconds, and they do not all survive an interruption.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import sys
-import traceback
+import threading
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from bitlower.tools import _cli_info, _cli_run
-from bitlower.tools._cli_settings import Settings, hoist
-
-_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
-
-INTERRUPTED = 130
-
-app = typer.Typer(
-    name="bitlower",
-    help="Lower transformer models to few bits: a pipeline of passes, out to verified ONNX.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-_cli_run.register(app)
-_cli_info.register(app)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        from bitlower import __version__
-
-        typer.echo(f"bitlower {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    context: typer.Context,
-    plugin: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A file with passes of yours; may be repeated.")
-    ] = None,
-    print_after_change: Annotated[
-        bool, typer.Option("--print-after-change", help="Print the program after each pass that changed it.")
-    ] = False,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check the program between passes.")] = False,
-    machine: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    """Lower transformer models to few bits: a pipeline of passes, out to verified ONNX.
-
-    The options below may stand before or after the command.
-    """
-    context.obj = Settings(machine, quiet, not no_verify, print_after_change, tuple(plugin or ()))
+from bitlower.tools._signals import Signals
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line on ``args`` (those of the process if None) and give the exit code."""
-    arguments = hoist(sys.argv[1:] if args is None else args)
-    command = typer.main.get_command(app)
-    try:
-        code = command.main(arguments, prog_name="bitlower", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
-    except typer.Exit as error:
-        code = error.exit_code
-    except Exception as error:
-        return _fail(error, arguments)
-    if code == INTERRUPTED:
-        return _report("interrupted", INTERRUPTED, machine="--json" in arguments)
-    return code if isinstance(code, int) else 0
+    arguments = list(sys.argv[1:] if args is None else args)
+    with Signals() as signals:
+        try:
+            from bitlower.tools._app import fail, run
+
+            try:
+                return run(arguments)
+            except BaseException as error:
+                if signals.word:
+                    raise
+                return fail(error, arguments)
+        except BaseException:
+            if not signals.word:
+                raise
+    if "--json" in arguments:
+        print(f'{{"error": "{signals.word}", "exit_code": {signals.exit_code}}}')
+    print(f"error: {signals.word}", file=sys.stderr)
+    return signals.exit_code
 
 
-def _fail(error: Exception, arguments: Sequence[str]) -> int:
-    """Say what went wrong, in one line unless a traceback is asked for, and give the exit code."""
-    machine = "--json" in arguments
-    if "--debug" in arguments:
-        traceback.print_exception(error)
-    if isinstance(error, _USAGE_ERROR):
-        return _report(error.format_message(), 2, machine=machine)  # type: ignore[attr-defined]
-    from bitlower.ir import BitlowerError
-
-    if isinstance(error, BitlowerError):
-        return _report(str(error), error.exit_code, machine=machine)
-    first = next(iter(str(error).splitlines()), "")
-    message = f"unexpected {type(error).__name__}: {first}; run again with --debug for the traceback"
-    return _report(message, 1, machine=machine)
-
-
-def _report(message: str, code: int, *, machine: bool) -> int:
-    if machine:
-        print(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
-    print(f"error: {message}", file=sys.stderr)
-    return code
+def command() -> None:
+    """Run the command line as a process; a thread that a plugin left behind does not keep it from ending."""
+    code = main()
+    if any(t.is_alive() and not t.daemon for t in threading.enumerate() if t is not threading.main_thread()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bitlower.tools._stdout import result_stream
+
 Cell = str | int | float | None
 
 
@@ -40,20 +42,20 @@ class Display:
     def result(self, form: Mapping[str, Any], *tables: Table) -> None:
         """Print a command's result: ``form`` as JSON for machines, else ``tables``."""
         if self.machine:
-            print(json.dumps(form, indent=2, ensure_ascii=False))
+            print(json.dumps(form, indent=2, ensure_ascii=False), file=result_stream())
         elif not self.quiet:
             show(*tables)
 
     def text(self, form: Mapping[str, Any], text: str) -> None:
         """Print a command's result as plain ``text``, or ``form`` as JSON for machines."""
-        print(json.dumps(form, indent=2, ensure_ascii=False) if self.machine else text)
+        print(json.dumps(form, indent=2, ensure_ascii=False) if self.machine else text, file=result_stream())
 
 
 def show(*tables: Table) -> None:
     """Print ``tables`` to standard output; as wide as they need to be where it is not a terminal."""
-    console = Console(markup=False, highlight=False)
+    console = Console(file=result_stream(), markup=False, highlight=False)
     if not console.is_terminal:
-        console = Console(width=200, markup=False, highlight=False)
+        console = Console(file=result_stream(), width=200, markup=False, highlight=False)
     for table in tables:
         title, table.title = table.title, None
         console.print(title, style="bold")
