@@ -85,23 +85,24 @@ def digest_code(cls: type[Pass]) -> str:
         state.update(os.urandom(32))
     top = getattr(sys.modules.get(package), "__file__", None)
     if package != "bitlower" and top and Path(top).name == "__init__.py":
-        state.update(_digest_files(sorted(Path(top).parent.rglob("*.py"))))
+        state.update(_digest_folder(Path(top).parent))
     return state.hexdigest()
 
 
 @cache
 def _digest_own() -> str:
-    """Versions of bitlower and torch, and the sources that every pass stands on."""
-    machinery = Path(__file__).parent
-    files = sorted([*(machinery.parent / "ir").glob("*.py"), *machinery.glob("_*.py")])
+    """Versions of bitlower and torch, and the sources of ``ir`` and ``passes``: a pass may run any other."""
+    passes = Path(__file__).parent
     own = hashlib.sha256(f"{__version__} {torch.__version__}".encode())
-    own.update(_digest_files(files))
+    for folder in (passes.parent / "ir", passes):
+        own.update(_digest_folder(folder))
     return own.hexdigest()
 
 
-def _digest_files(files: Iterable[Path]) -> bytes:
+def _digest_folder(folder: Path) -> bytes:
+    """The hash of all Python files below ``folder``, with their paths in it."""
     state = hashlib.sha256()
-    for file in files:
-        state.update(f"{file.name} {file.stat().st_size};".encode())
+    for file in sorted(folder.rglob("*.py")):
+        state.update(f"{file.relative_to(folder).as_posix()} {file.stat().st_size};".encode())
         state.update(file.read_bytes())
     return state.digest()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import pytest
 import torch
 
 from bitlower.ir import BitlowerError, Program, get_tensor, serialize, set_tensor
-from bitlower.passes import Cache, Context, Contract, Ledger, Pass, PassManager, parse_pipeline
+from bitlower.passes import Cache, Context, Contract, Ledger, Pass, PassManager, _digest, parse_pipeline
 from bitlower.passes._cache import Entry, aligned
+from bitlower.passes._digest import digest_code
 from bitlower.passes._results import encode_results
+from bitlower.passes.assign_precision import AssignPrecision
 
 RUNS: list[str] = []  # the passes that really ran
 
@@ -238,6 +241,40 @@ def test_tensors_keep_their_layout_and_aliases(tmp_path: Path, tiny_program: Pro
     assert entry.program.digest() == tiny_program.digest()
     assert get_tensor(entry.program.module, "up.weight").stride() == (1, 32)
     assert entry.program.size_bytes() == tiny_program.size_bytes()
+
+
+@pytest.mark.parametrize("file", ["ir/numerics.py", "passes/_ranges.py", "passes/calibrate.py", "passes/family/new.py"])
+def test_an_edit_anywhere_in_ir_or_passes_changes_the_code_of_each_pass(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # assign-precision runs calibrate: what it gave before calibrate.py was edited is not what it would give now
+    own = Path(_digest.__file__).parent
+    for folder in (own, own.parent / "ir"):
+        shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def code() -> str:
+        _digest._digest_own.cache_clear()
+        return digest_code(AssignPrecision)
+
+    here = code()
+    try:
+        monkeypatch.setattr(_digest, "__file__", str(tmp_path / "passes" / "_digest.py"))
+        assert code() == here
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        with (tmp_path / file).open("a") as source:
+            source.write("# edited\n")
+        assert code() != here
+    finally:
+        monkeypatch.undo()
+        assert code() == here
+
+
+def test_a_file_that_moves_changes_the_code_of_each_pass(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "one.py").write_text("1")
+    before = _digest._digest_folder(tmp_path)
+    (tmp_path / "one.py").rename(tmp_path / "a" / "one.py")
+    assert _digest._digest_folder(tmp_path) != before
 
 
 def test_a_program_on_odd_addresses_is_moved(tiny_program: Program) -> None:
