@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import helper, numpy_helper
 
 from bitlower.backends._rounding import Rounding
+from bitlower.backends.onnx_qdq._codes import CodeComparison
 from bitlower.backends.onnx_qdq._lower import lower
 from bitlower.backends.onnx_qdq._tally import Tally
 from bitlower.backends.onnx_qdq._verification import Verification
@@ -281,3 +283,29 @@ def test_tallies_are_shares_over_all_batches(handmade):
     assert (row.codes, row.worst, row.exact) == (6, 3, 0.5)
     assert math.isclose(row.equal, 3 / 6)
     assert math.isclose(row.off_by_one, 2 / 6)
+
+
+def test_the_program_is_run_on_the_codes_that_the_runtime_gave(handmade, tmp_path: Path):
+    """A bias that is off by two steps moves codes of the second quantizer; what follows them is numpy's."""
+
+    def read_codes(model: onnx.ModelProto) -> None:
+        model.graph.output.append(helper.make_tensor_value_info("act_codes", onnx.TensorProto.UINT8, ["batch", 16]))
+
+    other_bias = tensor("up.bias", lambda a: a + np.float32(0.04))
+    batch, folder = handmade.batches[1], handmade.write(tmp_path, other_bias)
+    comparison = CodeComparison(handmade.program, folder / "model.onnx", {})
+    run = comparison.run(batch)
+
+    session = onnxruntime.InferenceSession(handmade.write(tmp_path / "codes", other_bias, read_codes) / "model.onnx")
+    [codes] = session.run(["act_codes"], {"x": batch["x"].numpy()})
+    arrays = {name: array.astype(np.float64) for name, array in handmade.tensors.items()}
+    weight = arrays["down.weight_codes"] * arrays["down.weight_scale"]
+    expected = (codes.astype(np.float64) - 10) * arrays["act_codes.scale"] @ weight + arrays["down.bias"]
+    np.testing.assert_allclose(run.given_codes["y"].detach().numpy(), expected, rtol=0, atol=2e-5)
+    assert np.abs(run.alone["y"].detach().numpy() - expected).max() > 1e-2
+
+    first, second = comparison.rows()
+    assert (first.excess, first.equal) == (0, 1)
+    # beyond rounding, codes of what is off by 0.04 / 0.0173 = 2.3 steps are off by so much at most
+    assert second.excess == pytest.approx(0.04 / 0.0173, abs=0.3)
+    assert second.equal < 0.5
