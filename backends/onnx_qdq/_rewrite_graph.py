@@ -80,6 +80,7 @@ def strip(model: ir.Model) -> None:
         node.version = None
         for value in node.outputs:
             value.metadata_props.clear()
+            value.doc_string = None
             if value not in kept:
                 value.shape = value.type = None
     domains = {node.domain for node in model.graph} | {""}

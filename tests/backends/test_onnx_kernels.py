@@ -15,6 +15,7 @@ from bitlower.backends.onnx_qdq._kernels import (
     KernelReport,
     count_kernels,
     expected_kernels,
+    expected_low_bit,
     float_reason,
     inspect_kernels,
     optimized_graph,
@@ -97,6 +98,12 @@ def test_a_float_program_expects_nothing(tiny_program: Program):
     expected, reasons = expected_kernels(tiny_program)
     assert expected == 0
     assert reasons.total() == 3
+
+
+def test_low_bit_kernels_are_expected_of_float_activations_only(handmade, lowered):
+    assert expected_kernels(handmade.program)[0] == 2
+    assert list(expected_low_bit(handmade.program, 0)) == []
+    assert list(expected_low_bit(lowered("llama", "W4A16-g32"), 0)) == [True] * 14
 
 
 def test_open_quantizers_are_no_integers(tiny_program: Program):

@@ -239,6 +239,8 @@ def test_zero_points_that_the_runtime_takes_for_granted_are_left_out() -> None:
     kind = Container(4, 32)
     assert pack_zeros(np.zeros((4, 2), np.float32), (4, 64), kind, is_signed=True) is None
     assert pack_zeros(np.full((4, 2), 8, np.float32), (4, 64), kind, is_signed=False) is None
+    given = np.array([[8, 8], [3, 8]], np.float32)  # one that is not takes them all
+    np.testing.assert_array_equal(pack_zeros(given, (2, 64), kind, is_signed=False), [[0x88], [0x83]])
     zeros = np.array([[1, 2], [3, 15]], np.float32)
     np.testing.assert_array_equal(pack_zeros(zeros, (2, 64), kind, is_signed=False), [[0x21], [0xF3]])
     np.testing.assert_array_equal(spread_blocks(zeros, (4, 128), 32)[1], [1, 1, 2, 2])

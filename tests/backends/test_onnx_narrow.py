@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bitlower.backends.onnx_qdq import export, verify
 from bitlower.backends.onnx_qdq._constants import check_constants
-from bitlower.backends.onnx_qdq._narrow import pack_rows, type_bits, unfold_rows, unpack_rows
+from bitlower.backends.onnx_qdq._narrow import SMALL, is_packable, pack_rows, type_bits, unfold_rows, unpack_rows
 from bitlower.backends.onnx_qdq._rewrite import Editor
 from bitlower.frontends import load
 from bitlower.ir import CheckError, Granularity, Grid, Program, QuantSpec, Scheme
@@ -188,6 +188,14 @@ def test_a_changed_constant_is_found(form: Any, tensor: str, problem: str, tmp_p
     assert any(problem in each for each in check_constants(program, ir.load(path)).problems)
     with pytest.raises(CheckError):
         verify(tmp_path)
+
+
+def test_small_tables_and_codes_of_8_bits_are_not_packed() -> None:
+    codes = np.zeros(SMALL, np.uint8)
+    assert [is_packable(codes[: SMALL - less], bits) for less, bits in ((0, 4), (0, 7), (1, 4), (0, 8))] == [
+        *(True, True),
+        *(False, False),
+    ]
 
 
 def test_types_by_opset() -> None:

@@ -9,9 +9,10 @@ import onnxruntime
 import pytest
 
 from bitlower.backends.onnx_qdq._attention import flatten_attention, widen_mask
-from bitlower.backends.onnx_qdq._rewrite import APPLIED, Editor, Rule, apply_rules, spread
+from bitlower.backends.onnx_qdq._rewrite import APPLIED, Editor, Rule, apply_rules, only_user, spread
 from bitlower.backends.onnx_qdq._rewrite_graph import residual_sum, strip, widen_bias
 from bitlower.backends.onnx_qdq._rewrite_linear import linear_rules
+from bitlower.backends.onnx_qdq._rewrite_low_bit import tied_linear
 from bitlower.backends.onnx_qdq._rewrite_quantizers import lower_dequantize, lower_quantize, sink_dequantize
 from bitlower.backends.onnx_qdq._rewrite_tables import gather_codes
 from bitlower.ir import BitlowerError
@@ -99,6 +100,29 @@ def test_attention_takes_linears_as_they_are_whatever_the_mask(rows: str) -> Non
 def test_attention_over_other_axes_is_left_and_the_reason_given() -> None:
     model = parse(ATTENTION.format(rows="S", perm="1, 2"))
     log = rewrite(model, Rule("attention", flatten_attention))
+    assert refused(log, "attention") == ["its operands are not reshaped and transposed linears"]
+    assert operators(model)["Transpose"] == 4
+
+
+SPLIT_ROWS = """
+attention (float[2,6,8] q, float[4,3,8] k, float[4,3,8] v) => (float[4,3,8] y)
+<int64[4] split = {4, 3, 2, 4}, int64[3] join = {4, 3, 8}> {
+  q4 = Reshape(q, split)
+  k4 = Reshape(k, split)
+  v4 = Reshape(v, split)
+  qt = Transpose<perm: ints = [0, 2, 1, 3]>(q4)
+  kt = Transpose<perm: ints = [0, 2, 1, 3]>(k4)
+  vt = Transpose<perm: ints = [0, 2, 1, 3]>(v4)
+  c = Attention(qt, kt, vt)
+  ct = Transpose<perm: ints = [0, 2, 1, 3]>(c)
+  y = Reshape(ct, join)
+}
+"""
+
+
+def test_attention_whose_operands_are_reshaped_to_another_sequence_is_left() -> None:
+    # the heads fit, but each row of q becomes two: flat, every token would see the other half too
+    log = rewrite(model := parse(SPLIT_ROWS), Rule("attention", flatten_attention))
     assert refused(log, "attention") == ["its operands are not reshaped and transposed linears"]
     assert operators(model)["Transpose"] == 4
 
@@ -225,6 +249,48 @@ def test_only_the_rows_that_are_read_are_dequantized(rows: str, scale: str, zero
     scales, zeros = (np.array([float(v) for v in text.split(",")]).reshape(shape) for text in (scale, zero))
     rows_read = np.array([2, 0, 2, 1])
     np.testing.assert_array_equal(run(model, {"i": rows_read}), ((codes - zeros) * scales)[rows_read])
+
+
+TIED = """
+tied (float[B,4] x) => (float[B,4] y, float[4,4] z)
+<float[4,4] table = {{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}}> {{
+  turned = Transpose<perm: ints = {perm}>(table)
+  y = MatMul(x, turned)
+  z = Neg(table)
+}}
+"""
+
+
+@pytest.mark.parametrize(("perm", "applied"), [("[1, 0]", 1), ("[0, 1]", 0)])
+def test_a_table_that_is_read_as_it_lies_and_turned_is_stored_once(perm: str, applied: int) -> None:
+    model = parse(TIED.format(perm=perm))
+    log = rewrite(model, Rule("tied", tied_linear))
+    assert log["tied"]["applied"] == operators(model)["FusedMatMul"] == applied
+    assert refused(log, "tied") == ([] if applied else ["the weight is not a transposed matrix"])
+    assert len(model.graph.initializers) == 1
+    x = RANDOM.standard_normal((3, 4)).astype(np.float32)
+    table = np.arange(1.0, 17).reshape(4, 4)
+    expected = x.astype(np.float64) @ (table.T if applied else table)
+    np.testing.assert_allclose(run(model, {"x": x}), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_value_that_is_also_an_output_has_more_than_one_reader() -> None:
+    model = parse(
+        "g (float[4] x) => (float[4] inner, float[4] y) { inner = Neg(x)\n hidden = Abs(x)\n y = Add(inner, hidden) }"
+    )
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    assert only_user(values["inner"]) is None
+    assert only_user(values["hidden"]) is values["y"].producer()
+    assert only_user(values["y"]) is None
+
+
+def test_nothing_of_the_exporter_s_notes_stays_in_the_file() -> None:
+    model = parse("g (float[4] x) => (float[4] y) <float[4] w = {1, 2, 3, 4}> { inner = Neg(x)\n y = Add(inner, w) }")
+    values = [*model.graph.inputs, *model.graph.initializers.values(), *(v for n in model.graph for v in n.outputs)]
+    for noted in (model, model.graph, *model.graph, *values):
+        noted.metadata_props["source"] = noted.doc_string = "/home/me/model.py"
+    strip(model)
+    assert b"/home/me" not in ir.to_proto(model).SerializeToString()
 
 
 def test_constants_share_a_name_only_if_they_are_equal() -> None:
