@@ -110,6 +110,10 @@ class GptqV2:
         columns = codes.shape[1]
         if not torch.equal(index, packing.gptq_groups(columns, columns // scales.shape[1])):
             raise CheckError(f"the groups of {path} are not consecutive")
+        if packed.symmetric and bool((zeros != 1 << (packed.bits - 1)).any()):
+            raise CheckError(
+                f"config.json says that {path} is symmetric; its zero points are not the middle of the codes"
+            )
         return Weight(codes, scales, zeros)
 
 

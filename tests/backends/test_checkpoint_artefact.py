@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitlower.backends.checkpoint import export, verify
+from bitlower.backends.checkpoint._packed import Packed, Weight
 from bitlower.backends.checkpoint._verification import Verification
+from bitlower.backends.checkpoint._verify import check_weight
 from bitlower.ir import BitlowerError, CheckError, Program
 
 Lowered = Callable[..., Program]
@@ -100,6 +102,20 @@ def test_a_configuration_that_says_otherwise_is_found(artefact: Path):
     edit_json(artefact, "config.json", narrow)
     with pytest.raises(CheckError, match=r"cannot be unpacked|do not make groups|not consecutive"):
         verify(artefact)
+
+
+def test_zero_points_that_a_configuration_denies_are_found(lowered: Lowered, prompts, tmp_path: Path):
+    export(lowered("llama", "W4A16-g32-asym"), tmp_path, batches=prompts, format="gptq-v2")
+    edit_json(tmp_path, "config.json", lambda form: form["quantization_config"].update(sym=True))
+    with pytest.raises(CheckError, match=r"says that .* is symmetric; its zero points are not the middle"):
+        verify(tmp_path)
+
+
+def test_fewer_groups_than_the_columns_need_are_found():
+    weight = Weight(torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.uint8))
+    assert check_weight("up", Packed(4, 64, True), weight) == check_weight("up", Packed(4, -1, True), weight)
+    with pytest.raises(CheckError, match=r"up has codes \[4, 64\], scales \[4, 1\] .* do not make groups of 32"):
+        check_weight("up", Packed(4, 32, True), weight)
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,13 @@ def test_the_folder_has_what_clients_ask_for(lowered: Lowered, prompts, tmp_path
     assert report.packed_bytes + report.float_bytes < (tmp_path / "model.safetensors").stat().st_size
 
 
+def test_how_the_model_generates_stays_its_own(lowered: Lowered, prompts, tmp_path: Path):
+    program = lowered("llama-tied", "W4A16-g32")
+    program.assets = {"generation_config.json": b'{"temperature": 0.6, "eos_token_id": [2, 7]}'}
+    export(program, tmp_path, batches=prompts)
+    assert (tmp_path / "generation_config.json").read_bytes() == program.assets["generation_config.json"]
+
+
 def test_ties_stay_and_are_written_once(lowered: Lowered, prompts, tmp_path: Path):
     export(lowered("llama-tied", "W4A16-g32"), tmp_path, batches=prompts)
     names = set(load_file(tmp_path / "model.safetensors"))

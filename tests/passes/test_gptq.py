@@ -208,13 +208,23 @@ def test_tokens_are_weighted_by_the_loss_s_gradient(llama, run, monkeypatch) -> 
     assert float(expected.std()) > 0
 
 
-def test_tokens_are_weighted_by_their_outputs(llama, run) -> None:
-    """Query, key and value share the Hessian Σ x xᵀ / ‖[Wq; Wk; Wv] x‖², whose solution float64 gives again."""
+@pytest.mark.parametrize("zero", [(), (5, 17, 60)])
+def test_tokens_are_weighted_by_their_outputs(llama, run, zero: tuple[int, ...]) -> None:
+    """Query, key and value share the Hessian Σ x xᵀ / ‖[Wq; Wk; Wv] x‖², whose solution float64 gives again.
+
+    Tokens whose embedding is zero, and so x and all outputs, add nothing to it.
+    """
     model, program = llama
-    batches, layer = tokens(), model.model.layers[0]
+    batches, layer, program = tokens(), model.model.layers[0], program.clone()
+    [table] = [node.args[0] for node in program.graph.nodes if node.target is torch.ops.aten.embedding.default]
+    embedding = get_tensor(program.module, str(table.target)).detach().clone()
+    embedding[list(zero)] = 0
+    set_tensor(program.module, str(table.target), torch.nn.Parameter(embedding))
     with torch.no_grad():
         ids = torch.cat([batch["input_ids"] for batch in batches])
-        x = layer.input_layernorm(model.model.embed_tokens(ids)).reshape(-1, 32).double().numpy()
+        x = layer.input_layernorm(embedding[ids]).reshape(-1, 32).double().numpy()
+    x = x[np.abs(x).max(1) > 0]
+    assert (len(x) < ids.numel()) is bool(zero)
     names = ("q_proj", "k_proj", "v_proj")
     weights = {name: getattr(layer.self_attn, name).weight.detach().double().numpy() for name in names}
     scaled = x / np.linalg.norm(x @ np.concatenate(list(weights.values())).T, axis=1, keepdims=True)

@@ -64,6 +64,17 @@ def test_the_loss_of_an_error_is_its_own_under_the_hessian(order: str) -> None:
     np.testing.assert_allclose(factorize(hessian, order=order).loss(error), expected, rtol=1e-4)
 
 
+def test_a_loss_of_zero_does_not_fall_below_it_by_rounding() -> None:
+    """Errors that no token sees: their loss is what is left when the damping's share is taken off again."""
+    inputs = torch.randn(4, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen = torch.linalg.qr(inputs.T)[0]
+    error = torch.randn(64, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    error -= seen @ (seen.T @ error)
+    loss = factorize((inputs.T @ inputs / 4).float()).loss(error.float())
+    assert float(loss.max()) < 1e-4
+    assert float(loss.min()) >= 0
+
+
 def test_a_singular_hessian_is_damped_until_it_is_not_and_the_layer_is_named() -> None:
     hessian = moment(60, 5)
     factor = factorize(hessian, damping=0.0, name="encoder.dense")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+from typing import Any
 
 import pytest
+import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -131,6 +134,24 @@ def test_there_may_be_no_limit() -> None:
 def test_no_choice_within_the_limits_is_an_error() -> None:
     with pytest.raises(BitlowerError, match="bytes of at most 3"):
         solve([[0.0, 1.0]], [Limit("bytes", ((5, 4),), 3)])
+
+
+def test_of_equal_choices_the_first_is_taken() -> None:
+    limit = Limit("bytes", ((2, 2, 2), (3, 1, 1)), 5)
+    assert solve([[1.0, 1.0, 1.0], [4.0, 2.0, 2.0]], [limit]).choice == (0, 1)
+
+
+def test_what_the_solver_writes_past_python_is_kept_off(capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
+    def loud(*arguments: Any, **options: Any) -> Any:
+        os.write(1, b"HiGHS run time\n")
+        return milp(*arguments, **options)
+
+    milp = scipy.optimize.milp
+    monkeypatch.setattr(scipy.optimize, "milp", loud)
+    print("before", end=" ")
+    solve([[0.0, 1.0]], [])
+    print("after")
+    assert capfd.readouterr().out == "before after\n"
 
 
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:

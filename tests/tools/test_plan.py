@@ -83,6 +83,8 @@ def test_the_predicted_size_is_that_of_the_artefact(tmp_path: Path, scheme: str)
     plan = make_plan(load(module), standard_passes(scheme), Load(1, 12))
     assert plan.file_bytes == pytest.approx(made.summary.files["model.onnx"], rel=0.02)
     assert plan.artefact_bytes == pytest.approx(made.summary.artefact_bytes, rel=0.03)
+    beside = made.summary.artefact_bytes - made.summary.files["model.onnx"]
+    assert plan.artefact_bytes - plan.file_bytes == pytest.approx(beside, rel=0.3)
 
 
 def test_a_decoder_in_few_bits_by_hand(llama_program: Program) -> None:
