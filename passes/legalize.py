@@ -15,6 +15,7 @@ from bitlower.ir.dataflow import VIEWS, operand, weight_operand
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._groups import Group, merge_groups, stored_groups
 from bitlower.passes._weights import is_open
+from bitlower.passes.adaround import AdaroundReport
 from bitlower.passes.gptq import GptqReport
 from bitlower.passes.quantize import PlacementReport
 
@@ -66,7 +67,7 @@ class Legalize(Pass):
     name: ClassVar[str] = "legalize"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.EXACT
-    preserves: ClassVar[frozenset[type]] = frozenset({PlacementReport, GptqReport})
+    preserves: ClassVar[frozenset[type]] = frozenset({PlacementReport, GptqReport, AdaroundReport})
     merge: float = 1.0
     """Neighbouring groups are merged where no index gets a step more than this many times its own; above 1 the pass is
     lossy."""

@@ -75,10 +75,10 @@ class LlamaBlock(nn.Module):
 
 
 class Llama(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, layers: int = LAYERS) -> None:
         super().__init__()
         self.embed = nn.Embedding(50, WIDTH)
-        self.layers = nn.ModuleList(LlamaBlock() for _ in range(LAYERS))
+        self.layers = nn.ModuleList(LlamaBlock() for _ in range(layers))
         self.norm, self.head = RMSNorm(), nn.Linear(WIDTH, 50, bias=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -107,10 +107,10 @@ class GptBlock(nn.Module):
 
 
 class Gpt(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, layers: int = LAYERS) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(50, WIDTH), nn.Embedding(30, WIDTH)
-        self.layers = nn.ModuleList(GptBlock() for _ in range(LAYERS))
+        self.layers = nn.ModuleList(GptBlock() for _ in range(layers))
         self.norm = nn.LayerNorm(WIDTH)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -264,6 +264,30 @@ def test_blocks_of_bert_are_its_layers(programs, name: str) -> None:
         assert {path.split(".")[2] for path in inside} == {str(i)}
         assert part.output.meta["path"] == f"encoder.layer.{i}.output.LayerNorm"
     assert found[0].source.meta["path"] == "embeddings.LayerNorm"
+
+
+@pytest.mark.parametrize(("model", "linears_of_a_layer"), [(Llama, 7), (Gpt, 4)])
+def test_the_only_block_has_the_whole_layer(model: type[nn.Module], linears_of_a_layer: int) -> None:
+    """There is no block before it to compare with, and its attention part alone would end in a value of its type."""
+    program = load(model(layers=1), example_inputs={"ids": torch.randint(0, 50, (2, 6))})
+    [part] = blocks(program.module)
+    assert sum(node.target in LINEAR for node in part.nodes) == linears_of_a_layer
+
+
+class Scaled(nn.Module):
+    """A linear whose weight is computed from two parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.gain = nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.randn(4, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight * self.gain)
+
+
+def test_what_is_computed_from_parameters_alone_is_no_activation() -> None:
+    program = load(Scaled(), example_inputs={"x": torch.randn(3, 8)})
+    assert {node.target for node in activations(program.module)} == {aten.linear.default}
 
 
 def test_an_mlp_has_no_blocks(programs) -> None:

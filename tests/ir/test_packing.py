@@ -56,6 +56,13 @@ def test_unpacking_is_the_inverse(case):
 
 
 @pytest.mark.parametrize("bits", BITS)
+def test_only_bytes_are_unpacked(bits: int):
+    stream = packing.pack(random_codes(2, 8, bits), bits)
+    with pytest.raises(BitlowerError, match=rf"are {bits} bytes a row, not int8\[2, {bits}\]"):
+        packing.unpack(stream.to(torch.int8), bits, 8)
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_more_axes_are_so_many_rows(bits: int):
     codes = random_codes(6, 11, bits)
     packed = packing.pack(codes.reshape(2, 3, 11), bits)

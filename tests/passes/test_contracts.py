@@ -48,6 +48,16 @@ def test_what_is_not_finite_must_be_so_in_both() -> None:
     assert excess(torch.zeros(3), torch.full((3,), 1e-9))
 
 
+def test_an_output_that_is_gone_is_named(tiny_program: Program) -> None:
+    after = tiny_program.clone()
+    after.outputs = after.outputs[:1]
+    output = after.graph.output_node()
+    output.args = (output.args[0][:1],)
+    after.recompile()
+    with pytest.raises(CheckError, match="'drop' says it is exact, but the output 'logits' is gone"):
+        check_exact("drop", tiny_program, after, [{"x": torch.ones(2, 16)}])
+
+
 def rounded(bert, batches, run) -> Program:
     """A BERT in which nearly every value is rounded, coarsely enough for outputs to move by a lot."""
     _, program = bert()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,11 +14,14 @@ from torch import nn
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program, Scheme, get_tensor, ops, set_tensor
 from bitlower.ir.verifier import verify
-from bitlower.passes import Context, Contract, PassManager, parse_pipeline
+from bitlower.passes import Context, Contract, Pass, PassManager, parse_pipeline
+from bitlower.passes.adaround import AdaroundReport
 from bitlower.passes.calibrate import Calibrate
+from bitlower.passes.correct_bias import CorrectBias
+from bitlower.passes.gptq import GptqReport
 from bitlower.passes.legalize import Legalize, LegalizeReport
 from bitlower.passes.lower_integer import LowerInteger
-from bitlower.passes.quantize import Quantize
+from bitlower.passes.quantize import PlacementReport, Quantize
 
 aten = torch.ops.aten
 MINMAX = Calibrate(activations="minmax", weights="minmax")
@@ -179,6 +184,28 @@ def test_what_is_left_alone_is_said(run, scheme: str, options: dict[str, int], r
     [row] = context[LegalizeReport].rows
     assert reason in row.reason
     assert (row.groups, row.parts, row.linears) == (6, 0, 0)
+
+
+@dataclass(frozen=True)
+class Rounded(Pass):
+    """Leaves what passes that round weights report."""
+
+    name: ClassVar[str] = "rounded"
+    contract: ClassVar[Contract] = Contract.ANALYSIS
+
+    def run(self, program: Program, context: Context) -> bool:
+        context.put(GptqReport(()))
+        context.put(AdaroundReport(()))
+        return False
+
+
+@pytest.mark.parametrize("later", [MINMAX, CorrectBias(), Legalize(), LowerInteger()], ids=lambda pass_: pass_.name)
+def test_reports_on_rounding_outlive_the_passes_behind_it(later: Pass) -> None:
+    program, context = load(Net(), example_inputs=data()[0]), Context(calibration=data())
+    before = [] if later is MINMAX else [MINMAX]
+    passes = [Quantize(Scheme.parse("W8A8-upeg3")), *before, Rounded(), later]
+    PassManager(passes, verify=False).run(program, context)
+    assert {PlacementReport, GptqReport, AdaroundReport} <= set(context.results)
 
 
 def test_too_early_or_out_of_range(run) -> None:

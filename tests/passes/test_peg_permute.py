@@ -172,6 +172,38 @@ def test_a_frozen_stream_is_left_alone_and_said_why() -> None:
         assert get_tensor(result.module, name) is get_tensor(program.module, name)
 
 
+class Fixed(nn.Module):
+    """A feed-forward part whose inner channels are scaled by a buffer, which a model may make anew as it is loaded."""
+
+    def __init__(self, fixed: bool) -> None:
+        super().__init__()
+        self.enter, self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.leave = nn.Linear(8, 2)
+        if fixed:
+            self.register_buffer("gain", torch.linspace(2, 1, 12))
+        else:
+            self.gain = nn.Parameter(torch.linspace(2, 1, 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.enter(x)
+        return self.leave(x + self.down(torch.relu(self.up(x)) * self.gain))
+
+
+@pytest.mark.parametrize(("fixed", "sizes"), [(True, [8]), (False, [8, 12])])
+def test_channels_along_a_buffer_keep_their_order_and_a_second_run_changes_nothing(
+    fixed: bool, sizes: list[int]
+) -> None:
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(40, 3, 6)}
+    program = load(Fixed(fixed).eval(), example_inputs=batch)
+    context, gain = Context(calibration=[batch]), get_tensor(program.module, "gain")
+    assert PegPermute().run(program, context)
+    assert sorted(domain.size for domain in context[PermutationReport].domains) == sizes
+    assert (get_tensor(program.module, "gain") is gain) is fixed
+    program.recompile()
+    assert not PegPermute().run(program, context)
+
+
 def test_the_pipeline_checks_it_and_quantizers_follow(bert: Callable, batches: Callable) -> None:
     """Exact by contract on held-out batches; afterwards groups of channels have scales that ascend."""
     _, program = bert()

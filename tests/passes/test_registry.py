@@ -118,6 +118,10 @@ def test_a_loose_file_can_be_loaded_again_after_an_edit(tmp_path: Path) -> None:
         ("raise SystemExit(3)", r"p.py fails to import: SystemExit: 3 at p.py:1$"),
         ("import json\njson.loads('{')\n", r"JSONDecodeError: .* at p.py:2$"),
         (GOOD.replace('"halve"', '"HalveIt"'), r"the name 'HalveIt', which is not kebab-case; for example 'halve-it'"),
+        (
+            GOOD.replace('"halve"', '"halve it"'),
+            r"the name 'halve it', which is not kebab-case; for example 'halve-it'",
+        ),
         (GOOD.replace('name = "halve"', ""), r"the pass class Halve has no name"),
         (GOOD.replace("name =", "name: str ="), r"has `name` as a parameter"),
         (GOOD.replace("@dataclass(frozen=True)", ""), r"Halve is not a frozen dataclass; decorate it with"),

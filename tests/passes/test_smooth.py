@@ -9,11 +9,12 @@ from torch import nn
 
 from bitlower.frontends import load
 from bitlower.ir import Batch, BitlowerError, Level, Program, Scheme, get_tensor
+from bitlower.ir.dataflow import NORM
 from bitlower.ir.verifier import verify
 from bitlower.passes import Context, Contract, PassManager, check_levels
 from bitlower.passes.calibrate import Calibrate
 from bitlower.passes.quantize import Quantize
-from bitlower.passes.smooth import Smooth, smoothing_sites
+from bitlower.passes.smooth import Smooth, collect, smoothing_sites
 
 WIDTH = 16
 OUTLIERS = (3, 11)
@@ -120,6 +121,37 @@ def test_it_is_one_product_where_the_norm_is_read_elsewhere(run) -> None:
         (quantizer,) = product.users
         assert quantizer.meta["quantizer"].role == "linear-input"
         assert product.meta == product.args[0].meta
+
+
+class Recurrent(PreNorm):
+    """One norm, applied twice; linears alone read what it gives, both times."""
+
+    def __init__(self, norm: type[nn.Module] = nn.LayerNorm) -> None:
+        super().__init__(norm)
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(super().forward(x)))
+
+
+def test_a_norm_that_is_applied_twice_keeps_its_weights(run) -> None:
+    program = run(planted(Recurrent), Quantize(Scheme.parse("W8A8")))
+    smoothed = run(program, Smooth(gain=ALWAYS), context=Context(calibration=data()))
+    assert equal(get_tensor(program.module, "norm.weight"), smoothed, "model/norm.weight")
+    (batch,) = data(1, seed=7)
+    torch.testing.assert_close(smoothed(**batch)["output"], program(**batch)["output"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "each"), [(8, 4), (1, 1)])
+def test_tokens_are_drawn_from_every_batch(quantized: Program, rows: int, each: int) -> None:
+    batches = data()
+    site = next(site for site in smoothing_sites(quantized.module) if site.value.target in NORM)
+    [sample] = collect(quantized, [site], Context(calibration=batches), rows)
+    drawn = [
+        int((sample.rows[:, None] - norm_output(quantized, batch).reshape(-1, WIDTH)).abs().amax(-1).lt(1e-5).sum())
+        for batch in batches
+    ]
+    assert drawn == ([each, each] if rows > 1 else [1, 0])
 
 
 class Plain(nn.LayerNorm):

@@ -49,6 +49,10 @@ def test_three_labels_use_the_mean_f1() -> None:
     assert f1([0, 1, 1, 2], [0, 0, 1, 2]) == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
 
 
+def test_a_label_that_neither_side_has_counts_nothing() -> None:
+    assert f1([0, 2, 2], [0, 2, 2]) == pytest.approx((1 + 0 + 1) / 3)
+
+
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=40))
 def test_matthews_of_two_labels_is_their_correlation(pairs: list[tuple[int, int]]) -> None:
     predicted, expected = zip(*pairs, strict=True)

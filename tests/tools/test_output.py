@@ -124,6 +124,14 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, error: Exception) -> Non
     assert listing(tmp_path) == []
 
 
+def test_a_full_disk_that_was_being_handled_is_found(tmp_path: Path) -> None:
+    with pytest.raises(BitlowerError, match="the disk is full"), new_folder(tmp_path / "out"):  # noqa: PT012
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            raise ValueError("serialization failed")  # noqa: B904 (as libraries do)
+
+
 def test_other_errors_pass() -> None:
     with pytest.raises(OSError, match="denied"), disk_errors(Path("x")):
         raise OSError(errno.EACCES, "denied")
