@@ -145,15 +145,13 @@ def read_in_wrong_order(program):
     node(program, "linear").append(node(program, "relu"))
 
 
-def call_method(program):
-    with program.graph.inserting_before(program.graph.output_node()):
-        program.graph.create_node("call_method", "relu", (node(program, "relu"),), name="extra")
+def call_of(kind):
+    def edit(program):
+        with program.graph.inserting_before(program.graph.output_node()):
+            program.module.add_submodule("inner", torch.nn.Identity())
+            program.graph.create_node(kind, "inner", (node(program, "relu"),), name="extra")
 
-
-def call_module(program):
-    with program.graph.inserting_before(program.graph.output_node()):
-        program.module.add_submodule("inner", torch.nn.Identity())
-        program.graph.create_node("call_module", "inner", (node(program, "relu"),), name="extra")
+    return edit
 
 
 def round_twice(program):
@@ -210,8 +208,8 @@ FLOAT_FAULTS = {
         lambda p: setattr(p, "outputs", (ValueSpec("y", TensorType(torch.float32, (6,))),)),
         "%linear (call_function linear.default) in encoder.dense at model.py:7: self.dense(x): is of type",
     ),
-    "method call": (call_method, "%extra (call_method relu): a Program holds no call_method"),
-    "module call": (call_module, "%extra (call_module inner): a Program holds no call_module"),
+    "method call": (call_of("call_method"), "%extra (call_method inner): a Program holds no call_method"),
+    "module call": (call_of("call_module"), "%extra (call_module inner): a Program holds no call_module"),
     "python function": (lambda p: add_before_output(p, foreign_function, (1,)), "calls a function that is no operator"),
     "no type": (lambda p: node(p, "relu").meta.pop("type"), "self.dense(x): has no type"),
     "input without type": (lambda p: node(p, "x").meta.pop("type"), "%x (placeholder x): has no type"),
