@@ -11,6 +11,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from bitlower.ir.diagnostics import BitlowerError, shorten
+
 LIMIT = 32 << 20
 """Bytes of a file of settings, unless its reader says otherwise."""
 _KINDS = (
@@ -69,6 +71,22 @@ def read_text(path: str | os.PathLike[str], limit: int = LIMIT) -> str:
         return read_bytes(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from None
+
+
+def check_name(path: str | os.PathLike[str]) -> Path:
+    """``path``, whether or not anything is there.
+
+    Raises:
+        BitlowerError: no file and no folder can have that name.
+    """
+    try:
+        os.stat(path)
+    except ValueError as error:
+        raise BitlowerError(f"{shorten(repr(os.fspath(path)))} is no path: {error}") from None
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise BitlowerError(f"{shorten(str(path))} is no path: {reason(error)}") from None
+    return Path(path)
 
 
 def is_file(path: Path) -> bool:

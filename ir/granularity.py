@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from bitlower.ir.diagnostics import BitlowerError
+from bitlower.ir.diagnostics import BitlowerError, shorten
 from bitlower.ir.types import Dim
 
 _SMALLEST_BLOCK = 8
+_TOO_LARGE = 1 << 31
 KINDS = ("tensor", "channel", "group", "row-group", "token", "embedding", "embedding-group", "embedding-parts")
 SIZED = ("group", "row-group", "embedding-group", "embedding-parts")
 """The kinds that need the size of a group, or the number of groups."""
@@ -34,7 +35,7 @@ class Granularity:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise BitlowerError(f"unknown granularity {self.kind!r}", hint=f"known: {', '.join(KINDS)}")
-        if self.kind in SIZED and self.size < 1:
+        if self.kind in SIZED and not 1 <= self.size < _TOO_LARGE:
             raise BitlowerError(f"granularity {self.kind} needs a size of at least 1, not {self.size}")
 
     @classmethod
@@ -184,7 +185,7 @@ class Granularity:
         Raises:
             BitlowerError: ``text`` is not one.
         """
-        match = re.fullmatch(r"(?:per-)?([a-z-]+?)(?:\((-?\d+)(?:, axis=(-?\d+))?\))?", text.strip())
+        match = re.fullmatch(r"(?:per-)?([a-z-]+?)(?:\((-?\d{1,18})(?:, axis=(-?\d{1,18}))?\))?", text.strip())
         kind, number, axis = match.groups() if match else ("", None, None)
         value = int(number) if number else 0
         if axis is not None and kind != "group":
@@ -203,7 +204,7 @@ class Granularity:
         }
         if kind in grouped:
             return grouped[kind](value)
-        raise BitlowerError(f"{text!r} is not a granularity", hint=f"known: {', '.join(KINDS)}")
+        raise BitlowerError(f"{shorten(repr(text))} is not a granularity", hint=f"known: {', '.join(KINDS)}")
 
 
 def block(x: torch.Tensor, scale_shape: Sequence[int]) -> tuple[torch.Tensor, list[int]]:

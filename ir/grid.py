@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bitlower.ir.diagnostics import BitlowerError
+from bitlower.ir.diagnostics import BitlowerError, shorten
 
 
 class ScaleConvention(enum.StrEnum):
@@ -127,7 +127,9 @@ class Grid:
         """
         match = _TEXT.fullmatch(text)
         if not match:
-            raise BitlowerError(f"{text!r} is not a grid", hint="examples: s8, u8 asymmetric, s2 restricted")
+            raise BitlowerError(
+                f"{shorten(repr(text))} is not a grid", hint="examples: s8, u8 asymmetric, s2 restricted"
+            )
         sign, bits, asymmetric, restricted, convention = match.groups()
         kind = ScaleConvention(convention) if convention else ScaleConvention.QMAX
         return cls(int(bits), sign == "s", not asymmetric, bool(restricted), kind)

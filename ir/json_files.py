@@ -22,12 +22,13 @@ DIGITS = 100
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
+def parse_json(text: str | bytes, *, finite: bool = True, strict: bool = True) -> Any:
     """The value of a JSON document.
 
     Args:
         text: bytes are UTF-8.
         finite: refuse ``NaN``, ``Infinity`` and numbers that overflow, which no JSON has but Python writes.
+        strict: refuse control characters in strings.
 
     Raises:
         ValueError: what is wrong, in a few words.
@@ -40,7 +41,7 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
         raise ValueError("it begins with a byte-order mark")
     hooks: dict[str, Any] = {"parse_float": _finite, "parse_constant": _refuse} if finite else {}
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_int=_integer, **hooks)
+        value = json.loads(text, object_pairs_hook=_object, parse_int=_integer, strict=strict, **hooks)
     except RecursionError:
         raise _too_deep() from None
     _check_depth(value)

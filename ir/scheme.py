@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from bitlower.ir.diagnostics import BitlowerError, nearest
+from bitlower.ir.diagnostics import BitlowerError, nearest, shorten
 from bitlower.ir.granularity import SIZED, Granularity
 from bitlower.ir.grid import Grid, ScaleConvention
 
@@ -101,10 +101,10 @@ class QuantSpec:
 
 def _check_keys(form: object, known: Collection[str], what: str) -> None:
     if not isinstance(form, Mapping):
-        raise BitlowerError(f"{form!r} is not a mapping of {what}s to values")
+        raise BitlowerError(f"{shorten(repr(form))} is not a mapping of {what}s to values")
     for key in form:
         if key not in known:
-            raise BitlowerError(f"unknown {what} {key!r}", hint=nearest(str(key), known))
+            raise BitlowerError(f"unknown {what} {shorten(repr(key))}", hint=nearest(str(key), known))
 
 
 def _argument(form: Mapping[str, Any], key: str, default: T) -> T:
@@ -113,7 +113,9 @@ def _argument(form: Mapping[str, Any], key: str, default: T) -> T:
     if value is None:
         return default
     if not isinstance(value, type(default)) or isinstance(value, bool) != isinstance(default, bool):
-        raise BitlowerError(f"the quantization argument {key!r} is of type {type(default).__name__}, not {value!r}")
+        raise BitlowerError(
+            f"the quantization argument {key!r} is of type {type(default).__name__}, not {shorten(repr(value))}"
+        )
     return value
 
 
@@ -121,7 +123,7 @@ def _choice(form: Mapping[str, Any], key: str, known: tuple[str, ...]) -> str:
     """``form[key]``, one of ``known``; the first of them where it is left out or null."""
     value = _argument(form, key, known[0])
     if value not in known:
-        raise BitlowerError(f"unknown {key} {value!r}", hint=nearest(value, known))
+        raise BitlowerError(f"unknown {key} {shorten(repr(value))}", hint=nearest(value, known))
     return value
 
 
@@ -151,6 +153,8 @@ def _activation_spec(bits: int) -> QuantSpec:
 
 
 _NAME = re.compile(r"W(\d+)A(\d+)((?:-[a-z]+\d*)*)", re.IGNORECASE)
+_LONGEST = 100
+"""Characters of a name."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ class Scheme:
         known = (*WEIGHT_ROLES, *ACTIVATION_ROLES)
         for role in (*self.roles, *(role for role, _ in self.overrides)):
             if role not in known:
-                raise BitlowerError(f"unknown role {role!r}", hint=nearest(role, known))
+                raise BitlowerError(f"unknown role {shorten(repr(role))}", hint=nearest(role, known))
         overridden = [spec for role, spec in self.overrides if role in WEIGHT_ROLES]
         for spec in (self.weights, self.embeddings, *overridden):
             if spec and spec.granularity.chosen:
@@ -209,9 +213,11 @@ class Scheme:
         Raises:
             BitlowerError: not a scheme, or two suffixes for one thing.
         """
-        match = _NAME.fullmatch(name.strip())
+        match = _NAME.fullmatch(name.strip()) if len(name) <= _LONGEST else None
         if not match:
-            raise BitlowerError(f"{name!r} is not a scheme", hint="examples: W8A8, W4A16-g128, W8A8-full, W4A8-token")
+            raise BitlowerError(
+                f"{shorten(repr(name))} is not a scheme", hint="examples: W8A8, W4A16-g128, W8A8-full, W4A8-token"
+            )
         weight_bits, activation_bits = int(match[1]), int(match[2])
         weights = _weight_spec(weight_bits) if weight_bits < 16 else None
         activations = _activation_spec(activation_bits) if activation_bits < 16 else None
@@ -262,7 +268,7 @@ class Scheme:
         _check_keys(overrides, (*WEIGHT_ROLES, *ACTIVATION_ROLES), "role")
         roles = form.get("roles", default.roles)
         if not isinstance(roles, list | tuple):
-            raise BitlowerError(f"the roles of a scheme are a list of names, not {roles!r}")
+            raise BitlowerError(f"the roles of a scheme are a list of names, not {shorten(repr(roles))}")
         return cls(
             spec("weights"),
             spec("activations"),

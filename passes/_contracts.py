@@ -21,13 +21,15 @@ RTOL = 1e-4  # of a value's standard deviation over the batch
 _PART = 1 << 20
 
 
-def check_levels(passes: Sequence[Pass], level: Level) -> Level:
+def check_levels(passes: Sequence[Pass], level: Level, first: int = 1) -> Level:
     """Follow the levels through a pipeline that starts at ``level``, without running it; the level at its end.
+
+    ``first`` is the position of the first pass in the whole pipeline, for the message.
 
     Raises:
         BitlowerError: a pass would get a level that it does not take.
     """
-    for position, pass_ in enumerate(passes, 1):
+    for position, pass_ in enumerate(passes, first):
         if level not in pass_.requires:
             raise BitlowerError(
                 f"pass {position}, {pass_.name!r}, takes a program at level {' or '.join(sorted(pass_.requires))}; "

@@ -10,12 +10,13 @@ import dataclasses
 import enum
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
-from bitlower.ir import BitlowerError, nearest
+from bitlower.ir import BitlowerError, nearest, shorten
 from bitlower.ir.json_files import parse_json
 from bitlower.passes._base import Pass
 from bitlower.passes._declared import check_declared
@@ -87,8 +88,10 @@ def coerce(kind: Any, value: Any) -> Any:
             return kind(value)
     elif _is_structured(kind):
         return _coerce_structured(kind, value)
-    elif kind is float and type(value) is int:
+    elif kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
+    elif kind is int and type(value) is int and not -(1 << 63) <= value < 1 << 63:
+        raise MismatchError(f"takes int of 64 bits, not {show(value)}")
     elif type(value) is kind and not (kind is float and math.isnan(value)):
         return value
     raise MismatchError(f"takes {describe_type(kind)}, not {show(value)}")
@@ -96,7 +99,7 @@ def coerce(kind: Any, value: Any) -> Any:
 
 def show(value: Any) -> str:
     """``value`` for an error message."""
-    return "none" if value is None else json.dumps(value, default=repr, ensure_ascii=False)
+    return "none" if value is None else shorten(json.dumps(value, default=repr, ensure_ascii=False))
 
 
 def _coerce_union(members: tuple[Any, ...], value: Any, kind: Any) -> Any:
@@ -196,7 +199,9 @@ def _build(cls: type[Pass], parameters: Mapping[str, Any]) -> Pass:
     for key, value in parameters.items():
         name = kebab(str(key))
         if name not in kinds:
-            raise BitlowerError(f"pass {cls.name!r} has no parameter {str(key)!r}", hint=nearest(name, kinds))
+            raise BitlowerError(
+                f"pass {cls.name!r} has no parameter {shorten(repr(str(key)))}", hint=nearest(name, kinds)
+            )
         if name.replace("-", "_") in values:
             raise BitlowerError(f"pass {cls.name!r}: parameter {name!r} is given twice")
         values[name.replace("-", "_")] = _coerce_named(cls, name, kinds[name], value)

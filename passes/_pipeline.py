@@ -8,12 +8,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from bitlower.ir import BitlowerError
+from bitlower.ir import BitlowerError, shorten
+from bitlower.ir.json_files import DIGITS, parse_json
 from bitlower.passes._base import Pass
 from bitlower.passes._parameters import plain_parameters
 from bitlower.passes._registry import make_pass
 
-_INT = re.compile(r"[+-]?\d{1,4000}")
+LONGEST = 200_000
+"""Characters of a pipeline,"""
+PASSES = 200
+"""passes in it,"""
+DEPTH = 30
+"""and how deep its lists may lie in each other."""
+_AROUND = 60
+"""Characters shown on either side of a mistake."""
+_INT = re.compile(r"[+-]?\d+")
 _FLOAT = re.compile(r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|inf)")
 _WORDS = {"true": True, "false": False, "none": None}
 _TOKEN = re.compile(
@@ -54,8 +63,8 @@ def _lex(text: str) -> Iterator[_Token]:
     ``true``, ``false``, ``none``, an integer, a decimal number (``0.5``, ``1e-3``, ``inf``), or else a string; a
     string that looks like one of the former is quoted. Structured parameters are quoted JSON.
     """
-    position = 0
-    while text[position:].strip():
+    position, end = 0, len(text.rstrip())
+    while position < end:
         match = _TOKEN.match(text, position)
         if match is None:
             raise _TextError("the quote is not closed", text.index('"', position))
@@ -63,7 +72,7 @@ def _lex(text: str) -> Iterator[_Token]:
         token = match.group(kind)
         yield _Token(token if kind == "mark" else kind, token, match.start(kind))
         position = match.end()
-    yield _Token(_END, "", len(text.rstrip()))
+    yield _Token(_END, "", end)
 
 
 class _Parser:
@@ -80,8 +89,8 @@ class _Parser:
     def take(self, kind: str, what: str) -> _Token:
         token = self.token
         if token.kind != kind:
-            found = token.text or _END
-            raise _TextError(f"expected {what}, found {found!r}" if token.text else f"expected {what}", token.start)
+            found = f", found {shorten(repr(token.text))}" if token.text else ""
+            raise _TextError(f"expected {what}{found}", token.start)
         self.position += 1
         return token
 
@@ -89,7 +98,9 @@ class _Parser:
         passes: list[Pass] = []
         while self.token.kind != _END:
             if passes:
-                self.take(",", "',' between passes")
+                comma = self.take(",", "',' between passes")
+                if len(passes) == PASSES:
+                    raise _TextError(f"a pipeline has at most {PASSES} passes", comma.start)
             passes.append(self.pass_())
         return tuple(passes)
 
@@ -113,21 +124,26 @@ class _Parser:
             named = [start for key, start in starts.items() if repr(key) in str(error.message)]
             raise _TextError(str(error), named[0] if named else name.start) from error
 
-    def value(self) -> Any:
+    def value(self, depth: int = 0) -> Any:
         if self.token.kind == "[":
-            self.take("[", "'['")
+            start = self.take("[", "'['").start
+            if depth == DEPTH:
+                raise _TextError(f"lists are nested deeper than {DEPTH} levels", start)
             items = []
             while self.token.kind != "]":
-                items.append(self.value())
+                items.append(self.value(depth + 1))
             self.take("]", "']'")
             return items
         if self.token.kind == "quoted":
             token = self.take("quoted", "a string")
             try:
-                return json.loads(token.text, strict=False)
-            except json.JSONDecodeError as error:
-                raise _TextError(f"a broken string: {error.msg}", token.start) from None
-        return _bare_value(self.take("bare", "a value").text)
+                return parse_json(token.text, strict=False)
+            except ValueError as error:
+                raise _TextError(f"a broken string: {error}", token.start) from None
+        token = self.take("bare", "a value")
+        if len(token.text) > DIGITS and _FLOAT.fullmatch(token.text):
+            raise _TextError(f"a number has {len(token.text)} digits", token.start)
+        return _bare_value(token.text)
 
 
 def parse_pipeline(text: str) -> tuple[Pass, ...]:
@@ -137,13 +153,23 @@ def parse_pipeline(text: str) -> tuple[Pass, ...]:
         BitlowerError: a syntax error, an unknown pass or parameter, or a value that does not fit; shows the text with
             a caret.
     """
+    if len(text) > LONGEST:
+        raise BitlowerError(f"the pipeline has {len(text)} characters", hint=f"{LONGEST} are read at most")
     try:
         return _Parser(text).pipeline()
     except _TextError as error:
-        line = text.count("\n", 0, error.start)
-        column = error.start - (text.rfind("\n", 0, error.start) + 1)
-        shown = text.split("\n")[line]
-        raise BitlowerError(f"{error}\n  {shown}\n  {' ' * column}^") from error.__cause__
+        raise BitlowerError(f"{error}\n{_pointer(text, error.start)}") from error.__cause__
+
+
+def _pointer(text: str, start: int) -> str:
+    """The line of ``text`` around the place ``start``, and a caret below it."""
+    first = text.rfind("\n", 0, start) + 1
+    last = text.find("\n", start)
+    last = len(text) if last < 0 else last
+    left = first if start - first <= _AROUND else start - _AROUND
+    right = last if last - start <= _AROUND else start + _AROUND
+    before = "…" * (left > first) + text[left:start]
+    return f"  {before}{text[start:right]}{'…' * (right < last)}\n  {' ' * len(before)}^"
 
 
 def format_pipeline(passes: Iterable[Pass]) -> str:

@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_serializer, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from bitlower.ir import BitlowerError, Level, nearest
+from bitlower.ir import BitlowerError, Level, nearest, shorten
+from bitlower.ir.files import check_name
 from bitlower.passes import Pass, check_levels, load_plugin, make_pass, plain_parameters
+from bitlower.passes._pipeline import PASSES
 from bitlower.tools._recipe_schema import passes_schema
 from bitlower.tools._yaml import yaml_text
+from bitlower.tools._yaml_reader import read_yaml
 
 Place = tuple[str | int, ...]
+_MISTAKES = 15
+"""Shown of one recipe."""
 
 
 class Section(BaseModel):
@@ -46,10 +49,10 @@ class DataSection(Section):
 
     data: str = Field(min_length=1)
     column: str | None = None
-    samples: int | None = Field(None, ge=1)
-    max_length: int | None = Field(None, ge=1)
-    batch_size: int | None = Field(None, ge=1)
-    seed: int = 0
+    samples: int | None = Field(None, ge=1, lt=1 << 31)
+    max_length: int | None = Field(None, ge=1, lt=1 << 31)
+    batch_size: int | None = Field(None, ge=1, lt=1 << 31)
+    seed: int = Field(0, ge=-(1 << 63), lt=1 << 63)
 
 
 class EvaluationSection(DataSection):
@@ -86,9 +89,9 @@ class Recipe(Section):
     model: ModelSection
     calibration: DataSection | None = None
     evaluation: EvaluationSection | None = None
-    plugins: list[str] = Field(default_factory=list)
-    passes: list[Step]
-    export: list[Step] = Field(min_length=1)
+    plugins: list[str] = Field(default_factory=list, max_length=PASSES)
+    passes: list[Step] = Field(max_length=PASSES)
+    export: list[Step] = Field(min_length=1, max_length=PASSES)
 
     _source: _Source | None = PrivateAttr(None)
 
@@ -127,9 +130,9 @@ class Recipe(Section):
 class _Source:
     """Where a recipe came from: its file, and the YAML nodes with their lines."""
 
-    def __init__(self, path: Path, text: str) -> None:
+    def __init__(self, path: Path, root: Node | None) -> None:
         self.path = path
-        self.root: Node | None = YAML(typ="safe", pure=True).compose(text)
+        self.root = root
 
     def locate(self, place: Sequence[str | int]) -> str:
         """``file:line`` of the value at ``place``, or of the last part of it that exists."""
@@ -187,22 +190,12 @@ def load_recipe(path: str | Path) -> Recipe:
         BitlowerError: no such file, not YAML, or not a recipe: one line a mistake, each with file and line.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = YAML(typ="safe", pure=True).load(text)
-        source = _Source(path, text)
-    except UnicodeDecodeError as error:
-        raise BitlowerError(f"{path} is not a text file (byte {error.start} is not UTF-8)") from error
-    except OSError as error:
-        raise BitlowerError(f"cannot read the recipe {path} ({error.strerror})") from error
-    except MarkedYAMLError as error:
-        raise BitlowerError(_yaml_problem(path, error)) from error
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise BitlowerError(f"{path} is not YAML ({str(error).splitlines()[0]})") from error
+    root, data = read_yaml(path)
+    source = _Source(path, root)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        raise BitlowerError("\n".join(_problem(source, detail) for detail in error.errors())) from error
+        raise BitlowerError(_problems(source, error.errors(include_url=False))) from None
     recipe._source = source
     return recipe
 
@@ -215,8 +208,9 @@ def validate_recipe(recipe: Recipe) -> tuple[Pass, ...]:
             data file or model folder does not exist.
     """
     passes = recipe.build_passes()
-    for index in range(len(passes)):
-        with_place(recipe._source, ("passes", index), check_levels, passes[: index + 1], Level.FLOAT)
+    level = Level.FLOAT
+    for index, pass_ in enumerate(passes):
+        level = with_place(recipe._source, ("passes", index), check_levels, [pass_], level, index + 1)
     for name in ("calibration", "evaluation"):
         section: DataSection | None = getattr(recipe, name)
         if section is not None:
@@ -227,7 +221,7 @@ def validate_recipe(recipe: Recipe) -> tuple[Pass, ...]:
 
 
 def _require(path: Path, what: str) -> None:
-    if not path.exists():
+    if not check_name(path).exists():
         raise BitlowerError(f"{what} {path} does not exist", hint="paths are relative to the recipe's folder")
 
 
@@ -277,12 +271,11 @@ export:
 """
 
 
-def _yaml_problem(path: Path, error: MarkedYAMLError) -> str:
-    line = error.problem_mark.line + 1 if error.problem_mark else 1
-    problem = str(error.problem or error.context or "not YAML").splitlines()[0]
-    if "found duplicate key" in problem:
-        problem = f"the key {problem.split(' with value')[0].removeprefix('found duplicate key ')} is given twice"
-    return f"{path}:{line}: {problem}"
+def _problems(source: _Source, details: Sequence[Any]) -> str:
+    """A line for each mistake, as far as they fit on a screen."""
+    lines = [_problem(source, detail) for detail in details[:_MISTAKES]]
+    more = [f"… and {len(details) - _MISTAKES} more mistakes"] if len(details) > _MISTAKES else []
+    return "\n".join([*lines, *more])
 
 
 def _problem(source: _Source, detail: Any) -> str:
@@ -303,7 +296,7 @@ def _problem(source: _Source, detail: Any) -> str:
             return f"{where}: {name}: {detail['ctx']['error']}"
         case _:
             message = str(detail["msg"]).removeprefix("Input ")
-            return f"{where}: {name} {message}, not {json.dumps(detail['input'], default=str)}"
+            return f"{where}: {name} {message}, not {shorten(json.dumps(detail['input'], default=str))}"
 
 
 def _known_keys(place: Sequence[str | int]) -> list[str]:

@@ -280,3 +280,28 @@ def test_chosen_groups_have_a_long_form_and_are_for_activations():
             Scheme.from_dict(broken)
     with pytest.raises(BitlowerError, match="two suffixes for one thing"):
         Scheme.parse("W8A8-peg6-upeg6")
+
+
+@pytest.mark.parametrize("text", ["W8A8" + "-g1" * 50_000, "W" + "9" * 5000 + "A8", "W8A8-" + "a" * 100_000])
+def test_names_of_any_length_are_refused_at_once(text):
+    with pytest.raises(BitlowerError, match="is not a scheme") as refusal:
+        Scheme.parse(text)
+    assert len(str(refusal.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"weights": {"num_bits": 10**90}},
+        {"weights": {"strategy": "group", "group_size": 10**90}},
+        {"weights": {"type": "x" * 10**6}},
+        {"y" * 10**6: 1},
+        {"roles": "z" * 10**6},
+        {"roles": ["z" * 10**6]},
+        {"overrides": [0] * 10**6},
+    ],
+)
+def test_values_in_messages_are_cut(form):
+    with pytest.raises(BitlowerError) as refusal:
+        Scheme.from_dict(form)
+    assert len(str(refusal.value)) < 700

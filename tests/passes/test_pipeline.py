@@ -79,15 +79,16 @@ def everything(**fields: Any) -> Pass:
     return find_pass("everything")(**fields)
 
 
+INTEGERS = st.integers(-(2**63), 2**63 - 1)
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "flag": st.booleans(),
-    "group_size": st.integers(min_value=0),
+    "group_size": st.integers(0, 2**63 - 1),
     "ratio": st.floats(allow_nan=False),
     "text": st.text() | st.sampled_from(["true", "none", "12", "1e3", "inf", "", "a b", "re:.*x", '"', "\\", "-"]),
-    "pair": st.tuples(st.integers(), st.floats(allow_nan=False)),
+    "pair": st.tuples(INTEGERS, st.floats(allow_nan=False)),
     "words": st.lists(st.text(max_size=5), max_size=3).map(tuple),
-    "nested": st.lists(st.lists(st.integers(), max_size=3).map(tuple), max_size=3).map(tuple),
-    "limit": st.none() | st.integers(),
+    "nested": st.lists(st.lists(INTEGERS, max_size=3).map(tuple), max_size=3).map(tuple),
+    "limit": st.none() | INTEGERS,
     "mode": st.sampled_from(["a", "b", 3]),
     "scheme": schemes(),
     "either": st.sampled_from(["W8A8", "W4A4"]) | schemes(),
@@ -199,3 +200,36 @@ def test_the_bare_word_none_is_a_choice_where_it_is_one() -> None:
     assert parse_pipeline(format_pipeline([gptq])) == (gptq,)
     with pytest.raises(BitlowerError, match="takes one of minmax"):
         parse_pipeline("gptq{ranges=none}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("clean" + " " * 180_000 + "x", "expected ',' between passes, found 'x'"),
+        ("clean," * 300, "a pipeline has at most 200 passes"),
+        ("x" * 180_000, "unknown pass 'xxx"),
+        ("x" * 200_001, "the pipeline has 200001 characters; 200000 are read at most"),
+        ("quantize{ignore=" + "[" * 90_000, "lists are nested deeper than 30 levels"),
+        ('quantize{scheme="' + "\\" * 180_000 + "}", "the quote is not closed"),
+        ("quantize{" + " ".join(f"a{n}=1" for n in range(20_000)) + "}", "has no parameter 'a0'"),
+        ('quantize{scheme="{\\"a\\":' + "[" * 1000 + '"}', "nested deeper than 100 levels"),
+        ("gptq{damping=" + "9" * 4000 + "}", "a number has 4000 digits"),
+        ("gptq{damping=" + "9" * 101 + ".0}", "a number has 103 digits"),
+        ("adaround{iterations=" + "9" * 90 + "}", "takes int of 64 bits, not 999"),
+        ("\n" * 100_000 + "quantize{a=1}", "has no parameter 'a'"),
+    ],
+)  # fmt: skip
+def test_hostile_text_gets_a_short_message(text, message):
+    with pytest.raises(BitlowerError) as refusal:
+        parse_pipeline(text)
+    assert message in str(refusal.value)
+    assert len(str(refusal.value)) <= 2000
+
+
+def test_a_caret_shows_the_place_in_a_long_line():
+    with pytest.raises(BitlowerError) as refusal:
+        parse_pipeline("clean" + ",clean" * 100 + ",!," + "clean," * 90 + "clean")
+    _, shown, caret = str(refusal.value).split("\n")
+    assert shown[caret.index("^")] == "!"
+    assert shown[2] == shown[-1] == "…"
+    assert len(shown) < 130
