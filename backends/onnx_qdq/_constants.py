@@ -60,7 +60,8 @@ def check_constants(program: Program, model: ir.Model) -> Constants:
             problems += check_packed(linear, name, expected, *(_tensor(program, part) for part in node.args[1:3]))
         for gather in gathered:
             problems += _check_table(program, node, name, expected, gather, stored.values)
-        checked = (LINEAR if multiplied else frozenset()) | (EMBEDDING if gathered else frozenset())
+        unfolded = any(gather.attributes.get_int("axis", 0) == -1 for gather in gathered)
+        checked = (LINEAR if multiplied or unfolded else frozenset()) | (EMBEDDING if gathered else frozenset())
         if checked and all(user.target in checked for user in node.users):
             continue
         found, problem = stored.find(name, expected)

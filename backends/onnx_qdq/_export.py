@@ -139,7 +139,14 @@ def export(
     files = [*write_model(model, folder, threshold=external_data_threshold), write_config(program, folder, "onnx")]
     files += [*write_assets(program, folder), *write_genai_config(program, folder, session_config)]
     _check_model(folder / MODEL)
-    verification = verify_export(program, folder, batches, session_config=session_config, accuracy_level=accuracy_level)
+    verification = verify_export(
+        program,
+        folder,
+        batches,
+        session_config=session_config,
+        accuracy_level=accuracy_level,
+        split=log.split,
+    )
     verification.write(folder)
     write_manifest(program, folder, backend_options=dataclasses.asdict(options), provenance=provenance)
     return ExportReport(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class KernelReport:
 
     Args:
         expected: multiplications of the Program whose operands both have integer codes of 8 bits at most, with scales
-            that factor out of the sum.
+            that factor out of the sum, and those by output heads whose float activations the export splits into digits.
         found: integer kernels in the runtime's optimized graph.
         integer: those by operator.
         floating: multiplications in float, by operator; Attention counts as one.
@@ -76,6 +76,7 @@ def inspect_kernels(
     *,
     session_config: Mapping[str, str] | None = None,
     accuracy_level: int = FLOAT_ACTIVATIONS,
+    split: Collection[str] = (),
 ) -> KernelReport:
     """Load the model in ``path`` as users will and count the kernels.
 
@@ -84,15 +85,16 @@ def inspect_kernels(
         path: the model.
         session_config: session configuration entries.
         accuracy_level: of MatMulNBits that the export was asked for.
+        split: the names of codes that the export multiplies with float activations as integers of several digits.
 
     Raises:
         CheckError: the model does not load, or the runtime computes with 8-bit activations what the program (and the
             model in the file) computes with float ones.
     """
-    expected, reasons = expected_kernels(program)
+    expected, reasons = expected_kernels(program, split)
     config = session_config or {}
     graph = optimized_graph(path, config)
-    low_bit = sum(expected_low_bit(program, accuracy_level))
+    low_bit = sum(expected_low_bit(program, accuracy_level, split))
     report = count_kernels(graph, expected=expected, expected_low_bit=low_bit, reasons=reasons)
     if config.get(LEVEL_ENTRY) == str(ROUNDS_ACTIVATIONS):
         return report
@@ -145,18 +147,20 @@ def count_kernels(
     )
 
 
-def expected_kernels(program: Program) -> tuple[int, Counter[str]]:
-    """How many multiplications of the Program have integer operands, and why others have not."""
-    reasons = Counter(float_reason(left, right) for left, right in multiplications(program.graph))
+def expected_kernels(program: Program, split: Collection[str] = ()) -> tuple[int, Counter[str]]:
+    """How many multiplications of the Program have integer operands, or get them by ``split``; why others have not."""
+    reasons = Counter(
+        "" if _codes_of(right) in split else float_reason(left, right) for left, right in multiplications(program.graph)
+    )
     return reasons.pop("", 0), reasons
 
 
-def expected_low_bit(program: Program, accuracy_level: int) -> Iterator[bool]:
-    """For each multiplication with a stored quantized weight, whether MatMulNBits can do it."""
+def expected_low_bit(program: Program, accuracy_level: int, split: Collection[str] = ()) -> Iterator[bool]:
+    """For each multiplication with a stored quantized weight that is not ``split``, whether MatMulNBits can do it."""
     for left, right in multiplications(program.graph):
         weight, activation = _moved(right), _moved(left)
         stored = weight.target is ops.dequantize and all(part.op == "get_attr" for part in weight.all_input_nodes)
-        if not stored or activation.target is ops.dequantize:
+        if not stored or activation.target is ops.dequantize or _codes_of(right) in split:
             continue
         codes, scale = (get_tensor(program.module, str(part.target)) for part in weight.all_input_nodes[:2])
         quantizer: Quantizer = weight.meta["quantizer"]
@@ -190,6 +194,13 @@ def float_reason(left: fx.Node, right: fx.Node) -> str:
         if kind not in (("tensor", "channel", "row-group") if stored else ("tensor", "token")):
             return f"the {what} is quantized {quantizer.spec.granularity}"
     return ""
+
+
+def _codes_of(weight: fx.Node) -> str:
+    """The name of the stored codes that ``weight`` is computed from; empty if it is not."""
+    node = _moved(weight)
+    codes = node.args[0] if node.target is ops.dequantize else None
+    return str(codes.target) if isinstance(codes, fx.Node) and codes.op == "get_attr" else ""
 
 
 def _moved(node: fx.Node) -> fx.Node:

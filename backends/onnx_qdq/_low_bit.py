@@ -21,7 +21,7 @@ FLOAT_ACTIVATIONS = 1
 """The accuracy level at which MatMulNBits computes in float32."""
 ROUNDS_ACTIVATIONS = 4
 """The accuracy level at which MatMulNBits quantizes its float activations to 8 bits."""
-_SMALLEST, _LARGEST, _ROW = 16, 256, 128
+SMALLEST_BLOCK, _LARGEST, _ROW = 16, 256, 128
 """The blocks that the kernel takes, and the one for weights with one scale a row."""
 _SMALLEST_2, _LARGEST_2 = 32, 128
 """The blocks for which there is a fast kernel for 2-bit codes; others are stored in 4 bits."""
@@ -60,8 +60,8 @@ def container(
     along_inputs = spec.granularity.kind == "group" and columns < depth
     group = spec.granularity.size if along_inputs else depth // columns
     block = min(_ROW, 1 << (depth.bit_length() - 1)) if columns == 1 else min(group & -group, _LARGEST)
-    if block < _SMALLEST:
-        return f"groups of {group} inputs are no multiple of {_SMALLEST}"
+    if block < SMALLEST_BLOCK:
+        return f"groups of {group} inputs are no multiple of {SMALLEST_BLOCK}"
     if bits == 2 and accuracy_level == ROUNDS_ACTIVATIONS and block >= _SMALLEST_2:
         return Container(2, min(block, _LARGEST_2))
     return Container(8 if bits > 4 else 4, block)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
 from torch import fx
@@ -12,6 +12,7 @@ from bitlower.backends.onnx_qdq._kv_cache import keep_cache
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS
 from bitlower.backends.onnx_qdq._rewrite import Editor, Rule, RuleLog, apply_rules
 from bitlower.backends.onnx_qdq._rewrite_graph import matrix_sum, residual_sum, strip, widen_bias
+from bitlower.backends.onnx_qdq._rewrite_heads import split_head_rule
 from bitlower.backends.onnx_qdq._rewrite_linear import Form, linear_rules, transpose_weight
 from bitlower.backends.onnx_qdq._rewrite_low_bit import low_bit_rules
 from bitlower.backends.onnx_qdq._rewrite_quantizers import (
@@ -37,7 +38,9 @@ def lower(
     Raises:
         BitlowerError: the program has an operator that ONNX cannot express.
     """
-    return rewrite(translate(program, opset), form, specs=weight_specs(program), accuracy_level=accuracy_level)
+    model = translate(program, opset)
+    heads = head_codes(program)
+    return rewrite(model, form, specs=weight_specs(program), heads=heads, accuracy_level=accuracy_level)
 
 
 def rewrite(
@@ -45,6 +48,7 @@ def rewrite(
     form: Form,
     *,
     specs: Mapping[str, QuantSpec] | None = None,
+    heads: Collection[str] = (),
     accuracy_level: int = FLOAT_ACTIVATIONS,
 ) -> tuple[ir.Model, RuleLog]:
     """Apply all rules to a translated model, in place, and give everything its final name.
@@ -53,10 +57,11 @@ def rewrite(
         model: of :func:`~bitlower.backends.onnx_qdq._translate.translate`.
         form: see :class:`~bitlower.backends.onnx_qdq.Options`.
         specs: of stored codes, by the codes' names; those that are left out get no low-bit kernel.
+        heads: the names of the codes of output heads.
         accuracy_level: of MatMulNBits.
     """
     editor = Editor(model, specs)
-    log = apply_rules(editor, rules(form, accuracy_level))
+    log = apply_rules(editor, rules(form, accuracy_level, heads))
     editor.finish()
     strip(model)
     model.producer_name, model.producer_version = "bitlower", __version__
@@ -73,7 +78,16 @@ def weight_specs(program: Program) -> dict[str, QuantSpec]:
     }
 
 
-def rules(form: Form, accuracy_level: int = FLOAT_ACTIVATIONS) -> tuple[Rule, ...]:
+def head_codes(program: Program) -> set[str]:
+    """The names of the codes that an output head may multiply with: those of embedding tables, by their role."""
+    return {
+        str(codes.target)
+        for node, quantizer in program.quantizers()
+        if quantizer.role == "embedding-table" and isinstance(codes := node.args[0], fx.Node) and codes.op == "get_attr"
+    }
+
+
+def rules(form: Form, accuracy_level: int = FLOAT_ACTIVATIONS, heads: Collection[str] = ()) -> tuple[Rule, ...]:
     """All rules, in order: those that need the low-bit operators whole come before those that lower them."""
     return (
         Rule("keep-cache", keep_cache),
@@ -81,6 +95,7 @@ def rules(form: Form, accuracy_level: int = FLOAT_ACTIVATIONS) -> tuple[Rule, ..
         Rule("widen-attention-mask", widen_mask),
         *table_rules(form),
         Rule("sink-dequantize", sink_dequantize),
+        split_head_rule(form, heads),
         *low_bit_rules(form, accuracy_level),
         *linear_rules(form),
         Rule("lower-qparams", lower_qparams),

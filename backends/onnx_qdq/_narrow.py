@@ -17,6 +17,8 @@ SMALL = 1 << 14
 """Tables of fewer codes take a byte each: unfolding them costs more than they save."""
 PACKED = "_packed"
 """What follows the name of a table's codes where they lie in packed rows."""
+ROWS = "rows"
+"""The layout of such tensors."""
 _TYPES = {2: (ir.DataType.INT2, ir.DataType.UINT2), 4: (ir.DataType.INT4, ir.DataType.UINT4)} | {
     8: (ir.DataType.INT8, ir.DataType.UINT8)
 }

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from bitlower.backends.onnx_qdq._low_bit import at_inputs, unpack_codes, unpack_zeros
 from bitlower.backends.onnx_qdq._narrow import PACKED, unpack_rows
 from bitlower.backends.onnx_qdq._session import Array
-from bitlower.backends.onnx_qdq._structure import constant
+from bitlower.backends.onnx_qdq._structure import constant, stored_value
 from bitlower.ir import packing
 
 _COPY = re.compile(r"_\d+$")
@@ -21,14 +21,17 @@ def packed_weights(graph: ir.Graph) -> dict[str, list[ir.Node]]:
     """The MatMulNBits nodes by the name of the codes that they multiply with, which may bear a number at its end."""
     found: dict[str, list[ir.Node]] = {}
     for node in graph:
-        codes = node.inputs[1] if node.op_type == "MatMulNBits" else None
+        codes = stored_value(node.inputs[1]) if node.op_type == "MatMulNBits" else None
         if codes is not None and codes.name:
-            found.setdefault(_COPY.sub("", codes.name), []).append(node)
+            found.setdefault(_COPY.sub("", codes.name).removesuffix(PACKED), []).append(node)
     return found
 
 
 def packed_tables(graph: ir.Graph) -> dict[str, list[ir.Node]]:
-    """The nodes that gather packed rows, by the name of the codes."""
+    """The nodes that read packed rows of codes one by one, by the name of the codes.
+
+    They gather rows, or bytes of all rows to unfold the whole table.
+    """
     found: dict[str, list[ir.Node]] = {}
     for node in graph:
         rows = node.inputs[0] if node.op_type in ("Gather", "GatherBlockQuantized") else None
@@ -70,6 +73,7 @@ def check_packed(linear: ir.Node, name: str, codes: Array, scale: Array | None, 
     if stored[0] is None or stored[1] is None:
         return [f"the codes or scales of {name} are no constants in the model"]
     problems = []
+    stored[0] = stored[0].reshape(rows, -1, block * bits // 8)
     differing = np.count_nonzero(unpack_codes(stored[0], bits, depth, is_signed=codes.dtype == np.int8) != codes)
     if differing:
         problems.append(f"{differing} of the {codes.size} codes of {name} are not the program's")

@@ -32,6 +32,8 @@ class Editor:
         self.specs = dict(specs or {})
         self.opset = int(model.opset_imports[""])
         self.wanted: dict[ir.Value, str] = {}
+        self.split: set[str] = set()
+        """The names of codes that are multiplied with float activations as integers of several digits."""
         self._made: dict[ir.Value, str] = {}
         self._lazy: dict[tuple[str, str], ir.Value] = {}
 
@@ -61,6 +63,10 @@ class Editor:
         value = self._lazy[name, layout]
         self._made[value] = name
         return value
+
+    def made(self, name: str, layout: str) -> ir.Value | None:
+        """The tensor that :meth:`lazy` gave before for ``name`` and ``layout``."""
+        return self._lazy.get((name, layout))
 
     def array(self, value: ir.Value | None) -> Array | None:
         """The contents of a constant, None for what is computed."""
@@ -174,8 +180,9 @@ class Rule:
 
 @dataclass
 class RuleLog:
-    """How often each rule matched, and the reasons where one did not."""
+    """How often each rule matched, the reasons where one did not, and :attr:`Editor.split`."""
 
+    split: set[str] = field(default_factory=set)
     applied: Counter[str] = field(default_factory=Counter)
     refused: Counter[tuple[str, str]] = field(default_factory=Counter)
 
@@ -193,7 +200,7 @@ class RuleLog:
 
 def apply_rules(editor: Editor, rules: Iterable[Rule]) -> RuleLog:
     """Offer every node to each rule in turn, in the order of the graph."""
-    log = RuleLog()
+    log = RuleLog(editor.split)
     for rule in rules:
         for node in list(editor.graph):
             if node.graph is None or not any(v.uses() or v.is_graph_output() for v in node.outputs):

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from bitlower.backends.onnx_qdq._narrow import byte_codes
+from bitlower.backends.onnx_qdq._narrow import PACKED, ROWS, byte_codes
 from bitlower.backends.onnx_qdq._rewrite import APPLIED, Array, Editor, Rule, dims, is_op, marker, only_user, source
 from bitlower.backends.onnx_qdq._rewrite_quantizers import per_tensor, stored
 
@@ -21,7 +21,8 @@ class Weight:
     """A quantized weight as MatMul reads it.
 
     ``codes`` are [K, N]; ``scale`` and ``zero`` have the layout of the Program, transposed like the codes. ``name`` is
-    that of the codes in the Program, and ``part`` tells slices of one weight apart.
+    that of the codes in the Program, and ``part`` tells slices of one weight apart. ``rows`` are codes that something
+    else reads as they lie, [N, K] in bytes; ``packed`` are those rows in fewer bits, which an embedding gathers.
     """
 
     name: str
@@ -29,6 +30,8 @@ class Weight:
     scale: Array
     zero: Array
     part: str = ""
+    rows: ir.Value | None = None
+    packed: ir.Value | None = None
 
     @property
     def per_column(self) -> bool:
@@ -90,7 +93,17 @@ def find_linear(editor: Editor, node: ir.Node) -> Linear | None:
     codes, scale, zero = (part.T if turned else part for part in (codes[:, start:stop], scale, zero))
     bias, output = _bias(editor, node)
     name, part = source(dequantize).name or "weight_codes", part_name(start, stop) if ends else ""
-    return Linear(node, source(node), Weight(name, codes, scale, zero, part), bias, output)
+    rows, packed = (None, None) if ends or not turned else _rows(editor, dequantize)
+    return Linear(node, source(node), Weight(name, codes, scale, zero, part, rows, packed), bias, output)
+
+
+def _rows(editor: Editor, dequantize: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
+    """The codes of a tied table as something else than this linear reads them: in bytes, or in packed rows."""
+    codes = source(dequantize)
+    if len(codes.uses()) > 1 or len(dequantize.outputs[0].uses()) > 1:
+        return codes, None
+    packed = editor.made(f"{codes.name}{PACKED}", ROWS)
+    return None, packed if packed is not None and packed.uses() else None
 
 
 def part_name(start: int, stop: int) -> str:
@@ -135,10 +148,11 @@ def _static_reason(editor: Editor, linear: Linear) -> str:
         return "the activation has codes of 16 bits"
     if not per_tensor(editor, quantized):
         return "the activation has more than one scale"
-    return _weight_reason(linear.weight)
+    return weight_reason(linear.weight)
 
 
-def _weight_reason(weight: Weight) -> str:
+def weight_reason(weight: Weight) -> str:
+    """Why the codes of ``weight`` cannot be multiplied as integers of 8 bits; empty if they can."""
     if weight.codes.dtype.itemsize != 1:
         return "the weight has codes of 16 bits"
     return "" if weight.per_column else "the weight has scales along its input axis"
@@ -153,8 +167,8 @@ def _static_linear(editor: Editor, node: ir.Node) -> str | None:
     if reason:
         return reason
     weight = linear.weight
-    inputs = [_codes(editor, node, weight), _scales(editor, weight)]
-    zeros = _zeros(editor, weight)
+    inputs = [weight_codes(editor, node, weight), weight_scales(editor, weight)]
+    zeros = weight_zeros(editor, weight)
     operands = [*inputs, *([zeros] if zeros is not None else [])]
     real = editor.emit(node, "DequantizeLinear", operands, axis=1)
     finish_linear(editor, linear, editor.emit(node, "MatMul", [linear.x, real], like=node.outputs[0]))
@@ -176,7 +190,15 @@ def _merge_linear(editor: Editor, node: ir.Node) -> str | None:
     scale, zero = stored(editor, quantized, code.dtype)
     weight = linear.weight
     bias = None if linear.bias is None else editor.constant(f"{weight.stem}_bias", linear.bias)
-    operands = [code, _codes(editor, node, weight), scale, _scales(editor, weight), zero, _zeros(editor, weight), bias]
+    operands = [
+        code,
+        weight_codes(editor, node, weight),
+        scale,
+        weight_scales(editor, weight),
+        zero,
+        weight_zeros(editor, weight),
+        bias,
+    ]
     while operands[-1] is None:
         operands.pop()
     merged = editor.emit(node, "MatMulIntegerToFloat", operands, domain="com.microsoft")
@@ -195,13 +217,13 @@ def _per_token_linear(editor: Editor, node: ir.Node) -> str | None:
         return "the activation has no scale a row"
     if source(quantized).dtype not in BYTES:
         return "the activation has codes of 16 bits"
-    reason = _weight_reason(linear.weight)
+    reason = weight_reason(linear.weight)
     if reason:
         return reason
     total = _integer_product(editor, linear, quantized)
     real = editor.emit(node, "Cast", [total], like=node.outputs[0], to=int(ir.DataType.FLOAT))
     real = editor.emit(node, "Mul", [real, source(quantized, 1)], like=real)
-    real = editor.emit(node, "Mul", [real, _scales(editor, linear.weight)], like=real)
+    real = editor.emit(node, "Mul", [real, weight_scales(editor, linear.weight)], like=real)
     finish_linear(editor, linear, real)
     return APPLIED
 
@@ -214,9 +236,9 @@ def _integer_product(editor: Editor, linear: Linear, quantized: ir.Node) -> ir.V
     if code.dtype is ir.DataType.INT8:
         code = _unsigned(editor, node, code)
         fixed = fixed + 128 if fixed is not None else None
-    weight_zero = _zeros(editor, weight)
+    weight_zero = weight_zeros(editor, weight)
     point = None if fixed is None else editor.constant("row_zero_point", np.uint8(fixed.reshape(())))
-    operands = [code, _codes(editor, node, weight), point, weight_zero]
+    operands = [code, weight_codes(editor, node, weight), point, weight_zero]
     while operands[-1] is None:
         operands.pop()
     total = editor.emit(node, "MatMulInteger", operands, like=node.outputs[0], dtype=ir.DataType.INT32)
@@ -264,7 +286,7 @@ def _float_linear(editor: Editor, node: ir.Node) -> str | None:
         return None
     weight = linear.weight
     depth, width = weight.codes.shape
-    codes = _codes(editor, node, weight)
+    codes = weight_codes(editor, node, weight)
     real = editor.emit(node, "Cast", [codes], like=codes, dtype=ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
     blocks = [(s, n // s) for s, n in zip(weight.scale.shape, weight.codes.shape, strict=False)]
     blocked = weight.scale.size > 1 and any(s > 1 and inner > 1 for s, inner in blocks)
@@ -301,8 +323,13 @@ def _flat(array: Array) -> Array:
     return array.reshape(()) if array.size == 1 else array
 
 
-def _codes(editor: Editor, at: ir.Node, weight: Weight) -> ir.Value:
-    """The codes as the kernel reads them; in the file they take 2 or 4 bits where they have no more."""
+def weight_codes(editor: Editor, at: ir.Node, weight: Weight) -> ir.Value:
+    """The codes as the kernel reads them; in the file they take 2 or 4 bits where they have no more.
+
+    Those of a tied table are stored once, [N, K]; the runtime turns them when it loads the model.
+    """
+    if weight.rows is not None:
+        return transposed(editor, at, weight.rows)
     name = f"{weight.name}{weight.part}"
     spec = editor.specs.get(weight.name)
     if weight.codes.dtype.itemsize > 1 or spec is None:
@@ -311,11 +338,19 @@ def _codes(editor: Editor, at: ir.Node, weight: Weight) -> ir.Value:
     return byte_codes(editor, at, name, weight.codes, spec.grid.bits)
 
 
-def _scales(editor: Editor, weight: Weight) -> ir.Value:
+def transposed(editor: Editor, at: ir.Node, rows: ir.Value) -> ir.Value:
+    """A matrix [N, K] as [K, N]."""
+    shape = ir.Shape(list(dims(rows) or (None, None))[::-1])
+    value = editor.emit(at, "Transpose", [rows], dtype=rows.dtype, perm=[1, 0])
+    value.shape = shape
+    return value
+
+
+def weight_scales(editor: Editor, weight: Weight) -> ir.Value:
     return editor.constant(f"{weight.stem}_scale", weight.columns(weight.scale).astype(np.float32))
 
 
-def _zeros(editor: Editor, weight: Weight) -> ir.Value | None:
+def weight_zeros(editor: Editor, weight: Weight) -> ir.Value | None:
     """The zero points in the codes' type; none for symmetric signed weights."""
     if not weight.zero.any():
         return None

@@ -10,10 +10,18 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from bitlower.backends.onnx_qdq._low_bit import Container, container, pack_codes, pack_zeros, spread_blocks
+from bitlower.backends.onnx_qdq._low_bit import (
+    SMALLEST_BLOCK,
+    Container,
+    container,
+    pack_codes,
+    pack_zeros,
+    spread_blocks,
+)
 from bitlower.backends.onnx_qdq._narrow import type_bits, typed_codes
-from bitlower.backends.onnx_qdq._rewrite import APPLIED, Array, Editor, Rule, is_op, marker, only_user, source
-from bitlower.backends.onnx_qdq._rewrite_linear import Form, Linear, find_linear, finish_linear
+from bitlower.backends.onnx_qdq._rewrite import APPLIED, Array, Editor, Rule, is_op, only_user, source
+from bitlower.backends.onnx_qdq._rewrite_linear import Form, Linear, Weight, find_linear, finish_linear
+from bitlower.backends.onnx_qdq._rewrite_quantizers import is_rounded
 
 LOW_BIT = "low-bit-linear"
 """The rule's name."""
@@ -38,7 +46,7 @@ def _low_bit_linear(
     linear = find_linear(editor, node)
     if linear is None:
         return None
-    if marker(linear.x, "Dequantize") is not None:
+    if is_rounded(linear.x):
         return "the activation is quantized"
     weight = linear.weight
     spec = editor.specs.get(weight.name)
@@ -53,23 +61,17 @@ def _low_bit_linear(
 
 def _nbits(editor: Editor, linear: Linear, kind: Container, level: int) -> None:
     """One com.microsoft.MatMulNBits with the bias in it."""
+    kind = _tied_container(editor, linear.weight, kind)
     weight, node = linear.weight, linear.matmul
     codes, scale, zero = weight.codes.T, weight.scale.T, weight.zero.T
     rows, depth = codes.shape
     blocks = -(-depth // kind.block)
-    layout = f"{kind.bits} bits, blocks of {kind.block}"
     operands: list[ir.Value | None] = [
         linear.x,
-        editor.lazy(
-            weight.name,
-            layout,
-            ir.DataType.UINT8,
-            (rows, blocks, kind.block * kind.bits // 8),
-            lambda: pack_codes(codes, kind),
-        ),
+        _packed_codes(editor, linear, kind),
         editor.lazy(
             f"{weight.stem}_scale",
-            layout,
+            f"{kind.bits} bits, blocks of {kind.block}",
             ir.DataType.FLOAT,
             (rows, blocks),
             lambda: spread_blocks(scale, codes.shape, kind.block).astype(np.float32),
@@ -83,6 +85,27 @@ def _nbits(editor: Editor, linear: Linear, kind: Container, level: int) -> None:
     attributes = {"K": depth, "N": rows, "bits": kind.bits, "block_size": kind.block, "accuracy_level": level}
     result = editor.emit(node, "MatMulNBits", operands, domain="com.microsoft", **attributes)
     editor.replace(linear.output, result)
+
+
+def _tied_container(editor: Editor, weight: Weight, kind: Container) -> Container:
+    """``kind``, with smaller blocks where rows that are packed for an embedding then are blocks one after the other."""
+    depth, bits = weight.codes.shape[0], editor.specs[weight.name].grid.bits
+    block = math.gcd(kind.block, depth)
+    fits = weight.packed is not None and bits == kind.bits and block >= SMALLEST_BLOCK
+    return replace(kind, block=block) if fits else kind
+
+
+def _packed_codes(editor: Editor, linear: Linear, kind: Container) -> ir.Value:
+    """The codes in blocks; those of a tied table are stored once, as the rows that the embedding gathers."""
+    weight = linear.weight
+    codes, size = weight.codes.T, kind.block * kind.bits // 8
+    rows, depth = codes.shape
+    if weight.packed is not None and editor.specs[weight.name].grid.bits == kind.bits and depth % kind.block == 0:
+        shape = editor.constant(f"{weight.stem}_blocks", np.array([rows, depth // kind.block, size], np.int64))
+        return editor.emit(linear.matmul, "Reshape", [weight.packed, shape], dtype=ir.DataType.UINT8)
+    layout = f"{kind.bits} bits, blocks of {kind.block}"
+    size_of = (rows, -(-depth // kind.block), size)
+    return editor.lazy(weight.name, layout, ir.DataType.UINT8, size_of, lambda: pack_codes(codes, kind))
 
 
 def _dequantized(editor: Editor, linear: Linear, kind: Container, level: int) -> None:

@@ -20,6 +20,15 @@ def per_tensor(editor: Editor, node: ir.Node) -> bool:
     return all(part is not None and part.size == 1 for part in parts)
 
 
+def is_rounded(value: ir.Value) -> bool:
+    """Whether ``value`` is an activation that a quantizer rounds, perhaps in another shape; rows of tables are not."""
+    dequantize = marker(value, "Dequantize")
+    node = source(dequantize).producer() if dequantize is not None else None
+    while node is not None and node.op_type in _VIEWS and node.domain == "":
+        node = source(node).producer()
+    return is_op(node, "Quantize", DOMAIN)
+
+
 def stored(editor: Editor, node: ir.Node, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
     """Scalar scale (float32) and zero point (of the codes' type) of a per-tensor ``Quantize`` or ``Dequantize``."""
     scale, zero = (np.asarray(editor.array(source(node, position))).reshape(()) for position in (1, 2))

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from bitlower.backends.onnx_qdq._low_bit import Container, pack_zeros, spread_blocks
-from bitlower.backends.onnx_qdq._narrow import PACKED, is_packable, offset, pack_rows, unfold_rows
+from bitlower.backends.onnx_qdq._low_bit import SMALLEST_BLOCK, Container, pack_zeros, spread_blocks
+from bitlower.backends.onnx_qdq._narrow import PACKED, ROWS, is_packable, offset, pack_rows, unfold_rows
 from bitlower.backends.onnx_qdq._rewrite import APPLIED, Array, Editor, Rule, is_op, marker, source
 from bitlower.backends.onnx_qdq._rewrite_linear import Form
 from bitlower.backends.onnx_qdq._translate import DOMAIN
 from bitlower.ir import packing
-
-_SMALLEST_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Table:
         codes, bits = self.codes, self.bits
         shape = (codes.shape[0], packing.packed_bytes(codes.shape[1], bits))
         return editor.lazy(
-            f"{self.name}{PACKED}", "rows", ir.DataType.UINT8, shape, lambda: pack_rows(codes, bits)
+            f"{self.name}{PACKED}", ROWS, ir.DataType.UINT8, shape, lambda: pack_rows(codes, bits)
         )  # fmt: skip
 
 
@@ -82,8 +80,8 @@ def gather_blocks(editor: Editor, node: ir.Node) -> str | None:
     if table.scale.size == 1:
         return "the table has one scale"
     (_, depth), blocks = table.codes.shape, table.scale.shape[1]
-    block = depth // blocks if blocks > 1 else 1 << max(depth - 1, _SMALLEST_BLOCK - 1).bit_length()
-    if block < _SMALLEST_BLOCK or block & (block - 1) or depth * table.bits % 8:
+    block = depth // blocks if blocks > 1 else 1 << max(depth - 1, SMALLEST_BLOCK - 1).bit_length()
+    if block < SMALLEST_BLOCK or block & (block - 1) or depth * table.bits % 8:
         return f"blocks of {block} columns have no such kernel"
     scale = spread_blocks(table.scale, table.codes.shape, block).astype(np.float32)
     operands = [table.packed(editor), table.ids, editor.constant(f"{table.stem}_scale", scale)]

@@ -56,14 +56,23 @@ def _above(node: ir.Node | None, skipped: frozenset[str]) -> ir.Node | None:
 
 def constant(value: ir.Value | None) -> Array | None:
     """The contents of a constant, seen through operators that only move it; None if the value is computed."""
-    while value is not None:
-        if value.const_value is not None:
-            return value.const_value.numpy()
+    value = stored_value(value)
+    if value is None:
+        return None
+    if value.const_value is not None:
+        return value.const_value.numpy()
+    node = value.producer()
+    return node.attributes["value"].as_tensor().numpy() if node is not None else None
+
+
+def stored_value(value: ir.Value | None) -> ir.Value | None:
+    """The constant of which ``value`` is a view; None if it is computed."""
+    while value is not None and value.const_value is None:
         node = value.producer()
         if node is not None and node.op_type == "Constant" and "value" in node.attributes:
-            return node.attributes["value"].as_tensor().numpy()
+            return value
         value = node.inputs[0] if node is not None and node.op_type in MOVES else None
-    return None
+    return value
 
 
 def readers(codes: ir.Value) -> Iterator[tuple[ir.Node, int]]:

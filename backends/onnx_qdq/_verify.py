@@ -13,7 +13,7 @@ right implementations do not give equal codes everywhere. Three comparisons toge
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -56,6 +56,7 @@ def verify_export(
     limit: int = 4,
     session_config: Mapping[str, str] | None = None,
     accuracy_level: int = FLOAT_ACTIVATIONS,
+    split: Collection[str] = (),
 ) -> Verification:
     """Check that ``folder/model.onnx`` computes what ``program`` does.
 
@@ -69,6 +70,7 @@ def verify_export(
         limit: only so many batches are compared, besides a part of the first, which is kept for the self-test.
         session_config: session configuration entries that the model is meant to run with.
         accuracy_level: of MatMulNBits that the export was asked for.
+        split: the names of codes that the export multiplies with float activations as integers of several digits.
 
     Raises:
         BitlowerError: there is no batch.
@@ -77,7 +79,7 @@ def verify_export(
     path, config = folder / MODEL, dict(session_config or {})
     constants = check_constants(program, read_model(path))
     _require(constants.problems)
-    kernels = inspect_kernels(program, path, session_config=config, accuracy_level=accuracy_level)
+    kernels = inspect_kernels(program, path, session_config=config, accuracy_level=accuracy_level, split=split)
     floats = unpacked(program)
     comparison = _Comparison(floats, path, config)
     for batch in _with_small_batch(floats, itertools.islice(batches, limit)):
