@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS, Container
+from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS, SMALLEST_BLOCK, Container
 from bitlower.backends.onnx_qdq._low_bit import container as low_bit_container
 from bitlower.backends.onnx_qdq._narrow import SMALL, type_bits
 from bitlower.backends.tvm_kernels._sizes import linear_bytes, table_bytes
@@ -132,8 +132,15 @@ def _onnx_code_bytes(quantizer: Quantizer, shape: tuple[int, ...], target: Targe
     bits, count = quantizer.spec.grid.bits, math.prod(shape)
     if quantizer.role == "linear-weight":
         return _bytes(count, type_bits(bits, target.opset))
-    one_scale = quantizer.spec.granularity.kind != "group"
-    return shape[0] * _bytes(shape[1], bits) if one_scale and len(shape) == 2 and count >= SMALL else count
+    if len(shape) != 2 or count < SMALL:
+        return count
+    granularity = quantizer.spec.granularity
+    if granularity.kind == "group":  # in blocks one kernel alone reads packed rows
+        block = granularity.block_size(shape[1])
+        fits = bits in (2, 4) and block >= SMALLEST_BLOCK and not block & (block - 1)
+        if target.options.get("form") != "onnxruntime" or not fits:
+            return count
+    return shape[0] * _bytes(shape[1], bits)
 
 
 def _low_bit_bytes(spec: QuantSpec, shape: tuple[int, int], kind: Container, target: Target) -> int:

@@ -161,6 +161,19 @@ def test_tables_of_every_grid_are_the_program_s(spec: QuantSpec, form: Any, tmp_
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("bits", "group"), [(3, 32), (4, 32), (4, 8)])
+def test_tables_in_groups_take_the_bytes_that_are_planned(form: Any, bits: int, group: int, tmp_path: Path) -> None:
+    spec = QuantSpec(Grid(bits), Granularity.per_group(group))
+    program = quantized(dataclasses.replace(Scheme.parse("W8A8"), embeddings=spec))
+    export(program, tmp_path, batches=BATCHES, form=form)
+    [rows] = [tensor for name, tensor in initializers(tmp_path).items() if name.startswith("table.weight_codes")]
+    quantizer = next(q for _, q in program.quantizers() if q.tensor == "table.weight")
+    planned = stored_bytes(quantizer, (ROWS, WIDTH), Target("onnx-qdq", {"form": form}))
+    assert len(rows.raw_data) + 4 * ROWS * WIDTH // group == planned
+    assert list(rows.dims) == [ROWS, WIDTH // 2 if (form, bits, group) == ("onnxruntime", 4, 32) else WIDTH]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("tensor", "problem"),
     [

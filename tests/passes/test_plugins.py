@@ -109,6 +109,7 @@ def _break(site: Path, tmp_path: Path, code: str) -> str:
     ("code", "message"),
     [
         ("import json\n\n1 / 0\n", "fails to import: ZeroDivisionError: division by zero at fold_scales.py:3"),
+        ("import sys\n\nsys.exit(0)\n", "fails to import: SystemExit: 0 at fold_scales.py:3"),
         ("FoldScales = 3\n", "FoldScales is no pass class; point at a subclass of bitlower.Pass"),
         ("x = 1\n", "fails to import: AttributeError"),
         (
