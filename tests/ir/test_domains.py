@@ -168,6 +168,7 @@ def between(function: Callable, width: int = 12) -> tuple[Domains, tuple[Domain,
         lambda m, x: torch.where(x > 0, x, torch.zeros_like(x)),
         lambda m, x: x / torch.linalg.vector_norm(x, dim=-1, keepdim=True),
         lambda m, x: x.sum(1, keepdim=True) + x.amax(1, keepdim=True),
+        lambda m, x: (x[..., None, None] @ m.vector[:, None, None]).flatten(2),
     ],
 )
 def test_operators_that_permutations_pass(function: Callable) -> None:
@@ -209,6 +210,12 @@ def test_what_depends_on_the_order_freezes_it(function: Callable, reason: str) -
     for domain in before:
         assert domain.structure == "frozen"
         assert reason in domain.frozen
+
+
+def test_entries_that_are_repeated_follow_their_order() -> None:
+    _, before, after = between(lambda m, x: x.repeat_interleave(2, -1), 24)
+    assert [(domain.size, domain.structure) for domain in before] == [(12, "within")]
+    assert set(before) < set(after)
 
 
 def test_the_product_of_two_activations_ties_what_it_sums_over() -> None:

@@ -25,6 +25,7 @@ from bitlower.ir import (
     ops,
     set_tensor,
 )
+from bitlower.ir.kernel_checks import _check_options
 from bitlower.ir.verifier import verify
 
 STATIC = QuantSpec(Grid(8, signed=False, symmetric=False), Granularity.per_tensor())
@@ -110,6 +111,15 @@ def test_a_sound_program_passes_and_runs() -> None:
     program = Fused().program()
     verify(program)
     assert program(x=torch.randn(3, 4))["y"].shape == (3, 6)
+
+
+@pytest.mark.parametrize("grid", ["scores_grid", "probs_grid"])
+def test_attention_rounds_inside_only_step_by_step(grid: str) -> None:
+    node = fx.Graph().call_function(kernels.fused_attention, ())
+    _check_options(node, {"explicit": True, grid: "u8"})
+    _check_options(node, {"explicit": False, grid: ""})
+    with pytest.raises(CheckError, match="rounds inside an attention that is not explicit"):
+        _check_options(node, {"explicit": False, grid: "u8"})
 
 
 @pytest.mark.parametrize("level", [Level.FLOAT, Level.SIMULATED, Level.INTEGER])

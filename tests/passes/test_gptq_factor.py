@@ -84,6 +84,15 @@ def test_a_singular_hessian_is_damped_until_it_is_not_and_the_layer_is_named() -
     assert not factorize(hessian, damping=0.01).note
 
 
+def test_damping_rises_by_tens() -> None:
+    """An eigenvalue of −0.004 of the mean diagonal takes 10⁻², after 10⁻⁴ and 10⁻³."""
+    vectors = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    values = torch.ones(40, dtype=torch.float64)
+    values[0] = -0.004
+    hessian = (vectors * values) @ vectors.T
+    assert factorize(hessian.float(), damping=0.0).damping == pytest.approx(1e-2)
+
+
 def test_an_ill_conditioned_hessian_is_factored_in_double_precision() -> None:
     """One column of 10⁷ times the energy of the others, which it determines but for a little."""
     inputs = torch.randn(400, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

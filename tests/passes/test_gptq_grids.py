@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitlower.ir import Granularity, Grid, ScaleConvention, numerics
-from bitlower.passes._gptq_grids import Grids, round_columns
+from bitlower.passes._gptq_grids import AROUND, SHRINK, Grids, round_columns
 
 GRIDS = [
     Grid(4, signed=False, symmetric=False),
@@ -110,3 +110,22 @@ def test_rows_may_be_taken_from_other_grids() -> None:
     assert torch.equal(one.scale[:, 1], other.scale[:, 1])
     assert torch.equal(one.zero[:, 1], other.zero[:, 1])
     assert torch.equal(one.scale[:, ::2], scale[:, ::2])
+
+
+def test_a_symmetric_range_is_shrunk_at_both_ends_and_once_more_around_the_best() -> None:
+    grid, columns = Grid(3, restricted=True), normal(64, 40, seed=3) ** 3
+    values = columns.double().numpy()
+    largest = np.abs(values).max(0)
+
+    def losses(factors: np.ndarray) -> np.ndarray:
+        scale = factors * largest / 3
+        return ((values - np.clip(np.round(values / scale), -3, 3) * scale) ** 2).sum(0)
+
+    best = np.ones(40)
+    for tried in (SHRINK, AROUND):
+        start = best
+        for factor in tried:
+            best = np.where(losses(start * factor) < losses(best), start * factor, best)
+    grids = Grids.over(columns, torch.ones(64), grid, 64, "mse")
+    np.testing.assert_allclose(grids.scale[0].numpy(), best * largest / 3, rtol=1e-5)
+    assert len({round(float(f), 4) for f in best}) > 3

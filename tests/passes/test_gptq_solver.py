@@ -279,6 +279,23 @@ def test_layers_may_be_stacked_and_share_a_factor() -> None:
     assert differ.any(1).float().mean() <= 0.1  # ties, as above
 
 
+def test_axes_count_from_either_end_and_groups_bind_their_own_order_alone() -> None:
+    weight, inputs = layer()
+    hessian = moment(inputs)
+    for first, second in (
+        (CHANNEL, Granularity.per_channel(-2)),
+        (Granularity.per_group(16), Granularity.per_group(16, -1)),
+    ):
+        assert torch.equal(*(solve(weight, hessian, U4, granularity).codes for granularity in (first, second)))
+    for order, fits in (("none", True), ("full", True), ("grouped", False)):
+        factor = factorize(hessian, order=order, group=32)
+        if fits:
+            solve(weight, factor, U4, CHANNEL, Options(order=order))
+        else:
+            with pytest.raises(BitlowerError, match=r"factored for order grouped and groups of 32, not for .* of 96"):
+                solve(weight, factor, U4, CHANNEL, Options(order=order))
+
+
 def test_a_short_calibration_gives_a_result() -> None:
     weight, inputs = layer(tokens=10)
     solution = solve(weight, moment(inputs), U4, Granularity.per_group(32))

@@ -141,6 +141,15 @@ def test_of_equal_choices_the_first_is_taken() -> None:
     assert solve([[1.0, 1.0, 1.0], [4.0, 2.0, 2.0]], [limit]).choice == (0, 1)
 
 
+def test_one_byte_too_many_of_a_million_million_is_too_many() -> None:
+    """The solver's own tolerance lets the first choices pass; of what is left, one change is the least."""
+    size = 10**12
+    limit = Limit("bytes", ((size, size - 5),) * 3, 3 * size - 1)
+    solution = solve([[0.0, 1.0], [0.0, 2.0], [0.0, 3.0]], [limit])
+    assert solution.choice == (1, 0, 0)
+    assert least(Limit("loss", ((0, 1), (0, 2), (0, 3)), 10), [limit]) == 1
+
+
 def test_what_the_solver_writes_past_python_is_kept_off(capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
     def loud(*arguments: Any, **options: Any) -> Any:
         os.write(1, b"HiGHS run time\n")

@@ -52,6 +52,11 @@ def test_noise_adds_up_over_batches_and_is_averaged_over_outputs() -> None:
     assert decibels(measure.total(parts)) == pytest.approx(-10 * math.log10(np.mean(ratios)))
 
 
+@pytest.mark.parametrize(("above", "ratio"), [(0.0, 0.0), (0.25, 1.0)])
+def test_an_error_over_nothing_counts_as_much_as_all_of_it(above: float, ratio: float) -> None:
+    assert Measure.total([((above, 0.0), (1.0, 2.0))]) == (ratio + 0.5) / 2
+
+
 def test_disagreement_counts_vectors_without_padding() -> None:
     a = torch.eye(5).expand(3, 5, 5).clone()
     b = a.clone()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitlower.ir import BitlowerError
-from bitlower.passes._roofline import FLOAT, INTEGER, PRODUCTS, TARGETS, Linear, Roofline, widest
+from bitlower.passes._roofline import FLOAT, INTEGER, PRODUCTS, TARGETS, Linear, Roofline, stored_bits, widest
 from bitlower.passes.assign_precision import AssignPrecision
 
 HOST = {"name": "host", "bandwidth": 2e10, "float-bytes": 4, "rates": {"W8A8": 2e11, "W4A8": 1e11, "W16A16": 7e10}}
@@ -25,6 +25,10 @@ def test_many_rows_are_bound_by_the_rate() -> None:
     assert microseconds("h100", 16384, 8, 16) == pytest.approx(1e6 * work / 989e12)
     assert microseconds("h100", 16384, 4, None) == pytest.approx(1e6 * work / 989e12)
     assert microseconds("h100", 16384, None, None) == pytest.approx(1e6 * work / 989e12)
+
+
+def test_codes_take_whole_bytes_where_nothing_packs_them() -> None:
+    assert [stored_bits(bits) for bits in (2, 3, 4, 5, 7, 8, 9, 12, 16)] == [2, 3, 4, 8, 8, 8, 16, 16, 16]
 
 
 def test_one_row_is_bound_by_the_bytes() -> None:
