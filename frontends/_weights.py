@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from bitlower.frontends._promises import Held, check_numbers, check_skeleton
 from bitlower.ir import BitlowerError, json_files
 from bitlower.ir.files import reason
+from bitlower.ir.safetensors_header import read_header
 from bitlower.ir.storage import bound_heap, map_safetensors, parts, spill
 
 if TYPE_CHECKING:
@@ -87,18 +90,21 @@ def load_weights(
     """
     import transformers
 
-    check_weights(folder)
+    held = _held(folder)
+    check_numbers(read_json(folder / "config.json"), held, f"{folder / 'config.json'}")
     loader = getattr(transformers, auto_class)
     if mapped is None:
-        mapped = _float_bytes(folder) > limit
+        mapped = 4 * sum(map(math.prod, held.shapes.values())) > limit
     try:
         with quiet():
+            check_skeleton(lambda: _skeleton(folder, loader), held, f"{folder / 'config.json'}")
+            check_weights(folder)
             model, info = (_load_mapped if mapped else _load)(folder, loader)
     except BitlowerError:
         raise
     except Exception as error:  # whatever its libraries raise on a configuration that makes no model
         raise BitlowerError(f"{folder}: transformers cannot load this model: {summary(error)}") from None
-    _check_loading(folder, task, info, set(model.state_dict()))
+    _check_loading(folder, task, info, model)
     return model
 
 
@@ -111,12 +117,10 @@ def _load(folder: Path, loader: Any) -> tuple[PreTrainedModel, Mapping[str, Any]
 
 
 def _load_mapped(folder: Path, loader: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    from transformers import AutoConfig
-
     bound_heap()
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
-        kind = type(loader.from_config(config))
+        skeleton = _skeleton(folder, loader)
+    config, kind = skeleton.config, type(skeleton)
     weights = {
         name: spill(tensor, torch.float32) if _is_half(tensor) else tensor
         for path in _weight_files(folder)
@@ -129,19 +133,35 @@ def _load_mapped(folder: Path, loader: Any) -> tuple[PreTrainedModel, Mapping[st
     return model, info
 
 
+def _skeleton(folder: Path, loader: Any) -> PreTrainedModel:
+    """The model that the configuration describes, with weights of its own."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    model: PreTrainedModel = loader.from_config(config)
+    return model
+
+
 def _is_half(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype != torch.float32
 
 
-def _float_bytes(folder: Path) -> int:
-    """What the weights take in float32."""
-    total = 0
+def _held(folder: Path) -> Held:
+    """What the headers of the files say, of integers as many numbers as they could pack in 2 bits each."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    numbers = 0
     for path in _weight_files(folder):
-        total += sum(4 * tensor.numel() for tensor in map_safetensors(path).values())
-    return total
+        try:
+            header = read_header(path)
+        except (OSError, ValueError) as error:
+            raise BitlowerError(f"{path} is damaged: {reason(error)}", hint="fetch the file again") from None
+        shapes |= {name: tensor.shape for name, tensor in header.items()}
+        for tensor in header.values():
+            numbers += tensor.elements if "F" in tensor.dtype else 4 * (tensor.last - tensor.first)
+    return Held(shapes, numbers)
 
 
-def _check_loading(folder: Path, task: str, info: Mapping[str, Any], names: set[str]) -> None:
+def _check_loading(folder: Path, task: str, info: Mapping[str, Any], model: torch.nn.Module) -> None:
     """Every weight of the model came from the files, in its shape, and no further layer lies in them."""
     if info["mismatched_keys"]:
         name, stored, expected = min(info["mismatched_keys"])
@@ -152,7 +172,13 @@ def _check_loading(folder: Path, task: str, info: Mapping[str, Any], names: set[
         raise BitlowerError(
             f"{folder}: the weight {min(info['missing_keys'])!r} is missing", hint=f"is the task {task!r} right?"
         )
-    layers = [name for name in info["unexpected_keys"] if re.sub(r"\.\d+\.", ".0.", name) in names]
+    names = set(model.state_dict())
+    empty = {path for path, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and not module}
+    layers = [
+        name
+        for name in info["unexpected_keys"]
+        if re.sub(r"\.\d+\.", ".0.", name) in names or re.split(r"\.\d+\.", name, maxsplit=1)[0] in empty
+    ]
     if layers:
         raise BitlowerError(f"{folder}: config.json describes fewer layers than the weights hold: {min(layers)!r}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -17,9 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitlower.frontends._gguf_header import NotGgufError, read_gguf_header
+from bitlower.frontends._promises import Held, check_numbers, check_skeleton
 from bitlower.frontends._weights import quiet
 from bitlower.frontends.huggingface import PreTrained
 from bitlower.ir import BitlowerError
+from bitlower.ir.files import reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +31,6 @@ if TYPE_CHECKING:
 
 _TASK = "text-generation"
 _NEEDS = ("gguf", "accelerate")
-_MAGIC = b"GGUF"
 
 
 def load_gguf(path: Path, task: str | None = None) -> PreTrained:
@@ -44,11 +47,13 @@ def load_gguf(path: Path, task: str | None = None) -> PreTrained:
             raise BitlowerError(
                 f"reading {path.name} needs the package {name}", hint="install it: pip install bitlower[gguf]"
             )
-    _check_magic(path)
+    held = _check_header(path)
     try:
         with quiet(), redirect_stderr(io.StringIO()), _read_once(path):  # it draws a bar of its own
-            model = _load_model(path)
+            model = _load_model(path, held)
             assets = _tokenizer_files(path, model)
+    except BitlowerError:
+        raise
     except Exception as error:  # whatever its libraries raise on damaged files
         raise BitlowerError(
             f"{path} cannot be read: {' '.join(str(error).split())[:300]}",
@@ -58,14 +63,19 @@ def load_gguf(path: Path, task: str | None = None) -> PreTrained:
     return PreTrained(model, _TASK, assets, str(path))
 
 
-def _check_magic(path: Path) -> None:
+def _check_header(path: Path) -> Held:
+    """Hold the header to the file, and its numbers to the tensors, before anything trusts them; what the file holds."""
     try:
-        with path.open("rb") as file:
-            start = file.read(len(_MAGIC))
+        header = read_gguf_header(path)
     except OSError as error:
-        raise BitlowerError(f"{path} cannot be opened: {error.strerror}") from None
-    if start != _MAGIC:
-        raise BitlowerError(f"{path} is no GGUF file", hint="fetch the file again")
+        raise BitlowerError(f"{path} cannot be opened: {reason(error)}") from None
+    except NotGgufError:
+        raise BitlowerError(f"{path} is no GGUF file", hint="fetch the file again") from None
+    except ValueError as error:
+        raise BitlowerError(f"{path} cannot be read: {error}", hint="fetch the file again") from None
+    held = Held(header.shapes, sum(map(math.prod, header.shapes.values())))
+    check_numbers(header.values, held, str(path))
+    return held
 
 
 @contextmanager
@@ -81,11 +91,12 @@ def _read_once(path: Path) -> Iterator[None]:
         gguf.GGUFReader = original
 
 
-def _load_model(path: Path) -> PreTrainedModel:
+def _load_model(path: Path, held: Held) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     place: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     config = AutoConfig.from_pretrained(path.parent, **place)
+    check_skeleton(lambda: AutoModelForCausalLM.from_config(config), held, str(path))
     model, info = AutoModelForCausalLM.from_pretrained(
         path.parent, config=config, dtype=torch.float32, output_loading_info=True, **place
     )

@@ -15,7 +15,7 @@ from bitlower.frontends._context import context_length, stated_length
 from bitlower.frontends._decoder import Signature
 from bitlower.frontends._trace import check_replay, evaluating, explain_failure, releasing, to_program
 from bitlower.frontends._weights import load_weights, quiet, read_json
-from bitlower.ir import BitlowerError, Program, nearest
+from bitlower.ir import BitlowerError, Program, nearest, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +66,8 @@ def load_folder(folder: Path, *, task: str | None = None, source: str = "", mapp
             unknown, or the model cannot be traced.
     """
     architectures = read_json(folder / "config.json").get("architectures")
-    task = task or _task_of(architectures if isinstance(architectures, list) else [], f"{folder}: ")
+    listed = architectures if isinstance(architectures, list) else []
+    task = task or _task_of([shorten(name) for name in listed if isinstance(name, str)], f"{folder}: ")
     _check_task(task)
     model = load_weights(folder, task, TASKS[task], mapped=mapped)
     assets = {name: (folder / name).read_bytes() for name in _TOKENIZER_FILES if (folder / name).is_file()}

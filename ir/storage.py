@@ -7,19 +7,18 @@ resident memory until :func:`release` gives them back, so a model far larger tha
 from __future__ import annotations
 
 import ctypes
-import json
 import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from bitlower.ir.diagnostics import BitlowerError
+from bitlower.ir.files import open_regular, reason
+from bitlower.ir.safetensors_header import StoredTensor, read_header
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -42,27 +41,25 @@ def map_safetensors(path: Path) -> dict[str, torch.Tensor]:
         BitlowerError: the file is missing or damaged, or has a type that torch lacks.
     """
     try:
-        with safe_open(path, framework="pt"):  # checks the header against the file
-            pass
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header: dict[str, dict[str, Any]] = json.loads(file.read(size))
+        header = read_header(path)
+        with open_regular(path) as file:
             map_ = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        _PRIVATE.add(map_)
-        base = _base(map_)
-        header.pop("__metadata__", None)
-        return {name: _tensor(base, entry, 8 + size) for name, entry in header.items()}
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise BitlowerError(f"{path} is damaged: {error}", hint="fetch the file again") from None
+    except (OSError, ValueError) as error:
+        raise BitlowerError(f"{path} is damaged: {reason(error)}", hint="fetch the file again") from None
+    lacking = sorted({entry.dtype for entry in header.values()} - set(_DTYPES))
+    if lacking:
+        raise BitlowerError(f"{path} holds tensors of the dtype {lacking[0]}, which torch lacks")
+    _PRIVATE.add(map_)
+    base = _base(map_)
+    return {name: _tensor(base, entry) for name, entry in header.items()}
 
 
-def _tensor(base: torch.Tensor, entry: Mapping[str, Any], start: int) -> torch.Tensor:
-    dtype = _DTYPES[entry["dtype"]]
-    first, last = (start + offset for offset in entry["data_offsets"])
-    raw = base[first:last]
+def _tensor(base: torch.Tensor, entry: StoredTensor) -> torch.Tensor:
+    dtype = _DTYPES[entry.dtype]
+    raw = base[entry.first : entry.last]
     if not raw.numel() or raw.storage_offset() % dtype.itemsize:
         raw = raw.clone()
-    return raw.view(dtype).reshape(list(entry["shape"]))
+    return raw.view(dtype).reshape(entry.shape)
 
 
 def spill(tensor: torch.Tensor, dtype: torch.dtype | None = None, folder: Path | None = None) -> torch.Tensor:
