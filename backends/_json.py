@@ -22,7 +22,7 @@ def significant(value: float) -> float:
 
 def write_json(path: Path, form: Mapping[str, Any]) -> None:
     """Write ``form`` with sorted keys; a reader sees the old file or the new one."""
-    text = json.dumps(form, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    text = plain_text(form)
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
@@ -32,6 +32,11 @@ def write_json(path: Path, form: Mapping[str, Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def plain_text(form: Any) -> str:
+    """``form``, plain data without NaN or Inf, as JSON with sorted keys."""
+    return json.dumps(form, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,18 +3,80 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, cast
 
+from pydantic import Field
+
+from bitlower.backends._folder import CONFIG
 from bitlower.backends._json import read_json, write_json
 from bitlower.backends._resolved import float_bytes, resolved_tensors
+from bitlower.backends._schema import parsed
+from bitlower.backends._verified import FILE as VERIFICATION
 from bitlower.ir import BitlowerError, CheckError, Program
+from bitlower.ir.files import is_file, open_regular, reason
 from bitlower.ir.version import __version__
 
 FILE = "manifest.json"
+ALWAYS = (CONFIG, VERIFICATION)
+"""Files that every artefact has."""
+_LOADED = (
+    *("*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.*", "vocab*.txt", "merges*.txt"),
+    *("*.onnx", "*.onnx.data", "*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth"),
+    *("*.so", "*.dll", "*.dylib", "*.py", "*.cubin", "*.ptx"),
+)
+"""What something that loads an artefact would read where it lies in the folder."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file as it was written."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
+class ProgramEntry:
+    """What was exported."""
+
+    source: str
+    task: str
+    level: str
+    passes: tuple[str, ...]
+    digest: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What :func:`write_manifest` writes."""
+
+    backend: str
+    backend_options: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    versions: Mapping[str, str]
+    program: ProgramEntry
+    tensors: tuple[Mapping[str, Any], ...]
+    files: Mapping[str, FileEntry]
+    bytes: Annotated[int, Field(ge=0)]
+    float_bytes: Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files that are as the manifest says: how many, their bytes in all; and those that it does not know."""
+
+    count: int
+    bytes: int
+    unlisted: tuple[str, ...]
 
 
 def write_manifest(
@@ -66,16 +128,16 @@ def versions(packages: Collection[str]) -> dict[str, str]:
     return {"bitlower": __version__, "python": python, **{name: version(name) for name in packages}}
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """The manifest in ``folder``.
 
     Raises:
         BitlowerError: there is no such folder.
-        CheckError: the manifest is missing or damaged.
+        CheckError: the manifest is missing or damaged; the entry is named.
     """
     if not folder.is_dir():
         raise BitlowerError(f"there is no artefact at {folder}", hint="give the folder that an export wrote")
-    return read_json(folder / FILE)
+    return parsed(Manifest, read_json(folder / FILE), f"{FILE} in {folder}")
 
 
 def context_length(folder: Path) -> int | None:
@@ -93,33 +155,66 @@ def context_length(folder: Path) -> int | None:
     return length
 
 
-def check_files(folder: Path, manifest: Mapping[str, Any], needed: Collection[str]) -> dict[str, int]:
-    """The bytes of each listed file, all of which are there and as they were.
+def check_artefact(folder: Path, needed: Collection[str] = ()) -> Files:
+    """Hold the files of an artefact against its manifest; nothing of them is loaded.
+
+    Args:
+        folder: the artefact's.
+        needed: files that are there and listed, besides those of every artefact.
 
     Raises:
-        CheckError: a file is missing or changed, one of ``needed`` is not listed, or the list is damaged.
+        BitlowerError: there is no such folder.
+        CheckError: the manifest is missing or damaged, a file is missing or changed, or one that something would load
+            is not listed: a change of it would not be seen.
     """
-    sizes = {}
-    try:
-        listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckError(f"{FILE} in {folder} is damaged: {error!r}") from None
-    for name, (size, digest) in listed.items():
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts:
-            raise CheckError(f"{FILE} in {folder} names a file outside the folder: {name}")
-        path = folder / name
-        if not path.is_file():
-            raise CheckError(f"{name} is missing in {folder}")
-        if path.stat().st_size != size:
-            raise CheckError(f"{name} in {folder} has {path.stat().st_size} bytes, the manifest says {size}")
-        if describe_file(path)["sha256"] != digest:
-            raise CheckError(f"{name} in {folder} was changed: its hash is not the manifest's")
-        sizes[name] = size
-    for name in needed:
-        if name not in sizes:
+    manifest = read_manifest(folder)
+    for name, entry in manifest.files.items():
+        _check_file(folder, name, entry)
+    for name in (*needed, *ALWAYS):
+        if name not in manifest.files:
             raise CheckError(f"{FILE} in {folder} does not list {name}")
-    return sizes
+    unlisted = tuple(sorted(set(list_files(folder)) - set(manifest.files)))
+    for name in unlisted:
+        if any(PurePosixPath(name).match(pattern) for pattern in _LOADED):
+            raise CheckError(f"{FILE} in {folder} does not list {name}", hint="remove it: it is not the artefact's")
+    return Files(len(manifest.files), sum(entry.bytes for entry in manifest.files.values()), unlisted)
+
+
+def check_if_artefact(folder: Path) -> None:
+    """:func:`check_artefact` for a folder that an export of ours wrote; folders of others have no manifest of ours.
+
+    Raises:
+        CheckError: it is one of ours, and not as it was written.
+    """
+    if is_artefact(folder):
+        check_artefact(folder)
+
+
+def is_artefact(folder: Path) -> bool:
+    """Whether an export of ours wrote ``folder``, as far as the files that only we write say so."""
+    if is_file(folder / VERIFICATION):
+        return True
+    try:
+        return {"backend", "files"} <= read_json(folder / FILE).keys()
+    except CheckError:
+        return False
+
+
+def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or name == FILE:
+        raise CheckError(f"{FILE} in {folder} names a file outside the folder: {name}")
+    try:
+        with open_regular(folder / name) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry.bytes:
+                raise CheckError(f"{name} in {folder} has {size} bytes, the manifest says {entry.bytes}")
+            if hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest() != entry.sha256:
+                raise CheckError(f"{name} in {folder} was changed: its hash is not the manifest's")
+    except FileNotFoundError:
+        raise CheckError(f"{name} is missing in {folder}") from None
+    except (OSError, ValueError) as error:
+        raise CheckError(f"{name} in {folder} cannot be read: {reason(error)}") from None
 
 
 def list_files(folder: Path) -> list[str]:

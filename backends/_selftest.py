@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from bitlower.backends._json import significant
 from bitlower.ir import Batch, CheckError, Program
+from bitlower.ir.diagnostics import shorten
 
 Array = np.ndarray[Any, Any]
 Run = Callable[[Batch], Mapping[str, Array]]
@@ -21,49 +23,71 @@ VALUES = 64
 LEAST = 0.9
 """The least cosine of an output to the recorded one. The same runtime on the same processor gives 1; others round ties
 otherwise, and quantized models make that visible; a processor whose integer kernels saturate gives far less."""
+SIZE = 0.25
+"""The largest difference of an output's root mean square to the recorded one, over that."""
+_MOST = 1 << 24
+"""No dimension of an input or output of a self-test is as large."""
+Dtype = Literal["bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
 
 
 @dataclass(frozen=True)
 class Reference:
     """An output: its shape, its root mean square, and ``VALUES`` entries at even distances."""
 
-    shape: tuple[int, ...]
-    rms: float
+    shape: tuple[Annotated[int, Field(ge=0, lt=_MOST)], ...]
+    rms: Annotated[float, Field(ge=0)]
     values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.values) != min(VALUES, math.prod(self.shape)):
+            raise ValueError(f"{len(self.values)} values for the shape {list(self.shape)}")
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input: its dtype and its entries as nested lists, or a mapping with the ``shape`` of a tensor without any."""
+
+    dtype: Dtype
+    values: Any
+
+    def __post_init__(self) -> None:
+        try:
+            self.tensor()
+        except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"its values make no {self.dtype} tensor: {error}") from None
+
+    def tensor(self) -> torch.Tensor:
+        """What it holds."""
+        dtype = getattr(torch, self.dtype)
+        if not isinstance(self.values, Mapping):
+            return torch.tensor(self.values, dtype=dtype)
+        sizes = [int(size) for size in self.values["shape"]]
+        if 0 not in sizes or not all(0 <= size < _MOST for size in sizes):
+            raise ValueError(f"the shape {shorten(str(sizes))} is not that of a tensor without entries")
+        return torch.zeros(sizes, dtype=dtype)
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """Inputs (at most ``ROWS`` rows of ``LENGTH`` entries) and references by name.
+    """Inputs (at most ``ROWS`` rows of ``LENGTH`` entries) and references by name; there are some of both.
 
     Args:
-        inputs: dtype and nested lists; of a tensor without entries (an empty cache), a mapping with its ``shape``.
+        inputs: what the model is run on.
         outputs: what the runtime gave when it was compared with the Program on these inputs too.
     """
 
-    inputs: Mapping[str, tuple[str, Any]]
-    outputs: Mapping[str, Reference]
+    inputs: Annotated[Mapping[str, Input], Field(min_length=1)]
+    outputs: Annotated[Mapping[str, Reference], Field(min_length=1)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; the inverse of :meth:`from_dict`."""
+        """Plain data for JSON."""
         return {
-            "inputs": {name: {"dtype": dtype, "values": values} for name, (dtype, values) in self.inputs.items()},
+            "inputs": {name: {"dtype": part.dtype, "values": part.values} for name, part in self.inputs.items()},
             "outputs": {
                 name: {"shape": list(r.shape), "rms": significant(r.rms), "values": [*map(significant, r.values)]}
                 for name, r in self.outputs.items()
             },
         }
-
-    @classmethod
-    def from_dict(cls, form: Mapping[str, Any]) -> SelfTest:
-        """The self-test of plain data; a missing key is a KeyError."""
-        return cls(
-            {name: (str(part["dtype"]), part["values"]) for name, part in form["inputs"].items()},
-            {
-                name: Reference(tuple(part["shape"]), part["rms"], tuple(part["values"]))
-                for name, part in form["outputs"].items()
-            },
-        )
 
 
 def small_batch(program: Program, batch: Batch, rows: int = ROWS, length: int = LENGTH) -> Batch:
@@ -74,7 +98,7 @@ def small_batch(program: Program, batch: Batch, rows: int = ROWS, length: int = 
 
 def make_selftest(batch: Batch, outputs: Mapping[str, Array]) -> SelfTest:
     """A self-test that expects ``outputs`` for ``batch``."""
-    inputs = {name: (str(t.dtype).removeprefix("torch."), _plain(t)) for name, t in batch.items()}
+    inputs = {name: Input(cast(Dtype, str(t.dtype).removeprefix("torch.")), _plain(t)) for name, t in batch.items()}
     return SelfTest(inputs, {name: _reference(array) for name, array in outputs.items()})
 
 
@@ -82,36 +106,43 @@ def run_selftest(selftest: SelfTest, run: Run) -> dict[str, float]:
     """The cosine between each output's recorded entries and those that the model gives now.
 
     Raises:
-        CheckError: the model does not run on the inputs, or an output has another shape or is something else.
+        CheckError: the model does not run on the inputs, an output has no record, or it has another shape, another size
+            or is something else.
     """
     try:
-        batch = {name: _tensor(dtype, values) for name, (dtype, values) in selftest.inputs.items()}
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise CheckError(f"the self-test's inputs are damaged: {error}") from None
-    results = run(batch)
-    cosines = {}
-    for name, expected in selftest.outputs.items():
-        if name not in results:
-            raise CheckError(f"the model gives no {name}, which the self-test expects")
-        found = results[name]
-        if found.shape != expected.shape:
-            raise CheckError(f"the output {name} has the shape {list(found.shape)}, not {list(expected.shape)}")
-        a, b = np.array(_reference(found).values), np.array(expected.values)
-        size = float(np.linalg.norm(a) * np.linalg.norm(b))
-        cosines[name] = float(a @ b) / size if size else float(np.array_equal(a, b))
-        if not cosines[name] >= LEAST:
-            raise CheckError(f"the output {name} has the cosine {cosines[name]:.3g} to what was recorded at export")
-    return cosines
+        results = run({name: part.tensor() for name, part in selftest.inputs.items()})
+    except CheckError:
+        raise
+    except Exception as error:  # the runtimes raise many kinds
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckError(f"the model does not run on the self-test's inputs: {line}") from None
+    for name in results:
+        if name not in selftest.outputs:
+            raise CheckError(f"the self-test expects nothing of the output {name}")
+    return {name: _agreement(name, expected, results.get(name)) for name, expected in selftest.outputs.items()}
+
+
+def _agreement(name: str, expected: Reference, result: Array | None) -> float:
+    """The cosine of an output to what was recorded."""
+    if result is None:
+        raise CheckError(f"the model gives no {name}, which the self-test expects")
+    if result.shape != expected.shape:
+        raise CheckError(f"the output {name} has the shape {list(result.shape)}, not {list(expected.shape)}")
+    found = _reference(result)
+    a, b = np.array(found.values), np.array(expected.values)
+    size = float(np.linalg.norm(a) * np.linalg.norm(b))
+    cosine = float(a @ b) / size if size else float(np.array_equal(a, b))
+    if not cosine >= LEAST:
+        raise CheckError(f"the output {name} has the cosine {cosine:.3g} to what was recorded at export")
+    if not abs(found.rms - expected.rms) <= SIZE * expected.rms:
+        raise CheckError(
+            f"the output {name} has the root mean square {found.rms:.3g}, {expected.rms:.3g} was recorded at export"
+        )
+    return cosine
 
 
 def _plain(tensor: torch.Tensor) -> Any:
     return tensor.tolist() if tensor.numel() else {"shape": list(tensor.shape)}
-
-
-def _tensor(dtype: str, values: Any) -> torch.Tensor:
-    if isinstance(values, Mapping):
-        return torch.zeros([int(size) for size in values["shape"]], dtype=getattr(torch, dtype))
-    return torch.tensor(values, dtype=getattr(torch, dtype))
 
 
 def _cut(tensor: torch.Tensor, shape: tuple[int | str, ...], rows: int, length: int) -> torch.Tensor:

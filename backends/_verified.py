@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from bitlower.backends._json import read_json, write_json
-from bitlower.ir import CheckError
+from bitlower.backends._schema import parsed
 
 FILE = "verification.json"
 
 
 class Verified(ABC):
-    """A frozen dataclass of what was compared; a backend says what its fields are made of."""
-
-    parts: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
-    """What makes a field of its plain data; other fields are plain."""
+    """A frozen dataclass of what was compared; its fields say what the file holds."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -29,15 +25,9 @@ class Verified(ABC):
         """The verification of plain data.
 
         Raises:
-            CheckError: a figure is missing.
+            CheckError: a figure is missing, or is something else; it is named.
         """
-        assert dataclasses.is_dataclass(cls)
-        try:
-            values = {field.name: form[field.name] for field in dataclasses.fields(cls)}
-            values |= {name: make(form[name]) for name, make in cls.parts.items()}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckError(f"{FILE} is damaged: {error}") from None
-        return cls(**values)
+        return parsed(cls, form, FILE)
 
     def write(self, folder: Path) -> None:
         """Write ``verification.json`` into ``folder``."""
@@ -51,8 +41,3 @@ class Verified(ABC):
             CheckError: the file is missing or damaged.
         """
         return cls.from_dict(read_json(folder / FILE))
-
-
-def rows_of(kind: Callable[..., Any]) -> Callable[[Any], tuple[Any, ...]]:
-    """What makes a tuple of ``kind`` of a list of mappings."""
-    return lambda rows: tuple(kind(**row) for row in rows)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import bitlower.backends
-from bitlower.ir import Batch, BitlowerError, Level, Program, nearest
+from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program, nearest
 from bitlower.ir.dataflow import operand
 from bitlower.ir.files import reason
 from bitlower.ir.json_files import read_json
@@ -142,7 +142,13 @@ def verify_artefact(folder: Path) -> dict[str, Any]:
         raise BitlowerError(f"{folder} is not an artefact ({why})", hint="give the folder of a run") from None
     if name not in known_backends():
         raise BitlowerError(f"{path} names the unknown backend {name!r}", hint=nearest(name, known_backends()))
-    return plain_report(_module(name).verify(folder))
+    try:
+        return plain_report(_module(name).verify(folder))
+    except BitlowerError:
+        raise
+    except Exception as error:  # what is damaged makes the runtimes raise many kinds
+        line = next(iter(str(error).splitlines()), "")
+        raise CheckError(f"{folder} is damaged: {type(error).__name__}: {line}") from error
 
 
 def plain_report(report: Any) -> dict[str, Any]:

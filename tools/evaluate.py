@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from bitlower.backends import _manifest
 from bitlower.backends._folder import read_model
+from bitlower.backends._manifest import check_if_artefact
 from bitlower.backends.tvm_kernels import is_library, load_library
 from bitlower.frontends import batches, load
 from bitlower.ir import Batch, BitlowerError, Level, Program, TensorType, ValueSpec, nearest
+from bitlower.tools._artefacts import as_input
 from bitlower.tools.data import Row, number, read_rows, split_column
 from bitlower.tools.metrics import accuracy, f1, matthews, pearson, spearman
 
@@ -91,14 +93,23 @@ def evaluate(
 
 
 def open_runner(target: str | os.PathLike[str] | Program) -> Runner:
-    """A model to run: a Program, an artefact in onnxruntime or TVM where one lies, else the float model."""
-    if not isinstance(target, Program) and (Path(target) / "model.onnx").is_file():
-        return _artefact(Path(target))
-    if not isinstance(target, Program) and is_library(Path(target)):
-        library = load_library(Path(target))
-        return Runner(library.program, lambda batch: {name: v.numpy() for name, v in library(**batch).items()})
-    program = target if isinstance(target, Program) else load(target)
+    """A model to run: a Program, an artefact in onnxruntime or TVM where one lies, else the float model.
 
+    Raises:
+        BitlowerError: there is no such model, or an artefact is not as it was written.
+    """
+    if isinstance(target, Program):
+        return _of_program(target)
+    folder = Path(target)
+    with as_input():
+        if is_library(folder):
+            library = load_library(folder)
+            return Runner(library.program, lambda batch: {name: v.numpy() for name, v in library(**batch).items()})
+        check_if_artefact(folder)
+    return _artefact(folder) if (folder / "model.onnx").is_file() else _of_program(load(target))
+
+
+def _of_program(program: Program) -> Runner:
     def run(batch: Batch) -> dict[str, Array]:
         with torch.no_grad():
             return {name: value.numpy() for name, value in program(**batch).items()}

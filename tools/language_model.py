@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bitlower.backends._manifest import check_if_artefact
 from bitlower.backends.tvm_kernels import Library, is_library, load_library
 from bitlower.frontends import load
 from bitlower.frontends._context import stated_length
@@ -21,6 +22,7 @@ from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.files import reason
 from bitlower.ir.folding import with_float_weights
 from bitlower.ir.json_files import read_json
+from bitlower.tools._artefacts import as_input
 from bitlower.tools.evaluate import open_session, shell
 
 TASK = "text-generation"
@@ -63,7 +65,8 @@ def language_model(model: Model) -> LanguageModel:
     """``model`` behind the interface: a Program, a library or its folder, another artefact's folder, or a float model.
 
     Raises:
-        BitlowerError: it is no causal language model, or what reads it is not installed.
+        BitlowerError: it is no causal language model, what reads it is not installed, or an artefact is not as it was
+            written.
     """
     if isinstance(model, LanguageModel):
         return model
@@ -72,8 +75,10 @@ def language_model(model: Model) -> LanguageModel:
     if isinstance(model, Library):
         return _of_library(model)
     folder = Path(model)
-    if is_library(folder):
-        return _of_library(load_library(folder))
+    with as_input():
+        if is_library(folder):
+            return _of_library(load_library(folder))
+        check_if_artefact(folder)
     if (folder / "model.onnx").is_file():
         return _of_onnx(folder)
     if (folder / "config.json").is_file() and (method := quantization_of(folder)):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from bitlower import frontends
+from bitlower.backends._manifest import check_if_artefact
 from bitlower.backends.tvm_kernels import Library, is_library, load_library
 from bitlower.ir import Program
 
@@ -26,8 +27,10 @@ def load(
 
     Raises:
         BitlowerError: there is no such model, it cannot be traced, or the library does not run here.
-        CheckError: a file of the library is missing or damaged.
+        CheckError: a file of the library, or of another artefact, is missing or not as it was written.
     """
-    if not isinstance(model, torch.nn.Module) and is_library(Path(model)):
-        return load_library(Path(model))
+    if not isinstance(model, torch.nn.Module):
+        if is_library(Path(model)):
+            return load_library(Path(model))
+        check_if_artefact(Path(model))
     return frontends.load(model, task=task, example_inputs=example_inputs, mapped=mapped)

@@ -51,8 +51,7 @@ def verify_artefact(folder: Path) -> ArtefactReport:
         BitlowerError: there is no such folder.
         CheckError: a file is missing or changed, or a layer does not unpack to what it was.
     """
-    manifest = _manifest.read_manifest(folder)
-    files = _manifest.check_files(folder, manifest, (CONFIG, FILE))
+    files = _manifest.check_artefact(folder)
     recorded = Verification.read(folder)
     if recorded.format not in FORMATS:
         raise CheckError(f"{FILE} in {folder} names the unknown format {recorded.format!r}")
@@ -65,6 +64,5 @@ def verify_artefact(folder: Path) -> ArtefactReport:
         for part, digest in check_weight(path, packed, stored.layer(path)).items():
             if expected[path].digests.get(part) != digest:
                 raise CheckError(f"the {part.replace('_', ' ')} of {path} are not those of the export")
-    unlisted = tuple(sorted(set(_manifest.list_files(folder)) - set(files)))
     codes = sum(row.codes for row in recorded.layers)
-    return ArtefactReport(len(files), sum(files.values()), unlisted, recorded.format, len(expected), codes)
+    return ArtefactReport(files.count, files.bytes, files.unlisted, recorded.format, len(expected), codes)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any
 
 from bitlower.backends._json import rounded_figures
-from bitlower.backends._verified import Verified, rows_of
+from bitlower.backends._verified import Verified
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,6 @@ class Verification(Verified):
         outputs: one row each.
         versions: of what ran the model.
     """
-
-    parts: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
-        "layers": rows_of(LayerCheck),
-        "outputs": rows_of(OutputCheck),
-    }
 
     format: str
     dtype: str

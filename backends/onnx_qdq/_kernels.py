@@ -56,18 +56,13 @@ class KernelReport:
     fell_back: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; the inverse of :meth:`from_dict`."""
+        """Plain data for JSON."""
         return {**asdict(self), "fell_back": list(self.fell_back)}
 
     @property
     def rounds_activations(self) -> bool:
         """Whether a MatMulNBits quantizes its float activations to 8 bits."""
         return any(key.endswith(f"={ROUNDS_ACTIVATIONS}") for key in self.low_bit_weights)
-
-    @classmethod
-    def from_dict(cls, form: Mapping[str, Any]) -> KernelReport:
-        """The report of plain data; a missing or unknown key is a TypeError."""
-        return cls(**{**form, "fell_back": tuple(form.get("fell_back", ()))})
 
 
 def inspect_kernels(

@@ -90,8 +90,7 @@ def verify_artefact(folder: Path) -> ArtefactReport:
         BitlowerError: there is no such folder.
         CheckError: a file is missing or changed, the model does not load, or does not compute what it did.
     """
-    manifest = _manifest.read_manifest(folder)
-    files = _manifest.check_files(folder, manifest, (MODEL, "verification.json"))
+    files = _manifest.check_artefact(folder, (MODEL,))
     recorded = Verification.read(folder)
     path = folder / MODEL
     kernels = count_kernels(
@@ -101,9 +100,8 @@ def verify_artefact(folder: Path) -> ArtefactReport:
     )
     _check_kernels(kernels, recorded)
     selftest = run_selftest(recorded.selftest, Session(path, config=recorded.session_config).run)
-    unlisted = tuple(sorted(set(_manifest.list_files(folder)) - set(files)))
     return ArtefactReport(
-        len(files), sum(files.values()), unlisted, runtime_versions(), recorded.runtime, kernels, selftest
+        files.count, files.bytes, files.unlisted, runtime_versions(), recorded.runtime, kernels, selftest
     )
 
 

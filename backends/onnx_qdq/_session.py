@@ -45,22 +45,12 @@ class Session:
         config: Mapping[str, str] | None = None,
         optimized: Path | None = None,
     ) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        for key, value in (config or {}).items():
-            options.add_session_config_entry(key, value)
-        if optimized is not None:
-            options.optimized_model_filepath = str(optimized)
-            entry = "session.optimized_model_external_initializers_"
-            options.add_session_config_entry(f"{entry}file_name", f"{optimized.name}.data")
-            options.add_session_config_entry(f"{entry}min_size_in_bytes", "4096")
-        if folder is not None:
-            options.add_session_config_entry(_EXTERNAL_FOLDER, str(folder))
-        source = model if isinstance(model, bytes) else str(model)
         try:
+            options = _options(folder, config or {}, optimized)
+            source = model if isinstance(model, bytes) else str(model)
             self._session = onnxruntime.InferenceSession(source, options, providers=[PROVIDER])
         except Exception as error:
-            raise CheckError(f"onnxruntime does not load {_name(model)}: {_first_line(error)}") from None
+            raise CheckError(f"onnxruntime does not load {_name(model)}: {_first_line(error)}") from error
         self._model = model
         self.inputs = tuple(value.name for value in self._session.get_inputs())
         self.outputs = tuple(value.name for value in self._session.get_outputs())
@@ -82,6 +72,21 @@ class Session:
         except Exception as error:
             raise CheckError(f"onnxruntime cannot run {_name(self._model)}: {_first_line(error)}") from None
         return dict(zip(names, values, strict=True))
+
+
+def _options(folder: Path | None, config: Mapping[str, str], optimized: Path | None) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    for key, value in config.items():
+        options.add_session_config_entry(key, value)
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+        entry = "session.optimized_model_external_initializers_"
+        options.add_session_config_entry(f"{entry}file_name", f"{optimized.name}.data")
+        options.add_session_config_entry(f"{entry}min_size_in_bytes", "4096")
+    if folder is not None:
+        options.add_session_config_entry(_EXTERNAL_FOLDER, str(folder))
+    return options
 
 
 def runtime_versions() -> dict[str, str]:

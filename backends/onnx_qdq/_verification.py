@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any
 
 from bitlower.backends._json import rounded_figures, significant
 from bitlower.backends._outputs import OutputError
 from bitlower.backends._selftest import SelfTest
-from bitlower.backends._verified import Verified, rows_of
+from bitlower.backends._verified import Verified
 from bitlower.backends.onnx_qdq._kernels import KernelReport
 
 
@@ -65,13 +65,6 @@ class Verification(Verified):
         kernels: what the runtime runs.
         selftest: lets the artefact be checked without the Program.
     """
-
-    parts: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
-        "outputs": rows_of(OutputError),
-        "quantized": rows_of(CodeError),
-        "kernels": KernelReport.from_dict,
-        "selftest": SelfTest.from_dict,
-    }
 
     runtime: Mapping[str, str]
     session_config: Mapping[str, str]

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitlower.backends._manifest import check_artefact
 from bitlower.backends.tvm_kernels._arguments import Argument, arguments
 from bitlower.backends.tvm_kernels._artefact import ArtefactReport
 from bitlower.backends.tvm_kernels._artefact import verify_artefact as verify
@@ -137,13 +138,14 @@ def compile_program(
 
 
 def load_library(folder: Path) -> Library:
-    """The library in a folder that :func:`export` wrote.
+    """The library in a folder that :func:`export` wrote; nothing is loaded before all files have the manifest's hashes.
 
     Raises:
         BitlowerError: TVM is not installed, or the library is code for another processor.
-        CheckError: a file is missing or damaged.
+        CheckError: a file is missing or changed, or is not listed in the manifest.
     """
     require_tvm()
     from bitlower.backends.tvm_kernels import _files
 
+    check_artefact(folder, _files.RESERVED)
     return _files.load_library(folder)

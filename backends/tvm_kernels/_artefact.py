@@ -10,7 +10,6 @@ from typing import Any
 from bitlower.backends import _manifest
 from bitlower.backends._json import significant
 from bitlower.backends._selftest import run_selftest
-from bitlower.backends._verified import FILE
 from bitlower.backends.tvm_kernels._tvm import require_tvm
 from bitlower.backends.tvm_kernels._verification import Verification
 from bitlower.ir import Batch
@@ -50,13 +49,11 @@ def verify_artefact(folder: Path) -> ArtefactReport:
     require_tvm()
     from bitlower.backends.tvm_kernels._files import RESERVED, load_library
 
-    manifest = _manifest.read_manifest(folder)
-    files = _manifest.check_files(folder, manifest, (*RESERVED, FILE))
+    files = _manifest.check_artefact(folder, RESERVED)
     recorded, library = Verification.read(folder), load_library(folder)
 
     def run(batch: Batch) -> dict[str, Any]:
         return {name: value.numpy() for name, value in library(**batch).items()}
 
     selftest = run_selftest(recorded.selftest, run)
-    unlisted = tuple(sorted(set(_manifest.list_files(folder)) - set(files)))
-    return ArtefactReport(len(files), sum(files.values()), unlisted, dict(recorded.runtime), selftest)
+    return ArtefactReport(files.count, files.bytes, files.unlisted, dict(recorded.runtime), selftest)

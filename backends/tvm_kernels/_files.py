@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tvm
+from pydantic import Field
 
 from bitlower.backends import _folder, _manifest
 from bitlower.backends._json import read_json, write_json
+from bitlower.backends._schema import parsed
+from bitlower.backends._selftest import Dtype
 from bitlower.backends.tvm_kernels._activations import AUTO
 from bitlower.backends.tvm_kernels._cuda_library import write_code
 from bitlower.backends.tvm_kernels._library import LIBRARY, SIGNATURE, Library, find_device
@@ -20,6 +23,30 @@ from bitlower.backends.tvm_kernels._spec import Target
 from bitlower.ir import BitlowerError, CheckError, Level, Program, TensorType, ValueSpec
 
 RESERVED = (LIBRARY, SIGNATURE)
+
+
+@dataclass(frozen=True)
+class Value:
+    """An input or output of a library."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[Annotated[int, Field(ge=0)] | str, ...]
+
+    def spec(self) -> ValueSpec:
+        """Its name and type."""
+        return ValueSpec(self.name, TensorType(getattr(torch, self.dtype), self.shape))
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What ``library.json`` holds: what is needed to run the library without the Program."""
+
+    target: Target
+    processor: str
+    task: str
+    inputs: Annotated[tuple[Value, ...], Field(min_length=1)]
+    outputs: Annotated[tuple[Value, ...], Field(min_length=1)]
 
 
 def write_library(program: Program, folder: Path, target: Target, activations: str = AUTO) -> tuple[str, ...]:
@@ -71,23 +98,16 @@ def _encode(spec: ValueSpec) -> dict[str, Any]:
     }
 
 
-def _decode(form: Mapping[str, Any]) -> ValueSpec:
-    return ValueSpec(str(form["name"]), TensorType(getattr(torch, form["dtype"]), tuple(form["shape"])))
-
-
 def load_library(folder: Path) -> Library:
-    """The library that :func:`write_library` wrote.
+    """The library that :func:`write_library` wrote; its files are taken as they are.
 
     Raises:
         BitlowerError: it is code for another processor, or for a GPU that is not here.
         CheckError: a file is missing or damaged.
     """
-    form = read_json(folder / SIGNATURE)
-    try:
-        inputs, outputs = (tuple(_decode(spec) for spec in form[name]) for name in ("inputs", "outputs"))
-        target, wanted, task = Target(form["target"]), str(form["processor"]), str(form["task"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckError(f"{SIGNATURE} in {folder} is damaged: {error!r}") from None
+    signature = parsed(Signature, read_json(folder / SIGNATURE), f"{SIGNATURE} in {folder}")
+    target, wanted = Target(signature.target), signature.processor
+    inputs, outputs = (tuple(value.spec() for value in side) for side in (signature.inputs, signature.outputs))
     if wanted and wanted != processor():
         raise BitlowerError(
             f"{folder} holds code for {wanted}, and this is {processor()}",
@@ -102,5 +122,5 @@ def load_library(folder: Path) -> Library:
         raise CheckError(f"{LIBRARY} in {folder} does not load: {str(error).splitlines()[0]}") from None
     model = _folder.read_model(folder)
     length = _manifest.context_length(folder)
-    program = Program({}, Level.FUSED, task, inputs, outputs, *model, str(folder), context_length=length)
+    program = Program({}, Level.FUSED, signature.task, inputs, outputs, *model, str(folder), context_length=length)
     return Library(module, program, target)

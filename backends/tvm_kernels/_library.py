@@ -14,6 +14,7 @@ import torch
 from bitlower.backends.tvm_kernels._spec import Target
 from bitlower.backends.tvm_kernels._tvm import require_tvm
 from bitlower.ir import BitlowerError, Program, ValueSpec
+from bitlower.ir.files import is_file
 
 LIBRARY, SIGNATURE = "library.so", "library.json"
 """The code with the weights; what it takes, gives and runs on."""
@@ -21,7 +22,7 @@ LIBRARY, SIGNATURE = "library.so", "library.json"
 
 def is_library(folder: Path) -> bool:
     """Whether a library lies in ``folder``."""
-    return (folder / SIGNATURE).is_file()
+    return is_file(folder / SIGNATURE)
 
 
 def has_device(target: Target) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any
 
 from bitlower.backends._json import rounded_figures
 from bitlower.backends._outputs import OutputError
 from bitlower.backends._selftest import SelfTest
-from bitlower.backends._verified import Verified, rows_of
+from bitlower.backends._verified import Verified
 from bitlower.backends.tvm_kernels._agreement import Agreement
 
 
@@ -71,12 +71,6 @@ class Verification(Verified):
         selftest: lets the artefact be checked without the Program; expects the Program's outputs where the library was
             not run, else its own.
     """
-
-    parts: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
-        "outputs": rows_of(OutputError),
-        "kernels": rows_of(KernelError),
-        "selftest": SelfTest.from_dict,
-    }
 
     runtime: Mapping[str, str]
     batches: int

@@ -90,6 +90,24 @@ class Handmade:
 @pytest.fixture
 def handmade() -> Handmade:
     """x [batch, 8] → quantize → linear → gelu → quantize → linear → y [batch, 8]."""
+    return _handmade()
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artefact of ``handmade``; not to be written to."""
+    from bitlower.backends.onnx_qdq._manifest import write_manifest
+    from bitlower.backends.onnx_qdq._verify import verify_export
+
+    made = _handmade()
+    folder = made.write(tmp_path_factory.mktemp("artefact") / "sound")
+    (folder / "config.json").write_text("{}")
+    verify_export(made.program, folder, made.batches[:1]).write(folder)
+    write_manifest(made.program, folder)
+    return folder
+
+
+def _handmade() -> Handmade:
     random = np.random.default_rng(0)
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     for stem, rows, columns in (("up", *WIDTHS[:2]), ("down", *WIDTHS[1:])):

@@ -11,6 +11,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import fx
 
+from bitlower.backends._schema import parsed
 from bitlower.backends.onnx_qdq._kernels import (
     KernelReport,
     count_kernels,
@@ -31,7 +32,7 @@ def test_integer_kernels_are_found(handmade, tmp_path: Path):
     report = inspect_kernels(handmade.program, handmade.write(tmp_path) / "model.onnx")
     assert report.integer == {"MatMulIntegerToFloat": 2}
     assert (report.expected, report.found, report.floating, report.fell_back) == (2, 2, {}, ())
-    assert KernelReport.from_dict(report.to_dict()) == report
+    assert parsed(KernelReport, report.to_dict(), "kernels") == report
 
 
 def test_what_fell_back_is_named(handmade, tmp_path: Path):

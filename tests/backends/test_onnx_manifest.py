@@ -195,7 +195,9 @@ def test_another_version_of_the_runtime_may_choose_other_kernels(artefact: Path)
 
 def test_damaged_selftest_inputs_are_refused(artefact: Path):
     rewrite(artefact, "verification.json", lambda form: form["selftest"]["inputs"]["x"].update(dtype="int99"))
-    with pytest.raises(CheckError, match="self-test"):
+    with pytest.raises(
+        CheckError, match=r"verification\.json is damaged: selftest\.inputs\.x\.dtype: should be 'bool'"
+    ):
         verify_artefact(artefact)
 
 

@@ -141,22 +141,23 @@ def test_faults_are_found(folder: Path) -> None:
     with pytest.raises(CheckError, match=r"the output logits has the cosine .* recorded at export"):
         verify(folder)
     edit(folder / "verification.json", lambda form: form.pop("selftest"))
-    with pytest.raises(CheckError, match=r"verification\.json is damaged: 'selftest'"):
+    with pytest.raises(CheckError, match=r"verification\.json is damaged: selftest: field required"):
         verify(folder)
     edit(folder / "library.json", lambda form: form.update(processor="z80"))
     with pytest.raises(BitlowerError, match=r"holds code for z80, and this is .*export for the target `llvm`"):
         load_library(folder)
     edit(folder / "library.json", lambda form: form.pop("inputs"))
-    with pytest.raises(CheckError, match=r"library\.json in .* is damaged: KeyError\('inputs'\)"):
+    with pytest.raises(CheckError, match=r"library\.json in .* is damaged: inputs: field required"):
         load_library(folder)
 
 
 def test_changed_and_missing_files_are_found(folder: Path) -> None:
     (folder / "library.so").write_bytes(b"no library")
     with pytest.raises(CheckError, match=r"library\.so in .* does not load"):
-        load_library(folder)
-    with pytest.raises(CheckError, match=r"library\.so in .* the manifest says"):
-        verify(folder)
+        _files.load_library(folder)
+    for take in (load_library, verify):
+        with pytest.raises(CheckError, match=r"library\.so in .* the manifest says"):
+            take(folder)
     (folder / "library.so").unlink()
     with pytest.raises(CheckError, match=r"library\.so is missing"):
         load_library(folder)
