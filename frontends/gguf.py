@@ -10,7 +10,6 @@ import importlib.util
 import io
 import json
 import math
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -24,6 +23,7 @@ from bitlower.frontends._weights import quiet
 from bitlower.frontends.huggingface import PreTrained
 from bitlower.ir import BitlowerError
 from bitlower.ir.files import reason
+from bitlower.ir.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,9 +115,9 @@ def _tokenizer_files(path: Path, model: PreTrainedModel) -> dict[str, bytes]:
     tokenizer = AutoTokenizer.from_pretrained(
         path.parent, gguf_file=path.name, config=model.config, local_files_only=True
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         tokenizer.save_pretrained(folder)
-        files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+        files = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
     files["tokenizer_config.json"] = _portable(files["tokenizer_config.json"])
     if model.generation_config is not None:
         files["generation_config.json"] = model.generation_config.to_json_string().encode()

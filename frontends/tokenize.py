@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bitlower.ir import BitlowerError, Program
+from bitlower.ir.scratch import scratch_folder
 
 
 def batches(
@@ -151,10 +150,10 @@ def _tokenizer(program: Program) -> Any:
             f"{program.source or 'the model'} has no tokenizer files",
             hint="put tokenizer.json beside config.json, or give batches of tensors",
         )
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         for name, data in program.assets.items():
-            (Path(folder) / name).write_bytes(data)
-        (Path(folder) / "config.json").write_text(json.dumps(program.config))
+            (folder / name).write_bytes(data)
+        (folder / "config.json").write_text(json.dumps(program.config))
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever its libraries raise on damaged files

@@ -88,8 +88,13 @@ def _empty(shape: torch.Size, dtype: torch.dtype, folder: Path | None) -> torch.
     count = shape.numel() * dtype.itemsize
     if count == 0:
         return torch.empty(shape, dtype=dtype)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, count)
+    place = folder or Path(tempfile.gettempdir())
+    with tempfile.TemporaryFile(dir=place) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, count)
+        except OSError as error:
+            error.filename = str(place)
+            raise
         base = _base(mmap.mmap(file.fileno(), count))
     return base.view(dtype).reshape(shape)
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bitlower.ir import BitlowerError
+from bitlower.ir.scratch import ScratchError
 
 MARKS = ("manifest.json", "recipe.yaml", "ledger.json")
 """A folder that holds one of these is an artefact, and may be replaced by another one when asked."""
@@ -51,16 +52,20 @@ def new_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def disk_errors(place: Path) -> Iterator[None]:
-    """Turn a full disk, however a library reports it, into one clear error; others pass.
+    """Turn a full disk, however a library reports it, into one clear error about ``place``, or the place it names.
 
     Raises:
         BitlowerError: the disk is full.
     """
     try:
         yield
+    except ScratchError:
+        raise
     except Exception as error:
         if not _says_disk_full(error):
             raise
+        if isinstance(error, OSError) and error.filename and not Path(str(error.filename)).is_relative_to(place.parent):
+            place = Path(str(error.filename))
         raise BitlowerError(
             f"the disk is full: {place} cannot be written", hint="free some space and run the same command again"
         ) from error

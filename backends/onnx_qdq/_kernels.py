@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS, ROUNDS_ACTIVA
 from bitlower.backends.onnx_qdq._session import Session, read_model
 from bitlower.ir import CheckError, Program, Quantizer, get_tensor, ops
 from bitlower.ir.dataflow import LINEAR, MATMUL, VIEWS, activation_operand, weight_operand
+from bitlower.ir.scratch import scratch_folder
 
 INTEGER = frozenset({
     "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "MatMulInteger", "QGemm",
@@ -109,9 +109,10 @@ def optimized_graph(path: Path, session_config: Mapping[str, str]) -> ir.Graph:
 
     Raises:
         CheckError: the model does not load.
+        BitlowerError: the temporary folder is full.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder) / "optimized.onnx"
+    with scratch_folder() as folder:
+        optimized = folder / "optimized.onnx"
         Session(path, config=session_config, optimized=optimized)
         return read_model(optimized).graph
 

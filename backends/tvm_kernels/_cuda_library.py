@@ -9,7 +9,6 @@ lowest first. (TVM 0.27; another version is refused by the check of the pins.)
 from __future__ import annotations
 
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -21,6 +20,7 @@ import tvm_ffi
 from bitlower.backends.tvm_kernels._nvcc import REGISTERS, find_tool
 from bitlower.backends.tvm_kernels._spec import Target
 from bitlower.ir import BitlowerError, CheckError
+from bitlower.ir.scratch import scratch_folder
 
 ARCHITECTURES = ("sm_80", "sm_90")
 SOURCE = "kernels.cu"
@@ -59,14 +59,14 @@ def compile_source(source: str) -> bytes:
     numbers = [name.removeprefix("sm_") for name in ARCHITECTURES]
     codes = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
     codes.append(f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / SOURCE).write_text(source, encoding="utf-8")
+    with scratch_folder() as folder:
+        (folder / SOURCE).write_text(source, encoding="utf-8")
         command = [require_nvcc(), "-std=c++17", "-O3", "-w", *REGISTERS, "-fatbin", *codes, "-o", "kernels.fatbin"]
         command.append(SOURCE)
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         if done.returncode:
             raise CheckError(f"nvcc failed: {(done.stderr or done.stdout).strip()[:2000]}")
-        return (Path(folder) / "kernels.fatbin").read_bytes()
+        return (folder / "kernels.fatbin").read_bytes()
 
 
 @contextmanager

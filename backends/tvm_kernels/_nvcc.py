@@ -11,13 +11,13 @@ import re
 import shutil
 import subprocess
 import sysconfig
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from bitlower.ir import BitlowerError, CheckError
+from bitlower.ir.scratch import scratch_folder
 
 REGISTERS = ("-maxrregcount=128", "-Xptxas", "--register-usage-level=10")
 """More registers than kernels take, used freely; by itself the assembler spills a few bytes of some, for more warps."""
@@ -70,8 +70,8 @@ def device_functions(source: str, architecture: str) -> tuple[DeviceFunction, ..
         if path is None:
             hint = "install CUDA's compiler" if name == "nvcc" else f"pip install nvidia-cuda-{name}"
             raise BitlowerError(f"{name} is needed to look at machine code, and not installed", hint=hint)
-    with tempfile.TemporaryDirectory() as folder:
-        given, made = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
+    with scratch_folder() as folder:
+        given, made = folder / "kernel.cu", folder / "kernel.cubin"
         given.write_text(source, encoding="utf-8")
         options = [
             "-std=c++17",
