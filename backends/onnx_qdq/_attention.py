@@ -11,26 +11,60 @@ _HEADS_OUT = [0, 2, 1, 3]
 
 
 def widen_mask(editor: Editor, node: ir.Node) -> str | None:
-    """Give a mask one row a query: onnxruntime's Attention rejects [batch, 1, 1, keys], though it broadcasts."""
+    """Give a mask one row a query and one column a key: onnxruntime's Attention broadcasts no [batch, 1, 1, keys].
+
+    Its kernel rejects a mask with one row for all queries; one with one column for all keys it may misread.
+    """
     if not is_op(node, "Attention") or len(node.inputs) < 4 or node.inputs[3] is None:
         return None
-    mask, query = source(node, 3), source(node)
+    mask, query, key = source(node, 3), source(node), source(node, 1)
     shape = dims(mask)
-    if shape is None or len(shape) != 4:
-        return "the mask has not four axes"
-    if shape[2] != 1:
+    if shape is None:
+        return "the rank of the mask is not known"
+    if len(shape) > 1 and 1 not in shape[-2:]:
         return "the mask has a row a query already"
     axis = 1 if node.attributes.get_int("q_num_heads", 0) else 2
-    parts = [
-        editor.emit(node, "Shape", [mask], start=0, end=2),
-        editor.emit(node, "Shape", [query], start=axis, end=axis + 1),
-        editor.emit(node, "Shape", [mask], start=3, end=4),
-    ]
-    target = editor.emit(node, "Concat", parts, axis=0)
+    lengths = [editor.emit(node, "Shape", [part], start=axis, end=axis + 1) for part in (query, key)]
+    target = editor.emit(node, "Concat", lengths, axis=0)
     wide = editor.emit(node, "Expand", [mask, target], dtype=mask.dtype)
-    wide.shape = ir.Shape([shape[0], shape[1], None, shape[3]])
+    wide.shape = ir.Shape([*shape[:-2], None, None])
     node.replace_input_with(3, wide)
     return APPLIED
+
+
+def widen_rotary(editor: Editor, node: ir.Node) -> str | None:
+    """Give the tables of a rotary embedding one row a sequence: [1, length, half] is shared by the batch in torch alone.
+
+    ONNX's RotaryEmbedding takes tables of the batch of its input, where it is given no positions.
+    """
+    if not is_op(node, "RotaryEmbedding") or any(value is not None for value in node.inputs[3:]):
+        return None
+    batch = (dims(source(node)) or (None,))[0]
+    if batch is not None and all(_rows(source(node, position)) == batch for position in (1, 2)):
+        return "the tables have the batch of the input"
+    for position in (1, 2):
+        node.replace_input_with(position, _batched(editor, node, source(node, position), batch))
+    return APPLIED
+
+
+def _rows(table: ir.Value) -> int | str | None:
+    """The first dimension of a table of cosines or sines, as far as the graph says it."""
+    made = table.producer()
+    if table.shape is None and made is not None and made.op_type in ("Cos", "Sin"):
+        table = source(made)
+    return (dims(table) or (None,))[0]
+
+
+def _batched(editor: Editor, node: ir.Node, table: ir.Value, batch: int | str | None) -> ir.Value:
+    """``table`` [1, length, half] for each sequence of the batch of ``node``'s input; made once for all that read it."""
+    for user, _ in table.uses():
+        if is_op(user, "Expand") and batch is not None and _rows(user.outputs[0]) == batch:
+            return user.outputs[0]
+    count = editor.emit(node, "Shape", [source(node)], start=0, end=1)
+    rest = editor.constant("ones", np.ones(2, np.int64))
+    wide = editor.emit(node, "Expand", [table, editor.emit(node, "Concat", [count, rest], axis=0)], dtype=table.dtype)
+    wide.shape = ir.Shape([batch, None, None])
+    return wide
 
 
 def flatten_attention(editor: Editor, node: ir.Node) -> str | None:

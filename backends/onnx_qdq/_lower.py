@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import onnx_ir as ir
 from torch import fx
 
-from bitlower.backends.onnx_qdq._attention import flatten_attention, widen_mask
+from bitlower.backends.onnx_qdq._attention import flatten_attention, widen_mask, widen_rotary
 from bitlower.backends.onnx_qdq._kv_cache import keep_cache
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS
 from bitlower.backends.onnx_qdq._rewrite import Editor, Rule, RuleLog, apply_rules
@@ -25,9 +25,6 @@ from bitlower.backends.onnx_qdq._rewrite_tables import table_rules
 from bitlower.backends.onnx_qdq._translate import translate
 from bitlower.ir import Program, QuantSpec, ops
 from bitlower.ir.version import __version__
-
-ATTENTION_OPSET = 23
-"""The first opset with an Attention operator."""
 
 
 def lower(
@@ -93,6 +90,7 @@ def rules(form: Form, accuracy_level: int = FLOAT_ACTIVATIONS, heads: Collection
         Rule("keep-cache", keep_cache),
         Rule("flatten-attention", flatten_attention),
         Rule("widen-attention-mask", widen_mask),
+        Rule("widen-rotary-table", widen_rotary),
         *table_rules(form),
         Rule("sink-dequantize", sink_dequantize),
         split_head_rule(form, heads),

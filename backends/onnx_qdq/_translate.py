@@ -17,6 +17,7 @@ import torch
 from onnx_ir.passes import common
 from onnxscript import FLOAT, INT8, opset18
 
+from bitlower.backends.onnx_qdq import _translate_attention
 from bitlower.backends.onnx_qdq._trace import explain, named_quantize, put_back, quiet, trace
 from bitlower.ir import BitlowerError, Program, ops
 
@@ -38,7 +39,7 @@ def translate(program: Program, opset: int) -> ir.Model:
             (),
             dynamo=True,
             opset_version=opset,
-            custom_translation_table=_translations(),
+            custom_translation_table=_translations(opset),
             optimize=True,
             verbose=False,
         )
@@ -90,13 +91,15 @@ _CHOOSE = _operator(
 )
 
 
-def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+def _translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         named_quantize: _quantize,
         ops.dequantize: _dequantize,
         ops.choose_qparams: _choose_qparams,
         aten.linear.default: _linear,
         aten.addmm.default: _addmm,
+        aten.scaled_dot_product_attention.default: _translate_attention.for_opset(opset),
+        aten._safe_softmax.default: _translate_attention.safe_softmax,
     }
 
 
