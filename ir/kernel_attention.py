@@ -52,8 +52,8 @@ def _fused_attention(
     - ``out_scale``: of the result.
     - ``factor``: what the scores are multiplied by.
     - ``causal``: mask keys that are later than the query, both counted from the start (not with ``explicit``).
-    - ``explicit``: compute step by step, a masked score being the most negative float32; else as torch's
-      ``scaled_dot_product_attention`` does, which has no roundings inside.
+    - ``explicit``: compute step by step; else as torch's ``scaled_dot_product_attention`` does, which has no roundings
+      inside.
     - ``heads``: the result is ``[batch, queries, heads · width]`` instead of ``[batch, heads, queries, width]``.
     - ``out_grid``: the grid of the result; ``scores_grid`` and ``probs_grid`` are those of scores and probabilities.
     - ``outputs``: what is given: ``value``, ``codes``, ``rounded``.
@@ -66,7 +66,8 @@ def _fused_attention(
         times = q.shape[1] // k.shape[1]
         k, v = (part.repeat_interleave(times, 1) if grouped else part for part in (k, v))
         scores = rounded(q @ k.transpose(-2, -1), scores_scale, scores_zero_point, scores_grid) * factor
-        probs = rounded(_masked(scores, mask).softmax(-1), probs_scale, probs_zero_point, probs_grid)
+        shares = aten._safe_softmax.default(_masked(scores, mask), -1)
+        probs = rounded(shares, probs_scale, probs_zero_point, probs_grid)
         context = probs @ v
     else:
         attend = aten.scaled_dot_product_attention.default
@@ -79,7 +80,7 @@ def _masked(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return scores
     if mask.dtype != torch.bool:
         return scores + mask
-    return scores.masked_fill(mask.logical_not(), torch.finfo(scores.dtype).min)
+    return scores.masked_fill(mask.logical_not(), -torch.inf)
 
 
 @_fused_attention.register_fake

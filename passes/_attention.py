@@ -33,8 +33,9 @@ class _Call(NamedTuple):
 def expand_attention(node: fx.Node) -> None:
     """Replace one attention operator by QKᵀ, scaling, mask, softmax and the product with V.
 
-    Masked scores get the most negative float, so a row that is masked throughout attends evenly instead of giving NaN.
-    A causal mask is made from the lengths at run time; keys and values of grouped queries are repeated.
+    Masked scores get −∞, and a row that is masked throughout gives 0, as in torch's operator: its softmax is
+    ``_safe_softmax``. A causal mask, which hides no row throughout, is made from the lengths at run time; keys and
+    values of grouped queries are repeated.
 
     Raises:
         BitlowerError: the attention has dropout, no fixed scale, or heads that do not divide.
@@ -49,7 +50,8 @@ def expand_attention(node: fx.Node) -> None:
         scaled = call_like(node, aten.mul.Tensor, (scores, call.scale), scores_type)
         mask = _causal_mask(node, call) if call.is_causal else call.mask
         masked = _masked(node, scaled, mask, scores_type) if mask is not None else scaled
-        probs = call_like(node, aten.softmax.int, (masked, -1), scores_type)
+        softmax = aten.softmax.int if call.mask is None else aten._safe_softmax.default
+        probs = call_like(node, softmax, (masked, -1), scores_type)
         context = call_like(node, aten.matmul.default, (probs, value), node.meta["type"])
     node.replace_all_uses_with(context)
     node.graph.erase_node(node)
@@ -197,7 +199,7 @@ def _masked(node: fx.Node, scores: fx.Node, mask: fx.Node, kind: TensorType) -> 
     if mask.meta["type"].dtype is not torch.bool:
         return call_like(node, aten.add.Tensor, (scores, mask), kind)
     inverse = call_like(node, aten.logical_not.default, (mask,), mask.meta["type"])
-    return call_like(node, aten.masked_fill.Scalar, (scores, inverse, torch.finfo(kind.dtype).min), kind)
+    return call_like(node, aten.masked_fill.Scalar, (scores, inverse, -math.inf), kind)
 
 
 def _swap(kind: TensorType) -> TensorType:

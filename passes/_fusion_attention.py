@@ -101,8 +101,8 @@ def _is_trip(node: fx.Node) -> bool:
 
 
 def _fill(node: fx.Node) -> fx.Node | None:
-    """The bool mask, true where a score counts, if ``node`` gives all other scores the most negative number."""
-    if node.target is not aten.masked_fill.Scalar or node.args[2] != torch.finfo(torch.float32).min:
+    """The bool mask, true where a score counts, if ``node`` makes all other scores −∞."""
+    if node.target is not aten.masked_fill.Scalar or node.args[2] != -math.inf:
         return None
     inverse = operand(node, 1)
     return operand(inverse, 0) if inverse.target is aten.logical_not.default else None

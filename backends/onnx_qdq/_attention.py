@@ -33,7 +33,7 @@ def widen_mask(editor: Editor, node: ir.Node) -> str | None:
 
 
 def widen_rotary(editor: Editor, node: ir.Node) -> str | None:
-    """Give the tables of a rotary embedding one row a sequence: [1, length, half] is shared by the batch in torch alone.
+    """Give the tables of a rotary embedding one row a sequence; in torch the batch may share [1, length, half].
 
     ONNX's RotaryEmbedding takes tables of the batch of its input, where it is given no positions.
     """
@@ -56,7 +56,7 @@ def _rows(table: ir.Value) -> int | str | None:
 
 
 def _batched(editor: Editor, node: ir.Node, table: ir.Value, batch: int | str | None) -> ir.Value:
-    """``table`` [1, length, half] for each sequence of the batch of ``node``'s input; made once for all that read it."""
+    """``table`` [1, length, half] for each sequence of ``node``'s input; made once for all that read it."""
     for user, _ in table.uses():
         if is_op(user, "Expand") and batch is not None and _rows(user.outputs[0]) == batch:
             return user.outputs[0]

@@ -42,19 +42,30 @@ class CodeComparison:
     Args:
         program: each of its quantizers is in the model.
         path: the model.
+        optimized: what the runtime makes of it; its tensors are read now, not later.
         config: session configuration entries.
     """
 
-    def __init__(self, program: Program, path: Path, config: Mapping[str, str]) -> None:
+    def __init__(self, program: Program, path: Path, optimized: Path, config: Mapping[str, str]) -> None:
         self._program = program
         self._nodes = list(program.graph.find_nodes(op="call_function", target=ops.quantize))
         values = named_values(read_model(path).graph)
         self._sources = {node: quantizer_inputs(values[node.name]) for node in self._nodes}
         self.names = list(dict.fromkeys([*(n.name for n in self._nodes), *self._computed_parameters().values()]))
         floats = [source.x.name or "" for source in self._sources.values() if source is not None]
-        self._session = self._open(path, self.names, config)
+        self._session = self._open_deployed(optimized, config) or self._open(path, self.names, config)
         self._float_session = self._open(path, list(dict.fromkeys([*self.names, *floats])), config)
         self._tallies = {node: Tally() for node in self._nodes}
+
+    def _open_deployed(self, optimized: Path, config: Mapping[str, str]) -> Session | None:
+        """Gives the codes that the kernels of the deployed model compute, fused ones too; None if some are not there.
+
+        A further output of the model itself could keep the runtime from fusing what it belongs to.
+        """
+        known = named_values(read_model(optimized).graph)
+        if not self.names or not all(name in known for name in self.names):
+            return None
+        return Session(exposed(optimized, self.names), folder=optimized.parent, config=config, optimize=False)
 
     def _open(self, path: Path, names: list[str], config: Mapping[str, str]) -> Session | None:
         return Session(exposed(path, names), folder=path.parent, config=config) if names else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -68,27 +69,28 @@ class KernelReport:
 def inspect_kernels(
     program: Program,
     path: Path,
+    graph: ir.Graph,
     *,
     session_config: Mapping[str, str] | None = None,
     accuracy_level: int = FLOAT_ACTIVATIONS,
     split: Collection[str] = (),
 ) -> KernelReport:
-    """Load the model in ``path`` as users will and count the kernels.
+    """Count the kernels that the runtime runs.
 
     Args:
         program: what was exported.
         path: the model.
+        graph: what onnxruntime makes of it.
         session_config: session configuration entries.
         accuracy_level: of MatMulNBits that the export was asked for.
         split: the names of codes that the export multiplies with float activations as integers of several digits.
 
     Raises:
-        CheckError: the model does not load, or the runtime computes with 8-bit activations what the program (and the
-            model in the file) computes with float ones.
+        CheckError: the runtime computes with 8-bit activations what the program (and the model in the file) computes
+            with float ones.
     """
     expected, reasons = expected_kernels(program, split)
     config = session_config or {}
-    graph = optimized_graph(path, config)
     low_bit = sum(expected_low_bit(program, accuracy_level, split))
     report = count_kernels(graph, expected=expected, expected_low_bit=low_bit, reasons=reasons)
     if config.get(LEVEL_ENTRY) == str(ROUNDS_ACTIVATIONS):
@@ -104,8 +106,9 @@ def inspect_kernels(
     return report
 
 
-def optimized_graph(path: Path, session_config: Mapping[str, str]) -> ir.Graph:
-    """The graph that onnxruntime makes of ``path``; its large tensors are gone.
+@contextlib.contextmanager
+def optimized_model(path: Path, session_config: Mapping[str, str]) -> Iterator[Path]:
+    """The model that onnxruntime makes of ``path`` as users will load it, on the disk as long as it is needed.
 
     Raises:
         CheckError: the model does not load.
@@ -114,7 +117,7 @@ def optimized_graph(path: Path, session_config: Mapping[str, str]) -> ir.Graph:
     with scratch_folder() as folder:
         optimized = folder / "optimized.onnx"
         Session(path, config=session_config, optimized=optimized)
-        return read_model(optimized).graph
+        yield optimized
 
 
 def count_kernels(

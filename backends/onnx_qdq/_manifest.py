@@ -15,8 +15,8 @@ from typing import Any
 from bitlower.backends import _manifest
 from bitlower.backends._json import significant
 from bitlower.backends._selftest import run_selftest
-from bitlower.backends.onnx_qdq._kernels import KernelReport, count_kernels, optimized_graph
-from bitlower.backends.onnx_qdq._session import Session, runtime_versions
+from bitlower.backends.onnx_qdq._kernels import KernelReport, count_kernels, optimized_model
+from bitlower.backends.onnx_qdq._session import Session, read_model, runtime_versions
 from bitlower.backends.onnx_qdq._verification import Verification
 from bitlower.backends.onnx_qdq._verify import MODEL
 from bitlower.ir import CheckError, Program
@@ -93,11 +93,12 @@ def verify_artefact(folder: Path) -> ArtefactReport:
     files = _manifest.check_artefact(folder, (MODEL,))
     recorded = Verification.read(folder)
     path = folder / MODEL
-    kernels = count_kernels(
-        optimized_graph(path, recorded.session_config),
-        expected=recorded.kernels.expected,
-        expected_low_bit=recorded.kernels.expected_low_bit,
-    )
+    with optimized_model(path, recorded.session_config) as optimized:
+        kernels = count_kernels(
+            read_model(optimized).graph,
+            expected=recorded.kernels.expected,
+            expected_low_bit=recorded.kernels.expected_low_bit,
+        )
     _check_kernels(kernels, recorded)
     selftest = run_selftest(recorded.selftest, Session(path, config=recorded.session_config).run)
     return ArtefactReport(

@@ -64,6 +64,38 @@ def _is_rounded(product: ir.Node) -> bool:
     return is_op(source(product).producer(), "DequantizeLinear")
 
 
+_BEFORE_ROUNDING = frozenset({
+    "Clip", "Relu", "Reshape", "Transpose", "Slice", "Gather", "Unsqueeze", "Squeeze", "Flatten", "Expand", "Identity",
+})  # fmt: skip
+"""Operators that onnxruntime moves or drops in front of a QuantizeLinear."""
+
+
+def keep_apart(editor: Editor, node: ir.Node) -> str | None:
+    """Put a Sum of one operand, which copies, where onnxruntime would fuse quantizers into something with other codes.
+
+    It makes a QLinearSoftmax, which computes in fixed point, of a Softmax between DequantizeLinear and QuantizeLinear,
+    and one pair with other parameters of two pairs that follow one another.
+    """
+    if not is_op(node, "Softmax") and not is_op(node, "QuantizeLinear"):
+        return None
+    value = source(node)
+    above = value.producer()
+    while is_op(node, "QuantizeLinear") and above is not None and above.op_type in _BEFORE_ROUNDING:
+        above = source(above).producer()
+    if not is_op(above, "DequantizeLinear"):
+        return "what it reads is computed in float"
+    if is_op(node, "Softmax") and not _is_rounded_after(node.outputs[0]):
+        return "what it gives is not rounded"
+    node.replace_input_with(0, editor.emit(node, "Sum", [value], like=value))
+    return APPLIED
+
+
+def _is_rounded_after(value: ir.Value) -> bool:
+    users = [user for user, _ in value.uses()]
+    views = [user for user in users if user.op_type in _BEFORE_ROUNDING]
+    return any(is_op(u, "QuantizeLinear") for u in users) or any(_is_rounded_after(v.outputs[0]) for v in views)
+
+
 def strip(model: ir.Model) -> None:
     """Remove what the exporters noted: source lines with paths of this machine, and types of inner values."""
     kept = {*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}

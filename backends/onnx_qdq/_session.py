@@ -25,13 +25,14 @@ Array = np.ndarray[Any, Any]
 
 
 class Session:
-    """A model in onnxruntime on the CPU, with the runtime's default optimizations.
+    """A model in onnxruntime on the CPU.
 
     Args:
         model: a file, or a serialized model whose external data lie in ``folder``.
         folder: see ``model``; not needed for a file.
         config: session configuration entries by key.
         optimized: where to write the graph that the runtime runs; its tensors go to a file beside it.
+        optimize: with the runtime's default optimizations; without, as the graph stands.
 
     Raises:
         CheckError: the runtime does not take the model.
@@ -44,9 +45,10 @@ class Session:
         folder: Path | None = None,
         config: Mapping[str, str] | None = None,
         optimized: Path | None = None,
+        optimize: bool = True,
     ) -> None:
         try:
-            options = _options(folder, config or {}, optimized)
+            options = _options(folder, config or {}, optimized, optimize)
             source = model if isinstance(model, bytes) else str(model)
             self._session = onnxruntime.InferenceSession(source, options, providers=[PROVIDER])
         except Exception as error:
@@ -74,8 +76,12 @@ class Session:
         return dict(zip(names, values, strict=True))
 
 
-def _options(folder: Path | None, config: Mapping[str, str], optimized: Path | None) -> onnxruntime.SessionOptions:
+def _options(
+    folder: Path | None, config: Mapping[str, str], optimized: Path | None, optimize: bool
+) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     for key, value in config.items():
         options.add_session_config_entry(key, value)

@@ -22,10 +22,11 @@ from bitlower.backends._outputs import OutputComparison, OutputError
 from bitlower.backends._rounding import TIE
 from bitlower.backends._selftest import SelfTest, make_selftest, small_batch
 from bitlower.backends._steps import cached_steps, visible
+from bitlower.backends._unseen import Seen, describe_sizes
 from bitlower.backends.onnx_qdq._codes import CodeComparison
 from bitlower.backends.onnx_qdq._constants import check_constants, weights
 from bitlower.backends.onnx_qdq._float_noise import shaken
-from bitlower.backends.onnx_qdq._kernels import inspect_kernels
+from bitlower.backends.onnx_qdq._kernels import inspect_kernels, optimized_model
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS
 from bitlower.backends.onnx_qdq._session import Session, read_model, runtime_versions
 from bitlower.backends.onnx_qdq._verification import CodeError, Verification
@@ -61,7 +62,8 @@ def verify_export(
     """Check that ``folder/model.onnx`` computes what ``program`` does.
 
     Only one batch's values are held at a time, and the weights in float if they are not large. A decoder also decodes:
-    part of the first batch is run again in steps, the last of one token, with the keys and values of those before.
+    part of the first batch is run again in steps, the last of one token, with the keys and values of those before. At
+    the end there is a batch of sizes that neither the batches nor tracing had.
 
     Args:
         program: what was exported.
@@ -79,13 +81,20 @@ def verify_export(
     path, config = folder / MODEL, dict(session_config or {})
     constants = check_constants(program, read_model(path))
     _require(constants.problems)
-    kernels = inspect_kernels(program, path, session_config=config, accuracy_level=accuracy_level, split=split)
     floats = unpacked(program)
-    comparison = _Comparison(floats, path, config)
+    with optimized_model(path, config) as optimized:
+        graph = read_model(optimized).graph
+        kernels = inspect_kernels(
+            program, path, graph, session_config=config, accuracy_level=accuracy_level, split=split
+        )
+        comparison = _Comparison(floats, path, optimized, config)
+    seen = Seen(floats)
     for batch in _with_small_batch(floats, itertools.islice(batches, limit)):
         comparison.run(batch)
+        seen.add(batch)
     if comparison.selftest is None:
         raise BitlowerError("an export cannot be verified without a batch of inputs", hint="give at least one")
+    comparison.run_other(seen.other())
     verification = Verification(
         runtime=runtime_versions(),
         session_config=config,
@@ -106,13 +115,13 @@ def verify_export(
 class _Comparison:
     """All comparisons, summed over batches."""
 
-    def __init__(self, program: Program, path: Path, config: Mapping[str, str]) -> None:
+    def __init__(self, program: Program, path: Path, optimized: Path, config: Mapping[str, str]) -> None:
         self._program = program
         self._session = Session(path, config=config)
         for spec in program.outputs:
             if spec.name not in self._session.outputs:
                 raise CheckError(f"{path.name} has no output {spec.name!r}")
-        self.codes = CodeComparison(program, path, config)
+        self.codes = CodeComparison(program, path, optimized, config)
         self.outputs, self.exposing, self._noise = (OutputComparison(program) for _ in range(3))
         self.selftest: SelfTest | None = None
         self.batches = self.tokens = 0
@@ -123,13 +132,32 @@ class _Comparison:
         deployed = self._session.run(batch)
         run, shown = self.codes.run(batch), visible(self._program, batch)
         self.outputs.add(run.alone, deployed, shown)
-        self.outputs.add_given_codes(run.given_codes, run.runtime or deployed, shown)
+        self.outputs.add_given_codes(run.given_codes, deployed, shown)
         if not run.runtime and any(row.given_codes > OUTPUT_GIVEN_CODES for row in self.outputs.rows()):
             self._noise.add(run.alone, {k: v.numpy() for k, v in shaken(self._program, batch).items()}, shown)
         if run.runtime:
             self.exposing.add({name: torch.from_numpy(value) for name, value in deployed.items()}, run.runtime)
         self.selftest = self.selftest or make_selftest(batch, deployed)
         self.batches, self.tokens = self.batches + 1, self.tokens + next(iter(batch.values())).numel()
+
+    def run_other(self, batch: Batch | None) -> None:
+        """Compare a batch of sizes that tracing and the other batches did not have.
+
+        Raises:
+            CheckError: the Program or the model fails at these sizes, or an output has another shape.
+        """
+        if batch is None:
+            return
+        sizes = describe_sizes(self._program, batch)
+        try:
+            self.run(batch)
+        except CheckError as error:
+            raise CheckError(f"at {sizes}, which tracing and calibration did not have: {error}") from error
+        except (RuntimeError, IndexError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise CheckError(
+                f"the program itself fails at {sizes}, which tracing and calibration did not have: {reason}"
+            ) from error
 
     def limits(self) -> dict[str, float]:
         """The largest error of each output, given codes, over its standard deviation."""

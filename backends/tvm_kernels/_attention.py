@@ -16,7 +16,7 @@ from bitlower.backends.tvm_kernels._spec import FLOATS
 from bitlower.ir import Grid
 
 LEAST = -3.4028234663852886e38
-"""The most negative float32: what a masked score is where softmax is written out."""
+"""The most negative float32: a score below it is masked, and has no share."""
 OPERANDS = ("query", "key", "value")
 
 
@@ -31,7 +31,6 @@ class Attention:
         value_width: of values.
         factor: what scores are multiplied by.
         causal: mask keys that are later than the query, both counted from the start.
-        explicit: a masked score is :data:`LEAST`; else it has no share, and a row without keys gives zeros.
         joined: the result is ``[batch, queries, heads · width]``.
         query: the dtype of the queries, ``float32``, ``float16`` or that of codes.
         key: the dtype of the keys.
@@ -53,7 +52,6 @@ class Attention:
     value_width: int
     factor: float
     causal: bool = False
-    explicit: bool = False
     joined: bool = False
     query: str = "float32"
     key: str = "float32"
@@ -134,7 +132,7 @@ class Operands:
         if what.scored is not None:
             product = self.rounded("scores", what.scored, product)
         score = product * const(what.factor, product)
-        gone = const(LEAST if what.explicit else float("-inf"), product)
+        gone = const(float("-inf"), product)
         if what.causal:
             score = tirx.Select(key <= spread(place[2], product), score, gone)
         if not what.mask:

@@ -26,7 +26,6 @@ def convert_attention(call: Call) -> list[Any]:
         given,
         factor=float(given["factor"]),
         causal=bool(given.get("causal")),
-        explicit=bool(given.get("explicit")),
         joined=bool(given.get("heads")),
         scored=_grid(given.get("scores_grid")),
         probs=_grid(given.get("probs_grid")),

@@ -17,7 +17,6 @@ from bitlower.frontends import load
 from bitlower.ir import Program
 
 
-
 class Forms(nn.Module):
     """Attention in many forms over the same queries and keys, each an output of its own."""
 

@@ -19,8 +19,9 @@ from bitlower.backends.onnx_qdq._kernels import (
     expected_low_bit,
     float_reason,
     inspect_kernels,
-    optimized_graph,
+    optimized_model,
 )
+from bitlower.backends.onnx_qdq._session import read_model
 from bitlower.ir import CheckError, Granularity, Grid, Program, Quantizer, QuantSpec, ops
 from bitlower.passes import Context
 from bitlower.passes.quantize import Quantize
@@ -28,8 +29,13 @@ from bitlower.passes.quantize import Quantize
 LEVEL = "session.qdq_matmulnbits_accuracy_level"
 
 
+def inspect(program: Program, path: Path, config: dict[str, str] | None = None) -> KernelReport:
+    with optimized_model(path, config or {}) as optimized:
+        return inspect_kernels(program, path, read_model(optimized).graph, session_config=config)
+
+
 def test_integer_kernels_are_found(handmade, tmp_path: Path):
-    report = inspect_kernels(handmade.program, handmade.write(tmp_path) / "model.onnx")
+    report = inspect(handmade.program, handmade.write(tmp_path) / "model.onnx")
     assert report.integer == {"MatMulIntegerToFloat": 2}
     assert (report.expected, report.found, report.floating, report.fell_back) == (2, 2, {}, ())
     assert parsed(KernelReport, report.to_dict(), "kernels") == report
@@ -42,7 +48,7 @@ def test_what_fell_back_is_named(handmade, tmp_path: Path):
         next(n for n in model.graph.node if n.name == "Bias_up").op_type = "Add"
 
     path = handmade.write(tmp_path, edit) / "model.onnx"
-    report = inspect_kernels(handmade.program, path, session_config={LEVEL: "0"})
+    report = inspect(handmade.program, path, {LEVEL: "0"})
     assert (report.expected, report.found) == (2, 1)
     assert report.floating.get("Gemm", 0) + report.floating.get("MatMul", 0) == 1
     assert len(report.fell_back) == 1
@@ -76,23 +82,23 @@ def weight_only(folder: Path, *, explicit: bool = False) -> Path:
 def test_a_silent_downgrade_is_refused_and_its_remedy_works(tiny_program: Program, tmp_path: Path):
     path = weight_only(tmp_path)
     with pytest.raises(CheckError, match=f"rounds its float activations to 8 bits; set the session entry {LEVEL}"):
-        inspect_kernels(tiny_program, path)
-    report = inspect_kernels(tiny_program, path, session_config={LEVEL: "0"})
+        inspect(tiny_program, path)
+    report = inspect(tiny_program, path, {LEVEL: "0"})
     assert list(report.low_bit_weights.values()) == [1]
     assert "accuracy_level=0" in next(iter(report.low_bit_weights))
 
 
 def test_what_the_model_asks_for_is_no_downgrade(tiny_program: Program, tmp_path: Path):
-    report = inspect_kernels(tiny_program, weight_only(tmp_path, explicit=True))
+    report = inspect(tiny_program, weight_only(tmp_path, explicit=True))
     assert report.low_bit_weights == {"bits=8 accuracy_level=4": 1}
 
 
-def test_a_model_that_does_not_load_is_refused(tmp_path: Path):
+def test_a_model_that_does_not_load_is_refused(tiny_program: Program, tmp_path: Path):
     graph = helper.make_graph([helper.make_node("NoSuchOperator", [], ["y"])], "g", [], [])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(CheckError, match=r"onnxruntime does not load model\.onnx: .*NoSuchOperator"):
-        optimized_graph(tmp_path / "model.onnx", {})
+        inspect(tiny_program, tmp_path / "model.onnx")
 
 
 def test_a_float_program_expects_nothing(tiny_program: Program):

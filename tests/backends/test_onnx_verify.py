@@ -131,11 +131,11 @@ def test_a_right_model_passes_with_all_figures(handmade, tmp_path: Path):
     result = verify_export(handmade.program, handmade.write(tmp_path), handmade.batches)
     assert [row.name for row in result.quantized] == ["x_codes", "act_codes"]
     first, second = result.quantized
-    assert (first.tensor, first.role, first.codes) == ("x", "linear-input", (2 + 7 + 64 + 5) * 8)
+    assert (first.tensor, first.role, first.codes) == ("x", "linear-input", (2 + 7 + 64 + 5 + 3) * 8)
     assert (first.equal, first.off_by_one, first.worst, first.exact) == (1.0, 0.0, 0, 1.0)
     assert second.exact == 1.0
     assert second.excess <= second.tie == pytest.approx(2e-5 * 255)
-    assert (result.batches, result.tokens) == (4, (2 + 7 + 64 + 5) * 8)
+    assert (result.batches, result.tokens) == (5, (2 + 7 + 64 + 5 + 3) * 8)
     assert result.constants == {"tensors": 2, "codes": 256}
     assert result.exposing == 0
     assert (result.kernels.expected, result.kernels.found) == (2, 2)
@@ -147,7 +147,12 @@ def test_figures_are_those_of_numpy(handmade, tmp_path: Path):
     edit = tensor("down.bias", lambda a: a + np.float32(2e-5))
     [row] = verify_export(handmade.program, handmade.write(tmp_path, edit), handmade.batches[1:2]).outputs
     small = handmade.batches[1]["x"][:2]
-    ours = handmade.program(x=torch.cat([small, handmade.batches[1]["x"]]))["y"].detach().double().numpy()
+    ours = (
+        handmade.program(x=torch.cat([small, handmade.batches[1]["x"], handmade.batches[1]["x"][:3]]))["y"]
+        .detach()
+        .double()
+        .numpy()
+    )
     assert row.mean == pytest.approx(2e-5, rel=0.05)
     assert row.relative == pytest.approx(row.worst / ours.std(), rel=1e-6)
     assert row.given_codes == pytest.approx(row.relative, rel=1e-6)
@@ -160,7 +165,21 @@ def test_batches_are_limited_and_read_one_at_a_time(handmade, tmp_path: Path):
         yield handmade.batches[2]
         pytest.fail("a batch too many was read")
 
-    assert verify_export(handmade.program, handmade.write(tmp_path), given(), limit=2).batches == 3
+    assert verify_export(handmade.program, handmade.write(tmp_path), given(), limit=2).batches == 4
+
+
+def test_a_model_that_has_the_sizes_of_its_batches_baked_in_is_refused(handmade, tmp_path: Path):
+    """All batches have two rows, and so has the part of the first that is kept."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        next(n for n in model.graph.node if n.name == "Bias_down").output[0] = "y_before"
+        model.graph.initializer.append(numpy_helper.from_array(np.array([2, 8], np.int64), "rows"))
+        model.graph.node.append(helper.make_node("Reshape", ["y_before", "rows"], ["y"], name="Baked"))
+
+    two = [{"x": batch["x"][:2]} for batch in handmade.batches]
+    assert verify_export(handmade.program, handmade.write(tmp_path / "right"), two).batches == 5
+    with pytest.raises(CheckError, match=r"at batch 3, which tracing and calibration did not have: .*(Baked|Reshape)"):
+        verify_export(handmade.program, handmade.write(tmp_path / "wrong", edit), two)
 
 
 def test_no_batch_is_bad_input(handmade, tmp_path: Path):

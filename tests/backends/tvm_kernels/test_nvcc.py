@@ -72,9 +72,7 @@ ATTENTION = {
     "grouped-128-f16": replace(
         HEADS, heads=32, groups=8, width=128, value_width=128, spread=(True, True, True, False), **HALVES
     ),
-    "codes": replace(
-        HEADS, explicit=True, scored=UINT8, probs=UINT8, query="uint8", key="uint8", value="uint8", output=UINT8
-    ),
+    "codes": replace(HEADS, scored=UINT8, probs=UINT8, query="uint8", key="uint8", value="uint8", output=UINT8),
 }
 needs_nvcc = pytest.mark.skipif(bool(MISSING), reason=f"CUDA kernels are NOT compiled: no {', '.join(MISSING)}")
 

@@ -14,7 +14,7 @@ pytest.importorskip("tvm", reason="the extra tvm is not installed")
 import tvm
 
 from bitlower.backends.tvm_kernels import Target, _gpu_attention, _relax_attention_kernel, host_target
-from bitlower.backends.tvm_kernels._attention import LEAST, OPERANDS, Attention
+from bitlower.backends.tvm_kernels._attention import OPERANDS, Attention
 from bitlower.backends.tvm_kernels._cpu_frame import tvm_target
 from bitlower.ir import Grid
 
@@ -39,14 +39,14 @@ CASES = {
         output=UINT8, scales=128,
     ),
     "rounded": Attention(
-        heads=2, groups=2, width=16, value_width=16, factor=0.25, explicit=True, mask="bool",
+        heads=2, groups=2, width=16, value_width=16, factor=0.25, mask="bool",
         spread=(False, True, True, False), scored=UINT8, probs=UINT8, output=UINT8,
     ),
     "places": Attention(
         heads=4, groups=2, width=16, value_width=16, factor=0.25, joined=True, places=((96, 8), (96, 48), None)
     ),
     "bytes": Attention(
-        heads=4, groups=2, width=72, value_width=40, factor=0.25, explicit=True, joined=True, mask="bool",
+        heads=4, groups=2, width=72, value_width=40, factor=0.25, joined=True, mask="bool",
         spread=(False, True, True, False), scored=UINT8, probs=UINT8, output=UINT8,
         query="uint8", key="uint8", value="uint8", places=(None, (160, 16), (100, 20)),
     ),
@@ -81,7 +81,7 @@ def reference(what: Attention, given: dict[str, np.ndarray]) -> np.ndarray:
     query, key, value = (real(what, given, name) for name in OPERANDS)
     scores = query @ key.swapaxes(2, 3)
     scores = (rounding(scores, "scores") if what.scored else scores) * what.factor
-    gone = LEAST if what.explicit else -np.inf
+    gone = -np.inf
     if what.causal:
         scores = np.where(np.tri(*scores.shape[2:], dtype=bool), scores, gone)
     if what.mask:

@@ -1,0 +1,91 @@
+"""A batch of sizes that neither tracing nor the batches at hand have had: what was baked in by them shows there."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+
+from bitlower.ir import Batch, BitlowerError, Program
+
+_ROWS = (3, 4, 5, 7)
+_LENGTHS = (7, 5, 9, 11, 13, 15, 17, 19, 23, 29)
+"""Sizes to choose from, for the dimension ``batch`` and for others; no graph is traced with one of them."""
+_SUM = " + "
+
+
+class Seen:
+    """The sizes that a Program's symbolic dimensions have had, and a batch of others.
+
+    Args:
+        program: what the batches are for.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._sizes: dict[str, set[int]] = defaultdict(set)
+        self._last: Batch = {}
+
+    def add(self, batch: Batch) -> None:
+        """Note the sizes of a batch."""
+        self._last = batch
+        for name, size in _sizes(self._program, self._program.complete(batch)).items():
+            self._sizes[name].add(size)
+
+    def other(self) -> Batch | None:
+        """Rows and tokens of the last batch, cut or repeated; each symbolic dimension has a size that is new.
+
+        Sizes that the Program does not take are left out. None if no dimension can have a new one.
+        """
+        wanted: dict[str, int] = {}
+        for name in self._sizes:
+            for size in _ROWS if name == "batch" else _LENGTHS:
+                if size not in self._sizes[name] and self._takes({**wanted, name: size}, name):
+                    wanted[name] = size
+                    break
+        return self._resized(wanted) if wanted else None
+
+    def _takes(self, wanted: Mapping[str, int], name: str) -> bool:
+        """Whether the Program takes these sizes, and pads ``name`` to none that was seen."""
+        try:
+            batch = self._program.complete(self._resized(wanted))
+        except BitlowerError:
+            return False
+        return _sizes(self._program, batch).get(name) not in self._sizes[name]
+
+    def _resized(self, wanted: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """The last batch in other sizes; a past is left out, and so is empty."""
+        found = {}
+        for spec in self._program.inputs:
+            if "past" in spec.type.shape or spec.name not in self._last:
+                continue
+            tensor = self._last[spec.name]
+            for axis, dim in enumerate(spec.type.shape):
+                size = _wanted(dim, wanted)
+                if size is not None and tensor.shape[axis]:
+                    tensor = tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
+            found[spec.name] = tensor
+        return found
+
+
+def describe_sizes(program: Program, batch: Batch) -> str:
+    """The sizes of a batch's symbolic dimensions, in words."""
+    return ", ".join(f"{name} {size}" for name, size in sorted(_sizes(program, batch).items()))
+
+
+def _wanted(dim: int | str, wanted: Mapping[str, int]) -> int | None:
+    """The size of a dimension: that of its part, for ``past + sequence``, where the past is empty."""
+    parts = [wanted[part] for part in dim.split(_SUM) if part in wanted] if isinstance(dim, str) else []
+    return sum(parts) if parts else None
+
+
+def _sizes(program: Program, batch: Batch) -> dict[str, int]:
+    """The sizes of symbolic dimensions that stand alone in an input, but for that of a past."""
+    return {
+        dim: batch[spec.name].shape[axis]
+        for spec in program.inputs
+        if spec.name in batch and "past" not in spec.type.shape
+        for axis, dim in enumerate(spec.type.shape)
+        if isinstance(dim, str) and _SUM not in dim
+    }
