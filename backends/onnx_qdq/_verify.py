@@ -88,13 +88,7 @@ def verify_export(
             program, path, graph, session_config=config, accuracy_level=accuracy_level, split=split
         )
         comparison = _Comparison(floats, path, optimized, config)
-    seen = Seen(floats)
-    for batch in _with_small_batch(floats, itertools.islice(batches, limit)):
-        comparison.run(batch)
-        seen.add(batch)
-    if comparison.selftest is None:
-        raise BitlowerError("an export cannot be verified without a batch of inputs", hint="give at least one")
-    comparison.run_other(seen.other())
+    selftest = comparison.run_all(itertools.islice(batches, limit))
     verification = Verification(
         runtime=runtime_versions(),
         session_config=config,
@@ -105,7 +99,7 @@ def verify_export(
         constants={"tensors": constants.tensors, "codes": constants.codes},
         exposing=max((row.worst for row in comparison.exposing.rows()), default=0.0),
         kernels=kernels,
-        selftest=comparison.selftest,
+        selftest=selftest,
     )
     outputs = _output_problems(verification.outputs, comparison.limits(), rounds=kernels.rounds_activations)
     _require([*_code_problems(verification.quantized), *outputs])
@@ -123,8 +117,24 @@ class _Comparison:
                 raise CheckError(f"{path.name} has no output {spec.name!r}")
         self.codes = CodeComparison(program, path, optimized, config)
         self.outputs, self.exposing, self._noise = (OutputComparison(program) for _ in range(3))
-        self.selftest: SelfTest | None = None
+        self._selftest: SelfTest | None = None
         self.batches = self.tokens = 0
+
+    def run_all(self, batches: Iterable[Batch]) -> SelfTest:
+        """Compare a part of the first batch, all of them, and one of other sizes; the self-test.
+
+        Raises:
+            BitlowerError: there is no batch.
+            CheckError: the model fails, or an output has another shape.
+        """
+        seen = Seen(self._program)
+        for batch in _with_small_batch(self._program, batches):
+            self.run(batch)
+            seen.add(batch)
+        if self._selftest is None:
+            raise BitlowerError("an export cannot be verified without a batch of inputs", hint="give at least one")
+        self._run_other(seen.other())
+        return self._selftest
 
     def run(self, batch: Batch) -> None:
         """Compare one batch; the first becomes the self-test."""
@@ -137,15 +147,11 @@ class _Comparison:
             self._noise.add(run.alone, {k: v.numpy() for k, v in shaken(self._program, batch).items()}, shown)
         if run.runtime:
             self.exposing.add({name: torch.from_numpy(value) for name, value in deployed.items()}, run.runtime)
-        self.selftest = self.selftest or make_selftest(batch, deployed)
+        self._selftest = self._selftest or make_selftest(batch, deployed)
         self.batches, self.tokens = self.batches + 1, self.tokens + next(iter(batch.values())).numel()
 
-    def run_other(self, batch: Batch | None) -> None:
-        """Compare a batch of sizes that tracing and the other batches did not have.
-
-        Raises:
-            CheckError: the Program or the model fails at these sizes, or an output has another shape.
-        """
+    def _run_other(self, batch: Batch | None) -> None:
+        """Compare a batch of sizes that tracing and the other batches did not have."""
         if batch is None:
             return
         sizes = describe_sizes(self._program, batch)

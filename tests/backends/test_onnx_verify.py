@@ -15,6 +15,7 @@ from onnx import helper, numpy_helper
 
 from bitlower.backends._rounding import Rounding
 from bitlower.backends.onnx_qdq._codes import CodeComparison
+from bitlower.backends.onnx_qdq._kernels import optimized_model
 from bitlower.backends.onnx_qdq._lower import lower
 from bitlower.backends.onnx_qdq._tally import Tally
 from bitlower.backends.onnx_qdq._verification import Verification
@@ -312,7 +313,8 @@ def test_the_program_is_run_on_the_codes_that_the_runtime_gave(handmade, tmp_pat
 
     other_bias = tensor("up.bias", lambda a: a + np.float32(0.04))
     batch, folder = handmade.batches[1], handmade.write(tmp_path, other_bias)
-    comparison = CodeComparison(handmade.program, folder / "model.onnx", {})
+    with optimized_model(folder / "model.onnx", {}) as optimized:
+        comparison = CodeComparison(handmade.program, folder / "model.onnx", optimized, {})
     run = comparison.run(batch)
 
     session = onnxruntime.InferenceSession(handmade.write(tmp_path / "codes", other_bias, read_codes) / "model.onnx")
