@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from bitlower.ir import BitlowerError, Level
+from bitlower.ir import BitlowerError, Level, Program
+from bitlower.ir.diagnostics import shorten
 from bitlower.passes._base import Contract, Pass
-from bitlower.passes._faults import pass_name
+from bitlower.passes._faults import blamed, pass_name, source_of
 
 _DECLARED = ("name", "requires", "ensures", "contract", "preserves")
 
@@ -41,6 +42,20 @@ def check_declared(pass_: Pass) -> None:
 def declared(pass_: Pass) -> dict[str, Any]:
     """All that ``pass_`` declares, by name."""
     return {name: getattr(pass_, name) for name in _DECLARED}
+
+
+def data_runs(pass_: Pass, program: Program) -> int:
+    """How often ``pass_`` says that it runs ``program`` over all calibration data.
+
+    Raises:
+        BitlowerError: it cannot say, or says nonsense.
+    """
+    what = f"pass {pass_name(pass_)!r} cannot say how often it runs over the data"
+    with blamed(what, source_of(type(pass_))):
+        count: object = pass_.data_runs(program)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise BitlowerError(f"{what}: {shorten(repr(count))} is no number of runs")
+    return count
 
 
 def _is_set_of(value: object, kind: type) -> bool:

@@ -30,6 +30,7 @@ from bitlower.ir import Program, get_tensor
 from bitlower.ir.dataflow import activation_operand, linears, parameter_of, weight_operand
 from bitlower.ir.storage import is_mapped
 from bitlower.passes import Contract, Pass
+from bitlower.passes._declared import data_runs
 from bitlower.passes.adaround import Adaround
 from bitlower.passes.gptq import Gptq
 from bitlower.tools._calibration import HELD_OUT_TEXTS, HELD_OUT_WINDOWS, TEXTS, Amount
@@ -110,7 +111,7 @@ class Costs:
     @property
     def runs(self) -> int:
         """How often passes run the program over all calibration data."""
-        return sum(pass_.data_runs(self.placed) for pass_ in self.passes)
+        return sum(data_runs(pass_, self.placed) for pass_ in self.passes)
 
     def peak_bytes(self) -> int:
         """Of resident memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitlower.backends._manifest import check_artefact, check_if_artefact, is_artefact
+from bitlower.backends._outputs import OutputError
 from bitlower.backends._schema import parsed
 from bitlower.backends._selftest import SelfTest, make_selftest, run_selftest
 from bitlower.backends.onnx_qdq._manifest import verify_artefact
@@ -253,3 +255,36 @@ def test_verify_ends_in_one_line_whatever_a_backend_raises(artefact: Path, monke
     monkeypatch.setattr("bitlower.backends.onnx_qdq.verify", fail)
     with pytest.raises(CheckError, match=r"copy is damaged: MemoryError: too much$"):
         _backends.verify_artefact(artefact)
+
+
+def kinds() -> dict[str, Any]:
+    """A record of every kind, made by hand."""
+    pytest.importorskip("tvm")
+    from bitlower.backends.checkpoint import _verification as checkpoint
+    from bitlower.backends.tvm_kernels import _files
+    from bitlower.backends.tvm_kernels import _verification as library
+
+    layer = checkpoint.LayerCheck("a.b", 4, 64, 0.25, 0, {"codes": "00"})
+    output = checkpoint.OutputCheck("logits", 0.5, 0.125, 0.5, 1.0, 0.25)
+    kernel = library.KernelError("fused_linear", 2, 64, 0.5, 64, 1.0, 0.5, 0.0, 0.0)
+    error = OutputError("logits", 0.5, 0.125, 0.5, 1.0, 0.25)
+    value = _files.Value("x", "float32", ("batch", 8))
+    return {
+        "checkpoint": checkpoint.Verification("gptq-v2", "float16", 1, 8, (layer,), 0.0, (output,), {"torch": "2"}),
+        "library": library.Verification({"target": "llvm"}, 1, 8, (error,), (kernel,), 0.0, selftest()),
+        "signature": _files.Signature(_files.Target.LLVM, "", "other", (value,), (value,)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "library", "signature"])
+def test_every_entry_of_a_record_is_held_to_its_type(kind: str) -> None:
+    record = kinds()[kind]
+    form = record.to_dict() if hasattr(record, "to_dict") else dataclasses.asdict(record)
+    form = json.loads(json.dumps(form))
+    assert parsed(type(record), form, "record") == record
+    for field in dataclasses.fields(record):
+        for wrong in ({"a": []}, [[]], None):
+            with pytest.raises(CheckError, match=rf"^record is damaged: {field.name}[.:]"):
+                parsed(type(record), form | {field.name: wrong}, "record")
+        with pytest.raises(CheckError, match=f"^record is damaged: {field.name}: field required$"):
+            parsed(type(record), {key: value for key, value in form.items() if key != field.name}, "record")

@@ -19,6 +19,7 @@ import torch
 from bitlower.ir import BitlowerError, Program, TensorType, get_tensor, set_tensor, verifier
 from bitlower.passes import Context, Ledger, Pass, PassManager, load_plugin, make_pass, parse_pipeline
 from bitlower.passes import _registry as registry
+from bitlower.passes._declared import data_runs
 
 Run = Callable[[Program, Context], Any]
 
@@ -255,6 +256,22 @@ def test_what_a_pass_sets_by_hand_is_checked_before_any_work(
 def test_what_is_no_pass_is_refused(tiny_program: Program, context: Context) -> None:
     with pytest.raises(BitlowerError, match=r"str is no pass; derive from bitlower\.Pass"):
         PassManager(["clean"]).run(tiny_program, context)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (raising(SystemExit(0)), r"pass 'bad' cannot say how often it runs over the data: SystemExit: 0 at"),
+        (lambda *_: "often", r"pass 'bad' cannot say how often .*: 'often' is no number of runs"),
+        (lambda *_: -1, r"pass 'bad' cannot say how often .*: -1 is no number of runs"),
+    ],
+)
+def test_a_pass_that_cannot_count_its_runs_is_named(
+    tiny_program: Program, monkeypatch: pytest.MonkeyPatch, count: Run, message: str
+) -> None:
+    monkeypatch.setattr(Bad, "data_runs", count)
+    with pytest.raises(BitlowerError, match=message):
+        data_runs(Bad(), tiny_program)
 
 
 PLUGIN = """
