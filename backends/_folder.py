@@ -4,47 +4,42 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from bitlower.ir import BitlowerError, Program
+from bitlower.ir.assets import is_inside, read_assets
 from bitlower.ir.files import reason
 from bitlower.ir.json_files import read_json
 
 CONFIG = "config.json"
 RESERVED = (CONFIG, "manifest.json", "verification.json", "ledger.json", "recipe.yaml")
 """Names that are ours in every artefact."""
-_TOKENIZER_FILES = (
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-)
 
 
 def write_assets(program: Program, folder: Path, reserved: Collection[str]) -> list[str]:
-    """Write the tokenizer's files; their names.
+    """Write what lies beside the model, such as its tokenizer's files; their names.
 
     Raises:
         BitlowerError: a file would lie outside the folder, or over one of ours or of ``reserved``.
     """
     for name, data in sorted(program.assets.items()):
-        if PurePath(name).name != name or name in (".", "..", *RESERVED, *reserved):
+        if not is_inside(name) or name in (*RESERVED, *reserved):
             raise BitlowerError(f"the file {name!r} of the model cannot lie in an artefact")
-        temporary = folder / f".{name}.partial"
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.partial")
         try:
             temporary.write_bytes(data)
             flush(temporary)
-            temporary.replace(folder / name)
+            temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
     return sorted(program.assets)
 
 
 def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The model's configuration, and the tokenizer's files by name.
+    """The model's configuration, and the files beside it that go along with it, by name.
 
     Raises:
         BitlowerError: there is no configuration.
@@ -53,8 +48,7 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         config = read_json(folder / CONFIG, finite=False)
     except (OSError, ValueError) as error:
         raise BitlowerError(f"{folder} holds no readable {CONFIG}: {reason(error)}") from None
-    files = sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)})
-    return config, {path.name: path.read_bytes() for path in files}
+    return config, read_assets(folder)
 
 
 def sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:

@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitlower.frontends._beside import check_generation, check_tokens, plain_config
 from bitlower.frontends._gguf_header import NotGgufError, read_gguf_header
 from bitlower.frontends._promises import Held, check_numbers, check_skeleton
+from bitlower.frontends._tokenizer import from_files
 from bitlower.frontends._weights import quiet
 from bitlower.frontends.huggingface import PreTrained
 from bitlower.ir import BitlowerError
+from bitlower.ir.assets import read_assets
 from bitlower.ir.files import reason
 from bitlower.ir.scratch import scratch_folder
 
@@ -38,7 +41,8 @@ def load_gguf(path: Path, task: str | None = None) -> PreTrained:
 
     Raises:
         BitlowerError: a package for reading such files is not installed, the file is damaged or of an architecture
-            that transformers does not read, or the task is another than text generation.
+            that transformers does not read, its tokenizer has tokens that its embedding has not, or the task is
+            another than text generation.
     """
     if task not in (None, _TASK):
         raise BitlowerError(f"{path} holds a causal language model, which does no {task}", hint=f"the task is {_TASK}")
@@ -60,7 +64,9 @@ def load_gguf(path: Path, task: str | None = None) -> PreTrained:
             hint="fetch the file again, or convert it to safetensors",
         ) from None
     _check_weights(path, model)
-    return PreTrained(model, _TASK, assets, str(path))
+    tokenizer = from_files(tuple(sorted(assets.items())), json.dumps(plain_config(model)), str(path))
+    notes = check_tokens(tokenizer, model, _TASK, str(path)) + check_generation(assets, model, str(path))
+    return PreTrained(model, _TASK, assets, str(path), tuple(notes))
 
 
 def _check_header(path: Path) -> Held:
@@ -117,7 +123,7 @@ def _tokenizer_files(path: Path, model: PreTrainedModel) -> dict[str, bytes]:
     )
     with scratch_folder() as folder:
         tokenizer.save_pretrained(folder)
-        files = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+        files = read_assets(folder)
     files["tokenizer_config.json"] = _portable(files["tokenizer_config.json"])
     if model.generation_config is not None:
         files["generation_config.json"] = model.generation_config.to_json_string().encode()

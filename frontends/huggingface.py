@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitlower.frontends._beside import check_padding, collect, plain_config
 from bitlower.frontends._context import context_length, stated_length
 from bitlower.frontends._decoder import Signature
 from bitlower.frontends._trace import check_replay, evaluating, explain_failure, releasing, to_program
@@ -31,10 +31,6 @@ _ARCHITECTURES = {
     "ForSequenceClassification": "text-classification",
     "Model": "feature-extraction",
 }
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
-    "added_tokens.json", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 _TRACE_SHAPE = (2, 10)
 _REPLAY_SHAPE = (1, 7)
 _DECODER_TRACE_SHAPE = {"batch": 2, "past": 5, "sequence": 3}
@@ -49,6 +45,7 @@ class PreTrained:
     task: str | None = None
     assets: dict[str, bytes] = field(default_factory=dict)
     source: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def is_huggingface(model: torch.nn.Module) -> bool:
@@ -63,15 +60,18 @@ def load_folder(folder: Path, *, task: str | None = None, source: str = "", mapp
 
     Raises:
         BitlowerError: weights are missing, truncated or mis-shaped, the configuration asks for remote code, the task is
-            unknown, or the model cannot be traced.
+            unknown, the tokenizer has tokens that the model has not, or the model cannot be traced.
+        CheckError: the tokenizer reads files that do not go along.
     """
-    architectures = read_json(folder / "config.json").get("architectures")
+    config = read_json(folder / "config.json")
+    check_padding(config, source or str(folder))
+    architectures = config.get("architectures")
     listed = architectures if isinstance(architectures, list) else []
     task = task or _task_of([shorten(name) for name in listed if isinstance(name, str)], f"{folder}: ")
     _check_task(task)
     model = load_weights(folder, task, TASKS[task], mapped=mapped)
-    assets = {name: (folder / name).read_bytes() for name in _TOKENIZER_FILES if (folder / name).is_file()}
-    return trace_model(PreTrained(model, task, assets, source or str(folder)))
+    assets, notes = collect(folder, model, task, source or str(folder))
+    return trace_model(PreTrained(model, task, assets, source or str(folder), tuple(notes)))
 
 
 def trace_model(pretrained: PreTrained, *, example_inputs: Mapping[str, torch.Tensor] | None = None) -> Program:
@@ -101,9 +101,9 @@ def _trace(
         program = _trace_decoder(model)
     else:
         program = _trace_encoder(model, task, example_inputs)
-    program.config = json.loads(model.config.to_json_string(use_diff=False))
-    program.config.pop("_name_or_path", None)
+    program.config = plain_config(model)
     program.assets = dict(pretrained.assets)
+    program.notes = (*pretrained.notes, *program.notes)
     program.source = pretrained.source or type(model).__name__
     program.context_length = context_length(program, stated_length(model.config))
     return program

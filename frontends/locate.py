@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from bitlower.ir import BitlowerError, nearest
+from bitlower.ir.assets import transformer_folder
 
 GGUF = ".gguf"
 _PREFIX = "package:"
@@ -14,6 +15,8 @@ _PREFIX = "package:"
 
 def locate(model: str | os.PathLike[str]) -> Path:
     """The folder that holds ``config.json``, or the GGUF file; an installed package is searched and never imported.
+
+    That of a sentence-transformers model may be the folder of its transformer (``0_Transformer``).
 
     Raises:
         BitlowerError: no such folder, file or package, no configuration in it, or several GGUF files.
@@ -30,6 +33,8 @@ def locate(model: str | os.PathLike[str]) -> Path:
         )
     if (folder / "config.json").is_file():
         return folder
+    if (inner := transformer_folder(folder)) is not None:
+        return inner
     return _only_gguf(sorted(folder.glob(f"*{GGUF}")), f"{name!r} holds no config.json")
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import torch
 
+from bitlower.frontends._tokenizer import check_same_tokens, load_tokenizer, tokenizer_of
 from bitlower.ir import BitlowerError, Program
-from bitlower.ir.scratch import scratch_folder
+from bitlower.ir.assets import is_tokenizer
 
 
 def batches(
@@ -30,7 +30,8 @@ def batches(
         batch_size: texts in a batch.
 
     Raises:
-        BitlowerError: the program has no tokenizer that can pad, there is no text, or the numbers make no sense.
+        BitlowerError: the program has no tokenizer that can pad, there is no text, the model does not know a token, or
+            the numbers make no sense.
     """
     if not texts:
         raise BitlowerError("there is no text to tokenize")
@@ -40,7 +41,7 @@ def batches(
         raise BitlowerError(
             f"batches of {batch_size} texts of {max_length} tokens make no sense", hint="take 1 and 4 at least"
         )
-    tokenizer = _padding_tokenizer(program)
+    tokenizer = tokenizer_of(program, pads=True)
     limit = min(max_length, program.context_length or max_length, tokenizer.model_max_length)
     names = [spec.name for spec in program.inputs]
     result = []
@@ -53,8 +54,25 @@ def batches(
         )  # fmt: skip
         if "position_ids" in names:
             encoded["position_ids"] = positions(encoded["attention_mask"])
+        _check_ids(program, encoded["input_ids"])
         result.append({name: encoded[name].contiguous() for name in names if name in encoded})
     return result
+
+
+def _check_ids(program: Program, ids: torch.Tensor) -> None:
+    """See that the model knows the tokens ``ids``.
+
+    Raises:
+        BitlowerError: one is beyond its vocabulary.
+    """
+    entries, largest = program.config.get("vocab_size"), int(ids.max()) if ids.numel() else 0
+    if isinstance(entries, int) and largest >= entries:
+        token = tokenizer_of(program).convert_ids_to_tokens(largest) if program.assets else ""
+        raise BitlowerError(
+            f"the texts hold the token {token!r} ({largest}), {program.source or 'the model'} has {entries} tokens (0 "
+            f"to {entries - 1})",
+            hint="take the token out of the texts, or name another padding token in tokenizer_config.json",
+        )
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
@@ -68,7 +86,7 @@ def token_ids(program: Program, text: str) -> torch.Tensor:
     Raises:
         BitlowerError: the program has no tokenizer, or the text has no token.
     """
-    encoded = _tokenizer(program)(text, verbose=False)["input_ids"]
+    encoded = tokenizer_of(program)(text, verbose=False)["input_ids"]
     if not encoded:
         raise BitlowerError("there is no text to tokenize")
     return torch.tensor(encoded, dtype=torch.int64)
@@ -80,16 +98,17 @@ def decode(program: Program, ids: Sequence[int]) -> str:
     Raises:
         BitlowerError: the program has no tokenizer.
     """
-    return str(_tokenizer(program).decode(list(ids), skip_special_tokens=True))
+    return str(tokenizer_of(program).decode(list(ids), skip_special_tokens=True))
 
 
 def windows(program: Program, ids: torch.Tensor, *, batch_size: int = 1) -> list[dict[str, torch.Tensor]]:
     """Rows of equal length, ``[count, length]``, as input batches without padding; ``batch_size`` rows in each.
 
     Raises:
-        BitlowerError: the model takes fewer tokens than a row has.
+        BitlowerError: the model takes fewer tokens than a row has, or does not know one of them.
     """
     check_length(program, ids.shape[1])
+    _check_ids(program, ids)
     names = [spec.name for spec in program.inputs]
     result = []
     for rows in torch.split(ids, batch_size):
@@ -118,6 +137,21 @@ def random_windows(
     return windows(program, torch.randint(entries, (count, length), generator=torch.Generator().manual_seed(seed)))
 
 
+def check_tokenizer(program: Program, folder: Path) -> None:
+    """See that the tokenizer that a backend wrote into ``folder``, if it did, gives the tokens of the program's own.
+
+    Raises:
+        CheckError: it does not, for one of a few texts of many scripts, or it has another chat template.
+    """
+    if not any((folder / name).is_file() for name in program.assets if is_tokenizer(name)):
+        return
+    try:
+        own = tokenizer_of(program)
+    except BitlowerError:
+        return  # the frontend noted that it cannot be loaded here
+    check_same_tokens(load_tokenizer(folder, str(folder)), own, "the tokenizer of the artefact")
+
+
 def check_length(program: Program, length: int) -> None:
     """See that the model takes ``length`` tokens at once.
 
@@ -129,33 +163,3 @@ def check_length(program: Program, length: int) -> None:
         raise BitlowerError(
             f"windows of {length} tokens do not fit the model", hint=f"it takes 2 to {max(longest, 2)} tokens"
         )
-
-
-def _padding_tokenizer(program: Program) -> Any:
-    tokenizer = _tokenizer(program)
-    if tokenizer.pad_token is None and program.task == "text-generation":
-        tokenizer.pad_token = tokenizer.eos_token  # masked, so that any token will do
-    if tokenizer.pad_token is None:
-        raise BitlowerError(
-            f"the tokenizer of {program.source} has no padding token", hint="name one in tokenizer_config.json"
-        )
-    return tokenizer
-
-
-def _tokenizer(program: Program) -> Any:
-    from transformers import AutoTokenizer
-
-    if not program.assets:
-        raise BitlowerError(
-            f"{program.source or 'the model'} has no tokenizer files",
-            hint="put tokenizer.json beside config.json, or give batches of tensors",
-        )
-    with scratch_folder() as folder:
-        for name, data in program.assets.items():
-            (folder / name).write_bytes(data)
-        (folder / "config.json").write_text(json.dumps(program.config))
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # whatever its libraries raise on damaged files
-            raise BitlowerError(f"the tokenizer of {program.source} cannot be loaded: {error}") from None
-    return tokenizer

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bitlower.frontends.tokenize import random_windows
+from bitlower.frontends.tokenize import check_tokenizer, random_windows
 from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program
 from bitlower.passes import (
     Cache,
@@ -206,6 +206,7 @@ class _Run:
                     if text:
                         (place / file).write_text(text, encoding="utf-8")
                 reports[name] = _backends.export(name, program, place, batches, options, provenance)
+                check_tokenizer(program, place)
         return reports
 
     def observers(self, cache: Cache | None, folder: Path | None) -> list[Observer]:

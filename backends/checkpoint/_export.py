@@ -21,12 +21,12 @@ from bitlower.backends.checkpoint._skeleton import EMBEDDING, LINEAR, Skeleton
 from bitlower.backends.checkpoint._verification import Verification
 from bitlower.backends.checkpoint._verify import PACKAGES, Stored, verify_export
 from bitlower.ir import Batch, BitlowerError, Program, QuantSpec, nearest
+from bitlower.ir.assets import GENERATION, MODULES
 
 BACKEND = "checkpoint"
 FormatName = Literal["compressed-tensors", "gptq-v2"]
 Dtype = Literal["float16", "bfloat16", "float32"]
 _DTYPES: dict[str, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_GENERATION = "generation_config.json"
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
@@ -185,14 +185,16 @@ def _config(program: Program, skeleton: Skeleton, contents: Contents, options: O
     if contents.ties != skeleton.ties:
         form["tie_word_embeddings"] = False
     if contents.layers:
-        form["quantization_config"] = FORMATS[options.format].config(contents.layers, skeleton)
+        how = form["quantization_config"] = FORMATS[options.format].config(contents.layers, skeleton)
+        if MODULES in program.assets and len(how.get("config_groups", ())) == 1:
+            how["dequantize"] = True  # sentence-transformers passes by the hook that would unpack at the first call
     return form
 
 
 def _write_assets(program: Program, folder: Path) -> Iterator[str]:
     """Write the tokenizer's files, and how to generate with a decoder that does not say; their names."""
     yield from write_assets(program, folder, (MODEL, INDEX))
-    if program.task == "text-generation" and _GENERATION not in program.assets:
+    if program.task == "text-generation" and GENERATION not in program.assets:
         tokens = {key: program.config[key] for key in _TOKENS if program.config.get(key) is not None}
-        write_json(folder / _GENERATION, {"_from_model_config": True, **tokens})
-        yield _GENERATION
+        write_json(folder / GENERATION, {"_from_model_config": True, **tokens})
+        yield GENERATION
