@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bitlower.ir import BitlowerError, nearest
 from bitlower.ir.assets import transformer_folder
+from bitlower.ir.files import check_name
 
 GGUF = ".gguf"
 _PREFIX = "package:"
@@ -24,7 +25,7 @@ def locate(model: str | os.PathLike[str]) -> Path:
     name = os.fspath(model)
     if name.startswith(_PREFIX):
         return _inside_package(name.removeprefix(_PREFIX))
-    folder = Path(name)
+    folder = check_name(name)
     if folder.is_file() and folder.suffix == GGUF:
         return folder
     if not folder.is_dir():

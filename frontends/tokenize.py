@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -42,16 +43,18 @@ def batches(
             f"batches of {batch_size} texts of {max_length} tokens make no sense", hint="take 1 and 4 at least"
         )
     tokenizer = tokenizer_of(program, pads=True)
-    limit = min(max_length, program.context_length or max_length, tokenizer.model_max_length)
+    with _explaining(program):
+        limit = min(max_length, program.context_length or max_length, int(tokenizer.model_max_length))
     names = [spec.name for spec in program.inputs]
     result = []
     for start in range(0, len(texts), batch_size):
         part = slice(start, start + batch_size)
         second = [list(pairs[part])] if pairs is not None else []
-        encoded = tokenizer(
-            list(texts[part]), *second, padding=True, truncation=True, max_length=limit, return_tensors="pt",
-            return_attention_mask="attention_mask" in names, return_token_type_ids="token_type_ids" in names,
-        )  # fmt: skip
+        with _explaining(program):
+            encoded = tokenizer(
+                list(texts[part]), *second, padding=True, truncation=True, max_length=limit, return_tensors="pt",
+                return_attention_mask="attention_mask" in names, return_token_type_ids="token_type_ids" in names,
+            )  # fmt: skip
         if "position_ids" in names:
             encoded["position_ids"] = positions(encoded["attention_mask"])
         _check_ids(program, encoded["input_ids"])
@@ -86,7 +89,9 @@ def token_ids(program: Program, text: str) -> torch.Tensor:
     Raises:
         BitlowerError: the program has no tokenizer, or the text has no token.
     """
-    encoded = tokenizer_of(program)(text, verbose=False)["input_ids"]
+    tokenizer = tokenizer_of(program)
+    with _explaining(program):
+        encoded = tokenizer(text, verbose=False)["input_ids"]
     if not encoded:
         raise BitlowerError("there is no text to tokenize")
     return torch.tensor(encoded, dtype=torch.int64)
@@ -98,7 +103,9 @@ def decode(program: Program, ids: Sequence[int]) -> str:
     Raises:
         BitlowerError: the program has no tokenizer.
     """
-    return str(tokenizer_of(program).decode(list(ids), skip_special_tokens=True))
+    tokenizer = tokenizer_of(program)
+    with _explaining(program):
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def windows(program: Program, ids: torch.Tensor, *, batch_size: int = 1) -> list[dict[str, torch.Tensor]]:
@@ -163,3 +170,15 @@ def check_length(program: Program, length: int) -> None:
         raise BitlowerError(
             f"windows of {length} tokens do not fit the model", hint=f"it takes 2 to {max(longest, 2)} tokens"
         )
+
+
+@contextmanager
+def _explaining(program: Program) -> Iterator[None]:
+    """Whatever a tokenizer raises that was loaded from settings of odd types, as an error that names it."""
+    try:
+        yield
+    except Exception as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise BitlowerError(
+            f"the tokenizer of {program.source} fails: {why}", hint="check its tokenizer_config.json"
+        ) from None

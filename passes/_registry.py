@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from bitlower.ir import BitlowerError, nearest
+from bitlower.ir.files import check_name
 from bitlower.passes import _parameters
 from bitlower.passes._base import Pass
 from bitlower.passes._declared import declaration_problem
@@ -97,7 +98,7 @@ def load_plugin(path: str | Path) -> list[type[Pass]]:
     Raises:
         BitlowerError: the file is missing, fails to import, defines no pass or a malformed one, or takes a known name.
     """
-    path = Path(path)
+    path = check_name(path)
     if not path.is_file():
         raise BitlowerError(f"no plugin file {path}", hint="give the path of a Python file")
     module = _import_file(path)

@@ -20,7 +20,7 @@ from typing import Any
 import bitlower.backends
 from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program, nearest
 from bitlower.ir.dataflow import operand
-from bitlower.ir.files import reason
+from bitlower.ir.files import check_name, reason
 from bitlower.ir.json_files import read_json
 
 
@@ -133,7 +133,7 @@ def verify_artefact(folder: Path) -> dict[str, Any]:
         BitlowerError: not an artefact.
         CheckError: a file is missing or changed, or the model does not compute what it did.
     """
-    path = folder / "manifest.json"
+    path = check_name(folder) / "manifest.json"
     try:
         manifest = read_json(path)
         name = str(manifest["backend"])

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bitlower.ir import BitlowerError
+from bitlower.ir.files import check_name
 from bitlower.ir.scratch import ScratchError
 
 MARKS = ("manifest.json", "recipe.yaml", "ledger.json")
@@ -83,6 +84,7 @@ def _says_disk_full(error: BaseException | None) -> bool:
 
 
 def _check(output: Path, overwrite: bool) -> None:
+    check_name(output.with_name(f".{output.name}.partial"))
     if not output.exists() and not output.is_symlink():
         return
     if not overwrite:

@@ -13,10 +13,11 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-from bitlower.ir import BitlowerError, nearest
+from bitlower.ir import BitlowerError, nearest, shorten
+from bitlower.ir.files import check_name
 from bitlower.ir.json_files import object_of, parse_json
+from bitlower.tools._lines import read_lines
 
 TABLES = (".tsv", ".csv", ".jsonl")
 
@@ -30,10 +31,14 @@ class Row:
 
 
 def split_column(data: str | os.PathLike[str]) -> tuple[Path, str | None]:
-    """``FILE:COLUMN`` as a file and a column; a file of that whole name comes first."""
+    """``FILE:COLUMN`` as a file and a column; a file of that whole name comes first.
+
+    Raises:
+        BitlowerError: no file can have that name.
+    """
     name = os.fspath(data)
     stem, colon, column = name.rpartition(":")
-    if colon and not Path(name).exists() and Path(stem).suffix.lower() in TABLES:
+    if colon and not check_name(name).exists() and Path(stem).suffix.lower() in TABLES:
         return Path(stem), column
     return Path(name), None
 
@@ -44,7 +49,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     Raises:
         BitlowerError: no such file or column, a line with fewer columns, bytes that are not UTF-8.
     """
-    lines = _lines(path)
+    lines = read_lines(path)
     kind = path.suffix.lower()
     if not columns:
         return (Row(number, (line.rstrip("\r\n"),)) for number, line in lines)
@@ -61,7 +66,7 @@ def read_whole(path: Path, limit: int | None = None) -> str:
     Raises:
         BitlowerError: no such file, or bytes that are not UTF-8.
     """
-    return "".join(_until(limit, (line for _, line in _lines(path))))
+    return "".join(_until(limit, (line for _, line in read_lines(path, whole=True))))
 
 
 def joined(path: Path, columns: Sequence[str], joiner: str, limit: int | None = None) -> str:
@@ -85,7 +90,7 @@ def _until(limit: int | None, parts: Iterable[str]) -> Iterator[str]:
 
 def header(path: Path) -> list[str]:
     """The names in the first line (the keys of the first object)."""
-    lines = _lines(path)
+    lines = read_lines(path)
     match path.suffix.lower():
         case ".jsonl":
             return next((list(form) for _, form in _objects(path, lines)), [])
@@ -106,29 +111,10 @@ def number(path: Path, row: Row, value: str) -> float:
     except ValueError:
         result = math.nan
     if not math.isfinite(result):
-        raise BitlowerError(f"{path}, line {row.line}: {value!r} is not a finite number", hint="check the column")
+        raise BitlowerError(
+            f"{path}, line {row.line}: {shorten(repr(value))} is not a finite number", hint="check the column"
+        )
     return result
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers, decoded one by one; a byte order mark is dropped."""
-    if path.is_dir():
-        raise BitlowerError(f"{path} is a folder, not a data file")
-    try:
-        stream = path.open("rb")
-    except OSError as error:
-        raise BitlowerError(f"cannot read the data file {path}: {error.strerror or error}") from None
-    return _decoded(path, stream)
-
-
-def _decoded(path: Path, stream: BinaryIO) -> Iterator[tuple[int, str]]:
-    with stream:
-        for count, raw in enumerate(stream, start=1):
-            try:
-                line = raw.decode("utf-8-sig" if count == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise BitlowerError(f"{path}, line {count}: byte {error.start} is not UTF-8") from None
-            yield count, line
 
 
 def _tsv_cells(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
@@ -149,7 +135,7 @@ def _csv_cells(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[i
 
 
 def _table_rows(path: Path, cells: Iterator[tuple[int, list[str]]], columns: Sequence[str]) -> Iterator[Row]:
-    places = [int(column) for column in columns if column.isdecimal()]
+    places = [int(column) for column in columns if _is_place(column)]
     if len(places) != len(columns):  # names: the first line is the header
         places = _find_columns(path, next(cells, (1, []))[1], columns)
     for line, values in cells:
@@ -158,12 +144,16 @@ def _table_rows(path: Path, cells: Iterator[tuple[int, list[str]]], columns: Seq
         yield Row(line, tuple(values[place] for place in places))
 
 
+def _is_place(column: str) -> bool:
+    return column.isdecimal() and len(column) < 10
+
+
 def _find_columns(path: Path, header: Sequence[str], columns: Sequence[str]) -> list[int]:
     names = [name.strip() for name in header]
     places = []
     for column in columns:
-        if column not in names and not (column.isdecimal() and int(column) < len(names)):
-            raise BitlowerError(f"{path} has no column {column!r}", hint=nearest(column, names))
+        if column not in names and not (_is_place(column) and int(column) < len(names)):
+            raise BitlowerError(f"{path} has no column {shorten(repr(column))}", hint=nearest(column, names))
         places.append(names.index(column) if column in names else int(column))
     return places
 
@@ -183,7 +173,9 @@ def _json_rows(path: Path, lines: Iterable[tuple[int, str]], columns: Sequence[s
     for count, form in _objects(path, lines):
         for column in columns:
             if column not in form:
-                raise BitlowerError(f"{path}, line {count}: no column {column!r}", hint=nearest(column, form))
+                raise BitlowerError(
+                    f"{path}, line {count}: no column {shorten(repr(column))}", hint=nearest(column, form)
+                )
             if not isinstance(form[column], str | int | float):
                 raise BitlowerError(f"{path}, line {count}: column {column!r} is no text and no number")
         yield Row(count, tuple(str(form[column]) for column in columns))

@@ -18,6 +18,7 @@ from bitlower.backends._manifest import check_if_artefact
 from bitlower.backends.tvm_kernels import is_library, load_library
 from bitlower.frontends import batches, load
 from bitlower.ir import Batch, BitlowerError, Level, Program, TensorType, ValueSpec, nearest
+from bitlower.ir.files import check_name
 from bitlower.tools._artefacts import as_input
 from bitlower.tools.data import Row, number, read_rows, split_column
 from bitlower.tools.metrics import accuracy, f1, matthews, pearson, spearman
@@ -100,7 +101,7 @@ def open_runner(target: str | os.PathLike[str] | Program) -> Runner:
     """
     if isinstance(target, Program):
         return _of_program(target)
-    folder = Path(target)
+    folder = check_name(target)
     with as_input():
         if is_library(folder):
             library = load_library(folder)

@@ -19,7 +19,7 @@ from bitlower.frontends._context import stated_length
 from bitlower.frontends._weights import quiet
 from bitlower.frontends.locate import locate
 from bitlower.ir import Batch, BitlowerError, Program
-from bitlower.ir.files import reason
+from bitlower.ir.files import check_name, reason
 from bitlower.ir.folding import with_float_weights
 from bitlower.ir.json_files import read_json
 from bitlower.tools._artefacts import as_input
@@ -74,7 +74,7 @@ def language_model(model: Model) -> LanguageModel:
         return _of_program(model)
     if isinstance(model, Library):
         return _of_library(model)
-    folder = Path(model)
+    folder = check_name(model)
     with as_input():
         if is_library(folder):
             return _of_library(load_library(folder))

@@ -152,3 +152,20 @@ def test_random_tokens_are_inputs_of_the_model_and_follow_the_seed(program) -> N
     assert set(program(**first[0])) == {spec.name for spec in program.outputs}
     with pytest.raises(BitlowerError, match="reads no token ids"):
         random_windows(replace(program, config={}))
+
+
+@pytest.mark.parametrize("value", ["x", -5, 1.5, None, [], {}, [1], {"a": 1}, True])
+def test_settings_of_other_types_work_or_are_an_error_that_names_the_tokenizer(program, value: object) -> None:
+    keys = ("model_max_length", "pad_token", "padding_side", "model_input_names", "do_lower_case", "tokenizer_class")
+    for key in keys:
+        odd = program.clone()
+        config = json.loads(program.assets["tokenizer_config.json"])
+        odd.assets["tokenizer_config.json"] = json.dumps({**config, key: value}).encode()
+        try:
+            batches(odd, ["a cat"])
+        except BitlowerError as error:
+            message = str(error)
+        else:
+            message = "the tokenizer works"
+        assert "tokenizer" in message
+        assert "\n" not in message, key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitlower.ir import BitlowerError
+from bitlower.tools._lines import LONGEST
 from bitlower.tools.data import (
     check_finite,
     number,
@@ -197,3 +199,57 @@ def test_batches_must_be_finite() -> None:
     check_finite([good], "calibration")
     with pytest.raises(BitlowerError, match="calibration: the tensor 'x' of batch 1 holds NaN or Inf"):
         check_finite([good, good | {"x": torch.tensor([1.0, torch.inf])}], "calibration")
+
+
+def test_only_regular_files_hold_data(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    for path, kind in [(tmp_path / "pipe.txt", "a named pipe"), (Path("/dev/zero"), "a device")]:
+        with pytest.raises(BitlowerError, match=f"cannot read the data file {path}: it is {kind}, not a file"):
+            read_texts(path)
+    with pytest.raises(BitlowerError, match="is no path: File name too long"):
+        read_texts(f"{tmp_path}/{'a' * 5000}.tsv:text")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.tsv", "a.csv", "a.jsonl"])
+def test_a_line_is_no_longer_than_a_text_may_be(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"text\n" + b"x" * (LONGEST + 1))
+    with pytest.raises(BitlowerError, match=rf"{name}, line 2: more than {LONGEST} bytes|line 1: not JSON"):
+        read_texts(path, column=None if name == "a.txt" else "text")
+
+
+def test_a_long_text_without_line_breaks_is_read_in_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    text = "\u00e4" * (LONGEST // 2) + "x\u20ac" * 1_000_000
+    path.write_text("\ufeff" + text, encoding="utf-8")
+    assert read_text(path) == text
+    assert text.startswith(read_text(path, limit=10))
+    path.write_bytes(b"x" * LONGEST + b"\xe2\x82")
+    with pytest.raises(BitlowerError, match=r"line 1: byte \d+ is not UTF-8"):
+        read_text(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text\n".encode("utf-16"), "line 1: byte 0 is not UTF-8"),
+        ("text\n".encode("utf-16-le"), "line 1: a null character; save the file as UTF-8 text"),
+        (b"ok\na\0b\n", "line 2: a null character"),
+        (b"ok\n\xe2\x82", "line 2: byte 0 is not UTF-8"),
+        (b"\xef\xbb\xff", "line 1: byte 0 is not UTF-8"),
+    ],
+)
+def test_bytes_that_are_no_utf8_text_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    with pytest.raises(BitlowerError, match=message):
+        read_texts(path)
+
+
+def test_columns_of_any_name_and_number_are_looked_up(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text("\t".join(f"c{n}" for n in range(50_000)) + "\n" + "\t".join("x" * 50_000) + "\n")
+    for column in ("9" * 5000, "c" * 10**6):
+        with pytest.raises(BitlowerError, match="has no column") as refusal:
+            read_texts(path, column=column)
+        assert len(str(refusal.value)) <= 2000
