@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -209,3 +211,18 @@ def test_cross_entropy_ranges_are_never_worse_than_min_max(seed: int, bits: int,
     loss = cross_entropy_loss(logits, Grid(bits, signed=False, symmetric=False))
     low, high = logits.min().reshape(1), logits.max().reshape(1)
     assert bool(loss(*search_grid(loss, low, high, two_sided=True)) <= loss(low, high))
+
+
+@pytest.mark.parametrize("at", [0.38, 0.62])
+def test_the_first_two_points_of_a_golden_section_may_be_the_best(at: float) -> None:
+    """Losses of rounding are jagged: a dip at a point that was tried counts, whatever lies around it."""
+    golden = (math.sqrt(5) - 1) / 2
+    left, right = torch.full((1,), 0.01), torch.ones(1)
+    first, second = right - golden * (right - left), left + golden * (right - left)
+    dip = min((first, second), key=lambda point: abs(float(point) - at))
+
+    def loss(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        return torch.where(high == dip, 0.0, 1 + high)
+
+    low, high = search_golden(loss, -right, right, two_sided=False)
+    assert (float(low), float(high)) == (-float(dip), float(dip))
