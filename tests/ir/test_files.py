@@ -1,4 +1,5 @@
 import os
+import signal
 import socket
 
 import pytest
@@ -10,6 +11,25 @@ def test_a_named_pipe_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="it is a named pipe, not a file"):
         open_regular(tmp_path / "pipe")
+
+
+def test_a_file_that_becomes_a_named_pipe_after_a_first_look_is_refused_at_once(tmp_path, monkeypatch):
+    def waits(*_):
+        raise AssertionError("it waits for the pipe's other end")
+
+    (tmp_path / "file").write_bytes(b"x")
+    os.mkfifo(tmp_path / "pipe")
+    looked = os.stat(tmp_path / "file")
+    before = signal.signal(signal.SIGALRM, waits)
+    signal.alarm(5)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "stat", lambda path: looked)
+            with pytest.raises(OSError, match="it is a named pipe, not a file"):
+                open_regular(tmp_path / "pipe")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_folders_sockets_and_devices_are_refused(tmp_path):
