@@ -68,6 +68,8 @@ def test_more_axes_are_so_many_rows(bits: int):
     packed = packing.pack(codes.reshape(2, 3, 11), bits)
     assert torch.equal(packed.reshape(6, -1), packing.pack(codes, bits))
     assert torch.equal(packing.unpack(packed, bits, 11).reshape(6, 11), codes)
+    words = packing.pack_words(codes.reshape(2, 3, 11), bits)
+    assert torch.equal(words.reshape(6, -1), packing.pack_words(codes, bits))
 
 
 def test_views_that_are_not_contiguous_pack_as_their_copies():
