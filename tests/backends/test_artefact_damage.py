@@ -133,6 +133,14 @@ def test_a_file_that_is_left_out_of_the_list_is_named(artefact: Path, name: str)
         verify_artefact(artefact)
 
 
+@pytest.mark.parametrize("name", ["config.json", "verification.json"])
+def test_a_file_that_every_artefact_has_is_missed(artefact: Path, name: str) -> None:
+    rewrite(artefact, "manifest.json", lambda form: form["files"].pop(name))
+    (artefact / name).unlink()
+    with pytest.raises(CheckError, match=f"does not list {name}"):
+        check_artefact(artefact)
+
+
 @pytest.mark.parametrize(
     "name",
     ["tokenizer.json", "adapter_config.json", "model.onnx.data", "model-00002.safetensors", "library.so", "m/a.py"],

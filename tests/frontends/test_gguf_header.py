@@ -17,10 +17,11 @@ gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
 
 
-@pytest.fixture
-def sound(tmp_path: Path) -> Path:
+@pytest.fixture(params=["LITTLE", "BIG"])
+def sound(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A file of either byte order."""
     path = tmp_path / "sound.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian[request.param])
     writer.add_uint32("llama.block_count", 2)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 0.25)
     writer.add_array("tokenizer.ggml.tokens", ["a", "bc", "ä"])
