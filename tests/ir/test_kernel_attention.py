@@ -83,11 +83,15 @@ def test_a_causal_mask_counts_from_the_start() -> None:
     assert_values(found, attend(*values, 0.5, keep))
 
 
-def test_a_row_that_is_masked_throughout_attends_evenly() -> None:
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_row_that_is_masked_throughout_gives_zeros(explicit: bool) -> None:
     arguments, values = operands(HEADS, as_codes=False)
-    mask = torch.zeros(1, 1, QUERIES, KEYS, dtype=torch.bool)
-    [found] = fused_attention(**arguments, mask=mask, factor=0.5, explicit=True)
-    assert_values(found, np.broadcast_to(values[2].mean(2, keepdims=True), found.shape))
+    mask = torch.ones(1, 1, QUERIES, KEYS, dtype=torch.bool)
+    mask[:, :, 1] = False
+    [found] = fused_attention(**arguments, mask=mask, factor=0.5, explicit=explicit)
+    expected = attend(*values, 0.5)
+    expected[:, :, 1] = 0
+    assert_values(found, expected)
 
 
 @pytest.mark.parametrize("heads", [False, True])
