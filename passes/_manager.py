@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from bitlower.ir import BitlowerError, CheckError, Program
@@ -75,6 +76,8 @@ class PassManager:
             return result
         except BaseException as raised:
             error = raised if isinstance(raised, BitlowerError) else blame_pass(pass_, raised)
+            if error is not raised:
+                error.__cause__ = raised
             error.add_note(f"in the pass {describe_pass(pass_)}")
             self._tell_failure(pass_, program, context, error)
             if error is raised:
@@ -152,13 +155,11 @@ def _run(pass_: Pass, program: Program, context: Context) -> tuple[Program, bool
     """What the pass makes of a clone; everything else is as it was, or else the pass is to blame."""
     name, said = pass_.name, declared(pass_)
     guard, batches = Guard(pass_, program), BatchGuard(context)
-    trespass = None if is_own(pass_) else TrespassGuard()
+    trespass = nullcontext() if is_own(pass_) else TrespassGuard(name)
     clone = program.clone()
     clone.config = copy.deepcopy(program.config)
-    with kept_process():
+    with kept_process(), trespass:
         changed: Any = pass_.run(clone, context)
-    if trespass:
-        trespass.check(name)
     batches.check(name)
     if declared(pass_) != said:
         raise CheckError(f"the pass {name!r} changed what it declares while it ran")

@@ -16,20 +16,30 @@ _PATIENCE = 1.0
 
 
 class TrespassGuard:
-    """Remembers, before a pass, Python's own functions and bitlower's, which all passes call, and the threads."""
+    """Holds the pass that runs in its block to what was there before.
 
-    def __init__(self) -> None:
+    Python's own functions and bitlower's, which all passes call, are put back.
+
+    Args:
+        name: of the pass.
+
+    Raises:
+        CheckError: at the end of the block, if that did not fail: the pass replaced a function, or a thread of its own
+            still runs and would keep the process from ending.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
         self._functions = [(owner, dict(_functions(owner))) for owner in _owners()]
         self._threads = set(threading.enumerate())
 
-    def check(self, name: str) -> None:
-        """Hold the pass called ``name`` to what was there before it.
-
-        Raises:
-            CheckError: it replaced a function, which is put back; or a thread of its own still runs and would keep the
-                process from ending.
-        """
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        name = self._name
         replaced = [label for owner, kept in self._functions for label in _put_back(owner, kept)]
+        if kind is not None:
+            return
         if replaced:
             raise CheckError(
                 f"the pass {name!r} replaced {replaced[0]}", hint="what all passes call stays as it is: call your own"

@@ -108,6 +108,11 @@ def left_thread(program: Program, context: Context) -> None:
     threading.Thread(target=RELEASE.wait, args=(20,), name="left-over").start()
 
 
+def patch_and_fail(program: Program, context: Context) -> None:
+    Program.recompile = print  # type: ignore[assignment,method-assign]
+    raise ValueError("after that")
+
+
 def assign(name: str, value: Any) -> Run:
     return lambda program, context: setattr(program, name, value)
 
@@ -154,6 +159,7 @@ FAULTS: dict[str, tuple[Run, str]] = {
     "renamed": (declares("name", "clean"), "the pass 'bad' changed what it declares while it ran"),
     "verifier": (lambda *_: setattr(verifier, "verify", print), r"'bad' replaced bitlower\.ir\.verifier\.verify;"),
     "method": (lambda *_: setattr(Program, "recompile", print), r"'bad' replaced .*\.Program\.recompile"),
+    "patched-and-failed": (patch_and_fail, r"^pass 'bad' failed: ValueError: after that at"),
     "thread": (left_thread, "the pass 'bad' left the thread 'left-over' running"),
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,16 @@ from bitlower.tools.cli import main
 
 ROOT = Path(__file__).parents[2]
 ENDS = [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated"), ("SIGHUP", 129, "hung up")]
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_shell() -> Iterator[None]:
+    """Handlers as a process has them that was started in the foreground; in the background SIGINT is ignored."""
+    handlers = (signal.default_int_handler, signal.SIG_DFL, signal.SIG_DFL)
+    kept = [signal.signal(getattr(signal, end[0]), handler) for end, handler in zip(ENDS, handlers, strict=True)]
+    yield
+    for end, handler in zip(ENDS, kept, strict=True):
+        signal.signal(getattr(signal, end[0]), handler)
 
 
 def swallowed(number: signal.Signals) -> None:
@@ -77,6 +88,8 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
 def test_an_interruption_of_the_imports_is_one(how: str) -> None:
     script = f"""
 import os, signal, sys
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 class Interrupting:
     def find_spec(self, name, path=None, target=None):
