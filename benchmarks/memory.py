@@ -79,7 +79,7 @@ def quantize(folder: Path, samples: int, length: int, output: Path) -> None:
     program = load(folder, mapped=True)
     seconds["load"] = time.perf_counter() - start
     timing = Timing(interval=0.1)
-    passes = parse_pipeline("clean,quantize{scheme=W4A16-g128 ignore=[lm_head]},gptq,lower-integer")
+    passes = parse_pipeline("clean,quantize{scheme=W4A16-g128-e16 ignore=[lm_head]},gptq,lower-integer")
     program = PassManager(passes, (timing,)).run(program, Context(batches))
     seconds |= {row.name: row.seconds for row in timing.rows}
     start = time.perf_counter()

@@ -27,10 +27,10 @@ CASES = (
     (MODEL, "W8A8-token", "", ""),
     (MODEL, "W8A8-full", "", ""),
     (SIZED, "W8A8", "", ""),
-    (DECODER, "W4A16-g64", "rtn", ""),
-    (DECODER, "W4A16-g64", "rtn", "compressed-tensors"),
-    (DECODER, "W4A16-g64", "gptq", ""),
-    (DECODER, "W4A16-g64", "gptq", "compressed-tensors"),
+    (DECODER, "W4A16-g64-e16", "rtn", ""),
+    (DECODER, "W4A16-g64-e16", "rtn", "compressed-tensors"),
+    (DECODER, "W4A16-g64-e16", "gptq", ""),
+    (DECODER, "W4A16-g64-e16", "gptq", "compressed-tensors"),
 )
 """Model, scheme, algorithm and format; the scheme's own where they are empty."""
 BASE = """

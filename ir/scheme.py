@@ -165,6 +165,9 @@ class Scheme:
     weight roles (per tensor for ``norm-weight``), and ``activations`` for the rest (scores, probabilities, context and
     logits have no embedding axis and are per tensor where that says one along it). None leaves a role in float.
 
+    ``heads`` is for what ``embeddings`` leaves in float: output heads of language models that are a large share of the
+    model, and the tables of token embeddings that have their shape or are one with them.
+
     Raises:
         BitlowerError: an unknown role, or ``embedding-parts`` for weights, whose parts no calibration chooses.
     """
@@ -174,6 +177,7 @@ class Scheme:
     embeddings: QuantSpec | None = field(default_factory=lambda: _weight_spec(8))
     roles: tuple[str, ...] = LINEAR_PLACEMENT
     overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
+    heads: QuantSpec | None = None
 
     def __post_init__(self) -> None:
         known = (*WEIGHT_ROLES, *ACTIVATION_ROLES)
@@ -181,7 +185,7 @@ class Scheme:
             if role not in known:
                 raise BitlowerError(f"unknown role {shorten(repr(role))}", hint=nearest(role, known))
         overridden = [spec for role, spec in self.overrides if role in WEIGHT_ROLES]
-        for spec in (self.weights, self.embeddings, *overridden):
+        for spec in (self.weights, self.embeddings, self.heads, *overridden):
             if spec and spec.granularity.chosen:
                 raise BitlowerError(f"{spec.granularity} is for activations, not for weights", hint="use `channel`")
 
@@ -201,14 +205,22 @@ class Scheme:
             return replace(spec, granularity=Granularity.per_tensor())
         return spec
 
+    @property
+    def head(self) -> QuantSpec | None:
+        """What large output heads and their tables are quantized to."""
+        set_apart = any(role == "embedding-table" for role, _ in self.overrides)
+        tables = self.spec("embedding-table")
+        return tables if tables or set_apart or "embedding-table" not in self.roles else self.heads
+
     @classmethod
     def parse(cls, name: str) -> Scheme:
         """The scheme called ``name``: ``W<bits>A<bits>`` and suffixes, each after a dash.
 
         16 bits and more mean float. Suffixes: ``g128`` weight groups along the input; ``asym`` asymmetric weights;
         ``tensor`` per-tensor weights; ``token`` per-token dynamic activations; ``peg6`` activations in 6 embedding
-        groups of equal size; ``upeg6`` in 6 that calibration chooses; ``e4`` embedding tables in 4 bits; ``full`` every
-        tensor Bondarenko et al. §3 quantize.
+        groups of equal size; ``upeg6`` in 6 that calibration chooses; ``e4`` embedding tables and heads in 4 bits
+        (``e16``: float); ``full`` every tensor Bondarenko et al. §3 quantize. Beside float activations large output
+        heads have 8 bits if nothing is said.
 
         Raises:
             BitlowerError: not a scheme, or two suffixes for one thing.
@@ -221,7 +233,8 @@ class Scheme:
         weight_bits, activation_bits = int(match[1]), int(match[2])
         weights = _weight_spec(weight_bits) if weight_bits < 16 else None
         activations = _activation_spec(activation_bits) if activation_bits < 16 else None
-        scheme = cls(weights, activations, _weight_spec(8) if weights and activations else None)
+        tables, heads = (_weight_spec(8) if wanted else None for wanted in (weights and activations, not activations))
+        scheme = cls(weights, activations, tables, heads=heads if weights else None)
         for suffix in _suffixes(match[3].lower(), name):
             scheme = _apply_suffix(scheme, suffix, name)
         return scheme
@@ -246,6 +259,7 @@ class Scheme:
             "embeddings": form(self.embeddings),
             "roles": list(self.roles),
             "overrides": {role: form(spec) for role, spec in self.overrides},
+            "heads": form(self.heads),
         }
 
     @classmethod
@@ -256,7 +270,7 @@ class Scheme:
             BitlowerError: an unknown key, role or argument.
         """
         default = cls()
-        known = ("weights", "activations", "embeddings", "roles", "overrides")
+        known = ("weights", "activations", "embeddings", "roles", "overrides", "heads")
         _check_keys(form, known, "scheme key")
 
         def spec(key: str) -> QuantSpec | None:
@@ -275,6 +289,7 @@ class Scheme:
             spec("embeddings"),
             tuple(map(str, roles)),
             tuple((role, QuantSpec.from_dict(arg) if arg is not None else None) for role, arg in overrides.items()),
+            spec("heads"),
         )
 
     def __str__(self) -> str:
@@ -314,7 +329,7 @@ def _apply_suffix(scheme: Scheme, suffix: str, name: str) -> Scheme:
             kind = Granularity.per_embedding_group if key == "peg" else Granularity.per_embedding_parts
             return replace(scheme, activations=replace(activations, granularity=kind(number)))
         case "e", True:
-            return replace(scheme, embeddings=_weight_spec(number) if number < 16 else None)
+            return replace(scheme, embeddings=_weight_spec(number) if number < 16 else None, heads=None)
     raise BitlowerError(
         f"{name!r}: {suffix!r} does not fit", hint="known suffixes: g128, asym, tensor, token, peg6, upeg6, e4, full"
     )

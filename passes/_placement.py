@@ -40,12 +40,14 @@ class Site:
         value: the node whose value is rounded.
         edges: the users that read the rounded value; empty: all of them.
         paths: the module paths that it belongs to, for patterns.
+        head: whether it is a language model's output head, the table that this shares, or one of the same shape.
     """
 
     role: str
     value: fx.Node
     edges: tuple[fx.Node, ...] = field(default=())
     paths: tuple[str, ...] = field(default=())
+    head: bool = False
 
     @property
     def tensor(self) -> str:
@@ -62,21 +64,28 @@ def weight_sites(graph: fx.Graph) -> Iterator[Site]:
     for node in graph.nodes:
         for role, parameter, reader in _parameters(node):
             uses.setdefault(parameter, []).append((role, reader, _path(node)))
-    vocabularies = set(_vocabularies(graph))
+    vocabularies = dict(_vocabularies(graph))
+    heads = {
+        parameter
+        for parameter, found in uses.items()
+        if any(reader.target in LINEAR and _ends_the_graph(reader) for _, reader, _ in found)
+        and parameter.meta["type"].shape in vocabularies.values()
+    }
+    shapes = {parameter.meta["type"].shape for parameter in heads}
     for parameter, found in uses.items():
-        heads = [reader for _, reader, _ in found if reader.target in LINEAR and _ends_the_graph(reader)]
-        table = any(role == "embedding-table" for role, _, _ in found)
-        if heads and parameter.meta["type"].shape in vocabularies:
-            table = True
+        table = parameter in heads or any(role == "embedding-table" for role, _, _ in found)
         role = "embedding-table" if table else found[0][0]
-        yield Site(role, parameter, tuple(reader for _, reader, _ in found), tuple(path for _, _, path in found))
+        readers, paths = tuple(reader for _, reader, _ in found), tuple(path for _, _, path in found)
+        goes_along = parameter in vocabularies and parameter.meta["type"].shape in shapes
+        yield Site(role, parameter, readers, paths, parameter in heads or goes_along)
 
 
-def _vocabularies(graph: fx.Graph) -> Iterator[tuple[int | str, ...]]:
-    """The shapes of the tables that token ids index."""
+def _vocabularies(graph: fx.Graph) -> Iterator[tuple[fx.Node, tuple[int | str, ...]]]:
+    """The tables that token ids index, and their shapes."""
     for node in graph.nodes:
         if node.target in EMBEDDING and value_root(operand(node, 1)).target == "input_ids":
-            yield operand(node, 0).meta["type"].shape
+            table = operand(node, 0)
+            yield parameter_of(table) or table, table.meta["type"].shape
 
 
 def _ends_the_graph(node: fx.Node) -> bool:

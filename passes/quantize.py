@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import fx
 
-from bitlower.ir import BitlowerError, Level, Program, Quantizer, Scheme
+from bitlower.ir import BitlowerError, Level, Program, Quantizer, QuantSpec, Scheme, get_tensor
 from bitlower.ir.dataflow import ATTENTION, QUANTIZER, VIEWS
 from bitlower.passes._attention import expand_attention
 from bitlower.passes._base import Context, Contract, Pass
@@ -15,6 +15,8 @@ from bitlower.passes._patterns import Patterns
 from bitlower.passes._placement import Site, input_sites, insert_quantizer, value_sites, weight_sites
 
 _INSIDE_ATTENTION = ("scores", "probs")
+LARGE_HEAD, LARGE_SHARE = 1 << 20, 0.01
+"""An output head of so many weights, and of this share of all, is large."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Quantize(Pass):
 
     A language model's output head goes with the embedding table, which it shares its weight with as a rule: the table
     is quantized once, as the scheme says for ``embedding-table``, and both read the same codes. Where the scheme leaves
-    tables in float, the head stays float too, with its input.
+    tables in float, a head stays float too, with its input, unless the scheme has bits for large heads and the head
+    has ``LARGE_HEAD`` weights and ``LARGE_SHARE`` of the model's; tables of token embeddings go with it.
     """
 
     name: ClassVar[str] = "quantize"
@@ -80,16 +83,20 @@ def place(program: Program, scheme: Scheme, ignore: Patterns, targets: Patterns)
     rows: list[PlacementRow] = []
     weights = list(weight_sites(program.graph))
     sites = [*weights, *value_sites(program.graph)]
-    rows += [_place_site(program, site, scheme, ignore, targets) for site in sites]
-    heads = {edge for site in weights for edge in site.edges if site.role == "embedding-table"}
-    float_heads = heads if scheme.spec("linear-weight") and not scheme.spec("embedding-table") else set()
+    total = sum(tensor.numel() for _, tensor in program.tensors())
+    specs = [_spec(program, site, scheme, total) for site in sites]
+    rows += [_place_site(program, *pair, ignore, targets) for pair in zip(sites, specs, strict=True)]
+    float_tables = [
+        site for site, (spec, _) in zip(sites, specs, strict=True) if site.role == "embedding-table" and not spec
+    ]
+    float_heads = {edge for site in float_tables for edge in site.edges} if scheme.spec("linear-weight") else set()
     for site in list(input_sites(program.graph)):
         if site.value.target in QUANTIZER or _rounded_above(site.value):
             continue
         if set(site.edges) <= float_heads:
             rows.append(PlacementRow(site.tensor, site.role, site.paths[0], "", "its head stays in float"))
             continue
-        rows.append(_place_site(program, site, scheme, ignore, targets))
+        rows.append(_place_site(program, site, _spec(program, site, scheme, total), ignore, targets))
     paths = sorted({row.path for row in rows})
     ignore.require_used("ignore", paths)
     targets.require_used("targets", paths)
@@ -106,14 +113,26 @@ def _open_attention(program: Program, ignore: Patterns, targets: Patterns) -> No
                 expand_attention(node)
 
 
-def _place_site(program: Program, site: Site, scheme: Scheme, ignore: Patterns, targets: Patterns) -> PlacementRow:
+def _spec(program: Program, site: Site, scheme: Scheme, total: int) -> tuple[QuantSpec | None, str]:
+    """What ``scheme`` says for ``site`` in a model of ``total`` weights, and why if it stays float."""
+    spec = scheme.spec(site.role)
+    if spec or not site.head or not scheme.head:
+        return spec, "" if spec else f"the scheme leaves {site.role} in float"
+    size = get_tensor(program.module, site.tensor).numel()
+    if size < max(LARGE_HEAD, LARGE_SHARE * total):
+        return None, f"an output head of {size:,} weights is small"
+    return scheme.head, ""
+
+
+def _place_site(
+    program: Program, site: Site, chosen: tuple[QuantSpec | None, str], ignore: Patterns, targets: Patterns
+) -> PlacementRow:
     paths = site.paths or ("",)
     own = _quantizer_of(site)
     if own is not None:
         return PlacementRow(site.tensor, site.role, paths[0], str(own.spec), "")
-    spec = scheme.spec(site.role)
+    spec, reason = chosen
     names = tuple(f"{path}.weight" for path in paths) if site.value.op == "get_attr" else paths
-    reason = "" if spec else f"the scheme leaves {site.role} in float"
     ignored = [ignore.match(path, name) for path, name in zip(paths, names, strict=True)]
     targeted = [not targets.patterns or targets.match(path, name) for path, name in zip(paths, names, strict=True)]
     admitted = [target and not ignore_ for target, ignore_ in zip(targeted, ignored, strict=True)]
@@ -121,7 +140,7 @@ def _place_site(program: Program, site: Site, scheme: Scheme, ignore: Patterns, 
         reason = "ignored by a pattern" if any(ignored) else "no target pattern matches"
     if spec and not reason:
         edges = tuple(edge for edge, admit in zip(site.edges, admitted, strict=True) if admit) if site.edges else ()
-        insert_quantizer(program, Site(site.role, site.value, edges, paths), spec)
+        insert_quantizer(program, replace(site, edges=edges, paths=paths), spec)
     return PlacementRow(site.tensor, site.role, paths[0], "" if reason else str(spec), reason)
 
 

@@ -19,20 +19,22 @@ the time of so many operations). The constants were measured on encoders of 6 an
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from bitlower.ir import Program, get_tensor
+from bitlower.ir import Granularity, Program, get_tensor
 from bitlower.ir.dataflow import activation_operand, linears, parameter_of, weight_operand
+from bitlower.ir.scheme import ACTIVATION_ROLES
 from bitlower.ir.storage import is_mapped
 from bitlower.passes import Contract, Pass
 from bitlower.passes._declared import data_runs
 from bitlower.passes.adaround import Adaround
 from bitlower.passes.gptq import Gptq
+from bitlower.passes.legalize import Legalize
 from bitlower.tools._calibration import HELD_OUT_TEXTS, HELD_OUT_WINDOWS, TEXTS, Amount
 from bitlower.tools.language_model import TASK
 
@@ -194,6 +196,29 @@ class Costs:
         nodes: list[fx.Node | None] = [parameter_of(weight_operand(node)) for node in linears(self.program.graph)]
         found = [get_tensor(self.program.module, str(node.target)) for node in nodes if node is not None]
         return [tensor for tensor in found if tensor.dim() == 2]
+
+
+def unforeseen(placed: Program, passes: Sequence[Pass], exports: Exports) -> Iterator[str]:
+    """Why a run takes more memory and time than the formulas say, a line for each reason.
+
+    Both are of ONNX exports: how many slices ``legalize`` makes depends on data, and the check of a decoder reads every
+    rounded value of whole windows.
+    """
+    if not any(name == "onnx-qdq" for name, _ in exports):
+        return
+    rounded = {node: q.spec.granularity for node, q in placed.quantizers() if q.role in ACTIVATION_ROLES}
+    cut = [_most_slices(rounded.get(activation_operand(node))) for node in linears(placed.graph)]
+    if any(isinstance(pass_, Legalize) for pass_ in passes) and sum(cut) > len(cut):
+        yield (
+            f"legalize makes up to {sum(cut):,} products of {len(cut):,}, each a node to trace, to write and to check;"
+            " memory and time are as without it"
+        )
+    if placed.task == TASK and any(not granularity.dynamic for granularity in rounded.values()):
+        yield "every rounded value of a decoder's windows is checked against the runtime's; that is not foreseen"
+
+
+def _most_slices(granularity: Granularity | None) -> int:
+    return granularity.size if granularity and granularity.kind in ("embedding-group", "embedding-parts") else 1
 
 
 def _flop_rate() -> float:

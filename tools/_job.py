@@ -33,6 +33,7 @@ from bitlower.passes.adaround import AdaroundReport
 from bitlower.passes.assign_precision import AssignPrecision
 from bitlower.passes.gptq import GptqReport
 from bitlower.tools import _backends
+from bitlower.tools._heads import HeadNotes
 from bitlower.tools._output import disk_errors, new_folder
 from bitlower.tools._reports import Reports
 from bitlower.tools._summary import RunSummary, peak_bytes
@@ -139,6 +140,7 @@ class _Run:
         self.reports = Reports(options.display.note)
         self.stages: list[PassTime] = []
         self.notes: tuple[str, ...] = ()
+        self.heads = HeadNotes()
 
     def run(self, folder: Path | None) -> tuple[Program, RunSummary]:
         """All stages; the artefact goes into ``folder`` if there is one."""
@@ -162,9 +164,7 @@ class _Run:
         with self.stage("load"):
             display.note("loading and tracing the model")
             program = job.load()
-            self.notes = program.notes
-            for note in self.notes:
-                display.note(note)
+            self.say(*program.notes)
         with self.stage("data"):
             data = job.data(program)
             check_finite(data.calibration, "calibration")
@@ -177,6 +177,7 @@ class _Run:
         cache = self.open_cache()
         manager = PassManager(self.job.passes, self.observers(cache, folder), cache, verify=self.options.verify)
         result = manager.run(program, context)
+        self.say(*self.heads.notes)
         reports: dict[str, type[GptqReport | AdaroundReport]] = {"gptq": GptqReport, "adaround": AdaroundReport}
         for name, kind in reports.items():
             notes = [note for row in context[kind].rows for note in row.notes] if kind in context.results else []
@@ -207,11 +208,19 @@ class _Run:
                         (place / file).write_text(text, encoding="utf-8")
                 reports[name] = _backends.export(name, program, place, batches, options, provenance)
                 check_tokenizer(program, place)
+                for table, reason in reports[name].get("float_tables", {}).items():
+                    self.say(f"{name} has the rounded values of {table} in float: {reason}")
         return reports
+
+    def say(self, *notes: str) -> None:
+        """Show notes, and keep them for the summary."""
+        self.notes += notes
+        for note in notes:
+            self.options.display.note(note)
 
     def observers(self, cache: Cache | None, folder: Path | None) -> list[Observer]:
         """Timing comes first, so that it leaves out the others."""
-        observers: list[Observer] = [self.timing, TargetCheck(self.job.exports), self.ledger, self.reports]
+        observers: list[Observer] = [self.timing, TargetCheck(self.job.exports), self.heads, self.ledger, self.reports]
         if folder is not None:
             observers.append(FolderCheck(folder))
         display = self.options.display

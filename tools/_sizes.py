@@ -9,6 +9,7 @@ onnx-qdq               4 bits (or 2 from opset 25 on), one byte above, two above
 .. onnxruntime         the same, in blocks of MatMulNBits, a scale for each block     4 bytes              as it is
 compressed-tensors     rows as dense streams of 32-bit words                         as what stays float  ``dtype``
 gptq-v2                columns as dense streams of 32-bit words, and an index         2 bytes              ``dtype``
+.. tables              none: in float                                                                      ``dtype``
 tvm-kernels            as its kernels read them; a table that is a head too, twice    4 bytes              as it is
 .. cuda                the same                                                      4 bytes              matrices in 2
 =====================  ============================================================  ===================  ==============
@@ -105,6 +106,9 @@ def stored_bytes(
     if target.backend == "tvm-kernels":
         return _library_bytes(spec, shape, target, readers)
     scales = math.prod(spec.granularity.scale_shape(shape))
+    embedded = any(node.target in EMBEDDING for node in readers)
+    if target.is_checkpoint and embedded:
+        return target.width * math.prod(shape)
     if target.is_checkpoint and len(shape) == 2:
         return _checkpoint_bytes(spec, (shape[0], shape[1]), scales, target)
     if target.weights_only and quantizer.role == "linear-weight" and len(shape) == 2:

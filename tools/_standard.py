@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -66,7 +67,8 @@ def standard_passes(
 
     ``smooth`` and ``calibrate`` are for activations; with float activations ``algorithm`` stands alone. Without
     calibration data there is no ``smooth``. Formats that are made of kernels have ``fuse`` at the end, and no
-    ``smooth``, whose multiplications would stand between kernels.
+    ``smooth``, whose multiplications would stand between kernels. Where all formats are checkpoints, which hold no
+    codes of tables, large output heads stay in float unless the scheme names their bits.
 
     Raises:
         BitlowerError: not a scheme, an algorithm or a format; one of them needs calibration data and there are none; or
@@ -78,6 +80,8 @@ def standard_passes(
         raise BitlowerError(f"unknown algorithm {algorithm!r}", hint=nearest(algorithm, ALGORITHMS))
     if not calibrated:
         _check_needs_no_data(made, algorithm)
+    if made.heads and formats and all(_format(name)[0] == "checkpoint" for name in formats):
+        scheme = replace(made, heads=None)
     parameters: dict[str, Any] = {"scheme": scheme, "ignore": list(ignore)}
     fused = _of_kernels(formats)
     smooth = ("smooth",) if calibrated and not fused else ()

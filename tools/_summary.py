@@ -29,7 +29,7 @@ class RunSummary:
         files: the bytes of each file of the artefact.
         ledger: what each lossy pass cost.
         reports: what each backend said, by its name.
-        notes: what was done to the model while it was loaded, a line each.
+        notes: what was done to the model that the user should know, a line each.
     """
 
     pipeline: str

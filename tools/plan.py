@@ -26,7 +26,8 @@ from bitlower.passes.assign_precision import AssignPrecision
 from bitlower.passes.quantize import PlacementReport
 from bitlower.tools import _backends
 from bitlower.tools._calibration import Amount
-from bitlower.tools._costs import Costs, Exports, Load
+from bitlower.tools._costs import Costs, Exports, Load, unforeseen
+from bitlower.tools._heads import head_notes
 from bitlower.tools._sizes import Target, overhead_bytes, stored_bytes
 from bitlower.tools._standard import standard_exports, standard_passes
 from bitlower.tools.flow import recipe_job
@@ -78,12 +79,13 @@ class Plan:
         target: the backend that sizes are for, with its options.
         tensors: every parameter that the program uses.
         activations: every value that could be rounded.
-        notes: what could not be foreseen.
+        notes: what becomes of output heads, and what could not be foreseen.
         file_bytes: of the model's weights and graph.
         artefact_bytes: of the folder.
         float_bytes: of all tensors of the float model.
         peak_bytes: of resident memory.
         seconds: from start to end.
+        at_least: whether memory and time are no more than lower bounds, for the reason that a note gives.
     """
 
     model: str
@@ -97,6 +99,7 @@ class Plan:
     float_bytes: int
     peak_bytes: int
     seconds: float
+    at_least: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -110,13 +113,14 @@ class Plan:
         ]
         columns = ("parameter", "shape", "bits", "quantized to", "bytes", "bits a weight", "why float")
         roles = Counter((a.role, a.spec or "float", a.reason) for a in self.activations)
+        bound = "at least" if self.at_least else "about"
         sums = [
             ("pipeline", self.pipeline),
             ("target", self.target),
             ("model file", f"{format_bytes(self.float_bytes)} → {format_bytes(self.file_bytes)}"),
             ("whole artefact", format_bytes(self.artefact_bytes)),
-            ("peak memory", format_bytes(self.peak_bytes)),
-            ("time", f"about {self.seconds:.0f} s"),
+            ("peak memory", f"{bound} {format_bytes(self.peak_bytes)}"),
+            ("time", f"{bound} {self.seconds:.0f} s"),
             *(("note", note) for note in self.notes),
         ]
         rows = [(role, count, spec, reason) for (role, spec, reason), count in roles.items()]
@@ -185,18 +189,20 @@ def make_plan(program: Program, passes: tuple[Pass, ...], data: Load, exports: E
     ]
     beside = sum(map(len, program.assets.values())) + FOLDER_BYTES + ROW_BYTES * len(list(placed.quantizers()))
     later, costs = [pass_ for pass_ in passes if pass_ not in early], Costs(program, placed, passes, data, exports)
+    unknown = tuple(unforeseen(placed, passes, exports))
     return Plan(
         program.source,
         format_pipeline(passes),
         str(targets[0]),
         tensors,
         tuple(values),
-        tuple(_notes(later, exports)),
+        (*head_notes(placed), *unknown, *_notes(later, exports)),
         files[0],
         sum(files) + beside * len(files),
         float_bytes,
         costs.peak_bytes(),
         costs.seconds(),
+        bool(unknown),
     )
 
 

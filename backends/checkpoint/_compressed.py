@@ -22,6 +22,7 @@ class CompressedTensors:
     """compressed-tensors' ``pack-quantized``."""
 
     name = "compressed-tensors"
+    one_way_with_zeros = True
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """That of the other weights: its decompressor gives weights in the type of the scales."""

@@ -13,6 +13,7 @@ from bitlower.backends.checkpoint._skeleton import CONV1D, LINEAR, Skeleton
 from bitlower.ir import BitlowerError, Program, QuantSpec, ScaleConvention, get_tensor, ops, packing
 from bitlower.ir.storage import release
 
+SHARED = "no client ties quantized weights"
 _LINEAR, _EMBEDDING = torch.ops.aten.linear.default, torch.ops.aten.embedding.default
 
 
@@ -152,7 +153,7 @@ def collect(program: Program, skeleton: Skeleton) -> Contents:
         tied = {source, *(name for name, first in skeleton.ties.items() if first == source)}
         names = [source]
         if tied & packed or len(tied & set(weights)) > 1:
-            names = sorted({f"{path}.weight" for path in _readers(node)} & tied - packed) or [target]
+            names = sorted({f"{path}.weight" for path in readers(node)} & tied - packed) or [target]
             ties = {name: first for name, first in ties.items() if first != source}
         floats |= {name: _float(name, node, program.module, skeleton) for name in names}
     for name in skeleton.shapes:
@@ -178,11 +179,11 @@ def _layers(program: Program, skeleton: Skeleton) -> Iterator[Layer]:
             )
         if quantizer.role not in ("linear-weight", "embedding-table"):
             raise BitlowerError(f"{where}: checkpoint formats hold linear layers and embedding tables in few bits")
-        names = _readers(node)
+        names = readers(node)
         if len(names) > 1:
             raise BitlowerError(
-                f"{where} is shared by {', '.join(names)}, and no client ties quantized weights",
-                hint="leave it in float: scheme suffix `e16`, or `ignore` these layers",
+                f"{where} is shared by {', '.join(names)}, and {SHARED}",
+                hint="leave it in float: `ignore` these layers",
             )
         path = next(iter(names), path)
         layer = Layer(path, skeleton.kinds.get(path, ""), quantizer.role, quantizer.spec, node, program.module)
@@ -190,7 +191,7 @@ def _layers(program: Program, skeleton: Skeleton) -> Iterator[Layer]:
         yield layer
 
 
-def _readers(node: fx.Node) -> list[str]:
+def readers(node: fx.Node) -> list[str]:
     """The modules of the linears and embeddings that read a weight."""
     return sorted({str(user.meta.get("path", "")) for user in node.users if user.target in (_LINEAR, _EMBEDDING)})
 

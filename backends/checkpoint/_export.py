@@ -13,15 +13,16 @@ import torch
 from bitlower.backends import _manifest
 from bitlower.backends._folder import CONFIG, sizes, write_assets
 from bitlower.backends._json import read_json, write_json
-from bitlower.backends.checkpoint._contents import Contents, Float, collect
+from bitlower.backends.checkpoint._contents import SHARED, Contents, Float, collect, is_symmetric, readers
 from bitlower.backends.checkpoint._formats import FORMATS, refusal
-from bitlower.backends.checkpoint._packed import cast
+from bitlower.backends.checkpoint._packed import Format, cast
 from bitlower.backends.checkpoint._safetensors import INDEX, MODEL, Entry, write_tensors
 from bitlower.backends.checkpoint._skeleton import EMBEDDING, LINEAR, Skeleton
 from bitlower.backends.checkpoint._verification import Verification
 from bitlower.backends.checkpoint._verify import PACKAGES, Stored, verify_export
-from bitlower.ir import Batch, BitlowerError, Program, QuantSpec, nearest
+from bitlower.ir import Batch, BitlowerError, Program, QuantSpec, nearest, ops
 from bitlower.ir.assets import GENERATION, MODULES
+from bitlower.ir.folding import with_float_weights
 
 BACKEND = "checkpoint"
 FormatName = Literal["compressed-tensors", "gptq-v2"]
@@ -67,6 +68,7 @@ class ExportReport:
         packed: how many layers are packed.
         packed_bytes: of their tensors.
         float_bytes: of what stays in float.
+        float_tables: quantized tables and heads whose values are written in float, and why they have no codes.
         verification: how the artefact compares with the Program.
     """
 
@@ -76,6 +78,7 @@ class ExportReport:
     packed: int
     packed_bytes: int
     float_bytes: int
+    float_tables: dict[str, str]
     verification: Verification
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,6 +115,8 @@ def export(
     options = Options(format, dtype, max_shard_size)
     form, number = FORMATS[format], _DTYPES[dtype]
     skeleton = Skeleton(program)
+    tables = dict(_float_tables(program, skeleton, form))
+    program = with_float_weights(program, tables) if tables else program
     contents = collect(program, skeleton)
     check(contents, format)
     config = _config(program, skeleton, contents, options)
@@ -138,6 +143,7 @@ def export(
         len(contents.layers),
         sum(entry.bytes for entry in packed),
         sum(entry.bytes for entry in floats),
+        tables,
         verification,
     )
 
@@ -148,14 +154,31 @@ def supports(spec: QuantSpec, shape: Sequence[int], role: str, **options: Any) -
     Args:
         spec: grid and granularity.
         shape: of a weight, [outputs, inputs]; activations have none here.
-        role: see :data:`~bitlower.ir.scheme.WEIGHT_ROLES`.
+        role: see :data:`~bitlower.ir.scheme.WEIGHT_ROLES`; tables that a format cannot hold are written in float.
         options: see :class:`Options`.
     """
-    kinds = {"linear-weight": LINEAR, "embedding-table": EMBEDDING}
-    if role not in kinds or len(shape) != 2:
+    if role == "embedding-table":
+        return ""
+    if role != "linear-weight" or len(shape) != 2:
         return "a checkpoint holds the weights of linear layers and embedding tables in few bits, nothing else"
     rows, columns = shape
-    return refusal(FORMATS[Options(**options).format], spec, (rows, columns), kinds[role])
+    return refusal(FORMATS[Options(**options).format], spec, (rows, columns), LINEAR)
+
+
+def _float_tables(program: Program, skeleton: Skeleton, form: Format) -> Iterator[tuple[str, str]]:
+    """The quantized tables and heads that ``form`` cannot hold, by their parameters' names, and why."""
+    linears = [quantizer.spec for _, quantizer in program.quantizers() if quantizer.role == "linear-weight"]
+    zeros = form.one_way_with_zeros and not all(map(is_symmetric, linears))
+    for node, quantizer in program.quantizers():
+        if quantizer.role != "embedding-table" or node.target is not ops.dequantize:
+            continue
+        paths, (rows, columns) = readers(node), map(int, node.meta["type"].shape)
+        kinds = [skeleton.kinds.get(path, EMBEDDING) for path in paths]
+        reason = refusal(form, quantizer.spec, (rows, columns), kinds[0]) if len(paths) == 1 else SHARED
+        if zeros and not reason and set(linears) != {quantizer.spec}:
+            reason = "all layers are packed in one way where one has zero points"
+        if reason:
+            yield quantizer.tensor, reason
 
 
 def check(contents: Contents, format: str) -> None:

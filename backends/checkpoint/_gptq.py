@@ -20,6 +20,7 @@ class GptqV2:
     """GPTQModel's ``gptq_v2``."""
 
     name = "gptq-v2"
+    one_way_with_zeros = False
     bits = (2, 3, 4, 8)
     group_sizes = (-1, 16, 32, 64, 128, 256, 512, 1024)
 

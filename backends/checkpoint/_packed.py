@@ -43,6 +43,8 @@ class Format(Protocol):
     """One format."""
 
     name: str
+    one_way_with_zeros: bool
+    """Whether all layers are packed in one way where one of them has zero points."""
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of the scales in a checkpoint whose other weights are ``dtype``."""

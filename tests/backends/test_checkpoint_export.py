@@ -125,6 +125,31 @@ def test_gptq_names_layers_that_differ_from_the_most(lowered: Lowered, prompts, 
     assert verify(tmp_path).layers == 15
 
 
+TABLES = [
+    ("llama-tied", "W4A16-g32-e8", "compressed-tensors", {"model.embed_tokens": "no client ties"}),
+    ("llama-tied", "W4A16-g32-e8", "gptq-v2", {"model.embed_tokens": "no client ties"}),
+    ("llama", "W4A16-g32-e8", "compressed-tensors", {"model.embed_tokens": "no embedding tables"}),
+    ("llama", "W4A16-g32-e8", "gptq-v2", {"model.embed_tokens": "no embedding tables"}),
+    ("llama", "W4A16-g32-asym-e8", "compressed-tensors",
+     {"model.embed_tokens": "no embedding tables", "lm_head": "packed in one way"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "scheme", "form", "expected"), TABLES)
+def test_tables_that_a_format_cannot_hold_are_written_as_the_floats_that_they_stand_for(
+    lowered: Lowered, prompts, tmp_path: Path, kind: str, scheme: str, form: Any, expected: dict[str, str]
+):
+    program = lowered(kind, scheme)
+    report = export(program, tmp_path, batches=prompts, format=form, dtype="float32")
+    assert set(report.float_tables) == {f"{path}.weight" for path in expected}
+    assert all(expected[name.removesuffix(".weight")] in reason for name, reason in report.float_tables.items())
+    values, tensors = stored_weights(program, torch.float32), load_file(tmp_path / "model.safetensors")
+    for path in expected:
+        np.testing.assert_array_equal(tensors[f"{path}.weight"], values[path])
+    assert report.packed == 14 + (kind == "llama" and len(expected) == 1)
+    verify(tmp_path)
+
+
 def test_the_folder_has_what_clients_ask_for(lowered: Lowered, prompts, tmp_path: Path):
     program = lowered("llama-tied", "W4A16-g32")
     program.assets = {"tokenizer.json": b"{}"}

@@ -44,14 +44,6 @@ CASES = [
     ("gpt2", "W4A16-g32", "compressed-tensors", r"cannot hold transformer\.h\.0\.attn\.c_attn: .* Conv1D; .* gptq-v2"),
     ("llama", "W5A16", "gptq-v2", r"cannot hold model\.layers\.0\.self_attn\.q_proj: .* 2, 3, 4 and 8 bits, not of 5"),
     ("llama", "W4A16-g8", "gptq-v2", r"q_proj: its clients know groups of 16, .*, not of 8"),
-    ("llama", "W8A16-e8", "gptq-v2", r"cannot hold model\.embed_tokens: it holds linear layers only"),
-    ("llama", "W8A16-e8", "compressed-tensors", r"cannot hold model\.embed_tokens: .* no embedding tables"),
-    (
-        "llama-tied",
-        "W8A16-e8",
-        "compressed-tensors",
-        r"model\.embed_tokens\.weight .* is shared by lm_head, ",
-    ),
     ("llama", "W8A8", "compressed-tensors", r"\(linear-input of .*\) is quantized when the model runs"),
     ("llama", "W8A8-token-e16", "gptq-v2", r"\(linear-input of .*\) is quantized when the model runs"),
 ]
@@ -155,7 +147,7 @@ ROWS3 = QuantSpec(Grid(3), Granularity.per_channel(0))
         (GROUPS, (64, 100), "linear-weight", {}, "per-group(32) and an axis of 100 have only blocks of 4 in common"),
         (GROUPS, (60, 96), "linear-weight", {"format": "gptq-v2"}, "60 outputs of 4 bits do not fill 32-bit words"),
         (GROUPS, (60, 96), "linear-weight", {}, ""),
-        (GROUPS, (96, 64), "embedding-table", {"format": "gptq-v2"}, "no embedding tables"),
+        (GROUPS, (96, 64), "embedding-table", {"format": "gptq-v2"}, ""),
         (GROUPS, (96, 64), "linear-input", {}, "nothing else"),
         (
             QuantSpec(Grid(3), Granularity.per_channel(0)),

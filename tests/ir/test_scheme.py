@@ -13,6 +13,8 @@ NAMES = [
     "W8A8",
     "W4A16",
     "W4A16-g128",
+    "W4A16-g128-e16",
+    "W4A16-g128-e8",
     "W16A8",
     "W16A16",
     "W8A8-full",
@@ -68,6 +70,7 @@ schemes = st.builds(
     st.none() | specs,
     st.lists(roles, unique=True).map(tuple),
     st.dictionaries(roles, st.none() | specs, max_size=3).map(lambda d: tuple(d.items())),
+    st.none() | specs,
 )
 
 
@@ -145,6 +148,19 @@ def test_what_suffixes_change():
     assert Scheme.parse("W8A8-asym").weights.grid == Grid(8, signed=False, symmetric=False)
     tensor = Scheme.parse("W8A8-tensor")
     assert tensor.weights.granularity == tensor.embeddings.granularity == Granularity.per_tensor()
+
+
+def test_large_heads_have_8_bits_beside_float_activations_unless_the_tables_are_named():
+    eight = QuantSpec(Grid(8), Granularity.per_channel(0))
+    assert Scheme.parse("W4A16-g128").head == Scheme.parse("W2A16-tensor").head == eight
+    assert Scheme.parse("W4A16").spec("embedding-table") is None
+    assert Scheme.parse("W4A16-e16").head is None
+    assert Scheme.parse("W4A16-e4").head.grid.bits == Scheme.parse("W8A8-e4").head.grid.bits == 4
+    assert Scheme.parse("W8A8").head == eight
+    assert [Scheme.parse(name).head for name in ("W8A8-e16", "W16A8", "W16A16")] == [None] * 3
+    assert Scheme.from_dict({"activations": None, "embeddings": None}).head is None
+    assert Scheme.from_dict(Scheme.parse("W4A16").to_dict() | {"overrides": {"embedding-table": None}}).head is None
+    assert Scheme.from_dict(Scheme.parse("W4A16").to_dict() | {"roles": ["linear-weight"]}).head is None
 
 
 def test_an_override_wins_even_with_nothing():

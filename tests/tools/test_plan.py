@@ -11,6 +11,7 @@ import torch
 
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program
+from bitlower.passes import parse_pipeline
 from bitlower.tools._costs import Load
 from bitlower.tools._standard import standard_exports
 from bitlower.tools.flow import quantize, standard_passes, standard_recipe
@@ -95,7 +96,7 @@ def test_a_decoder_in_few_bits_by_hand(llama_program: Program) -> None:
     assert (down.shape, down.bits, down.bytes) == ((32, 64), 4, 32 * 64 // 2 + 32 * 4 * 4)
     assert down.bits_per_weight == 4 + 32 / 16
     for table in ("lm_head.weight", "model.embed_tokens.weight"):
-        assert (tensors[table].bits, tensors[table].reason) == (32, "the scheme leaves embedding-table in float")
+        assert (tensors[table].bits, tensors[table].reason) == (32, "an output head of 1,184 weights is small")
     assert plan.target == "onnx-qdq{form=onnxruntime}"
     assert plan.notes == ()
     more = make_plan(llama_program.clone(), passes, Load(8, 32), [*exports, ("checkpoint", {})])
@@ -139,3 +140,19 @@ def test_a_library_for_cuda_keeps_float_matrices_in_half_precision(llama_program
     assert host[table] == full[table] == 2 * half[table]
     assert half[norm] == host[norm]
     assert half[down] == full[down]
+
+
+def test_a_plan_says_where_memory_and_time_are_lower_bounds(llama_program: Program) -> None:
+    """Each product by a quantized weight becomes four; that of the head, which stays float, is one."""
+    text = "clean,quantize{scheme=W8A8-upeg4-e16},calibrate,legalize,lower-integer"
+    plan = make_plan(llama_program.clone(), parse_pipeline(text), Load(8, 32))
+    count = len([tensor for tensor in plan.tensors if tensor.spec])
+    assert plan.at_least
+    assert plan.notes[0].startswith(f"legalize makes up to {4 * count + 1} products of {count + 1}, each a node")
+    assert "every rounded value of a decoder's windows" in plan.notes[1]
+    assert any("at least" in str(cell) for cell in plan.tables()[2].columns[1].cells)
+    weights = make_plan(llama_program.clone(), standard_passes("W4A16-g16"), Load(8, 32))
+    assert not weights.at_least
+    assert not make_plan(
+        llama_program.clone(), parse_pipeline("clean,quantize{scheme=W8A8-token}"), Load(8, 32)
+    ).at_least

@@ -71,6 +71,16 @@ def test_what_needs_data_is_refused_without(scheme: str, algorithm: str | None, 
         standard_passes(scheme, algorithm=algorithm, calibrated=False)
 
 
+def test_checkpoints_alone_leave_heads_in_float() -> None:
+    def scheme(name: str, *formats: str) -> str:
+        return str(standard_passes(name, formats=formats)[1].scheme)  # type: ignore[attr-defined]
+
+    assert scheme("W4A16-g128", "checkpoint") == scheme("W4A16-g128", "gptq-v2") == "W4A16-g128-e16"
+    assert scheme("W4A16-g128", "checkpoint", "onnx-qdq") == scheme("W4A16-g128") == "W4A16-g128"
+    assert scheme("W4A16-g128", "tvm-kernels") == "W4A16-g128"
+    assert scheme("W4A16-g128-e8", "checkpoint") == "W4A16-g128-e8"
+
+
 def test_formats() -> None:
     assert standard_exports("W8A8") == (("onnx-qdq", {}),)
     assert standard_exports("W4A16-g128") == (("onnx-qdq", {"form": "onnxruntime"}),)
