@@ -116,10 +116,12 @@ class _Budget:
         self._tensors = 8 * len(held.shapes) + 1000
         self._numbers = 2 * held.numbers + _LARGE
         self._buffers = _BUFFERS
+        self._taken: dict[int, torch.Tensor] = {}
 
     def take_parameter(self, module: torch.nn.Module, name: str, tensor: torch.Tensor | None) -> None:
-        if tensor is None:
+        if tensor is None or id(tensor) in self._taken:  # tied weights are registered again
             return
+        self._taken[id(tensor)] = tensor
         self._tensors -= 1
         self._numbers -= tensor.numel()
         if self._tensors < 0:

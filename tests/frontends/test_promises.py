@@ -101,6 +101,16 @@ def test_a_model_as_large_as_its_weights_passes_and_a_larger_one_is_stopped_earl
     assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
 
 
+def test_a_tied_table_counts_once_however_often_it_is_registered() -> None:
+    def tied() -> torch.nn.Module:
+        modules = torch.nn.ModuleList(torch.nn.Linear(1000, 1000, bias=False) for _ in range(2))
+        for _ in range(9):
+            modules[1].weight = modules[0].weight
+        return modules
+
+    check_skeleton(tied, Held({"table": (1000, 1000)}, 10**6), "c.json")
+
+
 def test_a_table_that_nobody_stores_is_bounded_too() -> None:
     def make() -> torch.nn.Module:
         module = torch.nn.Module()
