@@ -4,7 +4,7 @@
 target                 codes                                                         a scale              float
 =====================  ============================================================  ===================  ==============
 onnx-qdq               4 bits (or 2 from opset 25 on), one byte above, two above 8   4 bytes              as it is
-.. tables              rows as dense streams of bytes, if they are not small         4 bytes              as it is
+.. tables              rows as dense streams of bytes, if they are not small         4 (tied: 8) bytes    as it is
 .. weights only        linears: packed in 2, 4 or 8 bits as the backend chooses       4 bytes              as it is
 .. onnxruntime         the same, in blocks of MatMulNBits, a scale for each block     4 bytes              as it is
 compressed-tensors     rows as dense streams of 32-bit words                         as what stays float  ``dtype``
@@ -117,7 +117,8 @@ def stored_bytes(
             return _low_bit_bytes(spec, shape, kind, target)
     width: int = spec.grid.dtype.itemsize
     codes = _onnx_code_bytes(quantizer, shape, target) if spec.grid.bits < 8 else width * math.prod(shape)
-    return codes + (4 if spec.grid.symmetric else 4 + width) * scales
+    forms = 2 if embedded and any(node.target in LINEAR for node in readers) else 1
+    return codes + (4 if spec.grid.symmetric else 4 + width) * scales * forms
 
 
 def _library_bytes(spec: QuantSpec, shape: tuple[int, ...], target: Target, readers: Collection[fx.Node]) -> int:
