@@ -15,10 +15,9 @@ from bitlower.passes._base import Pass
 _EXIT_CODES = (1, 2)
 
 
-def is_own(pass_: Pass | type[Pass]) -> bool:
+def is_own(pass_: Pass) -> bool:
     """Whether the pass is one of bitlower's."""
-    cls = pass_ if isinstance(pass_, type) else type(pass_)
-    return cls.__module__.startswith("bitlower.")
+    return type(pass_).__module__.startswith("bitlower.")
 
 
 @contextmanager
