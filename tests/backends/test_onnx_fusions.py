@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional
 
 from bitlower.backends.onnx_qdq._folder import write_model
@@ -52,10 +52,21 @@ class Between(nn.Module):
         )
 
 
+class Attending(nn.Module):
+    """A softmax between two quantizers that is no output."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(x, -1) @ y.transpose(1, 2)
+
+
 def quantized(spec: QuantSpec) -> Program:
     """Both inputs rounded, and then each result, with other scales."""
     program = traced().clone()
-    values = [*program.graph.find_nodes(op="placeholder"), *program.graph.output_node().args[0]]
+    return rounded(program, spec, [*program.graph.find_nodes(op="placeholder"), *program.graph.output_node().args[0]])
+
+
+def rounded(program: Program, spec: QuantSpec, values: list[fx.Node]) -> Program:
+    """The integer program that rounds two inputs and what is made of them."""
     for place, value in enumerate(values):
         insert_quantizer(program, Site("activation", value), spec)
         (node,) = (user for user in value.users if user.target in QUANTIZER)
@@ -106,3 +117,15 @@ def undo(path: Path) -> None:
         for place, name in enumerate(node.input):
             node.input[place] = same.get(name, name)
     onnx.save(model, path)
+
+
+def test_a_fused_softmax_that_no_output_shows_is_found(tmp_path: Path) -> None:
+    program = load(Attending(), example_inputs=batch(2, 6))
+    softmax = next(node for node in program.graph.nodes if "softmax" in node.name)
+    program = rounded(program, UNSIGNED, [*program.graph.find_nodes(op="placeholder"), softmax])
+    model, _ = lower(program, opset=23, form="qdq")
+    write_model(model, tmp_path, threshold=0)
+    assert verify_export(program, tmp_path, [batch(7, 40)]).quantized[-1].worst <= 1
+    undo(tmp_path / "model.onnx")
+    with pytest.raises(CheckError, match="softmax"):
+        verify_export(program, tmp_path, [batch(7, 40)])

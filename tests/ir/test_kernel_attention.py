@@ -84,6 +84,14 @@ def test_a_causal_mask_counts_from_the_start() -> None:
 
 
 @pytest.mark.parametrize("explicit", [False, True])
+def test_groups_are_told_by_heads_where_there_are_as_many_keys(explicit: bool) -> None:
+    arguments, values = operands(2, as_codes=False)
+    few = {name: x if name == "query" else x[:, :, :HEADS] for name, x in arguments.items()}
+    [found] = fused_attention(**few, factor=0.5, explicit=explicit)
+    assert_values(found, attend(values[0], *(part[:, :, :HEADS] for part in values[1:]), 0.5))
+
+
+@pytest.mark.parametrize("explicit", [False, True])
 def test_a_row_that_is_masked_throughout_gives_zeros(explicit: bool) -> None:
     arguments, values = operands(HEADS, as_codes=False)
     mask = torch.ones(1, 1, QUERIES, KEYS, dtype=torch.bool)
