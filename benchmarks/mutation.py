@@ -8,12 +8,14 @@ memory of a forked process: no file is changed, and torch is imported once. Linu
 
 A site is drawn by a hash of its line's text, so two revisions are sampled alike where their sources are alike.
 ``--revision REV`` takes sources and tests of another revision. ``--again FILE`` tries the mutants of an earlier result,
-as far as their lines still stand, and of those only what survived: fair where tests were only added since.
+as far as their lines still stand, and of those only what survived: fair where tests were only added since. With
+``--since REV`` only test functions that are not those of that commit run.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -173,7 +175,12 @@ def _be_child(tree: Path, mutant: Mutant | None, tests: Sequence[str]) -> None:
 
 
 def measure(
-    tree: Path, mutants: Sequence[Mutant], known: Mapping[Key, str], end: float, report: Callable[[str], None]
+    tree: Path,
+    mutants: Sequence[Mutant],
+    known: Mapping[Key, str],
+    since: str,
+    end: float,
+    report: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Try the mutants in their order until the clock shows ``end``.
 
@@ -181,6 +188,7 @@ def measure(
         tree: the sources and their tests.
         mutants: of these sources.
         known: results of an earlier run; what did not survive there is not tried again.
+        since: a commit whose tests are not run again; none if empty.
         end: by ``time.monotonic``.
         report: is given a line for each mutant.
 
@@ -193,7 +201,8 @@ def measure(
         if time.monotonic() > end:
             break
         site, tests, result = mutant.site, tests_of(mutant.site.file, tree), known.get(mutant.key, "survived")
-        if result == "survived":
+        tests = new_tests(tree, since, tests) if since else tests
+        if result == "survived" and tests:
             result = run_tests(tree, mutant, tests)
             sets.setdefault(tests, set()).add(result)
         place = {"file": site.file, "line": site.line, "before": site.text, "after": mutant.after}
@@ -211,6 +220,19 @@ def read_known(path: Path) -> dict[Key, str]:
     return {(row["file"], row["before"], row["after"], row["operator"]): row["result"] for row in rows}
 
 
+def new_tests(tree: Path, revision: str, tests: Sequence[str]) -> tuple[str, ...]:
+    """The test functions of some files that a commit has not or has otherwise, as pytest names them."""
+    found = []
+    for test in tests:
+        show = ["git", "show", f"{revision}:{test}"]
+        before = subprocess.run(show, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False).stdout
+        old = {ast.unparse(node) for node in ast.parse(before).body}
+        for node in ast.parse((tree / test).read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and ast.unparse(node) not in old:
+                found.append(f"{test}::{node.name}")
+    return tuple(found)
+
+
 def tests_of(file: str, tree: Path) -> tuple[str, ...]:
     """The test files of a source file that are in the tree."""
     return tuple(test for name in TARGETS[file].split() if (tree / (test := f"tests/{name}.py")).is_file())
@@ -225,6 +247,7 @@ def main() -> None:
     parser.add_argument("--files", nargs="*", default=list(TARGETS), choices=list(TARGETS), metavar="FILE")
     parser.add_argument("--revision", help="a commit whose sources and tests are taken instead of the working tree's")
     parser.add_argument("--again", type=Path, help="an earlier result of the same sample")
+    parser.add_argument("--since", default="", help="with --again: a commit whose tests need not run again")
     parser.add_argument("--name", default="mutation", help="of the result in results/")
     options = parser.parse_args()
     prepare()
@@ -234,7 +257,7 @@ def main() -> None:
         files = [file for file in options.files if (tree / file).is_file()]
         mutants = sample(tree, files, options.sample, options.seed, known or None)
         end = time.monotonic() + 60 * options.minutes
-        rows = measure(tree, mutants, known, end, lambda line: print(line, file=sys.stderr, flush=True))
+        rows = measure(tree, mutants, known, options.since, end, lambda line: print(line, file=sys.stderr, flush=True))
     tally = Counter(row["result"] for row in rows)
     noticed, kinds = len(rows) - tally["survived"], ("killed", "timeout", "crash", "survived")
     score = f"{noticed / len(rows):.1%}"
