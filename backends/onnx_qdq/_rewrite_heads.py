@@ -1,7 +1,7 @@
 """Output heads with codes of at most 8 bits and float activations: exact enough for floats, multiplied as integers.
 
 A head is a large matrix that a decoder reads once a token; in float it takes four times the time that its bytes take.
-Each token's activation is rounded to ``DIGITS`` digits of base ``BASE``, a grid of 1/508,000 of its largest value::
+Each token's activation is rounded to ``DIGITS`` digits of base ``BASE``, a grid of a millionth of its largest value::
 
     x ≈ s · (d₀ + d₁ / BASE + d₂ / BASE²),   s = max |x| / LARGEST,   dᵢ whole, |dᵢ| ≤ LARGEST + 1
 
