@@ -11,8 +11,7 @@ while they wait, sides in turn in one process without torch. ``ratio`` is the me
 decoding speed over that of the same round's ``e16`` at level 1. Perplexity of each side is that of its file in
 onnxruntime: WikiText-2 test, the first 12 windows of 512.
 
-``--heads`` compares the two heads alone, at level 1, in W4A16-g64 by rounding to nearest, without perplexities
-(``decoding_heads.json``).
+``--heads`` compares the two heads alone, at level 1, in W4A16-g64 by rounding to nearest (``decoding_heads.json``).
 """
 
 from __future__ import annotations
@@ -154,9 +153,8 @@ def measure(folder: Path, rounds: int, *, heads: bool) -> None:
             "decode_median": round(float(np.median(decode)), 1),
             "ratio": round(float(np.median(decode / reference)), 2),
             "mb": round(sum(file.stat().st_size for file in files) / 1e6, 1),
+            "perplexity": round(decoder.perplexity(np.load(folder / "test.npy")), 3),
         })  # fmt: skip
-        if not heads:
-            rows[-1]["perplexity"] = round(decoder.perplexity(np.load(folder / "test.npy")), 3)
     print(json.dumps(rows))
 
 
@@ -181,7 +179,8 @@ def main() -> None:
         rows = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     settings = {"prompt": PROMPT, "new_tokens": NEW, "rounds": arguments.rounds, "threads": 2}
     name = "decoding_heads" if arguments.heads else "decoding"
-    command_line = " ".join(["python benchmarks/decoding.py --data DIR", *switch])
+    rounds = [f"--rounds {arguments.rounds}"] if arguments.rounds != parser.get_default("rounds") else []
+    command_line = " ".join(["python benchmarks/decoding.py --data DIR", *switch, *rounds])
     write_result(name, command_line, {"settings": settings, "rows": rows})
     show_table(list(rows[0]), [list(row.values()) for row in rows])
 
