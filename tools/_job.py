@@ -210,6 +210,7 @@ class _Run:
                 check_tokenizer(program, place)
                 for table, reason in reports[name].get("float_tables", {}).items():
                     self.say(f"{name} has the rounded values of {table} in float: {reason}")
+                self.say(*reports[name].get("notes", ()))
         return reports
 
     def say(self, *notes: str) -> None:

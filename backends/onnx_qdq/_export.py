@@ -80,6 +80,7 @@ class ExportReport:
         operators: how many nodes of each operator the model has.
         rules: by rewrite rule, how often it was applied and why it was not.
         verification: how the artefact compares with the Program.
+        notes: what ``genai_config.json`` could not say of how the model generates, a line each.
     """
 
     files: dict[str, int]
@@ -89,6 +90,7 @@ class ExportReport:
     operators: dict[str, int]
     rules: dict[str, dict[str, object]]
     verification: Verification
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -100,6 +102,7 @@ class ExportReport:
             "operators": self.operators,
             "rules": self.rules,
             "verification": self.verification.to_dict(),
+            "notes": list(self.notes),
         }
 
 
@@ -137,7 +140,8 @@ def export(
     if form == "qdq" and log.applied[LOW_BIT]:
         session_config[LEVEL_ENTRY] = str(accuracy_level)
     files = [*write_model(model, folder, threshold=external_data_threshold), write_config(program, folder, "onnx")]
-    files += [*write_assets(program, folder), *write_genai_config(program, folder, session_config)]
+    described, notes = write_genai_config(program, folder, session_config)
+    files += [*write_assets(program, folder), *described]
     _check_model(folder / MODEL)
     verification = verify_export(
         program,
@@ -150,7 +154,7 @@ def export(
     verification.write(folder)
     write_manifest(program, folder, backend_options=dataclasses.asdict(options), provenance=provenance)
     return ExportReport(
-        sizes(folder, files), opset, form, accuracy_level, operators(model), log.to_dict(), verification
+        sizes(folder, files), opset, form, accuracy_level, operators(model), log.to_dict(), verification, notes
     )
 
 
