@@ -8,9 +8,12 @@ from pathlib import Path
 
 import torch
 
-from bitlower.frontends._tokenizer import check_same_tokens, load_tokenizer, tokenizer_of
-from bitlower.ir import BitlowerError, Program
+from bitlower.frontends._tokenizer import check_same_tokens, leading_tokens, load_tokenizer, tokenizer_of
+from bitlower.ir import BitlowerError, Program, nearest
 from bitlower.ir.assets import is_tokenizer
+
+BOS = ("auto", "always", "never")
+"""Rules for what windows begin with; see :func:`window_lead`."""
 
 
 def batches(
@@ -95,6 +98,48 @@ def token_ids(program: Program, text: str) -> torch.Tensor:
     if not encoded:
         raise BitlowerError("there is no text to tokenize")
     return torch.tensor(encoded, dtype=torch.int64)
+
+
+def text_ids(program: Program, text: str) -> torch.Tensor:
+    """The tokens of ``text`` alone, ``[n]`` int64: what its windows are cut from.
+
+    Raises:
+        BitlowerError: the program has no tokenizer.
+    """
+    encoded = tokenizer_of(program)(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(encoded, dtype=torch.int64)
+
+
+def window_lead(program: Program, bos: str = "auto") -> tuple[int, ...]:
+    """The tokens that every window of a text begins with, and every prompt.
+
+    Args:
+        program: a language model.
+        bos: ``auto`` takes what the tokenizer puts in front of a text by itself, often nothing; ``always`` its token
+            for the beginning if that is nothing; ``never`` nothing.
+
+    Raises:
+        BitlowerError: the program has no tokenizer, or that has no such token.
+    """
+    if bos not in BOS:
+        raise BitlowerError(f"unknown rule {bos!r} for the beginning of windows", hint=nearest(bos, BOS))
+    if bos == "never":
+        return ()
+    tokenizer = tokenizer_of(program)
+    found = leading_tokens(tokenizer)
+    if found or bos == "auto":
+        return tuple(found)
+    if tokenizer.bos_token_id is None:
+        raise BitlowerError(
+            f"the tokenizer of {program.source or 'the model'} has no token that begins a text",
+            hint="bos is auto or never for it",
+        )
+    return (int(tokenizer.bos_token_id),)
+
+
+def lead_names(program: Program, lead: Sequence[int]) -> str:
+    """The tokens ``lead`` as text, such as ``<bos>``."""
+    return " ".join(map(str, tokenizer_of(program).convert_ids_to_tokens(list(lead)))) if lead else ""
 
 
 def decode(program: Program, ids: Sequence[int]) -> str:

@@ -21,9 +21,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
+import torch
+
 from bitlower.frontends import batches
-from bitlower.frontends.tokenize import check_length, token_ids, windows
-from bitlower.ir import Batch, BitlowerError, Program
+from bitlower.frontends.tokenize import BOS, check_length, text_ids, window_lead, windows
+from bitlower.ir import Batch, BitlowerError, Program, nearest
 from bitlower.tools._job import Data
 from bitlower.tools.data import PARAGRAPH, Split, read_text, read_texts, split_texts, split_windows
 from bitlower.tools.recipe import DataSection, Recipe
@@ -78,8 +80,9 @@ def recipe_source(recipe: Recipe, decoder: bool) -> Source:
     """The data of a recipe, which may have none; its files are read here.
 
     Raises:
-        BitlowerError: a file is missing, damaged or too short.
+        BitlowerError: a file is missing, damaged or too short, or a rule for windows is given for another model.
     """
+    check_bos(recipe.model.bos, decoder)
     source = _section_source(recipe, recipe.calibration, decoder) if recipe.calibration else Source(lambda _: Data())
     if recipe.evaluation is None:
         return source
@@ -87,14 +90,35 @@ def recipe_source(recipe: Recipe, decoder: bool) -> Source:
     return replace(source, batches=lambda program: replace(source.batches(program), evaluation=held_out(program)))
 
 
+def check_bos(bos: str, decoder: bool) -> None:
+    """See that a rule for what windows begin with is known, and given for a model that reads windows.
+
+    Raises:
+        BitlowerError: it is not.
+    """
+    if bos not in BOS:
+        raise BitlowerError(f"unknown rule {bos!r} for the beginning of windows", hint=nearest(bos, BOS))
+    if bos != BOS[0] and not decoder:
+        raise BitlowerError(
+            f"bos {bos!r} is about the windows of language models, and this model reads texts", hint="leave it out"
+        )
+
+
 def python_source(
-    calibration: Calibration | None, *, samples: int | None, seed: int, max_length: int | None, decoder: bool
+    calibration: Calibration | None,
+    *,
+    samples: int | None,
+    seed: int,
+    max_length: int | None,
+    decoder: bool,
+    bos: str = "auto",
 ) -> Source:
     """The data that a caller has: a file, texts, or batches as they are.
 
     Raises:
         BitlowerError: there are none, or a file is missing, damaged or too short.
     """
+    check_bos(bos, decoder)
     if calibration is None:
         return Source(lambda program: Data())
     if not isinstance(calibration, str | os.PathLike):
@@ -108,7 +132,7 @@ def python_source(
     if not decoder:
         return _texts(split_texts(texts, samples=samples, seed=seed), amount, amount)
     text = read_text(texts, limit=LONGEST_TEXT) if isinstance(texts, str | os.PathLike) else PARAGRAPH.join(texts)
-    return Source(lambda program: _windows(program, text, amount, seed), amount.samples)
+    return Source(lambda program: _windows(program, text, amount, seed, bos), amount.samples)
 
 
 def _section_source(recipe: Recipe, section: DataSection, decoder: bool) -> Source:
@@ -118,7 +142,7 @@ def _section_source(recipe: Recipe, section: DataSection, decoder: bool) -> Sour
         texts = split_texts(path, samples=section.samples, seed=section.seed, column=section.column)
         return _texts(texts, amount, amount)
     text = read_text(path, column=section.column, limit=LONGEST_TEXT)
-    return Source(lambda program: _windows(program, text, amount, section.seed), amount.samples)
+    return Source(lambda program: _windows(program, text, amount, section.seed, recipe.model.bos), amount.samples)
 
 
 def _evaluation(recipe: Recipe, section: DataSection, decoder: bool) -> Callable[[Program], Sequence[Batch]]:
@@ -129,7 +153,7 @@ def _evaluation(recipe: Recipe, section: DataSection, decoder: bool) -> Callable
         return lambda program: _rows(program, texts, amount)
     text = read_text(path, column=section.column, limit=LONGEST_TEXT)
     amount = replace(amount, samples=section.samples or HELD_OUT_WINDOWS)
-    return lambda program: _windows(program, text, amount, section.seed).calibration
+    return lambda program: _windows(program, text, amount, section.seed, recipe.model.bos).calibration
 
 
 def _texts(texts: Split, amount: Amount, held_out: Amount) -> Source:
@@ -143,10 +167,14 @@ def _rows(program: Program, texts: Sequence[str], amount: Amount) -> Sequence[Ba
     return batches(program, texts, max_length=amount.length(program), batch_size=amount.batch_size) if texts else ()
 
 
-def _windows(program: Program, text: str, amount: Amount, seed: int) -> Data:
-    """The batches of windows of ``text``, and of held-out ones."""
+def _windows(program: Program, text: str, amount: Amount, seed: int, bos: str) -> Data:
+    """The batches of windows of ``text``, and of held-out ones; what they begin with takes of their length."""
     length, count = amount.length(program), amount.samples or WINDOWS
     check_length(program, length)
-    parts = split_windows(token_ids(program, text), length, count, held_out=HELD_OUT_WINDOWS, seed=seed)
-    kept, held_out = (windows(program, part, batch_size=amount.batch_size) if len(part) else () for part in parts)
-    return Data(kept, held_out)
+    lead = window_lead(program, bos)
+    room = max(length - len(lead), 1)
+    parts = split_windows(text_ids(program, text), room, count, held_out=HELD_OUT_WINDOWS, seed=seed)
+    whole = (torch.cat([torch.tensor([lead] * len(part), dtype=part.dtype).view(len(part), -1), part], 1)
+             for part in parts)  # fmt: skip
+    kept, held_out = (windows(program, part, batch_size=amount.batch_size) if len(part) else () for part in whole)
+    return Data(kept, held_out, lead)

@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from bitlower.tools.generation import Sample
 
 GENERATION = "text-generation"
+Bos = Annotated[
+    str,
+    typer.Option(
+        help="text-generation: what windows and prompts begin with. auto: what the tokenizer puts first; always: its "
+        "token for the beginning, even so; never: nothing."
+    ),
+]
 
 
 def evaluate(
@@ -52,12 +59,13 @@ def evaluate(
         list[str] | None, typer.Option(help="text-generation: a text to continue greedily; may be repeated.")
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="text-generation: tokens of a sample at most.", min=1)] = 64,
+    bos: Bos = "auto",
 ) -> None:
     """Measure accuracy on labelled data, or perplexity, samples and speed of a language model."""
     settings = settings_of(context)
     if task == GENERATION:
         unescaped = None if joiner is None else joiner.replace(r"\n", "\n").replace(r"\t", "\t")
-        _evaluate_text(settings, target, data, unescaped, (window, stride, windows), prompt or (), new_tokens)
+        _evaluate_text(settings, target, data, unescaped, (window, stride, windows), prompt or (), new_tokens, bos)
         return
     from bitlower.ir import BitlowerError
     from bitlower.tools.evaluate import evaluate as measure
@@ -83,6 +91,7 @@ def _evaluate_text(
     numbers: tuple[int, int | None, int | None],
     prompts: Sequence[str],
     new_tokens: int,
+    bos: str,
 ) -> None:
     from bitlower.tools.perplexity import evaluate_text
     from bitlower.tools.render import make_table
@@ -91,7 +100,7 @@ def _evaluate_text(
     window, stride, windows = numbers
     result = evaluate_text(
         target, data, joiner=joiner, window=window, stride=stride, windows=windows, prompts=prompts,
-        new_tokens=new_tokens, track=display.track,
+        new_tokens=new_tokens, bos=bos, track=display.track,
     )  # fmt: skip
     tables = []
     if found := result.perplexity:
@@ -99,6 +108,7 @@ def _evaluate_text(
         rows = [
             ("perplexity", f"{found.perplexity:.2f}"),
             ("variant", f"{variant}, {found.tokens_scored} tokens scored of {found.tokens}"),
+            ("windows begin with", f"{result.begins or 'nothing'} (bos: {bos})"),
             ("lines", "as they are" if joiner is None else f"joined by {joiner!r}"),
         ]
         tables.append(make_table(f"{target} on {Path(data or '').name}, in {result.runtime}", ("", ""), rows))

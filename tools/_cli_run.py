@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitlower.tools._cli_eval import evaluate
+from bitlower.tools._cli_eval import Bos, evaluate
 from bitlower.tools._cli_settings import Settings, settings_of
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ def quantize(
     samples: Samples = None,
     max_length: MaxLength = None,
     seed: Seed = 0,
+    bos: Bos = "auto",
     ignore: Ignore = None,
     cache: CacheFolder = None,
     no_cache: NoCache = False,
@@ -116,7 +117,7 @@ def quantize(
 
     recipe = standard_recipe(
         model, scheme, calibration, algorithm=algorithm, formats=formats or (), task=task, samples=samples,
-        max_length=max_length, seed=seed, ignore=ignore or (),
+        max_length=max_length, seed=seed, ignore=ignore or (), bos=bos,
     )  # fmt: skip
     options = _options(settings, cache, no_cache, overwrite)
     options.display.note(f"passes: {format_pipeline(recipe.build_passes())}")
@@ -131,6 +132,7 @@ def analyze(
     samples: Samples = None,
     max_length: MaxLength = None,
     seed: Seed = 0,
+    bos: Bos = "auto",
     sigma: Annotated[float, typer.Option(help="An outlier is this many standard deviations off.")] = 6.0,
     rows: Annotated[int, typer.Option(help="Rows to print of each table.")] = 20,
 ) -> None:
@@ -143,7 +145,15 @@ def analyze(
 
     display = settings.display()
     report = analyze_model(
-        model, calibration, task=task, samples=samples, max_length=max_length, seed=seed, sigma=sigma, display=display
+        model,
+        calibration,
+        task=task,
+        samples=samples,
+        max_length=max_length,
+        seed=seed,
+        bos=bos,
+        sigma=sigma,
+        display=display,
     )
     named = {
         "tensors": report.table(),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bitlower.frontends.tokenize import check_tokenizer, random_windows
+from bitlower.frontends.tokenize import check_tokenizer, lead_names, random_windows
 from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program
 from bitlower.passes import (
     Cache,
@@ -71,10 +71,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Data:
-    """Input batches: to calibrate on, and held-out ones for the ledger, the contracts and the artefact's checks."""
+    """Input batches: to calibrate on, and held-out ones for the ledger, the contracts and the artefact's checks.
+
+    ``lead`` are the tokens that all windows of a language model begin with.
+    """
 
     calibration: Sequence[Batch] = ()
     evaluation: Sequence[Batch] = ()
+    lead: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,8 @@ class _Run:
             data = job.data(program)
             check_finite(data.calibration, "calibration")
             check_finite(data.evaluation, "evaluation")
+            if data.lead:
+                self.say(f"each window begins with {lead_names(program, data.lead)}")
         return program, data
 
     def lower(self, program: Program, data: Data, folder: Path | None) -> Program:
@@ -197,6 +203,7 @@ class _Run:
             "seed": self.job.seed,
             "calibration_batches": len(data.calibration),
             "calibration_sha256": digest_batches(data.calibration),
+            **({"window_lead": list(data.lead)} if data.lead else {}),
         }
         for name, options in self.job.exports:
             with self.stage(name):

@@ -161,6 +161,7 @@ def standard_recipe(
     max_length: int | None = None,
     seed: int = 0,
     ignore: Sequence[str] = (),
+    bos: str = "auto",
 ) -> Recipe:
     """The recipe behind ``bitlower quantize``; paths are from the working directory.
 
@@ -172,7 +173,7 @@ def standard_recipe(
     calibrated = calibration is not None
     passes = standard_passes(scheme, ignore, algorithm=algorithm, calibrated=calibrated, formats=formats)
     form: dict[str, Any] = {
-        "model": {"path": model, "task": task},
+        "model": {"path": model, "task": task, "bos": bos},
         "passes": steps_of(passes),
         "export": [{name: params} if params else name for name, params in standard_exports(scheme, formats)],
     }

@@ -79,6 +79,7 @@ def quantize(
     max_length: int | None = None,
     seed: int = 0,
     ignore: Sequence[str] = (),
+    bos: str = "auto",
     example_inputs: Mapping[str, torch.Tensor] | None = None,
     cache: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -102,6 +103,7 @@ def quantize(
         max_length: in tokens, of texts (128 if left out) or of windows (512, or what the model takes).
         seed: of all randomness.
         ignore: patterns of module paths that stay float (``re:`` in front makes it a regular expression).
+        bos: what windows begin with; see :func:`~bitlower.frontends.tokenize.window_lead`.
         example_inputs: for a module that is not Hugging Face's.
         cache: a folder for the results of passes, so that a killed run goes on; None: none.
         overwrite: replace an artefact at ``output``.
@@ -111,15 +113,14 @@ def quantize(
         CheckError: a check failed; nothing is left behind.
     """
     if isinstance(calibration, str | os.PathLike) and not isinstance(model, torch.nn.Module):
-        job = recipe_job(
-            standard_recipe(
-                os.fspath(model), scheme, calibration, algorithm=algorithm, formats=formats, task=task,
-                samples=samples, max_length=max_length, seed=seed, ignore=ignore,
-            )
+        recipe = standard_recipe(
+            os.fspath(model), scheme, calibration, algorithm=algorithm, formats=formats, task=task, samples=samples,
+            max_length=max_length, seed=seed, ignore=ignore, bos=bos,
         )  # fmt: skip
+        job = recipe_job(recipe)
     else:
         decoder, calibrated = is_decoder(model, task), calibration is not None
-        source = python_source(calibration, samples=samples, seed=seed, max_length=max_length, decoder=decoder)
+        source = python_source(calibration, samples=samples, seed=seed, max_length=max_length, decoder=decoder, bos=bos)
         passes = standard_passes(scheme, ignore, algorithm=algorithm, calibrated=calibrated, formats=formats)
         loader = partial(load, model, task=task, example_inputs=example_inputs)
         job = Job(loader, source.batches, passes, standard_exports(scheme, formats), seed=seed)
@@ -139,6 +140,7 @@ def analyze_model(
     samples: int | None = None,
     max_length: int | None = None,
     seed: int = 0,
+    bos: str = "auto",
     sigma: float = 6.0,
     display: Display | None = None,
 ) -> OutlierReport:
@@ -149,7 +151,7 @@ def analyze_model(
     """
     display = display or Display(quiet=True)
     decoder = is_decoder(model, task)
-    source = python_source(calibration, samples=samples, seed=seed, max_length=max_length, decoder=decoder)
+    source = python_source(calibration, samples=samples, seed=seed, max_length=max_length, decoder=decoder, bos=bos)
     display.note("loading and tracing the model")
     program = load(model, task=task)
     for note in program.notes:

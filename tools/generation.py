@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bitlower.backends.tvm_kernels import Library
-from bitlower.frontends.tokenize import decode, positions, token_ids
+from bitlower.frontends.tokenize import decode, positions, text_ids, window_lead
 from bitlower.ir import BitlowerError, Program
 from bitlower.tools.language_model import LanguageModel, language_model
 
@@ -85,15 +85,25 @@ def generate(
 
 
 def sample(
-    model: Program | Library | LanguageModel, prompt: str, max_new_tokens: int, *, stops: Collection[int] | None = None
+    model: Program | Library | LanguageModel,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    stops: Collection[int] | None = None,
+    bos: str = "auto",
 ) -> Sample:
     """Continue ``prompt`` greedily, and time the prompt and the steps; a first run of the prompt is not timed.
 
+    ``bos`` says what the prompt begins with; see :func:`~bitlower.frontends.tokenize.window_lead`.
+
     Raises:
-        BitlowerError: as :func:`generate`; or the model has no tokenizer.
+        BitlowerError: as :func:`generate`; or the model has no tokenizer, or the prompt has no token.
     """
     model = language_model(model)
-    ids = token_ids(model.program, prompt)[None]
+    lead = torch.tensor(window_lead(model.program, bos), dtype=torch.int64)
+    ids = torch.cat([lead, text_ids(model.program, prompt)])[None]
+    if not ids.numel():
+        raise BitlowerError("a prompt has no token", hint="write a text, or take bos always")
     stop = set(model.stops if stops is None else stops)
     count = _room(model, ids, max_new_tokens)
     next(_greedy(model, ids, None))
@@ -111,9 +121,11 @@ def sample(
     return Sample(prompt, decode(model.program, new), ids.shape[1], len(new), ids.shape[1] / (first - start), rate)
 
 
-def samples(model: LanguageModel, prompts: Sequence[str], max_new_tokens: int) -> tuple[Sample, ...]:
+def samples(
+    model: LanguageModel, prompts: Sequence[str], max_new_tokens: int, *, bos: str = "auto"
+) -> tuple[Sample, ...]:
     """:func:`sample` for each prompt."""
-    return tuple(sample(model, prompt, max_new_tokens) for prompt in prompts)
+    return tuple(sample(model, prompt, max_new_tokens, bos=bos) for prompt in prompts)
 
 
 def _room(model: LanguageModel, ids: torch.Tensor, wanted: int) -> int:

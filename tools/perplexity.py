@@ -6,6 +6,10 @@ cache, and its first token is not predicted. With ``stride = window`` (the defau
 ``window - 1`` tokens, and the perplexity is the exponential of the mean of the windows' cross-entropies. With a smaller
 stride every window but the first scores only its last ``stride`` tokens, so that no token counts twice, and the mean is
 over tokens.
+
+A model whose tokenizer puts a token such as ``<bos>`` in front of a text was trained to see it there, and each window
+begins with it: it takes one place of the window, ``window - 1`` tokens of the text follow, all of which are predicted,
+and that many is the default stride.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from bitlower.frontends.tokenize import check_length, token_ids
+from bitlower.frontends.tokenize import check_length, lead_names, text_ids, window_lead
 from bitlower.ir import BitlowerError, CheckError, Program
 from bitlower.tools.data import read_text
 from bitlower.tools.generation import Sample, samples
@@ -36,9 +40,10 @@ class Perplexity:
         perplexity: exp of the mean cross-entropy, in nats, of the tokens scored.
         windows: how many were run.
         window: tokens of each.
-        stride: from the start of one to that of the next.
+        stride: from the start of one to that of the next, in tokens of the text.
         tokens_scored: tokens that were predicted.
         tokens: of the whole text.
+        lead: the tokens that each window begins with, before those of the text.
     """
 
     perplexity: float
@@ -47,11 +52,15 @@ class Perplexity:
     stride: int
     tokens_scored: int
     tokens: int
+    lead: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class TextEvaluation:
-    """A language model's evaluation: perplexity, if there was a text, and samples, if there were prompts."""
+    """A language model's evaluation: perplexity, if there was a text, and samples, if there were prompts.
+
+    ``bos`` is the rule for what windows and prompts begin with, ``begins`` what that came to, as text.
+    """
 
     target: str
     runtime: str
@@ -59,12 +68,15 @@ class TextEvaluation:
     joiner: str | None
     perplexity: Perplexity | None
     samples: tuple[Sample, ...] = ()
+    bos: str = "auto"
+    begins: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         form: dict[str, Any] = {"target": self.target, "task": "text-generation", "runtime": self.runtime}
+        form |= {"bos": self.bos, "begins": self.begins}
         if self.perplexity is not None:
-            numbers = asdict(self.perplexity)
+            numbers = {**asdict(self.perplexity), "lead": list(self.perplexity.lead)}
             form |= {"data": self.data, "joiner": self.joiner, **numbers, "perplexity": round(numbers["perplexity"], 4)}
         return form | {"samples": [sample.to_dict() for sample in self.samples]}
 
@@ -79,6 +91,7 @@ def evaluate_text(
     windows: int | None = None,
     prompts: Sequence[str] = (),
     new_tokens: int = 64,
+    bos: str = "auto",
     track: Track = lambda items, label: iter(items),
 ) -> TextEvaluation:
     """Perplexity of ``target`` on ``data``, and greedy samples from ``prompts``.
@@ -88,10 +101,11 @@ def evaluate_text(
         data: a text file, or a table (``FILE:COLUMN``).
         joiner: see :func:`~bitlower.tools.data.read_text`.
         window: tokens of a window.
-        stride: from window to window; ``window`` if left out.
+        stride: from window to window; the window's tokens of the text if left out.
         windows: the first so many; all if left out.
         prompts: to continue.
         new_tokens: of each sample, at most.
+        bos: what windows and prompts begin with; see :func:`~bitlower.frontends.tokenize.window_lead`.
         track: wraps the windows with a progress display.
 
     Raises:
@@ -102,12 +116,13 @@ def evaluate_text(
         raise BitlowerError("there is nothing to evaluate on", hint="give --data for perplexity, or --prompt")
     text = None if data is None else read_text(data, joiner=joiner)
     model = language_model(target)
-    result = None
+    result, lead = None, window_lead(model.program, bos)
     if text is not None:
-        ids = token_ids(model.program, text)
-        result = perplexity(model, ids, window=window, stride=stride, windows=windows, track=track)
-    name = None if data is None else os.fspath(data)
-    return TextEvaluation(os.fspath(target), model.runtime, name, joiner, result, samples(model, prompts, new_tokens))
+        ids = text_ids(model.program, text)
+        result = perplexity(model, ids, window=window, stride=stride, windows=windows, lead=lead, track=track)
+    name, begins = None if data is None else os.fspath(data), lead_names(model.program, lead)
+    continued = samples(model, prompts, new_tokens, bos=bos)
+    return TextEvaluation(os.fspath(target), model.runtime, name, joiner, result, continued, bos, begins)
 
 
 def perplexity(
@@ -117,32 +132,35 @@ def perplexity(
     window: int = 512,
     stride: int | None = None,
     windows: int | None = None,
+    lead: Sequence[int] = (),
     track: Track = lambda items, label: iter(items),
 ) -> Perplexity:
-    """Perplexity on the tokens ``ids`` (``[n]``); see the top of the module.
+    """Perplexity on the tokens ``ids`` (``[n]``), each window behind the tokens ``lead``; see the top of the module.
 
     Raises:
         BitlowerError: the numbers make no sense, or the text is too short for them.
         CheckError: the model gives NaN.
     """
-    model, stride = language_model(model), window if stride is None else stride
-    starts = _starts(model.program, ids.numel(), window, stride, windows)
+    model, room = language_model(model), window - len(lead)
+    check_length(model.program, window)
+    stride = room if stride is None else stride
+    starts = _starts(ids.numel(), room, stride, windows)
+    first, predicted = torch.tensor(lead, dtype=torch.int64), room if lead else room - 1
     total, scored = 0.0, 0
     for start in track(starts, "perplexity"):
-        part = ids[start : start + window]
-        fresh = window - 1 if start == 0 else min(stride, window - 1)
+        part = torch.cat([first, ids[start : start + room]])
+        fresh = predicted if start == 0 else min(stride, predicted)
         loss = _cross_entropy(model, part)[-fresh:].double().sum().item()
         if math.isnan(loss):
-            raise CheckError(f"the model gives NaN for the window of tokens {start} to {start + window}")
+            raise CheckError(f"the model gives NaN for the window of tokens {start} to {start + room}")
         total, scored = total + loss, scored + fresh
     mean = total / scored
     value = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(value, len(starts), window, stride, scored, ids.numel())
+    return Perplexity(value, len(starts), window, stride, scored, ids.numel(), tuple(lead))
 
 
-def _starts(program: Program, tokens: int, window: int, stride: int, windows: int | None) -> range:
-    """The first token of each window."""
-    check_length(program, window)
+def _starts(tokens: int, window: int, stride: int, windows: int | None) -> range:
+    """The first token of each window, which takes ``window`` tokens of the text."""
     if not 1 <= stride <= window:
         raise BitlowerError(f"a stride of {stride} makes no sense", hint=f"take 1 to {window}, the window")
     found = range(0, tokens - window + 1, stride)

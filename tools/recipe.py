@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_serializer, model_validator
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
@@ -34,10 +34,15 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The model: a Hugging Face folder or ``package:NAME``; ``task`` as the model's configuration says if left out."""
+    """The model: a Hugging Face folder or ``package:NAME``; ``task`` as the model's configuration says if left out.
+
+    ``bos`` says what the windows of a language model begin with: what its tokenizer puts first (``auto``), its token
+    for the beginning even where the tokenizer does not add it (``always``), or nothing (``never``).
+    """
 
     path: str = Field(min_length=1)
     task: str | None = None
+    bos: Literal["auto", "always", "never"] = "auto"
 
 
 class DataSection(Section):
