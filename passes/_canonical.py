@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
-from bitlower.passes import _attention, _canonical_gelu, _canonical_linear, _canonical_norm
+from bitlower.passes import _attention, _canonical_conv, _canonical_gelu, _canonical_linear, _canonical_norm
 
-RULES = (*_canonical_linear.RULES, *_canonical_norm.RULES, *_canonical_gelu.RULES, *_attention.RULES)
+RULES = (
+    *_canonical_conv.RULES,
+    *_canonical_linear.RULES,
+    *_canonical_norm.RULES,
+    *_canonical_gelu.RULES,
+    *_attention.RULES,
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,7 +38,7 @@ class Clean(Pass):
     What models write by hand becomes one operator: attention (also with repeated keys and values, for grouped
     queries), RMSNorm, GELU. Every linear layer is a ``linear`` with the weight ``[out, in]`` over ``[batch, sequence,
     channels]``; a weight that the model holds the other way round (GPT-2) is transposed, and ``Program.transposed``
-    says so.
+    says so. A convolution of size 1 is such a layer too, one with groups is a layer a group.
     """
 
     name: ClassVar[str] = "clean"
@@ -56,16 +57,24 @@ class Clean(Pass):
                     break
                 changed = True
             misses += missed
-            turned = {f"{name}/{target}" for target, tensor in _tensors(module).items() if before[target] is not tensor}
+            turned = {
+                f"{name}/{target}" for target, tensor in _tensors(module).items() if _is_turned(before, target, tensor)
+            }
             program.transposed = tuple(sorted({*program.transposed, *turned}))
         context.put(CleanReport(tuple(misses)))
         return changed
 
 
 def _tensors(module: fx.GraphModule) -> dict[str, torch.Tensor]:
-    """What the graph reads, by name; the rules do nothing to a tensor but transpose it."""
+    """What the graph reads, by name."""
     names = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
     return {name: get_tensor(module, name) for name in names}
+
+
+def _is_turned(before: Mapping[str, torch.Tensor], target: str, tensor: torch.Tensor) -> bool:
+    """Whether a rule has transposed a matrix, and not cut a kernel of size 1 down to one."""
+    old = before.get(target)
+    return old is not None and old is not tensor and old.dim() == tensor.dim()
 
 
 def _drop_no_ops(graph: fx.Graph) -> bool:

@@ -33,6 +33,7 @@ from bitlower.passes.adaround import AdaroundReport
 from bitlower.passes.assign_precision import AssignPrecision
 from bitlower.passes.gptq import GptqReport
 from bitlower.tools import _backends
+from bitlower.tools._float_share import float_parts
 from bitlower.tools._heads import HeadNotes
 from bitlower.tools._output import disk_errors, new_folder
 from bitlower.tools._reports import Reports
@@ -159,7 +160,7 @@ class _Run:
         stages = (*before_export, *self.stages)
         ledger = self.ledger.to_dict()
         return program, RunSummary(
-            pipeline, None, stages, peak_bytes(), float_bytes, files, ledger, reports, self.notes
+            pipeline, None, stages, peak_bytes(), float_bytes, files, ledger, reports, self.notes, float_parts(program)
         )
 
     def load(self) -> tuple[Program, Data]:

@@ -12,6 +12,7 @@ import psutil
 from rich.table import Table
 
 from bitlower.passes import PassTime
+from bitlower.tools._float_share import FloatPart
 from bitlower.tools.render import Cell, format_bytes, make_table
 
 
@@ -30,6 +31,7 @@ class RunSummary:
         ledger: what each lossy pass cost.
         reports: what each backend said, by its name.
         notes: what was done to the model that the user should know, a line each.
+        floats: the parameters that stay in float, by what reads them.
     """
 
     pipeline: str
@@ -41,6 +43,7 @@ class RunSummary:
     ledger: dict[str, Any] = field(default_factory=dict)
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    floats: tuple[FloatPart, ...] = ()
 
     @property
     def artefact_bytes(self) -> int:
@@ -68,6 +71,7 @@ class RunSummary:
             "ledger": self.ledger,
             "reports": self.reports,
             "notes": list(self.notes),
+            "float_parameters": [part.to_dict() for part in self.floats],
         }
 
     def tables(self) -> tuple[Table, ...]:
@@ -95,14 +99,21 @@ class RunSummary:
         yield "size", f"{format_bytes(self.float_bytes)} → {format_bytes(self.artefact_bytes)}"
         for name, size in self.files.items():
             yield name, format_bytes(size)
+        yield from (("parameters in float" if place == 0 else "", str(part)) for place, part in enumerate(self.floats))
         for backend, report in self.reports.items():
             yield from ((f"{backend}: {key}", str(value)) for key, value in flatten(_highlights(report)))
+            yield from ((f"{backend}: missing kernel", str(name)) for name in _missing_kernels(report))
 
 
 def _highlights(report: dict[str, Any]) -> dict[str, Any]:
     """Of a backend's report: how what was written compares with the Program, and what the runtime makes of it."""
     verification = report.get("verification", {})
     return {key: verification[key] for key in ("runtime", "kernels", "summary") if key in verification}
+
+
+def _missing_kernels(report: dict[str, Any]) -> list[str]:
+    """The multiplications that the runtime computes in float though their operands have codes."""
+    return list(report.get("verification", {}).get("kernels", {}).get("fell_back", ()))
 
 
 def flatten(form: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import fx
 
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS, ROUNDS_ACTIVATIONS, Container, container
 from bitlower.backends.onnx_qdq._session import Session, read_model
+from bitlower.backends.onnx_qdq._structure import MOVES
 from bitlower.ir import CheckError, Program, Quantizer, get_tensor, ops
 from bitlower.ir.dataflow import LINEAR, MATMUL, VIEWS, activation_operand, weight_operand
 from bitlower.ir.scratch import scratch_folder
@@ -24,6 +25,7 @@ INTEGER = frozenset({
     "QLinearConv", "ConvInteger", "QAttention",
 })  # fmt: skip
 FLOAT = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "Attention", "MultiHeadAttention"})
+ATTENTIONS = frozenset({"Attention", "MultiHeadAttention"})
 NBITS = "MatMulNBits"
 CAT = torch.ops.aten.cat.default
 LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
@@ -44,7 +46,8 @@ class KernelReport:
             which the runtime has a MatMulNBits at the export's accuracy level.
         low_bit_weights: MatMulNBits by bits and accuracy level.
         float_reasons: why multiplications of the Program are no integer ones, with how many of them are concerned.
-        fell_back: the runtime's names of float multiplications, where fewer kernels than expected were found.
+        fell_back: where fewer kernels than expected were found: multiplications that the runtime computes in float
+            though their operands have codes, by its names, each with what reads the result.
     """
 
     expected: int
@@ -133,7 +136,6 @@ def count_kernels(
         if node.op_type == NBITS
     )
     missing = integer.total() < expected or low_bit.total() < expected_low_bit
-    names = tuple(node.name or "" for node in nodes if node.op_type in FLOAT) if missing else ()
     return KernelReport(
         expected=expected,
         found=integer.total(),
@@ -142,8 +144,25 @@ def count_kernels(
         floating=dict(sorted(floating.items())),
         low_bit_weights=dict(sorted(low_bit.items())),
         float_reasons=dict(sorted((reasons or {}).items())),
-        fell_back=names,
+        fell_back=tuple(_fallbacks(nodes)) if missing else (),
     )
+
+
+def _fallbacks(nodes: Sequence[ir.Node]) -> Iterator[str]:
+    """The float products of codes, or all float products where codes are not to be seen, and what reads each."""
+    products = [node for node in nodes if node.op_type in FLOAT - ATTENTIONS]
+    coded = [node for node in products if all(_is_decoded(value) for value in node.inputs[:2])]
+    for node in coded or products:
+        readers = sorted({user.op_type for user, _ in node.outputs[0].uses()}) or ["an output"]
+        yield f"{node.name} is computed in float, read by {' and '.join(readers)}"
+
+
+def _is_decoded(value: ir.Value | None) -> bool:
+    """Whether a value is what codes stand for, moved or not."""
+    producer = value.producer() if value is not None else None
+    while producer is not None and producer.op_type in MOVES:
+        producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
+    return producer is not None and producer.op_type == "DequantizeLinear"
 
 
 def expected_kernels(program: Program, split: Collection[str] = ()) -> tuple[int, Counter[str]]:

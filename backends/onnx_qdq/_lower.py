@@ -11,7 +11,14 @@ from bitlower.backends.onnx_qdq._attention import flatten_attention, widen_mask,
 from bitlower.backends.onnx_qdq._kv_cache import keep_cache
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS
 from bitlower.backends.onnx_qdq._rewrite import Editor, Rule, RuleLog, apply_rules
-from bitlower.backends.onnx_qdq._rewrite_graph import keep_apart, matrix_sum, residual_sum, strip, widen_bias
+from bitlower.backends.onnx_qdq._rewrite_graph import (
+    free_product,
+    keep_apart,
+    matrix_sum,
+    residual_sum,
+    strip,
+    widen_bias,
+)
 from bitlower.backends.onnx_qdq._rewrite_heads import split_head_rule
 from bitlower.backends.onnx_qdq._rewrite_linear import Form, linear_rules, transpose_weight
 from bitlower.backends.onnx_qdq._rewrite_low_bit import low_bit_rules
@@ -100,6 +107,7 @@ def rules(form: Form, accuracy_level: int = FLOAT_ACTIVATIONS, heads: Collection
         Rule("lower-quantize", lower_quantize),
         Rule("lower-dequantize", lower_dequantize),
         Rule("keep-apart", keep_apart),
+        Rule("free-product", free_product),
         Rule("transpose-weight", transpose_weight),
         Rule("widen-bias", widen_bias),
         Rule("residual-sum", residual_sum),

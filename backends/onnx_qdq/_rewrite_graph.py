@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from bitlower.backends.onnx_qdq._rewrite import APPLIED, Editor, dims, is_op, source
+from bitlower.backends.onnx_qdq._rewrite import APPLIED, Editor, dims, is_op, only_user, source
 
 
 def widen_bias(editor: Editor, node: ir.Node) -> str | None:
@@ -94,6 +94,28 @@ def _is_rounded_after(value: ir.Value) -> bool:
     users = [user for user, _ in value.uses()]
     views = [user for user in users if user.op_type in _BEFORE_ROUNDING]
     return any(is_op(u, "QuantizeLinear") for u in users) or any(_is_rounded_after(v.outputs[0]) for v in views)
+
+
+def free_product(editor: Editor, node: ir.Node) -> str | None:
+    """A Relu or Clip of an integer product in a form that onnxruntime does not look at.
+
+    It takes a product in front of one of them only together with a QuantizeLinear behind, and in float without.
+    """
+    if not is_op(node, "Relu") and not is_op(node, "Clip"):
+        return None
+    value = source(node)
+    product = value.producer()
+    if not is_op(product, "MatMul") or product is None or not _is_rounded(product):
+        return "it is not that of an integer product"
+    user = only_user(node.outputs[0])
+    if is_op(user, "QuantizeLinear"):
+        return "a quantizer follows"
+    if is_op(node, "Clip"):
+        node.replace_input_with(0, editor.emit(node, "Sum", [value], like=value))
+    else:
+        nothing = editor.constant("zero", np.float32(0))
+        editor.replace(node.outputs[0], editor.emit(node, "Max", [value, nothing], like=value))
+    return APPLIED
 
 
 def strip(model: ir.Model) -> None:

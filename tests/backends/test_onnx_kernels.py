@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import fx
 
 from bitlower.backends._schema import parsed
+from bitlower.backends.onnx_qdq._folder import write_model
 from bitlower.backends.onnx_qdq._kernels import (
     KernelReport,
     count_kernels,
@@ -21,9 +23,11 @@ from bitlower.backends.onnx_qdq._kernels import (
     inspect_kernels,
     optimized_model,
 )
+from bitlower.backends.onnx_qdq._lower import lower
 from bitlower.backends.onnx_qdq._session import read_model
+from bitlower.frontends import load
 from bitlower.ir import CheckError, Granularity, Grid, Program, Quantizer, QuantSpec, ops
-from bitlower.passes import Context
+from bitlower.passes import Context, PassManager, parse_pipeline
 from bitlower.passes.quantize import Quantize
 
 LEVEL = "session.qdq_matmulnbits_accuracy_level"
@@ -53,6 +57,34 @@ def test_what_fell_back_is_named(handmade, tmp_path: Path):
     assert report.floating.get("Gemm", 0) + report.floating.get("MatMul", 0) == 1
     assert len(report.fell_back) == 1
     assert "MatMul_up" in report.fell_back[0]
+    assert report.fell_back[0].endswith("is computed in float, read by Gelu")
+
+
+class Gated(torch.nn.Module):
+    """Linears without a bias, and what is computed between them."""
+
+    def __init__(self, between: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(16, 32, bias=False), torch.nn.Linear(32, 16, bias=False)
+        self.between = between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.between(self.up(x)))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [lambda x: x.relu().square(), lambda x: x.clamp(-1, 1).square(), torch.relu, lambda x: x.relu() + 1],
+    ids=["squared-relu", "squared-clip", "relu", "shifted-relu"],
+)
+def test_a_product_before_a_relu_or_a_clip_is_an_integer_one(between, tmp_path: Path):
+    batches = [{"x": torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))}]
+    passes = PassManager(parse_pipeline("clean,quantize{scheme=W8A8},calibrate,lower-integer"))
+    program = passes.run(load(Gated(between).eval(), example_inputs=batches[0]), Context(calibration=batches))
+    model, _ = lower(program, opset=23, form="qdq")
+    write_model(model, tmp_path, threshold=0)
+    report = inspect(program, tmp_path / "model.onnx")
+    assert (report.found, report.expected, report.fell_back) == (2, 2, ())
 
 
 def weight_only(folder: Path, *, explicit: bool = False) -> Path:
@@ -159,4 +191,4 @@ def test_attention_and_bits_are_counted():
     assert report.integer == {"QLinearMatMul": 1}
     assert report.floating == {"Attention": 1, "MatMul": 1}
     assert report.low_bit_weights == {"bits=4 accuracy_level=0": 1}
-    assert "float one" in report.fell_back
+    assert report.fell_back == ("float one is computed in float, read by an output",)
