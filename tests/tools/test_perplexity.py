@@ -78,7 +78,7 @@ def test_prompts_alone(llama: Path, traced: None) -> None:
     found = evaluate_text(llama, prompts=["the cat", "rain"], new_tokens=3)
     assert found.perplexity is None
     assert [sample.prompt for sample in found.samples] == ["the cat", "rain"]
-    assert found.to_dict().keys() == {"target", "task", "runtime", "samples"}
+    assert found.to_dict().keys() == {"target", "task", "runtime", "bos", "begins", "samples"}
     with pytest.raises(BitlowerError, match="nothing to evaluate on"):
         evaluate_text(llama)
 
