@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
@@ -19,7 +19,7 @@ from bitlower.backends._json import read_json, write_json
 from bitlower.backends._resolved import float_bytes, resolved_tensors
 from bitlower.backends._schema import parsed
 from bitlower.backends._verified import FILE as VERIFICATION
-from bitlower.ir import BitlowerError, CheckError, Program
+from bitlower.ir import BitlowerError, CheckError, Length, Program
 from bitlower.ir.files import is_file, open_regular, reason
 from bitlower.ir.version import __version__
 
@@ -113,6 +113,7 @@ def write_manifest(
             "inputs": [str(spec) for spec in program.inputs],
             "outputs": [str(spec) for spec in program.outputs],
             "context_length": program.context_length,
+            "lengths": {name: asdict(length) for name, length in sorted(program.lengths.items())},
         },
         "tensors": resolved_tensors(program),
         "files": files,
@@ -153,6 +154,28 @@ def context_length(folder: Path) -> int | None:
     if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
         raise CheckError(f"{FILE} in {folder} is damaged: a context of {length!r} tokens")
     return length
+
+
+def lengths(folder: Path) -> dict[str, Length]:
+    """Which sizes the dimensions of the inputs of the model in ``folder`` may have; nothing where there is no manifest.
+
+    Raises:
+        CheckError: the manifest is damaged.
+    """
+    if not (folder / FILE).is_file():
+        return {}
+    program = read_json(folder / FILE).get("program")
+    found = program.get("lengths", {}) if isinstance(program, dict) else {}
+    try:
+        return {name: Length(**{key: _size(value) for key, value in form.items()}) for name, form in found.items()}
+    except (TypeError, AttributeError, BitlowerError):
+        raise CheckError(f"{FILE} in {folder} is damaged: its lengths are none") from None
+
+
+def _size(value: Any) -> Any:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError
+    return value
 
 
 def check_artefact(folder: Path, needed: Collection[str] = ()) -> Files:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from bitlower.frontends._dimensions import Layout, found_lengths, named, symbol_names
+from bitlower.frontends._failure import PYTHON_ROOTS
 from bitlower.ir import BitlowerError, CheckError, Level, Program, TensorType, ValueSpec, copy_module, get_tensor
 from bitlower.ir.observe import run
 from bitlower.ir.storage import release
 
-_DIM_NAMES = ("batch", "sequence")
-_PYTHON_ROOTS = tuple(str(Path(p).resolve()) for p in torch.__path__)
 _REPLAY_TOLERANCE = 1e-4
 
 
@@ -27,19 +26,23 @@ def to_program(
     exported: ExportedProgram,
     *,
     task: str,
-    inputs: Mapping[str, Sequence[int | str]] | None = None,
+    inputs: Layout | None = None,
     outputs: Sequence[str] | None = None,
+    keep: Callable[[str], bool] = lambda name: True,
 ) -> Program:
     """The traced graph as a Program at level ``float``; dropout, asserts, guards and writes in place removed.
 
     Args:
         exported: what ``torch.export`` made.
         task: what the model is for.
-        inputs: names of the inputs and of their dimensions, in order; the graph's own and ``batch, sequence`` if None.
+        inputs: names of the inputs and of their dimensions, in order; the graph's own, and as torch finds sizes equal,
+            if None.
         outputs: names of the outputs; as the model calls them if None.
+        keep: which of the outputs the program has, by name.
 
     Raises:
-        BitlowerError: the graph calls something that is no operator.
+        BitlowerError: the graph calls something that is no operator, a dimension that should vary is fixed, or an
+            output is no tensor.
     """
     if any(_writes(node) for node in exported.graph.nodes):
         with warnings.catch_warnings():
@@ -47,7 +50,7 @@ def to_program(
             exported = exported.run_decompositions({})
     module = exported.module(check_guards=False)
     graph = module.graph
-    symbols = _symbol_names(graph, list(inputs.values()) if inputs is not None else None)
+    symbols = symbol_names(graph, inputs)
     for node in list(graph.nodes):
         if _is_noise(node):
             if node.users:
@@ -57,8 +60,7 @@ def to_program(
             node.meta = _translate_meta(node, symbols)
     _reject_foreign(graph)
     _type_tensors(module)
-    flat, _ = torch.utils._pytree.tree_flatten(graph.output_node().args[0])
-    graph.output_node().args = (tuple(flat),)
+    results = _name_outputs(graph, outputs or _output_names(exported), keep)
     graph.set_codegen(fx.graph.CodeGen())
     specs = _name_inputs(graph, list(inputs) if inputs is not None else None)
     program = Program(
@@ -66,10 +68,8 @@ def to_program(
         Level.FLOAT,
         task,
         specs,
-        tuple(
-            ValueSpec(name, node.meta["type"])
-            for name, node in zip(outputs or _output_names(exported), flat, strict=True)
-        ),
+        results,
+        lengths=found_lengths(exported, symbols),
     )
     program.recompile()
     return program
@@ -88,6 +88,29 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def unchanged(model: torch.nn.Module) -> Iterator[None]:
+    """Undo what a run changes in ``model``: attributes, buffers and modules that it replaces, not tensors it writes to.
+
+    Some models choose how to compute by the first text that they see, and keep to it.
+    """
+    parts = ("_parameters", "_buffers", "_modules")
+    before = [
+        (module, dict(vars(module)), {part: dict(getattr(module, part)) for part in parts})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, held in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for part, values in held.items():
+                kept = getattr(module, part)
+                kept.clear()
+                kept.update(values)
+
+
+@contextmanager
 def releasing(model: torch.nn.Module) -> Iterator[None]:
     """Give back the memory of each module's mapped parameters when it has run."""
 
@@ -103,19 +126,6 @@ def releasing(model: torch.nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-@contextmanager
-def explain_failure(model: str) -> Iterator[None]:
-    """Turn whatever tracing raises into one error that names the model's own line."""
-    try:
-        yield
-    except BitlowerError:
-        raise
-    except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        line = _model_line(error)
-        raise BitlowerError(f"{model} cannot be traced{f' at {line}' if line else ''}: {reason}") from error
-
-
 def check_replay(
     program: Program, expected: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor], model: str
 ) -> None:
@@ -124,15 +134,28 @@ def check_replay(
     Raises:
         CheckError: an output differs by more than 1e-4 of its own spread: the trace has a shape baked in.
     """
-    for name, value in run(program, inputs).items():
+    for name, value in _replayed(program, inputs, model).items():
         reference = expected[name]
         spread = float(reference.std()) if reference.numel() > 1 else 1.0
         same = value.shape == reference.shape
         if not same or (
             value.numel() and not float((value - reference).abs().max()) <= _REPLAY_TOLERANCE * max(spread, 1e-6)
         ):
-            shapes = ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in list(inputs.items())[:2])
-            raise CheckError(f"the trace of {model} gives another {name!r} for {shapes}")
+            raise CheckError(f"the trace of {model} gives another {name!r} for {_shapes(inputs)}")
+
+
+def _replayed(program: Program, inputs: Mapping[str, torch.Tensor], model: str) -> dict[str, torch.Tensor]:
+    try:
+        return run(program, inputs)
+    except BitlowerError:
+        raise
+    except Exception as error:  # whatever torch raises where sizes do not go together
+        reason = str(error).splitlines()[0]
+        raise CheckError(f"the trace of {model} does not run for {_shapes(inputs)}: {reason}") from error
+
+
+def _shapes(inputs: Mapping[str, torch.Tensor]) -> str:
+    return ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in list(inputs.items())[:2])
 
 
 def _writes(node: fx.Node) -> bool:
@@ -146,22 +169,6 @@ def _is_noise(node: fx.Node) -> bool:
         return name == "_guards_fn"
     kinds = ("aten.dropout.default", "aten._assert", "aten.sym_constrain_range", "aten.detach.", "aten.lift_fresh")
     return node.op == "call_function" and name.startswith(kinds)
-
-
-def _symbol_names(graph: fx.Graph, dims: Sequence[Sequence[int | str]] | None) -> dict[str, str]:
-    """Torch's symbols by name: ``dims`` says the names of each input's dimensions; else that where they come first."""
-    names: dict[str, str] = {}
-    for index, node in enumerate(graph.find_nodes(op="placeholder")):
-        for axis, size in enumerate(node.meta["val"].shape):
-            if not isinstance(size, torch.SymInt):
-                continue
-            if dims is not None:
-                names.setdefault(str(size), str(dims[index][axis]))
-                continue
-            fallback = f"{node.target}_{axis}"
-            name = _DIM_NAMES[axis] if axis < len(_DIM_NAMES) else fallback
-            names.setdefault(str(size), fallback if name in names.values() else name)
-    return names
 
 
 def _type_tensors(module: fx.GraphModule) -> None:
@@ -189,11 +196,24 @@ def _name_inputs(graph: fx.Graph, names: Sequence[str] | None) -> tuple[ValueSpe
     )
 
 
+def _name_outputs(graph: fx.Graph, names: Sequence[str], keep: Callable[[str], bool]) -> tuple[ValueSpec, ...]:
+    """The outputs, in one tuple; what is not kept, and None, is dropped."""
+    flat, _ = torch.utils._pytree.tree_flatten(graph.output_node().args[0])
+    kept = {name: value for name, value in zip(names, flat, strict=True) if value is not None and keep(name)}
+    for name, value in kept.items():
+        if not isinstance(value, fx.Node) or "type" not in value.meta:
+            raise BitlowerError(f"the output {name!r} is no tensor", hint="return tensors alone")
+    if not kept:
+        raise BitlowerError("the model returns no tensor")
+    graph.output_node().args = (tuple(kept.values()),)
+    return tuple(ValueSpec(name, value.meta["type"]) for name, value in kept.items())
+
+
 def _translate_meta(node: fx.Node, symbols: Mapping[str, str]) -> dict[str, Any]:
     meta: dict[str, Any] = {}
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
-        meta["type"] = TensorType(value.dtype, tuple(_dim(size, symbols) for size in value.shape))
+        meta["type"] = TensorType(value.dtype, tuple(named(size, symbols) for size in value.shape))
     stack = node.meta.get("nn_module_stack")
     path = list(stack.values())[-1][0].removeprefix("L['self'].") if stack else ""
     if path and not path.startswith("_"):
@@ -204,40 +224,32 @@ def _translate_meta(node: fx.Node, symbols: Mapping[str, str]) -> dict[str, Any]
     return meta
 
 
-def _dim(size: int | torch.SymInt, symbols: Mapping[str, str]) -> int | str:
-    if not isinstance(size, torch.SymInt):
-        return size
-    text = re.sub(r"[a-z]+\d+", lambda match: symbols.get(match[0], match[0]), str(size))
-    terms = text.split(" + ")
-    if set(terms) <= set(symbols.values()):
-        text = " + ".join(sorted(terms))
-    return int(text) if text.isdigit() else text
-
-
 def _source_line(stack_trace: str) -> str:
     """``file.py:line: code`` of the innermost frame outside torch."""
     frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', stack_trace)
     for path, line, code in reversed(frames):
-        if not str(Path(path).resolve()).startswith(_PYTHON_ROOTS):
+        if not str(Path(path).resolve()).startswith(PYTHON_ROOTS):
             return f"{Path(path).name}:{line}: {code.strip()}"
     return ""
 
 
-def _model_line(error: BaseException) -> str:
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        foreign = frame.filename.startswith(_PYTHON_ROOTS) or "/transformers/exporters/" in frame.filename
-        if not foreign and Path(frame.filename).resolve().parent != Path(__file__).resolve().parent:
-            return f"{Path(frame.filename).name}:{frame.lineno}: {frame.line or ''}".rstrip(": ")
-    return ""
-
-
 def _output_names(exported: ExportedProgram) -> list[str]:
+    """The outputs as the model calls them: by their keys, else by their places; what lies deeper by both."""
     spec = exported.call_spec.out_spec
-    count = len(exported.graph_signature.user_outputs)
-    keys = spec.context if spec is not None and isinstance(spec.context, list) else None
-    if keys is not None and len(keys) == count and all(isinstance(key, str) for key in keys):
-        return list(keys)
-    return ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
+    if spec is None or spec.is_leaf():
+        return ["output"]
+    return [name.removeprefix("_") if name[1:2].isalpha() else f"output{name}" for name in _leaf_names(spec, "")]
+
+
+def _leaf_names(spec: Any, path: str) -> Iterator[str]:
+    if spec.is_leaf():
+        yield path
+        return
+    keys = spec.context if isinstance(spec.context, list) and all(isinstance(k, str) for k in spec.context) else None
+    children = spec.children()
+    named = keys is not None and len(keys) == len(children)
+    for key, child in zip(keys if named and keys else range(len(children)), children, strict=True):
+        yield from _leaf_names(child, f"{path}_{key}")
 
 
 def _reject_foreign(graph: fx.Graph) -> None:

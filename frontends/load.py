@@ -27,8 +27,8 @@ def load(
     Args:
         model: a folder as Hugging Face writes it (``config.json``, safetensors, tokenizer files), a GGUF file,
             ``package:NAME`` for either inside an installed package, or a module in memory.
-        task: ``feature-extraction``, ``text-classification`` or ``text-generation``; read from the model's
-            configuration if left out.
+        task: one of :data:`bitlower.ir.tasks.TASKS`, by the names of transformers' pipelines; as the model's
+            architecture says if left out.
         example_inputs: needed for a module that is not Hugging Face's: its inputs by name, at least 2 in each dimension
             that may vary.
         mapped: leave the weights of a folder in files and read them when they are used, so that the model need not fit

@@ -14,6 +14,8 @@ from bitlower.ir.assets import is_tokenizer
 
 BOS = ("auto", "always", "never")
 """Rules for what windows begin with; see :func:`window_lead`."""
+BOXES = "bbox"
+"""The input of models that read where each token stands on a page."""
 
 
 def batches(
@@ -61,6 +63,8 @@ def batches(
         if "position_ids" in names:
             encoded["position_ids"] = positions(encoded["attention_mask"])
         _check_ids(program, encoded["input_ids"])
+        if BOXES in names:
+            encoded[BOXES] = no_boxes(encoded["input_ids"])
         result.append({name: encoded[name].contiguous() for name in names if name in encoded})
     return result
 
@@ -79,6 +83,11 @@ def _check_ids(program: Program, ids: torch.Tensor) -> None:
             f"to {entries - 1})",
             hint="take the token out of the texts, or name another padding token in tokenizer_config.json",
         )
+
+
+def no_boxes(ids: torch.Tensor) -> torch.Tensor:
+    """Boxes of tokens ``[batch, sequence]`` that stand nowhere: zeros, as models of text and boxes take for those."""
+    return ids.new_zeros((*ids.shape, 4))
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
@@ -166,7 +175,7 @@ def windows(program: Program, ids: torch.Tensor, *, batch_size: int = 1) -> list
     for rows in torch.split(ids, batch_size):
         mask = torch.ones_like(rows)
         known = {"input_ids": rows.contiguous(), "attention_mask": mask, "position_ids": positions(mask)}
-        known["token_type_ids"] = torch.zeros_like(rows)
+        known |= {"token_type_ids": torch.zeros_like(rows), BOXES: no_boxes(rows)}
         result.append({name: known[name] for name in names if name in known})
     return result
 

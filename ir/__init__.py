@@ -2,11 +2,12 @@
 
 from bitlower.ir import kernels, ops, packing
 from bitlower.ir.diagnostics import BitlowerError, CheckError, describe, nearest, shorten
+from bitlower.ir.fit import Batch, ValueSpec
 from bitlower.ir.granularity import Granularity
 from bitlower.ir.grid import Grid, ScaleConvention
-from bitlower.ir.program import Batch, Program, Quantizer, ValueSpec, copy_module, get_tensor, set_tensor
+from bitlower.ir.program import Program, Quantizer, copy_module, get_tensor, set_tensor
 from bitlower.ir.scheme import QuantSpec, Scheme
-from bitlower.ir.types import Level, TensorType
+from bitlower.ir.types import Length, Level, TensorType
 
 __all__ = [
     "Batch",
@@ -14,6 +15,7 @@ __all__ = [
     "CheckError",
     "Granularity",
     "Grid",
+    "Length",
     "Level",
     "Program",
     "QuantSpec",

@@ -11,7 +11,8 @@ from torch import fx
 
 from bitlower.ir.dataflow import ancestors, constants
 from bitlower.ir.diagnostics import BitlowerError, describe, nearest
-from bitlower.ir.program import Batch, Program
+from bitlower.ir.fit import Batch
+from bitlower.ir.program import Program
 from bitlower.ir.storage import release
 
 Callback = Callable[[fx.Node, Any, Batch], object]
@@ -81,7 +82,8 @@ def run(program: Program, batch: Batch) -> dict[str, torch.Tensor]:
     results = program.graph.output_node().args[0]
     values: dict[fx.Node, torch.Tensor] = {}
     observe(program, set(results), [batch], lambda node, value, _: values.update({node: value}))  # type: ignore[arg-type]
-    return {spec.name: values[node] for spec, node in zip(program.outputs, results, strict=True)}  # type: ignore[arg-type]
+    found = {spec.name: values[node] for spec, node in zip(program.outputs, results, strict=True)}  # type: ignore[arg-type]
+    return program.cropped(found, batch)
 
 
 def _resolve(graph: fx.Graph, nodes: Collection[fx.Node | str]) -> set[fx.Node]:

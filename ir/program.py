@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,22 +11,10 @@ import torch
 from torch import fx
 
 from bitlower.ir.diagnostics import BitlowerError, nearest
+from bitlower.ir.fit import Batch, ValueSpec, crop, fit, padded_sizes
 from bitlower.ir.scheme import QuantSpec
 from bitlower.ir.storage import parts
-from bitlower.ir.types import Level, TensorType
-
-Batch = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class ValueSpec:
-    """A named input or output and its type."""
-
-    name: str
-    type: TensorType
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.type}"
+from bitlower.ir.types import Length, Level
 
 
 @dataclass(frozen=True)
@@ -68,6 +56,7 @@ class Program:
         passes: the passes that ran, as pipeline text.
         transposed: the parameters, as ``graph/name``, that lie the other way round than in the model's own files.
         context_length: the most tokens, earlier and new ones together, that it takes at once; None: no limit is known.
+        lengths: which sizes the symbolic dimensions of inputs may have, by name; any where nothing is said.
         notes: what the frontend did that the user should know, a line each; neither saved nor part of the digest.
     """
 
@@ -82,6 +71,7 @@ class Program:
     passes: list[str] = field(default_factory=list)
     transposed: tuple[str, ...] = ()
     context_length: int | None = None
+    lengths: dict[str, Length] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -95,19 +85,19 @@ class Program:
         return self.module.graph
 
     def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Run the model: inputs by name, outputs by name.
+        """Run the model: inputs by name, outputs by name, cut to what was given where inputs had to be padded.
 
         Raises:
-            BitlowerError: an input is missing or unknown.
+            BitlowerError: an input is missing or unknown, or has a size that the model does not take.
         """
         results = self.module(*self.arguments(inputs))
-        return {spec.name: value for spec, value in zip(self.outputs, results, strict=True)}
+        return self.cropped({spec.name: value for spec, value in zip(self.outputs, results, strict=True)}, inputs)
 
     def arguments(self, inputs: Batch) -> list[torch.Tensor]:
-        """``inputs`` in the order of the graph's placeholders; a past that is left out is empty.
+        """``inputs`` in the order of the graph's placeholders, as :meth:`fitted`; a past that is left out is empty.
 
         Raises:
-            BitlowerError: an input is missing or unknown.
+            BitlowerError: an input is missing or unknown, or has a size that the model does not take.
         """
         names = [spec.name for spec in self.inputs]
         for name in inputs:
@@ -120,7 +110,11 @@ class Program:
         return [given[name] for name in names]
 
     def complete(self, inputs: Batch) -> dict[str, torch.Tensor]:
-        """``inputs`` and, for each input with a dimension ``past`` that is not among them, one of length 0."""
+        """``inputs`` as :meth:`fitted`; each input with a dimension ``past`` that is not among them is empty.
+
+        Raises:
+            BitlowerError: an input has a size that the model does not take.
+        """
         batch = next((tensor.shape[0] for tensor in inputs.values() if tensor.dim()), 1)
         sizes = {"batch": batch, "past": 0}
         empty = {
@@ -128,7 +122,22 @@ class Program:
             for spec in self.inputs
             if "past" in spec.type.shape and spec.name not in inputs
         }
-        return {**inputs, **empty}
+        return {**self.fitted(inputs), **empty}
+
+    def fitted(self, inputs: Batch) -> Batch:
+        """``inputs`` in the types and sizes that the model takes; themselves if they are.
+
+        Numbers of another width are cast. A dimension in :attr:`lengths` is padded at its end: with the padding token
+        in ``input_ids``, with zeros elsewhere, so that a mask says that nothing is there.
+
+        Raises:
+            BitlowerError: a dimension is longer than the model takes.
+        """
+        return fit(inputs, self.inputs, self.lengths, self.config.get("pad_token_id"))
+
+    def cropped(self, results: dict[str, torch.Tensor], inputs: Batch) -> dict[str, torch.Tensor]:
+        """``results`` of the model on ``inputs`` without what stands where :meth:`fitted` had padded."""
+        return crop(results, self.outputs, padded_sizes(inputs, self.inputs, self.lengths))
 
     def clone(self) -> Program:
         """A copy whose graphs can be edited; tensors are shared."""
@@ -144,6 +153,7 @@ class Program:
             list(self.passes),
             self.transposed,
             self.context_length,
+            dict(self.lengths),
             self.notes,
         )
 

@@ -25,12 +25,13 @@ from torch import fx
 
 from bitlower.ir.diagnostics import BitlowerError, describe
 from bitlower.ir.files import read_text
+from bitlower.ir.fit import ValueSpec
 from bitlower.ir.json_files import parse_json
-from bitlower.ir.program import Program, Quantizer, ValueSpec, set_tensor
+from bitlower.ir.program import Program, Quantizer, set_tensor
 from bitlower.ir.scheme import QuantSpec
-from bitlower.ir.types import Level, TensorType
+from bitlower.ir.types import Length, Level, TensorType
 
-FORMAT = 3
+FORMAT = 4
 _LIMIT = 1 << 30
 """Bytes of a document; the tokenizer's files are in it."""
 _FUNCTIONS = {
@@ -69,6 +70,7 @@ def encode(program: Program) -> tuple[str, dict[str, torch.Tensor]]:
         "passes": program.passes,
         "transposed": list(program.transposed),
         "context_length": program.context_length,
+        "lengths": {name: [n.minimum, n.maximum, n.multiple] for name, n in program.lengths.items()},
         "graphs": [[name, [_encode_node(n) for n in module.graph.nodes]] for name, module in program.graphs.items()],
         "parameters": sorted(name for name, t in tensors.items() if isinstance(t, torch.nn.Parameter)),
         "aliases": aliases,
@@ -130,6 +132,7 @@ def _decode_program(form: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -
         form["passes"],
         tuple(form["transposed"]),
         form["context_length"],
+        {name: Length(*numbers) for name, numbers in form["lengths"].items()},
     )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def format_program(program: Program) -> str:
     """All graphs, each under a line with its signature."""
     lines = [f"program level={program.level} task={program.task}"]
+    lines += [f"size {name}: {length}" for name, length in sorted(program.lengths.items())]
     signature = f"({', '.join(map(str, program.inputs))}) -> ({', '.join(map(str, program.outputs))})"
     for name, module in program.graphs.items():
         lines.append(f"graph {name}{signature if name == 'model' else ''}:")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from bitlower.ir.diagnostics import BitlowerError
+
 Dim = int | str
 
 
@@ -47,3 +49,46 @@ class TensorType:
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Length:
+    """Which sizes of a symbolic dimension a model takes: multiples of a number, between two bounds.
+
+    Args:
+        minimum: the smallest size.
+        maximum: the largest size; None for any.
+        multiple: every size is a multiple of it.
+    """
+
+    minimum: int = 1
+    maximum: int | None = None
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        sound = min(self.minimum, self.multiple) >= 1
+        if not sound or (self.maximum is not None and self._up(self.minimum) > self.maximum):
+            raise BitlowerError(f"no size is {self}")
+
+    @property
+    def longest(self) -> int | None:
+        """The largest size that may be asked for; None if there is none."""
+        return None if self.maximum is None else self.maximum // self.multiple * self.multiple
+
+    def padded(self, size: int) -> int:
+        """The smallest size that the model takes and into which ``size`` goes; ``size`` itself if there is none."""
+        wanted = self._up(max(size, self.minimum))
+        return size if self.longest is not None and wanted > self.longest else wanted
+
+    def takes(self, size: int) -> bool:
+        """Whether the model takes ``size``."""
+        return self.padded(size) == size and (self.longest is None or size <= self.longest)
+
+    def _up(self, size: int) -> int:
+        return -(-size // self.multiple) * self.multiple
+
+    def __str__(self) -> str:
+        parts = [f"a multiple of {self.multiple}"] if self.multiple > 1 else []
+        parts += [f"at least {self.minimum}"] if self.minimum > 1 else []
+        parts += [f"at most {self.maximum}"] if self.maximum is not None else []
+        return ", ".join(parts) or "any"

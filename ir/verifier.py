@@ -14,9 +14,10 @@ from torch import fx
 from bitlower.ir import ops
 from bitlower.ir.dataflow import QUANTIZER, VIEWS
 from bitlower.ir.diagnostics import BitlowerError, CheckError, nearest
+from bitlower.ir.fit import ValueSpec
 from bitlower.ir.kernel_checks import check_kernel, check_source
 from bitlower.ir.kernels import KERNELS, is_kernel, output_of
-from bitlower.ir.program import Program, Quantizer, ValueSpec, get_tensor
+from bitlower.ir.program import Program, Quantizer, get_tensor
 from bitlower.ir.scale_checks import check_layout, check_range, check_stored_codes, fail, identity, type_of
 from bitlower.ir.scheme import ACTIVATION_ROLES, WEIGHT_ROLES
 from bitlower.ir.storage import parts
@@ -48,6 +49,7 @@ def verify(program: Program) -> None:
             for check in NODE_CHECKS:
                 check(program, module, node)
     check_signature(program)
+    check_lengths(program)
     check_finite(program)
 
 
@@ -81,6 +83,14 @@ def check_signature(program: Program) -> None:
         raise CheckError(f"the graph gives {len(results)} values, the program says {len(program.outputs)} outputs")
     for spec, node in zip((*program.inputs, *program.outputs), (*placeholders, *results), strict=True):
         _check_value(spec, node)
+
+
+def check_lengths(program: Program) -> None:
+    """Sizes are told of symbolic dimensions of inputs alone."""
+    known = {dim for spec in program.inputs for dim in spec.type.shape if isinstance(dim, str)}
+    for name, length in program.lengths.items():
+        if name not in known:
+            raise CheckError(f"no input has the dimension {name!r}, which is said to be {length}")
 
 
 def _check_value(spec: ValueSpec, node: object) -> None:

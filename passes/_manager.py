@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from bitlower.ir import BitlowerError, CheckError, Program
+from bitlower.ir import Batch, BitlowerError, CheckError, Program
 from bitlower.ir.storage import trim
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._batch_guard import BatchGuard
@@ -60,6 +60,8 @@ class PassManager:
         for pass_ in self.passes:
             check_declared(pass_)
         check_levels(self.passes, program.level)
+        context.calibration = _fitted(program, context.calibration)
+        context.evaluation = _fitted(program, context.evaluation)
         resume = Resume(self.cache, context) if self.cache else None
         if resume:
             program = aligned(program)
@@ -131,6 +133,12 @@ def describe_pass(pass_: Pass) -> str:
         return format_pipeline([pass_])
     except Exception:
         return pass_name(pass_)
+
+
+def _fitted(program: Program, batches: Sequence[Batch]) -> Sequence[Batch]:
+    """``batches`` as the program takes them, so that passes see the sizes and types that run."""
+    fitted = [program.fitted(batch) for batch in batches]
+    return batches if all(new is old for new, old in zip(fitted, batches, strict=True)) else fitted
 
 
 def execute(pass_: Pass, program: Program, context: Context) -> tuple[Program, bool]:

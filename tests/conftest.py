@@ -123,6 +123,11 @@ def in_float64() -> Callable[[Program], Program]:
             if tensor.is_floating_point():
                 wide = tensor.detach().double()
                 set_tensor(copy.module, name, nn.Parameter(wide) if isinstance(tensor, nn.Parameter) else wide)
+        for node in copy.graph.find_nodes(op="placeholder"):
+            if node.meta["type"].is_float:
+                node.meta["type"] = node.meta["type"].with_dtype(torch.float64)
+        types = [node.meta["type"] for node in copy.graph.find_nodes(op="placeholder")]
+        copy.inputs = tuple(ValueSpec(spec.name, kind) for spec, kind in zip(copy.inputs, types, strict=True))
         return copy
 
     return convert

@@ -104,7 +104,7 @@ def test_reports_and_rules_are_documented() -> None:
 
 
 def test_algorithms_formats_and_tasks_are_documented() -> None:
-    from bitlower.frontends.huggingface import TASKS
+    from bitlower.ir.tasks import TASKS
     from bitlower.tools import evaluate
     from bitlower.tools._cli_eval import GENERATION
 

@@ -46,7 +46,10 @@ OptionalCalibration = Annotated[
 ]
 Task = Annotated[
     str | None,
-    typer.Option(help="feature-extraction, text-classification or text-generation; as the model says if not given."),
+    typer.Option(
+        help="feature-extraction, text-classification, token-classification, question-answering, fill-mask, "
+        "pre-training or text-generation; as the model says if not given."
+    ),
 ]
 Samples = Annotated[
     int | None,

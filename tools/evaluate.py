@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 TASKS = ("sts-b", "classification")
+UNMEASURED = ("token-classification", "question-answering", "fill-mask", "pre-training")
 STS_B_COLUMNS = ("4", "5", "6")
 """Score, first and second sentence in the STS benchmark's own files, which have no header line."""
 
@@ -82,6 +83,10 @@ def evaluate(
     Raises:
         BitlowerError: an unknown task, a missing file or column, a label that is none, or a model that does not fit.
     """
+    if task in UNMEASURED:
+        raise BitlowerError(
+            f"measuring is not available for {task}", hint=f"{', '.join(TASKS)} and text-generation can be measured"
+        )
     if task not in TASKS:
         raise BitlowerError(f"unknown evaluation {task!r}", hint=nearest(task, TASKS))
     path, _ = split_column(data)
@@ -169,6 +174,11 @@ def _sts_b(runner: Runner, texts: Texts, path: Path) -> dict[str, float]:
 def _classification(runner: Runner, texts: Texts, path: Path) -> dict[str, float]:
     if "logits" not in [spec.name for spec in runner.program.outputs]:
         raise BitlowerError("classification needs logits, the model gives none", hint="is the task right?")
+    if any(spec.name == "logits" and spec.type.rank != 2 for spec in runner.program.outputs):
+        raise BitlowerError(
+            "the model gives logits for each token, and measuring them is not available",
+            hint="classification needs one row of logits for each text",
+        )
 
     def winner(outputs: dict[str, Array], batch: Batch) -> Array:
         return np.asarray(outputs["logits"].argmax(-1))
@@ -212,7 +222,10 @@ def _artefact(folder: Path) -> Runner:
     names = [spec.name for spec in program.outputs]
 
     def run(batch: Batch) -> dict[str, Array]:
-        return dict(zip(names, session.run(names, {k: v.numpy() for k, v in batch.items()}), strict=True))
+        given = program.fitted(batch)
+        found = session.run(names, {name: value.numpy() for name, value in given.items()})
+        results = {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+        return {name: value.numpy() for name, value in program.cropped(results, batch).items()}
 
     return Runner(program, run)
 
@@ -250,6 +263,7 @@ def shell(folder: Path, session: InferenceSession | None = None) -> Program:
         files,
         str(folder),
         context_length=_manifest.context_length(folder),
+        lengths=_manifest.lengths(folder),
     )
 
 

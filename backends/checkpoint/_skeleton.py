@@ -15,12 +15,8 @@ import torch
 from torch import nn
 
 from bitlower.ir import Batch, BitlowerError, Program, nearest
+from bitlower.ir.tasks import TASKS, auto_class
 
-TASKS = {
-    "feature-extraction": "AutoModel",
-    "text-classification": "AutoModelForSequenceClassification",
-    "text-generation": "AutoModelForCausalLM",
-}
 LINEAR, CONV1D, EMBEDDING = "Linear", "Conv1D", "Embedding"
 
 
@@ -119,11 +115,12 @@ def _build(program: Program) -> nn.Module:
         raise BitlowerError(
             f"there is no Hugging Face model for the task {program.task!r}", hint=nearest(program.task, TASKS)
         )
+    loader = auto_class(program.task, program.config.get("architectures") or ())
     form = {key: value for key, value in program.config.items() if key not in ("auto_map", "quantization_config")}
     try:
         with quiet(), _without_weights():
             config = CONFIG_MAPPING[kind].from_dict(form)
-            model = getattr(transformers, TASKS[program.task]).from_config(config, dtype=torch.float32)
+            model = getattr(transformers, loader).from_config(config, dtype=torch.float32)
     except Exception as error:  # whatever its libraries raise on a configuration that makes no model
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BitlowerError(f"transformers cannot build the model of this program: {reason}") from None

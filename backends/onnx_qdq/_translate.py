@@ -54,6 +54,7 @@ def translate(program: Program, opset: int) -> ir.Model:
 def _name_interface(model: ir.Model, program: Program) -> None:
     """Name inputs and outputs as the Program does, with its symbolic dimensions; no other value keeps such a name."""
     graph = model.graph
+    _compute_constant_outputs(graph)
     wanted = {spec.name for spec in (*program.inputs, *program.outputs)}
     for value in [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]:
         if value.name in wanted:
@@ -64,6 +65,16 @@ def _name_interface(model: ir.Model, program: Program) -> None:
         for value, spec in zip(values, specs, strict=True):
             value.name = spec.name
             value.shape = ir.Shape(list(spec.type.shape))
+
+
+def _compute_constant_outputs(graph: ir.Graph) -> None:
+    """Let a node give each output that is a stored tensor: only what a node gives can have the Program's name."""
+    for place, value in enumerate(graph.outputs):
+        if value.name in graph.initializers:
+            node = ir.Node("", "Identity", [value])
+            node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+            graph.append(node)
+            graph.outputs[place] = node.outputs[0]
 
 
 def _operator(name: str, inputs: Sequence[str], outputs: int, /, **attributes: Any) -> Callable[..., Any]:

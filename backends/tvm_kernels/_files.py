@@ -121,6 +121,9 @@ def load_library(folder: Path) -> Library:
     except (RuntimeError, OSError, ValueError) as error:
         raise CheckError(f"{LIBRARY} in {folder} does not load: {str(error).splitlines()[0]}") from None
     model = _folder.read_model(folder)
-    length = _manifest.context_length(folder)
-    program = Program({}, Level.FUSED, signature.task, inputs, outputs, *model, str(folder), context_length=length)
+    limits: dict[str, Any] = {
+        "context_length": _manifest.context_length(folder),
+        "lengths": _manifest.lengths(folder),
+    }
+    program = Program({}, Level.FUSED, signature.task, inputs, outputs, *model, str(folder), **limits)
     return Library(module, program, target)

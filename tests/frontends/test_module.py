@@ -151,3 +151,111 @@ def test_writes_in_place_become_values() -> None:
     with torch.no_grad():
         assert torch.equal(program(x=x)["output"], model(x))
         assert torch.equal(program.clone()(x=x)["output"], model(x))
+
+
+class Same(nn.Module):
+    """Gives its input, a parameter, a buffer, one value twice, and nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.register_buffer("shift", torch.arange(4.0))
+
+    def forward(self, x: torch.Tensor) -> dict[str, object]:
+        y = self.inner(x)
+        parts = (y, [x.mT])
+        return {
+            "x": x,
+            "y": y,
+            "again": y,
+            "weight": self.inner.weight,
+            "shift": self.shift,
+            "none": None,
+            "parts": parts,
+        }
+
+
+def test_outputs_may_be_inputs_parameters_or_the_same_value_twice() -> None:
+    model = Same().eval()
+    program = load(model, example_inputs={"x": torch.randn(3, 4)})
+    verify(program)
+    names = ["x", "y", "again", "weight", "shift", "parts_0", "parts_1_0"]
+    assert [spec.name for spec in program.outputs] == names
+    x = torch.randn(5, 4)
+    with torch.no_grad():
+        expected, found = model(x), program(x=x)
+    assert all(torch.equal(found[name], expected[name]) for name in names[:5])
+    assert torch.equal(found["parts_1_0"], x.mT)
+
+
+class Count(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return x * 2, 3
+
+
+def test_an_output_that_is_no_tensor_is_an_error() -> None:
+    with pytest.raises(BitlowerError, match="the output 'output_1' is no tensor; return tensors alone"):
+        load(Count(), example_inputs={"x": torch.randn(3, 4)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floats_are_cast_with_a_note(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).to(dtype).eval()
+    x = torch.randn(3, 4, dtype=dtype)
+    program = load(model, example_inputs={"input": x})
+    name = str(dtype).removeprefix("torch.")
+    assert program.notes == (f"Sequential has tensors of other floats (2 in {name}): cast to float32",)
+    assert [str(spec) for spec in program.inputs] == ["input: float32[batch, 4]"]
+    assert model[0].weight.dtype == dtype
+    wide = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    wide.load_state_dict({key: value.float() for key, value in model.state_dict().items()})
+    with torch.no_grad():
+        torch.testing.assert_close(program(input=x)["output"], wide(x.float()))
+
+
+class Widths(nn.Module):
+    """Parameters of two widths and buffers of three kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4).half()
+        self.register_buffer("scale", torch.rand(4, dtype=torch.float16))
+        self.register_buffer("steps", torch.tensor([1, -2, 3, 4], dtype=torch.int8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.second((x * self.scale).to(self.second.weight.dtype)).to(x.dtype)
+        return self.first(x) * self.steps + y
+
+
+def test_a_module_of_several_widths_is_computed_in_one() -> None:
+    model = Widths().eval()
+    program = load(model, example_inputs={"x": torch.randn(3, 4)})
+    assert program.notes == ("Widths has tensors of other floats (3 in float16): cast to float32",)
+    assert {str(t.dtype) for _, t in program.tensors()} == {"torch.float32", "torch.int8"}
+    x = torch.randn(5, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(program(x=x)["output"], model(x), atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("name", ["a-b", "0", "len", "output", "x"])
+def test_parts_may_be_called_anything_that_a_graph_can_name(name: str) -> None:
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(4, 4))
+    program = load(model, example_inputs={"input": torch.randn(3, 4)})
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        assert torch.equal(program(input=x)["output"], model(x))
+
+
+@pytest.mark.parametrize("name", ["graph", "code", "meta", "class", "a b"])
+def test_names_that_a_graph_cannot_hold_are_errors(name: str) -> None:
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(4, 4))
+    with pytest.raises(BitlowerError, match=f"Sequential has a part called '{name}', .*; call it otherwise"):
+        load(model, example_inputs={"input": torch.randn(3, 4)})
+
+
+def test_a_trace_that_fails_prints_nothing(capfd) -> None:
+    with pytest.raises(BitlowerError, match="depends on the values of its inputs, which a trace cannot follow; choose"):
+        load(Branches(), example_inputs={"x": torch.randn(3, 4)})
+    assert capfd.readouterr() == ("", "")

@@ -9,7 +9,8 @@ import torch
 from torch import fx, nn
 
 from bitlower.frontends import load
-from bitlower.frontends._trace import check_replay, evaluating, explain_failure
+from bitlower.frontends._failure import explain_failure
+from bitlower.frontends._trace import check_replay, evaluating
 from bitlower.ir import BitlowerError, CheckError, Program
 from bitlower.ir.observe import observe
 

@@ -1,0 +1,145 @@
+"""Encoders and heads of transformers: traced with whatever torch finds to vary, at a length that the model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bitlower.frontends._dimensions import SEQUENCE
+from bitlower.frontends._failure import explain_failure
+from bitlower.frontends._patches import open_sizes
+from bitlower.frontends._samples import layout, sample
+from bitlower.frontends._trace import check_replay, releasing, to_program, unchanged
+from bitlower.frontends._weights import quiet
+from bitlower.ir import BitlowerError, Length, Program
+from bitlower.ir.tasks import TASKS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ROWS = 2
+_LENGTHS = (10, 64, 512)
+"""Tokens to trace with: the first of these that the model takes."""
+_REPLAYS = ((1, 7), (3, 13))
+_FLAGS: dict[str, Any] = {
+    "use_cache": False,
+    "use_mems_eval": False,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "return_dict": True,
+}
+"""What a configuration says about the outputs, as it must be for those of the task to come, and these alone."""
+_CACHES = ("use_cache", "use_mems_eval")
+
+
+@contextmanager
+def plain_outputs(model: PreTrainedModel, *, keep_cache: bool = False) -> Iterator[tuple[str, ...]]:
+    """Let ``model`` give the outputs of its task by name for a while; the flags that were otherwise, for a note.
+
+    Args:
+        model: left as it is.
+        keep_cache: leave the cache of keys and values to the caller.
+    """
+    config, before = model.config, {}
+    for flag, value in _FLAGS.items():
+        if hasattr(config, flag) and getattr(config, flag) != value and not (keep_cache and flag in _CACHES):
+            before[flag] = getattr(config, flag)
+            setattr(config, flag, value)
+    try:
+        yield tuple(flag for flag in before if flag not in _CACHES)
+    finally:
+        for flag, value in before.items():
+            setattr(config, flag, value)
+
+
+def export(model: PreTrainedModel, inputs: dict[str, Any], shapes: dict[str, Any]) -> torch.export.ExportedProgram:
+    """Trace ``model`` through transformers' own exporter.
+
+    Raises:
+        BitlowerError: it cannot be traced.
+    """
+    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+
+    with quiet(), explain_failure(type(model).__name__), unchanged(model), open_sizes():
+        exported = DynamoExporter().export(model, inputs, config=DynamoConfig(dynamic_shapes=shapes))
+    program: torch.export.ExportedProgram = exported.program
+    return program
+
+
+def trace_encoder(model: PreTrainedModel, task: str) -> Program:
+    """A model of text in one run, as a Program; compared with the model at two batch sizes and two lengths.
+
+    Raises:
+        BitlowerError: it cannot be traced, or computes with a fixed length.
+        CheckError: its trace computes something else at another shape.
+    """
+    shapes = layout(model)
+    inputs = sample(model, shapes, _ROWS, _length(model, shapes))
+    auto = torch.export.Dim.AUTO
+    dynamic = {
+        name: {axis: auto for axis, dim in enumerate(dims) if isinstance(dim, str)} for name, dims in shapes.items()
+    }
+    exported = export(model, inputs, dynamic)
+    program = to_program(exported, task=task, inputs=shapes, keep=_kept(exported, task))
+    length = program.lengths.get(SEQUENCE, Length())
+    if length.minimum == length.maximum:
+        del program.lengths[SEQUENCE]  # the comparison says whether what torch took for equal matters
+    for rows, tokens in _REPLAYS:
+        replay = sample(model, shapes, rows, _taken(program.lengths.get(SEQUENCE, Length()), tokens))
+        with torch.no_grad(), releasing(model), unchanged(model):
+            expected = model(**replay)
+        check_replay(program, expected, replay, type(model).__name__)
+    program.notes += _shorter(program, model)
+    return program
+
+
+def _shorter(program: Program, model: PreTrainedModel) -> tuple[str, ...]:
+    """A note where the trace holds for fewer tokens than the configuration promises."""
+    longest = program.lengths.get(SEQUENCE, Length()).longest
+    promised = getattr(model.config, "max_position_embeddings", None)
+    if longest is None or not isinstance(promised, int) or longest >= promised:
+        return ()
+    name = type(model).__name__
+    return (f"{name} takes at most {longest} of its {promised} tokens here: longer texts it computes in another way",)
+
+
+def trace_given(model: PreTrainedModel, task: str, example_inputs: Mapping[str, torch.Tensor]) -> Program:
+    """A model on inputs of the caller's; names of dimensions come from what torch finds equal.
+
+    Raises:
+        BitlowerError: it cannot be traced.
+    """
+    inputs = dict(example_inputs)
+    auto = torch.export.Dim.AUTO
+    exported = export(model, inputs, {name: dict.fromkeys(range(value.dim()), auto) for name, value in inputs.items()})
+    return to_program(exported, task=task, keep=_kept(exported, task))
+
+
+def _length(model: PreTrainedModel, shapes: Mapping[str, Any]) -> int:
+    """The first of the lengths that the model runs with."""
+    failure: BitlowerError | None = None
+    for tokens in _LENGTHS:
+        try:
+            with explain_failure(type(model).__name__), torch.no_grad(), releasing(model), unchanged(model):
+                model(**sample(model, shapes, _ROWS, tokens))
+            return tokens
+        except BitlowerError as error:
+            failure = failure or error
+    assert failure is not None
+    raise failure
+
+
+def _taken(length: Length, tokens: int) -> int:
+    wanted = length.padded(tokens)
+    return wanted if length.takes(wanted) else length.longest or tokens
+
+
+def _kept(exported: torch.export.ExportedProgram, task: str) -> Any:
+    """Which outputs are the task's: those that it names, if the model gives them; else all that have a name."""
+    spec = exported.call_spec.out_spec
+    keys = spec.context if spec is not None and isinstance(spec.context, list) else []
+    wanted = [name for name in TASKS[task].outputs if name in keys]
+    return set(wanted or keys).__contains__ if keys else lambda name: True

@@ -1,0 +1,99 @@
+"""Places of transformers that make a number of a size, written so that the size stays open while a model is traced.
+
+Each computes what the original does, bit for bit at every size; the originals come back when the trace is done.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+Factory = Callable[[Any], Any]
+
+
+@contextmanager
+def open_sizes() -> Iterator[None]:
+    """Put the replacements in place for a while, in those modules of transformers that are loaded."""
+    with ExitStack() as stack:
+        for module, owner, name, factory in _PLACES:
+            if module in sys.modules:
+                stack.enter_context(_replaced(getattr(sys.modules[module], owner), name, factory))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, factory: Factory) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, factory(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """Positions in a row: ``first``, then ``offset + step · i`` for i from 1 to ``count - 1``."""
+
+    first: Any
+    offset: Any
+    step: int
+    count: Any
+
+    @property
+    def last(self) -> Any:
+        return self.offset + self.step * (self.count - 1)
+
+    def pooled(self, block: int, *, separate: bool, truncate: bool) -> _Positions:
+        """Every second one, as Funnel pools them: the first stays by itself where it is the class token."""
+        if not separate:
+            return _Positions(self.first, self.offset, 2 * self.step, (self.count + 1) // 2)
+        count = 1 + ((self.count - 1) // 2 if truncate else self.count // 2)
+        return _Positions(1 - 2**block, self.offset - self.step, 2 * self.step, count)
+
+    def distances(self, queries: _Positions, stride: int, shift: int) -> torch.Tensor:
+        """All distances from ``queries`` to these, the farthest first, int64."""
+        start = queries.first - self.first + shift * queries.count * stride
+        return torch.arange(start, queries.first - self.last - 1, -stride, dtype=torch.long)
+
+
+def _funnel_positions(original: Any) -> Any:
+    """Relative positions of Funnel Transformer (Dai et al., 2020, appendix A.2.1) without lists of all positions."""
+
+    def get_position_embeds(self: Any, seq_len: Any, dtype: torch.dtype, device: torch.device) -> Any:
+        config = self.config
+        if config.attention_type == "factorized":
+            return original(self, seq_len, dtype, device)
+        half = torch.arange(0, config.d_model // 2, 1.0, dtype=torch.int64, device=device).to(dtype)
+        frequencies = 1 / (10000 ** (half / (config.d_model // 2)))
+        embed = partial(_sinusoids, frequencies)
+        keys = _Positions(0, 0, 1, seq_len)
+        found = []
+        for block in range(config.num_blocks):
+            pooling, queries = None, keys
+            if block:
+                queries = keys.pooled(block, separate=config.separate_cls, truncate=config.truncate_seq)
+                pooling = embed(keys.distances(queries, 2 ** (block - 1), 2))
+            found.append([embed(queries.distances(queries, 2**block, 1)), pooling])
+            keys = queries
+        return found
+
+    return get_position_embeds
+
+
+def _sinusoids(frequencies: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    angles = positions.to(frequencies.dtype)[:, None] * frequencies[None]
+    return torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)
+
+
+_FUNNEL = "transformers.models.funnel.modeling_funnel"
+_PLACES: tuple[tuple[str, str, str, Factory], ...] = (
+    (_FUNNEL, "FunnelAttentionStructure", "get_position_embeds", _funnel_positions),
+)
+"""Module, class and method of transformers, and what makes the replacement of the original."""

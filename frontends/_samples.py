@@ -1,0 +1,84 @@
+"""Inputs for encoders: which ones a model takes, and samples of them that look like a tokenizer's."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bitlower.frontends._dimensions import BATCH, SEQUENCE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_TEXT = (BATCH, SEQUENCE)
+
+
+def layout(model: PreTrainedModel) -> dict[str, tuple[int | str, ...]]:
+    """The inputs of an encoder, in order, and the names of their dimensions.
+
+    Token types come in where the configuration has any, boxes (left, top, right, bottom) where the model reads them.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    shapes: dict[str, tuple[int | str, ...]] = {"input_ids": _TEXT}
+    if "attention_mask" in parameters or open_ended:
+        shapes["attention_mask"] = _TEXT
+    if (getattr(model.config, "type_vocab_size", 0) or 0) > 0 and ("token_type_ids" in parameters or open_ended):
+        shapes["token_type_ids"] = _TEXT
+    if "bbox" in parameters:
+        shapes["bbox"] = (*_TEXT, 4)
+    return shapes
+
+
+def sample(model: PreTrainedModel, names: Mapping[str, Any], rows: int, length: int) -> dict[str, torch.Tensor]:
+    """Inputs from a fixed generator: ordinary tokens, one that ends each text, the last row padded if there is room.
+
+    Args:
+        model: an encoder.
+        names: of the inputs.
+        rows: texts.
+        length: tokens in each.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ordinary = _ordinary_tokens(model)
+    ids = ordinary[torch.randint(0, len(ordinary), (rows, length), generator=generator)]
+    mask = torch.ones((rows, length), dtype=torch.int64)
+    mask[-1, length - 2 :] = 0 if length > 3 else 1
+    ends = _token(model, "eos_token_id")
+    if ends is not None:
+        ids[torch.arange(rows), mask.sum(1) - 1] = ends
+    ids = torch.where(mask.bool(), ids, _token(model, "pad_token_id") or 0)
+    corners = torch.randint(0, 500, (rows, length, 2), generator=generator)
+    given = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "token_type_ids": torch.zeros_like(ids),
+        "bbox": torch.cat([corners, corners + torch.randint(0, 500, corners.shape, generator=generator)], -1),
+    }
+    return {name: given[name] for name in names}
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many token ids the model's table takes."""
+    table = model.get_input_embeddings()
+    entries = getattr(table, "num_embeddings", None) or model.config.vocab_size
+    return int(entries)
+
+
+def _ordinary_tokens(model: PreTrainedModel) -> torch.Tensor:
+    """The token ids that the configuration gives no meaning of their own; all where none is left."""
+    keep = torch.ones(vocabulary(model), dtype=torch.bool)
+    for key, value in model.config.to_dict().items():
+        for token in value if isinstance(value, list) else [value]:
+            if key.endswith("_token_id") and isinstance(token, int) and 0 <= token < len(keep):
+                keep[token] = False
+    return keep.nonzero()[:, 0] if keep.any() else torch.arange(len(keep))
+
+
+def _token(model: PreTrainedModel, name: str) -> int | None:
+    """A token that the configuration names, if the model's table has it."""
+    value = getattr(model.config, name, None)
+    return value if isinstance(value, int) and 0 <= value < vocabulary(model) else None

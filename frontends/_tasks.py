@@ -1,0 +1,142 @@
+"""Which task an architecture is for, as transformers' own tables say; and models that no task here is for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitlower.frontends._weights import quiet
+from bitlower.ir import BitlowerError, nearest
+from bitlower.ir.tasks import TASKS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_TABLES = (
+    ("text-classification", "SEQUENCE_CLASSIFICATION"),
+    ("token-classification", "TOKEN_CLASSIFICATION"),
+    ("question-answering", "QUESTION_ANSWERING"),
+    ("fill-mask", "MASKED_LM"),
+    ("text-generation", "CAUSAL_LM"),
+    ("feature-extraction", "TEXT_ENCODING"),
+    ("pre-training", "PRETRAINING"),
+)
+"""Tables of transformers, the more specific first: those of pre-training and encoding hold classes of others too."""
+_TEXT, _TEXT_PART = "input_ids", "text_config"
+
+
+def check_task(task: str | None) -> None:
+    """See that a task is known.
+
+    Raises:
+        BitlowerError: it is not.
+    """
+    if task is not None and task not in TASKS:
+        raise BitlowerError(f"unknown task {task!r}", hint=nearest(task, TASKS))
+
+
+def task_of(architectures: Sequence[str], where: str) -> str:
+    """The task of the first architecture that has one.
+
+    Raises:
+        BitlowerError: none has; the message says what for the architecture is, if that is known.
+    """
+    for architecture in architectures:
+        for task, table in _TABLES:
+            if architecture in _names(f"MODEL_FOR_{table}_MAPPING_NAMES"):
+                return task
+        if architecture in _names("MODEL_MAPPING_NAMES"):
+            return "feature-extraction"
+    other = next((found for name in architectures if (found := _other(name))), "")
+    raise BitlowerError(
+        f"{where}the architecture {', '.join(architectures) or '(none given)'} "
+        + (f"is for {other}, which is not supported" if other else "fits no task"),
+        hint=f"name one of {', '.join(TASKS)} as the task",
+    )
+
+
+def _names(table: str) -> set[str]:
+    from transformers.models.auto import modeling_auto
+
+    return set(_flat(getattr(modeling_auto, table, {}).values()))
+
+
+def _flat(values: Any) -> Iterator[str]:
+    for value in values:
+        if isinstance(value, str):
+            yield value
+        else:
+            yield from _flat(value)
+
+
+def _other(architecture: str) -> str:
+    """What transformers' further tables say that an architecture is for, in words; empty if none has it."""
+    from transformers.models.auto import modeling_auto
+
+    for table in vars(modeling_auto):
+        name = table.removeprefix("MODEL_FOR_").removesuffix("_MAPPING_NAMES")
+        if table == f"MODEL_FOR_{name}_MAPPING_NAMES" and architecture in _names(table):
+            return str(name).lower().replace("_", " ")
+    return ""
+
+
+def refuse_class(kind: type[PreTrainedModel], config: Any, task: str) -> None:
+    """See that a model of this class and configuration can be loaded for ``task``, before its weights are.
+
+    Raises:
+        BitlowerError: it reads no text, is several models, or keeps another state than keys and values.
+    """
+    parts = list(getattr(config, "sub_configs", None) or {})
+    others = [name.removesuffix("_config") for name in parts if name != _TEXT_PART] if _TEXT_PART in parts else []
+    if kind.main_input_name != _TEXT or others:
+        reads = kind.main_input_name if kind.main_input_name != _TEXT else f"text and {' and '.join(others)}"
+        raise BitlowerError(f"{kind.__name__} reads {reads}, not token ids", hint="pass `example_inputs`")
+    if getattr(config, "is_encoder_decoder", False) and not TASKS[task].whole:
+        raise BitlowerError(
+            f"{kind.__name__} is an encoder and a decoder, which together are not supported for {task}",
+            hint="an encoder alone is, and so are heads for classification and question answering",
+        )
+    if getattr(kind, "_is_stateful", False):
+        raise BitlowerError(
+            f"{kind.__name__} keeps a state between tokens that is no keys and values (a state-space or recurrent"
+            " model), which is not supported",
+            hint="models of attention are",
+        )
+    refuse_rope(kind.__name__, config.to_dict())
+
+
+def refuse_folder(folder: Path, loader: str, task: str) -> None:
+    """:func:`refuse_class` for the model in ``folder``; what transformers cannot read is left to its loading.
+
+    Raises:
+        BitlowerError: as there.
+    """
+    import transformers
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            kind = _get_model_class(config, getattr(transformers, loader)._model_mapping)
+    except Exception:  # whatever its libraries raise on a configuration that makes no model
+        return
+    refuse_class(kind, config, task)
+
+
+def refuse_rope(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse rotary frequencies that depend on how long the longest text seen so far was.
+
+    Raises:
+        BitlowerError: the configuration asks for them.
+    """
+    for key in ("rope_parameters", "rope_scaling"):
+        given = config.get(key)
+        groups = [given, *given.values()] if isinstance(given, Mapping) else []
+        for group in groups:
+            kind = (group.get("rope_type") or group.get("type")) if isinstance(group, Mapping) else None
+            if isinstance(kind, str) and "dynamic" in kind:
+                raise BitlowerError(
+                    f"{name} asks for {kind} rope, whose frequencies change with the longest text so far",
+                    hint=f'a fixed factor works: `{key}` with "rope_type": "linear", "yarn" or "llama3", or "default"',
+                )

@@ -1,0 +1,46 @@
+"""What a Hugging Face model is for: tasks by their pipeline names, each with transformers' class and its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Args:
+        auto_class: the class of transformers that makes a model for it.
+        outputs: what the model gives for it; whatever it gives, if empty.
+        whole: whether an encoder with a decoder behind it does the task in one run.
+    """
+
+    auto_class: str
+    outputs: tuple[str, ...] = ()
+    whole: bool = False
+
+
+TASKS = {
+    "feature-extraction": Task("AutoModel"),
+    "text-classification": Task("AutoModelForSequenceClassification", ("logits",), whole=True),
+    "token-classification": Task("AutoModelForTokenClassification", ("logits",), whole=True),
+    "question-answering": Task("AutoModelForQuestionAnswering", ("start_logits", "end_logits"), whole=True),
+    "fill-mask": Task("AutoModelForMaskedLM", ("logits",)),
+    "pre-training": Task("AutoModelForPreTraining"),
+    "text-generation": Task("AutoModelForCausalLM"),
+}
+"""All tasks, by the names that transformers' pipelines have (``pre-training``, which has none, by its class)."""
+_ENCODER = "EncoderModel"
+
+
+def auto_class(task: str, architectures: Iterable[str] = ()) -> str:
+    """The class of transformers that makes the model; the encoder alone, where the architecture says so.
+
+    Args:
+        task: one of :data:`TASKS`.
+        architectures: as the configuration names them.
+    """
+    if task == "feature-extraction" and any(name.endswith(_ENCODER) for name in architectures):
+        return "AutoModelForTextEncoding"
+    return TASKS[task].auto_class
