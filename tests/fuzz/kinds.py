@@ -21,7 +21,6 @@ from bitlower.backends._manifest import describe_file
 from bitlower.frontends import batches, load
 from bitlower.frontends._weights import load_weights
 from bitlower.frontends.gguf import load_gguf
-from bitlower.frontends.huggingface import TASKS
 from bitlower.ir import Program, Scheme
 from bitlower.ir.storage import map_safetensors
 from bitlower.passes import parse_pipeline
@@ -67,7 +66,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT2": ("LMHeadModel", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 24}),
     "Mixtral": ("ForCausalLM", SIZES | {"num_key_value_heads": 1, "num_local_experts": 2}),
 }
-TASK_OF = {"Model": "feature-extraction", "ForSequenceClassification": "text-classification"}
+DOORS = {
+    "Model": ("feature-extraction", "AutoModel"),
+    "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
+    "ForCausalLM": ("text-generation", "AutoModelForCausalLM"),
+    "LMHeadModel": ("text-generation", "AutoModelForCausalLM"),
+}
 
 
 class Kinds:
@@ -229,8 +233,7 @@ class Kinds:
 
 
 def _load(folder: Path) -> object:
-    task = TASK_OF.get((folder / "kind").read_text(), "text-generation")
-    return load_weights(folder, task, TASKS[task])
+    return load_weights(folder, *DOORS[(folder / "kind").read_text()])
 
 
 def _write_gguf(path: Path) -> bytes:
