@@ -12,6 +12,7 @@ import torch
 from bitlower.frontends._tokenizer import check_same_tokens, from_files, load_tokenizer
 from bitlower.ir import BitlowerError
 from bitlower.ir.assets import GENERATION, is_tokenizer, left_behind, modules_root, read_assets
+from bitlower.ir.diagnostics import shorten
 from bitlower.ir.json_files import object_of, parse_json
 
 if TYPE_CHECKING:
@@ -81,6 +82,21 @@ def embedding_rows(model: PreTrainedModel) -> int | None:
         return None
     reads_tokens = model.main_input_name == "input_ids" and isinstance(weight, torch.Tensor) and weight.dim() == 2
     return int(weight.shape[0]) if reads_tokens and weight is not None else None
+
+
+def check_float(config: Mapping[str, Any], owner: str) -> None:
+    """See that a configuration is that of a float model, before its weights are read.
+
+    Raises:
+        BitlowerError: its ``quantization_config`` names a format.
+    """
+    form = config.get("quantization_config")
+    if form:
+        method = form.get("quant_method") if isinstance(form, Mapping) else None
+        raise BitlowerError(
+            f"{owner} is quantized already ({shorten(str(method or 'in a format without a name'))})",
+            hint="give the float model that it was made from",
+        )
 
 
 def check_padding(config: Mapping[str, Any], owner: str) -> None:

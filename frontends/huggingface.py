@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bitlower.frontends._beside import check_padding, collect, plain_config
+from bitlower.frontends._beside import check_float, check_padding, collect, plain_config
 from bitlower.frontends._context import context_length, stated_length
 from bitlower.frontends._decoder import Signature
 from bitlower.frontends._dimensions import SEQUENCE
@@ -57,6 +57,7 @@ def load_folder(folder: Path, *, task: str | None = None, source: str = "", mapp
         CheckError: the tokenizer reads files that do not go along.
     """
     config = read_json(folder / "config.json")
+    check_float(config, source or str(folder))
     check_padding(config, source or str(folder))
     named = config.get("architectures")
     architectures = [shorten(name) for name in named if isinstance(name, str)] if isinstance(named, list) else []

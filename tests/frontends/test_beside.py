@@ -237,6 +237,13 @@ def test_a_tokenizer_of_another_model_is_found_when_the_model_is_loaded(copy: Co
         beside(folder)
 
 
+@pytest.mark.parametrize("method", ["compressed-tensors", "gptq", "awq", "bitsandbytes", "fp8", "bitlower"])
+def test_a_model_that_is_quantized_already_is_named_as_such(copy: Copy, method: str) -> None:
+    folder = copy(quantization_config={"quant_method": method})
+    with pytest.raises(BitlowerError, match=rf"is quantized already \({method}\); give the float model"):
+        load(folder)
+
+
 def test_the_last_row_of_the_embedding_is_a_token_too(copy: Copy) -> None:
     folder = copy()
     with_token(folder, 59, special=False)
