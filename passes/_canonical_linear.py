@@ -72,6 +72,8 @@ def _is_transpose(node: fx.Node) -> bool:
     """Whether ``node`` swaps the two axes of a matrix."""
     if node.target is aten.transpose.int:
         return node.meta["type"].rank == 2 and node.args[1] != node.args[2]
+    if node.target is aten.numpy_T.default:
+        return bool(node.meta["type"].rank == 2)
     return node.target is aten.t.default or (node.target is aten.permute.default and node.args[1] == [1, 0])
 
 
