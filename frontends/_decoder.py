@@ -2,6 +2,7 @@
 
 The names are those of the ONNX ecosystem: ``past_key_values.{layer}.key`` comes in, ``present.{layer}.key`` goes out.
 The past and the tokens have lengths of their own, so one graph serves calibration (empty past), prefill and decoding.
+A model without a cache takes ``input_ids`` and ``attention_mask`` and gives ``logits``; each run is over all tokens.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitlower.frontends._weights import quiet
+from bitlower.ir import BitlowerError
+
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "past + sequence"
 _PARTS = ("key", "value")
+_CACHES = ("cache", "past_key_values")
+_STATES = ("state", "mems")
 
 
 @dataclass(frozen=True)
@@ -25,8 +31,8 @@ class Signature:
     """What a causal language model takes and gives.
 
     Args:
-        takes_positions: whether its ``forward`` has ``position_ids``.
-        caches: of each layer, the sizes of keys and values: ``(heads, width)`` twice.
+        takes_positions: whether ``position_ids`` are among its inputs.
+        caches: of each layer, the sizes of keys and values: ``(heads, width)`` twice; none without a cache.
     """
 
     takes_positions: bool
@@ -34,19 +40,32 @@ class Signature:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Signature:
-        """Run one token through ``model`` and look at the cache that it gives."""
+        """Run one token through ``model`` and look at the cache that it gives.
+
+        Raises:
+            BitlowerError: it carries something else than keys and values from token to token.
+        """
         ids = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
-        with torch.no_grad():
-            cache = model(input_ids=ids, use_cache=True).past_key_values
+        with torch.no_grad(), quiet():
+            outputs = model(input_ids=ids, **({"use_cache": True} if hasattr(model.config, "use_cache") else {}))
+        cache = next((outputs[name] for name in _CACHES if outputs.get(name) is not None), None)
+        layers = getattr(cache, "layers", None) or []
+        if any(outputs.get(name) is not None for name in _STATES) or not all(map(_has_keys, layers)):
+            raise BitlowerError(
+                f"{type(model).__name__} carries a state from token to token instead of keys and values (a state-space"
+                " or recurrent model, or linear attention), which is not supported",
+                hint="take a model whose layers are all attention",
+            )
         caches = tuple(
             ((layer.keys.shape[1], layer.keys.shape[3]), (layer.values.shape[1], layer.values.shape[3]))
-            for layer in cache.layers
+            for layer in layers
         )
-        return cls("position_ids" in inspect.signature(model.forward).parameters, caches)
+        return cls(bool(caches) and "position_ids" in inspect.signature(model.forward).parameters, caches)
 
     def inputs(self) -> dict[str, tuple[int | str, ...]]:
         """The inputs' shapes by name, in order."""
-        given: dict[str, tuple[int | str, ...]] = {"input_ids": (BATCH, SEQUENCE), "attention_mask": (BATCH, TOTAL)}
+        total = TOTAL if self.caches else SEQUENCE
+        given: dict[str, tuple[int | str, ...]] = {"input_ids": (BATCH, SEQUENCE), "attention_mask": (BATCH, total)}
         if self.takes_positions:
             given["position_ids"] = (BATCH, SEQUENCE)
         return given | self._cache_shapes("past_key_values", PAST)
@@ -63,8 +82,12 @@ class Signature:
         }
 
     def sample(self, vocabulary: int, *, batch: int, past: int, sequence: int) -> dict[str, torch.Tensor]:
-        """Flat sample inputs from a fixed generator; the first row begins with padding if there is room."""
+        """Flat sample inputs from a fixed generator; the first row begins with padding if there is room.
+
+        Without a cache the past is part of the sequence.
+        """
         generator = torch.Generator().manual_seed(0)
+        past, sequence = (past, sequence) if self.caches else (0, past + sequence)
         sizes = {BATCH: batch, PAST: past, SEQUENCE: sequence, TOTAL: past + sequence}
         mask = torch.ones((batch, past + sequence), dtype=torch.int64)
         mask[0, : 2 if past + sequence > 3 else 0] = 0
@@ -83,6 +106,8 @@ class Signature:
     def arguments(self, flat: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """``flat`` as transformers' ``forward`` takes it: the cache in one object."""
         given: dict[str, Any] = {name: value for name, value in flat.items() if "." not in name}
+        if not self.caches:
+            return given
         return given | {"past_key_values": self._cache(flat), "use_cache": True}
 
     def _cache(self, flat: Mapping[str, torch.Tensor]) -> DynamicCache:
@@ -102,10 +127,17 @@ class Signature:
             for name, shape in self.inputs().items()
         }
         plain: dict[str, Any] = {name: axes for name, axes in dynamic.items() if "." not in name}
+        if not self.caches:
+            return plain
         return plain | {"past_key_values": [axes for name, axes in dynamic.items() if "." in name]}
 
     def flatten(self, outputs: Any) -> dict[str, torch.Tensor]:
         """What the model gives, by the names of :meth:`outputs`."""
-        layers = outputs.past_key_values.layers
+        layers = outputs.past_key_values.layers if self.caches else []
         caches = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
         return dict(zip(self.outputs(), [outputs.logits, *caches], strict=True))
+
+
+def _has_keys(layer: Any) -> bool:
+    """Whether a layer of a cache holds keys and values."""
+    return all(isinstance(getattr(layer, part, None), torch.Tensor) for part in ("keys", "values"))

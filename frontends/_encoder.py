@@ -15,6 +15,7 @@ from bitlower.frontends._samples import layout, sample
 from bitlower.frontends._trace import check_replay, releasing, to_program, unchanged
 from bitlower.frontends._weights import quiet
 from bitlower.ir import BitlowerError, Length, Program
+from bitlower.ir.experts import experts_as_linears
 from bitlower.ir.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def export(model: PreTrainedModel, inputs: dict[str, Any], shapes: dict[str, Any
     """
     from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
-    with quiet(), explain_failure(type(model).__name__), unchanged(model), open_sizes():
+    linears = experts_as_linears(model)
+    with quiet(), explain_failure(type(model).__name__), linears, unchanged(model), open_sizes():
         exported = DynamoExporter().export(model, inputs, config=DynamoConfig(dynamic_shapes=shapes))
     program: torch.export.ExportedProgram = exported.program
     return program

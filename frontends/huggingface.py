@@ -127,4 +127,9 @@ def _trace_decoder(model: PreTrainedModel) -> Program:
         with torch.no_grad(), releasing(model):
             expected = signature.flatten(model(**signature.arguments(replay)))
         check_replay(program, expected, replay, type(model).__name__)
+    if not signature.caches:
+        program.notes += (
+            f"{type(model).__name__} has no KV cache: each new token costs a run over all before it, and ONNX comes"
+            " without the description for onnxruntime-genai",
+        )
     return program

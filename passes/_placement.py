@@ -99,6 +99,20 @@ def _ends_the_graph(node: fx.Node) -> bool:
     return False
 
 
+def routing(graph: fx.Graph) -> set[fx.Node]:
+    """What chooses experts: all that the ``topk`` of a mixture of experts is computed from, back to linear layers."""
+    frontier = [operand(node, 0) for node in graph.nodes if node.target is aten.topk.default]
+    seen: set[fx.Node] = set()
+    while frontier:
+        node = frontier.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.target not in LINEAR:
+            frontier += node.all_input_nodes
+    return seen
+
+
 def _parameters(node: fx.Node) -> list[tuple[str, fx.Node, fx.Node]]:
     """The role of the parameter that ``node`` computes with, the parameter, and what reads it: ``node`` or a view."""
     if node.target in LINEAR:

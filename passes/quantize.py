@@ -12,8 +12,9 @@ from bitlower.ir.dataflow import ATTENTION, QUANTIZER, VIEWS
 from bitlower.passes._attention import expand_attention
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._patterns import Patterns
-from bitlower.passes._placement import Site, input_sites, insert_quantizer, value_sites, weight_sites
+from bitlower.passes._placement import Site, input_sites, insert_quantizer, routing, value_sites, weight_sites
 
+ROUTER = "it chooses experts"
 _INSIDE_ATTENTION = ("scores", "probs")
 LARGE_HEAD, LARGE_SHARE = 1 << 20, 0.01
 """An output head of so many weights, and of this share of all, is large."""
@@ -51,6 +52,9 @@ class Quantize(Pass):
     is quantized once, as the scheme says for ``embedding-table``, and both read the same codes. Where the scheme leaves
     tables in float, a head stays float too, with its input, unless the scheme has bits for large heads and the head
     has ``LARGE_HEAD`` weights and ``LARGE_SHARE`` of the model's; tables of token embeddings go with it.
+
+    The routers of a mixture of experts stay float, with their inputs, unless ``targets`` name them: they are small, and
+    a token that goes to another expert is another token.
     """
 
     name: ClassVar[str] = "quantize"
@@ -85,7 +89,12 @@ def place(program: Program, scheme: Scheme, ignore: Patterns, targets: Patterns)
     sites = [*weights, *value_sites(program.graph)]
     total = sum(tensor.numel() for _, tensor in program.tensors())
     specs = [_spec(program, site, scheme, total) for site in sites]
-    rows += [_place_site(program, *pair, ignore, targets) for pair in zip(sites, specs, strict=True)]
+    chosen = set() if targets.patterns else routing(program.graph)
+    for site, spec in zip(sites, specs, strict=True):
+        if chosen & {site.value, *site.edges}:
+            rows.append(PlacementRow(site.tensor, site.role, (site.paths or ("",))[0], "", ROUTER))
+        else:
+            rows.append(_place_site(program, site, spec, ignore, targets))
     float_tables = [
         site for site, (spec, _) in zip(sites, specs, strict=True) if site.role == "embedding-table" and not spec
     ]
@@ -93,6 +102,10 @@ def place(program: Program, scheme: Scheme, ignore: Patterns, targets: Patterns)
     for site in list(input_sites(program.graph)):
         if site.value.target in QUANTIZER or _rounded_above(site.value):
             continue
+        if chosen & set(site.edges):
+            site = _without(site, chosen)
+            if not site.edges:
+                continue
         if set(site.edges) <= float_heads:
             rows.append(PlacementRow(site.tensor, site.role, site.paths[0], "", "its head stays in float"))
             continue
@@ -103,6 +116,12 @@ def place(program: Program, scheme: Scheme, ignore: Patterns, targets: Patterns)
     if len(list(program.quantizers())) == before:
         raise BitlowerError(f"the scheme {scheme} quantizes nothing in this model")
     return PlacementReport(tuple(rows))
+
+
+def _without(site: Site, edges: set[fx.Node]) -> Site:
+    """``site`` for its other readers."""
+    kept = [pair for pair in zip(site.edges, site.paths, strict=True) if pair[0] not in edges]
+    return replace(site, edges=tuple(edge for edge, _ in kept), paths=tuple(path for _, path in kept))
 
 
 def _open_attention(program: Program, ignore: Patterns, targets: Patterns) -> None:

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from bitlower.backends._manifest import check_if_artefact
+from bitlower.backends._steps import has_cache
 from bitlower.backends.tvm_kernels import Library, is_library, load_library
 from bitlower.frontends import load
 from bitlower.frontends._context import stated_length
 from bitlower.frontends._weights import quiet
 from bitlower.frontends.locate import locate
+from bitlower.frontends.tokenize import positions
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.files import check_name, reason
 from bitlower.ir.folding import with_float_weights
@@ -37,7 +39,7 @@ _READERS = {
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal language model with its KV cache.
+    """A causal language model with its KV cache; without one, what was read so far takes its place.
 
     Args:
         program: for its configuration, tokenizer and inputs; it has no graphs if something else computes.
@@ -126,7 +128,7 @@ def _of_program(program: Program) -> LanguageModel:
         logits = outputs["logits"]
         return logits, {_past_name(name): value for name, value in outputs.items() if name.startswith(_PRESENT)}
 
-    return LanguageModel(program, step, "Program")
+    return LanguageModel(program, _with_memory(step, has_cache(program)), "Program")
 
 
 def _of_library(library: Library) -> LanguageModel:
@@ -140,7 +142,7 @@ def _of_library(library: Library) -> LanguageModel:
         logits = torch.from_numpy(results["logits"].numpy())
         return logits, {_past_name(name): value for name, value in results.items() if name.startswith(_PRESENT)}
 
-    return LanguageModel(program, step, "TVM")
+    return LanguageModel(program, _with_memory(step, has_cache(program)), "TVM")
 
 
 def _of_onnx(folder: Path) -> LanguageModel:
@@ -159,7 +161,7 @@ def _of_onnx(folder: Path) -> LanguageModel:
         logits = torch.from_numpy(results["logits"].numpy())
         return logits, {_past_name(name): value for name, value in results.items() if name.startswith(_PRESENT)}
 
-    return LanguageModel(program, step, "onnxruntime")
+    return LanguageModel(program, _with_memory(step, has_cache(program)), "onnxruntime")
 
 
 def _of_checkpoint(folder: Path, method: str) -> LanguageModel:
@@ -177,15 +179,31 @@ def _of_checkpoint(folder: Path, method: str) -> LanguageModel:
     except Exception as error:  # whatever transformers and the method's library raise on what they cannot read
         raise BitlowerError(f"{folder} cannot be read by transformers: {_first_line(error)}") from None
 
+    cached = hasattr(model.config, "use_cache")
+
     def step(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
+        given = {"past_key_values": cache, "use_cache": True} if cached else {}
         with torch.no_grad():
-            outputs = model(input_ids=feed["input_ids"], attention_mask=feed["attention_mask"],
-                            past_key_values=cache, use_cache=True)  # fmt: skip
-        return outputs.logits.float(), outputs.past_key_values
+            outputs = model(input_ids=feed["input_ids"], attention_mask=feed["attention_mask"], **given)
+        return outputs.logits.float(), outputs.past_key_values if cached else None
 
     program = shell(folder)
     program.context_length = program.context_length or stated_length(model.config)
-    return LanguageModel(program, step, "transformers")
+    return LanguageModel(program, _with_memory(step, cached), "transformers")
+
+
+def _with_memory(step: Step, cached: bool) -> Step:
+    """``step`` itself; for a model without a cache, one whose cache is the tokens so far, which it runs all again."""
+    if cached:
+        return step
+
+    def whole(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
+        ids, mask = feed["input_ids"], feed["attention_mask"]
+        tokens = ids if cache is None else torch.cat([cache, ids], dim=1)
+        logits, _ = step({"input_ids": tokens, "attention_mask": mask, "position_ids": positions(mask)}, None)
+        return logits[:, -ids.shape[1] :], tokens
+
+    return whole
 
 
 def _past_name(present: str) -> str:

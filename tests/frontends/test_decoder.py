@@ -5,8 +5,11 @@ from transformers import (
     BloomConfig,
     GPT2Config,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
+    OpenAIGPTConfig,
     OPTConfig,
+    RwkvConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -125,3 +128,41 @@ def test_encoder_decoder_is_refused() -> None:
     config = T5Config(d_model=16, d_ff=16, d_kv=4, num_layers=1, num_heads=2, vocab_size=32)
     with pytest.raises(BitlowerError, match="T5ForConditionalGeneration"):
         load(T5ForConditionalGeneration(config), task="text-generation")
+
+
+def test_a_model_without_a_cache_takes_tokens_and_mask_alone() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=24)
+    ).eval()
+    program = load(model)
+    verify(program)
+    signature = {spec.name: str(spec.type) for spec in (*program.inputs, *program.outputs)}
+    assert signature == {
+        "input_ids": "int64[batch, sequence]",
+        "attention_mask": "int64[batch, sequence]",
+        "logits": f"float32[batch, sequence, {VOCABULARY}]",
+    }
+    assert program.context_length == 24
+    assert any("no KV cache" in note for note in program.notes)
+    for rows, length, padding in ((1, 24, 0), (3, 7, 2)):
+        ids = torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(length))
+        mask = torch.ones_like(ids)
+        mask[0, :padding] = 0
+        with torch.no_grad():
+            expected = model(input_ids=ids, attention_mask=mask).logits
+        found = program(input_ids=ids, attention_mask=mask)["logits"]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=VOCABULARY),
+        RwkvConfig(hidden_size=16, num_hidden_layers=2, attention_hidden_size=16, vocab_size=VOCABULARY),
+    ],
+    ids=lambda config: str(config.model_type),
+)
+def test_a_model_with_a_state_is_refused_in_one_line(config) -> None:
+    with pytest.raises(BitlowerError, match="carries a state from token to token instead of keys and values"):
+        load(AutoModelForCausalLM.from_config(config).eval(), task="text-generation")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OpenAIGPTConfig, OPTConfig
 
 from bitlower.frontends import load
 from bitlower.frontends.tokenize import token_ids
@@ -85,6 +85,19 @@ def test_generation_ends_with_the_context(decoder: tuple[Any, Program]) -> None:
     with pytest.raises(BitlowerError, match="a prompt of 65 tokens does not fit the model") as caught:
         generate(program, found, 1)
     assert "64 tokens" in caught.value.hint
+
+
+def test_without_a_cache_all_tokens_are_run_again() -> None:
+    torch.manual_seed(0)
+    config = OpenAIGPTConfig(n_embd=32, n_layer=1, n_head=4, vocab_size=96, n_positions=24)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    ids = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(1))
+    found = generate(load(model), ids, NEW, stops=(), pad=5)
+    assert torch.equal(found, reference(model, ids, torch.ones_like(ids)))
+    assert len(found.unique()) > NEW // 2  # what it says differs from token to token
 
 
 def test_a_sample_stops_and_is_timed(llama_program: Program) -> None:
