@@ -23,6 +23,7 @@ class CompressedTensors:
 
     name = "compressed-tensors"
     one_way_with_zeros = True
+    readers = ("compressed_tensors", "accelerate")
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """That of the other weights: its decompressor gives weights in the type of the scales."""
@@ -57,28 +58,34 @@ class CompressedTensors:
     def config(self, layers: Sequence[Layer], skeleton: Skeleton) -> dict[str, Any]:
         """One group for each way of packing; all ``Linear`` modules and a list of exceptions where there is one way.
 
-        transformers does not know the shape of packed zero points, but for weights that it dequantizes as it loads
-        them; ``dequantize`` asks it to.
+        transformers does not know the shape of packed zero points, and packed modules have no weight that a ``forward``
+        of the model's own could read; both work with weights that it dequantizes as it loads them, which ``dequantize``
+        asks for.
 
         Raises:
-            BitlowerError: asymmetric layers and others; as it loads, transformers dequantizes all layers alike.
+            BitlowerError: such layers and others; as it loads, transformers dequantizes all layers alike.
         """
         ways: dict[Packed, list[str]] = {}
         for layer in layers:
             ways.setdefault(how_packed(layer), []).append(layer.path)
+        own = next((layer.path for layer in layers if layer.path in skeleton.own), None)
         asymmetric = not all(way.symmetric for way in ways)
-        if asymmetric and len(ways) > 1:
+        if asymmetric and skeleton.experts:
+            raise BitlowerError("transformers reads experts without zero points only", hint="use a symmetric scheme")
+        dequantize = asymmetric or own is not None or bool(skeleton.experts)
+        if dequantize and len(ways) > 1:
             one, other = (paths[0] for paths in list(ways.values())[:2])
+            why = f"{own} is a {skeleton.own[own]}" if own is not None else "one with zero points"
+            why = "there are experts" if skeleton.experts else why
             raise BitlowerError(
-                f"{one} and {other} are quantized in different ways, one with zero points: transformers cannot"
-                " load that",
-                hint="use symmetric weights, or the format gptq-v2",
+                f"{one} and {other} are quantized in different ways, and {why}: transformers cannot load that",
+                hint="quantize all layers alike, or use the format gptq-v2",
             )
         return {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            **({"dequantize": True} if asymmetric else {}),
+            **({"dequantize": True} if dequantize else {}),
             "config_groups": {
                 f"group_{i}": {
                     "targets": ["Linear"] if len(ways) == 1 else paths,

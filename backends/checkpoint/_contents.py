@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -28,6 +28,7 @@ class Layer:
         spec: its grid and granularity.
         node: its ``dequantize`` node.
         module: holds the tensors.
+        piece: which of how many equal parts of the rows.
     """
 
     path: str
@@ -36,11 +37,14 @@ class Layer:
     spec: QuantSpec
     node: fx.Node
     module: fx.GraphModule
+    piece: tuple[int, int] = (0, 1)
 
     def _part(self, position: int) -> torch.Tensor:
         source = self.node.args[position]
         assert isinstance(source, fx.Node)
-        return get_tensor(self.module, str(source.target)).detach()
+        tensor = get_tensor(self.module, str(source.target)).detach()
+        index, count = self.piece
+        return tensor.chunk(count)[index] if count > 1 and tensor.dim() and len(tensor) > 1 else tensor
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -143,8 +147,8 @@ def collect(program: Program, skeleton: Skeleton) -> Contents:
             or a quantized weight is shared by several layers.
     """
     _check_level(program)
-    layers = tuple(_layers(program, skeleton))
-    packed = {f"{layer.path}.weight" for layer in layers}
+    whole = tuple(_layers(program, skeleton))
+    packed = {f"{layer.path}.weight" for layer in whole}
     weights = dict(_float_weights(program, skeleton))
     floats: dict[str, Float] = {}
     ties = dict(skeleton.ties)
@@ -159,7 +163,36 @@ def collect(program: Program, skeleton: Skeleton) -> Contents:
     for name in skeleton.shapes:
         if not {name, ties.get(name)} & (packed | set(floats)):
             raise BitlowerError(f"the program has no weight {name}, which {skeleton.architecture} needs")
+    check_experts(skeleton, {layer.path for layer in whole})
+    layers = tuple(piece for layer in whole for piece in _pieces(layer, skeleton))
     return Contents(layers, tuple(floats.values()), ties)
+
+
+def _pieces(layer: Layer, skeleton: Skeleton) -> Iterator[Layer]:
+    """The layers that checkpoints hold ``layer`` in."""
+    paths = skeleton.pieces.get(layer.path, [layer.path])
+    for index, path in enumerate(paths):
+        yield replace(layer, path=path, piece=(index, len(paths)))
+
+
+def check_experts(skeleton: Skeleton, packed: set[str] | None = None) -> None:
+    """See that a checkpoint can hold the experts of a mixture.
+
+    Args:
+        skeleton: its model.
+        packed: the paths of all packed layers; None: not known yet.
+
+    Raises:
+        BitlowerError: it cannot; the first expert is named, and the reason.
+    """
+    for path in skeleton.experts:
+        if path not in skeleton.pieces:
+            reason = f"{skeleton.architecture} holds its experts in one tensor, also in files"
+        elif packed is not None and path not in packed:
+            reason = "transformers reads experts that are all packed, and this one is float"
+        else:
+            continue
+        raise BitlowerError(f"a checkpoint cannot hold {path}: {reason}", hint="export with the backend `onnx-qdq`")
 
 
 def _check_level(program: Program) -> None:
@@ -227,5 +260,6 @@ def _float(name: str, node: fx.Node, module: fx.GraphModule, skeleton: Skeleton)
 
 def unpacked_linears(skeleton: Skeleton, layers: tuple[Layer, ...]) -> list[str]:
     """The linear layers of the model that stay in float, the output head among them."""
-    paths = {layer.path for layer in layers}
-    return [path for path, kind in skeleton.kinds.items() if kind in (LINEAR, CONV1D) and path not in paths]
+    packed = {layer.path for layer in layers}
+    linears = [path for path, kind in skeleton.kinds.items() if kind in (LINEAR, CONV1D)]
+    return [path for path in linears if not packed.intersection(skeleton.pieces.get(path, [path]))]

@@ -13,7 +13,15 @@ import torch
 from bitlower.backends import _manifest
 from bitlower.backends._folder import CONFIG, sizes, write_assets
 from bitlower.backends._json import read_json, write_json
-from bitlower.backends.checkpoint._contents import SHARED, Contents, Float, collect, is_symmetric, readers
+from bitlower.backends.checkpoint._contents import (
+    SHARED,
+    Contents,
+    Float,
+    check_experts,
+    collect,
+    is_symmetric,
+    readers,
+)
 from bitlower.backends.checkpoint._formats import FORMATS, refusal
 from bitlower.backends.checkpoint._packed import Format, cast
 from bitlower.backends.checkpoint._safetensors import INDEX, MODEL, Entry, write_tensors
@@ -179,6 +187,23 @@ def _float_tables(program: Program, skeleton: Skeleton, form: Format) -> Iterato
             reason = "all layers are packed in one way where one has zero points"
         if reason:
             yield quantizer.tensor, reason
+
+
+def check_program(program: Program, **options: Any) -> None:
+    """See that Hugging Face's model has every weight of ``program``.
+
+    Raises:
+        BitlowerError: it is of no such model, a weight is not of it, or its files hold experts in one tensor.
+    """
+    skeleton = Skeleton(program)
+    check_experts(skeleton)
+    for name, tensor in program.tensors():
+        target = name.removeprefix("model/")
+        if isinstance(tensor, torch.nn.Parameter) and target not in skeleton.shapes:
+            raise BitlowerError(
+                f"{target} is no weight of {skeleton.architecture}, so no checkpoint can hold it",
+                hint="export with the backend `onnx-qdq`",
+            )
 
 
 def check(contents: Contents, format: str) -> None:

@@ -21,6 +21,7 @@ class GptqV2:
 
     name = "gptq-v2"
     one_way_with_zeros = False
+    readers = ("gptqmodel",)
     bits = (2, 3, 4, 8)
     group_sizes = (-1, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -62,6 +63,11 @@ class GptqV2:
         Raises:
             BitlowerError: a layer is neither in one of the model's blocks nor its head; clients leave such in float.
         """
+        if skeleton.experts:
+            raise BitlowerError(
+                f"the format gptq-v2 cannot hold {skeleton.experts[0]}: transformers has the experts in one tensor",
+                hint="use the format compressed-tensors, or the backend `onnx-qdq`",
+            )
         for layer in layers:
             if layer.path != skeleton.head and not re.search(r"\.\d+\.", layer.path):
                 raise BitlowerError(

@@ -46,6 +46,10 @@ class Format(Protocol):
     one_way_with_zeros: bool
     """Whether all layers are packed in one way where one of them has zero points."""
 
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """What transformers needs to read packed layers, by the names that these modules are imported by."""
+
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of the scales in a checkpoint whose other weights are ``dtype``."""
 

@@ -6,6 +6,7 @@ weights brought in just before the module runs and dropped right after.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitlower.backends.checkpoint._experts import pieces_of_experts
 from bitlower.ir import Batch, BitlowerError, Program, nearest
+from bitlower.ir.experts import unfuse_experts
 from bitlower.ir.tasks import TASKS, auto_class
 
 LINEAR, CONV1D, EMBEDDING = "Linear", "Conv1D", "Embedding"
@@ -32,6 +35,11 @@ class Skeleton:
 
     def __init__(self, program: Program) -> None:
         self._model: Any = _build(program)
+        self.pieces = pieces_of_experts(self._model)
+        """For each linear layer of an expert the layers, by module path, that hold its rows in files, in order."""
+        unfuse_experts(self._model)
+        self.loader: Any = _loader(program)
+        """The class of transformers that loads a checkpoint of it."""
         self.architecture = type(self._model).__name__
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
         """Of all that a checkpoint may hold, by name; tied ones under each of their names."""
@@ -39,6 +47,10 @@ class Skeleton:
         """The names of tied weights, each with the one that checkpoints hold."""
         self.kinds = {path: kind for path, module in self._model.named_modules() if (kind := _kind(module))}
         """``Linear``, ``Conv1D`` or ``Embedding`` by module path."""
+        self.experts = [path for path in self.kinds if re.search(r"\.experts\.\d+\.\w+$", path)]
+        """The linear layers of experts, which transformers holds in one tensor."""
+        self.own = {path: type(m).__name__ for path, m in self._model.named_modules() if _computes_by_itself(m)}
+        """Linear layers whose class has a ``forward`` of its own, which reads the weight, by module path: the class."""
         self.head = self._head()
         """The module path of the output head, empty if there is none."""
 
@@ -101,8 +113,13 @@ class _Bring:
             module._parameters[name] = parameter
 
 
-def _build(program: Program) -> nn.Module:
+def _loader(program: Program) -> Any:
     import transformers
+
+    return getattr(transformers, auto_class(program.task, program.config.get("architectures") or []))
+
+
+def _build(program: Program) -> nn.Module:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = program.config.get("model_type")
@@ -115,12 +132,11 @@ def _build(program: Program) -> nn.Module:
         raise BitlowerError(
             f"there is no Hugging Face model for the task {program.task!r}", hint=nearest(program.task, TASKS)
         )
-    loader = auto_class(program.task, program.config.get("architectures") or ())
     form = {key: value for key, value in program.config.items() if key not in ("auto_map", "quantization_config")}
     try:
         with quiet(), _without_weights():
             config = CONFIG_MAPPING[kind].from_dict(form)
-            model = getattr(transformers, loader).from_config(config, dtype=torch.float32)
+            model = _loader(program).from_config(config, dtype=torch.float32)
     except Exception as error:  # whatever its libraries raise on a configuration that makes no model
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BitlowerError(f"transformers cannot build the model of this program: {reason}") from None
@@ -133,6 +149,10 @@ def _kind(module: nn.Module) -> str:
 
     kinds = ((nn.Linear, LINEAR), (Conv1D, CONV1D), (nn.Embedding, EMBEDDING))
     return next((name for kind, name in kinds if isinstance(module, kind)), "")
+
+
+def _computes_by_itself(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
 
 
 @contextmanager
@@ -154,14 +174,17 @@ def _without_weights() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' remarks on configurations out of our output."""
+    """Keep transformers' remarks on configurations and its progress bars out of our output."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -65,6 +65,7 @@ class Verification(Verified):
         layers: one row for each packed layer.
         float_error: the largest difference of a weight that stays in float to the Program's, over the largest entry.
         outputs: one row each.
+        client: what loaded the folder and gave the Program's outputs, or ``not run`` and why.
         versions: of what ran the model.
     """
 
@@ -75,6 +76,7 @@ class Verification(Verified):
     layers: tuple[LayerCheck, ...]
     float_error: float
     outputs: tuple[OutputCheck, ...]
+    client: str
     versions: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,5 +94,6 @@ class Verification(Verified):
                 "output_cosine": min((row.cosine for row in self.outputs), default=1.0),
                 "codes": sum(row.codes for row in self.layers),
                 "scale_error": max((row.scale_error for row in self.layers), default=0.0),
+                "client": self.client,
             }
         )

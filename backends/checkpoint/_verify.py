@@ -8,6 +8,9 @@ Three comparisons tell a fault from the rounding that a checkpoint in half preci
   for the order of float arithmetic. So the names, the orientation and the ties are right, and the Program's graph still
   computes what the model does.
 - outputs: the Program as it is, and with the weights of the file. This is what the rounding costs.
+
+At last transformers loads the folder, where what it needs is installed and the model is small enough, and must give the
+outputs of the Program with the weights of the file.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from bitlower.backends.checkpoint._client import CLIENT, check_client, obstacle
 from bitlower.backends.checkpoint._contents import Contents, Float, Layer
 from bitlower.backends.checkpoint._outputs import OutputComparison
 from bitlower.backends.checkpoint._packed import Format, Packed, Weight
@@ -51,7 +55,9 @@ class Stored:
     """
 
     def __init__(self, folder: Path, form: Format, config: Mapping[str, Any]) -> None:
-        self._folder, self._form = TensorFolder(folder), form
+        self.path, self._folder, self._form = folder, TensorFolder(folder), form
+        self.dequantizes = bool((config.get("quantization_config") or {}).get("dequantize"))
+        """Whether the client is asked to unfold the weights as it loads them."""
         try:
             self.packed = form.layers(config["quantization_config"], self._folder) if _is_packed(config) else {}
         except (KeyError, TypeError, AttributeError) as error:
@@ -69,6 +75,13 @@ class Stored:
     def tensor(self, name: str) -> torch.Tensor:
         """One of the file's, as it is there."""
         return self._folder.tensor(name)
+
+    def whole(self, name: str, skeleton: Skeleton) -> torch.Tensor:
+        """As :meth:`weight`, by the name that it has in the model."""
+        path = name.removesuffix(".weight")
+        if path in skeleton.pieces:
+            return torch.cat([self.weight(f"{piece}.weight") for piece in skeleton.pieces[path]])
+        return self.weight(name, skeleton.kinds.get(name.rpartition(".")[0], ""))
 
     def weight(self, name: str, kind: str = "") -> torch.Tensor:
         """A weight in the model's orientation: a packed one of a ``Conv1D`` is [in, out], all others [out, in]."""
@@ -114,15 +127,23 @@ def verify_export(
     float_error = max((_check_float(entry, stored, dtype) for entry in contents.floats), default=0.0)
     comparison = OutputComparison([spec.name for spec in program.outputs])
     count = tokens = 0
+    first: tuple[Batch, dict[str, torch.Tensor]] | None = None
     for batch in map(_cut, itertools.islice(batches, limit)):
         model = _run_model(skeleton, contents, stored, batch)
         trim()
         ours = _run_program(program, {}, batch, model)
         trim()
-        comparison.add(ours, _run_program(program, _weights(program, contents, stored), batch, model), model)
+        kept = _run_program(program, _weights(program, contents, stored, skeleton), batch, model)
+        comparison.add(ours, kept, model)
+        first = first or (batch, kept)
         count, tokens = count + 1, tokens + next(iter(batch.values())).numel()
-    if not count:
+    if first is None:
         raise BitlowerError("an export cannot be verified without a batch of inputs", hint="give at least one")
+    outputs = comparison.rows()
+    client = obstacle(skeleton, form.readers if stored.packed else ())
+    if not client:
+        exact = dtype == torch.float32 or not stored.dequantizes
+        check_client(stored.path, skeleton, *first, exact=exact)
     return Verification(
         format=form.name,
         dtype=str(dtype).removeprefix("torch."),
@@ -130,7 +151,8 @@ def verify_export(
         tokens=tokens,
         layers=layers,
         float_error=float_error,
-        outputs=comparison.rows(),
+        outputs=outputs,
+        client=client or CLIENT,
         versions={name: version(name) for name in PACKAGES},
     )
 
@@ -206,16 +228,22 @@ def _check_float(entry: Float, stored: Stored, dtype: torch.dtype) -> float:
 Weights = Mapping[fx.Node, Callable[[], torch.Tensor]]
 
 
-def _weights(program: Program, contents: Contents, stored: Stored) -> Weights:
+def _weights(program: Program, contents: Contents, stored: Stored, skeleton: Skeleton) -> Weights:
     """The stored weights, for the nodes of the Program that give its own."""
 
     def turned(entry: Float) -> torch.Tensor:
         weight = stored.weight(entry.name)
         return weight.T if entry.transposed else weight
 
+    def joined(names: list[str]) -> torch.Tensor:
+        return torch.cat([stored.weight(name) for name in names]) if len(names) > 1 else stored.weight(names[0])
+
     floats = {entry.target: partial(turned, entry) for entry in contents.floats}
     nodes = program.graph.find_nodes(op="get_attr")
-    layers = {layer.node: partial(stored.weight, f"{layer.path}.weight") for layer in contents.layers}
+    pieces: dict[fx.Node, list[str]] = {}
+    for layer in contents.layers:
+        pieces.setdefault(layer.node, []).append(f"{layer.path}.weight")
+    layers = {node: partial(joined, names) for node, names in pieces.items()}
     return {node: floats[str(node.target)] for node in nodes if node.target in floats} | layers
 
 
@@ -239,8 +267,4 @@ def _run_program(program: Program, weights: Weights, batch: Batch, names: Collec
 
 def _run_model(skeleton: Skeleton, contents: Contents, stored: Stored, batch: Batch) -> dict[str, torch.Tensor]:
     """What Hugging Face's model gives with the stored weights."""
-
-    def weight(name: str) -> torch.Tensor:
-        return stored.weight(name, skeleton.kinds.get(name.rpartition(".")[0], ""))
-
-    return skeleton.run(batch, weight, contents.ties)
+    return skeleton.run(batch, lambda name: stored.whole(name, skeleton), contents.ties)

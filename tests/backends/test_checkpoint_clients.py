@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from bitlower.backends.checkpoint import export, verify
-from bitlower.ir import Program, get_tensor, ops, set_tensor
+from bitlower.backends.checkpoint._compressed import CompressedTensors
+from bitlower.frontends import load
+from bitlower.ir import BitlowerError, CheckError, Program, get_tensor, ops, set_tensor
+from bitlower.passes import Context, PassManager, parse_pipeline
 
 pytest.importorskip("compressed_tensors")
 pytest.importorskip("accelerate")
@@ -115,3 +118,115 @@ def test_shards_are_found(lowered: Lowered, prompts, tmp_path: Path):
     logits = logits_of(load_client(tmp_path), prompts[0])
     torch.testing.assert_close(logits, ours, rtol=0, atol=1e-5 * float(ours.std()))
     assert verify(tmp_path).layers == 14
+
+
+@pytest.fixture(scope="module")
+def float_falcon() -> Program:
+    """Its linear layers are of a class of its own, which multiplies with the weight itself."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    torch.manual_seed(0)
+    config = FalconConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=96, multi_query=False, alibi=False,
+        new_decoder_architecture=False, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = FalconForCausalLM(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return PassManager(parse_pipeline("clean")).run(load(model, task="text-generation"), Context())
+
+
+@pytest.fixture(scope="module")
+def falcon(float_falcon: Program) -> Program:
+    """In 4 bits."""
+    return PassManager(parse_pipeline("quantize{scheme=W4A16-g32},rtn,lower-integer")).run(float_falcon, Context())
+
+
+def test_a_linear_layer_of_a_class_of_its_own_is_unfolded_as_it_loads(falcon: Program, prompts, tmp_path: Path):
+    report = export(falcon, tmp_path, batches=prompts, dtype="float32")
+    assert report.packed == 4
+    assert report.verification.client == "transformers"
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["dequantize"] is True
+    ours = falcon(**prompts[1])["logits"].detach()
+    logits = logits_of(load_client(tmp_path), prompts[1])
+    torch.testing.assert_close(logits, ours, rtol=0, atol=1e-5 * float(ours.std()))
+
+
+def test_a_checkpoint_that_its_client_cannot_run_is_no_artefact(
+    falcon: Program, prompts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = CompressedTensors.config
+
+    def packed(self: CompressedTensors, *arguments: Any) -> dict[str, Any]:
+        return config(self, *arguments) | {"dequantize": False}
+
+    monkeypatch.setattr(CompressedTensors, "config", packed)
+    with pytest.raises(CheckError, match=r"transformers never runs this checkpoint: AttributeError: .* 'weight'"):
+        export(falcon, tmp_path, batches=prompts)
+    assert not (tmp_path / "verification.json").exists()
+
+
+def test_a_client_that_gives_something_else_is_noticed(
+    lowered: Lowered, prompts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from transformers import AutoModelForCausalLM
+
+    load_it = AutoModelForCausalLM.from_pretrained
+
+    def other(*arguments: Any, **options: Any) -> Any:
+        model, info = load_it(*arguments, **options)
+        with torch.no_grad():
+            model.model.norm.weight[0] += 1
+        return model, info
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", other)
+    with pytest.raises(CheckError, match=r"gives a logits that is .* standard deviations off the program's"):
+        export(lowered("llama", "W4A16-g32"), tmp_path, batches=prompts)
+
+
+def test_a_client_that_is_not_installed_is_said(lowered: Lowered, prompts, tmp_path: Path):
+    report = export(lowered("llama", "W4A16-g32"), tmp_path, batches=prompts, format="gptq-v2")
+    assert report.verification.client == "not run: gptqmodel is not installed"
+    assert report.verification.summary()["client"] == report.verification.client
+
+
+def test_layers_of_an_own_class_are_quantized_alike_or_refused(float_falcon: Program, prompts, tmp_path: Path):
+    passes = "quantize{scheme=W8A16 targets=[*dense]},quantize{scheme=W4A16-g32},rtn,lower-integer"
+    program = PassManager(parse_pipeline(passes)).run(float_falcon, Context())
+    with pytest.raises(BitlowerError, match=r"are quantized in different ways, and .* is a FalconLinear: transformers"):
+        export(program, tmp_path, batches=prompts)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module", params=["mixtral", "qwen3-moe"])
+def experts(request: pytest.FixtureRequest) -> Program:
+    """A mixture of experts in 4 bits; one family's files call the layers w1, w2, w3, the other's gate, up and down."""
+    from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "vocab_size": 96, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    config = (
+        MixtralConfig(**sizes, num_local_experts=3)
+        if request.param == "mixtral"
+        else Qwen3MoeConfig(**sizes, num_experts=3, moe_intermediate_size=32, head_dim=16)
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
+    passes = parse_pipeline("clean,quantize{scheme=W4A16-g32},rtn,lower-integer")
+    return PassManager(passes).run(load(model, task="text-generation"), Context())
+
+
+def test_experts_are_loaded_one_by_one(experts: Program, prompts, tmp_path: Path):
+    report = export(experts, tmp_path, batches=prompts, dtype="float32")
+    assert report.packed == 4 + 3 * 3  # attention, and three layers of each of three experts
+    assert report.verification.client == "transformers"
+    ours = experts(**prompts[1])["logits"].detach()
+    logits = logits_of(load_client(tmp_path), prompts[1])
+    torch.testing.assert_close(logits, ours, rtol=0, atol=1e-5 * float(ours.std()))
+    assert verify(tmp_path).layers == report.packed
+    with pytest.raises(BitlowerError, match=r"gptq-v2 cannot hold .*experts"):
+        export(experts, tmp_path, batches=prompts, format="gptq-v2")

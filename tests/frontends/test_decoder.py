@@ -164,5 +164,5 @@ def test_a_model_without_a_cache_takes_tokens_and_mask_alone() -> None:
     ids=lambda config: str(config.model_type),
 )
 def test_a_model_with_a_state_is_refused_in_one_line(config) -> None:
-    with pytest.raises(BitlowerError, match="carries a state from token to token instead of keys and values"):
+    with pytest.raises(BitlowerError, match=r"a state .* keys and values"):
         load(AutoModelForCausalLM.from_config(config).eval(), task="text-generation")
