@@ -140,10 +140,8 @@ def verify_export(
     if first is None:
         raise BitlowerError("an export cannot be verified without a batch of inputs", hint="give at least one")
     outputs = comparison.rows()
-    client = obstacle(skeleton, form.readers if stored.packed else ())
-    if not client:
-        exact = dtype == torch.float32 or not stored.dequantizes
-        check_client(stored.path, skeleton, *first, exact=exact)
+    exact = dtype == torch.float32 or not stored.dequantizes
+    client = _run_client(skeleton, stored, form, first, exact)
     return Verification(
         format=form.name,
         dtype=str(dtype).removeprefix("torch."),
@@ -152,9 +150,19 @@ def verify_export(
         layers=layers,
         float_error=float_error,
         outputs=outputs,
-        client=client or CLIENT,
+        client=client,
         versions={name: version(name) for name in PACKAGES},
     )
+
+
+def _run_client(
+    skeleton: Skeleton, stored: Stored, form: Format, first: tuple[Batch, dict[str, torch.Tensor]], exact: bool
+) -> str:
+    """The client that was run on a batch and gave the outputs beside it, or why none was."""
+    reason = obstacle(skeleton, form.readers if stored.packed else ())
+    if not reason:
+        check_client(stored.path, skeleton, *first, exact=exact)
+    return reason or CLIENT
 
 
 def _is_packed(config: Mapping[str, Any]) -> bool:
