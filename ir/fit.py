@@ -27,11 +27,12 @@ class ValueSpec:
 
 
 def fit(inputs: Batch, specs: Sequence[ValueSpec], lengths: Mapping[str, Length], pad_token: int | None) -> Batch:
-    """What :meth:`~bitlower.ir.Program.fitted` gives."""
-    padded = padded_sizes(inputs, specs, lengths)
+    """What :meth:`~bitlower.ir.Program.fitted` gives; what a runtime holds in tensors of its own stays as it is."""
+    held = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    padded = padded_sizes(held, specs, lengths)
     changed = {}
     for spec in specs:
-        tensor = inputs.get(spec.name)
+        tensor = held.get(spec.name)
         if tensor is None:
             continue
         fitted = _cast(tensor, spec.type.dtype)

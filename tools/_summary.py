@@ -113,7 +113,8 @@ def _highlights(report: dict[str, Any]) -> dict[str, Any]:
 
 def _missing_kernels(report: dict[str, Any]) -> list[str]:
     """The multiplications that the runtime computes in float though their operands have codes."""
-    return list(report.get("verification", {}).get("kernels", {}).get("fell_back", ()))
+    kernels = report.get("verification", {}).get("kernels")  # a list of those that ran, where a library is written
+    return list(kernels.get("fell_back", ())) if isinstance(kernels, dict) else []
 
 
 def flatten(form: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

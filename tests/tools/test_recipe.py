@@ -104,7 +104,7 @@ def test_any_plain_data_survive_the_way_to_yaml(data: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "line", "message"),
     [
-        ("task:", "tsk:", 1, "unknown key 'tsk' in model; did you mean 'task'? known: path, task"),
+        ("task:", "tsk:", 1, "unknown key 'tsk' in model; did you mean 'task'? known: bos, path, task"),
         ("samples: 12", "sampels: 12", 4, "unknown key 'sampels' in calibration; did you mean 'samples'?"),
         ("samples: 12", "samples: '12'", 4, 'calibration.samples should be a valid integer, not "12"'),
         ("samples: 12", "samples: 0", 4, "calibration.samples should be greater than or equal to 1, not 0"),
