@@ -64,7 +64,7 @@ def check_client(
     try:
         outputs = model(**batch, **cache)
     except Exception as error:  # whatever a model raises that is not what it should be
-        raise _unusable("runs", error) from None
+        raise _unusable("run", error) from None
     for name, value in expected.items():
         _compare(name, outputs[name], value, exact)
 
@@ -76,7 +76,7 @@ def _load(folder: Path, skeleton: Skeleton) -> Any:
                 folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
     except Exception as error:  # whatever transformers and the format's library raise on what they cannot read
-        raise _unusable("loads", error) from None
+        raise _unusable("load", error) from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             names = sorted(map(str, info[kind]))
@@ -102,6 +102,6 @@ def _compare(name: str, found: torch.Tensor, expected: torch.Tensor, exact: bool
 def _unusable(step: str, error: Exception) -> CheckError:
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return CheckError(
-        f"{CLIENT} never {step} this checkpoint: {type(error).__name__}: {line}"[:400],
+        f"{CLIENT} cannot {step} this checkpoint: {type(error).__name__}: {line}"[:400],
         hint="leave the layer in float with `ignore`, or choose another format",
     )
