@@ -109,6 +109,7 @@ def _translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.choose_qparams: _choose_qparams,
         aten.linear.default: _linear,
         aten.addmm.default: _addmm,
+        aten.rsub.Scalar: _rsub,
         aten.scaled_dot_product_attention.default: _translate_attention.for_opset(opset),
         aten._safe_softmax.default: _translate_attention.safe_softmax,
     }
@@ -146,3 +147,16 @@ def _addmm(input: FLOAT, mat1: FLOAT, mat2: FLOAT, beta: float = 1.0, alpha: flo
     if beta != 1.0:
         input = opset18.Mul(input, opset18.CastLike(opset18.Constant(value_float=beta), input))
     return opset18.Add(product, input)
+
+
+def _rsub(self: FLOAT, other: float, alpha: float = 1.0) -> FLOAT:
+    """``other - alpha * self``; torch's own way through ``sub`` fails where whole numbers meet a float (XLNet)."""
+    if isinstance(other, float) and not self.dtype.is_floating_point():
+        self = opset18.Cast(self, to=ir.DataType.FLOAT)
+    if alpha != 1.0:
+        self = opset18.Mul(self, opset18.CastLike(_number(alpha), self))
+    return opset18.Sub(opset18.CastLike(_number(other), self), self)
+
+
+def _number(value: float) -> Any:
+    return opset18.Constant(value_int=value) if isinstance(value, int) else opset18.Constant(value_float=value)

@@ -161,7 +161,9 @@ def test_a_checkpoint_that_its_client_cannot_run_is_no_artefact(
         return config(self, *arguments) | {"dequantize": False}
 
     monkeypatch.setattr(CompressedTensors, "config", packed)
-    with pytest.raises(CheckError, match=r"transformers cannot (load|run) this checkpoint: AttributeError: .* 'weight'"):
+    with pytest.raises(
+        CheckError, match=r"transformers cannot (load|run) this checkpoint: AttributeError: .* 'weight'"
+    ):
         export(falcon, tmp_path, batches=prompts)
     assert not (tmp_path / "verification.json").exists()
 
