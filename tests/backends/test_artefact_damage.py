@@ -278,7 +278,9 @@ def kinds() -> dict[str, Any]:
     error = OutputError("logits", 0.5, 0.125, 0.5, 1.0, 0.25)
     value = _files.Value("x", "float32", ("batch", 8))
     return {
-        "checkpoint": checkpoint.Verification("gptq-v2", "float16", 1, 8, (layer,), 0.0, (output,), {"torch": "2"}),
+        "checkpoint": checkpoint.Verification(
+            "gptq-v2", "float16", 1, 8, (layer,), 0.0, (output,), "transformers", {"torch": "2"}
+        ),
         "library": library.Verification({"target": "llvm"}, 1, 8, (error,), (kernel,), 0.0, selftest()),
         "signature": _files.Signature(_files.Target.LLVM, "", "other", (value,), (value,)),
     }
