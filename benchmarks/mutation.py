@@ -101,7 +101,7 @@ TARGETS = {
     "passes/_outlier_statistics.py": "passes/test_outlier_statistics",
     "passes/_ranges.py": "passes/test_ranges passes/test_calibrate_groups",
     "passes/_roofline.py": "passes/test_roofline",
-    "passes/_tokens.py": "passes/test_tokens",
+    "ir/tokens.py": "ir/test_tokens",
     "tools/metrics.py": "tools/test_metrics",
 }
 MEMORY = 12 << 30  # bytes that the tests of a mutant may ask for

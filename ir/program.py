@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -15,6 +15,10 @@ from bitlower.ir.fit import Batch, ValueSpec, crop, fit, padded_sizes
 from bitlower.ir.scheme import QuantSpec
 from bitlower.ir.storage import parts
 from bitlower.ir.types import Length, Level
+
+if TYPE_CHECKING:
+    from bitlower.ir.learnable import RangeSettings
+    from bitlower.ir.trainable import TrainableModule
 
 
 @dataclass(frozen=True)
@@ -196,6 +200,33 @@ class Program:
             state.update(name.encode())
             state.update(tensor_digest(tensor).encode())
         return state.hexdigest()
+
+    def trainable_module(self, settings: RangeSettings | None = None, taps: Collection[str] = ()) -> TrainableModule:
+        """A module to train in a loop or a Trainer of your own; :meth:`load_trained` takes its state.
+
+        Args:
+            settings: how the ranges of quantizers behave; learned by default.
+            taps: names of nodes whose values are given out too.
+
+        Raises:
+            BitlowerError: the program is lowered already, or a quantizer is not calibrated.
+        """
+        from bitlower.ir.trainable import TrainableModule
+
+        return TrainableModule(self, settings, taps)
+
+    def load_trained(self, state: Mapping[str, torch.Tensor]) -> Program:
+        """A copy with the weights and ranges of ``state``, the ``state_dict`` of a :meth:`trainable_module`.
+
+        Raises:
+            BitlowerError: the state is that of another program.
+        """
+        from bitlower.ir.trainable import restored, write_trained
+
+        trained = self.clone()
+        write_trained(trained, restored(self, state))
+        trained.recompile()
+        return trained
 
     def __str__(self) -> str:
         from bitlower.ir.text import format_program

@@ -36,6 +36,10 @@ class Context:
         seed: the root of all randomness.
         work: a folder for scratch files and block-level checkpoints; None where nothing may be written.
         track: wraps an iterable with a progress display, ``track(items, "label")``.
+        results: what passes left, by type.
+        training: batches to train on; beside the model's inputs they may have ``labels``, ``[batch]``.
+        held_out: the same to choose the best step by; never trained on.
+        reference: the float model that was quantized: what the program was before it got quantizers.
     """
 
     calibration: Sequence[Batch] = ()
@@ -44,6 +48,9 @@ class Context:
     work: Path | None = None
     track: Callable[[Iterable[Any], str], Iterator[Any]] = field(default=lambda items, label: iter(items))
     results: dict[type, Any] = field(default_factory=dict)
+    training: Sequence[Batch] = ()
+    held_out: Sequence[Batch] = ()
+    reference: Program | None = None
 
     def __getitem__(self, kind: type[T]) -> T:
         """The result of type ``kind`` that an earlier pass left.

@@ -10,7 +10,7 @@ import torch
 from bitlower.ir import Batch, CheckError
 from bitlower.passes._base import Context
 
-_PARTS = ("calibration", "evaluation")
+_PARTS = ("calibration", "evaluation", "training", "held_out")
 _Print = tuple[str, tuple[int, ...], int]
 
 
@@ -37,16 +37,21 @@ class BatchGuard:
             before, after = self._prints[part], _prints(batches)
             if len(before) != len(after):
                 raise CheckError(
-                    f"the pass {name!r} left {len(after)} of {len(before)} {part} batches",
+                    f"the pass {name!r} left {len(after)} of {len(before)} {_words(part)} batches",
                     hint="passes share them: make a new list",
                 )
             for place, (old, new) in enumerate(zip(before, after, strict=True), 1):
                 if old != new:
                     wrong = min(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
                     raise CheckError(
-                        f"the pass {name!r} wrote into the {part} data: {wrong!r} of batch {place} is not what it was",
+                        f"the pass {name!r} wrote into the {_words(part)} data: "
+                        f"{wrong!r} of batch {place} is not what it was",
                         hint="passes share the batches: clone what you write into",
                     )
+
+
+def _words(part: str) -> str:
+    return part.replace("_", "-")
 
 
 def _prints(batches: Sequence[Batch]) -> list[dict[str, _Print]]:

@@ -10,8 +10,8 @@ from torch import fx
 
 from bitlower.ir import Batch, Program
 from bitlower.ir.observe import observe
+from bitlower.ir.tokens import kept
 from bitlower.passes._base import Context
-from bitlower.passes._tokens import kept
 
 
 @dataclass

@@ -14,11 +14,11 @@ from torch import fx
 from bitlower.ir import Batch, Program
 from bitlower.ir.dataflow import linears, residual_sums
 from bitlower.ir.observe import stream
+from bitlower.ir.tokens import token_mask
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._digest import digest_batches, digest_program
 from bitlower.passes._observers import Recorder
 from bitlower.passes._pipeline import format_pipeline
-from bitlower.passes._tokens import token_mask
 
 _PART = 1 << 20
 """Entries that are compared at a time, in float64: logits are large."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from bitlower.ir import Batch, BitlowerError, CheckError, Program
+from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program
 from bitlower.ir.storage import trim
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._batch_guard import BatchGuard
@@ -60,8 +60,8 @@ class PassManager:
         for pass_ in self.passes:
             check_declared(pass_)
         check_levels(self.passes, program.level)
-        context.calibration = _fitted(program, context.calibration)
-        context.evaluation = _fitted(program, context.evaluation)
+        for part in ("calibration", "evaluation", "training", "held_out"):
+            setattr(context, part, _fitted(program, getattr(context, part)))
         resume = Resume(self.cache, context) if self.cache else None
         if resume:
             program = aligned(program)
@@ -73,6 +73,8 @@ class PassManager:
         try:
             for observer in self.observers:
                 observer.before(pass_, program, context)
+            if program.level is Level.FLOAT and pass_.ensures is Level.SIMULATED:
+                context.reference = program
             result, changed = self._outcome(pass_, program, context, resume)
             self._observe(pass_, result, context, changed, resume)
             return result

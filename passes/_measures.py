@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from bitlower.ir import Batch, BitlowerError, Program, nearest
-from bitlower.passes._tokens import token_mask
+from bitlower.ir.tokens import token_mask
 
 Kind = Literal["kl", "sqnr", "disagreement"]
 Choice = Literal["auto", "kl", "sqnr", "disagreement"]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from bitlower.ir import Batch, Grid, numerics
-from bitlower.passes._tokens import token_mask
+from bitlower.ir.tokens import token_mask
 
 _BLOCK = 2**14
 

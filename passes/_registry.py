@@ -48,9 +48,7 @@ class Provider:
 def providers() -> dict[str, tuple[Provider, ...]]:
     """All offers by pass name; imports nothing."""
     offers = [
-        Provider(path.stem.replace("_", "-"), f"bitlower ({path.name})", path=path)
-        for path in sorted(FOLDER.glob("*.py"))
-        if not path.name.startswith("_")
+        Provider(path.stem.replace("_", "-"), f"bitlower ({path.name})", path=path) for path in sorted(own_files())
     ]
     offers += [Provider(name, f"the file {path}", path=path) for name, (path, _) in _LOOSE.items()]
     for point in sorted(set(entry_points(group=GROUP)), key=lambda p: (p.name, p.value)):
@@ -58,6 +56,16 @@ def providers() -> dict[str, tuple[Provider, ...]]:
         offers.append(Provider(point.name, f"the distribution {name} ({point.value})", entry_point=point))
     names = sorted({offer.name for offer in offers})
     return {name: tuple(offer for offer in offers if offer.name == name) for name in names}
+
+
+def own_files() -> list[Path]:
+    """The files of our own passes, here and in the folders below; names with an underscore in front hold none."""
+    return [
+        path
+        for pattern in ("*.py", "*/*.py")
+        for path in FOLDER.glob(pattern)
+        if not any(part.startswith("_") for part in path.relative_to(FOLDER).parts)
+    ]
 
 
 def find_pass(name: str) -> type[Pass]:
@@ -75,7 +83,9 @@ def find_pass(name: str) -> type[Pass]:
     offer = offers[name][0]
     if offer.entry_point is not None:
         return _load_entry_point(offer, offer.entry_point)
-    return _LOOSE[name][1] if name in _LOOSE else _load_own(name)
+    if name in _LOOSE or offer.path is None:
+        return _LOOSE[name][1]
+    return _load_own(name, offer.path)
 
 
 def known_passes() -> dict[str, type[Pass]]:
@@ -169,17 +179,17 @@ def _parameter_problem(cls: type[Pass]) -> tuple[str, str] | None:
     return None
 
 
-def _load_own(name: str) -> type[Pass]:
-    stem = name.replace("-", "_")
-    module = importlib.import_module(f"bitlower.passes.{stem}")
+def _load_own(name: str, path: Path) -> type[Pass]:
+    place = path.relative_to(FOLDER)
+    module = importlib.import_module(".".join(["bitlower.passes", *place.with_suffix("").parts]))
     classes = _defined_in(module)
     if len(classes) != 1 or classes[0].name != name:
         found = ", ".join(f"{cls.__name__} ({cls.name!r})" for cls in classes) or "none"
         raise BitlowerError(
-            f"passes/{stem}.py must define exactly one pass, called {name!r}; found: {found}",
+            f"passes/{place.as_posix()} must define exactly one pass, called {name!r}; found: {found}",
             hint="one file holds one pass of its name; what it needs besides goes into a module with an underscore",
         )
-    check_class(classes[0], f"passes/{stem}.py")
+    check_class(classes[0], f"passes/{place.as_posix()}")
     return classes[0]
 
 

@@ -17,7 +17,7 @@ from bitlower.passes._observers import Recorder
 from bitlower.passes._pipeline import format_pipeline
 from bitlower.passes._results import decode_results, encode_results
 
-_PARTS = frozenset({"calibration", "evaluation", "seed"})
+_PARTS = frozenset({"calibration", "evaluation", "training", "held_out", "reference", "seed"})
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Resume:
     """One run's view of the cache.
 
     A key is made of the program before the pass, the pass as text, its code, the results in the context, and those of
-    calibration data, evaluation data and seed that the pass was seen to read. What it reads can only depend on what it
+    data, reference and seed that the pass was seen to read. What it reads can only depend on what it
     has read, so a run that finds all of that unchanged would read and give the same.
     """
 
@@ -111,7 +111,9 @@ class Resume:
         return hashlib.sha256(json.dumps([self._base, parts]).encode()).hexdigest()
 
     def _part(self, name: str) -> str:
-        """The digest of one part of the context, computed once."""
+        """The digest of one part of the context, computed once; the reference is set on the way."""
+        if name == "reference":
+            return digest_program(self._context.reference) if self._context.reference else ""
         if name not in self._parts:
             value = getattr(self._context, name)
             self._parts[name] = str(value) if name == "seed" else digest_batches(value)

@@ -14,12 +14,12 @@ from bitlower.ir import BitlowerError, Level, Program, get_tensor, numerics, set
 from bitlower.ir.dataflow import ACTIVATION, activation_operand, linears, operand, weight_operand
 from bitlower.ir.lockstep import Read, steps
 from bitlower.ir.storage import like
+from bitlower.ir.tokens import token_rows
 from bitlower.passes._adaround_solver import Function, Layer, Options, Rounded, solve
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._checkpoints import Stored, load_checkpoint, save_checkpoint
 from bitlower.passes._float_twin import float_twin
 from bitlower.passes._hessian import WEIGHTINGS
-from bitlower.passes._tokens import token_rows
 from bitlower.passes._weights import WeightRanges, close_weights, is_open, open_weights
 from bitlower.passes.quantize import PlacementReport
 

@@ -12,10 +12,10 @@ from torch import fx
 from bitlower.ir import Batch, BitlowerError, Level, Program, describe, get_tensor
 from bitlower.ir.dataflow import operand
 from bitlower.ir.observe import observe
+from bitlower.ir.tokens import kept
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._parts import Parts, choose_parts
 from bitlower.passes._ranges import Histogram, cross_entropy_loss, search_golden, search_grid
-from bitlower.passes._tokens import kept
 from bitlower.passes._weights import (
     WeightRanges,
     close,

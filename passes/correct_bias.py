@@ -12,10 +12,10 @@ from torch.nn import functional
 from bitlower.ir import BitlowerError, Level, Program, TensorType, get_tensor, ops, set_tensor
 from bitlower.ir.dataflow import activation_operand, linears, operand, weight_operand
 from bitlower.ir.lockstep import Read, steps
+from bitlower.ir.tokens import token_rows
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._float_twin import float_twin
 from bitlower.passes._hessian import WEIGHTINGS
-from bitlower.passes._tokens import token_rows
 from bitlower.passes._weights import is_open
 from bitlower.passes.adaround import AdaroundReport
 from bitlower.passes.gptq import GptqReport

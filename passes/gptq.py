@@ -14,6 +14,7 @@ from bitlower.ir import BitlowerError, Granularity, Level, Program, QuantSpec, g
 from bitlower.ir.dataflow import activation_operand, linears, operand, weight_operand
 from bitlower.ir.lockstep import Read, walk
 from bitlower.ir.storage import like, release, trim
+from bitlower.ir.tokens import token_mask
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._checkpoints import Stored, load_checkpoint, save_checkpoint
 from bitlower.passes._float_twin import float_twin
@@ -21,7 +22,6 @@ from bitlower.passes._gptq_factor import Factor, factorize
 from bitlower.passes._gptq_solver import Options, Solution, solve
 from bitlower.passes._hessian import Hessian
 from bitlower.passes._token_gradients import token_gradients
-from bitlower.passes._tokens import token_mask
 from bitlower.passes._weights import close_weights, is_open, open_weights
 from bitlower.passes.quantize import PlacementReport
 

@@ -12,8 +12,8 @@ from torch import fx
 from bitlower.ir import Batch, BitlowerError, Level, Program, TensorType, get_tensor, numerics, ops, set_tensor
 from bitlower.ir.dataflow import NORM, QUANTIZER, operand, parameter_of, weight_operand
 from bitlower.ir.observe import observe
+from bitlower.ir.tokens import token_mask
 from bitlower.passes._base import Context, Contract, Pass
-from bitlower.passes._tokens import token_mask
 from bitlower.passes.quantize import PlacementReport
 
 aten = torch.ops.aten

@@ -28,7 +28,11 @@ MAY_IMPORT = {
     "bitlower": {"bitlower", *TOP},
 }
 SOURCES = [path.relative_to(ROOT) for folder in TOP for path in sorted((ROOT / folder).rglob("*.py"))]
-PASS_FILES = [path.name for path in sorted((ROOT / "passes").glob("*.py")) if not path.name.startswith("_")]
+PASS_FILES = [
+    path.relative_to("passes")
+    for path in SOURCES
+    if path.parts[0] == "passes" and not any(part.startswith("_") for part in path.parts)
+]
 
 
 def _package(folder):
@@ -100,15 +104,16 @@ def test_ruff_bans_the_bare_names():
     assert "write bitlower.ir" in done.stdout
 
 
-@pytest.mark.parametrize("name", PASS_FILES)
-def test_a_pass_file_holds_one_pass_of_its_name_and_has_a_test(name):
-    stem = name.removesuffix(".py")
-    module = importlib.import_module(f"bitlower.passes.{stem}")
+@pytest.mark.parametrize("path", PASS_FILES, ids=str)
+def test_a_pass_file_holds_one_pass_of_its_name_and_has_a_test(path):
+    module = importlib.import_module(".".join(["bitlower.passes", *path.with_suffix("").parts]))
     own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
     passes = [cls for cls in own if issubclass(cls, Pass)]
-    assert [cls.name for cls in passes] == [stem.replace("_", "-")]
+    assert [cls.name for cls in passes] == [path.stem.replace("_", "-")]
     assert passes[0].__doc__
-    assert (ROOT / "tests" / "passes" / f"test_{name}").is_file(), f"{name} has no test file of its own"
+    assert (ROOT / "tests" / "passes" / path.parent / f"test_{path.name}").is_file(), (
+        f"{path} has no test file of its own"
+    )
 
 
 def _files():

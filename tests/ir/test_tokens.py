@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitlower.passes._tokens import kept, token_mask, token_rows
+from bitlower.ir.tokens import kept, token_mask, token_rows
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 4]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])

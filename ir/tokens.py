@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bitlower.ir import Batch
+from bitlower.ir.fit import Batch
 
 BATCH, SEQUENCE, TOTAL = "batch", "sequence", "past + sequence"
 

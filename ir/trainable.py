@@ -1,0 +1,215 @@
+"""A Program as a module that trains: its tensors are parameters, its quantizers can learn their ranges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+
+import torch
+from torch import fx, nn
+
+from bitlower.ir import ops
+from bitlower.ir.diagnostics import BitlowerError, describe, nearest
+from bitlower.ir.learnable import LearnableQuantizer, RangeSettings
+from bitlower.ir.program import Program, copy_module, get_tensor, set_tensor
+from bitlower.ir.types import Level
+
+aten = torch.ops.aten
+_QUANTIZERS = "quantizers."
+
+
+class TrainableModule(nn.Module):
+    """The graph ``model`` of a Program with tensors of its own, which an optimizer may change.
+
+    Its outputs are those of the Program bit for bit, as long as nothing was trained. Parameters have the names that
+    they have in the Program, below ``model.``; quantizers are :class:`~bitlower.ir.learnable.LearnableQuantizer`
+    below ``model.quantizers.``. A parameter that several nodes read is one, and so is its quantizer. There is no
+    dropout: the Program was traced without. Scales that are computed from the values (per token) have nothing to
+    learn.
+
+    Args:
+        program: simulated, all its static quantizers calibrated.
+        settings: how ranges behave.
+        taps: names of nodes whose values are given out too, by that name.
+
+    Raises:
+        BitlowerError: the Program is lowered already, a quantizer is not calibrated, or there is no node of that name.
+    """
+
+    settings_json: torch.Tensor
+
+    def __init__(self, program: Program, settings: RangeSettings | None = None, taps: Collection[str] = ()) -> None:
+        super().__init__()
+        if program.level not in (Level.FLOAT, Level.SIMULATED):
+            raise BitlowerError(
+                f"a program at the level {program.level} cannot be trained", hint="train before `lower-integer`"
+            )
+        self.settings = settings or RangeSettings()
+        self.register_buffer("settings_json", _encode(self.settings))
+        self.program = program
+        self.names = (*(spec.name for spec in program.outputs), *taps)
+        self.model, self.weights = _trainable_graph(program, self.settings, taps)
+
+    def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Outputs and taps by name; inputs as the Program takes them."""
+        if self.settings.ranges == "observed":
+            batch = self.program.complete(inputs)
+            for quantizer in self.quantizers().values():
+                quantizer.batch = batch
+        return dict(zip(self.names, self.model(*self.program.arguments(inputs)), strict=True))
+
+    def quantizers(self) -> dict[str, LearnableQuantizer]:
+        """The quantizers with stored scales, by their names in the graph ``model``."""
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, LearnableQuantizer)}
+
+    def weight_of(self, quantizer: str) -> torch.Tensor | None:
+        """The parameter that a quantizer rounds, as it is now; None for an activation's."""
+        return get_tensor(self.model, self.weights[quantizer]) if quantizer in self.weights else None
+
+    def freeze_ranges(self) -> None:
+        """Make the ranges of all quantizers constants: what they are now."""
+        for name, quantizer in self.quantizers().items():
+            quantizer.freeze(self.weight_of(name))
+
+
+def write_trained(program: Program, module: TrainableModule) -> None:
+    """Let ``program``, of which ``module`` was made, have the module's parameters and ranges.
+
+    Tensors that did not change stay shared; no shared one is written to.
+    """
+    learned: dict[int, torch.Tensor] = {}
+    for target in _targets(program.module):
+        old = get_tensor(program.module, target)
+        if not isinstance(old, nn.Parameter):
+            continue
+        new = get_tensor(module.model, target).detach()
+        if not torch.equal(old, new):
+            fresh = learned.setdefault(new.data_ptr(), nn.Parameter(new.clone(), requires_grad=old.requires_grad))
+            set_tensor(program.module, target, fresh)
+    quantizers = module.quantizers()
+    for node in _static_quantizers(program.module):
+        name = _quantizer_name(node)
+        for source, value in zip(node.args[1:3], quantizers[name].qparams(module.weight_of(name)), strict=True):
+            assert isinstance(source, fx.Node)
+            set_tensor(program.module, str(source.target), value.contiguous())
+
+
+def restored(program: Program, state: Mapping[str, torch.Tensor]) -> TrainableModule:
+    """The trainable module of ``program`` whose ``state_dict`` is ``state``.
+
+    Raises:
+        BitlowerError: ``state`` is that of another Program or of no trainable module.
+    """
+    if "settings_json" not in state:
+        raise BitlowerError(
+            "this is no state of a trainable module", hint="take that of what `program.trainable_module()` returned"
+        )
+    module = TrainableModule(program, RangeSettings(**json.loads(bytes(state["settings_json"].tolist()))))
+    try:
+        module.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise BitlowerError(
+            f"the trained state does not fit the program: {str(error).splitlines()[1].strip()}",
+            hint="give it to the program that it was made of",
+        ) from None
+    return module
+
+
+def _encode(settings: RangeSettings) -> torch.Tensor:
+    return torch.tensor(list(json.dumps(asdict(settings), sort_keys=True).encode()), dtype=torch.uint8)
+
+
+def _trainable_graph(
+    program: Program, settings: RangeSettings, taps: Collection[str]
+) -> tuple[fx.GraphModule, dict[str, str]]:
+    """A copy with parameters and quantizers of its own, and the parameter of each quantizer that rounds one."""
+    module = copy_module(program.module)
+    _own_tensors(module)
+    named = {node.name: node for node in module.graph.nodes}
+    _refuse_unknown(taps, named)
+    weights: dict[str, str] = {}
+    for node in _static_quantizers(module):
+        name = _quantizer_name(node)
+        if name not in {found for found, _ in module.named_modules()} or not isinstance(
+            module.get_submodule(name), LearnableQuantizer
+        ):
+            module.set_submodule(name, _learnable(module, node, settings))
+        source = node.args[0]
+        if isinstance(source, fx.Node) and source.op == "get_attr":
+            weights[name] = str(source.target)
+        for old, new in _replace(module.graph, node, name).items():
+            named[old] = new
+    output = module.graph.output_node()
+    output.args = ((*output.args[0], *(named[tap] for tap in taps)),)  # type: ignore[misc]
+    module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    module.graph.lint()
+    module.recompile()
+    module.delete_all_unused_submodules()
+    return module, weights
+
+
+def _own_tensors(module: fx.GraphModule) -> None:
+    """Give the graph copies of all its tensors; one tensor under two names stays one."""
+    copies: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+    for target in _targets(module):
+        old = get_tensor(module, target)
+        key = (old.data_ptr(), tuple(old.shape))
+        if key not in copies:
+            copy = old.detach().clone()
+            copies[key] = nn.Parameter(copy) if isinstance(old, nn.Parameter) and copy.is_floating_point() else copy
+        set_tensor(module, target, copies[key])
+
+
+def _targets(module: fx.GraphModule) -> list[str]:
+    return sorted({str(node.target) for node in module.graph.nodes if node.op == "get_attr"})
+
+
+def _static_quantizers(module: fx.GraphModule) -> list[fx.Node]:
+    """The ``fake_quantize`` nodes whose scales are stored."""
+    nodes = module.graph.find_nodes(op="call_function", target=ops.fake_quantize)
+    return [n for n in nodes if isinstance(n.args[1], fx.Node) and n.args[1].op == "get_attr"]
+
+
+def _quantizer_name(node: fx.Node) -> str:
+    """Where the quantizer's module lies: where its scale is stored, so that nodes with one scale are one quantizer."""
+    scale = node.args[1]
+    assert isinstance(scale, fx.Node)
+    place = str(scale.target).rpartition(".")[0]
+    return place if place.startswith(_QUANTIZERS) else f"{_QUANTIZERS}{scale.name}"
+
+
+def _learnable(module: fx.GraphModule, node: fx.Node, settings: RangeSettings) -> LearnableQuantizer:
+    source, *stored = node.args[:3]
+    scale, zero = (get_tensor(module, str(part.target)) for part in stored if isinstance(part, fx.Node))
+    assert isinstance(source, fx.Node)
+    weight = get_tensor(module, str(source.target)).detach() if source.op == "get_attr" else None
+    shape = node.meta["type"].shape if "type" in node.meta else ()
+    try:
+        return LearnableQuantizer(node.meta["quantizer"].spec, scale, zero, settings, weight, shape)
+    except BitlowerError as error:
+        raise BitlowerError(f"{describe(node)}: {error.message}", hint=error.hint) from None
+
+
+def _replace(graph: fx.Graph, node: fx.Node, name: str) -> dict[str, fx.Node]:
+    """Put calls of the quantizer's module in place of ``node``; embeddings round only the rows that they take."""
+    source, users = node.args[0], list(node.users)
+    tables = isinstance(source, fx.Node) and source.op == "get_attr"
+    if users and tables and all(u.target is aten.embedding.default and len(u.args) <= 3 for u in users):
+        return {user.name: _call(graph, user, name, (source, *user.args[1:])) for user in users}
+    return {node.name: _call(graph, node, name, (source,))}
+
+
+def _call(graph: fx.Graph, node: fx.Node, name: str, arguments: tuple[fx.node.Argument, ...]) -> fx.Node:
+    with graph.inserting_before(node):
+        call = graph.call_module(name, arguments)
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)
+    return call
+
+
+def _refuse_unknown(taps: Collection[str], named: Mapping[str, fx.Node]) -> None:
+    for tap in taps:
+        if tap not in named:
+            raise BitlowerError(f"the graph has no node %{tap}", hint=nearest(tap, named))

@@ -1,0 +1,1 @@
+"""Losses, one file each: the loss ``token-contrast`` is the only one of ``token_contrast.py``."""
