@@ -110,6 +110,22 @@ class Pass:
         """How often :meth:`run` runs ``program`` over all calibration data, for predictions of time."""
         return 0
 
+    def trains(self) -> bool:
+        """Whether :meth:`run` trains on data: on ``context.training``, or on the calibration data where it is empty.
+
+        Both empty is found before any work: a recipe without either is refused, with the place of the pass.
+        """
+        return False
+
+    def training_steps(self, batches: int) -> int:
+        """How many batches :meth:`run` trains the whole program on, for predictions of time and memory.
+
+        Args:
+            batches: in the data that it trains on: an epoch. Steps that train one block of many are so many steps of
+                the whole together: 200 for each block are 200.
+        """
+        return 0
+
     def parameters(self) -> dict[str, Any]:
         """The fields that differ from their defaults."""
         values = {}

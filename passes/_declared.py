@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from bitlower.ir import BitlowerError, Level, Program
@@ -50,12 +51,42 @@ def data_runs(pass_: Pass, program: Program) -> int:
     Raises:
         BitlowerError: it cannot say, or says nonsense.
     """
-    what = f"pass {pass_name(pass_)!r} cannot say how often it runs over the data"
-    with blamed(what, source_of(type(pass_))):
-        count: object = pass_.data_runs(program)
+    return _count(pass_, "how often it runs over the data", "number of runs", lambda: pass_.data_runs(program))
+
+
+def training_steps(pass_: Pass, batches: int) -> int:
+    """How many of ``batches``, over and over, ``pass_`` says that it trains on.
+
+    Raises:
+        BitlowerError: it cannot say, or says nonsense.
+    """
+    return _count(pass_, "how long it trains", "number of steps", lambda: pass_.training_steps(batches))
+
+
+def trains(pass_: Pass) -> bool:
+    """Whether ``pass_`` says that it trains on data.
+
+    Raises:
+        BitlowerError: it cannot say, or says nonsense.
+    """
+    what, answer = _asked(pass_, "whether it trains", pass_.trains)
+    if not isinstance(answer, bool):
+        raise BitlowerError(f"{what}: {shorten(repr(answer))} is neither True nor False")
+    return answer
+
+
+def _count(pass_: Pass, asked: str, unit: str, method: Callable[[], object]) -> int:
+    what, count = _asked(pass_, asked, method)
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise BitlowerError(f"{what}: {shorten(repr(count))} is no number of runs")
+        raise BitlowerError(f"{what}: {shorten(repr(count))} is no {unit}")
     return count
+
+
+def _asked(pass_: Pass, asked: str, method: Callable[[], object]) -> tuple[str, object]:
+    """The beginning of messages about an answer of ``pass_``, and the answer."""
+    what = f"pass {pass_name(pass_)!r} cannot say {asked}"
+    with blamed(what, source_of(type(pass_))):
+        return what, method()
 
 
 def _is_set_of(value: object, kind: type) -> bool:

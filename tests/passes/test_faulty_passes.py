@@ -19,7 +19,7 @@ import torch
 from bitlower.ir import BitlowerError, Program, TensorType, get_tensor, set_tensor, verifier
 from bitlower.passes import Context, Ledger, Pass, PassManager, load_plugin, make_pass, parse_pipeline
 from bitlower.passes import _registry as registry
-from bitlower.passes._declared import data_runs
+from bitlower.passes._declared import data_runs, training_steps, trains
 
 Run = Callable[[Program, Context], Any]
 
@@ -278,6 +278,24 @@ def test_a_pass_that_cannot_count_its_runs_is_named(
     monkeypatch.setattr(Bad, "data_runs", count)
     with pytest.raises(BitlowerError, match=message):
         data_runs(Bad(), tiny_program)
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "message"),
+    [
+        ("training_steps", lambda *_: 1.5, r"pass 'bad' cannot say how long it trains: 1\.5 is no number of steps"),
+        ("training_steps", raising(KeyError("x")), r"pass 'bad' cannot say how long it trains: KeyError: 'x' at"),
+        ("trains", lambda *_: 1, r"pass 'bad' cannot say whether it trains: 1 is neither True nor False"),
+        ("trains", True, r"pass 'bad' cannot say whether it trains: TypeError: .*not callable"),
+    ],
+)
+def test_a_pass_that_cannot_say_how_it_trains_is_named(
+    monkeypatch: pytest.MonkeyPatch, method: str, answer: object, message: str
+) -> None:
+    assert (trains(Bad()), training_steps(Bad(), 8)) == (False, 0)
+    monkeypatch.setattr(Bad, method, answer)
+    with pytest.raises(BitlowerError, match=message):
+        trains(Bad()), training_steps(Bad(), 8)
 
 
 PLUGIN = """
