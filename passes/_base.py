@@ -128,9 +128,14 @@ class Pass:
 
     def parameters(self) -> dict[str, Any]:
         """The fields that differ from their defaults."""
-        values = {}
-        for f in dataclasses.fields(self):
-            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            if default is dataclasses.MISSING or getattr(self, f.name) != default:
-                values[f.name] = getattr(self, f.name)
-        return values
+        return changed_fields(self)
+
+
+def changed_fields(instance: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults."""
+    values = {}
+    for f in dataclasses.fields(instance):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if default is dataclasses.MISSING or getattr(instance, f.name) != default:
+            values[f.name] = getattr(instance, f.name)
+    return values

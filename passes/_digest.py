@@ -18,7 +18,6 @@ from bitlower.ir.program import tensor_digest
 from bitlower.ir.serialize import encode
 from bitlower.ir.storage import release
 from bitlower.ir.version import __version__
-from bitlower.passes._base import Pass
 
 Fingerprint = tuple[int, int, int]
 _SAMPLES = 4096
@@ -73,8 +72,8 @@ def digest_batches(batches: Iterable[Batch]) -> str:
     return state.hexdigest()
 
 
-def digest_code(cls: type[Pass]) -> str:
-    """The hash of what computes a pass: versions, our sources, and the sources of the pass's own package or file."""
+def digest_code(cls: type) -> str:
+    """The hash of what computes a pass or loss: versions, our sources, and those of its own package or file."""
     module = sys.modules[cls.__module__]
     package = cls.__module__.partition(".")[0]
     state = hashlib.sha256(f"{_digest_own()} {cls.__module__}:{cls.__qualname__}".encode())

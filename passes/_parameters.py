@@ -1,7 +1,9 @@
 """A pass's parameters: which types they may have, and the way from plain data (text, YAML) to them and back.
 
-Plain data are None, bool, int, float, str, lists and mappings. The pipeline text and the YAML recipe both go through
-:func:`build` and :func:`plain_parameters`, so they accept and print the same things.
+Plain data are None, bool, int, float, str, lists and mappings. Structured types are classes with ``parse`` (from short
+text), ``from_dict`` (from a mapping, back by ``to_dict``) or ``from_list`` (from a list, back by ``to_list``). The
+pipeline text and the YAML recipe both go through :func:`build` and :func:`plain_parameters`, so they accept and print
+the same things.
 """
 
 from __future__ import annotations
@@ -14,20 +16,23 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from bitlower.ir import BitlowerError, nearest, shorten
 from bitlower.ir.json_files import parse_json
-from bitlower.passes._base import Pass
+from bitlower.passes._base import Pass, changed_fields
 from bitlower.passes._declared import check_declared
 from bitlower.passes._faults import blamed, source_of
+from bitlower.passes.training._loss import Loss
+
+T = TypeVar("T", bound=Pass | Loss)
 
 
 class MismatchError(ValueError):
     """A value does not fit a type; the text says what the type takes."""
 
 
-def parameter_types(cls: type[Pass]) -> dict[str, Any]:
+def parameter_types(cls: type[Any]) -> dict[str, Any]:
     """The annotation of each parameter, by its name in kebab-case."""
     hints = typing.get_type_hints(cls)
     return {kebab(field.name): hints[field.name] for field in dataclasses.fields(cls)}
@@ -63,6 +68,8 @@ def describe_type(kind: Any) -> str:
         return f"one of {', '.join(map(str, arguments))}"
     if _is_enum(kind):
         return f"one of {', '.join(str(member.value) for member in kind)}"
+    if hasattr(kind, "from_list"):
+        return f"list of {kind.__name__.lower()}"
     return "none" if kind is type(None) else str(kind.__name__)
 
 
@@ -71,7 +78,7 @@ def coerce(kind: Any, value: Any) -> Any:
 
     Raises:
         MismatchError: it does not fit.
-        BitlowerError: a structured type (one with ``parse`` or ``from_dict``) refused it.
+        BitlowerError: a structured type refused it.
     """
     if _is_union(kind):
         return _coerce_union(typing.get_args(kind), value, kind)
@@ -132,12 +139,11 @@ def _coerce_tuple(arguments: tuple[Any, ...], value: Any, kind: Any) -> tuple[An
 def _coerce_structured(kind: Any, value: Any) -> Any:
     if isinstance(value, kind):
         return value
-    if isinstance(value, str) and value.startswith("{") and hasattr(kind, "from_dict"):
-        try:
-            value = parse_json(value)
-        except ValueError as error:
-            raise MismatchError(f"takes {describe_type(kind)}; its JSON is broken: {error}") from None
+    if hasattr(kind, "from_dict"):
+        value = _from_json(kind, value)
     try:
+        if isinstance(value, list | tuple) and hasattr(kind, "from_list"):
+            return kind.from_list([_from_json(kind, item) for item in value])
         if isinstance(value, Mapping) and hasattr(kind, "from_dict"):
             return kind.from_dict(value)
         if isinstance(value, str) and hasattr(kind, "parse"):
@@ -145,6 +151,16 @@ def _coerce_structured(kind: Any, value: Any) -> Any:
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise MismatchError(f"takes {describe_type(kind)}, not {show(value)} ({error})") from error
     raise MismatchError(f"takes {describe_type(kind)}, not {show(value)}")
+
+
+def _from_json(kind: Any, value: Any) -> Any:
+    """``value``; what its text says, if that is a mapping in JSON: pipeline text has no other form of it."""
+    if not isinstance(value, str) or not value.startswith("{"):
+        return value
+    try:
+        return parse_json(value)
+    except ValueError as error:
+        raise MismatchError(f"takes {describe_type(kind)}; its JSON is broken: {error}") from None
 
 
 def plain(kind: Any, value: Any) -> Any:
@@ -161,6 +177,8 @@ def plain(kind: Any, value: Any) -> Any:
         arguments = typing.get_args(_tuple_member(kind)) or (Any, Ellipsis)
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
         return [plain(k, item) for k, item in zip(kinds, value, strict=True)]
+    if hasattr(value, "to_list"):
+        return value.to_list()
     if not (_is_union(kind) and str in typing.get_args(kind)) and hasattr(value, "parse"):
         name = getattr(value, "name", None)
         text = name if isinstance(name, str) else str(value)
@@ -174,10 +192,10 @@ def plain(kind: Any, value: Any) -> Any:
     raise BitlowerError(f"a parameter of type {type(value).__name__} cannot be printed")
 
 
-def plain_parameters(pass_: Pass) -> dict[str, Any]:
+def plain_parameters(owner: Pass | Loss) -> dict[str, Any]:
     """The parameters that differ from their defaults, by name in kebab-case, as plain data."""
-    kinds = parameter_types(type(pass_))
-    return {kebab(key): plain(kinds[kebab(key)], value) for key, value in pass_.parameters().items()}
+    kinds = parameter_types(type(owner))
+    return {kebab(key): plain(kinds[kebab(key)], value) for key, value in changed_fields(owner).items()}
 
 
 def build(cls: type[Pass], parameters: Mapping[str, Any]) -> Pass:
@@ -188,43 +206,46 @@ def build(cls: type[Pass], parameters: Mapping[str, Any]) -> Pass:
             may fail in any way.
     """
     with blamed(f"pass {cls.name!r} cannot be made", source_of(cls)):
-        pass_ = _build(cls, parameters)
+        pass_ = make(cls, f"pass {cls.name!r}", parameters)
         check_declared(pass_)
         return pass_
 
 
-def _build(cls: type[Pass], parameters: Mapping[str, Any]) -> Pass:
+def make(cls: type[T], what: str, parameters: Mapping[str, Any]) -> T:
+    """The instance of a class of ``what`` with ``parameters``, checked against the annotations of its fields.
+
+    Raises:
+        BitlowerError: a parameter is unknown, doubled, missing, of the wrong type, or refused by the class.
+    """
     kinds = parameter_types(cls)
     values: dict[str, Any] = {}
     for key, value in parameters.items():
         name = kebab(str(key))
         if name not in kinds:
-            raise BitlowerError(
-                f"pass {cls.name!r} has no parameter {shorten(repr(str(key)))}", hint=nearest(name, kinds)
-            )
+            raise BitlowerError(f"{what} has no parameter {shorten(repr(str(key)))}", hint=nearest(name, kinds))
         if name.replace("-", "_") in values:
-            raise BitlowerError(f"pass {cls.name!r}: parameter {name!r} is given twice")
-        values[name.replace("-", "_")] = _coerce_named(cls, name, kinds[name], value)
+            raise BitlowerError(f"{what}: parameter {name!r} is given twice")
+        values[name.replace("-", "_")] = _coerce_named(what, name, kinds[name], value)
     for field in dataclasses.fields(cls):
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         if not has_default and field.name not in values:
-            raise BitlowerError(f"pass {cls.name!r} needs the parameter {kebab(field.name)!r}")
+            raise BitlowerError(f"{what} needs the parameter {kebab(field.name)!r}")
     try:
         return cls(**values)
     except (TypeError, ValueError, AssertionError) as error:
-        raise BitlowerError(f"pass {cls.name!r}: {error}") from error
+        raise BitlowerError(f"{what}: {error}") from error
 
 
-def _coerce_named(cls: type[Pass], name: str, kind: Any, value: Any) -> Any:
+def _coerce_named(what: str, name: str, kind: Any, value: Any) -> Any:
     try:
         return coerce(kind, value)
     except MismatchError as error:
         hint = ""
         if isinstance(value, bool | int | float) and str in (kind, *typing.get_args(kind)):
             hint = f'quote it: "{value}"'
-        raise BitlowerError(f"pass {cls.name!r}: parameter {name!r} {error}", hint=hint) from None
+        raise BitlowerError(f"{what}: parameter {name!r} {error}", hint=hint) from None
     except BitlowerError as error:
-        raise BitlowerError(f"pass {cls.name!r}: parameter {name!r}: {error.message}", hint=error.hint) from None
+        raise BitlowerError(f"{what}: parameter {name!r}: {error.message}", hint=error.hint) from None
 
 
 def _tuple_member(kind: Any) -> Any:
@@ -242,6 +263,7 @@ def _is_enum(kind: Any) -> bool:
 
 
 def _is_structured(kind: Any) -> bool:
-    """Whether ``kind`` is a class with ``parse`` (from a short text) or ``from_dict`` (from a mapping)."""
+    """Whether ``kind`` is a class that can be made from plain data."""
     plain_type = kind in (bool, int, float, str) or _is_enum(kind)
-    return isinstance(kind, type) and not plain_type and (hasattr(kind, "parse") or hasattr(kind, "from_dict"))
+    made = any(hasattr(kind, method) for method in ("parse", "from_dict", "from_list"))
+    return isinstance(kind, type) and not plain_type and made

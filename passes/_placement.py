@@ -64,23 +64,23 @@ def weight_sites(graph: fx.Graph) -> Iterator[Site]:
     for node in graph.nodes:
         for role, parameter, reader in _parameters(node):
             uses.setdefault(parameter, []).append((role, reader, _path(node)))
-    vocabularies = dict(_vocabularies(graph))
+    tables = dict(vocabularies(graph))
     heads = {
         parameter
         for parameter, found in uses.items()
         if any(reader.target in LINEAR and _ends_the_graph(reader) for _, reader, _ in found)
-        and parameter.meta["type"].shape in vocabularies.values()
+        and parameter.meta["type"].shape in tables.values()
     }
     shapes = {parameter.meta["type"].shape for parameter in heads}
     for parameter, found in uses.items():
         table = parameter in heads or any(role == "embedding-table" for role, _, _ in found)
         role = "embedding-table" if table else found[0][0]
         readers, paths = tuple(reader for _, reader, _ in found), tuple(path for _, _, path in found)
-        goes_along = parameter in vocabularies and parameter.meta["type"].shape in shapes
+        goes_along = parameter in tables and parameter.meta["type"].shape in shapes
         yield Site(role, parameter, readers, paths, parameter in heads or goes_along)
 
 
-def _vocabularies(graph: fx.Graph) -> Iterator[tuple[fx.Node, tuple[int | str, ...]]]:
+def vocabularies(graph: fx.Graph) -> Iterator[tuple[fx.Node, tuple[int | str, ...]]]:
     """The tables that token ids index, and their shapes."""
     for node in graph.nodes:
         if node.target in EMBEDDING and value_root(operand(node, 1)).target == "input_ids":

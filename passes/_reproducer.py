@@ -23,8 +23,9 @@ from bitlower.passes._base import Context, Pass
 from bitlower.passes._manager import PassManager
 from bitlower.passes._observers import Observer
 from bitlower.passes._pipeline import format_pipeline, parse_pipeline
-from bitlower.passes._registry import load_plugin, plugin_file, providers
+from bitlower.passes._registry import load_plugin, plugin_files, providers
 from bitlower.passes._results import decode_results, encode_results
+from bitlower.passes.training._loss_registry import LOSSES
 
 COMMAND = "python -c \"from bitlower.passes import replay; replay('.')\""
 
@@ -34,7 +35,7 @@ class Reproducer(Observer):
 
     ``program.json`` and ``program.safetensors``: the program before the pass. ``batches.safetensors``: calibration and
     evaluation batches. ``pipeline.txt``: the pass. ``settings.json``: seed and the results in the context.
-    ``plugin/``: the pass's loose file, if it has one. ``command.txt``: what to run in the folder.
+    ``plugin/``: the loose files of the pass and its losses, if it has any. ``command.txt``: what to run in the folder.
 
     Args:
         folder: takes the files; an older reproducer there is replaced.
@@ -65,8 +66,13 @@ class Reproducer(Observer):
     def _write(self, folder: Path, pass_: Pass, program: Program, context: Context) -> None:
         save(program, folder)
         save_file(_flatten(context), folder / "batches.safetensors")
-        settings = {"seed": context.seed, "results": encode_results(self._results)}
-        plugin = plugin_file(type(pass_))
+        plugins = plugin_files(pass_)
+        copies = {f"{index}/{path.name}": path for index, path in enumerate(plugins)}
+        settings = {
+            "seed": context.seed,
+            "results": encode_results(self._results),
+            "plugins": {copy: plugins[path] for copy, path in copies.items()},
+        }
         texts = {
             "pipeline.txt": format_pipeline([pass_]),
             "settings.json": json.dumps(settings, indent=1, sort_keys=True),
@@ -77,9 +83,9 @@ class Reproducer(Observer):
                 file.write(f"{text}\n")
                 file.flush()
                 os.fsync(file.fileno())
-        if plugin is not None:
-            (folder / "plugin").mkdir()
-            shutil.copyfile(plugin, folder / "plugin" / plugin.name)
+        for copy, path in copies.items():
+            (folder / "plugin" / copy).parent.mkdir(parents=True)
+            shutil.copyfile(path, folder / "plugin" / copy)
 
 
 def replay(folder: str | Path) -> Program:
@@ -95,9 +101,9 @@ def replay(folder: str | Path) -> Program:
         tensors = load_file(folder / "batches.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise BitlowerError(f"{folder} is not a reproducer ({error})") from error
-    if text.partition("{")[0].strip() not in providers():
-        for plugin in sorted((folder / "plugin").glob("*.py")):
-            load_plugin(plugin)
+    for plugin, names in settings["plugins"].items():
+        if not set(names) <= {*providers(), *LOSSES.providers()}:
+            load_plugin(folder / "plugin" / plugin)
     passes = parse_pipeline(text)
     context = Context(
         calibration=_unflatten(tensors, "calibration"),

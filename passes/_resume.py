@@ -15,6 +15,7 @@ from bitlower.passes._cache import Cache, Entry
 from bitlower.passes._digest import digest_batches, digest_code, digest_program
 from bitlower.passes._observers import Recorder
 from bitlower.passes._pipeline import format_pipeline
+from bitlower.passes._registry import classes_of
 from bitlower.passes._results import decode_results, encode_results
 
 _PARTS = frozenset({"calibration", "evaluation", "training", "held_out", "reference", "seed"})
@@ -54,7 +55,7 @@ class Resume:
         base = [
             digest_program(program),
             format_pipeline([pass_]),
-            digest_code(type(pass_)),
+            *map(digest_code, classes_of(pass_)),
             encode_results(context.results),
         ]
         self._base = hashlib.sha256(json.dumps(base).encode()).hexdigest()

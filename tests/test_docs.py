@@ -60,7 +60,7 @@ def test_python_snippets_run(fence: Fence, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("fence", fences("python", "plugin"), ids=str)
 def test_plugin_examples_are_short_and_run(fence: Fence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_LOOSE", {})
+    monkeypatch.setattr(registry.PASSES, "loose", {})
     if fence.page.name == "README.md":
         assert fence.body.count("\n") <= 20
     path = tmp_path / "plugin.py"
@@ -75,12 +75,18 @@ def test_plugin_examples_are_short_and_run(fence: Fence, tmp_path: Path, monkeyp
     assert result.passes == [cls.name] or context.results
 
 
+def test_the_loss_of_the_documents_is_the_example() -> None:
+    [fence] = fences("python", "loss")
+    assert fence.body == (ROOT / "examples" / "hidden_angle.py").read_text(encoding="utf-8")
+    assert fence.body.count("\n") <= 20
+
+
 # Recipes and schemes
 
 
 @pytest.mark.parametrize("fence", fences("yaml", "", "base"), ids=str)
 def test_recipes_are_valid(fence: Fence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_LOOSE", {})
+    monkeypatch.setattr(registry.PASSES, "loose", {})
     plugin = next(other.body for other in fences("python", "plugin") if other.page.name == "README.md")
     (tmp_path / "clip_weights.py").write_text(plugin)
     path = tmp_path / "recipe.yaml"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from dataclasses import fields
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 from bitlower.passes import describe_type, find_pass, parameter_types
+from bitlower.passes._parameters import kebab
+from bitlower.passes.training._loss_registry import known_losses
 from bitlower.tools import _backends, _standard
 
 _READ = runpy.run_path(str(Path(__file__).with_name("docs_pages.py")))
@@ -85,6 +88,20 @@ def test_choices_of_gptq_are_documented() -> None:
     for parameter in ("weighting", "order", "ranges"):
         choices = describe_type(types[parameter]).removeprefix("one of ").split(", ")
         assert names(rows(section("passes.md", "`gptq`"), f"`{parameter}`")) == choices
+
+
+def test_losses_are_documented() -> None:
+    found: dict[str, dict[str, str]] = {}
+    entry: dict[str, str] = {}
+    for name, parameter, default, _ in rows(section("passes.md", "Losses"), "loss"):
+        entry = found.setdefault(name.strip("`"), {}) if name else entry
+        if parameter:
+            entry[parameter.strip("`")] = default.strip("`")
+    wanted = {}
+    for name, cls in known_losses().items():
+        defaults = {kebab(field.name): json.dumps(field.default) for field in fields(cls)}
+        wanted[name] = {key: value for key, value in defaults.items() if (key, value) != ("weight", "1.0")}
+    assert found == wanted
 
 
 def test_reports_and_rules_are_documented() -> None:

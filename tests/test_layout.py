@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bitlower.passes import Pass
+from bitlower.passes.training._loss_registry import find_loss
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -28,6 +29,9 @@ MAY_IMPORT = {
     "bitlower": {"bitlower", *TOP},
 }
 SOURCES = [path.relative_to(ROOT) for folder in TOP for path in sorted((ROOT / folder).rglob("*.py"))]
+LOSS_FILES = [
+    path for path in SOURCES if path.parent == Path("passes/training/_losses") and not path.name.startswith("_")
+]
 PASS_FILES = [
     path.relative_to("passes")
     for path in SOURCES
@@ -114,6 +118,15 @@ def test_a_pass_file_holds_one_pass_of_its_name_and_has_a_test(path):
     assert (ROOT / "tests" / "passes" / path.parent / f"test_{path.name}").is_file(), (
         f"{path} has no test file of its own"
     )
+
+
+@pytest.mark.parametrize("path", LOSS_FILES, ids=str)
+def test_a_loss_file_holds_one_loss_of_its_name_and_has_a_test(path):
+    loss = find_loss(path.stem.replace("_", "-"))
+    assert loss.__module__ == _package(path.with_suffix(""))
+    assert loss.__doc__
+    test = ROOT / "tests" / "passes" / "training" / "losses" / f"test_{path.name}"
+    assert test.is_file(), f"{path} has no test file of its own"
 
 
 def _files():

@@ -5,29 +5,36 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
 from bitlower.passes import Pass, known_passes, parameter_types
 from bitlower.passes._parameters import plain
+from bitlower.passes.training import Loss
+from bitlower.passes.training._loss_registry import Losses, known_losses
 
 _SCALARS = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
 
 
 def passes_schema() -> dict[str, Any]:
     """The schema of one item under ``passes``: a known pass's name, or its name with parameters."""
-    classes = known_passes()
+    return _named_schema(known_passes())
+
+
+def _named_schema(classes: Mapping[str, type[Pass | Loss]]) -> dict[str, Any]:
+    """The schema of a known name, or of one name with its parameters."""
     with_parameters = {
         "type": "object",
         "minProperties": 1,
         "maxProperties": 1,
-        "properties": {name: pass_schema(cls) for name, cls in classes.items()},
+        "properties": {name: parameters_schema(cls) for name, cls in classes.items()},
     }
     return {"anyOf": [{"type": "string", "examples": list(classes)}, with_parameters]}
 
 
-def pass_schema(cls: type[Pass]) -> dict[str, Any]:
-    """The schema of a pass's parameters."""
+def parameters_schema(cls: type[Pass | Loss]) -> dict[str, Any]:
+    """The schema of the parameters of a pass or loss."""
     kinds = parameter_types(cls)
     properties = {}
     for field, (name, kind) in zip(dataclasses.fields(cls), kinds.items(), strict=True):
@@ -55,5 +62,7 @@ def type_schema(kind: Any) -> dict[str, Any]:
         return {"enum": [member.value for member in kind]}
     if kind in _SCALARS:
         return {"type": _SCALARS[kind]}
+    if kind is Losses:
+        return {"type": "array", "items": _named_schema(known_losses()), "minItems": 1}
     forms = [("parse", {"type": "string"}), ("from_dict", {"type": "object"})]
     return {"anyOf": [form for method, form in forms if hasattr(kind, method)]}

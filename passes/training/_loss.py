@@ -10,6 +10,9 @@ import torch
 
 from bitlower.ir import Batch, BitlowerError, Program
 
+NEEDS = frozenset({"hidden", "attention", "teacher", "labels"})
+"""What a loss may look at: values of the student (and of the teacher where that is named too), the teacher, labels."""
+
 
 @dataclass(frozen=True)
 class Values:

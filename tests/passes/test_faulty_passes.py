@@ -173,7 +173,7 @@ def context() -> Context:
 
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(registry, "_LOOSE", {})
+    monkeypatch.setattr(registry.PASSES, "loose", {})
     for name in ("ensures", "preserves", "name"):
         monkeypatch.setattr(Bad, name, getattr(Bad, name))
     RELEASE.clear()
@@ -337,7 +337,7 @@ def test_a_plugin_that_fails_as_it_is_read_is_named(tmp_path: Path, part: str, t
     with pytest.raises(BitlowerError, match=message) as info:
         load_plugin(plugin(tmp_path, **{part: text}))
     assert info.value.exit_code == 2
-    assert registry._LOOSE == {}
+    assert registry.PASSES.loose == {}
 
 
 @pytest.mark.parametrize(

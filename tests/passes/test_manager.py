@@ -227,7 +227,7 @@ def test_a_third_partys_error_becomes_one_line(tiny_program: Program, context: C
 def test_the_line_is_the_plugins_though_torch_raised(
     tiny_program: Program, context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_registry, "_LOOSE", {})
+    monkeypatch.setattr(_registry.PASSES, "loose", {})
     text = """
 import torch
 from dataclasses import dataclass

@@ -62,7 +62,7 @@ class Needy(Pass):
 @pytest.fixture(scope="module", autouse=True)
 def _plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_registry, "_LOOSE", {})
+        patch.setattr(_registry.PASSES, "loose", {})
         path: Path = tmp_path_factory.mktemp("plugin") / "everything.py"
         path.write_text(TEXT)
         load_plugin(path)

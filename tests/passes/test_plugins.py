@@ -126,7 +126,7 @@ def test_a_broken_installed_plugin_is_named(site: Path, tmp_path: Path, code: st
 
 
 def test_the_same_file_works_loose(scaled: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_registry, "_LOOSE", {})
+    monkeypatch.setattr(_registry.PASSES, "loose", {})
     load_plugin(PACKAGE / "fold_scales.py")
     context = Context(evaluation=[{"x": torch.randn(3, 4)}])
     result = PassManager([make_pass("fold-scales")]).run(scaled, context)

@@ -28,13 +28,13 @@ class Halve(Pass):
 @pytest.fixture(autouse=True)
 def own_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test starts without loaded plugins."""
-    monkeypatch.setattr(_registry, "_LOOSE", {})
+    monkeypatch.setattr(_registry.PASSES, "loose", {})
 
 
 @pytest.fixture
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of own passes, besides the real one for imports, instead of it for the search."""
-    monkeypatch.setattr(_registry, "FOLDER", tmp_path)
+    monkeypatch.setattr(_registry.PASSES, "folder", tmp_path)
     monkeypatch.setattr(bitlower.passes, "__path__", [*bitlower.passes.__path__, str(tmp_path)])
     before = set(sys.modules)
     yield tmp_path
@@ -60,7 +60,7 @@ def test_every_own_file_holds_the_pass_of_its_name() -> None:
 def test_finding_one_pass_imports_no_other() -> None:
     code = "import sys; from bitlower.passes import find_pass; find_pass('clean'); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    own = {f"bitlower.passes.{p.stem}" for p in _registry.FOLDER.glob("[a-z]*.py")}
+    own = {f"bitlower.passes.{p.stem}" for p in _registry.PASSES.folder.glob("[a-z]*.py")}
     assert own & set(loaded) == {"bitlower.passes.clean"}
 
 
@@ -112,7 +112,7 @@ def test_a_loose_file_can_be_loaded_again_after_an_edit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x = 1\n", r"p.py defines no pass; a pass is a frozen dataclass"),
+        ("x = 1\n", r"p.py defines no pass and no loss; they are frozen dataclasses"),
         ("x = 1\ny = undefined\n", r"the plugin p.py fails to import: NameError: name 'undefined' .* at p.py:2$"),
         ("x = (\n", r"the plugin p.py fails to import: SyntaxError: '\(' was never closed at p.py:1$"),
         ("raise SystemExit(3)", r"p.py fails to import: SystemExit: 3 at p.py:1$"),
@@ -125,7 +125,7 @@ def test_a_loose_file_can_be_loaded_again_after_an_edit(tmp_path: Path) -> None:
         (GOOD.replace('name = "halve"', ""), r"the pass class Halve has no name"),
         (GOOD.replace("name =", "name: str ="), r"has `name` as a parameter"),
         (GOOD.replace("@dataclass(frozen=True)", ""), r"Halve is not a frozen dataclass; decorate it with"),
-        (GOOD.replace("(frozen=True)", ""), r"TypeError: .* at p.py:\d+; decorate the pass with @dataclass\(frozen"),
+        (GOOD.replace("(frozen=True)", ""), r"TypeError: .* at p.py:\d+; decorate the class with @dataclass\(frozen"),
         (GOOD.replace("times: int = 1", "times: dict = None"), r"the parameter 'times' of the unsupported type dict"),
         (GOOD.replace("times: int = 1", "times: 'Nope' = 1"), r"a parameter of unknown type \(name 'Nope'"),
         (GOOD.replace("def run", "def walk"), r"the pass class Halve defines no `run`"),
@@ -139,7 +139,7 @@ def test_a_bad_plugin_is_refused_with_its_own_line(tmp_path: Path, text: str, me
     with pytest.raises(BitlowerError, match=message) as info:
         load_plugin(write(tmp_path / "p.py", text))
     assert "\n" not in str(info.value)
-    assert _registry._LOOSE == {}
+    assert _registry.PASSES.loose == {}
 
 
 def test_a_missing_plugin_file_is_named(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class Judge(Pass):
 
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(_registry, "_LOOSE", {})
+    monkeypatch.setattr(_registry.PASSES, "loose", {})
     path = tmp_path / "plugin.py"
     path.write_text(PLUGIN)
     load_plugin(path)
@@ -75,7 +75,7 @@ def test_the_folder_replays_the_failure(
     message = fail(tiny_program, context, folder)
     assert (folder / "pipeline.txt").read_text() == "judge{strict=true}\n"
     assert serialize.load(folder).digest() == tiny_program.digest()
-    monkeypatch.setattr(_registry, "_LOOSE", {})
+    monkeypatch.setattr(_registry.PASSES, "loose", {})
     plugin.unlink()  # the folder is whole without it
     with pytest.raises(BitlowerError) as info:
         replay(folder)

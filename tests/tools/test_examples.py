@@ -10,6 +10,8 @@ import torch
 
 from bitlower.frontends import load
 from bitlower.passes import Context, PassManager, load_plugin, make_pass
+from bitlower.passes.training import Step, Values
+from bitlower.passes.training._loss_registry import LOSSES, make_loss
 from bitlower.tools.data import read_texts
 from bitlower.tools.recipe import load_recipe, validate_recipe
 
@@ -39,6 +41,18 @@ class Scaled(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         small, large, other = self.layers
         return other(large(small(x * 0.5) * 100.0) * x)
+
+
+def test_the_loss_is_the_angle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors in a plane, 90 and 60 degrees apart; padding holds garbage."""
+    monkeypatch.setattr(LOSSES, "loose", {})
+    load_plugin(EXAMPLES / "hidden_angle.py")
+    student = torch.tensor([[[2.0, 0.0], [3.0, 0.0], [torch.nan, 0.0]]])
+    teacher = torch.tensor([[[0.0, 5.0], [1.0, 3.0**0.5], [torch.inf, 1.0]]])
+    mask = torch.tensor([[True, True, False]])
+    values = Values((torch.zeros_like(student), student)), Values((teacher, teacher))
+    step = Step(*values, {}, mask, None, True, torch.Generator())
+    assert float(make_loss("hidden-angle", {"weight": 0.5}).value(step, {})) == pytest.approx(0.75)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -44,7 +44,7 @@ def run(
     capfd: pytest.CaptureFixture[str],
 ) -> Any:  # fmt: skip
     """``run(top, body)``: exit code, standard output and error of a run with such a plugin."""
-    monkeypatch.setattr(_registry, "_LOOSE", {})
+    monkeypatch.setattr(_registry.PASSES, "loose", {})
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model: {{path: {bert}}}\ncalibration: {{data: {texts}, samples: 4}}\nplugins: [guest.py]\n"

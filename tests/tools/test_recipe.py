@@ -181,7 +181,7 @@ def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
 
 
 def test_plugins_lie_beside_the_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_registry, "_LOOSE", {})
+    monkeypatch.setattr(_registry.PASSES, "loose", {})
     source = Path(__file__).parents[1] / "plugin_package" / "fold_scales.py"
     (folder / "mine.py").write_text(source.read_text())
     text = GOOD.replace("passes:\n", "plugins: [mine.py]\npasses:\n  - fold-scales: {max-ratio: 2}\n")
