@@ -3,17 +3,50 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from bitlower.backends._selftest import keep_ends
-from bitlower.ir import Batch, BitlowerError, Program
+from bitlower.backends._selftest import Run, SelfTest, keep_ends, run_selftest, small_batch
+from bitlower.backends._steps import cached_steps
+from bitlower.ir import Batch, BitlowerError, CheckError, Program
 
 _ROWS = (3, 4, 5, 7)
 _LENGTHS = (7, 5, 9, 11, 13, 15, 17, 19, 23, 29)
 """Sizes to choose from, for the dimension ``batch`` and for others; no graph is traced with one of them."""
 _SUM = " + "
+NEW = "which tracing and calibration did not have"
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """What was run at sizes that neither tracing nor calibration had.
+
+    Args:
+        sizes: in words, ``batch 3, sequence 7``; or ``none: …`` and why there are no others.
+        selftest: inputs of these sizes, and what came out; None where nothing was run.
+    """
+
+    sizes: str
+    selftest: SelfTest | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"sizes": self.sizes, "selftest": self.selftest and self.selftest.to_dict()}
+
+    def check(self, run: Run) -> dict[str, float]:
+        """Run the self-test; the cosine of each output to the recorded one, nothing where there is no self-test.
+
+        Raises:
+            CheckError: see :func:`~bitlower.backends._selftest.run_selftest`; the sizes are named.
+        """
+        if self.selftest is None:
+            return {}
+        with at(self.sizes):
+            return run_selftest(self.selftest, run)
 
 
 class Seen:
@@ -45,7 +78,15 @@ class Seen:
                 if size not in self._sizes[name] and self._takes({**wanted, name: size}, name):
                     wanted[name] = size
                     break
-        return self._resized(wanted) if wanted else None
+        return self._program.fitted(self._resized(wanted)) if wanted else None
+
+    def describe(self, batch: Batch | None) -> str:
+        """The sizes of the symbolic dimensions of a batch that :meth:`other` gave, in words."""
+        if batch is None:
+            names = ", ".join(sorted(self._sizes))
+            return f"none: no other size of {names} is taken" if names else "none: all sizes are fixed"
+        sizes = sorted(_sizes(self._program, batch).items())
+        return ", ".join(f"{name} {size}{' as before' * (size in self._sizes[name])}" for name, size in sizes)
 
     def _takes(self, wanted: Mapping[str, int], name: str) -> bool:
         """Whether the Program takes these sizes, and pads ``name`` to none that was seen."""
@@ -71,9 +112,30 @@ class Seen:
         return found
 
 
-def describe_sizes(program: Program, batch: Batch) -> str:
-    """The sizes of a batch's symbolic dimensions, in words."""
-    return ", ".join(f"{name} {size}" for name, size in sorted(_sizes(program, batch).items()))
+@contextmanager
+def at(sizes: str) -> Iterator[None]:
+    """Name ``sizes`` in what fails meanwhile.
+
+    Raises:
+        CheckError: a check failed, or the Program itself did.
+    """
+    try:
+        yield
+    except CheckError as error:
+        raise CheckError(f"at {sizes}, {NEW}: {error.message}", hint=error.hint) from error
+    except (RuntimeError, IndexError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckError(f"the program itself fails at {sizes}, {NEW}: {reason}") from error
+
+
+def with_small_batch(program: Program, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """A part of the first batch, on which the self-test will run; that in steps; and then all."""
+    for count, batch in enumerate(batches):
+        if count == 0:
+            small = small_batch(program, batch)
+            yield small
+            yield from cached_steps(program, small)
+        yield batch
 
 
 def _wanted(dim: int | str, wanted: Mapping[str, int]) -> int | None:

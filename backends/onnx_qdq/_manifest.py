@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bitlower.backends import _manifest
-from bitlower.backends._json import significant
+from bitlower.backends._json import rounded_figures
 from bitlower.backends._selftest import run_selftest
 from bitlower.backends.onnx_qdq._kernels import KernelReport, count_kernels, optimized_model
 from bitlower.backends.onnx_qdq._session import Session, read_model, runtime_versions
@@ -37,6 +37,8 @@ class ArtefactReport:
         recorded_runtime: those of the export.
         kernels: what the runtime runs here.
         selftest: the cosine of each output to the recorded one.
+        unseen: the same at the sizes that neither tracing nor calibration had.
+        unseen_sizes: these.
     """
 
     files: int
@@ -46,15 +48,17 @@ class ArtefactReport:
     recorded_runtime: Mapping[str, str]
     kernels: KernelReport
     selftest: Mapping[str, float]
+    unseen: Mapping[str, float]
+    unseen_sizes: str
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        selftest = {name: significant(value) for name, value in self.selftest.items()}
         return {
             **asdict(self),
             "unlisted": list(self.unlisted),
             "kernels": self.kernels.to_dict(),
-            "selftest": selftest,
+            "selftest": rounded_figures(self.selftest),
+            "unseen": rounded_figures(self.unseen),
         }
 
 
@@ -100,9 +104,17 @@ def verify_artefact(folder: Path) -> ArtefactReport:
             expected_low_bit=recorded.kernels.expected_low_bit,
         )
     _check_kernels(kernels, recorded)
-    selftest = run_selftest(recorded.selftest, Session(path, config=recorded.session_config).run)
+    run = Session(path, config=recorded.session_config).run
     return ArtefactReport(
-        files.count, files.bytes, files.unlisted, runtime_versions(), recorded.runtime, kernels, selftest
+        files.count,
+        files.bytes,
+        files.unlisted,
+        runtime_versions(),
+        recorded.runtime,
+        kernels,
+        run_selftest(recorded.selftest, run),
+        recorded.unseen.check(run),
+        recorded.unseen.sizes,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from bitlower.backends._json import rounded_figures, significant
 from bitlower.backends._outputs import OutputError
 from bitlower.backends._selftest import SelfTest
+from bitlower.backends._unseen import Unseen
 from bitlower.backends._verified import Verified
 from bitlower.backends.onnx_qdq._kernels import KernelReport
 
@@ -64,6 +65,7 @@ class Verification(Verified):
             says that the codes are those of the model as it is deployed.
         kernels: what the runtime runs.
         selftest: lets the artefact be checked without the Program.
+        unseen: the sizes that neither tracing nor the batches had, and a self-test of them.
     """
 
     runtime: Mapping[str, str]
@@ -76,6 +78,7 @@ class Verification(Verified):
     exposing: float
     kernels: KernelReport
     selftest: SelfTest
+    unseen: Unseen
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, floats with six significant digits; the inverse of :meth:`from_dict`."""
@@ -84,7 +87,7 @@ class Verification(Verified):
         form["quantized"] = [rounded_figures(asdict(row)) for row in self.quantized]
         form["exposing"] = significant(self.exposing)
         form["kernels"] = self.kernels.to_dict()
-        form["selftest"] = self.selftest.to_dict()
+        form["selftest"], form["unseen"] = self.selftest.to_dict(), self.unseen.to_dict()
         form["summary"] = self.summary()
         for key in ("runtime", "session_config", "constants"):
             form[key] = dict(form[key])
@@ -95,6 +98,7 @@ class Verification(Verified):
         figures: dict[str, Any] = {
             "output_relative_error": max((row.relative for row in self.outputs), default=0.0),
             "output_cosine": min((row.cosine for row in self.outputs), default=1.0),
+            "unseen_sizes": self.unseen.sizes,
         }
         if self.quantized:
             total = sum(row.codes for row in self.quantized)

@@ -13,16 +13,16 @@ right implementations do not give equal codes everywhere. Three comparisons toge
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from bitlower.backends._outputs import OutputComparison, OutputError
+from bitlower.backends._outputs import Array, OutputComparison, OutputError
 from bitlower.backends._rounding import TIE
-from bitlower.backends._selftest import SelfTest, make_selftest, small_batch
-from bitlower.backends._steps import cached_steps, visible
-from bitlower.backends._unseen import Seen, describe_sizes
+from bitlower.backends._selftest import SelfTest, make_selftest
+from bitlower.backends._steps import visible
+from bitlower.backends._unseen import Seen, Unseen, at, with_small_batch
 from bitlower.backends.onnx_qdq._codes import CodeComparison
 from bitlower.backends.onnx_qdq._constants import check_constants, weights
 from bitlower.backends.onnx_qdq._float_noise import shaken
@@ -88,8 +88,8 @@ def verify_export(
             program, path, graph, session_config=config, accuracy_level=accuracy_level, split=split
         )
         comparison = _Comparison(floats, path, optimized, config)
-    selftest = comparison.run_all(itertools.islice(batches, limit))
-    verification = Verification(
+    selftest, unseen = comparison.run_all(itertools.islice(batches, limit), rounds=kernels.rounds_activations)
+    return Verification(
         runtime=runtime_versions(),
         session_config=config,
         batches=comparison.batches,
@@ -100,10 +100,8 @@ def verify_export(
         exposing=max((row.worst for row in comparison.exposing.rows()), default=0.0),
         kernels=kernels,
         selftest=selftest,
+        unseen=unseen,
     )
-    outputs = _output_problems(verification.outputs, comparison.limits(), rounds=kernels.rounds_activations)
-    _require([*_code_problems(verification.quantized), *outputs])
-    return verification
 
 
 class _Comparison:
@@ -120,24 +118,40 @@ class _Comparison:
         self._selftest: SelfTest | None = None
         self.batches = self.tokens = 0
 
-    def run_all(self, batches: Iterable[Batch]) -> SelfTest:
-        """Compare a part of the first batch, all of them, and one of other sizes; the self-test.
+    def run_all(self, batches: Iterable[Batch], *, rounds: bool) -> tuple[SelfTest, Unseen]:
+        """Compare a part of the first batch, all of them, and one of other sizes; the self-tests.
+
+        Args:
+            batches: real ones.
+            rounds: whether the runtime rounds float activations.
 
         Raises:
             BitlowerError: there is no batch.
-            CheckError: the model fails, or an output has another shape.
+            CheckError: the model fails, or computes something else.
         """
         seen = Seen(self._program)
-        for batch in _with_small_batch(self._program, batches):
+        for batch in with_small_batch(self._program, batches):
             self.run(batch)
             seen.add(batch)
         if self._selftest is None:
             raise BitlowerError("an export cannot be verified without a batch of inputs", hint="give at least one")
-        self._run_other(seen.other())
-        return self._selftest
+        self._check(rounds=rounds)
+        other = seen.other()
+        sizes = seen.describe(other)
+        if other is None:
+            return self._selftest, Unseen(sizes)
+        with at(sizes):
+            batch = self._program.complete(other)
+            deployed = self.run(batch)
+            self._check(rounds=rounds)
+        return self._selftest, Unseen(sizes, make_selftest(batch, deployed))
 
-    def run(self, batch: Batch) -> None:
-        """Compare one batch; the first becomes the self-test."""
+    def _check(self, *, rounds: bool) -> None:
+        outputs = _output_problems(self.outputs.rows(), self.limits(), rounds=rounds)
+        _require([*_code_problems(self.codes.rows()), *outputs])
+
+    def run(self, batch: Batch) -> Mapping[str, Array]:
+        """Compare one batch; what the model gives. The first becomes the self-test."""
         batch = self._program.complete(batch)
         deployed = self._session.run(batch)
         run, shown = self.codes.run(batch), visible(self._program, batch)
@@ -149,21 +163,7 @@ class _Comparison:
             self.exposing.add({name: torch.from_numpy(value) for name, value in deployed.items()}, run.runtime)
         self._selftest = self._selftest or make_selftest(batch, deployed)
         self.batches, self.tokens = self.batches + 1, self.tokens + next(iter(batch.values())).numel()
-
-    def _run_other(self, batch: Batch | None) -> None:
-        """Compare a batch of sizes that tracing and the other batches did not have."""
-        if batch is None:
-            return
-        sizes = describe_sizes(self._program, batch)
-        try:
-            self.run(batch)
-        except CheckError as error:
-            raise CheckError(f"at {sizes}, which tracing and calibration did not have: {error}") from error
-        except (RuntimeError, IndexError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise CheckError(
-                f"the program itself fails at {sizes}, which tracing and calibration did not have: {reason}"
-            ) from error
+        return deployed
 
     def limits(self) -> dict[str, float]:
         """The largest error of each output, given codes, over its standard deviation."""
@@ -175,16 +175,6 @@ def unpacked(program: Program, limit: int = HELD_BYTES) -> Program:
     """``program`` with its weights dequantized once and not at each run, unless they take more than ``limit`` bytes."""
     too_large = sum(codes.size for _, _, codes in weights(program)) * 4 > limit
     return program if too_large else with_float_weights(program)
-
-
-def _with_small_batch(program: Program, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """A part of the first batch, on which the self-test will run; that in steps; and then all."""
-    for count, batch in enumerate(batches):
-        if count == 0:
-            small = small_batch(program, batch)
-            yield small
-            yield from cached_steps(program, small)
-        yield batch
 
 
 def _require(problems: Sequence[str]) -> None:

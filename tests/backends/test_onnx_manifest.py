@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from bitlower.backends._json import read_json, write_json
 from bitlower.backends._manifest import context_length
@@ -107,8 +107,24 @@ def test_a_sound_artefact_passes(artefact: Path):
     assert report.files == 3
     assert report.unlisted == ("notes.txt",)
     assert report.kernels.integer == {"MatMulIntegerToFloat": 2}
-    assert report.selftest["y"] == pytest.approx(1.0, abs=1e-9)
+    for figures in (report.selftest, report.unseen):
+        assert figures["y"] == pytest.approx(1.0, abs=1e-9)
+    assert report.unseen_sizes == "batch 3"
     json.dumps(report.to_dict())
+
+
+def test_a_model_with_the_rows_of_its_self_test_baked_in_is_refused(artefact: Path, handmade):
+    def edit(model: onnx.ModelProto) -> None:
+        next(n for n in model.graph.node if n.name == "Bias_down").output[0] = "y_before"
+        model.graph.initializer.append(numpy_helper.from_array(np.array([2, 8], np.int64), "rows"))
+        model.graph.node.append(helper.make_node("Reshape", ["y_before", "rows"], ["y"], name="Baked"))
+
+    handmade.write(artefact, edit)
+    relist(artefact, "model.onnx")
+    with pytest.raises(
+        CheckError, match=r"^at batch 3, which tracing and calibration did not have: onnxruntime cannot"
+    ):
+        verify_artefact(artefact)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "config.json", "verification.json", "manifest.json"])

@@ -137,6 +137,7 @@ def test_a_right_model_passes_with_all_figures(handmade, tmp_path: Path):
     assert second.exact == 1.0
     assert second.excess <= second.tie == pytest.approx(2e-5 * 255)
     assert (result.batches, result.tokens) == (5, (2 + 7 + 64 + 5 + 3) * 8)
+    assert result.summary()["unseen_sizes"] == "batch 3"
     assert result.constants == {"tensors": 2, "codes": 256}
     assert result.exposing == 0
     assert (result.kernels.expected, result.kernels.found) == (2, 2)
@@ -181,6 +182,28 @@ def test_a_model_that_has_the_sizes_of_its_batches_baked_in_is_refused(handmade,
     assert verify_export(handmade.program, handmade.write(tmp_path / "right"), two).batches == 5
     with pytest.raises(CheckError, match=r"at batch 3, which tracing and calibration did not have: .*(Baked|Reshape)"):
         verify_export(handmade.program, handmade.write(tmp_path / "wrong", edit), two)
+
+
+def test_a_constant_that_was_a_size_is_found_where_every_shape_is_right(handmade, tmp_path: Path):
+    def edit(model: onnx.ModelProto) -> None:
+        """The result times 2 over the number of rows."""
+        next(n for n in model.graph.node if n.name == "Bias_down").output[0] = "y_before"
+        model.graph.initializer.append(numpy_helper.from_array(np.array(2, np.float32), "two"))
+        model.graph.node.extend(
+            [
+                helper.make_node("Shape", ["y_before"], ["rows"], start=0, end=1),
+                helper.make_node("Cast", ["rows"], ["rows_float"], to=onnx.TensorProto.FLOAT),
+                helper.make_node("Div", ["two", "rows_float"], ["factor"]),
+                helper.make_node("Mul", ["y_before", "factor"], ["y"]),
+            ]
+        )
+
+    two = [{"x": batch["x"][:2]} for batch in handmade.batches]
+    message = (
+        r"^at batch 3, which tracing and calibration did not have: the exported model is not its program: the outp"
+    )
+    with pytest.raises(CheckError, match=message):
+        verify_export(handmade.program, handmade.write(tmp_path, edit), two)
 
 
 def test_no_batch_is_bad_input(handmade, tmp_path: Path):

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
-from bitlower.backends._unseen import Seen, describe_sizes
-from bitlower.ir import Program, TensorType, ValueSpec
+from bitlower.backends._unseen import NEW, Seen, at
+from bitlower.ir import CheckError, Program, TensorType, ValueSpec
+from bitlower.ir.types import Length
 
 
 def decoder(program: Program) -> Program:
@@ -32,7 +34,7 @@ def test_every_symbolic_dimension_has_a_size_that_no_batch_had(tiny_program: Pro
     assert {name: tuple(t.shape) for name, t in other.items()} == {
         "input_ids": (5, 5), "attention_mask": (5, 5), "images": (5, 3, 8, 8),
     }  # fmt: skip
-    assert describe_sizes(tiny_program, other) == "batch 5, sequence 5"
+    assert seen.describe(other) == "batch 5, sequence 5"
     rows, columns = [0, 1, 0, 1, 0], [0, 1, 2, 3, 0]
     assert torch.equal(other["input_ids"], batch(2, 4)["input_ids"][rows][:, columns])
 
@@ -42,3 +44,38 @@ def test_without_symbolic_dimensions_there_is_no_other_batch(tiny_program: Progr
     seen = Seen(tiny_program)
     seen.add({"x": torch.zeros(2, 4)})
     assert seen.other() is None
+    assert seen.describe(None) == "none: all sizes are fixed"
+
+
+def test_a_size_that_can_be_no_other_is_said_to_be_as_before(tiny_program: Program) -> None:
+    """The other one comes padded, as the program takes it."""
+    program = decoder(tiny_program)
+    program.inputs = tuple(spec for spec in program.inputs if "past" not in str(spec.type.shape))
+    program.lengths = {"sequence": Length(4, 4, 1)}
+    seen = Seen(program)
+    seen.add(batch(3, 4))
+    other = seen.other()
+    assert other is not None
+    assert seen.describe(other) == "batch 4, sequence 4 as before"
+    program.lengths = {"sequence": Length(4, None, 4), "batch": Length(3, 3, 1)}
+    other = seen.other()
+    assert other is not None
+    assert seen.describe(other) == "batch 3 as before, sequence 8"
+    assert other["input_ids"].shape == (3, 8)
+    program.lengths["sequence"] = Length(4, 4, 4)
+    assert seen.other() is None
+    assert seen.describe(None) == "none: no other size of batch, sequence is taken"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (CheckError("one code is wrong", hint="mend it"), f"at batch 3, {NEW}: one code is wrong; mend it"),
+        (RuntimeError("shape\nmore"), f"the program itself fails at batch 3, {NEW}: shape"),
+        (IndexError(), f"the program itself fails at batch 3, {NEW}: IndexError"),
+    ],
+)
+def test_what_fails_names_the_sizes(error: Exception, message: str) -> None:
+    with pytest.raises(CheckError) as caught, at("batch 3"):
+        raise error
+    assert str(caught.value) == message
