@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bitlower.backends import _manifest
-from bitlower.backends._json import significant
+from bitlower.backends._json import rounded_figures
 from bitlower.backends._selftest import run_selftest
 from bitlower.backends.tvm_kernels._tvm import require_tvm
 from bitlower.backends.tvm_kernels._verification import Verification
@@ -25,6 +25,8 @@ class ArtefactReport:
         unlisted: files that the manifest does not know.
         runtime: the target, and the processor and TVM's version of the export.
         selftest: the cosine of each output to the recorded one.
+        unseen: the same at the sizes that neither tracing nor calibration had.
+        unseen_sizes: these.
     """
 
     files: int
@@ -32,11 +34,13 @@ class ArtefactReport:
     unlisted: tuple[str, ...]
     runtime: Mapping[str, str]
     selftest: Mapping[str, float]
+    unseen: Mapping[str, float]
+    unseen_sizes: str
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        selftest = {name: significant(value) for name, value in self.selftest.items()}
-        return {**asdict(self), "unlisted": list(self.unlisted), "selftest": selftest}
+        figures = {"selftest": rounded_figures(self.selftest), "unseen": rounded_figures(self.unseen)}
+        return {**asdict(self), "unlisted": list(self.unlisted), **figures}
 
 
 def verify_artefact(folder: Path) -> ArtefactReport:
@@ -55,5 +59,12 @@ def verify_artefact(folder: Path) -> ArtefactReport:
     def run(batch: Batch) -> dict[str, Any]:
         return {name: value.numpy() for name, value in library(**batch).items()}
 
-    selftest = run_selftest(recorded.selftest, run)
-    return ArtefactReport(files.count, files.bytes, files.unlisted, dict(recorded.runtime), selftest)
+    return ArtefactReport(
+        files.count,
+        files.bytes,
+        files.unlisted,
+        dict(recorded.runtime),
+        run_selftest(recorded.selftest, run),
+        recorded.unseen.check(run),
+        recorded.unseen.sizes,
+    )

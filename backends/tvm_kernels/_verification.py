@@ -9,6 +9,7 @@ from typing import Any
 from bitlower.backends._json import rounded_figures
 from bitlower.backends._outputs import OutputError
 from bitlower.backends._selftest import SelfTest
+from bitlower.backends._unseen import Unseen
 from bitlower.backends._verified import Verified
 from bitlower.backends.tvm_kernels._agreement import Agreement
 
@@ -70,6 +71,7 @@ class Verification(Verified):
         exposing: the largest change of an output from reading what kernels give, over the output's standard deviation.
         selftest: lets the artefact be checked without the Program; expects the Program's outputs where the library was
             not run, else its own.
+        unseen: the sizes that neither tracing nor the batches had, and a self-test of them, as ``selftest``.
     """
 
     runtime: Mapping[str, str]
@@ -79,11 +81,13 @@ class Verification(Verified):
     kernels: tuple[KernelError, ...]
     exposing: float
     selftest: SelfTest
+    unseen: Unseen
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, floats with six significant digits; the inverse of :meth:`from_dict`."""
         form = {field.name: getattr(self, field.name) for field in fields(self)}
-        form |= {"runtime": dict(self.runtime), "selftest": self.selftest.to_dict(), "summary": self.summary()}
+        form |= {"runtime": dict(self.runtime), "summary": self.summary()}
+        form |= {"selftest": self.selftest.to_dict(), "unseen": self.unseen.to_dict()}
         for name in ("outputs", "kernels"):
             form[name] = [rounded_figures(asdict(row)) for row in form[name]]
         return rounded_figures(form)
@@ -99,5 +103,6 @@ class Verification(Verified):
             "output_cosine": min((row.cosine for row in self.outputs), default=1.0),
             "kernels": sum(row.kernels for row in self.kernels),
             "kernel_error": max((row.worst for row in self.kernels), default=0.0),
+            "unseen_sizes": self.unseen.sizes,
         }
         return rounded_figures(figures | ({"codes_equal_given_inputs": equal / codes} if codes else {}))

@@ -19,7 +19,8 @@ import torch
 
 from bitlower.backends._outputs import Array, OutputComparison, OutputError
 from bitlower.backends._selftest import SelfTest, make_selftest, small_batch
-from bitlower.backends._steps import cached_steps, visible
+from bitlower.backends._steps import visible
+from bitlower.backends._unseen import Seen, Unseen, at, with_small_batch
 from bitlower.backends.tvm_kernels._activations import typed
 from bitlower.backends.tvm_kernels._agreement import Agreement
 from bitlower.backends.tvm_kernels._files import load_library, processor
@@ -59,7 +60,7 @@ def verify_export(
     """Check that the library in ``folder`` computes what ``program`` does.
 
     A decoder also decodes: part of the first batch is run again in steps, the last of one token, with the keys and
-    values of those before.
+    values of those before. At the end there is a batch of sizes that neither the batches nor tracing had.
 
     Args:
         program: what was exported.
@@ -73,14 +74,12 @@ def verify_export(
         BitlowerError: there is no batch.
         CheckError: the library does not load, or computes something else: the kernel and the figures are named.
     """
-    given = list(_with_small_batch(program, itertools.islice(batches, limit)))
+    given = list(with_small_batch(program, itertools.islice(batches, limit)))
     if not given:
         raise BitlowerError("an export cannot be verified without a batch of inputs", hint="give at least one")
     traced = compile_program(trace(program), target, activations=activations)
     comparison = Comparison(program, load_library(folder), traced, activations)
-    for batch in given:
-        comparison.run(batch)
-    return comparison.result(_runtime(target, activations))
+    return comparison.result(_runtime(target, activations), comparison.run_all(given))
 
 
 def expect(program: Program, batches: Sequence[Batch], *, target: Target, activations: str = "float32") -> Verification:
@@ -91,7 +90,13 @@ def expect(program: Program, batches: Sequence[Batch], *, target: Target, activa
     """
     if not batches:
         raise BitlowerError("an export has no self-test without a batch of inputs", hint="give at least one")
-    small = program.complete(small_batch(program, batches[0]))
+    small, seen = program.complete(small_batch(program, batches[0])), Seen(program)
+    for batch in (small, *batches[:BATCHES]):
+        seen.add(batch)
+    other = seen.other()
+    sizes = seen.describe(other)
+    with at(sizes):
+        unseen = None if other is None else _expected(program, program.complete(other))
     return Verification(
         runtime=_runtime(target, activations),
         batches=0,
@@ -99,8 +104,13 @@ def expect(program: Program, batches: Sequence[Batch], *, target: Target, activa
         outputs=(),
         kernels=(),
         exposing=0.0,
-        selftest=make_selftest(small, _arrays(run(program, small))),
+        selftest=_expected(program, small),
+        unseen=Unseen(sizes, unseen),
     )
+
+
+def _expected(program: Program, batch: Batch) -> SelfTest:
+    return make_selftest(batch, _arrays(run(program, batch)))
 
 
 def _runtime(target: Target, activations: str) -> dict[str, str]:
@@ -128,42 +138,83 @@ class Comparison:
         self._selftest: SelfTest | None = None
         self._batches = self._tokens = 0
 
-    def run(self, batch: Batch) -> None:
-        """Compare one batch; the first becomes the self-test.
+    def run_all(self, batches: Sequence[Batch]) -> Unseen:
+        """Compare all batches, and one of sizes that none of them has; the self-test of this one.
 
         Raises:
-            CheckError: an output or an inner value has another shape, or is not finite where the Program's is.
+            CheckError: see :meth:`run` and :meth:`check`.
         """
-        batch = self._as_taken(self._program.complete(batch))
-        deployed = self._library(**batch)
-        self._outputs.add(run(self._program, batch), _arrays(deployed), visible(self._program, batch))
-        self._compare_kernels(small_batch(self._program, batch, ROWS, LENGTH))
+        seen = Seen(self._program)
+        for batch in batches:
+            self.run(batch)
+            seen.add(batch)
+        self.check()
+        other = seen.other()
+        sizes = seen.describe(other)
+        if other is None:
+            return Unseen(sizes)
+        with at(sizes):
+            batch = self._taken(other)
+            deployed = self.run(batch, whole=True)
+            self.check()
+        return Unseen(sizes, make_selftest(batch, deployed))
+
+    def run(self, batch: Batch, *, whole: bool = False) -> dict[str, Array]:
+        """Compare one batch; what the library gives. The first becomes the self-test.
+
+        Args:
+            batch: inputs by name.
+            whole: compare kernels on all of it, and not on a part.
+
+        Raises:
+            CheckError: the library does not run, or an output or an inner value has another shape, or is not finite
+                where the Program's is.
+        """
+        batch = self._taken(batch)
+        ours, deployed = run(self._program, batch), _called(self._library, batch)
+        self._outputs.add(ours, _arrays(deployed), visible(self._program, batch))
+        self._compare_kernels(batch if whole else small_batch(self._program, batch, ROWS, LENGTH))
         self._selftest = self._selftest or make_selftest(batch, _arrays(deployed))
         self._batches, self._tokens = self._batches + 1, self._tokens + next(iter(batch.values())).numel()
+        return _arrays(deployed)
 
-    def _as_taken(self, batch: Batch) -> Batch:
+    def _taken(self, batch: Batch) -> Batch:
         """Floats as the library takes them, so that the Program takes the same: a cache may be float16."""
         dtypes = {spec.name: spec.type.dtype for spec in self._inputs if spec.type.is_float}
-        return {name: value.to(dtypes.get(name, value.dtype)).to(value.dtype) for name, value in batch.items()}
+        complete = self._program.complete(batch)
+        return {name: value.to(dtypes.get(name, value.dtype)).to(value.dtype) for name, value in complete.items()}
 
     def _compare_kernels(self, batch: Batch) -> None:
-        found, shown = self._traced(**batch), visible(self._program, batch)
+        found, shown = _called(self._traced, batch), visible(self._program, batch)
         outputs = {spec.name: found[spec.name] for spec in self._program.outputs}
         given = self._kernels.run(self._program.arguments(batch), found)
         self._outputs.add_given_codes(given, _arrays(outputs), shown)
-        self._exposing.add(outputs, _arrays(self._library(**batch)), shown)
+        self._exposing.add(outputs, _arrays(_called(self._library, batch)), shown)
         self._ties.add(run(self._program, batch), _arrays(outputs), shown)
 
-    def result(self, runtime: Mapping[str, str]) -> Verification:
-        """The figures.
+    def check(self) -> None:
+        """See that the figures are those of a library of the Program.
 
         Raises:
-            CheckError: they are not those of a library of the Program.
+            CheckError: they are not: the kernel or output is named.
         """
+        agreements, exposing = self._kernels.agreements.values(), _worst(self._exposing)
+        _require([*_kernel_problems(agreements), *_output_problems(self._outputs.rows(), self._output)])
+        limit = max(self._output, TIES * _worst(self._ties))
+        if not exposing <= limit:
+            _require(
+                [
+                    f"an output is {exposing:.3g} standard deviations off what it is when the kernels' results are"
+                    f" read, where ties explain {limit:.3g}"
+                ]
+            )
+
+    def result(self, runtime: Mapping[str, str], unseen: Unseen) -> Verification:
+        """The figures of what :meth:`run_all` compared."""
         assert self._selftest is not None
         agreements = [row for row in self._kernels.agreements.values() if row.compared]
         kinds = dict.fromkeys(row.kind for row in agreements)
-        verification = Verification(
+        return Verification(
             runtime=runtime,
             batches=self._batches,
             tokens=self._tokens,
@@ -171,35 +222,31 @@ class Comparison:
             kernels=tuple(KernelError.of(kind, (row for row in agreements if row.kind == kind)) for kind in kinds),
             exposing=_worst(self._exposing),
             selftest=self._selftest,
+            unseen=unseen,
         )
-        _require([*_kernel_problems(agreements), *_output_problems(verification.outputs, self._output)])
-        limit = max(self._output, TIES * _worst(self._ties))
-        if not verification.exposing <= limit:
-            _require(
-                [
-                    f"an output is {verification.exposing:.3g} standard deviations off what it is when the kernels'"
-                    f" results are read, where ties explain {limit:.3g}"
-                ]
-            )
-        return verification
+
+
+def _called(library: Library, batch: Batch) -> dict[str, torch.Tensor]:
+    """What a library gives.
+
+    Raises:
+        CheckError: it does not run.
+    """
+    try:
+        return library(**batch)
+    except BitlowerError:
+        raise
+    except Exception as error:  # TVM raises many kinds
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckError(f"the library does not run: {line}") from error
 
 
 def _arrays(values: Mapping[str, torch.Tensor]) -> dict[str, Array]:
     return {name: value.detach().numpy() for name, value in values.items()}
 
 
-def _with_small_batch(program: Program, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """A part of the first batch, on which the self-test will run; that in steps; and then all."""
-    for count, batch in enumerate(batches):
-        if count == 0:
-            small = small_batch(program, batch)
-            yield small
-            yield from cached_steps(program, small)
-        yield batch
-
-
-def _kernel_problems(agreements: Sequence[Agreement]) -> Iterator[str]:
-    yield from filter(None, (row.problem() for row in agreements))
+def _kernel_problems(agreements: Iterable[Agreement]) -> Iterator[str]:
+    yield from filter(None, (row.problem() for row in agreements if row.compared))
 
 
 def _worst(comparison: OutputComparison) -> float:

@@ -23,6 +23,7 @@ from bitlower.backends._manifest import check_artefact, check_if_artefact, is_ar
 from bitlower.backends._outputs import OutputError
 from bitlower.backends._schema import parsed
 from bitlower.backends._selftest import SelfTest, make_selftest, run_selftest
+from bitlower.backends._unseen import Unseen
 from bitlower.backends.onnx_qdq._manifest import verify_artefact
 from bitlower.backends.onnx_qdq._verification import Verification
 from bitlower.ir import BitlowerError, CheckError
@@ -281,7 +282,9 @@ def kinds() -> dict[str, Any]:
         "checkpoint": checkpoint.Verification(
             "gptq-v2", "float16", 1, 8, (layer,), 0.0, (output,), "transformers", {"torch": "2"}
         ),
-        "library": library.Verification({"target": "llvm"}, 1, 8, (error,), (kernel,), 0.0, selftest()),
+        "library": library.Verification(
+            {"target": "llvm"}, 1, 8, (error,), (kernel,), 0.0, selftest(), Unseen("", selftest())
+        ),
         "signature": _files.Signature(_files.Target.LLVM, "", "other", (value,), (value,)),
     }
 
