@@ -21,11 +21,15 @@ ROOT, TEXT, section, rows, names = (_READ[name] for name in ("ROOT", "TEXT", "se
 
 
 def test_recipe_keys_are_documented() -> None:
-    from bitlower.tools.recipe import DataSection, ModelSection, Recipe
+    from bitlower.tools.recipe import DataSection, ModelSection, Recipe, TrainingSection
 
     headings = re.findall(r"^## `(\w+)`$", TEXT[ROOT / "docs" / "recipes.md"], re.MULTILINE)
     assert set(headings) == set(Recipe.model_fields)
-    for heading, keys in (("`model`", ModelSection), ("`calibration`", DataSection)):
+    for heading, keys in (
+        ("`model`", ModelSection),
+        ("`calibration`", DataSection),
+        ("`training`", TrainingSection),
+    ):
         assert names(rows(section("recipes.md", heading), "key")) == list(keys.model_fields)
 
 
@@ -44,6 +48,16 @@ def test_defaults_by_task_are_those_of_the_code() -> None:
     assert found == [[list(map(str, cell)) for cell in row] for row in wanted]
     assert _calibration.TEXTS == data.SAMPLES
     assert f"first {_calibration.LONGEST_TEXT} characters" in text
+
+
+def test_defaults_of_training_are_those_of_the_code() -> None:
+    from bitlower.tools import _calibration, _training
+
+    table = {row[0].strip("`"): row[2] for row in rows(section("recipes.md", "`training`"), "key")}
+    found = {key: re.findall(r"\d+", table[key]) for key in ("held_out", "batch_size", "seed")}
+    most, sizes = (_training.MOST_TEXTS, _training.MOST_WINDOWS), (_training.TEXT_BATCH, _calibration.WINDOW_BATCH)
+    assert found == {"held_out": [*map(str, most)], "batch_size": [*map(str, sizes)], "seed": ["0"]}
+    assert ("a tenth" in table["held_out"]) == (_training.SHARE == 0.1)
 
 
 def _module_of(backend: str) -> Any:

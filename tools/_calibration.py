@@ -174,7 +174,13 @@ def _windows(program: Program, text: str, amount: Amount, seed: int, bos: str) -
     lead = window_lead(program, bos)
     room = max(length - len(lead), 1)
     parts = split_windows(text_ids(program, text), room, count, held_out=HELD_OUT_WINDOWS, seed=seed)
-    whole = (torch.cat([torch.tensor([lead] * len(part), dtype=part.dtype).view(len(part), -1), part], 1)
-             for part in parts)  # fmt: skip
-    kept, held_out = (windows(program, part, batch_size=amount.batch_size) if len(part) else () for part in whole)
+    kept, held_out = (window_batches(program, part, lead, amount.batch_size) for part in parts)
     return Data(kept, held_out, lead)
+
+
+def window_batches(program: Program, rows: torch.Tensor, lead: Sequence[int], batch_size: int) -> Sequence[Batch]:
+    """Batches of the windows ``rows`` ``[count, length]``, each with the tokens ``lead`` in front."""
+    if not len(rows):
+        return ()
+    first = torch.tensor([list(lead)] * len(rows), dtype=rows.dtype).view(len(rows), -1)
+    return windows(program, torch.cat([first, rows], 1), batch_size=batch_size)

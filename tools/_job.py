@@ -74,12 +74,23 @@ class Options:
 class Data:
     """Input batches: to calibrate on, and held-out ones for the ledger, the contracts and the artefact's checks.
 
-    ``lead`` are the tokens that all windows of a language model begin with.
+    ``lead`` are the tokens that all windows of a language model begin with. ``training`` are batches to train on, which
+    may have ``labels``, and ``held_out`` others to choose the best step by.
     """
 
     calibration: Sequence[Batch] = ()
     evaluation: Sequence[Batch] = ()
     lead: tuple[int, ...] = ()
+    training: Sequence[Batch] = ()
+    held_out: Sequence[Batch] = ()
+
+    def provenance(self) -> dict[str, Any]:
+        """How many batches there are, and their hashes."""
+        form = {"calibration_batches": len(self.calibration), "calibration_sha256": digest_batches(self.calibration)}
+        parts = {"training": self.training, "held_out": self.held_out}
+        for name, given in parts.items() if self.training else ():
+            form |= {f"{name}_batches": len(given), f"{name}_sha256": digest_batches(given)}
+        return form | ({"window_lead": list(self.lead)} if self.lead else {})
 
 
 @dataclass(frozen=True)
@@ -172,15 +183,20 @@ class _Run:
             self.say(*program.notes)
         with self.stage("data"):
             data = job.data(program)
-            check_finite(data.calibration, "calibration")
-            check_finite(data.evaluation, "evaluation")
+            for part in ("calibration", "evaluation", "training", "held_out"):
+                check_finite(getattr(data, part), part.replace("_", "-"))
             if data.lead:
                 self.say(f"each window begins with {lead_names(program, data.lead)}")
+            if data.training:
+                self.say(_amount(data))
         return program, data
 
     def lower(self, program: Program, data: Data, folder: Path | None) -> Program:
         """Run the passes, which have no business in ``folder``."""
-        context = Context(data.calibration, data.evaluation, seed=self.job.seed, track=self.options.display.track)
+        context = Context(
+            data.calibration, data.evaluation, seed=self.job.seed, track=self.options.display.track,
+            training=data.training, held_out=data.held_out,
+        )  # fmt: skip
         cache = self.open_cache()
         manager = PassManager(self.job.passes, self.observers(cache, folder), cache, verify=self.options.verify)
         result = manager.run(program, context)
@@ -200,12 +216,7 @@ class _Run:
         texts = {"ledger.json": f"{ledger}\n", "recipe.yaml": self.job.recipe, **self.reports.files}
         reports = {}
         batches = data.evaluation or data.calibration[:2] or random_windows(program, seed=self.job.seed)
-        provenance = {
-            "seed": self.job.seed,
-            "calibration_batches": len(data.calibration),
-            "calibration_sha256": digest_batches(data.calibration),
-            **({"window_lead": list(data.lead)} if data.lead else {}),
-        }
+        provenance = {"seed": self.job.seed, **data.provenance()}
         for name, options in self.job.exports:
             with self.stage(name):
                 self.options.display.note(f"writing {name}")
@@ -261,6 +272,17 @@ class _Run:
         start = time.perf_counter()
         yield
         self.stages.append(PassTime(name, time.perf_counter() - start, peak_bytes()))
+
+
+def _amount(data: Data) -> str:
+    """How much there is to train on, in words."""
+    (rows, made), (others, more) = ((sum(map(_rows, part)), len(part)) for part in (data.training, data.held_out))
+    labelled = " with labels" if all("labels" in batch for batch in data.training) else ""
+    return f"to train on: {rows:,} samples{labelled} in {made:,} batches; held out: {others:,} in {more:,}"
+
+
+def _rows(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
 
 
 def _files(folder: Path) -> list[Path]:

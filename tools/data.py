@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +18,8 @@ __all__ = [
     "Row",
     "Split",
     "check_finite",
+    "check_windows",
+    "draw",
     "number",
     "read_rows",
     "read_text",
@@ -24,7 +27,11 @@ __all__ = [
     "split_column",
     "split_texts",
     "split_windows",
+    "text_column",
+    "too_short",
 ]
+
+T = TypeVar("T")
 
 SAMPLES = 128
 """Texts to calibrate on where nobody says how many,"""
@@ -52,9 +59,9 @@ def read_texts(
         BitlowerError: no such file or column, bytes that are not UTF-8 (with the line), no text, or fewer than asked.
     """
     _check_samples(samples)
-    found, kept = _draw(_texts(data, column), samples, seed)
+    found, kept = draw(_texts(data, column), samples, seed)
     if samples is not None and found < samples:
-        raise _too_short(data, found, samples)
+        raise too_short(data, found, samples)
     return [text for _, text in kept]
 
 
@@ -83,9 +90,9 @@ def split_texts(
     _check_samples(samples)
     name = data if isinstance(data, str | os.PathLike) else "the calibration data"
     items = _texts(data, column) if isinstance(data, str | os.PathLike) else enumerate(data, 1)
-    found, kept = _draw(items, (SAMPLES if samples is None else samples) + HELD_OUT, seed)
+    found, kept = draw(items, (SAMPLES if samples is None else samples) + HELD_OUT, seed)
     if found < (samples or FEWEST):
-        raise _too_short(name, found, samples or FEWEST)
+        raise too_short(name, found, samples or FEWEST)
     count = samples or min(SAMPLES, found - min(HELD_OUT, found // 8))
     order = list(range(len(kept)))
     random.Random(f"{seed}/split").shuffle(order)
@@ -109,7 +116,7 @@ def read_text(
         BitlowerError: no such file or column, bytes that are not UTF-8, or no text.
     """
     path, named = split_column(data)
-    columns = _text_column(path, column or named)
+    columns = text_column(path, column or named)
     whole = joiner is None and not columns
     text = read_whole(path, limit) if whole else joined(path, columns, PARAGRAPH if joiner is None else joiner, limit)
     if not text.strip():
@@ -136,16 +143,25 @@ def split_windows(
         BitlowerError: the text has fewer than ``samples`` windows.
     """
     _check_samples(samples)
-    count = ids.numel() // length
-    if count < samples:
-        raise BitlowerError(
-            f"the calibration text is too short: {ids.numel()} tokens are {count} windows of {length}, {samples} are "
-            "needed",
-            hint="add text, or ask for fewer samples or shorter ones",
-        )
+    count = check_windows(ids, length, samples, "calibration")
     order = random.Random(f"{seed}/windows").sample(range(count), min(count, samples + held_out))
     rows = ids[: count * length].view(count, length)
     return rows[sorted(order[:samples])], rows[sorted(order[samples:])]
+
+
+def check_windows(ids: torch.Tensor, length: int, needed: int, what: str) -> int:
+    """How many windows of ``length`` tokens the text ``ids`` ``[n]`` has.
+
+    Raises:
+        BitlowerError: fewer than ``needed``; ``what`` names the text.
+    """
+    count = ids.numel() // length
+    if count < needed:
+        raise BitlowerError(
+            f"the {what} text is too short: {ids.numel()} tokens are {count} windows of {length}, {needed} are needed",
+            hint="add text, or ask for fewer samples or shorter ones",
+        )
+    return count
 
 
 def check_finite(batches: Iterable[Mapping[str, torch.Tensor]], what: str) -> None:
@@ -168,7 +184,7 @@ def _texts(data: str | os.PathLike[str], column: str | None) -> Iterator[tuple[i
     """
     path, named = split_column(data)
     empty = True
-    for row in read_rows(path, _text_column(path, column or named)):
+    for row in read_rows(path, text_column(path, column or named)):
         if text := row.values[0].strip():
             empty = False
             yield row.line, text
@@ -176,7 +192,7 @@ def _texts(data: str | os.PathLike[str], column: str | None) -> Iterator[tuple[i
         raise BitlowerError(f"{path} holds no text", hint="one text a line, or a table with a text column")
 
 
-def _text_column(path: Path, column: str | None) -> tuple[str, ...]:
+def text_column(path: Path, column: str | None) -> tuple[str, ...]:
     """The column to read texts from: the one named, or the obvious one of a table."""
     if column is not None:
         return (column,)
@@ -194,20 +210,21 @@ def _check_samples(samples: int | None) -> None:
         raise BitlowerError(f"cannot draw {samples} samples", hint="ask for at least 1")
 
 
-def _too_short(data: object, found: int, wanted: int) -> BitlowerError:
+def too_short(data: object, found: int, wanted: int) -> BitlowerError:
+    """The error about ``data`` with ``found`` texts where ``wanted`` are needed."""
     return BitlowerError(
         f"{data} is too short: {found} texts, {wanted} are needed", hint="add texts, or ask for fewer samples"
     )
 
 
-def _draw(items: Iterable[tuple[int, str]], samples: int | None, seed: int) -> tuple[int, list[tuple[int, str]]]:
-    """How many there are, and ``samples`` of them, each set equally likely; memory is the sample's."""
+def draw(items: Iterable[tuple[int, T]], samples: int | None, seed: int) -> tuple[int, list[tuple[int, T]]]:
+    """How many there are, and ``samples`` of them in order, each set equally likely; memory is the sample's."""
     generator = random.Random(seed)
-    kept: list[tuple[int, str]] = []
+    kept: list[tuple[int, T]] = []
     found = 0
     for found, item in enumerate(items, start=1):
         if samples is None or len(kept) < samples:
             kept.append(item)
         elif (place := generator.randrange(found)) < samples:
             kept[place] = item
-    return found, sorted(kept)
+    return found, sorted(kept, key=lambda item: item[0])

@@ -20,6 +20,7 @@ from bitlower.frontends import batches, load
 from bitlower.ir import Batch, BitlowerError, Level, Program, TensorType, ValueSpec, nearest
 from bitlower.ir.files import check_name
 from bitlower.tools._artefacts import as_input
+from bitlower.tools._labels import class_names, class_of
 from bitlower.tools.data import Row, number, read_rows, split_column
 from bitlower.tools.metrics import accuracy, f1, matthews, pearson, spearman
 
@@ -183,8 +184,8 @@ def _classification(runner: Runner, texts: Texts, path: Path) -> dict[str, float
     def winner(outputs: dict[str, Array], batch: Batch) -> Array:
         return np.asarray(outputs["logits"].argmax(-1))
 
-    names = {str(v): int(k) for k, v in (runner.program.config.get("id2label") or {}).items()}
-    labels = [_label(path, row, names) for row in texts.rows]
+    names = class_names(runner.program)
+    labels = [class_of(path, row, names, None) for row in texts.rows]
     second = 1 if len(texts.rows[0].values) == 3 else None
     found = texts.outputs(runner, 0, second, winner)
     scores = {"accuracy": accuracy(found, labels), "f1": f1(found, labels), "matthews": matthews(found, labels)}
@@ -204,15 +205,6 @@ def _read(path: Path, task: str, columns: tuple[str, ...]) -> list[Row]:
     if not rows:
         raise BitlowerError(f"{path} holds no rows")
     return rows
-
-
-def _label(path: Path, row: Row, names: dict[str, int]) -> int:
-    label = row.values[-1].strip()
-    if label in names:
-        return names[label]
-    if not label.isdecimal() or (names and int(label) not in names.values()):
-        raise BitlowerError(f"{path}, line {row.line}: {label!r} is no label", hint=nearest(label, names))
-    return int(label)
 
 
 def _artefact(folder: Path) -> Runner:

@@ -19,6 +19,7 @@ from bitlower.tools._calibration import Calibration, python_source, recipe_sourc
 from bitlower.tools._job import Job, Options, run_job
 from bitlower.tools._standard import standard_exports, standard_passes, standard_recipe
 from bitlower.tools._summary import RunSummary
+from bitlower.tools._training import with_training
 from bitlower.tools.language_model import is_decoder
 from bitlower.tools.recipe import Recipe, Section, dump_recipe, validate_recipe
 from bitlower.tools.render import Display
@@ -55,7 +56,8 @@ def recipe_job(recipe: Recipe) -> Job:
         BitlowerError: a pass, a parameter or a data file is wrong.
     """
     passes = validate_recipe(recipe)
-    source = recipe_source(recipe, is_decoder(recipe.model_source, recipe.model.task))
+    decoder = is_decoder(recipe.model_source, recipe.model.task)
+    source = with_training(recipe_source(recipe, decoder), recipe, decoder)
     return Job(
         load=lambda: replace(load(recipe.model_source, task=recipe.model.task), source=_portable(recipe.model.path)),
         data=source.batches,
@@ -169,6 +171,10 @@ def _resolved(recipe: Recipe, samples: int | None) -> Recipe:
         update["calibration"] = calibration.model_copy(update={"samples": samples})
     if recipe.evaluation is not None:
         update["evaluation"] = _portable_section(recipe.evaluation, "data")
+    if recipe.training is not None:
+        training = _portable_section(recipe.training, "data")
+        other = isinstance(training.held_out, str)
+        update["training"] = _portable_section(training, "held_out") if other else training
     return recipe.model_copy(update=update | {"plugins": [_portable(path) for path in recipe.plugins]})
 
 

@@ -9,14 +9,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from bitlower.ir import BitlowerError, Level, nearest, shorten
 from bitlower.ir.files import check_name
 from bitlower.passes import Pass, check_levels, load_plugin, make_pass, plain_parameters
+from bitlower.passes._declared import trains
 from bitlower.passes._pipeline import PASSES
 from bitlower.tools._recipe_schema import passes_schema
 from bitlower.tools._yaml import yaml_text
@@ -45,6 +55,10 @@ class ModelSection(Section):
     bos: Literal["auto", "always", "never"] = "auto"
 
 
+Count = Annotated[int, Field(ge=1, lt=1 << 31)]
+Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+
+
 class DataSection(Section):
     """Texts: one a line, or the column ``column`` of a table; ``samples`` of them drawn with ``seed``.
 
@@ -54,14 +68,43 @@ class DataSection(Section):
 
     data: str = Field(min_length=1)
     column: str | None = None
-    samples: int | None = Field(None, ge=1, lt=1 << 31)
-    max_length: int | None = Field(None, ge=1, lt=1 << 31)
-    batch_size: int | None = Field(None, ge=1, lt=1 << 31)
-    seed: int = Field(0, ge=-(1 << 63), lt=1 << 63)
+    samples: Count | None = None
+    max_length: Count | None = None
+    batch_size: Count | None = None
+    seed: Seed = 0
 
 
 class EvaluationSection(DataSection):
     """Held-out texts for the ledger and for checks."""
+
+
+def _columns(form: object) -> object:
+    if form is None or isinstance(form, str) or (isinstance(form, list) and len(form) == 2):
+        return form
+    raise ValueError("write a column, or a list of two for pairs of texts")
+
+
+def _held_out(form: object) -> object:
+    if form is None or (isinstance(form, str) and form) or (isinstance(form, float) and 0 < form < 1):
+        return form
+    raise ValueError("write a share of the rows, more than 0 and less than 1, or a file")
+
+
+class TrainingSection(Section):
+    """Texts, pairs of texts or windows to train on, with labels if ``label`` names their column.
+
+    ``held_out`` is the share of the rows, or another file with the same columns, by which the best step is chosen.
+    What is left out takes the defaults of the task (:mod:`bitlower.tools._training`).
+    """
+
+    data: str = Field(min_length=1)
+    column: Annotated[str | list[str] | None, BeforeValidator(_columns)] = None
+    label: str | None = None
+    samples: Count | None = None
+    held_out: Annotated[float | str | None, BeforeValidator(_held_out)] = None
+    max_length: Count | None = None
+    batch_size: Count | None = None
+    seed: Seed = 0
 
 
 class Step(Section):
@@ -94,6 +137,7 @@ class Recipe(Section):
     model: ModelSection
     calibration: DataSection | None = None
     evaluation: EvaluationSection | None = None
+    training: TrainingSection | None = None
     plugins: list[str] = Field(default_factory=list, max_length=PASSES)
     passes: list[Step] = Field(max_length=PASSES)
     export: list[Step] = Field(min_length=1, max_length=PASSES)
@@ -115,8 +159,9 @@ class Recipe(Section):
 
     @property
     def seed(self) -> int:
-        """The root of all randomness: that of the calibration data, 0 if there are none."""
-        return self.calibration.seed if self.calibration else 0
+        """The root of all randomness: that of the calibration data, else of the training data, 0 without either."""
+        section = self.calibration or self.training
+        return section.seed if section else 0
 
     def build_passes(self) -> tuple[Pass, ...]:
         """The passes, after loading the plugins.
@@ -209,20 +254,40 @@ def validate_recipe(recipe: Recipe) -> tuple[Pass, ...]:
     """Check what can be checked before the model is loaded, and give the passes.
 
     Raises:
-        BitlowerError: a pass or a parameter is unknown or wrong, the levels of the passes do not go together, or a
-            data file or model folder does not exist.
+        BitlowerError: a pass or a parameter is unknown or wrong, the levels of the passes do not go together, a pass
+            trains and there is nothing to train on, or a data file or model folder does not exist.
     """
     passes = recipe.build_passes()
     level = Level.FLOAT
     for index, pass_ in enumerate(passes):
         level = with_place(recipe._source, ("passes", index), check_levels, [pass_], level, index + 1)
-    for name in ("calibration", "evaluation"):
-        section: DataSection | None = getattr(recipe, name)
+    _check_training(recipe, passes)
+    for name in ("calibration", "evaluation", "training"):
+        section: DataSection | TrainingSection | None = getattr(recipe, name)
         if section is not None:
             with_place(recipe._source, (name, "data"), _require, recipe.resolve(section.data), f"the {name} data")
+    if recipe.training and isinstance(held_out := recipe.training.held_out, str):
+        place = ("training", "held_out")
+        with_place(recipe._source, place, _require, recipe.resolve(held_out), "the held-out data")
     if not recipe.model.path.startswith("package:"):
         with_place(recipe._source, ("model", "path"), _require, Path(recipe.model_source), "the model folder")
     return passes
+
+
+def _check_training(recipe: Recipe, passes: Sequence[Pass]) -> None:
+    """See that a pass that trains has data, and that data to train on have such a pass."""
+    given = recipe.training or recipe.calibration
+    for index, pass_ in enumerate(passes):
+        if with_place(recipe._source, ("passes", index), trains, pass_) and not given:
+            message = f"pass {pass_.name!r} trains, and there are no data to train on"
+            with_place(recipe._source, ("passes", index), _refuse, message, "add a section `training`")
+    if recipe.training and not any(map(trains, passes)):
+        hint = "add a pass that trains, or leave the section out"
+        with_place(recipe._source, ("training",), _refuse, "no pass trains on the training data", hint)
+
+
+def _refuse(message: str, hint: str) -> None:
+    raise BitlowerError(message, hint=hint)
 
 
 def _require(path: Path, what: str) -> None:
@@ -309,5 +374,6 @@ def _known_keys(place: Sequence[str | int]) -> list[str]:
         "model": ModelSection,
         "calibration": DataSection,
         "evaluation": EvaluationSection,
+        "training": TrainingSection,
     }
     return list((sections.get(str(place[0]), Recipe) if place else Recipe).model_fields)
