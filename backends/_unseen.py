@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bitlower.backends._selftest import Run, SelfTest, keep_ends, run_selftest, small_batch
+from bitlower.backends._selftest import MASK, Run, SelfTest, keep_ends, run_selftest, small_batch
 from bitlower.backends._steps import cached_steps
 from bitlower.ir import Batch, BitlowerError, CheckError, Program
 
@@ -97,8 +97,8 @@ class Seen:
         return _sizes(self._program, batch).get(name) not in self._sizes[name]
 
     def _resized(self, wanted: Mapping[str, int]) -> dict[str, torch.Tensor]:
-        """The last batch in other sizes; a past is left out, and so is empty."""
-        found = {}
+        """The last batch in other sizes, of texts that are padded on the left the ends; a past is left out: empty."""
+        found, ends = {}, _pads_before(self._last)
         for spec in self._program.inputs:
             if "past" in spec.type.shape or spec.name not in self._last:
                 continue
@@ -106,7 +106,8 @@ class Seen:
             for axis, dim in enumerate(spec.type.shape):
                 size = _wanted(dim, wanted)
                 if size is not None and tensor.shape[axis]:
-                    tensor = tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
+                    first = tensor.shape[axis] - size if ends and axis else 0
+                    tensor = tensor.index_select(axis, torch.arange(first, first + size) % tensor.shape[axis])
             found[spec.name] = tensor
         keep_ends(self._program, found, self._last)
         return found
@@ -136,6 +137,12 @@ def with_small_batch(program: Program, batches: Iterable[Batch]) -> Iterator[Bat
             yield small
             yield from cached_steps(program, small)
         yield batch
+
+
+def _pads_before(batch: Batch) -> bool:
+    """Whether more texts begin with padding than end with it."""
+    mask = batch.get(MASK)
+    return mask is not None and mask.dim() == 2 and bool(mask[:, 0].bool().sum() < mask[:, -1].bool().sum())
 
 
 def _wanted(dim: int | str, wanted: Mapping[str, int]) -> int | None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from bitlower.backends import _manifest
 from bitlower.backends._folder import CONFIG
-from bitlower.backends._json import read_json
+from bitlower.backends._json import read_json, rounded_figures
 from bitlower.backends._verified import FILE
+from bitlower.backends.checkpoint._client import CLIENT, Client, obstacle
 from bitlower.backends.checkpoint._formats import FORMATS
+from bitlower.backends.checkpoint._skeleton import Skeleton
 from bitlower.backends.checkpoint._verification import Verification
 from bitlower.backends.checkpoint._verify import Stored, check_weight
-from bitlower.ir import CheckError
+from bitlower.ir import CheckError, Level, Program
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class ArtefactReport:
         format: of the packed layers.
         layers: how many were unpacked; their codes, scales and zero points are those of the export.
         codes: how many these are.
+        client: what loaded the folder and gave what was recorded at export, or ``not run`` and why.
+        unseen: the cosine of each of its outputs to that, at sizes that neither tracing nor calibration had.
+        unseen_sizes: these.
     """
 
     files: int
@@ -35,27 +41,33 @@ class ArtefactReport:
     format: str
     layers: int
     codes: int
+    client: str
+    unseen: Mapping[str, float]
+    unseen_sizes: str
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**asdict(self), "unlisted": list(self.unlisted)}
+        return {**asdict(self), "unlisted": list(self.unlisted), "unseen": rounded_figures(self.unseen)}
 
 
 def verify_artefact(folder: Path) -> ArtefactReport:
     """Check a checkpoint on the disk against what was recorded when it was written.
 
     Every file has the hash that the manifest says, and each packed layer, unpacked as ``config.json`` says, has the
-    codes, scales and zero points that were compared with the Program.
+    codes, scales and zero points that were compared with the Program. Then transformers loads the folder, where what it
+    needs is installed and the model is small enough, and gives what the Program gave.
 
     Raises:
         BitlowerError: there is no such folder.
-        CheckError: a file is missing or changed, or a layer does not unpack to what it was.
+        CheckError: a file is missing or changed, a layer does not unpack to what it was, or the client gives something
+            else.
     """
     files = _manifest.check_artefact(folder)
     recorded = Verification.read(folder)
     if recorded.format not in FORMATS:
         raise CheckError(f"{FILE} in {folder} names the unknown format {recorded.format!r}")
-    stored = Stored(folder, FORMATS[recorded.format], read_json(folder / CONFIG))
+    form, config = FORMATS[recorded.format], read_json(folder / CONFIG)
+    stored = Stored(folder, form, config)
     expected = {row.path: row for row in recorded.layers}
     if set(stored.packed) != set(expected):
         path = min(set(stored.packed) ^ set(expected))
@@ -65,4 +77,16 @@ def verify_artefact(folder: Path) -> ArtefactReport:
             if expected[path].digests.get(part) != digest:
                 raise CheckError(f"the {part.replace('_', ' ')} of {path} are not those of the export")
     codes = sum(row.codes for row in recorded.layers)
-    return ArtefactReport(files.count, files.bytes, files.unlisted, recorded.format, len(expected), codes)
+    skeleton = Skeleton(Program({}, Level.INTEGER, _manifest.read_manifest(folder).program.task, (), (), config))
+    reason = obstacle(skeleton, form.readers if stored.packed else ())
+    return ArtefactReport(
+        files.count,
+        files.bytes,
+        files.unlisted,
+        recorded.format,
+        len(expected),
+        codes,
+        reason or CLIENT,
+        {} if reason else Client(folder, skeleton).test(recorded.unseen),
+        recorded.unseen.sizes,
+    )

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from bitlower.backends._outputs import Sums, flat_parts
+from bitlower.backends._outputs import Array, Sums, flat_parts
+from bitlower.backends._unseen import Unseen
 from bitlower.backends.checkpoint._skeleton import Skeleton, quiet
 from bitlower.ir import Batch, CheckError
 
@@ -43,30 +44,62 @@ def obstacle(skeleton: Skeleton, readers: Collection[str]) -> str:
     return f"not run: {size / 1e9:.1f} GB of weights in float32" if size > LIMIT else ""
 
 
-@torch.no_grad()
-def check_client(
-    folder: Path, skeleton: Skeleton, batch: Batch, expected: Mapping[str, torch.Tensor], *, exact: bool
-) -> None:
-    """Load ``folder`` in float32, run ``batch`` and compare.
+class Client:
+    """A checkpoint as transformers loads it, in float32.
 
     Args:
         folder: the checkpoint.
         skeleton: its model.
-        batch: inputs by name.
-        expected: the Program's outputs with the weights of the file, by name.
-        exact: whether the client computes with the very weights of the file.
 
     Raises:
-        CheckError: it does not load or run, or gives something else.
+        CheckError: it does not load.
     """
-    model = _load(folder, skeleton)
-    cache = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-    try:
-        outputs = model(**batch, **cache)
-    except Exception as error:  # whatever a model raises that is not what it should be
-        raise _unusable("run", error) from None
-    for name, value in expected.items():
-        _compare(name, outputs[name], value, exact)
+
+    def __init__(self, folder: Path, skeleton: Skeleton) -> None:
+        self._model = _load(folder, skeleton)
+
+    @torch.no_grad()
+    def run(self, batch: Batch) -> Mapping[str, torch.Tensor]:
+        """The outputs by name, without a KV cache.
+
+        Raises:
+            CheckError: it does not run.
+        """
+        cache = {"use_cache": False} if hasattr(self._model.config, "use_cache") else {}
+        try:
+            outputs: Mapping[str, torch.Tensor] = self._model(**batch, **cache)
+        except Exception as error:  # whatever a model raises that is not what it should be
+            raise _unusable("run", error) from None
+        return outputs
+
+    def check(self, batch: Batch, expected: Mapping[str, torch.Tensor], *, exact: bool) -> None:
+        """Run ``batch`` and compare.
+
+        Args:
+            batch: inputs by name.
+            expected: the Program's outputs with the weights of the file, by name.
+            exact: whether the client computes with the very weights of the file.
+
+        Raises:
+            CheckError: it does not run, or gives something else.
+        """
+        outputs = self.run(batch)
+        for name, value in expected.items():
+            _compare(name, outputs[name], value, exact)
+
+    def test(self, unseen: Unseen) -> dict[str, float]:
+        """The cosine of each output to what was recorded at export, at the sizes of ``unseen``.
+
+        Raises:
+            CheckError: it does not run, or gives something else.
+        """
+        names = unseen.selftest.outputs if unseen.selftest else ()
+
+        def run(batch: Batch) -> dict[str, Array]:
+            outputs = self.run(batch)
+            return {name: outputs[name].numpy() for name in names if name in outputs}
+
+        return unseen.check(run)
 
 
 def _load(folder: Path, skeleton: Skeleton) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from bitlower.backends._json import rounded_figures
+from bitlower.backends._unseen import Unseen
 from bitlower.backends._verified import Verified
 
 
@@ -67,6 +68,8 @@ class Verification(Verified):
         outputs: one row each.
         client: what loaded the folder and gave the Program's outputs, or ``not run`` and why.
         versions: of what ran the model.
+        unseen: the sizes that neither tracing nor the batches had, and a self-test of them that expects what the
+            Program gives with the weights of the file.
     """
 
     format: str
@@ -78,13 +81,15 @@ class Verification(Verified):
     outputs: tuple[OutputCheck, ...]
     client: str
     versions: Mapping[str, str]
+    unseen: Unseen
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, floats with six significant digits; the inverse of :meth:`from_dict`."""
         form = {field.name: getattr(self, field.name) for field in fields(self)}
         form["layers"] = [rounded_figures(asdict(row)) for row in self.layers]
         form["outputs"] = [rounded_figures(asdict(row)) for row in self.outputs]
-        return rounded_figures(form | {"versions": dict(self.versions), "summary": self.summary()})
+        form |= {"versions": dict(self.versions), "unseen": self.unseen.to_dict(), "summary": self.summary()}
+        return rounded_figures(form)
 
     def summary(self) -> dict[str, Any]:
         """The figures that people look at first."""
@@ -95,5 +100,6 @@ class Verification(Verified):
                 "codes": sum(row.codes for row in self.layers),
                 "scale_error": max((row.scale_error for row in self.layers), default=0.0),
                 "client": self.client,
+                "unseen_sizes": self.unseen.sizes,
             }
         )

@@ -10,13 +10,14 @@ Three comparisons tell a fault from the rounding that a checkpoint in half preci
 - outputs: the Program as it is, and with the weights of the file. This is what the rounding costs.
 
 At last transformers loads the folder, where what it needs is installed and the model is small enough, and must give the
-outputs of the Program with the weights of the file.
+outputs of the Program with the weights of the file. All of this is done at sizes too that nothing had before.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +26,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from bitlower.backends.checkpoint._client import CLIENT, check_client, obstacle
+from bitlower.backends._selftest import SelfTest, make_selftest
+from bitlower.backends._unseen import Seen, Unseen, at
+from bitlower.backends.checkpoint._client import CLIENT, Client, obstacle
 from bitlower.backends.checkpoint._contents import Contents, Float, Layer
 from bitlower.backends.checkpoint._outputs import OutputComparison
 from bitlower.backends.checkpoint._packed import Format, Packed, Weight
@@ -125,44 +128,94 @@ def verify_export(
     """
     layers = tuple(_check_layer(layer, stored, form.scale_dtype(dtype)) for layer in contents.layers)
     float_error = max((_check_float(entry, stored, dtype) for entry in contents.floats), default=0.0)
-    comparison = OutputComparison([spec.name for spec in program.outputs])
-    count = tokens = 0
-    first: tuple[Batch, dict[str, torch.Tensor]] | None = None
-    for batch in map(_cut, itertools.islice(batches, limit)):
-        model = _run_model(skeleton, contents, stored, batch)
-        trim()
-        ours = _run_program(program, {}, batch, model)
-        trim()
-        kept = _run_program(program, _weights(program, contents, stored, skeleton), batch, model)
-        comparison.add(ours, kept, model)
-        first = first or (batch, kept)
-        count, tokens = count + 1, tokens + next(iter(batch.values())).numel()
-    if first is None:
-        raise BitlowerError("an export cannot be verified without a batch of inputs", hint="give at least one")
-    outputs = comparison.rows()
+    comparison = _Comparison(program, contents, skeleton, stored)
+    first, other = comparison.run_all(itertools.islice(batches, limit))
     exact = dtype == torch.float32 or not stored.dequantizes
-    client = _run_client(skeleton, stored, form, first, exact)
     return Verification(
         format=form.name,
         dtype=str(dtype).removeprefix("torch."),
-        batches=count,
-        tokens=tokens,
+        batches=comparison.batches,
+        tokens=comparison.tokens,
         layers=layers,
         float_error=float_error,
-        outputs=outputs,
-        client=client,
+        outputs=comparison.outputs.rows(),
+        client=_run_client(skeleton, stored, form, (first, other), exact),
         versions={name: version(name) for name in PACKAGES},
+        unseen=Unseen(other.sizes, other.selftest()),
     )
 
 
-def _run_client(
-    skeleton: Skeleton, stored: Stored, form: Format, first: tuple[Batch, dict[str, torch.Tensor]], exact: bool
-) -> str:
-    """The client that was run on a batch and gave the outputs beside it, or why none was."""
+@dataclass(frozen=True)
+class _Run:
+    """A batch with the outputs of the Program with the stored weights, and its sizes in words; none of it if empty."""
+
+    sizes: str
+    batch: Batch
+    outputs: Mapping[str, torch.Tensor]
+
+    def selftest(self) -> SelfTest | None:
+        arrays = {name: value.numpy() for name, value in self.outputs.items()}
+        return make_selftest(self.batch, arrays) if arrays else None
+
+
+class _Comparison:
+    """All outputs, summed over batches."""
+
+    def __init__(self, program: Program, contents: Contents, skeleton: Skeleton, stored: Stored) -> None:
+        self._program, self._contents, self._skeleton, self._stored = program, contents, skeleton, stored
+        self.outputs = OutputComparison([spec.name for spec in program.outputs])
+        self.batches = self.tokens = 0
+
+    def run_all(self, batches: Iterable[Batch]) -> tuple[_Run, _Run]:
+        """Compare the first rows of all batches, and one of other sizes; the first and the last run.
+
+        Raises:
+            BitlowerError: there is no batch.
+            CheckError: the model does not run, or an output is too far off.
+        """
+        seen, first = Seen(self._program), None
+        for whole in batches:
+            batch = _cut(whole)
+            kept = self.run(batch)
+            first = first or _Run("", batch, kept)
+            seen.add(whole)
+            seen.add(batch)
+        if first is None:
+            raise BitlowerError("an export cannot be verified without a batch of inputs", hint="give at least one")
+        self.outputs.rows()
+        other = seen.other()
+        sizes = seen.describe(other)
+        if other is None:
+            return first, _Run(sizes, {}, {})
+        with at(sizes):
+            kept = self.run(other)
+            self.outputs.rows()
+        return first, _Run(sizes, other, kept)
+
+    def run(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Compare one batch; what the Program gives with the stored weights."""
+        model = _run_model(self._skeleton, self._contents, self._stored, batch)
+        trim()
+        ours = _run_program(self._program, {}, batch, model)
+        trim()
+        weights = _weights(self._program, self._contents, self._stored, self._skeleton)
+        kept = _run_program(self._program, weights, batch, model)
+        self.outputs.add(ours, kept, model)
+        self.batches, self.tokens = self.batches + 1, self.tokens + next(iter(batch.values())).numel()
+        return kept
+
+
+def _run_client(skeleton: Skeleton, stored: Stored, form: Format, runs: tuple[_Run, _Run], exact: bool) -> str:
+    """The client that gave the outputs of both runs, or why none was asked."""
     reason = obstacle(skeleton, form.readers if stored.packed else ())
-    if not reason:
-        check_client(stored.path, skeleton, *first, exact=exact)
-    return reason or CLIENT
+    if reason:
+        return reason
+    client, (first, other) = Client(stored.path, skeleton), runs
+    client.check(first.batch, first.outputs, exact=exact)
+    if other.outputs:
+        with at(other.sizes):
+            client.check(other.batch, other.outputs, exact=exact)
+    return CLIENT
 
 
 def _is_packed(config: Mapping[str, Any]) -> bool:
@@ -274,5 +327,13 @@ def _run_program(program: Program, weights: Weights, batch: Batch, names: Collec
 
 
 def _run_model(skeleton: Skeleton, contents: Contents, stored: Stored, batch: Batch) -> dict[str, torch.Tensor]:
-    """What Hugging Face's model gives with the stored weights."""
-    return skeleton.run(batch, lambda name: stored.whole(name, skeleton), contents.ties)
+    """What Hugging Face's model gives with the stored weights.
+
+    Raises:
+        CheckError: it does not run.
+    """
+    try:
+        return skeleton.run(batch, lambda name: stored.whole(name, skeleton), contents.ties)
+    except (RuntimeError, IndexError, ValueError) as error:
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckError(f"Hugging Face's model does not run: {line}") from error

@@ -280,7 +280,7 @@ def kinds() -> dict[str, Any]:
     value = _files.Value("x", "float32", ("batch", 8))
     return {
         "checkpoint": checkpoint.Verification(
-            "gptq-v2", "float16", 1, 8, (layer,), 0.0, (output,), "transformers", {"torch": "2"}
+            "gptq-v2", "float16", 1, 8, (layer,), 0.0, (output,), "transformers", {"torch": "2"}, Unseen("")
         ),
         "library": library.Verification(
             {"target": "llvm"}, 1, 8, (error,), (kernel,), 0.0, selftest(), Unseen("", selftest())

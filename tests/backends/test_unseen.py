@@ -39,6 +39,21 @@ def test_every_symbolic_dimension_has_a_size_that_no_batch_had(tiny_program: Pro
     assert torch.equal(other["input_ids"], batch(2, 4)["input_ids"][rows][:, columns])
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_tokens_that_are_no_padding_are_kept(tiny_program: Program, left: bool) -> None:
+    """Of twelve tokens four are padding."""
+    given = {name: value for name, value in batch(2, 12).items() if name != "images"}
+    kept = torch.arange(12) >= 4 if left else torch.arange(12) < 8
+    given["attention_mask"] = kept.float().expand(2, 12)
+    seen = Seen(decoder(tiny_program))
+    seen.add(given)
+    other = seen.other()
+    assert other is not None
+    assert bool(other["attention_mask"].all())
+    columns = torch.arange(5, 12) if left else torch.arange(7)
+    assert torch.equal(other["input_ids"], given["input_ids"][[0, 1, 0]][:, columns])
+
+
 def test_without_symbolic_dimensions_there_is_no_other_batch(tiny_program: Program) -> None:
     tiny_program.inputs = (ValueSpec("x", TensorType(torch.float32, (2, 4))),)
     seen = Seen(tiny_program)
