@@ -299,7 +299,7 @@ def test_short_texts_have_no_windows(llama_program: Program, story: Path, tmp_pa
 @pytest.fixture
 def learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A plugin with a pass that trains."""
-    monkeypatch.setattr(_registry, "_LOOSE", {})
+    monkeypatch.setattr(_registry.PASSES, "loose", {})
     (tmp_path / "learn.py").write_text(LEARN)
     return tmp_path / "learn.py"
 
