@@ -20,6 +20,9 @@ from bitlower.ir.tokens import kept
 
 Ranges = Literal["fixed", "learned", "observed"]
 Parametrization = Literal["amax", "scale", "log", "gamma", "pact", "laq"]
+GradientScale = Literal["lsq", "plain"]
+ClippedGradient = Literal["zero", "pass"]
+Edge = Literal["before-rounding", "after-rounding"]
 FOR_WEIGHTS = ("gamma", "pact", "laq")
 """Parametrizations of weights; activations beside them have ``amax``."""
 FLOOR = 1e-3
@@ -41,7 +44,7 @@ class RangeSettings:
             clipped alone (Choi et al. 2018); ``laq`` fits the scale to the weights at each step by alternating least
             squares (Hou & Kwok 2018, with equal curvature), and all gradients pass.
         gradient_scale: ``lsq`` multiplies the gradient of a scale by ``1/√(n·quant_max)``, n being the elements that
-            share it (Esser et al. 2020, §2.2); ``none`` leaves it (Bondarenko et al. 2021).
+            share it (Esser et al. 2020, §2.2); ``plain`` leaves it (Bondarenko et al. 2021).
         clipped_gradient: what passes through a clipped value: nothing (``zero``), or all (``pass``).
         edge: whether a value is clipped is seen ``before-rounding`` or ``after-rounding``
             (:class:`~bitlower.ir.rounding.Clipping`).
@@ -49,9 +52,9 @@ class RangeSettings:
 
     ranges: Ranges = "learned"
     parametrization: Parametrization = "amax"
-    gradient_scale: Literal["lsq", "none"] = "lsq"
-    clipped_gradient: Literal["zero", "pass"] = "zero"
-    edge: Literal["before-rounding", "after-rounding"] = "before-rounding"
+    gradient_scale: GradientScale = "lsq"
+    clipped_gradient: ClippedGradient = "zero"
+    edge: Edge = "before-rounding"
 
 
 class LearnableQuantizer(nn.Module):
@@ -74,6 +77,7 @@ class LearnableQuantizer(nn.Module):
     """
 
     batch: Batch
+    frozen: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor
     first_range: torch.Tensor
@@ -109,6 +113,7 @@ class LearnableQuantizer(nn.Module):
         self.groups = Groups.of(spec.granularity, scale, zero_point, weight)
         self.register_buffer("scale", scale.detach().clone())
         self.register_buffer("zero_point", zero_point.detach().clone())
+        self.register_buffer("frozen", torch.tensor(settings.ranges == "fixed"))
         if self.learns:
             self._learn(weight)
 
@@ -126,7 +131,7 @@ class LearnableQuantizer(nn.Module):
     @property
     def learns(self) -> bool:
         """Whether gradients change the range."""
-        return self.mode == "learned" and self.kind != "laq"
+        return self.mode == "learned" and self.kind != "laq" and not self.frozen
 
     def forward(self, x: torch.Tensor, rows: torch.Tensor | None = None, padding: int = -1) -> torch.Tensor:
         """``x`` rounded to its grid.
@@ -136,9 +141,9 @@ class LearnableQuantizer(nn.Module):
             rows: indices of any shape: only these rows of the weight are taken and rounded, as an embedding does.
             padding: the row that gets no gradient, as in an embedding.
         """
-        if self.training and self.mode == "observed":
+        if self.training and not self.frozen and self.mode == "observed":
             self._observe(x.detach())
-        elif self.training and self.mode == "learned" and self.kind == "laq":
+        elif self.training and not self.frozen and self.kind == "laq":
             self.scale = self._least_squares(x.detach())
         scale, zero = self._attached(x)
         if rows is not None:
@@ -156,11 +161,11 @@ class LearnableQuantizer(nn.Module):
         scale, zero = self.qparams(weight)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero)
-        self.mode = "fixed"
+        self.frozen.fill_(True)
 
     def dead(self) -> int:
         """How many scales lie at the floor."""
-        return int((self._ratio() <= FLOOR).sum()) if self.learns else 0
+        return int((self._ratio() <= FLOOR).sum()) if hasattr(self, "range") else 0
 
     def _attached(self, weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point with their gradients; the zero point is not rounded."""

@@ -14,6 +14,7 @@ from bitlower.ir import numerics
 from bitlower.ir.diagnostics import BitlowerError
 from bitlower.ir.granularity import Granularity
 from bitlower.ir.grid import Grid, ScaleConvention
+from bitlower.ir.rounding import Clipping, fake_quantize_gradients
 
 DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "uint16": torch.uint16}
 
@@ -34,26 +35,22 @@ def _(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, scale, zero_point, ctx.quant_min, ctx.quant_max = inputs
-    ctx.save_for_backward(x, scale, torch.round(zero_point))
+    ctx.save_for_backward(x, output, scale, torch.round(zero_point))
 
 
 def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Straight-through inside the clip range; the scale's gradient in LSQ form without its 1/√(N·Qp) factor.
-
-    ∂x̂/∂x = 1 inside, 0 outside; ∂x̂/∂s = round(x/s) − x/s inside, (limit − z) outside; ∂x̂/∂z = 0 inside, −s outside
-    (Bondarenko et al. §3.5 of the official code; Esser et al. 2020, eq. 3).
-    """
-    x, scale, zero = ctx.saved_tensors
-    calibrated = scale.any()
-    ratio = numerics.blockwise(x, scale, zero, lambda v, s, z: v / s)
-    code = numerics.codes(x, scale, zero, ctx.quant_min, ctx.quant_max)
-    centred = numerics.blockwise(code, scale, zero, lambda q, s, z: q - z)
-    rounded = torch.round(ratio)
-    inside = centred == rounded
-    by_x = torch.where(calibrated, gradient * inside, gradient)
-    by_scale = numerics.sum_like_scale(gradient * torch.where(inside, rounded - ratio, centred), scale)
-    by_zero = -scale * numerics.sum_like_scale(torch.where(inside, 0.0, gradient), scale)
-    return by_x, torch.where(calibrated, by_scale, 0.0), by_zero, None, None
+    """Those of :mod:`bitlower.ir.rounding`, with clipping seen after rounding; an open quantizer lets them through."""
+    x, rounded, scale, zero = ctx.saved_tensors
+    clipping, calibrated = Clipping(ctx.quant_min, ctx.quant_max, after_rounding=True), scale.any()
+    found = fake_quantize_gradients(
+        gradient, x, rounded, scale, zero, clipping, ctx.needs_input_grad[:3], traceable=True
+    )
+    others = (gradient, torch.zeros_like(scale), torch.zeros_like(zero))
+    by = (
+        torch.where(calibrated, part, other) if part is not None else None
+        for part, other in zip(found, others, strict=True)
+    )
+    return *by, None, None
 
 
 _fake_quantize.register_autograd(_gradients, setup_context=_save)

@@ -57,6 +57,8 @@ def fake_quantize_gradients(
     zero_point: torch.Tensor,
     clipping: Clipping,
     needed: Sequence[bool] = (True, True, True),
+    *,
+    traceable: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The gradients of ``x``, ``scale`` and ``zero_point``; None where ``needed`` is false.
 
@@ -68,11 +70,12 @@ def fake_quantize_gradients(
         zero_point: whole numbers, in the shape of ``scale``.
         clipping: the range of codes and the rule at its ends.
         needed: of ``x``, ``scale`` and ``zero_point``.
+        traceable: read no value into Python, at the price of two more passes over the tensor.
     """
     (g, v, r), (s, z), inner = _blocked((gradient, x, rounded), (scale, zero_point))
     low, high = clipping.ends(s, z)
     by_range = needed[1] or needed[2]
-    if scale.dim() == 0:
+    if scale.dim() == 0 and not traceable:
         inside = aten.hardtanh_backward(g, v, low.item(), high.item())
     else:
         inside = torch.where((v > low) & (v < high), g, 0.0)
@@ -84,15 +87,21 @@ def fake_quantize_gradients(
             by_scale = by_scale + _dot(inside, r - v, inner)
         by_scale = by_scale.reshape(scale.shape) / scale
     if needed[2]:
-        total = outside.sum(inner) if inner is not None else outside.sum()
-        by_zero = -scale * total.reshape(scale.shape)
+        by_zero = -scale * _sum(outside, inner).reshape(scale.shape)
     by_x = (gradient if clipping.passes else inside.reshape(x.shape)) if needed[0] else None
     return by_x, by_scale, by_zero
 
 
 def _dot(left: torch.Tensor, right: torch.Tensor, inner: list[int] | None) -> torch.Tensor:
     """The sum of the products over the axes ``inner``; over everything if that is None."""
-    return (left * right).sum(inner) if inner is not None else torch.dot(left.reshape(-1), right.reshape(-1))
+    if inner is None:
+        return torch.dot(left.reshape(-1), right.reshape(-1))
+    return _sum(left * right, inner)
+
+
+def _sum(x: torch.Tensor, inner: list[int] | None) -> torch.Tensor:
+    """The sum over the axes ``inner``, which torch would take over all if there are none."""
+    return x if inner == [] else x.sum(inner)
 
 
 def _blocked(
@@ -106,7 +115,7 @@ def _blocked(
     if not shape:
         return list(tensors), list(ranges), None
     if all(s in (1, n) for s, n in zip(shape, tensors[0].shape, strict=True)):
-        inner = [axis for axis, size in enumerate(shape) if size == 1]  # never empty: some axis is shared
+        inner = [axis for axis, size in enumerate(shape) if size == 1]
         return list(tensors), list(ranges), inner
     spread = [part for size in shape for part in (size, 1)]
     cut = [block(tensor, shape) for tensor in tensors]

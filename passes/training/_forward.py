@@ -1,0 +1,197 @@
+"""A model as training runs it: the values that losses look at, and the output head apart, in chunks of rows.
+
+The logits of a large vocabulary are the peak of memory: 512 tokens of 50,000 words are 100 MB, and softmax, loss and
+gradients are several times that. So the model runs up to the input of its head, and the head on some rows at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from bitlower.ir import Batch, Program
+from bitlower.ir.dataflow import ATTENTION, LINEAR, activation_operand, ancestors, blocks, operand, value_root
+from bitlower.ir.subgraph import subgraph
+from bitlower.ir.tokens import token_mask
+from bitlower.passes._attention import is_scores
+from bitlower.passes.training._loss import Values
+
+LOGITS = "logits"
+_CHUNK = 1 << 24
+"""Entries of the logits that are computed at once."""
+
+
+@dataclass(frozen=True)
+class AttentionTap:
+    """What the scores of an attention are computed from: ``query`` and ``key``, or the ``scores`` before scaling."""
+
+    query: str
+    key: str = ""
+    scores: str = ""
+
+
+@dataclass(frozen=True)
+class Taps:
+    """The nodes of a Program whose values losses look at, by name.
+
+    Args:
+        hidden: what leaves each block.
+        attention: query, and key of an operator (``key``) or product of an explicit attention (``scores``).
+        head: what the linear layer that gives the logits reads; empty where the logits are those of whole texts.
+    """
+
+    hidden: tuple[str, ...] = ()
+    attention: tuple[AttentionTap, ...] = ()
+    head: str = ""
+
+    @classmethod
+    def of(cls, program: Program, needs: frozenset[str]) -> Taps:
+        """What the needs of losses ask for."""
+        hidden = tuple(block.output.name for block in blocks(program.module)) if "hidden" in needs else ()
+        attention = tuple(_attention(program.graph)) if "attention" in needs else ()
+        return cls(hidden, attention, _head_input(program))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them, each once."""
+        attention = (name for tap in self.attention for name in (tap.query, tap.key, tap.scores))
+        names = (*self.hidden, *attention, self.head)
+        return tuple(dict.fromkeys(name for name in names if name))
+
+
+def _attention(graph: fx.Graph) -> Iterator[AttentionTap]:
+    for node in graph.nodes:
+        if node.target in ATTENTION:
+            yield AttentionTap(operand(node, 0).name, key=operand(node, 1).name)
+        elif is_scores(node):
+            yield AttentionTap(operand(node, 0).name, scores=node.name)
+
+
+def _head_input(program: Program) -> str:
+    """The node that the linear layer behind token-wise logits reads."""
+    place = [spec.name for spec in program.outputs].index(LOGITS) if _gives_logits(program) else None
+    if place is None or program.outputs[place].type.rank != 3:
+        return ""
+    head = value_root(program.graph.output_node().args[0][place])  # type: ignore[index,arg-type]
+    return activation_operand(head).name if head.target in LINEAR else ""
+
+
+def _gives_logits(program: Program) -> bool:
+    return any(spec.name == LOGITS for spec in program.outputs)
+
+
+class Forward:
+    """Runs a graph on a batch.
+
+    Args:
+        program: whose inputs and outputs the graph has.
+        module: its graph, with the values of ``taps`` after its outputs.
+        taps: the nodes.
+        logits: whether they are needed.
+    """
+
+    def __init__(self, program: Program, module: fx.GraphModule, taps: Taps, *, logits: bool) -> None:
+        self.program, self.taps = program, taps
+        names = [*(spec.name for spec in program.outputs), *taps.names]
+        nodes: dict[str, fx.Node] = dict(zip(names, module.graph.output_node().args[0], strict=True))  # type: ignore[arg-type]
+        wanted = [name for name in taps.names if name != taps.head]
+        self.head: Head | None = None
+        if logits and taps.head:
+            self.head = Head.of(module, nodes[taps.head], nodes[LOGITS])
+        if logits:
+            wanted.append(taps.head if self.head else LOGITS)
+        self._names = wanted
+        self.by_token = any(spec.name == LOGITS and spec.type.rank == 3 for spec in program.outputs)
+        """Whether a row of logits is that of a token."""
+        placeholders = module.graph.find_nodes(op="placeholder")
+        self.body = subgraph(module, placeholders, [nodes[name] for name in wanted])
+        self._last = logits
+
+    def __call__(self, batch: Batch) -> tuple[Values, torch.Tensor | None]:
+        """What the losses look at, and the rows that the head reads (or the logits, where it is not apart).
+
+        Rows are those of tokens that are no padding, ``[rows, channels]``; of whole texts, ``[batch, classes]``.
+        """
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        found = dict(zip(self._names, self.body(*self.program.arguments(inputs)), strict=True))
+        values = Values(
+            tuple(found[name] for name in self.taps.hidden),
+            tuple(_scores(tap, found) for tap in self.taps.attention),
+        )
+        if not self._last:
+            return values, None
+        rows = found[self._names[-1]]
+        return values, rows[real_tokens(batch)] if rows.dim() == 3 else rows
+
+
+def real_tokens(batch: Batch) -> torch.Tensor:
+    """Which tokens are no padding, ``[batch, sequence]``, bool."""
+    mask = token_mask(batch)
+    return mask if mask is not None else torch.ones(next(iter(batch.values())).shape[:2], dtype=torch.bool)
+
+
+def _scores(tap: AttentionTap, found: dict[str, torch.Tensor]) -> torch.Tensor:
+    """``QKᵀ/√width``; the keys of grouped queries are repeated."""
+    query = found[tap.query]
+    if tap.scores:
+        return found[tap.scores] / math.sqrt(query.shape[-1])
+    key = found[tap.key].repeat_interleave(query.shape[1] // found[tap.key].shape[1], 1)
+    return query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+
+
+class Head:
+    """The part of a model that makes logits of rows, and the values that it needs besides, computed once a step.
+
+    Args:
+        weights: gives what depends on parameters alone, the quantized table above all.
+        logits: from ``[1, rows, channels]`` and the values of ``weights`` to ``[1, rows, classes]``.
+    """
+
+    def __init__(self, weights: fx.GraphModule, logits: fx.GraphModule) -> None:
+        self.weights, self.logits = weights, logits
+
+    @classmethod
+    def of(cls, module: fx.GraphModule, source: fx.Node, logits: fx.Node) -> Head | None:
+        """The head between two nodes; None if it reads anything else of the model."""
+        after = _after(source, logits)
+        fixed = _fixed(module.graph)
+        outside = {n for node in after for n in node.all_input_nodes if n not in after and n is not source}
+        if not outside <= fixed:
+            return None
+        constants = sorted(outside, key=list(module.graph.nodes).index)
+        return cls(subgraph(module, (), constants), subgraph(module, [source, *constants], [logits]))
+
+    def chunks(self, rows: torch.Tensor, weights: Sequence[Any]) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The logits of ``rows``, ``[rows, channels]``, some at a time, and which rows those are."""
+        width, start = 0, 0
+        while start < len(rows):
+            part = slice(start, start + max(1, _CHUNK // width if width else 64))
+            [logits] = self.logits(rows[None, part], *weights)
+            width, start = logits.shape[-1], part.stop
+            yield part, logits[0].float()
+
+
+def _after(source: fx.Node, end: fx.Node) -> set[fx.Node]:
+    """The nodes on the ways from ``source`` to ``end``; ``end`` is among them, ``source`` is not."""
+    reached, frontier = set[fx.Node](), [source]
+    while frontier:
+        for user in frontier.pop().users:
+            if user.op != "output" and user not in reached:
+                reached.add(user)
+                frontier.append(user)
+    return reached & {end, *ancestors(end.graph, [end])}
+
+
+def _fixed(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that depend on parameters alone, quantizer modules among them."""
+    found = set[fx.Node]()
+    for node in graph.nodes:
+        computed = node.op in ("call_function", "call_module")
+        if node.op == "get_attr" or (computed and node.all_input_nodes and found.issuperset(node.all_input_nodes)):
+            found.add(node)
+    return found

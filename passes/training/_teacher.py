@@ -1,0 +1,106 @@
+"""The teacher: the float model that a Program was quantized from, run once a batch and kept on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from bitlower.ir import Batch, BitlowerError, Program, get_tensor, numerics, ops
+from bitlower.ir.program import copy_module
+from bitlower.ir.storage import spill
+from bitlower.passes._base import Context
+from bitlower.passes._float_twin import float_twin
+from bitlower.passes.training._forward import Forward, Taps
+from bitlower.passes.training._loss import Values
+
+Told = tuple[Values, torch.Tensor | None]
+Key = tuple[str, int]
+"""The part of the data that a batch is of, and its place in it."""
+
+
+def float_reference(program: Program, context: Context) -> Program:
+    """The float model that ``program`` is to be like: the one it was quantized from, or itself without rounding.
+
+    Raises:
+        BitlowerError: the former is unknown, and the weights are rounded already.
+    """
+    if context.reference is not None:
+        return context.reference
+    if _is_rounded(program):
+        raise BitlowerError(
+            "the float model is not known any more, and the weights are rounded already",
+            hint="run `quantize`, what rounds, and what trains in one pipeline",
+        )
+    return float_twin(program)[0]
+
+
+def _is_rounded(program: Program) -> bool:
+    """Whether all quantized weights lie on their grids."""
+    nodes = [
+        node
+        for node in program.graph.find_nodes(op="call_function", target=ops.fake_quantize)
+        if all(isinstance(n, fx.Node) and n.op == "get_attr" for n in node.args[:3])
+    ]
+    for node in nodes:
+        weight, scale, zero = (get_tensor(program.module, str(n.target)) for n in node.args[:3])
+        if bool(scale.any()) and not torch.equal(numerics.fake(weight, scale, zero, *node.args[3:5]), weight):
+            return False
+    return bool(nodes)
+
+
+class Teacher:
+    """What the float model says about each batch.
+
+    Args:
+        reference: the float model.
+        needs: of the losses.
+        logits: whether they look at logits.
+        budget: bytes of answers that are kept on disk; later batches are run again each time.
+        folder: for them.
+    """
+
+    def __init__(
+        self, reference: Program, needs: frozenset[str], *, logits: bool, budget: int, folder: Path | None
+    ) -> None:
+        taps = Taps.of(reference, needs)
+        self.forward = Forward(reference, _tapped(reference, taps), taps, logits=logits)
+        self._left, self._folder = budget, folder
+        self._told: dict[Key, Told] = {}
+        self.weights: tuple[torch.Tensor, ...] = ()
+        if self.forward.head:
+            with torch.no_grad():
+                self.weights = self.forward.head.weights()
+
+    def __call__(self, key: Key, batch: Batch) -> Told:
+        """The values that losses look at, and the rows that its head reads; ``key`` names the batch."""
+        if key not in self._told:
+            with torch.no_grad():
+                told = self.forward(batch)
+            size = sum(tensor.nbytes for tensor in _tensors(told))
+            if size > self._left:
+                return told
+            self._left -= size
+            self._told[key] = _spilled(told, self._folder)
+        return self._told[key]
+
+
+def _tapped(program: Program, taps: Taps) -> fx.GraphModule:
+    """The graph of ``program`` with the values of ``taps`` after its outputs."""
+    module = copy_module(program.module)
+    named = {node.name: node for node in module.graph.nodes}
+    output = module.graph.output_node()
+    output.args = ((*output.args[0], *(named[name] for name in taps.names)),)  # type: ignore[misc]
+    return module
+
+
+def _tensors(told: Told) -> list[torch.Tensor]:
+    values, rows = told
+    return [*values.hidden, *values.attention, *([rows] if rows is not None else [])]
+
+
+def _spilled(told: Told, folder: Path | None) -> Told:
+    values, rows = told
+    hidden, attention = (tuple(spill(t, folder=folder) for t in part) for part in (values.hidden, values.attention))
+    return Values(hidden, attention), spill(rows, folder=folder) if rows is not None else None
