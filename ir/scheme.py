@@ -7,7 +7,7 @@ The long form uses the argument names of compressed-tensors (``num_bits``, ``typ
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ _ARGUMENTS = (
 )
 T = TypeVar("T")
 
-WEIGHT_ROLES = ("linear-weight", "embedding-table", "norm-weight")
+WEIGHT_ROLES = ("linear-weight", "embedding-table", "position-table", "norm-weight")
 ACTIVATION_ROLES = (
     "linear-input",
     "embedding-sum",
@@ -34,7 +34,8 @@ ACTIVATION_ROLES = (
     "activation",
     "logits",
 )
-FULL_PLACEMENT = (*WEIGHT_ROLES, *(role for role in ACTIVATION_ROLES if role != "linear-input"))
+_IMPLIED = ("position-table", "linear-input")
+FULL_PLACEMENT = tuple(role for role in (*WEIGHT_ROLES, *ACTIVATION_ROLES) if role not in _IMPLIED)
 LINEAR_PLACEMENT = ("linear-weight", "embedding-table", "linear-input")
 _STRATEGIES = {
     "tensor": "tensor",
@@ -152,7 +153,13 @@ def _activation_spec(bits: int) -> QuantSpec:
     return QuantSpec(Grid(bits, signed=False, symmetric=False), Granularity.per_tensor())
 
 
+def _ternary_spec(bits: int, granularity: Granularity) -> QuantSpec | None:
+    """Codes as far down as up; with 2 bits −1, 0 and 1. None: float."""
+    return QuantSpec(Grid(bits, restricted=True), granularity) if bits < 16 else None
+
+
 _NAME = re.compile(r"W(\d+)A(\d+)((?:-[a-z]+\d*)*)", re.IGNORECASE)
+_MODULE_WISE = re.compile(r"(\d+)-(\d+)-(\d+)(-static)?", re.IGNORECASE)
 _LONGEST = 100
 """Characters of a name."""
 
@@ -164,6 +171,7 @@ class Scheme:
     A role's spec is its override if it has one, else ``embeddings`` for ``embedding-table``, ``weights`` for the other
     weight roles (per tensor for ``norm-weight``), and ``activations`` for the rest (scores, probabilities, context and
     logits have no embedding axis and are per tensor where that says one along it). None leaves a role in float.
+    ``position-table``, tables that no token ids index, goes with ``embedding-table`` unless it is named itself.
 
     ``heads`` is for what ``embeddings`` leaves in float: output heads of language models that are a large share of the
     model, and the tables of token embeddings that have their shape or are one with them.
@@ -194,9 +202,11 @@ class Scheme:
         for name, spec in self.overrides:
             if name == role:
                 return spec
+        if role == "position-table" and role not in self.roles:
+            return self.spec("embedding-table")
         if role not in self.roles:
             return None
-        if role == "embedding-table":
+        if role in ("embedding-table", "position-table"):
             return self.embeddings
         if role == "norm-weight":
             return replace(self.weights, granularity=Granularity.per_tensor()) if self.weights else None
@@ -222,13 +232,21 @@ class Scheme:
         (``e16``: float); ``full`` every tensor Bondarenko et al. §3 quantize. Beside float activations large output
         heads have 8 bits if nothing is said.
 
+        ``<weights>-<tables>-<activations>`` are the schemes of QuantGPT (Tao et al. 2022), such as ``2-2-8``:
+        symmetric grids with as many codes below zero as above, one scale a linear and one a row of a table, position
+        tables in float, dynamic activations per token (``-static``: one stored scale a tensor).
+
         Raises:
             BitlowerError: not a scheme, or two suffixes for one thing.
         """
-        match = _NAME.fullmatch(name.strip()) if len(name) <= _LONGEST else None
+        text = name.strip() if len(name) <= _LONGEST else ""
+        if module_wise := _MODULE_WISE.fullmatch(text):
+            return _module_wise([int(bits) for bits in module_wise.groups()[:3]], static=bool(module_wise[4]))
+        match = _NAME.fullmatch(text)
         if not match:
             raise BitlowerError(
-                f"{shorten(repr(name))} is not a scheme", hint="examples: W8A8, W4A16-g128, W8A8-full, W4A8-token"
+                f"{shorten(repr(name))} is not a scheme",
+                hint="examples: W8A8, W4A16-g128, W4A8-token, 2-2-8",
             )
         weight_bits, activation_bits = int(match[1]), int(match[2])
         weights = _weight_spec(weight_bits) if weight_bits < 16 else None
@@ -296,6 +314,16 @@ class Scheme:
         return self.name
 
 
+def _module_wise(bits: Sequence[int], static: bool) -> Scheme:
+    weight_bits, table_bits, activation_bits = bits
+    weights = _ternary_spec(weight_bits, Granularity.per_tensor())
+    tables = _ternary_spec(table_bits, Granularity.per_channel(0))
+    activations = _activation_spec(activation_bits) if activation_bits < 16 else None
+    if activations and not static:
+        activations = replace(activations, granularity=Granularity.per_token())
+    return Scheme(weights, activations, tables, overrides=(("position-table", None),))
+
+
 def _suffixes(text: str, name: str) -> list[str]:
     """In the order in which they apply: the bits of the tables come before a suffix that sets their granularity."""
     suffixes = sorted(filter(None, text.split("-")), key=lambda suffix: not suffix.startswith("e"))
@@ -336,10 +364,14 @@ def _apply_suffix(scheme: Scheme, suffix: str, name: str) -> Scheme:
 
 
 def _candidate_names(scheme: Scheme) -> list[str]:
-    weights, activations = scheme.weights, scheme.activations
-    base = f"W{weights.grid.bits if weights else 16}A{activations.grid.bits if activations else 16}"
-    if (weights and weights.grid.bits > 15) or (activations and activations.grid.bits > 15):
+    weights, activations, tables = scheme.weights, scheme.activations, scheme.embeddings
+    bits = [spec.grid.bits if spec else 16 for spec in (weights, tables, activations)]
+    if scheme.overrides:
+        name = "-".join(map(str, bits))
+        return [name, f"{name}-static"]
+    if any(spec and spec.grid.bits > 15 for spec in (weights, activations)):
         return []
+    base = f"W{bits[0]}A{bits[2]}"
     if weights and weights.granularity.kind == "group":
         base += f"-g{weights.granularity.size}"
     if weights and weights.granularity.kind == "tensor":
@@ -352,5 +384,5 @@ def _candidate_names(scheme: Scheme) -> list[str]:
         base += f"-peg{activations.granularity.size}"
     if activations and activations.granularity.chosen:
         base += f"-upeg{activations.granularity.size}"
-    names = [base, f"{base}-e{scheme.embeddings.grid.bits if scheme.embeddings else 16}"]
+    names = [base, f"{base}-e{bits[1]}"]
     return [*names, *(f"{name}-full" for name in names)]

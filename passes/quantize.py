@@ -134,9 +134,10 @@ def _open_attention(program: Program, ignore: Patterns, targets: Patterns) -> No
 
 def _spec(program: Program, site: Site, scheme: Scheme, total: int) -> tuple[QuantSpec | None, str]:
     """What ``scheme`` says for ``site`` in a model of ``total`` weights, and why if it stays float."""
-    spec = scheme.spec(site.role)
+    role = "position-table" if site.positions else site.role
+    spec = scheme.spec(role)
     if spec or not site.head or not scheme.head:
-        return spec, "" if spec else f"the scheme leaves {site.role} in float"
+        return spec, "" if spec else f"the scheme leaves {role} in float"
     size = get_tensor(program.module, site.tensor).numel()
     if size < max(LARGE_HEAD, LARGE_SHARE * total):
         return None, f"an output head of {size:,} weights is small"

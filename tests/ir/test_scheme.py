@@ -28,6 +28,11 @@ NAMES = [
     "W8A8-e16",
     "W4A8-g64-asym-token-e4-full",
     "W2A8-tensor-e2-full",
+    "8-8-8",
+    "2-2-8",
+    "2-4-16",
+    "16-2-8",
+    "4-4-8-static",
 ]
 
 
@@ -134,7 +139,7 @@ def test_what_the_roles_of_w8a8_get():
     assert scheme.spec("linear-input") is None
     assert Scheme().spec("linear-input") == activation
     assert Scheme().spec("residual") is None
-    assert set(FULL_PLACEMENT) == {*WEIGHT_ROLES, *ACTIVATION_ROLES} - {"linear-input"}
+    assert set(FULL_PLACEMENT) == {*WEIGHT_ROLES, *ACTIVATION_ROLES} - {"linear-input", "position-table"}
 
 
 def test_what_suffixes_change():
@@ -148,6 +153,33 @@ def test_what_suffixes_change():
     assert Scheme.parse("W8A8-asym").weights.grid == Grid(8, signed=False, symmetric=False)
     tensor = Scheme.parse("W8A8-tensor")
     assert tensor.weights.granularity == tensor.embeddings.granularity == Granularity.per_tensor()
+
+
+def test_what_the_roles_of_quantgpt_get():
+    """W-E-A: linears one scale, tables one a row, codes as far down as up; position tables, norms and biases float."""
+    scheme = Scheme.parse("2-4-8")
+    assert scheme.spec("linear-weight") == QuantSpec(Grid(2, restricted=True), Granularity.per_tensor())
+    assert (
+        scheme.spec("embedding-table") == scheme.head == QuantSpec(Grid(4, restricted=True), Granularity.per_channel(0))
+    )
+    assert scheme.spec("position-table") is scheme.spec("norm-weight") is None
+    dynamic = QuantSpec(Grid(8, signed=False, symmetric=False), Granularity.per_token())
+    assert scheme.spec("linear-input") == dynamic
+    assert Scheme.parse("2-4-8-static").spec("linear-input") == Scheme().spec("linear-input")
+    assert Scheme.parse("2-4-8-STATIC") == Scheme.parse(" 2-4-8-static ")
+    assert Scheme.parse("2-4-16").spec("linear-input") is Scheme.parse("16-4-8").spec("linear-weight") is None
+    assert Scheme.parse("2-16-8").spec("embedding-table") is Scheme.parse("2-16-8").head is None
+
+
+def test_position_tables_go_with_the_others_unless_they_are_named():
+    for scheme in (Scheme(), Scheme.parse("W8A8-e4"), Scheme.parse("W4A16"), Scheme.parse("W8A8-full")):
+        assert scheme.spec("position-table") == scheme.spec("embedding-table")
+    four, none = QuantSpec(Grid(4), Granularity.per_channel(0)), Scheme(roles=("linear-weight",))
+    assert Scheme(overrides=(("embedding-table", four),)).spec("position-table") == four
+    assert Scheme(overrides=(("position-table", four),)).spec("embedding-table") == Scheme().embeddings
+    assert none.spec("position-table") is None
+    assert Scheme(roles=("position-table",)).spec("position-table") == Scheme().embeddings
+    assert Scheme(roles=("position-table",)).spec("embedding-table") is None
 
 
 def test_large_heads_have_8_bits_beside_float_activations_unless_the_tables_are_named():
@@ -208,6 +240,10 @@ def test_the_long_form_uses_the_names_of_compressed_tensors():
         ("W8A8-g64-tensor", "two suffixes for one thing"),
         ("W8A8-token-peg6", "two suffixes for one thing"),
         ("W8A8-e1", "2 to 16 bits, not 1"),
+        ("2-2", "is not a scheme"),
+        ("2-1-8", "2 to 16 bits, not 1"),
+        ("2-2-8-token", "is not a scheme"),
+        ("2-2-8" + "8" * 100, "is not a scheme"),
     ],
 )
 def test_other_names_are_errors(name, words):
@@ -215,7 +251,10 @@ def test_other_names_are_errors(name, words):
         Scheme.parse(name)
 
 
-@given(st.text(max_size=20) | st.from_regex(r"W\d{1,2}A\d{1,2}(-[a-z]{1,6}\d{0,2}){0,3}", fullmatch=True))
+WRITTEN = r"W\d{1,2}A\d{1,2}(-[a-z]{1,6}\d{0,2}){0,3}|\d{1,2}-\d{1,2}-\d{1,2}(-static)?"
+
+
+@given(st.text(max_size=20) | st.from_regex(WRITTEN, fullmatch=True))
 def test_parse_fails_only_with_its_own_error(name):
     try:
         scheme = Scheme.parse(name)
