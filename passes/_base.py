@@ -35,7 +35,8 @@ class Context:
         evaluation: held-out input batches, for the ledger and for checks; never calibrated on.
         seed: the root of all randomness.
         work: a folder for scratch files and block-level checkpoints; None where nothing may be written.
-        track: wraps an iterable with a progress display, ``track(items, "label")``.
+        track: wraps an iterable with a progress display, ``track(items, "label")``; of a label that is no string its
+            ``str`` is shown, anew at each item.
         results: what passes left, by type.
         training: batches to train on; beside the model's inputs they may have ``labels``, ``[batch]``.
         held_out: the same to choose the best step by; never trained on.
@@ -46,7 +47,7 @@ class Context:
     evaluation: Sequence[Batch] = ()
     seed: int = 0
     work: Path | None = None
-    track: Callable[[Iterable[Any], str], Iterator[Any]] = field(default=lambda items, label: iter(items))
+    track: Callable[[Iterable[Any], object], Iterator[Any]] = field(default=lambda items, label: iter(items))
     results: dict[type, Any] = field(default_factory=dict)
     training: Sequence[Batch] = ()
     held_out: Sequence[Batch] = ()

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 import psutil
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from bitlower.ir import CheckError, Program
@@ -146,11 +147,12 @@ class Progress(Observer):
         self.total = total
         self.done = 0
         self._bar: RichProgress | None = None
-        self._track: Callable[[Iterable[Any], str], Iterator[Any]] | None = None
+        self._track: Callable[[Iterable[Any], object], Iterator[Any]] | None = None
 
     def before(self, pass_: Pass, program: Program, context: Context) -> None:
         """Show the bar and lend it to the pass."""
-        self._bar = RichProgress(console=self.console, transient=True, disable=not self.console.is_terminal)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = RichProgress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
         self._bar.start()
         self._bar.add_task(f"{self._position()}{pass_.name}", total=None)
         self._track, context.track = context.track, self._follow
@@ -169,12 +171,12 @@ class Progress(Observer):
     def _position(self) -> str:
         return f"[{self.done + 1}/{self.total}] " if self.total else ""
 
-    def _follow(self, items: Iterable[Any], label: str) -> Iterator[Any]:
+    def _follow(self, items: Iterable[Any], label: object) -> Iterator[Any]:
         assert self._bar is not None
         task = self._bar.add_task(f"  {label}", total=len(items) if isinstance(items, Sized) else None)
         for item in items:
             yield item
-            self._bar.advance(task)
+            self._bar.update(task, advance=1, description=f"  {label}")
         self._bar.remove_task(task)
 
     def _stop(self, context: Context) -> None:

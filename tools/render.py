@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from bitlower.tools._stdout import result_stream
@@ -24,15 +31,24 @@ class Display:
     machine: bool = False
     quiet: bool = False
 
-    def track(self, items: Iterable[Any], label: str) -> Iterator[Any]:
-        """Give ``items`` one by one and show a progress bar meanwhile, if standard error is a terminal."""
+    def track(self, items: Iterable[Any], label: object) -> Iterator[Any]:
+        """Give ``items`` one by one and show a progress bar meanwhile, if standard error is a terminal.
+
+        The label is read anew at each item.
+        """
         console = Console(stderr=True)
         if self.machine or self.quiet or not console.is_terminal:
             yield from items
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+            *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+        )
         with Progress(*columns, console=console, transient=True) as progress:
-            yield from progress.track(items, description=label)
+            task = progress.add_task(str(label), total=len(items) if isinstance(items, Sized) else None)
+            for item in items:
+                yield item
+                progress.update(task, advance=1, description=str(label))
 
     def note(self, text: str) -> None:
         """Print one line about what is going on, to standard error."""

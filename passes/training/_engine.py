@@ -93,7 +93,7 @@ class Training:
         status, start = Status(label), self._resumed()
         self.module.train()
         with bfloat16_products() if self.options.products == "bfloat16" else nullcontext():
-            for step in self.context.track(range(start, self.options.steps), status):  # type: ignore[arg-type]
+            for step in self.context.track(range(start, self.options.steps), status):
                 if step % self.options.evaluate_every == 0:
                     self._look(step)
                 self._turn(step)

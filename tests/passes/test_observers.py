@@ -68,6 +68,26 @@ def test_progress_lends_a_bar_and_says_what_was_done(tiny_program: Program) -> N
     assert "items" in text.getvalue().split("unchanged")[0]
 
 
+class Counting:
+    """A label that reads differently each time."""
+
+    count = 0
+
+    def __str__(self) -> str:
+        self.count += 1
+        return f"seen {self.count}"
+
+
+def test_a_label_is_read_anew_at_each_item(tiny_program: Program) -> None:
+    console, context, label = Console(file=io.StringIO(), force_terminal=True, width=100), Context(), Counting()
+    bar = Progress(console)
+    bar.before(Work(), tiny_program, context)
+    before = label.count
+    assert list(context.track(range(3), label)) == [0, 1, 2]
+    assert label.count >= before + 4
+    bar.after(Work(), tiny_program, context, False)
+
+
 def test_progress_writes_plain_lines_where_there_is_no_terminal(tiny_program: Program) -> None:
     text, context = io.StringIO(), Context()
     track = context.track

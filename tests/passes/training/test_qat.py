@@ -1,4 +1,4 @@
-"""The pass `qat`: it learns, keeps the best, goes on after a kill, refuses what it cannot do; what comes out lowers."""
+"""The pass `qat`: it learns, keeps the best, goes on after a kill, and refuses what it cannot do."""
 
 from __future__ import annotations
 
