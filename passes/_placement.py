@@ -41,7 +41,7 @@ class Site:
         edges: the users that read the rounded value; empty: all of them.
         paths: the module paths that it belongs to, for patterns.
         head: whether it is a language model's output head, the table that this shares, or one of the same shape.
-        positions: whether it is a table that no token ids index.
+        positions: whether it is a table that no token ids index, and no linear reads.
     """
 
     role: str
@@ -79,7 +79,7 @@ def weight_sites(graph: fx.Graph) -> Iterator[Site]:
         role = "embedding-table" if table else found[0][0]
         readers, paths = tuple(reader for _, reader, _ in found), tuple(path for _, _, path in found)
         goes_along = parameter in tables and parameter.meta["type"].shape in shapes
-        positions = table and parameter not in tables and parameter not in heads
+        positions = parameter not in tables and all(role == "embedding-table" for role, _, _ in found)
         yield Site(role, parameter, readers, paths, parameter in heads or goes_along, positions)
 
 

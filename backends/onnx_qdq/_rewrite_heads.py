@@ -17,19 +17,15 @@ from collections.abc import Callable, Collection
 import numpy as np
 import onnx_ir as ir
 
-from bitlower.backends.onnx_qdq._narrow import offset, unfold_rows
 from bitlower.backends.onnx_qdq._rewrite import APPLIED, Editor, Rule
 from bitlower.backends.onnx_qdq._rewrite_linear import (
     Form,
     Linear,
-    Weight,
+    byte_operands,
     find_linear,
     finish_linear,
-    transposed,
-    weight_codes,
     weight_reason,
     weight_scales,
-    weight_zeros,
 )
 from bitlower.backends.onnx_qdq._rewrite_quantizers import is_rounded
 
@@ -73,7 +69,7 @@ def _split(form: Form, heads: Collection[str]) -> Callable[[Editor, ir.Node], st
 def _write(editor: Editor, linear: Linear, form: Form) -> None:
     node = linear.matmul
     codes, factors = digits(editor, node, linear.x)
-    weight, zeros = _stored(editor, node, linear.weight)
+    weight, zeros = byte_operands(editor, node, linear.weight)
     one, point = editor.constant("one", np.float32(1)), editor.constant("digit_zero", np.uint8(ZERO))
     scales = weight_scales(editor, linear.weight)
     if form == "onnxruntime":
@@ -112,14 +108,3 @@ def digits(editor: Editor, at: ir.Node, x: ir.Value) -> tuple[ir.Value, ir.Value
     shifted = editor.emit(at, "Add", [digits, editor.constant("digit_offset", np.float32(ZERO))])
     codes = editor.emit(at, "Cast", [shifted], dtype=ir.DataType.UINT8, to=int(ir.DataType.UINT8))
     return codes, editor.emit(at, "Mul", [scale, editor.constant("digit_factors", (1 / worth)[None])])
-
-
-def _stored(editor: Editor, at: ir.Node, weight: Weight) -> tuple[ir.Value, ir.Value | None]:
-    """Codes [K, N] of a byte each and their zero points; packed rows are unfolded once, when the model is loaded."""
-    if weight.packed is None:
-        return weight_codes(editor, at, weight), weight_zeros(editor, weight)
-    bits, (depth, _) = editor.specs[weight.name].grid.bits, weight.codes.shape
-    rows = unfold_rows(editor, at, weight.packed, bits, depth)
-    zeros = weight.columns(weight.zero) + offset(weight.codes, bits)
-    point = np.uint8(zeros.flat[0]) if (zeros == zeros.flat[0]).all() else zeros.astype(np.uint8)
-    return transposed(editor, at, rows), editor.constant(f"{weight.stem}_zero_point", np.asarray(point))

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from bitlower.backends.onnx_qdq._narrow import PACKED, ROWS, byte_codes
+from bitlower.backends.onnx_qdq._narrow import PACKED, ROWS, byte_codes, offset, unfold_rows
 from bitlower.backends.onnx_qdq._rewrite import APPLIED, Array, Editor, Rule, dims, is_op, marker, only_user, source
 from bitlower.backends.onnx_qdq._rewrite_quantizers import per_tensor, stored
 
@@ -167,9 +167,8 @@ def _static_linear(editor: Editor, node: ir.Node) -> str | None:
     if reason:
         return reason
     weight = linear.weight
-    inputs = [weight_codes(editor, node, weight), weight_scales(editor, weight)]
-    zeros = weight_zeros(editor, weight)
-    operands = [*inputs, *([zeros] if zeros is not None else [])]
+    codes, zeros = byte_operands(editor, node, weight)
+    operands = [codes, weight_scales(editor, weight), *([zeros] if zeros is not None else [])]
     real = editor.emit(node, "DequantizeLinear", operands, axis=1)
     finish_linear(editor, linear, editor.emit(node, "MatMul", [linear.x, real], like=node.outputs[0]))
     return APPLIED
@@ -190,15 +189,8 @@ def _merge_linear(editor: Editor, node: ir.Node) -> str | None:
     scale, zero = stored(editor, quantized, code.dtype)
     weight = linear.weight
     bias = None if linear.bias is None else editor.constant(f"{weight.stem}_bias", linear.bias)
-    operands = [
-        code,
-        weight_codes(editor, node, weight),
-        scale,
-        weight_scales(editor, weight),
-        zero,
-        weight_zeros(editor, weight),
-        bias,
-    ]
+    codes, zeros = byte_operands(editor, node, weight)
+    operands = [code, codes, scale, weight_scales(editor, weight), zero, zeros, bias]
     while operands[-1] is None:
         operands.pop()
     merged = editor.emit(node, "MatMulIntegerToFloat", operands, domain="com.microsoft")
@@ -236,9 +228,9 @@ def _integer_product(editor: Editor, linear: Linear, quantized: ir.Node) -> ir.V
     if code.dtype is ir.DataType.INT8:
         code = _unsigned(editor, node, code)
         fixed = fixed + 128 if fixed is not None else None
-    weight_zero = weight_zeros(editor, weight)
+    codes, zeros = byte_operands(editor, node, weight)
     point = None if fixed is None else editor.constant("row_zero_point", np.uint8(fixed.reshape(())))
-    operands = [code, weight_codes(editor, node, weight), point, weight_zero]
+    operands = [code, codes, point, zeros]
     while operands[-1] is None:
         operands.pop()
     total = editor.emit(node, "MatMulInteger", operands, like=node.outputs[0], dtype=ir.DataType.INT32)
@@ -336,6 +328,17 @@ def weight_codes(editor: Editor, at: ir.Node, weight: Weight) -> ir.Value:
         dtype = ir.DataType.from_numpy(weight.codes.dtype)
         return editor.lazy(name, "input first", dtype, weight.codes.shape, lambda: weight.codes)
     return byte_codes(editor, at, name, weight.codes, spec.grid.bits)
+
+
+def byte_operands(editor: Editor, at: ir.Node, weight: Weight) -> tuple[ir.Value, ir.Value | None]:
+    """Codes [K, N] of a byte each and their zero points; packed rows are unfolded once, when the model is loaded."""
+    if weight.packed is None:
+        return weight_codes(editor, at, weight), weight_zeros(editor, weight)
+    bits, (depth, _) = editor.specs[weight.name].grid.bits, weight.codes.shape
+    rows = unfold_rows(editor, at, weight.packed, bits, depth)
+    zeros = weight.columns(weight.zero) + offset(weight.codes, bits)
+    point = np.uint8(zeros.flat[0]) if (zeros == zeros.flat[0]).all() else zeros.astype(np.uint8)
+    return transposed(editor, at, rows), editor.constant(f"{weight.stem}_zero_point", np.asarray(point))
 
 
 def transposed(editor: Editor, at: ir.Node, rows: ir.Value) -> ir.Value:

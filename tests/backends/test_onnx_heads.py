@@ -86,12 +86,18 @@ def test_a_tied_table_is_stored_once_and_its_head_has_a_kernel(spec: QuantSpec, 
     verify(tmp_path)
 
 
-@pytest.mark.parametrize("base", ["W8A8", "W8A8-token"])
-def test_a_tied_table_is_stored_once_beside_quantized_activations_too(base: str, tmp_path: Path) -> None:
-    report = export(quantized(rows(8), base), tmp_path, batches=BATCHES)
-    large = [t for t in onnx.load(tmp_path / "model.onnx").graph.initializer if len(t.raw_data) > ROWS * WIDTH // 4]
-    assert [tensor.data_type for tensor in large] == [TensorProto.INT8]
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("base", ["W8A8", "W8A8-token", "2-2-8"])
+def test_a_tied_table_is_stored_once_beside_quantized_activations_too(
+    base: str, bits: int, form: Any, tmp_path: Path
+) -> None:
+    report = export(quantized(rows(bits), base), tmp_path, batches=BATCHES, opset=25, form=form)
+    large = [t for t in onnx.load(tmp_path / "model.onnx").graph.initializer if len(t.raw_data) > ROWS * WIDTH // 5]
+    assert [len(tensor.raw_data) for tensor in large] == [ROWS * WIDTH * bits // 8]
+    assert [tensor.data_type for tensor in large] == [TensorProto.INT8 if bits == 8 else TensorProto.UINT8]
     assert report.verification.kernels.found == report.verification.kernels.expected == 2
+    verify(tmp_path)
 
 
 @pytest.mark.parametrize(("spec", "form"), [(rows(4), "onnxruntime"), (rows(3), "qdq"), (rows(8), "qdq")], ids=str)
