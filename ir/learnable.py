@@ -246,11 +246,11 @@ class Groups:
         if self.owner is None:
             return stored
         first = torch.searchsorted(self.owner, torch.arange(int(self.owner[-1]) + 1))
-        return stored.index_select(self.axis, first)
+        return stored.index_select(self.axis, first.to(stored.device))
 
     def spread(self, entries: torch.Tensor) -> torch.Tensor:
         """What :meth:`take` gave, as it is stored."""
-        return entries if self.owner is None else entries.index_select(self.axis, self.owner)
+        return entries if self.owner is None else entries.index_select(self.axis, self.owner.to(entries.device))
 
     def join(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The extremes of each group, of those of what is stored."""

@@ -20,6 +20,7 @@ from bitlower.ir.trainable import TrainableModule
 from bitlower.passes._base import Context
 from bitlower.passes._checkpoints import Stored, load_checkpoint, save_checkpoint
 from bitlower.passes.training._codes import CodeChanges
+from bitlower.passes.training._devices import Devices
 from bitlower.passes.training._objective import Evaluator, Terms
 from bitlower.passes.training._optimizer import Rates, Schedule, learned_parameters, make_optimizer, rate_factor
 from bitlower.passes.training._report import CurvePoint, TrainReport
@@ -69,12 +70,20 @@ class Training:
         rates: what learns, and how fast.
         options: of the loop.
         context: training and held-out batches, seed, work folder, progress display.
+        devices: where it runs; each process takes batches of its own, and all take the same steps.
     """
 
     def __init__(
-        self, module: TrainableModule, evaluator: Evaluator, rates: Rates, options: LoopOptions, context: Context
+        self,
+        module: TrainableModule,
+        evaluator: Evaluator,
+        rates: Rates,
+        options: LoopOptions,
+        context: Context,
+        devices: Devices,
     ) -> None:
         self.module, self.evaluator, self.options, self.context = module, evaluator, options, context
+        self.devices = devices
         self.learned = learned_parameters(module, rates)
         self.optimizer = make_optimizer(self.learned, options.weight_decay)
         self.changes = CodeChanges(module)
@@ -119,11 +128,13 @@ class Training:
             group["lr"] = group["initial_lr"] * factor
         self.optimizer.zero_grad()
         for part in range(self.options.accumulate):
-            index = self._index(step * self.options.accumulate + part)
+            number = step * self.options.accumulate + part
+            index = self._index(number * self.devices.processes + self.devices.rank)
             batch = self.context.training[index]
             terms = self.evaluator.losses(("training", index), batch, step, gradient=1 / self.options.accumulate)
             loss += self._finite(terms, step, index, batch) / self.options.accumulate
         parameters = [item.parameter for item in self.learned]
+        self.devices.average(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, self.options.clip or math.inf)
         if not bool(norm.isfinite()):
             bad = [
@@ -200,7 +211,9 @@ class Training:
         return TrainReport(self.options.steps, self._best_step, learned, tuple(self.curve), rows)
 
     def _save(self, step: int) -> None:
-        """The whole state, under the names of what it is of."""
+        """The whole state, under the names of what it is of; one process writes it."""
+        if self.devices.rank:
+            return
         state: dict[str, torch.Tensor] = {}
         kinds: dict[str, dict[str, torch.Tensor]] = {
             "now": dict(self.module.named_parameters()) | dict(self.module.named_buffers()),

@@ -118,7 +118,9 @@ class Forward:
         Rows are those of tokens that are no padding, ``[rows, channels]``; of whole texts, ``[batch, classes]``.
         """
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        found = dict(zip(self._names, self.body(*self.program.arguments(inputs)), strict=True))
+        device = next(iter(inputs.values())).device
+        arguments = (value.to(device) for value in self.program.arguments(inputs))
+        found = dict(zip(self._names, self.body(*arguments), strict=True))
         values = Values(
             tuple(found[name] for name in self.taps.hidden),
             tuple(_scores(tap, found) for tap in self.taps.attention),

@@ -12,6 +12,7 @@ import torch
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.trainable import TrainableModule
 from bitlower.passes._base import Context
+from bitlower.passes.training._devices import Devices
 from bitlower.passes.training._forward import Forward, Head, Taps, real_tokens
 from bitlower.passes.training._loss import LogitsLoss, Loss, Memories, Objective, Step, Values
 from bitlower.passes.training._teacher import Key, Teacher
@@ -39,6 +40,7 @@ class Evaluator:
         objective: the losses.
         teacher: the float model; None if no loss needs one.
         context: for each step's randomness.
+        devices: where the module and the teacher are.
     """
 
     def __init__(
@@ -48,13 +50,18 @@ class Evaluator:
         objective: Objective,
         teacher: Teacher | None,
         context: Context,
+        devices: Devices,
     ) -> None:
         self.program, self.objective, self.teacher, self._context = program, objective, teacher, context
+        self._devices = devices
         self.logits_losses = [loss for loss in objective.losses if isinstance(loss, LogitsLoss)]
         self.others = [loss for loss in objective.losses if not isinstance(loss, LogitsLoss)]
         taps = Taps.of(program, objective.needs)
         self.forward = Forward(program, module.model, taps, logits=bool(self.logits_losses))
-        self.memories: Memories = {loss.name: loss.memory(program) for loss in objective.losses}
+        self.memories: Memories = {
+            loss.name: {key: tensor.to(devices.device) for key, tensor in loss.memory(program).items()}
+            for loss in objective.losses
+        }
 
     def losses(self, key: Key, batch: Batch, step: int, *, gradient: float | None = None) -> Terms:
         """Each loss of a batch by name, before its weight.
@@ -65,7 +72,8 @@ class Evaluator:
             step: of the optimizer, for randomness.
             gradient: gradients of the weighted sum times this are added to those of the parameters; None: of nothing.
         """
-        with torch.set_grad_enabled(gradient is not None):
+        batch = self._devices.batch(batch)
+        with torch.set_grad_enabled(gradient is not None), self._devices.autocast():
             values, rows = self.forward(batch)
             told = self.teacher(key, batch) if self.teacher else (Values(), None)
             terms, total = self._whole(values, told[0], batch, step, training=gradient is not None)
@@ -141,10 +149,13 @@ class Evaluator:
         return cast(torch.Tensor, logits[0].float())
 
 
-def make_teacher(reference: Program, objective: Objective, folder: Path | None, budget: int) -> Teacher:
+def make_teacher(
+    reference: Program, objective: Objective, devices: Devices, folder: Path | None, budget: int
+) -> Teacher:
     """The teacher of an objective; ``budget`` bytes of its values are kept in files in ``folder``."""
     logits = any(isinstance(loss, LogitsLoss) and TEACHER in loss.needs for loss in objective.losses)
-    return Teacher(reference, objective.needs, logits=logits, budget=budget, folder=folder)
+    needs, device = objective.needs, devices.device
+    return Teacher(reference, needs, logits=logits, device=device, budget=budget, folder=folder)
 
 
 def check_objective(program: Program, objective: Objective, batches: Sequence[Batch]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from bitlower.ir.program import copy_module
 from bitlower.ir.storage import spill
 from bitlower.passes._base import Context
 from bitlower.passes._float_twin import float_twin
+from bitlower.passes.training._devices import move
 from bitlower.passes.training._forward import Forward, Taps
 from bitlower.passes.training._loss import Values
 
@@ -57,15 +59,23 @@ class Teacher:
         reference: the float model.
         needs: of the losses.
         logits: whether they look at logits.
+        device: where it runs.
         budget: bytes of answers that are kept on disk; later batches are run again each time.
         folder: for them.
     """
 
     def __init__(
-        self, reference: Program, needs: frozenset[str], *, logits: bool, budget: int, folder: Path | None
+        self,
+        reference: Program,
+        needs: frozenset[str],
+        *,
+        logits: bool,
+        device: torch.device,
+        budget: int,
+        folder: Path | None,
     ) -> None:
         taps = Taps.of(reference, needs)
-        self.forward = Forward(reference, _tapped(reference, taps), taps, logits=logits)
+        self.forward = Forward(reference, _tapped(reference, taps, device), taps, logits=logits)
         self._left, self._folder = budget, folder
         self._told: dict[Key, Told] = {}
         self.weights: tuple[torch.Tensor, ...] = ()
@@ -83,12 +93,20 @@ class Teacher:
                 return told
             self._left -= size
             self._told[key] = _spilled(told, self._folder)
-        return self._told[key]
+        values, rows = self._told[key]
+        device = next(iter(batch.values())).device
+        if device.type == "cpu":
+            return values, rows
+        hidden, attention = (tuple(t.to(device) for t in part) for part in (values.hidden, values.attention))
+        return Values(hidden, attention), rows.to(device) if rows is not None else None
 
 
-def _tapped(program: Program, taps: Taps) -> fx.GraphModule:
-    """The graph of ``program`` with the values of ``taps`` after its outputs."""
+def _tapped(program: Program, taps: Taps, device: torch.device) -> fx.GraphModule:
+    """The graph of ``program`` on a device, with the values of ``taps`` after its outputs."""
     module = copy_module(program.module)
+    if device.type != "cpu":
+        module = copy.deepcopy(module)
+        move(module, device)
     named = {node.name: node for node in module.graph.nodes}
     output = module.graph.output_node()
     output.args = ((*output.args[0], *(named[name] for name in taps.names)),)  # type: ignore[misc]
@@ -102,5 +120,7 @@ def _tensors(told: Told) -> list[torch.Tensor]:
 
 def _spilled(told: Told, folder: Path | None) -> Told:
     values, rows = told
-    hidden, attention = (tuple(spill(t, folder=folder) for t in part) for part in (values.hidden, values.attention))
-    return Values(hidden, attention), spill(rows, folder=folder) if rows is not None else None
+    hidden, attention = (
+        tuple(spill(t.cpu(), folder=folder) for t in part) for part in (values.hidden, values.attention)
+    )
+    return Values(hidden, attention), spill(rows.cpu(), folder=folder) if rows is not None else None

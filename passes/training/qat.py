@@ -6,10 +6,13 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
+import torch
+
 from bitlower.ir import BitlowerError, Level, Program
 from bitlower.ir.learnable import ClippedGradient, Edge, GradientScale, Parametrization, Ranges, RangeSettings
 from bitlower.ir.trainable import TrainableModule, write_trained
 from bitlower.passes._base import Context, Contract, Pass
+from bitlower.passes.training._devices import Where, make_devices, move
 from bitlower.passes.training._engine import LoopOptions, Training
 from bitlower.passes.training._forward import Taps
 from bitlower.passes.training._loss import Objective
@@ -95,6 +98,9 @@ class Qat(Pass):
     """Which state the program gets: that of the least held-out loss (step 0 among them), or the last."""
     products: Literal["float32", "bfloat16"] = "float32"
     """To what the operands of matrix products are rounded; sums are float32."""
+    device: Where = "cpu"
+    """``accelerate``: on the device, in the processes and with the mixed precision that `accelerate launch` set up;
+    each process takes batches of its own. It needs `bitlower[train]`."""
     memory: int = 4 << 30
     """Bytes of the teacher's values that are kept on disk from one epoch to the next."""
 
@@ -115,14 +121,18 @@ class Qat(Pass):
         data = training_data(self.name, context)
         objective = self.objective
         check_objective(program, objective, [*data.training, *data.held_out])
+        devices = make_devices(self.device)
         module = TrainableModule(program, self.settings, Taps.of(program, objective.needs).names)
+        move(module.model, devices.device)
         teacher = None
         if TEACHER in objective.needs:
-            teacher = make_teacher(float_reference(program, context), objective, context.work, self.memory)
-        evaluator = Evaluator(program, module, objective, teacher, data)
-        training = Training(module, evaluator, self.rates, self.loop(len(data.training)), data)
+            reference = float_reference(program, context)
+            teacher = make_teacher(reference, objective, devices, context.work, self.memory)
+        evaluator = Evaluator(program, module, objective, teacher, data, devices)
+        training = Training(module, evaluator, self.rates, self.loop(len(data.training)), data, devices)
         report = training.run(self.name)
         context.put(report)
+        move(module.model, torch.device("cpu"))
         if report.best_step:
             write_trained(program, module)
         return report.best_step > 0

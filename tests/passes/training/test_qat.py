@@ -18,6 +18,7 @@ from bitlower.ir import BitlowerError, Program, get_tensor, numerics, ops, seria
 from bitlower.ir.dataflow import NORM
 from bitlower.passes import Context, PassManager, parse_pipeline
 from bitlower.passes.training import LogitsLoss, Loss, _forward
+from bitlower.passes.training._devices import Devices
 from bitlower.passes.training._loss_registry import Losses
 from bitlower.passes.training._optimizer import Rates
 from bitlower.passes.training._report import TrainReport
@@ -249,8 +250,8 @@ def test_a_step_has_the_gradients_of_the_whole_model(decoder):
     program, context = decoder
     objective = Losses.from_list(["logits", {"task": {"weight": 0.5}}])
     module = program.trainable_module(taps=_forward.Taps.of(program, objective.needs).names)
-    teacher = make_teacher(context.reference, objective, None, 0)
-    evaluator = Evaluator(program, module, objective, teacher, context)
+    teacher = make_teacher(context.reference, objective, Devices(), None, 0)
+    evaluator = Evaluator(program, module, objective, teacher, context, Devices())
     evaluator.losses(("training", 0), context.training[0], 0, gradient=1.0)
     found = {name: parameter.grad for name, parameter in module.named_parameters()}
     plain, batch = program.trainable_module(), context.training[0]
