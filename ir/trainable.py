@@ -3,20 +3,62 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import fx, nn
 
 from bitlower.ir import ops
+from bitlower.ir.dataflow import operand
 from bitlower.ir.diagnostics import BitlowerError, describe, nearest
 from bitlower.ir.learnable import LearnableQuantizer, RangeSettings
 from bitlower.ir.program import Program, copy_module, get_tensor, set_tensor
+from bitlower.ir.storage import like
 from bitlower.ir.types import Level
 
 aten = torch.ops.aten
 _QUANTIZERS = "quantizers."
+
+Make = Callable[[fx.GraphModule, fx.Node], nn.Module | None]
+"""From a graph and one of its ``fake_quantize`` nodes to the module that takes its place; None leaves the node."""
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A graph that :func:`make_trainable` has worked on.
+
+    Args:
+        model: the graph, with tensors of its own.
+        weights: the parameter that each quantizer's module rounds, by the module's name; activations have none.
+        stored: where scale and zero point of each quantizer lie in the Program, by the module's name.
+        nodes: the nodes by the names that they had.
+    """
+
+    model: fx.GraphModule
+    weights: dict[str, str] = field(default_factory=dict)
+    stored: dict[str, tuple[str, str]] = field(default_factory=dict)
+    nodes: dict[str, fx.Node] = field(default_factory=dict)
+
+    def weight_of(self, quantizer: str) -> torch.Tensor | None:
+        """The parameter that a quantizer rounds, as it is now; None for an activation's."""
+        return get_tensor(self.model, self.weights[quantizer]) if quantizer in self.weights else None
+
+    def quantizers(self) -> dict[str, LearnableQuantizer]:
+        """The quantizers that can learn their ranges, by their names in the graph."""
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, LearnableQuantizer)}
+
+    def changed(self, module: fx.GraphModule) -> dict[str, torch.Tensor]:
+        """Parameters and ranges that are no longer those of ``module``, of which (or of a part of which) this is."""
+        found = {
+            target: get_tensor(self.model, target).detach()
+            for target in _targets(self.model)
+            if isinstance(get_tensor(self.model, target), nn.Parameter)
+        }
+        for name, quantizer in self.quantizers().items():
+            ranges = quantizer.qparams(self.weight_of(name))
+            found |= dict(zip(self.stored[name], (part.contiguous() for part in ranges), strict=True))
+        return {name: value for name, value in found.items() if not torch.equal(value, get_tensor(module, name))}
 
 
 class TrainableModule(nn.Module):
@@ -49,7 +91,8 @@ class TrainableModule(nn.Module):
         self.register_buffer("settings_json", _encode(self.settings))
         self.program = program
         self.names = (*(spec.name for spec in program.outputs), *taps)
-        self.model, self.weights = _trainable_graph(program, self.settings, taps)
+        self.trainable = _with_taps(program, self.settings, taps)
+        self.model, self.weights = self.trainable.model, self.trainable.weights
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Outputs and taps by name; inputs as the Program takes them."""
@@ -61,11 +104,11 @@ class TrainableModule(nn.Module):
 
     def quantizers(self) -> dict[str, LearnableQuantizer]:
         """The quantizers with stored scales, by their names in the graph ``model``."""
-        return {name: module for name, module in self.model.named_modules() if isinstance(module, LearnableQuantizer)}
+        return self.trainable.quantizers()
 
     def weight_of(self, quantizer: str) -> torch.Tensor | None:
         """The parameter that a quantizer rounds, as it is now; None for an activation's."""
-        return get_tensor(self.model, self.weights[quantizer]) if quantizer in self.weights else None
+        return self.trainable.weight_of(quantizer)
 
     def freeze_ranges(self) -> None:
         """Make the ranges of all quantizers constants: what they are now."""
@@ -78,21 +121,23 @@ def write_trained(program: Program, module: TrainableModule) -> None:
 
     Tensors that did not change stay shared; no shared one is written to.
     """
-    learned: dict[int, torch.Tensor] = {}
-    for target in _targets(program.module):
-        old = get_tensor(program.module, target)
-        if not isinstance(old, nn.Parameter):
-            continue
-        new = get_tensor(module.model, target).detach()
-        if not torch.equal(old, new):
-            fresh = learned.setdefault(new.data_ptr(), nn.Parameter(new.clone(), requires_grad=old.requires_grad))
-            set_tensor(program.module, target, fresh)
-    quantizers = module.quantizers()
-    for node in _static_quantizers(program.module):
-        name = _quantizer_name(node)
-        for source, value in zip(node.args[1:3], quantizers[name].qparams(module.weight_of(name)), strict=True):
-            assert isinstance(source, fx.Node)
-            set_tensor(program.module, str(source.target), value.contiguous())
+    write_tensors(program.module, module.trainable.changed(program.module))
+
+
+def write_tensors(module: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Let ``module`` hold ``tensors`` by name; what was one tensor under two names becomes one again.
+
+    What lay in a file lies in one again, and no shared tensor is written to.
+    """
+    fresh: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+    for name, value in tensors.items():
+        old = get_tensor(module, name)
+        key = identity(old)
+        if key not in fresh:
+            new = like(value.clone(), old)
+            parameter = isinstance(old, nn.Parameter)
+            fresh[key] = nn.Parameter(new, requires_grad=old.requires_grad) if parameter else new
+        set_tensor(module, name, fresh[key])
 
 
 def restored(program: Program, state: Mapping[str, torch.Tensor]) -> TrainableModule:
@@ -120,33 +165,52 @@ def _encode(settings: RangeSettings) -> torch.Tensor:
     return torch.tensor(list(json.dumps(asdict(settings), sort_keys=True).encode()), dtype=torch.uint8)
 
 
-def _trainable_graph(
-    program: Program, settings: RangeSettings, taps: Collection[str]
-) -> tuple[fx.GraphModule, dict[str, str]]:
-    """A copy with parameters and quantizers of its own, and the parameter of each quantizer that rounds one."""
-    module = copy_module(program.module)
+def _with_taps(program: Program, settings: RangeSettings, taps: Collection[str]) -> Trainable:
+    """The graph of ``program``, trainable, that gives out the values of ``taps`` as well."""
+    known = {node.name for node in program.graph.nodes}
+    for tap in taps:
+        if tap not in known:
+            raise BitlowerError(f"the graph has no node %{tap}", hint=nearest(tap, known))
+    made = make_trainable(copy_module(program.module), lambda module, node: learnable(module, node, settings))
+    output = made.model.graph.output_node()
+    output.args = ((*output.args[0], *(made.nodes[tap] for tap in taps)),)  # type: ignore[misc]
+    _finish(made.model)
+    return made
+
+
+def make_trainable(module: fx.GraphModule, make: Make) -> Trainable:
+    """Give the graph ``module`` tensors of its own, and modules in place of its quantizers with stored scales.
+
+    Quantizers with one scale become one module. Scales that are computed from values (per token) stay as they are.
+
+    Args:
+        module: a copy that may be edited; its floating-point parameters become parameters again, buffers stay buffers.
+        make: what takes the place of a quantizer; it has buffers ``scale`` and ``zero_point``.
+    """
     _own_tensors(module)
-    named = {node.name: node for node in module.graph.nodes}
-    _refuse_unknown(taps, named)
-    weights: dict[str, str] = {}
-    for node in _static_quantizers(module):
+    made = Trainable(module, nodes={node.name: node for node in module.graph.nodes})
+    modules: dict[str, nn.Module | None] = {}
+    for node in static_quantizers(module):
         name = _quantizer_name(node)
-        if name not in {found for found, _ in module.named_modules()} or not isinstance(
-            module.get_submodule(name), LearnableQuantizer
-        ):
-            module.set_submodule(name, _learnable(module, node, settings))
-        source = node.args[0]
-        if isinstance(source, fx.Node) and source.op == "get_attr":
-            weights[name] = str(source.target)
-        for old, new in _replace(module.graph, node, name).items():
-            named[old] = new
-    output = module.graph.output_node()
-    output.args = ((*output.args[0], *(named[tap] for tap in taps)),)  # type: ignore[misc]
+        if name not in modules:
+            modules[name] = new = make(module, node)
+            if new is not None:
+                module.set_submodule(name, new)
+        if modules[name] is None:
+            continue
+        made.stored[name] = (str(operand(node, 1).target), str(operand(node, 2).target))
+        if operand(node, 0).op == "get_attr":
+            made.weights[name] = str(operand(node, 0).target)
+        made.nodes.update(_replace(module.graph, node, name))
+    _finish(module)
+    return made
+
+
+def _finish(module: fx.GraphModule) -> None:
     module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     module.graph.lint()
     module.recompile()
     module.delete_all_unused_submodules()
-    return module, weights
 
 
 def _own_tensors(module: fx.GraphModule) -> None:
@@ -154,7 +218,7 @@ def _own_tensors(module: fx.GraphModule) -> None:
     copies: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
     for target in _targets(module):
         old = get_tensor(module, target)
-        key = (old.data_ptr(), tuple(old.shape))
+        key = identity(old)
         if key not in copies:
             copy = old.detach().clone()
             copies[key] = nn.Parameter(copy) if isinstance(old, nn.Parameter) and copy.is_floating_point() else copy
@@ -165,7 +229,12 @@ def _targets(module: fx.GraphModule) -> list[str]:
     return sorted({str(node.target) for node in module.graph.nodes if node.op == "get_attr"})
 
 
-def _static_quantizers(module: fx.GraphModule) -> list[fx.Node]:
+def identity(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    """What two names of one tensor have in common."""
+    return tensor.data_ptr(), tuple(tensor.shape)
+
+
+def static_quantizers(module: fx.GraphModule) -> list[fx.Node]:
     """The ``fake_quantize`` nodes whose scales are stored."""
     nodes = module.graph.find_nodes(op="call_function", target=ops.fake_quantize)
     return [n for n in nodes if isinstance(n.args[1], fx.Node) and n.args[1].op == "get_attr"]
@@ -179,7 +248,12 @@ def _quantizer_name(node: fx.Node) -> str:
     return place if place.startswith(_QUANTIZERS) else f"{_QUANTIZERS}{scale.name}"
 
 
-def _learnable(module: fx.GraphModule, node: fx.Node, settings: RangeSettings) -> LearnableQuantizer:
+def learnable(module: fx.GraphModule, node: fx.Node, settings: RangeSettings) -> LearnableQuantizer:
+    """The quantizer ``node`` of ``module`` as one that can learn its range.
+
+    Raises:
+        BitlowerError: it is not calibrated; it is named.
+    """
     source, *stored = node.args[:3]
     scale, zero = (get_tensor(module, str(part.target)) for part in stored if isinstance(part, fx.Node))
     assert isinstance(source, fx.Node)
@@ -207,9 +281,3 @@ def _call(graph: fx.Graph, node: fx.Node, name: str, arguments: tuple[fx.node.Ar
     node.replace_all_uses_with(call)
     graph.erase_node(node)
     return call
-
-
-def _refuse_unknown(taps: Collection[str], named: Mapping[str, fx.Node]) -> None:
-    for tap in taps:
-        if tap not in named:
-            raise BitlowerError(f"the graph has no node %{tap}", hint=nearest(tap, named))
