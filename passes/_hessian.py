@@ -54,6 +54,19 @@ WEIGHTINGS: dict[str, Weighting] = {
 }
 
 
+def token_weights(norms: torch.Tensor, weighting: str) -> torch.Tensor:
+    """How much each token counts, by ``‖x_t‖²``, 1 on average; those of zeros do not count.
+
+    Args:
+        norms: ``[tokens]``.
+        weighting: one of ``WEIGHTINGS``.
+    """
+    used = norms > _TINY
+    weights = torch.zeros_like(norms)
+    weights[used] = WEIGHTINGS[weighting](norms[used])
+    return weights / weights.mean() if bool(used.any()) else weights
+
+
 class Hessian:
     """``H = mean_t w_t · x_t x_tᵀ`` of one layer input, gathered batch by batch in one buffer.
 

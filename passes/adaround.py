@@ -19,7 +19,7 @@ from bitlower.passes._adaround_solver import Function, Layer, Options, Rounded, 
 from bitlower.passes._base import Context, Contract, Pass
 from bitlower.passes._checkpoints import Stored, load_checkpoint, save_checkpoint
 from bitlower.passes._float_twin import float_twin
-from bitlower.passes._hessian import WEIGHTINGS
+from bitlower.passes._hessian import token_weights
 from bitlower.passes._weights import WeightRanges, close_weights, is_open, open_weights
 from bitlower.passes.quantize import PlacementReport
 
@@ -199,20 +199,11 @@ def _learn(pair: _Pair, options: Adaround, context: Context) -> Stored:
     targets = torch.cat(parts)
     layer = Layer(
         weight, pair.bias(), activation, pair.tensor(1), pair.tensor(2), (spec.grid.quant_min, spec.grid.quant_max),
-        inputs, targets, token_weights(targets, options.weighting),
+        inputs, targets, token_weights(targets.square().sum(1), options.weighting),
     )  # fmt: skip
     settings = Options(options.iterations, options.learning_rate, options.batch, options.regularization, options.warmup)
     rounded = solve(layer, settings, generator)
     return Stored({"codes": rounded.codes.to(spec.grid.dtype)}, [_row(pair.name, str(spec), rounded, inputs)])
-
-
-def token_weights(targets: torch.Tensor, weighting: str) -> torch.Tensor:
-    """How much each token counts, by its ``[tokens, out]`` targets, 1 on average; those of zeros do not count."""
-    norms = targets.square().sum(1)
-    used = norms > torch.finfo(torch.float32).tiny
-    weights = torch.zeros_like(norms)
-    weights[used] = WEIGHTINGS[weighting](norms[used])
-    return weights / weights.mean() if bool(used.any()) else weights
 
 
 def _sample(pair: _Pair, share: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -121,14 +121,6 @@ def test_inputs_are_quantized_and_targets_are_those_of_the_float_model(bert, bat
     torch.testing.assert_close(seen[place].weights, expected_weights / expected_weights.mean())
 
 
-def test_token_weights_have_a_mean_of_one() -> None:
-    targets = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0], [0.0, 100.0]])
-    torch.testing.assert_close(module.token_weights(targets, "none"), torch.tensor([4 / 3, 0, 4 / 3, 4 / 3]))
-    relative = torch.tensor([1 / 25, 0, 1, 1e-4])
-    torch.testing.assert_close(module.token_weights(targets, "unit-norm"), relative / relative.mean())
-    assert torch.equal(module.token_weights(torch.zeros(3, 2), "unit-norm"), torch.zeros(3))
-
-
 def test_outputs_are_closer_than_with_round_to_nearest(bert, batches, run) -> None:
     data = batches(8, rows=4, length=12)
     clean = run(bert()[1], Clean())

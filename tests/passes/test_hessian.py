@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bitlower.ir import BitlowerError
 from bitlower.passes import _hessian
-from bitlower.passes._hessian import WEIGHTINGS, Hessian
+from bitlower.passes._hessian import WEIGHTINGS, Hessian, token_weights
 
 
 def tokens(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
@@ -170,3 +170,12 @@ def test_a_layer_that_no_token_reaches_is_named() -> None:
 def test_an_unknown_weighting_is_named() -> None:
     with pytest.raises(BitlowerError, match="did you mean 'unit-norm'"):
         Hessian(8, weighting="unit-norms")
+
+
+def test_token_weights_have_a_mean_of_one() -> None:
+    targets = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0], [0.0, 100.0]])
+    norms = targets.square().sum(1)
+    torch.testing.assert_close(token_weights(norms, "none"), torch.tensor([4 / 3, 0, 4 / 3, 4 / 3]))
+    relative = torch.tensor([1 / 25, 0, 1, 1e-4])
+    torch.testing.assert_close(token_weights(norms, "unit-norm"), relative / relative.mean())
+    assert torch.equal(token_weights(torch.zeros(3), "unit-norm"), torch.zeros(3))
