@@ -21,9 +21,9 @@ def subgraph(module: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequenc
     for node in inputs:
         copies[node] = graph.placeholder(node.name)
         copies[node].meta = dict(node.meta)
-    needed = _needed(inputs, outputs)
+    between = needed(inputs, outputs)
     for node in module.graph.nodes:
-        if node in needed:
+        if node in between:
             if node.op == "placeholder":
                 raise BitlowerError(f"a part of the graph reads {describe(node)}, which is not among its inputs")
             copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -31,7 +31,8 @@ def subgraph(module: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequenc
     return fx.GraphModule(module, graph)
 
 
-def _needed(inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> set[fx.Node]:
+def needed(inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes between ``inputs`` and ``outputs``, the latter among them."""
     found, frontier = set[fx.Node](), [node for node in outputs if node not in inputs]
     while frontier:
         node = frontier.pop()

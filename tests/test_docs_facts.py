@@ -124,10 +124,14 @@ def test_reports_and_rules_are_documented() -> None:
     from bitlower.passes._hessian import CLIP
     from bitlower.passes.adaround import AdaroundRow
     from bitlower.passes.gptq import GptqRow
+    from bitlower.passes.training._block_loop import BlockRow
 
     assert set(names(rows(section("passes.md", "`gptq`"), "field"))) == {field.name for field in fields(GptqRow)}
     assert set(names(rows(section("passes.md", "`adaround`"), "field"))) == {
         field.name for field in fields(AdaroundRow)
+    }
+    assert set(names(rows(section("passes.md", "`autoround`", "The error of a block"), "field"))) == {
+        field.name for field in fields(BlockRow)
     }
     assert f"fewer than {SMALL:,} codes" in section("onnx.md", "Few bits beside quantized activations")
     assert sorted(names(rows(section("passes.md", "`clean`"), "rule"))) == sorted(rule.name for rule in RULES)

@@ -51,7 +51,7 @@ EFFICIENCY = 0.7
 STEP_WORK = 1600.0
 TEXT_FILL = 0.25
 """Share of the longest length that texts have on the mean."""
-_REWRITING = ("adaround", "gptq", "peg-permute", "rotate", "smooth")
+_REWRITING = ("adaround", "autoround", "gptq", "lkd", "peg-permute", "rotate", "smooth")
 """Passes that give weights other values, while the program before lives on."""
 
 

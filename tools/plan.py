@@ -37,7 +37,7 @@ from bitlower.tools.render import format_bytes, make_table
 
 FOLDER_BYTES = 4_000
 ROW_BYTES = 700
-_SIZE_KEEPING = ("adaround", "calibrate", "correct-bias", "fuse", "gptq", "rtn", "lower-integer")
+_SIZE_KEEPING = ("adaround", "autoround", "calibrate", "correct-bias", "fuse", "gptq", "lkd", "rtn", "lower-integer")
 _TRYING = ("analyze-sensitivity", "assign-precision")
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from bitlower.ir import Batch, BitlowerError, Program, get_tensor, numerics, ops
+from bitlower.ir.dataflow import operand
 from bitlower.ir.program import copy_module
-from bitlower.ir.storage import spill
+from bitlower.ir.storage import release, spill
 from bitlower.passes._base import Context
 from bitlower.passes._float_twin import float_twin
 from bitlower.passes.training._devices import move
@@ -26,30 +27,28 @@ def float_reference(program: Program, context: Context) -> Program:
     """The float model that ``program`` is to be like: the one it was quantized from, or itself without rounding.
 
     Raises:
-        BitlowerError: the former is unknown, and the weights are rounded already.
+        BitlowerError: the former is unknown, and weights are rounded already.
     """
     if context.reference is not None:
         return context.reference
-    if _is_rounded(program):
-        raise BitlowerError(
-            "the float model is not known any more, and the weights are rounded already",
-            hint="run `quantize`, what rounds, and what trains in one pipeline",
-        )
+    for node in program.graph.find_nodes(op="call_function", target=ops.fake_quantize):
+        if operand(node, 0).op == "get_attr" and _is_rounded(program, node):
+            raise BitlowerError(
+                f"the float model is not known any more, and {operand(node, 0).target} is rounded already",
+                hint="run `quantize`, what rounds, and what trains in one pipeline",
+            )
     return float_twin(program)[0]
 
 
-def _is_rounded(program: Program) -> bool:
-    """Whether all quantized weights lie on their grids."""
-    nodes = [
-        node
-        for node in program.graph.find_nodes(op="call_function", target=ops.fake_quantize)
-        if all(isinstance(n, fx.Node) and n.op == "get_attr" for n in node.args[:3])
-    ]
-    for node in nodes:
-        weight, scale, zero = (get_tensor(program.module, str(n.target)) for n in node.args[:3])
-        if bool(scale.any()) and not torch.equal(numerics.fake(weight, scale, zero, *node.args[3:5]), weight):
-            return False
-    return bool(nodes)
+def _is_rounded(program: Program, node: fx.Node) -> bool:
+    """Whether the weight under a quantizer that has its range lies on the grid, and is not all zeros."""
+    weight, scale, zero = (get_tensor(program.module, str(operand(node, i).target)).detach() for i in range(3))
+    if not bool(scale.any()):
+        return False
+    same = numerics.fake(weight, scale, zero, *node.args[3:5]).equal(weight)  # type: ignore[arg-type]
+    found = same and bool(weight.any())
+    release(weight)
+    return found
 
 
 class Teacher:
