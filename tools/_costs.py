@@ -3,7 +3,7 @@
 The formulas, with S the bytes of the float model's tensors (of those that lie in files, ``MAPPED_SHARE``)::
 
     peak memory = BASE_BYTES + S + S again if a pass rewrites weights + a byte for each code
-                  + values of one batch + the largest of: what ``gptq`` or ``adaround`` holds,
+                  + values of one batch + the largest of: what ``gptq``, ``adaround`` or training holds,
                     both programs' outputs of an evaluation batch, EXPORT_COPIES · S for ONNX and libraries
     seconds     = FIXED_SECONDS + nodes · (LOAD_SECONDS + those of each export)
                   + operations of runs over data, of solvers and of checks / (matrix rate of this machine · EFFICIENCY)
@@ -13,11 +13,13 @@ three Hessians of the widest input; it computes a Hessian for each input of widt
 and error feedback (2 c² a row). ``adaround`` holds the activations of two walks, the float weights of linears, and
 LAYER_COPIES of the largest layer with the tokens that it is learned on; it computes, for each step and weight, 4
 operations for each token of the step (products forward and backward) and STEP_WORK (what is done weight by weight, in
-the time of so many operations). The constants were measured on encoders of 6 and 12 layers and a decoder of 30.
+the time of so many operations). What training takes says :mod:`bitlower.tools._training_costs`. The constants were
+measured on encoders of 6 and 12 layers and a decoder of 30.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,11 +33,12 @@ from bitlower.ir.dataflow import activation_operand, linears, parameter_of, weig
 from bitlower.ir.scheme import ACTIVATION_ROLES
 from bitlower.ir.storage import is_mapped
 from bitlower.passes import Contract, Pass
-from bitlower.passes._declared import data_runs
+from bitlower.passes._declared import data_runs, training_steps
 from bitlower.passes.adaround import Adaround
 from bitlower.passes.gptq import Gptq
 from bitlower.passes.legalize import Legalize
 from bitlower.tools._calibration import HELD_OUT_TEXTS, HELD_OUT_WINDOWS, TEXTS, Amount
+from bitlower.tools._training_costs import Lesson
 from bitlower.tools.language_model import TASK
 
 BASE_BYTES = 720_000_000
@@ -102,13 +105,17 @@ Exports = Sequence[tuple[str, Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class Costs:
-    """A run of ``passes`` on ``program`` (``placed`` with quantizers), whose result is written as ``exports``."""
+    """A run of ``passes`` on ``program`` (``placed`` with quantizers), whose result is written as ``exports``.
+
+    ``lesson`` is what passes train on; None: batches like those of ``data``.
+    """
 
     program: Program
     placed: Program
     passes: Sequence[Pass]
     data: Load
     exports: Exports
+    lesson: Lesson | None = None
 
     @property
     def runs(self) -> int:
@@ -123,7 +130,9 @@ class Costs:
         rewritten = size if any(pass_.name in _REWRITING for pass_ in self.passes) else 0
         codes = size / full * sum(map(torch.Tensor.numel, self._weights())) if self._lowers() else 0
         written = any(name not in EXPORT_SECONDS for name, _ in self.exports)
-        most = max(self._solver_bytes(), self._compared_bytes(), EXPORT_COPIES * size if written else 0)
+        most = max(
+            self._solver_bytes(), self._trained_bytes(), self._compared_bytes(), EXPORT_COPIES * size if written else 0
+        )
         return int(BASE_BYTES + size + rewritten + codes + self._value_bytes() + most)
 
     def seconds(self) -> float:
@@ -131,7 +140,7 @@ class Costs:
         nodes = len(self.program.graph.nodes)
         exports = sum(EXPORT_SECONDS.get(name, LOAD_SECONDS) for name, _ in self.exports)
         token = 2.0 * sum(rows * columns for rows, columns in self._shapes())
-        work = token * (self.runs * self.data.tokens + self._checked_tokens())
+        work = token * (self.runs * self.data.tokens + self._checked_tokens() + self._trained_tokens())
         rate = _flop_rate() * EFFICIENCY
         return FIXED_SECONDS + nodes * (LOAD_SECONDS + exports) + (work + self._solver_work()) / rate
 
@@ -145,6 +154,20 @@ class Costs:
         exact = sum(pass_.contract is Contract.EXACT for pass_ in self.passes)
         lossy = sum(pass_.contract is Contract.LOSSY for pass_ in self.passes)
         return 2 * (exact * self.data.batch_tokens + (lossy + len(self.exports)) * self.data.held_out_tokens)
+
+    def _training(self) -> tuple[Lesson, list[int]]:
+        """What passes train on, calibration data if nobody says; and the steps of each pass that trains."""
+        batches, tokens = math.ceil(self.data.samples / self.data.batch_size), self.data.batch_tokens
+        lesson = self.lesson or Lesson(batches, self.data.batch_size, self.data.max_length, tokens)
+        return lesson, [steps for pass_ in self.passes if (steps := training_steps(pass_, lesson.batches))]
+
+    def _trained_tokens(self) -> float:
+        lesson, steps = self._training()
+        return sum(map(lesson.tokens_of, steps))
+
+    def _trained_bytes(self) -> int:
+        lesson, steps = self._training()
+        return lesson.memory(self.program, self.placed) if steps else 0
 
     def _value_bytes(self) -> int:
         """Activations of one batch."""

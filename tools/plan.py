@@ -22,6 +22,7 @@ from torch import fx
 from bitlower.frontends import load
 from bitlower.ir import Level, Program, get_tensor
 from bitlower.passes import Context, Contract, Pass, PassManager, format_pipeline
+from bitlower.passes._declared import training_steps, trains
 from bitlower.passes.assign_precision import AssignPrecision
 from bitlower.passes.quantize import PlacementReport
 from bitlower.tools import _backends
@@ -30,6 +31,7 @@ from bitlower.tools._costs import Costs, Exports, Load, unforeseen
 from bitlower.tools._heads import head_notes
 from bitlower.tools._sizes import Target, overhead_bytes, stored_bytes
 from bitlower.tools._standard import standard_exports, standard_passes
+from bitlower.tools._training_costs import Lesson
 from bitlower.tools.flow import recipe_job
 from bitlower.tools.language_model import TASK
 from bitlower.tools.recipe import Recipe
@@ -142,7 +144,8 @@ def plan_recipe(recipe: Recipe) -> Plan:
     program = job.load()
     decoder = program.task == TASK
     amount = Amount.of(recipe.calibration, decoder) if recipe.calibration else Amount.make(None, None, decoder)
-    return make_plan(program, job.passes, Load.of(amount, program), job.exports)
+    lesson = Lesson.of(job.data(program)) if any(map(trains, job.passes)) else None
+    return make_plan(program, job.passes, Load.of(amount, program), job.exports, lesson)
 
 
 def plan_model(
@@ -166,8 +169,16 @@ def plan_model(
     return make_plan(program, passes, Load.of(amount, program), exports)
 
 
-def make_plan(program: Program, passes: tuple[Pass, ...], data: Load, exports: Exports = (("onnx-qdq", {}),)) -> Plan:
+def make_plan(
+    program: Program,
+    passes: tuple[Pass, ...],
+    data: Load,
+    exports: Exports = (("onnx-qdq", {}),),
+    lesson: Lesson | None = None,
+) -> Plan:
     """Predict a run of ``passes`` on the float ``program``; tensors and model file are those of the first export.
+
+    ``lesson`` is what passes train on.
 
     Raises:
         BitlowerError: a pattern matches nothing, a granularity does not fit a tensor, or a target cannot hold one.
@@ -188,7 +199,8 @@ def make_plan(program: Program, passes: tuple[Pass, ...], data: Load, exports: E
         for tensors, target in zip(planned, targets, strict=True)
     ]
     beside = sum(map(len, program.assets.values())) + FOLDER_BYTES + ROW_BYTES * len(list(placed.quantizers()))
-    later, costs = [pass_ for pass_ in passes if pass_ not in early], Costs(program, placed, passes, data, exports)
+    later = [pass_ for pass_ in passes if pass_ not in early]
+    costs = Costs(program, placed, passes, data, exports, lesson)
     unknown = tuple(unforeseen(placed, passes, exports))
     return Plan(
         program.source,
@@ -249,7 +261,8 @@ def _is_early(pass_: Pass) -> bool:
 def _notes(later: Sequence[Pass], exports: Exports) -> Iterator[str]:
     """What of the passes that did not run cannot be foreseen."""
     for pass_ in later:
-        if pass_.contract is not Contract.ANALYSIS and pass_.name not in _SIZE_KEEPING:
+        keeps = pass_.name in _SIZE_KEEPING or training_steps(pass_, 1) > 0
+        if pass_.contract is not Contract.ANALYSIS and not keeps:
             yield f"{pass_.name} needs data and was not run; sizes are as without it"
         if pass_.name in _TRYING:
             yield f"{pass_.name} runs the model as often as there is something to try; the time is as without it"

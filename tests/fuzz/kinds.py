@@ -25,6 +25,8 @@ from bitlower.ir import Program, Scheme
 from bitlower.ir.storage import map_safetensors
 from bitlower.passes import parse_pipeline
 from bitlower.tools._backends import verify_artefact
+from bitlower.tools._labels import Head
+from bitlower.tools._training import read_examples
 from bitlower.tools.data import read_text, split_texts
 from bitlower.tools.evaluate import open_runner
 from bitlower.tools.flow import quantize
@@ -34,6 +36,7 @@ RECIPE = """\
 model: {path: package:some-model, task: feature-extraction}
 calibration: &data {data: texts.txt, samples: 12, max_length: 16, batch_size: 4, seed: 1}
 evaluation: *data
+training: {data: table.tsv, column: [text, other], label: label, samples: 8, held_out: 0.2, batch_size: 4, seed: 2}
 passes:
   - clean
   - analyze-outliers
@@ -41,6 +44,7 @@ passes:
       scheme: {weights: {num_bits: 4, strategy: group, group_size: 32}, overrides: {residual: null}}
       ignore: ["re:.*pooler.*"]
   - calibrate: {weights: mse, activations: running-minmax}
+  - qat: {epochs: 2, losses: [{logits: {temperature: 2.0}}, hidden], learning-rate: {weights: 1.0e-5, "re:.*LayerNorm.*": 0}}
   - lower-integer:
 export:
   - onnx-qdq: {opset: 21}
@@ -94,6 +98,7 @@ class Kinds:
             form = mutations.plain(YAML(typ="safe", pure=True).load(RECIPE), random)
             (folder / "recipe.yaml").write_bytes(text if random.random() < 0.5 else mutations.dumps(form))
             (folder / "texts.txt").write_text("a cat\n")
+            (folder / "table.tsv").write_text("text\tother\tlabel\na cat\ta dog\t1\n" * 12)
 
         return Kind(write, lambda folder: validate_recipe(load_recipe(folder / "recipe.yaml")))
 
@@ -131,6 +136,10 @@ class Kinds:
 
         def attempt(folder: Path) -> object:
             (path,) = folder.iterdir()
+            if path.suffix != ".txt":
+                rows = tuple(read_examples(path, None, "label"))
+                for regression in (False, True):
+                    Head({"good": 1}, 2, regression).tensor(path, rows)
             return read_text(path), split_texts(path, samples=None)
 
         return Kind(write, attempt)
