@@ -44,6 +44,10 @@ OptionalCalibration = Annotated[
         "--calibration", help=f"{_TEXTS} Not needed for schemes without static activations, by round-to-nearest."
     ),
 ]
+Training = Annotated[
+    str | None,
+    typer.Option(help="Texts as for --calibration, to train the quantized program on against the float model (qat)."),
+]
 Task = Annotated[
     str | None,
     typer.Option(
@@ -100,6 +104,7 @@ def quantize(
     model: Model,
     output: Output,
     calibration: OptionalCalibration = None,
+    training: Training = None,
     scheme: Scheme = "W8A8",
     algorithm: Algorithm = None,
     formats: Formats = None,
@@ -120,7 +125,7 @@ def quantize(
 
     recipe = standard_recipe(
         model, scheme, calibration, algorithm=algorithm, formats=formats or (), task=task, samples=samples,
-        max_length=max_length, seed=seed, ignore=ignore or (), bos=bos,
+        max_length=max_length, seed=seed, ignore=ignore or (), bos=bos, training=training,
     )  # fmt: skip
     options = _options(settings, cache, no_cache, overwrite)
     options.display.note(f"passes: {format_pipeline(recipe.build_passes())}")

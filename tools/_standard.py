@@ -61,12 +61,14 @@ def standard_passes(
     *,
     algorithm: str | None = None,
     calibrated: bool = True,
+    trained: bool = False,
     formats: Sequence[str] = (),
 ) -> tuple[Pass, ...]:
     """The pipeline behind ``quantize``: every step from a float program to integers, or to kernels.
 
     ``smooth`` and ``calibrate`` are for activations; with float activations ``algorithm`` stands alone. Without
-    calibration data there is no ``smooth``. Formats that are made of kernels have ``fuse`` at the end, and no
+    calibration data there is no ``smooth``. With training data (``trained``) what comes of these goes through ``qat``.
+    Formats that are made of kernels have ``fuse`` at the end, and no
     ``smooth``, whose multiplications would stand between kernels. Where all formats are checkpoints, which hold no
     codes of tables, large output heads stay in float unless the scheme names their bits.
 
@@ -86,6 +88,7 @@ def standard_passes(
     fused = _of_kernels(formats)
     smooth = ("smooth",) if calibrated and not fused else ()
     names = (*smooth, algorithm, "calibrate") if made.activations else (algorithm,)
+    names += ("qat",) if trained else ()
     return (
         make_pass("clean"),
         make_pass("quantize", parameters),
@@ -162,25 +165,31 @@ def standard_recipe(
     seed: int = 0,
     ignore: Sequence[str] = (),
     bos: str = "auto",
+    training: str | os.PathLike[str] | None = None,
 ) -> Recipe:
     """The recipe behind ``bitlower quantize``; paths are from the working directory.
 
-    Without calibration data weights are rounded to nearest, activations with scales of each token.
+    Without calibration data weights are rounded to nearest, activations with scales of each token. With ``training``
+    data the program is trained on them.
 
     Raises:
         BitlowerError: not a scheme, or not an algorithm.
     """
     calibrated = calibration is not None
-    passes = standard_passes(scheme, ignore, algorithm=algorithm, calibrated=calibrated, formats=formats)
+    trained = training is not None
+    passes = standard_passes(
+        scheme, ignore, algorithm=algorithm, calibrated=calibrated, trained=trained, formats=formats
+    )
     form: dict[str, Any] = {
         "model": {"path": model, "task": task, "bos": bos},
         "passes": steps_of(passes),
         "export": [{name: params} if params else name for name, params in standard_exports(scheme, formats)],
     }
-    if calibration is not None:
-        path, column = split_column(calibration)
-        data = {"data": str(path), "column": column, "samples": samples, "max_length": max_length, "seed": seed}
-        form["calibration"] = {key: value for key, value in data.items() if value is not None}
+    for name, texts, count in (("calibration", calibration, samples), ("training", training, None)):
+        if texts is not None:
+            path, column = split_column(texts)
+            data = {"data": str(path), "column": column, "samples": count, "max_length": max_length, "seed": seed}
+            form[name] = {key: value for key, value in data.items() if value is not None}
     try:
         return Recipe.model_validate(form)
     except ValidationError as error:

@@ -19,7 +19,7 @@ from bitlower.tools._calibration import Calibration, python_source, recipe_sourc
 from bitlower.tools._job import Job, Options, run_job
 from bitlower.tools._standard import standard_exports, standard_passes, standard_recipe
 from bitlower.tools._summary import RunSummary
-from bitlower.tools._training import with_training
+from bitlower.tools._training import python_training, with_training
 from bitlower.tools.language_model import is_decoder
 from bitlower.tools.recipe import Recipe, Section, dump_recipe, validate_recipe
 from bitlower.tools.render import Display
@@ -73,6 +73,7 @@ def quantize(
     *,
     scheme: str | Scheme = "W8A8",
     calibration: Calibration | None = None,
+    training: Calibration | None = None,
     output: str | os.PathLike[str] | None = None,
     algorithm: str | None = None,
     formats: Sequence[str] = (),
@@ -96,6 +97,8 @@ def quantize(
         calibration: a file of texts (``FILE:COLUMN`` for a table), the texts, or input batches; not needed for schemes
             without static activations (but for ``gptq`` and ``adaround``): artefacts are then compared with the Program
             on tokens drawn at random. For a language model the texts are one long text, which is cut into windows.
+        training: the same kinds of data to train the quantized program on, against the float model (``qat`` with what
+            it takes by itself); a tenth is held out. None: nothing is trained.
         output: the artefact's folder, which must not exist yet; None writes nothing.
         algorithm: of the weights' codes: ``gptq``, ``adaround``, ``rtn`` or ``calibrate``; if left out ``gptq`` for
             weights of fewer than 8 bits beside float activations (``rtn`` without calibration), else ``calibrate``.
@@ -114,16 +117,23 @@ def quantize(
         BitlowerError: bad input; nothing is left behind.
         CheckError: a check failed; nothing is left behind.
     """
-    if isinstance(calibration, str | os.PathLike) and not isinstance(model, torch.nn.Module):
+    if (
+        not isinstance(model, torch.nn.Module)
+        and isinstance(calibration, str | os.PathLike)
+        and isinstance(training, str | os.PathLike | None)
+    ):
         recipe = standard_recipe(
             os.fspath(model), scheme, calibration, algorithm=algorithm, formats=formats, task=task, samples=samples,
-            max_length=max_length, seed=seed, ignore=ignore, bos=bos,
+            max_length=max_length, seed=seed, ignore=ignore, bos=bos, training=training,
         )  # fmt: skip
         job = recipe_job(recipe)
     else:
         decoder, calibrated = is_decoder(model, task), calibration is not None
         source = python_source(calibration, samples=samples, seed=seed, max_length=max_length, decoder=decoder, bos=bos)
-        passes = standard_passes(scheme, ignore, algorithm=algorithm, calibrated=calibrated, formats=formats)
+        source = python_training(source, training, seed=seed, max_length=max_length, decoder=decoder, bos=bos)
+        passes = standard_passes(
+            scheme, ignore, algorithm=algorithm, calibrated=calibrated, trained=training is not None, formats=formats
+        )
         loader = partial(load, model, task=task, example_inputs=example_inputs)
         job = Job(loader, source.batches, passes, standard_exports(scheme, formats), seed=seed)
     program, summary = run_job(job, _path(output), Options(cache=_path(cache), overwrite=overwrite))

@@ -44,7 +44,7 @@ passes:
       scheme: {weights: {num_bits: 4, strategy: group, group_size: 32}, overrides: {residual: null}}
       ignore: ["re:.*pooler.*"]
   - calibrate: {weights: mse, activations: running-minmax}
-  - qat: {epochs: 2, losses: [{logits: {temperature: 2.0}}, hidden], learning-rate: {weights: 1.0e-5, "re:.*LayerNorm.*": 0}}
+  - qat: {epochs: 2, losses: [{logits: {temperature: 2.0}}, hidden], learning-rate: {weights: 1.0e-5, "re:.*Norm.*": 0}}
   - lower-integer:
 export:
   - onnx-qdq: {opset: 21}

@@ -16,14 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitlower.frontends import load
-from bitlower.ir import Batch, BitlowerError, Program
-from bitlower.passes import _registry, find_pass
+from bitlower.ir import BitlowerError, Program
+from bitlower.passes import Context, _registry, find_pass
 from bitlower.passes._digest import digest_batches
+from bitlower.passes.training.qat import Qat
 from bitlower.tools._calibration import Source
 from bitlower.tools._job import Data
-from bitlower.tools._training import python_training, split_examples, with_training
+from bitlower.tools._training import split_examples, with_training
 from bitlower.tools.data import Row
-from bitlower.tools.flow import Options, recipe_job, run_recipe
+from bitlower.tools.flow import Options, quantize, recipe_job, run_recipe
 from bitlower.tools.recipe import Recipe, TrainingSection, load_recipe
 
 _MADE = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
@@ -388,7 +389,62 @@ def test_a_wrong_section_is_named_with_its_line(
     assert "\n" not in str(caught.value)
 
 
-def test_nan_in_given_batches_is_refused() -> None:
-    batches: list[Batch] = [{"x": torch.ones(2, 4), "labels": torch.tensor([0.5, torch.nan])}] * 2
-    source = python_training(NONE, batches, seed=0, max_length=None, decoder=False)
-    assert [len(part) for part in (source.batches(None).training, source.batches(None).held_out)] == [1, 1]  # type: ignore[arg-type]
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Context]:
+    """The contexts that ``qat`` was given, which trains nothing here."""
+    found: list[Context] = []
+
+    def run(self: Qat, program: Program, context: Context) -> bool:
+        found.append(Context(training=context.training, held_out=context.held_out))
+        return False
+
+    monkeypatch.setattr(Qat, "run", run)
+    return found
+
+
+def test_one_line_trains_on_files_texts_and_batches(
+    classifier: Path, texts: Path, tmp_path: Path, seen: list[Context], table: Callable[..., Path],
+    backend: SimpleNamespace,
+) -> None:  # fmt: skip
+    path = table(rows(60))
+    given = {"scheme": "W8A8", "calibration": texts, "max_length": 16}
+    made = quantize(classifier, training=f"{path}:sentence", output=tmp_path / "out", **given)
+    written = load_recipe(tmp_path / "out" / "recipe.yaml")
+    assert written.training == TrainingSection(data="train.tsv", column="sentence", max_length=16)
+    assert [step.name for step in written.passes][-2:] == ["qat", "lower-integer"]
+    assert made.output
+    quantize(classifier, training=[text for text, *_ in rows(60)], **given)
+    batches = [*seen[0].training, *seen[0].held_out]
+    quantize(classifier, training=batches * 10, **given)
+    file, listed, as_they_are = seen
+    assert digest_batches(file.training) == digest_batches(listed.training)
+    assert digest_batches(file.held_out) == digest_batches(listed.held_out)
+    assert (len(lines(file.training)), len(lines(file.held_out))) == (54, 6)
+    assert digest_batches(as_they_are.training) == digest_batches((batches * 10)[:27])
+    assert digest_batches(as_they_are.held_out) == digest_batches((batches * 10)[27:])
+    for few in ([], ["one"]):
+        with pytest.raises(BitlowerError, match=f"the training data is too short: {len(few)} texts, 2 are needed"):
+            quantize(classifier, training=few, **given)
+
+
+def test_a_language_model_trains_on_windows_of_texts(
+    llama: Path, llama_program: Program, story: Path, seen: list[Context]
+) -> None:
+    quantize(llama, scheme="W4A16-g16", training=story.read_text().splitlines(), max_length=16, bos="always")
+    [context] = seen
+    assert {tuple(batch["input_ids"].shape) for batch in context.training} == {(1, 16)}
+    assert {int(batch["input_ids"][0, 0]) for batch in context.training} == {0}
+    joined = story.with_name("joined.txt")
+    joined.write_text("\n\n".join(story.read_text().splitlines()))
+    expected = made(llama_program, {"data": str(joined), "max_length": 16}, decoder=True, bos="always")
+    assert digest_batches(context.training) == digest_batches(expected.training)
+
+
+def test_labels_that_are_not_finite_are_refused(classifier: Path, seen: list[Context]) -> None:
+    ids = torch.ones(2, 4, dtype=torch.int64)
+    batch = {"input_ids": ids, "attention_mask": ids, "token_type_ids": 0 * ids}
+    good, bad = ({**batch, "labels": torch.tensor([0.5, value])} for value in (1.0, torch.nan))
+    for training, part in (([good, bad, good], "training"), ([good, bad], "held-out")):
+        with pytest.raises(BitlowerError, match=f"{part}: the tensor 'labels' of batch . holds NaN or Inf"):
+            quantize(classifier, scheme="W8A8-token", training=training)
+    assert not seen
