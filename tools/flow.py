@@ -97,8 +97,7 @@ def quantize(
         calibration: a file of texts (``FILE:COLUMN`` for a table), the texts, or input batches; not needed for schemes
             without static activations (but for ``gptq`` and ``adaround``): artefacts are then compared with the Program
             on tokens drawn at random. For a language model the texts are one long text, which is cut into windows.
-        training: the same kinds of data to train the quantized program on, against the float model (``qat`` with what
-            it takes by itself); a tenth is held out. None: nothing is trained.
+        training: the same, to train the quantized program on against the float model (``qat``); a tenth is held out.
         output: the artefact's folder, which must not exist yet; None writes nothing.
         algorithm: of the weights' codes: ``gptq``, ``adaround``, ``rtn`` or ``calibrate``; if left out ``gptq`` for
             weights of fewer than 8 bits beside float activations (``rtn`` without calibration), else ``calibrate``.
@@ -117,27 +116,47 @@ def quantize(
         BitlowerError: bad input; nothing is left behind.
         CheckError: a check failed; nothing is left behind.
     """
+    how: dict[str, Any] = {
+        "algorithm": algorithm, "formats": formats, "task": task, "samples": samples, "max_length": max_length,
+        "seed": seed, "ignore": ignore, "bos": bos,
+    }  # fmt: skip
     if (
-        not isinstance(model, torch.nn.Module)
-        and isinstance(calibration, str | os.PathLike)
-        and isinstance(training, str | os.PathLike | None)
+        isinstance(model, torch.nn.Module)
+        or not isinstance(calibration, str | os.PathLike)
+        or not isinstance(training, str | os.PathLike | None)
     ):
-        recipe = standard_recipe(
-            os.fspath(model), scheme, calibration, algorithm=algorithm, formats=formats, task=task, samples=samples,
-            max_length=max_length, seed=seed, ignore=ignore, bos=bos, training=training,
-        )  # fmt: skip
-        job = recipe_job(recipe)
+        job = _python_job(model, scheme, calibration, training, example_inputs, **how)
     else:
-        decoder, calibrated = is_decoder(model, task), calibration is not None
-        source = python_source(calibration, samples=samples, seed=seed, max_length=max_length, decoder=decoder, bos=bos)
-        source = python_training(source, training, seed=seed, max_length=max_length, decoder=decoder, bos=bos)
-        passes = standard_passes(
-            scheme, ignore, algorithm=algorithm, calibrated=calibrated, trained=training is not None, formats=formats
-        )
-        loader = partial(load, model, task=task, example_inputs=example_inputs)
-        job = Job(loader, source.batches, passes, standard_exports(scheme, formats), seed=seed)
+        job = recipe_job(standard_recipe(os.fspath(model), scheme, calibration, training=training, **how))
     program, summary = run_job(job, _path(output), Options(cache=_path(cache), overwrite=overwrite))
     return Quantized(program, summary.output, summary)
+
+
+def _python_job(
+    model: str | os.PathLike[str] | torch.nn.Module,
+    scheme: str | Scheme,
+    calibration: Calibration | None,
+    training: Calibration | None,
+    example_inputs: Mapping[str, torch.Tensor] | None,
+    *,
+    task: str | None,
+    samples: int | None,
+    max_length: int | None,
+    seed: int,
+    bos: str,
+    algorithm: str | None,
+    formats: Sequence[str],
+    ignore: Sequence[str],
+) -> Job:
+    """The run of :func:`quantize` where a model or data lie in memory, of which no recipe can speak."""
+    decoder, calibrated, trained = is_decoder(model, task), calibration is not None, training is not None
+    source = python_source(calibration, samples=samples, seed=seed, max_length=max_length, decoder=decoder, bos=bos)
+    source = python_training(source, training, seed=seed, max_length=max_length, decoder=decoder, bos=bos)
+    passes = standard_passes(
+        scheme, ignore, algorithm=algorithm, calibrated=calibrated, trained=trained, formats=formats
+    )
+    loader = partial(load, model, task=task, example_inputs=example_inputs)
+    return Job(loader, source.batches, passes, standard_exports(scheme, formats), seed=seed)
 
 
 def _path(place: str | os.PathLike[str] | None) -> Path | None:
