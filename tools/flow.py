@@ -116,10 +116,8 @@ def quantize(
         BitlowerError: bad input; nothing is left behind.
         CheckError: a check failed; nothing is left behind.
     """
-    how: dict[str, Any] = {
-        "algorithm": algorithm, "formats": formats, "task": task, "samples": samples, "max_length": max_length,
-        "seed": seed, "ignore": ignore, "bos": bos,
-    }  # fmt: skip
+    how: dict[str, Any] = {"task": task, "samples": samples, "max_length": max_length, "seed": seed, "bos": bos}
+    how |= {"algorithm": algorithm, "formats": formats, "ignore": ignore}
     if (
         isinstance(model, torch.nn.Module)
         or not isinstance(calibration, str | os.PathLike)
