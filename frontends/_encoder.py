@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -56,7 +56,14 @@ def plain_outputs(model: PreTrainedModel, *, keep_cache: bool = False) -> Iterat
             setattr(config, flag, value)
 
 
-def export(model: PreTrainedModel, inputs: dict[str, Any], shapes: dict[str, Any]) -> torch.export.ExportedProgram:
+class Traced(NamedTuple):
+    """What torch traced, and what there is to say about how."""
+
+    exported: torch.export.ExportedProgram
+    notes: tuple[str, ...]
+
+
+def export(model: PreTrainedModel, inputs: dict[str, Any], shapes: dict[str, Any]) -> Traced:
     """Trace ``model`` through transformers' own exporter.
 
     Raises:
@@ -65,10 +72,9 @@ def export(model: PreTrainedModel, inputs: dict[str, Any], shapes: dict[str, Any
     from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
     linears = experts_as_linears(model)
-    with quiet(), explain_failure(type(model).__name__), linears, unchanged(model), open_sizes():
+    with quiet(), explain_failure(type(model).__name__), linears, unchanged(model), open_sizes() as notes:
         exported = DynamoExporter().export(model, inputs, config=DynamoConfig(dynamic_shapes=shapes))
-    program: torch.export.ExportedProgram = exported.program
-    return program
+    return Traced(exported.program, tuple(dict.fromkeys(notes)))
 
 
 def trace_encoder(model: PreTrainedModel, task: str) -> Program:
@@ -84,7 +90,7 @@ def trace_encoder(model: PreTrainedModel, task: str) -> Program:
     dynamic = {
         name: {axis: auto for axis, dim in enumerate(dims) if isinstance(dim, str)} for name, dims in shapes.items()
     }
-    exported = export(model, inputs, dynamic)
+    exported, notes = export(model, inputs, dynamic)
     program = to_program(exported, task=task, inputs=shapes, keep=_kept(exported, task))
     length = program.lengths.get(SEQUENCE, Length())
     if length.minimum == length.maximum:
@@ -94,7 +100,7 @@ def trace_encoder(model: PreTrainedModel, task: str) -> Program:
         with torch.no_grad(), releasing(model), unchanged(model):
             expected = model(**replay)
         check_replay(program, expected, replay, type(model).__name__)
-    program.notes += _shorter(program, model)
+    program.notes += (*notes, *_shorter(program, model))
     return program
 
 
@@ -116,8 +122,11 @@ def trace_given(model: PreTrainedModel, task: str, example_inputs: Mapping[str, 
     """
     inputs = dict(example_inputs)
     auto = torch.export.Dim.AUTO
-    exported = export(model, inputs, {name: dict.fromkeys(range(value.dim()), auto) for name, value in inputs.items()})
-    return to_program(exported, task=task, keep=_kept(exported, task))
+    dynamic = {name: dict.fromkeys(range(value.dim()), auto) for name, value in inputs.items()}
+    exported, notes = export(model, inputs, dynamic)
+    program = to_program(exported, task=task, keep=_kept(exported, task))
+    program.notes += notes
+    return program
 
 
 def _length(model: PreTrainedModel, shapes: Mapping[str, Any]) -> int:

@@ -14,23 +14,27 @@ from typing import Any
 
 import torch
 
-Factory = Callable[[Any], Any]
+from bitlower.frontends import _longformer
+
+Factory = Callable[[Any, list[str]], Any]
+"""Makes a replacement of an original, and adds to the notes what a user should know when it runs."""
 
 
 @contextmanager
-def open_sizes() -> Iterator[None]:
-    """Put the replacements in place for a while, in those modules of transformers that are loaded."""
+def open_sizes() -> Iterator[list[str]]:
+    """Put the replacements in place for a while, in those modules of transformers that are loaded; their notes."""
+    notes: list[str] = []
     with ExitStack() as stack:
         for module, owner, name, factory in _PLACES:
             if module in sys.modules:
-                stack.enter_context(_replaced(getattr(sys.modules[module], owner), name, factory))
-        yield
+                stack.enter_context(_replaced(getattr(sys.modules[module], owner), name, factory, notes))
+        yield notes
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, factory: Factory) -> Iterator[None]:
+def _replaced(owner: Any, name: str, factory: Factory, notes: list[str]) -> Iterator[None]:
     original = getattr(owner, name)
-    setattr(owner, name, factory(original))
+    setattr(owner, name, factory(original, notes))
     try:
         yield
     finally:
@@ -63,7 +67,7 @@ class _Positions:
         return torch.arange(start, queries.first - self.last - 1, -stride, dtype=torch.long)
 
 
-def _funnel_positions(original: Any) -> Any:
+def _funnel_positions(original: Any, notes: list[str]) -> Any:
     """Relative positions of Funnel Transformer (Dai et al., 2020, appendix A.2.1) without lists of all positions."""
 
     def get_position_embeds(self: Any, seq_len: Any, dtype: torch.dtype, device: torch.device) -> Any:
@@ -95,5 +99,9 @@ def _sinusoids(frequencies: torch.Tensor, positions: torch.Tensor) -> torch.Tens
 _FUNNEL = "transformers.models.funnel.modeling_funnel"
 _PLACES: tuple[tuple[str, str, str, Factory], ...] = (
     (_FUNNEL, "FunnelAttentionStructure", "get_position_embeds", _funnel_positions),
+    (_longformer.MODULE, "LongformerForSequenceClassification", "forward", _longformer.classifier),
+    (_longformer.MODULE, "LongformerForQuestionAnswering", "forward", _longformer.reader),
+    (_longformer.MODULE, "LongformerModel", "forward", _longformer.encoder),
+    (_longformer.MODULE, "LongformerSelfAttention", "forward", _longformer.attention),
 )
 """Module, class and method of transformers, and what makes the replacement of the original."""

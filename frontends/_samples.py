@@ -36,6 +36,8 @@ def layout(model: PreTrainedModel) -> dict[str, tuple[int | str, ...]]:
 def sample(model: PreTrainedModel, names: Mapping[str, Any], rows: int, length: int) -> dict[str, torch.Tensor]:
     """Inputs from a fixed generator: ordinary tokens, one that ends each text, the last row padded if there is room.
 
+    Where the configuration names a separator, each row is a pair of texts: two separators between them, one at the end.
+
     Args:
         model: an encoder.
         names: of the inputs.
@@ -47,9 +49,13 @@ def sample(model: PreTrainedModel, names: Mapping[str, Any], rows: int, length: 
     ids = ordinary[torch.randint(0, len(ordinary), (rows, length), generator=generator)]
     mask = torch.ones((rows, length), dtype=torch.int64)
     mask[-1, length - 2 :] = 0 if length > 3 else 1
-    ends = _token(model, "eos_token_id")
-    if ends is not None:
-        ids[torch.arange(rows), mask.sum(1) - 1] = ends
+    separator, ends = _token(model, "sep_token_id"), _token(model, "eos_token_id")
+    last, each = mask.sum(1) - 1, torch.arange(rows)
+    if separator is not None and length > 5:
+        for place in (last // 3, last // 3 + 1, last):
+            ids[each, place] = separator
+    elif ends is not None:
+        ids[each, last] = ends
     ids = torch.where(mask.bool(), ids, _token(model, "pad_token_id") or 0)
     corners = torch.randint(0, 500, (rows, length, 2), generator=generator)
     given = {

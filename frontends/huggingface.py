@@ -118,9 +118,10 @@ def _trace_decoder(model: PreTrainedModel) -> Program:
         signature = Signature.of(model)
     entries = vocabulary(model)
     sample = signature.sample(entries, **_DECODER_TRACE_SHAPE)
-    exported = export(model, signature.arguments(sample), signature.dynamic_shapes())
+    exported, notes = export(model, signature.arguments(sample), signature.dynamic_shapes())
     names = signature.outputs()
     program = to_program(exported, task="text-generation", inputs=signature.inputs(), outputs=names)
+    program.notes += notes
     program.lengths = {}  # the tokens of a step and those before have one limit together, which is the context's
     for shape in _DECODER_REPLAY_SHAPES:
         replay = signature.sample(entries, **shape)
