@@ -24,6 +24,7 @@ from launches import MODELS, SCHEMES, SIZES, after, inputs, make_model, programs
 
 from bitlower.backends.tvm_kernels import Target, compile_program, require_tvm
 from bitlower.backends.tvm_kernels._cuda_library import require_nvcc
+from bitlower.frontends._decoder import cache_argument
 from bitlower.ir import BitlowerError, Program
 
 ROUNDS, RUNS = 15, 20
@@ -80,7 +81,7 @@ def theirs(
             cache = transformers.DynamicCache()
             for layer, (key, value) in enumerate(zip(past[::2], past[1::2], strict=True)):
                 cache.update(key, value, layer)
-            given["past_key_values"] = cache
+            given[cache_argument(model)] = cache
         model(**given)
 
     return lambda: _seconds(run, device, runs)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitlower.frontends._tasks import state_refused
 from bitlower.frontends._weights import quiet
-from bitlower.ir import BitlowerError
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "past + sequence"
 _PARTS = ("key", "value")
 _CACHES = ("cache", "past_key_values")
+"""What transformers calls the cache, now and in earlier releases, among the arguments and among the results."""
 _STATES = ("state", "mems")
 
 
@@ -33,10 +34,12 @@ class Signature:
     Args:
         takes_positions: whether ``position_ids`` are among its inputs.
         caches: of each layer, the sizes of keys and values: ``(heads, width)`` twice; none without a cache.
+        argument: what the model's ``forward`` calls the cache.
     """
 
     takes_positions: bool
     caches: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    argument: str = _CACHES[0]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Signature:
@@ -48,19 +51,15 @@ class Signature:
         ids = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
         with torch.no_grad(), quiet():
             outputs = model(input_ids=ids, **({"use_cache": True} if hasattr(model.config, "use_cache") else {}))
-        cache = next((outputs[name] for name in _CACHES if outputs.get(name) is not None), None)
-        layers = getattr(cache, "layers", None) or []
+        layers = getattr(cache_of(outputs), "layers", None) or []
         if any(outputs.get(name) is not None for name in _STATES) or not all(map(_has_keys, layers)):
-            raise BitlowerError(
-                f"{type(model).__name__} carries a state from token to token instead of keys and values (a state-space"
-                " or recurrent model, or linear attention), which is not supported",
-                hint="take a model whose layers are all attention",
-            )
+            raise state_refused(type(model).__name__)
         caches = tuple(
             ((layer.keys.shape[1], layer.keys.shape[3]), (layer.values.shape[1], layer.values.shape[3]))
             for layer in layers
         )
-        return cls(bool(caches) and "position_ids" in inspect.signature(model.forward).parameters, caches)
+        takes_positions = bool(caches) and "position_ids" in inspect.signature(model.forward).parameters
+        return cls(takes_positions, caches, cache_argument(model))
 
     def inputs(self) -> dict[str, tuple[int | str, ...]]:
         """The inputs' shapes by name, in order."""
@@ -108,7 +107,7 @@ class Signature:
         given: dict[str, Any] = {name: value for name, value in flat.items() if "." not in name}
         if not self.caches:
             return given
-        return given | {"past_key_values": self._cache(flat), "use_cache": True}
+        return given | {self.argument: self._cache(flat), "use_cache": True}
 
     def _cache(self, flat: Mapping[str, torch.Tensor]) -> DynamicCache:
         from transformers import DynamicCache
@@ -129,13 +128,24 @@ class Signature:
         plain: dict[str, Any] = {name: axes for name, axes in dynamic.items() if "." not in name}
         if not self.caches:
             return plain
-        return plain | {"past_key_values": [axes for name, axes in dynamic.items() if "." in name]}
+        return plain | {self.argument: [axes for name, axes in dynamic.items() if "." in name]}
 
     def flatten(self, outputs: Any) -> dict[str, torch.Tensor]:
         """What the model gives, by the names of :meth:`outputs`."""
-        layers = outputs.past_key_values.layers if self.caches else []
+        layers = cache_of(outputs).layers if self.caches else []
         caches = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
         return dict(zip(self.outputs(), [outputs.logits, *caches], strict=True))
+
+
+def cache_argument(model: torch.nn.Module) -> str:
+    """What ``model.forward`` calls the cache of keys and values; the new name where it knows both."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in _CACHES if name in parameters), _CACHES[-1])
+
+
+def cache_of(outputs: Mapping[str, Any]) -> Any:
+    """The cache that a model of transformers gives, None without one."""
+    return next((outputs[name] for name in _CACHES if outputs.get(name) is not None), None)
 
 
 def _has_keys(layer: Any) -> bool:

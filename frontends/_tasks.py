@@ -23,6 +23,7 @@ _TABLES = (
     ("pre-training", "PRETRAINING"),
 )
 """Tables of transformers, the more specific first: those of pre-training and encoding hold classes of others too."""
+_BODY = "an encoder of text loads without its head: name feature-extraction as the task"
 _TEXT, _TEXT_PART = "input_ids", "text_config"
 
 
@@ -52,7 +53,7 @@ def task_of(architectures: Sequence[str], where: str) -> str:
     raise BitlowerError(
         f"{where}the architecture {', '.join(architectures) or '(none given)'} "
         + (f"is for {other}, which is not supported" if other else "fits no task"),
-        hint=f"name one of {', '.join(TASKS)} as the task",
+        hint=_BODY if other else f"name one of {', '.join(TASKS)} as the task",
     )
 
 
@@ -98,12 +99,17 @@ def refuse_class(kind: type[PreTrainedModel], config: Any, task: str) -> None:
             hint="an encoder alone is, and so are heads for classification and question answering",
         )
     if getattr(kind, "_is_stateful", False):
-        raise BitlowerError(
-            f"{kind.__name__} keeps a state between tokens that is no keys and values (a state-space or recurrent"
-            " model), which is not supported",
-            hint="models of attention are",
-        )
+        raise state_refused(kind.__name__)
     refuse_rope(kind.__name__, config.to_dict())
+
+
+def state_refused(name: str) -> BitlowerError:
+    """The refusal of the model ``name``, which goes from token to token by a state."""
+    return BitlowerError(
+        f"{name} keeps a state between tokens that is no keys and values (a state-space or recurrent model, or linear"
+        " attention), which is not supported",
+        hint="take a model whose layers are all attention",
+    )
 
 
 def refuse_folder(folder: Path, loader: str, task: str) -> None:

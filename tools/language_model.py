@@ -17,6 +17,7 @@ from bitlower.backends._steps import has_cache
 from bitlower.backends.tvm_kernels import Library, is_library, load_library
 from bitlower.frontends import load
 from bitlower.frontends._context import stated_length
+from bitlower.frontends._decoder import cache_argument, cache_of
 from bitlower.frontends._weights import quiet
 from bitlower.frontends.locate import locate
 from bitlower.frontends.tokenize import positions
@@ -179,13 +180,13 @@ def _of_checkpoint(folder: Path, method: str) -> LanguageModel:
     except Exception as error:  # whatever transformers and the method's library raise on what they cannot read
         raise BitlowerError(f"{folder} cannot be read by transformers: {_first_line(error)}") from None
 
-    cached = hasattr(model.config, "use_cache")
+    cached, argument = hasattr(model.config, "use_cache"), cache_argument(model)
 
     def step(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
-        given = {"past_key_values": cache, "use_cache": True} if cached else {}
+        given = {argument: cache, "use_cache": True} if cached else {}
         with torch.no_grad():
             outputs = model(input_ids=feed["input_ids"], attention_mask=feed["attention_mask"], **given)
-        return outputs.logits.float(), outputs.past_key_values if cached else None
+        return outputs.logits.float(), cache_of(outputs) if cached else None
 
     program = shell(folder)
     program.context_length = program.context_length or stated_length(model.config)

@@ -1,3 +1,6 @@
+import inspect
+import warnings
+
 import pytest
 import torch
 from transformers import (
@@ -15,7 +18,7 @@ from transformers import (
 )
 
 from bitlower.frontends import load
-from bitlower.frontends._decoder import Signature
+from bitlower.frontends._decoder import Signature, cache_argument, cache_of
 from bitlower.ir import BitlowerError, Program
 from bitlower.ir.verifier import verify
 
@@ -164,5 +167,24 @@ def test_a_model_without_a_cache_takes_tokens_and_mask_alone() -> None:
     ids=lambda config: str(config.model_type),
 )
 def test_a_model_with_a_state_is_refused_in_one_line(config) -> None:
-    with pytest.raises(BitlowerError, match=r"a state .* keys and values"):
+    with pytest.raises(BitlowerError, match=r"keeps a state between tokens .* keys and values"):
         load(AutoModelForCausalLM.from_config(config).eval(), task="text-generation")
+
+
+class Earlier(torch.nn.Module):
+    """The signature of earlier releases of transformers."""
+
+    def forward(self, input_ids: torch.Tensor, past_key_values: object = None) -> dict[str, object]:
+        return {"past_key_values": past_key_values}
+
+
+def test_the_cache_goes_by_the_name_that_the_installed_transformers_has() -> None:
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        load(model)
+    assert not [str(warning.message) for warning in raised if "past_key_values" in str(warning.message)]
+    assert cache_argument(model) in inspect.signature(model.forward).parameters
+    assert cache_argument(Earlier()) == "past_key_values"
+    assert cache_of(Earlier()(torch.zeros(1), "state")) == "state"
+    assert cache_of({"logits": 0}) is None

@@ -225,8 +225,13 @@ def test_what_is_not_supported_is_refused_in_one_line_before_any_work(
 
 
 def test_a_picture_classifier_is_told_what_it_is_for() -> None:
-    with pytest.raises(BitlowerError, match="ViTForImageClassification is for image classification, which is not"):
+    with pytest.raises(BitlowerError, match="ViTForImageClassification is for image classification, which is") as error:
         task_of(["ViTForImageClassification"], "")
+    assert error.value.hint == "an encoder of text loads without its head: name feature-extraction as the task"
+    with pytest.raises(BitlowerError, match="fits no task") as error:
+        task_of(["Unheard"], "")
+    assert error.value.hint is not None
+    assert all(task in error.value.hint for task in TASKS)
 
 
 def test_a_model_that_computes_with_a_fixed_length_is_refused() -> None:
