@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from _common import show_table, write_result
+from _common import RESULTS, show_table, write_result
 
 import bitlower
 from bitlower.frontends import batches
@@ -159,6 +159,13 @@ def cases(folder: Path, only: list[str]) -> Iterator[tuple[Path, str, str | None
                 yield model, scheme, algorithm
 
 
+def earlier_rows() -> list[dict[str, Any]]:
+    """The rows of the table that was kept."""
+    kept = RESULTS / "families.json"
+    rows: list[dict[str, Any]] = json.loads(kept.read_text())["rows"] if kept.exists() else []
+    return rows
+
+
 def main() -> None:
     """Run all cases; the table is printed as it comes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -168,7 +175,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="these models alone")
     parser.add_argument("--timeout", type=float, default=300, help="seconds of one run")
     parser.add_argument("--memory", type=float, default=6, help="GiB of one run")
-    parser.add_argument("--write", action="store_true", help="write results/families.json")
+    parser.add_argument(
+        "--write", action="store_true", help="write results/families.json; with --only, their rows alone change"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -189,7 +198,9 @@ def main() -> None:
     )  # fmt: skip
     if options.write:
         command = "python benchmarks/families.py MODELS_DIR --texts FILE --text FILE --write"
-        write_result("families", command, {"rows": [asdict(row) for row in rows]})
+        found = [asdict(row) for row in rows]
+        others = [row for row in earlier_rows() if row["model"] not in options.only] if options.only else []
+        write_result("families", command, {"rows": sorted(others + found, key=lambda row: str(row["model"]))})
 
 
 if __name__ == "__main__":
