@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bitlower.frontends import load
-from bitlower.passes import Context, PassManager, load_plugin, make_pass
+from bitlower.ir import Level
+from bitlower.passes import Context, PassManager, check_levels, load_plugin, make_pass
 from bitlower.passes.training import Step, Values
 from bitlower.passes.training._loss_registry import LOSSES, make_loss
 from bitlower.tools.data import read_texts
@@ -29,6 +30,13 @@ def test_the_sentences_are_many_different_and_of_all_lengths() -> None:
 def test_the_recipe_is_valid() -> None:
     recipe = load_recipe(EXAMPLES / "minilm-w8a8.yaml")
     assert [pass_.name for pass_ in validate_recipe(recipe)][-1] == "lower-integer"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_has_passes_that_go_together_and_is_in_the_table(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert check_levels(recipe.build_passes(), Level.FLOAT)
+    assert f"[{path.name}]({path.name})" in (EXAMPLES / "README.md").read_text()
 
 
 class Scaled(torch.nn.Module):
