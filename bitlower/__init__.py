@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Scheme,
         TensorType,
     )
+    from bitlower.ir.learnable import RangeSettings
     from bitlower.ir.version import __version__
     from bitlower.passes import Context, Contract, Pass, PassManager, parse_pipeline
     from bitlower.tools.flow import quantize
@@ -45,6 +46,7 @@ __all__ = [
     "PassManager",
     "Program",
     "QuantSpec",
+    "RangeSettings",
     "Scheme",
     "TensorType",
     "__version__",
@@ -56,6 +58,7 @@ __all__ = [
 
 _HOMES = {
     "bitlower.frontends": ("batches",),
+    "bitlower.ir.learnable": ("RangeSettings",),
     "bitlower.passes": ("Context", "Contract", "Pass", "PassManager", "parse_pipeline"),
     "bitlower.ir.version": ("__version__",),
     "bitlower.tools.flow": ("quantize",),
