@@ -47,8 +47,9 @@ def judged(program: Program, reference: Program, tokens: dict[str, torch.Tensor]
         found[f"ppl_{name}"] = round(perplexity(program, tokens[name], window=LENGTH, windows=WINDOWS).perplexity, 3)
         measure, parts = Measure("kl", ("logits",)), []
         for batch in windows(reference, tokens[name][: DIVERGENCE * LENGTH].reshape(DIVERGENCE, LENGTH)):
-            parts.append(float(measure(run(reference, batch), run(program, batch), batch)))
-        found[f"kl_{name}"] = round(sum(parts) / len(parts), 4)
+            pair = [[run(side, batch)["logits"]] for side in (reference, program)]
+            parts.append(measure.compare(*pair, batch))
+        found[f"kl_{name}"] = round(measure.total(parts), 4)
     return found
 
 

@@ -212,7 +212,7 @@ class Training:
 
     def _save(self, step: int) -> None:
         """The whole state, under the names of what it is of; one process writes it."""
-        if self.devices.rank:
+        if self.devices.rank or self.context.work is None:
             return
         state: dict[str, torch.Tensor] = {}
         kinds: dict[str, dict[str, torch.Tensor]] = {

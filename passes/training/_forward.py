@@ -105,7 +105,7 @@ class Forward:
             self.head = Head.of(module, nodes[taps.head], nodes[LOGITS])
         if logits:
             wanted.append(taps.head if self.head else LOGITS)
-        self._names = wanted
+        self._names, self._causal = wanted, program.task == "text-generation"
         self.by_token = any(spec.name == LOGITS and spec.type.rank == 3 for spec in program.outputs)
         """Whether a row of logits is that of a token."""
         placeholders = module.graph.find_nodes(op="placeholder")
@@ -123,7 +123,7 @@ class Forward:
         found = dict(zip(self._names, self.body(*arguments), strict=True))
         values = Values(
             tuple(found[name] for name in self.taps.hidden),
-            tuple(_scores(tap, found) for tap in self.taps.attention),
+            tuple(_scores(tap, found, causal=self._causal) for tap in self.taps.attention),
         )
         if not self._last:
             return values, None
@@ -137,13 +137,19 @@ def real_tokens(batch: Batch) -> torch.Tensor:
     return mask if mask is not None else torch.ones(next(iter(batch.values())).shape[:2], dtype=torch.bool)
 
 
-def _scores(tap: AttentionTap, found: dict[str, torch.Tensor]) -> torch.Tensor:
-    """``QKᵀ/√width``; the keys of grouped queries are repeated."""
+def _scores(tap: AttentionTap, found: dict[str, torch.Tensor], *, causal: bool) -> torch.Tensor:
+    """``QKᵀ/√width``; the keys of grouped queries are repeated, and what a causal model hides is −∞."""
     query = found[tap.query]
     if tap.scores:
-        return found[tap.scores] / math.sqrt(query.shape[-1])
-    key = found[tap.key].repeat_interleave(query.shape[1] // found[tap.key].shape[1], 1)
-    return query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+        scores = found[tap.scores]
+    else:
+        key = found[tap.key].repeat_interleave(query.shape[1] // found[tap.key].shape[1], 1)
+        scores = query @ key.transpose(-2, -1)
+    scores = scores / math.sqrt(query.shape[-1])
+    if not causal:
+        return scores
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    return scores.masked_fill(later, -math.inf)
 
 
 class Head:

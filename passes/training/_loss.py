@@ -22,8 +22,8 @@ class Values:
 
     Args:
         hidden: the value that leaves each repeated block, ``[batch, sequence, channels]`` each, in order.
-        attention: the scores of each attention after scaling and before the softmax,
-            ``[batch, heads, sequence, sequence]`` each, in order.
+        attention: the scores of each attention after scaling and before the softmax, not masked but for later tokens
+            of a causal model, which have −∞; ``[batch, heads, sequence, sequence]`` each, in order.
     """
 
     hidden: tuple[torch.Tensor, ...] = ()

@@ -267,6 +267,24 @@ def test_a_step_has_the_gradients_of_the_whole_model(decoder):
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_scores_of_attention_leave_out_what_the_model_does_not_see(decoder):
+    """Explicit attention (quantized inside) and the operator give the same; later tokens have −∞."""
+    _, context = decoder
+    program, batch = context.reference, context.training[0]
+    opened = PassManager(parse_pipeline("quantize{scheme=W8A8-full},calibrate")).run(program, Context([batch]))
+    found = []
+    for made in (program, opened):
+        taps = _forward.Taps.of(made, frozenset({"attention"}))
+        module = made.trainable_module(taps=taps.names).model
+        found.append(_forward.Forward(made, module, taps, logits=False)(batch)[0].attention)
+    plain, explicit = found
+    assert len(plain) == len(explicit) == 2
+    for mine, theirs in zip(plain, explicit, strict=True):
+        assert mine.shape == theirs.shape == (2, 4, 5, 5)
+        assert torch.equal(mine.isinf(), torch.ones(5, 5).triu(1).bool().expand(2, 4, 5, 5))
+        torch.testing.assert_close(mine, theirs, rtol=0.1, atol=0.05)
+
+
 def test_a_decoder_learns_and_its_tied_table_stays_one(decoder):
     program, context = decoder
     trained, _ = train(decoder, replace(QUICK, steps=30))
@@ -296,14 +314,6 @@ def rounded(program):
         value = numerics.fake(weight.detach(), scale, zero, *node.args[3:5])
         set_tensor(copy.module, str(node.args[0].target), torch.nn.Parameter(value))
     return copy
-
-
-def test_presets_say_what_is_left_out():
-    published = Qat(preset="bondarenko").settings
-    assert (published.parametrization, published.gradient_scale, published.edge) == ("scale", "plain", "after-rounding")
-    assert Qat(preset="bondarenko", parametrization="log").settings.parametrization == "log"
-    assert [loss.name for loss in Qat(preset="quantgpt").objective.losses] == ["logits", "token-contrast"]
-    assert dict(Qat(preset="bondarenko", learning_rate=Rates((("norms", 0.0),))).rates.rates)["norms"] == 0
 
 
 @dataclass(frozen=True)
@@ -366,16 +376,6 @@ def test_bad_input_is_refused(simulated, bert, batches, family, feed):
             Qat(**{field: value})
     with pytest.raises(BitlowerError, match="the learning rate of 'weights' is -1"):
         Rates((("weights", -1),))
-
-
-def test_parameters_print_and_parse(simulated):
-    from bitlower.passes import format_pipeline
-
-    pass_ = Qat(losses=Losses.from_list(["logits", {"hidden": {"weight": 0.5}}]), learning_rate=ALL, epochs=2.0)
-    assert parse_pipeline(format_pipeline([pass_])) == (pass_,)
-    assert pass_.training_steps(7) == 14
-    assert replace(pass_, accumulate=2).training_steps(7) == 14
-    assert Qat(steps=5, accumulate=3).training_steps(7) == 15
 
 
 def test_the_report_tells_and_draws(simulated):
