@@ -48,11 +48,13 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_every_own_file_holds_the_pass_of_its_name() -> None:
-    files = [p for p in Path(bitlower.passes.__file__).parent.glob("*.py") if not p.name.startswith("_")]
-    assert files
+    folder = Path(bitlower.passes.__file__).parent
+    places = [p.relative_to(folder) for p in (*folder.glob("*.py"), *folder.glob("*/*.py"))]
+    files = [place for place in places if not any(part.startswith("_") for part in place.parts)]
+    assert {place.parent.name for place in files} == {"", "training"}
     for file in files:
         cls = find_pass(file.stem.replace("_", "-"))
-        assert cls.__module__ == f"bitlower.passes.{file.stem}"
+        assert cls.__module__ == ".".join(["bitlower.passes", *file.with_suffix("").parts])
         assert cls.name == file.stem.replace("_", "-")
     assert {cls.__module__.rpartition(".")[2] for cls in known_passes().values()} == {f.stem for f in files}
 
