@@ -10,12 +10,13 @@ from typing import cast
 import torch
 
 from bitlower.ir import Batch, BitlowerError, Program
+from bitlower.ir.storage import release
 from bitlower.ir.trainable import TrainableModule
 from bitlower.passes._base import Context
 from bitlower.passes.training._devices import Devices
 from bitlower.passes.training._forward import Forward, Head, Taps, real_tokens
 from bitlower.passes.training._loss import LogitsLoss, Loss, Memories, Objective, Step, Values
-from bitlower.passes.training._teacher import Key, Teacher
+from bitlower.passes.training._teacher import Key, Teacher, tensors_of
 
 TEACHER, LABELS = "teacher", "labels"
 NO_LABEL = -100
@@ -85,6 +86,8 @@ class Evaluator:
                 terms |= self._in_chunks(found, gradient, sources)
             if gradient is not None:
                 torch.autograd.backward([s for s, _ in sources], [g for _, g in sources])
+        for tensor in tensors_of(told):
+            release(tensor)
         return terms
 
     def total(self, terms: Terms) -> float:

@@ -87,7 +87,7 @@ class Teacher:
         if key not in self._told:
             with torch.no_grad():
                 told = self.forward(batch)
-            size = sum(tensor.nbytes for tensor in _tensors(told))
+            size = sum(tensor.nbytes for tensor in tensors_of(told))
             if size > self._left:
                 return told
             self._left -= size
@@ -112,7 +112,8 @@ def _tapped(program: Program, taps: Taps, device: torch.device) -> fx.GraphModul
     return module
 
 
-def _tensors(told: Told) -> list[torch.Tensor]:
+def tensors_of(told: Told) -> list[torch.Tensor]:
+    """All values of an answer."""
     values, rows = told
     return [*values.hidden, *values.attention, *([rows] if rows is not None else [])]
 
