@@ -9,7 +9,7 @@ The formulas, with S the bytes of the float model's tensors::
 OWN_COPIES are the tensors that learn, their gradients, two moments of the optimizer and the best state; the S beside a
 batch are the rounded weights, and CHECKPOINT_COPIES what goes into a file: tensors, moments, the best state. The values
 of a batch are those of all nodes that compute, which the backward pass reads. A step is a forward pass, two for going
-backward, and one for rounding and the optimizer; so it was measured on an encoder of 6 layers. The teacher reads each
+backward, and one for rounding and the optimizer (`python benchmarks/qat_step.py`). The teacher reads each
 batch once, for what it gives is kept; held-out data are evaluated at the start, every EVALUATED_EVERY steps and at the
 end.
 """

@@ -37,7 +37,7 @@ class Evaluator:
 
     Args:
         program: what is trained.
-        module: as a module, with the taps of :meth:`taps`.
+        module: as a module, with the :class:`~bitlower.passes.training._forward.Taps` that the losses need.
         objective: the losses.
         teacher: the float model; None if no loss needs one.
         context: for each step's randomness.

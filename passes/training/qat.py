@@ -129,6 +129,8 @@ class Qat(Pass):
             reference = float_reference(program, context)
             teacher = make_teacher(reference, objective, devices, context.work, self.memory)
         evaluator = Evaluator(program, module, objective, teacher, data, devices)
+        if devices.processes > 1:
+            self._refuse_own_state(evaluator)
         training = Training(module, evaluator, self.rates, self.loop(len(data.training)), data, devices)
         report = training.run(self.name)
         context.put(report)
@@ -136,6 +138,15 @@ class Qat(Pass):
         if report.best_step:
             write_trained(program, module)
         return report.best_step > 0
+
+    def _refuse_own_state(self, evaluator: Evaluator) -> None:
+        """Only gradients are shared among processes: what else changes with the batches would differ in each."""
+        keeping = [name for name, memory in evaluator.memories.items() if memory]
+        if keeping or self.ranges == "observed":
+            what = f"the loss {keeping[0]!r} keeps values of" if keeping else "observed ranges follow"
+            raise BitlowerError(
+                f"qat: {what} the batches of one process, and there are several", hint="train in one process"
+            )
 
     def trains(self) -> bool:
         """It does."""

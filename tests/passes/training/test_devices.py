@@ -82,6 +82,19 @@ def test_a_graph_moves_with_the_tensors_that_it_makes(family, feed):
     assert {tensor.device.type for _, tensor in program.tensors()} == {"cpu"}
 
 
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"ranges": "observed"}, "observed ranges follow the batches of one process"),
+        ({"losses": ["token-contrast"]}, "the loss 'token-contrast' keeps values of the batches of one process"),
+    ],
+)
+def test_what_several_processes_cannot_share_is_refused(simulated, monkeypatch, options, what):
+    monkeypatch.setattr(_devices.Devices, "processes", 2)
+    with pytest.raises(BitlowerError, match=what):
+        trained(*simulated, **options)
+
+
 def test_without_accelerate_it_says_what_to_install(simulated, monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(BitlowerError, match=r"needs the package accelerate; pip install 'bitlower\[train\]'"):
