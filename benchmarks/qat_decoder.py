@@ -18,32 +18,16 @@ from typing import Any
 
 import torch
 from _common import RESULTS, data_folder, show_table, write_result
-from block_training import MODEL, TEXTS, read_tokens
+from _decoders import MODEL, TEXTS, judged, read_tokens
 
 from bitlower import Context, PassManager, Program, load, parse_pipeline
 from bitlower.frontends.tokenize import windows
-from bitlower.ir.observe import run
 from bitlower.passes import make_pass
-from bitlower.passes._measures import Measure
 from bitlower.passes.training._report import TrainReport
 from bitlower.tools.data import split_windows
-from bitlower.tools.perplexity import perplexity
 
-LENGTH, WINDOWS, HELD_OUT, CALIBRATION, DIVERGENCE = 512, 12, 4, 32, 4
+LENGTH, WINDOWS, HELD_OUT, CALIBRATION = 512, 12, 4, 32
 COMMAND = "python benchmarks/qat_decoder.py --data DIR"
-
-
-def judged(program: Program, reference: Program, tokens: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Perplexity and divergence on both texts."""
-    found = {}
-    for name in TEXTS:
-        found[f"ppl_{name}"] = round(perplexity(program, tokens[name], window=LENGTH, windows=WINDOWS).perplexity, 3)
-        measure, parts = Measure("kl", ("logits",)), []
-        for batch in windows(reference, tokens[name][: DIVERGENCE * LENGTH].reshape(DIVERGENCE, LENGTH)):
-            pair = [[run(side, batch)["logits"]] for side in (reference, program)]
-            parts.append(measure.compare(*pair, batch))
-        found[f"kl_{name}"] = round(measure.total(parts), 4)
-    return found
 
 
 def measure(program: Program, tokens: dict[str, torch.Tensor], bits: int, arguments: Any) -> dict[str, Any]:
@@ -58,14 +42,14 @@ def measure(program: Program, tokens: dict[str, torch.Tensor], bits: int, argume
     )  # fmt: skip
     placed = PassManager(parse_pipeline(f"quantize{{scheme=W{bits}A16-g128-asym-e16}},gptq"), verify=False)
     solved = placed.run(program, context)
-    before = judged(solved, program, tokens)
+    before = judged(solved, program, tokens, LENGTH, WINDOWS)
     rate = arguments.rate
     rates = {"weights": rate, "embeddings": 0, "norms": rate, "biases": rate, "scales": 5 * rate, "zero-points": 1e-3}
     options = {"steps": len(trained), "evaluate-every": 25, "learning-rate": rates}
     start = time.perf_counter()
     learned = PassManager([make_pass("qat", options)], verify=False).run(solved, context)
     seconds, report = time.perf_counter() - start, context[TrainReport]
-    after = judged(learned, program, tokens)
+    after = judged(learned, program, tokens, LENGTH, WINDOWS)
     return {
         **{f"{key}_before": value for key, value in before.items()}, **after, "steps": report.steps, "rate": rate,
         "best_step": report.best_step, "seconds": round(seconds), "tokens": trained.numel(),
