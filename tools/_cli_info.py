@@ -8,6 +8,7 @@ import inspect
 import itertools
 import re
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -161,17 +162,16 @@ def _parameters(cls: type[Pass]) -> list[dict[str, Any]]:
 
 
 def _field_docs(cls: type[Pass]) -> dict[str, str]:
-    """The strings that stand below the fields in the source of ``cls``."""
-    try:
-        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    except (OSError, TypeError, SyntaxError):  # the source is not at hand
-        return {}
-    assert isinstance(body, ast.ClassDef)
-    documentation = {}
-    for field, text in itertools.pairwise(body.body):
-        match field, text:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
-                documentation[name] = _plain(inspect.cleandoc(words))
+    """The strings that stand below the fields in the sources of ``cls`` and what it derives from."""
+    documentation: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        with suppress(OSError, TypeError, SyntaxError):  # the source is not at hand
+            [definition] = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+            assert isinstance(definition, ast.ClassDef)
+            for field, text in itertools.pairwise(definition.body):
+                match field, text:
+                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
+                        documentation[name] = _plain(inspect.cleandoc(words))
     return documentation
 
 

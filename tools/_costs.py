@@ -37,6 +37,7 @@ from bitlower.passes._declared import data_runs, training_steps
 from bitlower.passes.adaround import Adaround
 from bitlower.passes.gptq import Gptq
 from bitlower.passes.legalize import Legalize
+from bitlower.passes.training._block_training import BlockTraining
 from bitlower.tools._calibration import HELD_OUT_TEXTS, HELD_OUT_WINDOWS, TEXTS, Amount
 from bitlower.tools._training_costs import Lesson
 from bitlower.tools.language_model import TASK
@@ -155,19 +156,29 @@ class Costs:
         lossy = sum(pass_.contract is Contract.LOSSY for pass_ in self.passes)
         return 2 * (exact * self.data.batch_tokens + (lossy + len(self.exports)) * self.data.held_out_tokens)
 
-    def _training(self) -> tuple[Lesson, list[int]]:
-        """What passes train on, calibration data if nobody says; and the steps of each pass that trains."""
+    @property
+    def _taught(self) -> Lesson:
+        """What passes train on: calibration data if nobody says."""
         batches, tokens = math.ceil(self.data.samples / self.data.batch_size), self.data.batch_tokens
-        lesson = self.lesson or Lesson(batches, self.data.batch_size, self.data.max_length, tokens)
-        return lesson, [steps for pass_ in self.passes if (steps := training_steps(pass_, lesson.batches))]
+        return self.lesson or Lesson(batches, self.data.batch_size, self.data.max_length, tokens)
 
     def _trained_tokens(self) -> float:
-        lesson, steps = self._training()
-        return sum(map(lesson.tokens_of, steps))
+        lesson, found = self._taught, 0.0
+        for pass_ in self.passes:
+            if isinstance(pass_, BlockTraining):
+                found += lesson.block_tokens(pass_)
+            elif steps := training_steps(pass_, lesson.batches):
+                found += lesson.tokens_of(steps)
+        return found
 
     def _trained_bytes(self) -> int:
-        lesson, steps = self._training()
-        return lesson.memory(self.program, self.placed) if steps else 0
+        lesson, found, linear = self._taught, [0], 4 * sum(rows * columns for rows, columns in self._shapes())
+        for pass_ in self.passes:
+            if isinstance(pass_, BlockTraining):
+                found.append(lesson.block_memory(pass_, self.placed, linear, min(self._widths(), default=0)))
+            elif training_steps(pass_, lesson.batches):
+                found.append(lesson.memory(self.program, self.placed))
+        return max(found)
 
     def _value_bytes(self) -> int:
         """Activations of one batch."""

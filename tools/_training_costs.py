@@ -12,6 +12,12 @@ of a batch are those of all nodes that compute, which the backward pass reads. A
 backward, and one for rounding and the optimizer (`python benchmarks/qat_step.py`). The teacher reads each
 batch once, for what it gives is kept; held-out data are evaluated at the start, every EVALUATED_EVERY steps and at the
 end.
+
+Passes that train one block after another have the copies and the values of one block, with B the bytes of its linears,
+and hold three values between blocks for each token, of hidden channels each::
+
+    memory     = (OWN_COPIES + 1) · B + values of one step in one block + the lesser of: memory, 12 · hidden · tokens
+    operations = as above, with a step of `batch` sequences and EVALUATIONS looks at the held-out share
 """
 
 from __future__ import annotations
@@ -21,7 +27,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bitlower.ir import Batch, Program
-from bitlower.ir.dataflow import VIEWS
+from bitlower.ir.dataflow import VIEWS, blocks
+from bitlower.passes.training._block_data import TOKENS
+from bitlower.passes.training._block_loop import EVALUATIONS
+from bitlower.passes.training._block_training import BlockTraining
 from bitlower.tools._job import Data
 
 OWN_COPIES, CHECKPOINT_COPIES = 5, 4
@@ -73,6 +82,28 @@ class Lesson:
         """Bytes for training ``placed``, which is ``program`` with quantizers, besides the model."""
         size = program.size_bytes()
         return OWN_COPIES * size + max(size + self._values(placed), CHECKPOINT_COPIES * size) + self.bytes
+
+    def block_tokens(self, pass_: BlockTraining) -> float:
+        """Tokens of as many forward passes of all blocks as the steps and evaluations of ``pass_`` take."""
+        evaluated = pass_.held_out * self.batches * self.tokens
+        return STEP_RUNS * pass_.iterations * self._step_tokens(pass_) + (1 + EVALUATIONS) * evaluated
+
+    def block_memory(self, pass_: BlockTraining, placed: Program, linears: int, hidden: int) -> int:
+        """Bytes for training ``placed`` block by block, besides the model.
+
+        Args:
+            pass_: the pass that does.
+            placed: the program with quantizers.
+            linears: the bytes of all its linear weights.
+            hidden: the channels between two blocks.
+        """
+        count = max(1, len(blocks(placed.module)))
+        values = self._values(placed) * min(self._step_tokens(pass_), TOKENS) / (self.rows * self.length)
+        between = min(pass_.memory, 12 * hidden * self.batches * self.tokens)
+        return int(((OWN_COPIES + 1) * linears + values) / count + between + self.bytes)
+
+    def _step_tokens(self, pass_: BlockTraining) -> float:
+        return min(pass_.batch, self.batches * self.rows) * self.tokens / self.rows
 
     def _values(self, placed: Program) -> int:
         """Bytes of the values of a batch; of the logits of tokens no more are there than a chunk of them."""

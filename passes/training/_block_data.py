@@ -17,7 +17,7 @@ from bitlower.passes._hessian import token_weights
 from bitlower.passes.training._blocks import Step
 from bitlower.passes.training._part import Part
 
-_TOKENS = 4096
+TOKENS = 4096
 """So many tokens at most are run at once with gradients; more are added up."""
 
 Unit = tuple[int, int | None]
@@ -187,7 +187,7 @@ class BlockData:
         for members in alike.values():
             first, row = members[0]
             tokens = self.weights[first].numel() // (1 if row is None else len(self.weights[first]))
-            size = max(1, _TOKENS // max(1, tokens))
+            size = max(1, TOKENS // max(1, tokens))
             for start in range(0, len(members), size):
                 yield self._pick(members[start : start + size])
 

@@ -18,7 +18,7 @@ from bitlower.passes.training._block_data import BlockData, Split
 from bitlower.passes.training._blocks import Walk
 from bitlower.passes.training._part import Part
 
-_EVALUATIONS = 20
+EVALUATIONS = 20
 """So often is the error on held-out data looked at, in equal distances."""
 
 
@@ -112,7 +112,7 @@ def learn(
             f"{data.part.path}: its calibration values hold NaN or Inf",
             hint="run the float model on the calibration data by itself",
         )
-    every = max(1, schedule.iterations // _EVALUATIONS)
+    every = max(1, schedule.iterations // EVALUATIONS)
     for number in range(1, schedule.iterations + 1 if parameters else 1):
         for parameter in parameters:
             parameter.grad = None

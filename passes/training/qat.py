@@ -28,6 +28,11 @@ PRESETS: dict[str, dict[str, Any]] = {
                           "zero-points": 1e-2},
         "parametrization": "amax", "gradient_scale": "lsq", "edge": "before-rounding", "freeze_ranges": 0.8,
     },
+    "ranges": {
+        "losses": ["logits"],
+        "learning_rate": {"weights": 0, "embeddings": 0, "norms": 0, "biases": 0, "scales": 1e-3, "zero-points": 1e-2},
+        "parametrization": "log", "gradient_scale": "plain", "edge": "before-rounding", "freeze_ranges": 1.0,
+    },
     "bondarenko": {
         "losses": ["task"],
         "learning_rate": dict.fromkeys(("weights", "embeddings", "norms", "biases", "scales", "zero-points"), 5e-5),
@@ -55,10 +60,11 @@ class Qat(Pass):
     name: ClassVar[str] = "qat"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.LOSSY
-    preset: Literal["own", "bondarenko", "quantgpt"] = "own"
-    """What the parameters are that are left out. ``bondarenko``: one rate of 5e-5, the scale itself and zero points
-    learned, no LSQ factor, the task's loss (Bondarenko et al. 2021, §5). ``quantgpt``: module-wise dynamic scaling of
-    weights, logits and token-level contrastive distillation with a weight of 0.1, a rate of 5e-4 (Tao et al. 2022)."""
+    preset: Literal["own", "ranges", "bondarenko", "quantgpt"] = "own"
+    """What the parameters are that are left out. ``ranges``: scales and zero points alone learn, scales as logarithms,
+    so that a rate is a relative change. ``bondarenko``: one rate of 5e-5, the scale itself and zero points learned, no
+    LSQ factor, the task's loss (Bondarenko et al. 2021, §5). ``quantgpt``: module-wise dynamic scaling of weights,
+    logits and token-level contrastive distillation with a weight of 0.1, a rate of 5e-4 (Tao et al. 2022)."""
     losses: Losses | None = None
     """What is minimized: a list of losses, each a name or a name with parameters; `[logits]` in the preset ``own``."""
     learning_rate: Rates | None = None

@@ -11,7 +11,9 @@ import torch
 
 from bitlower import Context, Level, Pass, Program
 from bitlower.frontends.tokenize import windows
+from bitlower.ir.dataflow import blocks
 from bitlower.passes import PassManager, make_pass, parse_pipeline
+from bitlower.passes.training.lkd import Lkd
 from bitlower.tools import _costs
 from bitlower.tools._costs import Load
 from bitlower.tools._job import Data
@@ -76,6 +78,41 @@ def test_the_time_of_steps_by_hand(
     tokens = 4 * steps * 144 + (4 * 144 + 144) + evaluations * 144
     still = plan(bert_program, Learn(), lesson).seconds
     assert plan(bert_program, pass_, lesson).seconds - still == pytest.approx(2 * sum(weights) * tokens / 0.7e6)
+
+
+@pytest.mark.parametrize(("batch", "sequences"), [(8, 8), (64, 24)])
+def test_training_block_by_block_by_hand(
+    bert_program: Program, bert: Path, monkeypatch: pytest.MonkeyPatch, batch: int, sequences: int
+) -> None:
+    """Steps of ``batch`` of the 24 sequences of 24 tokens, and 21 looks at a quarter of them."""
+    from transformers import AutoModel
+
+    monkeypatch.setattr(_costs, "_flop_rate", lambda: 1e6)
+    lesson = lesson_of(bert_program, 6)
+    model = AutoModel.from_pretrained(bert)
+    weights = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    tokens = 4 * 50 * sequences * 24 + 21 * 0.25 * 24 * 24
+    short, long = (Lkd(iterations=count, batch=batch, held_out=0.25) for count in (1, 51))
+    run = plan(bert_program, long, lesson)
+    more = run.seconds - plan(bert_program, short, lesson).seconds
+    assert more == pytest.approx(2 * sum(weights) * 4 * 50 * sequences * 24 / 0.7e6)
+    assert lesson.block_tokens(Lkd(iterations=50, batch=batch, held_out=0.25)) == tokens
+    whole = plan(bert_program, Learn(steps=51), lesson)
+    assert run.peak_bytes < whole.peak_bytes
+
+
+def test_memory_of_training_block_by_block_is_that_of_one_block(bert_program: Program) -> None:
+    passes = parse_pipeline("clean,quantize{scheme=W8A8},calibrate")
+    batches = [windows(bert_program, torch.randint(5, 30, (4, LENGTH)), batch_size=4)[0]]
+    placed = PassManager(passes).run(bert_program, Context(calibration=batches, evaluation=batches))
+    lesson, count = Lesson(10, 4, LENGTH, 4.0 * LENGTH, bytes=99), len(blocks(placed.module))
+    small, large = (lesson.block_memory(Lkd(), placed, linears, 0) for linears in (0, 1000 * count))
+    assert large - small == 6 * 1000
+    between = 12 * 32 * 40 * LENGTH
+    assert lesson.block_memory(Lkd(), placed, 0, 32) - small == between
+    assert lesson.block_memory(Lkd(memory=1000), placed, 0, 32) - small == 1000
+    half = lesson.block_memory(Lkd(batch=4), placed, 0, 0) - 99
+    assert small - 99 == pytest.approx(2 * half, abs=2)
 
 
 def test_without_data_of_its_own_a_pass_trains_on_batches_as_of_calibration(

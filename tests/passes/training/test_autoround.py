@@ -337,7 +337,7 @@ def test_no_data_is_refused(family, run) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("iterations", 0), ("batch", 0), ("learning_rate", -0.1), ("learning_rate", 1.5), ("held_out", 0.0)],
+    [("iterations", 0), ("batch", 0), *(("learning_rate", rate) for rate in (-0.1, 0.0, 1.5)), ("held_out", 0.0)],
 )
 def test_parameters_out_of_range_are_named(family, run, field: str, value: float) -> None:
     with pytest.raises(BitlowerError, match=f"autoround: {field.replace('_', '-')} is {value}"):

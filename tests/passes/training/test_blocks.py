@@ -239,7 +239,7 @@ def test_many_tokens_are_run_in_parts(simulated, family, texts, monkeypatch) -> 
     model, name = block.part.module(), "model.layers.0.mlp.down_proj.weight"
     found = []
     for tokens in (1 << 20, 1):
-        monkeypatch.setattr(data_module, "_TOKENS", tokens)
+        monkeypatch.setattr(data_module, "TOKENS", tokens)
         assert len(list(block.picks(block.learned))) == (1 if tokens > 1 else len(block.learned))
         model.zero_grad()
         block.backward(model, block.learned)

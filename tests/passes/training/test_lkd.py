@@ -116,7 +116,7 @@ def node_values(program: Program, node: fx.Node) -> torch.Tensor:
 def test_the_error_of_every_block_falls(name: str, scheme: str, simulated, family, texts, run) -> None:
     program, reference = simulated(name, scheme), family(name)
     context = Context(texts(program, 4), reference=reference)
-    result = run(program, Lkd(iterations=40, batch=4, learning_rate=1e-3, scale_learning_rate=1e-2), context=context)
+    result = run(program, Lkd(iterations=40, batch=4, learning_rate=0.1, scale_learning_rate=1e-2), context=context)
     rows = context[LkdReport].rows
     assert all(0 < row.step <= 40 and row.after < row.before for row in rows)
     inside = {str(n.target) for part in parts(program) for n in part.nodes if n.op == "get_attr"}
@@ -133,9 +133,7 @@ def test_the_error_of_every_block_falls(name: str, scheme: str, simulated, famil
 
 def test_outputs_are_closer_to_the_float_models(simulated, family, texts, run) -> None:
     program, reference = simulated("llama", "W3A16-e16"), family("llama")
-    result = run(
-        program, Lkd(iterations=100, learning_rate=1e-3), context=Context(texts(program, 12), reference=reference)
-    )
+    result = run(program, Lkd(iterations=100), context=Context(texts(program, 12), reference=reference))
     errors = []
     for each in (program, result):
         with torch.no_grad():
@@ -151,11 +149,27 @@ def test_outputs_are_closer_to_the_float_models(simulated, family, texts, run) -
 def test_a_block_that_gets_worse_keeps_what_it_had(simulated, family, texts, run) -> None:
     program, reference = simulated("llama", "W8A16"), family("llama")
     context = Context(texts(program), reference=reference)
-    wild = Lkd(iterations=5, batch=3, learning_rate=10.0)
+    wild = Lkd(iterations=5, batch=3, learning_rate=1.0, scale_learning_rate=3.0)
     result = program.clone()
     assert not wild.run(result, context)
     assert not changed(program, result)
     assert [row.step for row in context[LkdReport].rows] == [0, 0]
+
+
+def test_rates_are_in_steps_of_grids(simulated) -> None:
+    program = simulated("llama", "W3A16-g16")
+    part = parts(program)[0]
+    trained = trained_block(part)
+    rates = {id(parameter): rate for parameter, rate in parameter_groups(trained, part, 0.02, 1e-3)}
+    found = {name: rates[id(parameter)] for name, parameter in trained.model.named_parameters()}
+    for name in trained.quantizers():
+        assert found.pop(f"{name}.range") == 1e-3
+        scale = get_tensor(program.module, trained.stored[name][0])
+        assert found.pop(trained.weights[name]) == pytest.approx(0.02 * scale.double().mean().item(), rel=1e-6)
+    assert set(found) == {f"model.layers.0.{which}_layernorm.weight" for which in ("input", "post_attention")}
+    for name, rate in found.items():
+        weight = get_tensor(program.module, name).detach().double()
+        assert rate == pytest.approx(0.02 / 20 * weight.abs().mean().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(("rate", "scale_rate"), [(0.0, 1e-2), (1e-3, 0.0)])
@@ -220,7 +234,7 @@ def test_random_tokens_keep_padding_and_a_common_first_token(family, texts) -> N
 def test_random_tokens_teach_too(simulated, family, texts, run) -> None:
     program, reference = simulated("llama", "W3A16"), family("llama")
     context = Context(texts(program, 6), reference=reference)
-    run(program, Lkd(iterations=60, learning_rate=1e-3, data="random"), context=context)
+    run(program, Lkd(iterations=60, data="random"), context=context)
     assert all(row.after < row.before for row in context[LkdReport].rows)
 
 

@@ -79,6 +79,19 @@ def test_the_divergence_from_the_float_model_falls(simulated):
     assert [point.step for point in report.curve] == [0, 4, 8, 12, 16]
 
 
+def test_the_preset_ranges_learns_ranges_alone(simulated):
+    program, context = simulated
+    trained, _ = train(simulated, Qat(preset="ranges", steps=16, evaluate_every=4, warmup=0.0))
+    kinds = {
+        name.rpartition(".")[2]
+        for (name, old), (_, new) in zip(program.tensors(), trained.tensors(), strict=True)
+        if not torch.equal(old, new)
+    }
+    assert "scale" in kinds <= {"scale", "zero_point"}
+    before, after = (kl(p, context.reference, context.held_out) for p in (program, trained))
+    assert after < before
+
+
 def test_nothing_leaves_worse_than_it_came_in(simulated):
     wild = replace(QUICK, learning_rate=Rates((("weights", 1.0), ("scales", 1.0))), clip=0.0)
     trained, report = train(simulated, wild)

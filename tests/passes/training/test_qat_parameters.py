@@ -17,6 +17,7 @@ def test_presets_say_what_is_left_out():
     assert (published.parametrization, published.gradient_scale, published.edge) == ("scale", "plain", "after-rounding")
     assert Qat(preset="bondarenko", parametrization="log").settings.parametrization == "log"
     assert [loss.name for loss in Qat(preset="quantgpt").objective.losses] == ["logits", "token-contrast"]
+    assert [role for role, rate in Qat(preset="ranges").rates.rates if rate] == ["scales", "zero-points"]
     assert dict(Qat(preset="bondarenko", learning_rate=Rates((("norms", 0.0),))).rates.rates)["norms"] == 0
 
 
