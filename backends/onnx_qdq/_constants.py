@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from bitlower.backends.onnx_qdq._narrow import offset
+from bitlower.backends.onnx_qdq._narrow import SIGN_BIT, offset
 from bitlower.backends.onnx_qdq._packed_constants import (
     check_blocks,
     check_packed,
@@ -66,7 +66,8 @@ def check_constants(program: Program, model: ir.Model) -> Constants:
             continue
         found, problem = stored.find(name, expected)
         problems += [problem] if problem else []
-        problems += _check_weight(program, node, name, found, stored.values) if found is not None else []
+        signed = expected.dtype == np.int8
+        problems += _check_weight(program, node, name, found, stored.values, signed=signed) if found is not None else []
     for node in program.graph.find_nodes(op="call_function", target=ops.quantize):
         value = stored.values.get(node.name)
         missing = [f"the quantizer {describe_quantizer(node)} is not in the model"]
@@ -135,6 +136,8 @@ def _differing(value: ir.Value, expected: Array) -> int | None:
     if value.const_value is None:
         return None
     stored = value.const_value.numpy()
+    if (stored.dtype, expected.dtype) == (np.uint8, np.int8):
+        stored = (stored ^ np.uint8(SIGN_BIT)).view(np.int8)
     stored = stored if stored.dtype == expected.dtype else stored.astype(np.int32)
     views = [stored, stored.T] if stored.ndim == 2 else [stored]
     counts = [int(np.count_nonzero(view != expected)) for view in views if view.shape == expected.shape]
@@ -153,23 +156,42 @@ def _check_table(
 
 
 def _check_weight(
-    program: Program, node: fx.Node, name: str, codes: ir.Value, values: dict[str, ir.Value], *, added: int = 0
+    program: Program,
+    node: fx.Node,
+    name: str,
+    codes: ir.Value,
+    values: dict[str, ir.Value],
+    *,
+    added: int = 0,
+    signed: bool = False,
 ) -> list[str]:
     """Whether all that reads ``codes`` takes them as ``node``, a dequantize node of the program, says.
 
-    ``added`` is what the stored codes, and so their zero points, are above the program's.
+    ``added`` is what the stored codes, and so their zero points, are above the program's; ``signed`` codes of 8 bits
+    may be read as unsigned ones.
     """
     scale, zero = (_tensor(program, part) for part in node.args[1:3])
-    zero = zero + np.float32(added) if zero is not None else None
     problems, count = [], 0
-    for reader, at_scale, at_zero in _parameters(codes):
+    for reader, at_codes, at_scale, at_zero in _parameters(codes):
         count += 1
+        more = SIGN_BIT if signed and _is_unsigned(reader.inputs[at_codes]) else added
+        moved = zero + np.float32(more) if zero is not None else None
         problems += _check_input(reader, at_scale, scale, f"the scale of {name}")
-        problems += _check_input(reader, at_zero, zero, f"the zero point of {name}")
+        problems += _check_input(reader, at_zero, moved, f"the zero point of {name}")
         if reader.op_type == "MatMulInteger":
             found = constant(values.get(f"{name.partition('_codes')[0]}_scale"))
             problems += _compare(found, scale, f"the scale of {name}")
     return problems if count or problems else [f"nothing dequantizes the codes of {name}"]
+
+
+def _is_unsigned(codes: ir.Value | None) -> bool:
+    """Whether a reader of 8-bit codes gets them unsigned: stored so, or turned by their highest bit."""
+    while codes is not None and codes.const_value is None:
+        node = codes.producer()
+        if node is None or node.op_type == "BitwiseXor":
+            return node is not None
+        codes = node.inputs[0]
+    return codes is not None and codes.dtype is ir.DataType.UINT8
 
 
 def _check_activation(program: Program, node: fx.Node, codes: ir.Value) -> list[str]:
@@ -180,18 +202,18 @@ def _check_activation(program: Program, node: fx.Node, codes: ir.Value) -> list[
         return []
     problems = _compare(constant(source.scale), scale, f"the scale of {node.name}")
     problems += _compare(_constant_or_zero(source.zero_point), zero, f"the zero point of {node.name}")
-    for reader, at_scale, at_zero in _parameters(codes):
+    for reader, _, at_scale, at_zero in _parameters(codes):
         problems += _check_input(reader, at_scale, scale, f"the scale of {node.name} at {reader.op_type}")
         problems += _check_input(reader, at_zero, zero, f"the zero point of {node.name} at {reader.op_type}")
     return problems
 
 
-def _parameters(codes: ir.Value) -> Iterator[tuple[ir.Node, int | None, int | None]]:
-    """Who reads ``codes``, and at which of its inputs their scale and zero point are."""
+def _parameters(codes: ir.Value) -> Iterator[tuple[ir.Node, int, int | None, int | None]]:
+    """Who reads ``codes``, and at which of its inputs they, their scale and their zero point are."""
     for reader, index in readers(codes):
         for at_codes, at_scale, at_zero in _PARAMETERS.get(reader.op_type, ()):
             if index == at_codes:
-                yield reader, at_scale, at_zero
+                yield reader, at_codes, at_scale, at_zero
 
 
 def _check_input(reader: ir.Node, index: int | None, expected: Array | None, what: str) -> list[str]:

@@ -21,6 +21,7 @@ from bitlower.backends.onnx_qdq._kernels import LEVEL_ENTRY
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS, ROUNDS_ACTIVATIONS
 from bitlower.backends.onnx_qdq._lower import lower
 from bitlower.backends.onnx_qdq._manifest import write_manifest
+from bitlower.backends.onnx_qdq._products import SIGNS, Signs, chosen_signs
 from bitlower.backends.onnx_qdq._rewrite_linear import Form
 from bitlower.backends.onnx_qdq._rewrite_low_bit import LOW_BIT
 from bitlower.backends.onnx_qdq._verification import Verification
@@ -46,6 +47,10 @@ class Options:
             weights of 2 and of 5 to 8 bits kernels of their own. The form ``qdq`` only records it, as a session entry
             (see ``verification.json``): onnxruntime takes 4 if it is told nothing.
         external_data_threshold: tensors of more bytes in all go to a file of their own, for protobuf ends at 2 GB.
+        weight_signs: how 8-bit codes of symmetric weights are stored that are multiplied with 8-bit activations.
+            ``signed`` is fastest, and exact where the processor has integer dot products; x86 processors without them
+            (AVX2, AVX512 before VNNI) clip sums of two products. ``unsigned`` is exact everywhere, and slower where
+            there are such instructions. ``auto`` tries on the processor that exports, and records what it chose.
 
     Raises:
         BitlowerError: a value is out of range.
@@ -55,10 +60,15 @@ class Options:
     form: Form = "qdq"
     accuracy_level: int = FLOAT_ACTIVATIONS
     external_data_threshold: int = 1_900_000_000
+    weight_signs: Signs = "auto"
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise BitlowerError(f"unknown form {self.form!r}", hint=nearest(str(self.form), FORMS))
+        if self.weight_signs not in SIGNS:
+            raise BitlowerError(
+                f"unknown weight_signs {self.weight_signs!r}", hint=nearest(str(self.weight_signs), SIGNS)
+            )
         for name, value, low, high in (
             ("opset", self.opset, *OPSETS),
             ("accuracy_level", self.accuracy_level, 0, ROUNDS_ACTIVATIONS),
@@ -115,6 +125,7 @@ def export(
     form: Form = Options.form,
     accuracy_level: int = Options.accuracy_level,
     external_data_threshold: int = Options.external_data_threshold,
+    weight_signs: Signs = Options.weight_signs,
     provenance: Mapping[str, Any] | None = None,
 ) -> ExportReport:
     """Write the artefact of ``program`` into the existing ``folder`` and verify it on ``batches``.
@@ -127,15 +138,19 @@ def export(
         form: see :class:`Options`.
         accuracy_level: see :class:`Options`.
         external_data_threshold: see :class:`Options`.
+        weight_signs: see :class:`Options`.
         provenance: for the manifest: seeds, hashes of data, and what else the caller knows; plain data.
 
     Raises:
         BitlowerError: an option is wrong, or the program cannot be expressed in ONNX.
         CheckError: what was written does not compute what the program does.
     """
-    options = Options(opset, form, accuracy_level, external_data_threshold)
+    options = Options(opset, form, accuracy_level, external_data_threshold, weight_signs)
+    options = dataclasses.replace(options, weight_signs=chosen_signs(weight_signs))
     _check(program)
-    model, log = lower(program, opset=opset, form=form, accuracy_level=accuracy_level)
+    model, log = lower(
+        program, opset=opset, form=form, accuracy_level=accuracy_level, weight_signs=options.weight_signs
+    )
     session_config = {}
     if form == "qdq" and log.applied[LOW_BIT]:
         session_config[LEVEL_ENTRY] = str(accuracy_level)

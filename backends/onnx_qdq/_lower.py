@@ -10,6 +10,7 @@ from torch import fx
 from bitlower.backends.onnx_qdq._attention import flatten_attention, widen_mask, widen_rotary
 from bitlower.backends.onnx_qdq._kv_cache import keep_cache
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS
+from bitlower.backends.onnx_qdq._products import Signs, chosen_signs
 from bitlower.backends.onnx_qdq._rewrite import Editor, Rule, RuleLog, apply_rules
 from bitlower.backends.onnx_qdq._rewrite_graph import (
     free_product,
@@ -35,7 +36,12 @@ from bitlower.ir.version import __version__
 
 
 def lower(
-    program: Program, *, opset: int, form: Form, accuracy_level: int = FLOAT_ACTIVATIONS
+    program: Program,
+    *,
+    opset: int,
+    form: Form,
+    accuracy_level: int = FLOAT_ACTIVATIONS,
+    weight_signs: Signs = "auto",
 ) -> tuple[ir.Model, RuleLog]:
     """The ONNX model of ``program``, and what the rules did.
 
@@ -44,7 +50,14 @@ def lower(
     """
     model = translate(program, opset)
     heads = head_codes(program)
-    return rewrite(model, form, specs=weight_specs(program), heads=heads, accuracy_level=accuracy_level)
+    return rewrite(
+        model,
+        form,
+        specs=weight_specs(program),
+        heads=heads,
+        accuracy_level=accuracy_level,
+        weight_signs=weight_signs,
+    )
 
 
 def rewrite(
@@ -54,6 +67,7 @@ def rewrite(
     specs: Mapping[str, QuantSpec] | None = None,
     heads: Collection[str] = (),
     accuracy_level: int = FLOAT_ACTIVATIONS,
+    weight_signs: Signs = "auto",
 ) -> tuple[ir.Model, RuleLog]:
     """Apply all rules to a translated model, in place, and give everything its final name.
 
@@ -63,8 +77,9 @@ def rewrite(
         specs: of stored codes, by the codes' names; those that are left out get no low-bit kernel.
         heads: the names of the codes of output heads.
         accuracy_level: of MatMulNBits.
+        weight_signs: see :class:`~bitlower.backends.onnx_qdq.Options`.
     """
-    editor = Editor(model, specs)
+    editor = Editor(model, specs, unsigned=chosen_signs(weight_signs) == "unsigned")
     log = apply_rules(editor, rules(form, accuracy_level, heads))
     editor.finish()
     strip(model)

@@ -70,6 +70,10 @@ def unpack_rows(rows: Array, bits: int, count: int, *, is_signed: bool) -> Array
     return (packing.signed(codes, bits) if is_signed else codes).numpy()
 
 
+SIGN_BIT = 128
+"""What unsigned codes of 8 bits are above the signed ones that they were made of; bit by bit, what differs."""
+
+
 def offset(codes: Array, bits: int) -> int:
     """What packing adds to a code."""
     return 1 << (bits - 1) if codes.dtype == np.int8 else 0

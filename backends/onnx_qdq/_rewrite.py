@@ -24,10 +24,13 @@ class Editor:
     Args:
         model: with the low-bit operators whole.
         specs: of stored codes, by the codes' names.
+        unsigned: whether codes of 8 bits that are multiplied with those of activations are stored unsigned.
     """
 
-    def __init__(self, model: ir.Model, specs: Mapping[str, QuantSpec] | None = None) -> None:
-        self.model = model
+    def __init__(
+        self, model: ir.Model, specs: Mapping[str, QuantSpec] | None = None, *, unsigned: bool = False
+    ) -> None:
+        self.model, self.unsigned = model, unsigned
         self.graph = model.graph
         self.specs = dict(specs or {})
         self.opset = int(model.opset_imports[""])

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from bitlower.backends.onnx_qdq._narrow import PACKED, ROWS, byte_codes, offset, unfold_rows
+from bitlower.backends.onnx_qdq._narrow import PACKED, ROWS, SIGN_BIT, byte_codes, offset, unfold_rows
 from bitlower.backends.onnx_qdq._rewrite import APPLIED, Array, Editor, Rule, dims, is_op, marker, only_user, source
 from bitlower.backends.onnx_qdq._rewrite_quantizers import per_tensor, stored
 
@@ -167,7 +167,7 @@ def _static_linear(editor: Editor, node: ir.Node) -> str | None:
     if reason:
         return reason
     weight = linear.weight
-    codes, zeros = byte_operands(editor, node, weight)
+    codes, zeros = product_operands(editor, node, weight, like_scales=True)
     operands = [codes, weight_scales(editor, weight), *([zeros] if zeros is not None else [])]
     real = editor.emit(node, "DequantizeLinear", operands, axis=1)
     finish_linear(editor, linear, editor.emit(node, "MatMul", [linear.x, real], like=node.outputs[0]))
@@ -189,7 +189,7 @@ def _merge_linear(editor: Editor, node: ir.Node) -> str | None:
     scale, zero = stored(editor, quantized, code.dtype)
     weight = linear.weight
     bias = None if linear.bias is None else editor.constant(f"{weight.stem}_bias", linear.bias)
-    codes, zeros = byte_operands(editor, node, weight)
+    codes, zeros = product_operands(editor, node, weight)
     operands = [code, codes, scale, weight_scales(editor, weight), zero, zeros, bias]
     while operands[-1] is None:
         operands.pop()
@@ -228,7 +228,7 @@ def _integer_product(editor: Editor, linear: Linear, quantized: ir.Node) -> ir.V
     if code.dtype is ir.DataType.INT8:
         code = _unsigned(editor, node, code)
         fixed = fixed + 128 if fixed is not None else None
-    codes, zeros = byte_operands(editor, node, weight)
+    codes, zeros = product_operands(editor, node, weight)
     point = None if fixed is None else editor.constant("row_zero_point", np.uint8(fixed.reshape(())))
     operands = [code, codes, point, zeros]
     while operands[-1] is None:
@@ -339,6 +339,32 @@ def byte_operands(editor: Editor, at: ir.Node, weight: Weight) -> tuple[ir.Value
     zeros = weight.columns(weight.zero) + offset(weight.codes, bits)
     point = np.uint8(zeros.flat[0]) if (zeros == zeros.flat[0]).all() else zeros.astype(np.uint8)
     return transposed(editor, at, rows), editor.constant(f"{weight.stem}_zero_point", np.asarray(point))
+
+
+def product_operands(
+    editor: Editor, at: ir.Node, weight: Weight, *, like_scales: bool = False
+) -> tuple[ir.Value, ir.Value | None]:
+    """Codes [K, N] and zero points for a product with codes of 8 bits; signed ones become unsigned if it is asked for.
+
+    With ``like_scales`` there is a zero point for each scale, else one where all are equal.
+    """
+    spec = editor.specs.get(weight.name)
+    narrow = weight.codes.dtype != np.int8 or (spec is not None and spec.grid.bits < 8)
+    if not editor.unsigned or weight.packed is not None or narrow:
+        return byte_operands(editor, at, weight)
+    if weight.rows is not None:
+        rows = editor.emit(at, "Cast", [weight.rows], dtype=ir.DataType.UINT8, to=int(ir.DataType.UINT8))
+        mask = editor.constant("sign_bit", np.uint8(SIGN_BIT))
+        codes = transposed(editor, at, editor.emit(at, "BitwiseXor", [rows, mask], like=rows))
+    else:
+        codes = editor.lazy(
+            f"{weight.name}{weight.part}", "input first, unsigned", ir.DataType.UINT8, weight.codes.shape,
+            lambda: np.ascontiguousarray(weight.codes).view(np.uint8) ^ np.uint8(SIGN_BIT),
+        )  # fmt: skip
+    zeros = (weight.columns(weight.zero) + SIGN_BIT).astype(np.uint8)
+    if not like_scales and (zeros == zeros.flat[0]).all():
+        zeros = zeros.reshape(-1)[0]
+    return codes, editor.constant(f"{weight.stem}_zero_point", np.asarray(zeros))
 
 
 def transposed(editor: Editor, at: ir.Node, rows: ir.Value) -> ir.Value:

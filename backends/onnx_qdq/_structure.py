@@ -11,8 +11,8 @@ from bitlower.backends.onnx_qdq._session import Array
 
 MOVES = frozenset({"Transpose", "Reshape", "Gather", "Cast", "Identity", "Squeeze", "Unsqueeze", "Slice", "Expand"})
 """Operators that leave codes and scales what they are."""
-UNFOLDS = frozenset({"BitShift", "BitwiseAnd", "BitwiseOr"})
-"""Operators that take codes out of packed bytes."""
+UNFOLDS = frozenset({"BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor"})
+"""Operators that take codes out of packed bytes, or turn their highest bit."""
 _BOUNDS = frozenset({"Clip", "Cast", "Min", "Max", "Identity"})
 
 

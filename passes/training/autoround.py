@@ -45,7 +45,7 @@ class Autoround(BlockTraining):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.learning_rate == 0:
-            raise BitlowerError("autoround: learning-rate is 0", hint="it must be above 0; `rtn` learns nothing")
+            raise BitlowerError("autoround: learning-rate is 0.0", hint="it must be above 0; `rtn` learns nothing")
 
     def run(self, program: Program, context: Context) -> bool:
         """Rewrite the weights and leave an :class:`AutoroundReport`.

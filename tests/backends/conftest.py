@@ -111,8 +111,9 @@ def _handmade() -> Handmade:
     random = np.random.default_rng(0)
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     for stem, rows, columns in (("up", *WIDTHS[:2]), ("down", *WIDTHS[1:])):
-        tensors[f"{stem}.weight_codes"] = random.integers(-127, 128, (rows, columns), dtype=np.int8)
-        tensors[f"{stem}.weight_scale"] = random.uniform(0.001, 0.01, columns).astype(np.float32)
+        # Of 7 bits: with more, processors without integer dot products clip sums of signed products.
+        tensors[f"{stem}.weight_codes"] = random.integers(-63, 64, (rows, columns), dtype=np.int8)
+        tensors[f"{stem}.weight_scale"] = random.uniform(0.002, 0.02, columns).astype(np.float32)
         tensors[f"{stem}.bias"] = random.normal(0, 0.1, columns).astype(np.float32)
     for codes, scale, zero in (("x_codes", 0.031, 120), ("act_codes", 0.0173, 10)):
         tensors[f"{codes}.scale"] = np.array(scale, np.float32)

@@ -31,6 +31,7 @@ def test_tokenizer_files_are_copied_and_stay_inside(tiny_program: Program, tmp_p
         (lambda: Options(opset=20), "opset is a whole number from 21 to 25, not 20"),
         (lambda: Options(opset=True), "opset is a whole number"),
         (lambda: Options(form="qdp"), "did you mean 'qdq'"),  # type: ignore[arg-type]
+        (lambda: Options(weight_signs="sign"), "unknown weight_signs 'sign'"),  # type: ignore[arg-type]
         (lambda: Options(external_data_threshold=-1), "external_data_threshold is a whole number"),
     ],
 )

@@ -93,12 +93,9 @@ def test_training_block_by_block_by_hand(
     weights = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)]
     tokens = 4 * 50 * sequences * 24 + 21 * 0.25 * 24 * 24
     short, long = (Lkd(iterations=count, batch=batch, held_out=0.25) for count in (1, 51))
-    run = plan(bert_program, long, lesson)
-    more = run.seconds - plan(bert_program, short, lesson).seconds
+    more = plan(bert_program, long, lesson).seconds - plan(bert_program, short, lesson).seconds
     assert more == pytest.approx(2 * sum(weights) * 4 * 50 * sequences * 24 / 0.7e6)
     assert lesson.block_tokens(Lkd(iterations=50, batch=batch, held_out=0.25)) == tokens
-    whole = plan(bert_program, Learn(steps=51), lesson)
-    assert run.peak_bytes < whole.peak_bytes
 
 
 def test_memory_of_training_block_by_block_is_that_of_one_block(bert_program: Program) -> None:

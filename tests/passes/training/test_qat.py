@@ -82,11 +82,8 @@ def test_the_divergence_from_the_float_model_falls(simulated):
 def test_the_preset_ranges_learns_ranges_alone(simulated):
     program, context = simulated
     trained, _ = train(simulated, Qat(preset="ranges", steps=16, evaluate_every=4, warmup=0.0))
-    kinds = {
-        name.rpartition(".")[2]
-        for (name, old), (_, new) in zip(program.tensors(), trained.tensors(), strict=True)
-        if not torch.equal(old, new)
-    }
+    pairs = zip(program.tensors(), trained.tensors(), strict=True)
+    kinds = {name.rpartition(".")[2] for (name, old), (_, new) in pairs if not torch.equal(old, new)}
     assert "scale" in kinds <= {"scale", "zero_point"}
     before, after = (kl(p, context.reference, context.held_out) for p in (program, trained))
     assert after < before
