@@ -136,7 +136,7 @@ def _differing(value: ir.Value, expected: Array) -> int | None:
     if value.const_value is None:
         return None
     stored = value.const_value.numpy()
-    if (stored.dtype, expected.dtype) == (np.uint8, np.int8):
+    if stored.dtype == np.uint8 and expected.dtype == np.int8:
         stored = (stored ^ np.uint8(SIGN_BIT)).view(np.int8)
     stored = stored if stored.dtype == expected.dtype else stored.astype(np.int32)
     views = [stored, stored.T] if stored.ndim == 2 else [stored]
