@@ -62,7 +62,7 @@ METHODS: dict[str, dict[str, Any]] = {
 """What `qat` gets beside the preset; the contrast has negatives of the kind ``positions`` where none is named."""
 HELD_OUT, CALIBRATION, JUDGED = 16, 32, 64
 WIDTH, BLOCKS, HEADS, VOCABULARY, POSITIONS = 256, 4, 4, 2048, 256
-EPOCHS, ROWS, RATE = 12, 16, 1e-3
+EPOCHS, ROWS, RATE = 5, 16, 1e-3
 
 
 def make_gpt2(folder: Path, text: str) -> None:

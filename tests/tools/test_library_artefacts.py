@@ -116,7 +116,7 @@ def test_the_plan_foretells_the_size(decoder: tuple[Program, Path], llama: Path)
     assert (down.shape, down.bytes) == ((32, 64), 64 * 64 // 2 + 64 * 4 * 5)
     assert tensors["lm_head.weight"].bits == 32
     stored = (decoder[1] / "library.so").stat().st_size
-    assert stored == pytest.approx(plan.file_bytes, rel=0.5)  # mostly code, which is foretold roughly
+    assert 0.5 < stored / plan.file_bytes < 2  # mostly code, which is foretold roughly
 
 
 @pytest.mark.parametrize(
