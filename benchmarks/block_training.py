@@ -3,13 +3,12 @@ r"""Perplexity over the float model's, of a decoder whose weights `gptq`, `autor
     python benchmarks/block_training.py --data DIR
 
 SmolLM2-135M-Instruct, by default weights alone, W4, W3 and W2A16-g128, asymmetric, with a float head;
-``--schemes W4/8A8-token`` is ZeroQuant's. Learning and
-calibration: windows of 512 tokens of WikiText-2 valid, drawn anew for each seed. Figures: perplexity on windows of 512
-tokens of WikiText-2 test and of XSum's articles, which are of another kind, and the mean KL divergence from the float
-model there. Each row has the seconds of its passes, so that methods can be compared at equal time as well as at equal
-bytes (all rows of a scheme have the same). Rows that are in the results file already are kept, unless ``--fresh``;
-``--methods``, ``--schemes`` and ``--seeds`` choose what is run; ``--samples``, ``--length`` and ``--windows`` make it
-small.
+``--schemes W4/8A8-token`` is ZeroQuant's. Learning and calibration: windows of 512 tokens of WikiText-2 valid, drawn
+anew for each seed. Figures: perplexity on windows of 512 tokens of WikiText-2 test and of XSum's articles, which are of
+another kind, and the mean KL divergence from the float model there. Each row has the seconds of its passes, so that
+methods can be compared at equal time as well as at equal bytes (all rows of a scheme have the same). Rows that are in
+the results file already are kept, unless ``--fresh``; ``--methods``, ``--schemes`` and ``--seeds`` choose what is run;
+``--samples``, ``--length`` and ``--windows`` make it small.
 """
 
 from __future__ import annotations
@@ -117,15 +116,8 @@ def main() -> None:
             write_result(arguments.name, COMMAND, {"model": arguments.model, "float": floats, "rows": rows})
             print(row, flush=True)
         shown.append(row)
-    columns = (
-        "method",
-        "scheme",
-        "seed",
-        *(f"{name}_over_float" for name in TEXTS),
-        *(f"kl_{name}" for name in TEXTS),
-        "block_error",
-        "seconds",
-    )
+    figures = [form.format(name) for form in ("{}_over_float", "kl_{}") for name in TEXTS]
+    columns = ("method", "scheme", "seed", *figures, "block_error", "seconds")
     show_table(columns, [[row.get(key, "") for key in columns] for row in shown])
 
 

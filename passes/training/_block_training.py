@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -18,7 +19,7 @@ from bitlower.passes.training._teacher import float_reference
 
 
 @dataclass(frozen=True)
-class BlockTraining(Pass):
+class BlockTraining(Pass, abc.ABC):
     """Lets blocks learn to give what the float model's blocks give; a subclass says what of a block changes and how.
 
     Needs calibration or training data, part of which is held out: a block whose error there does not fall keeps what it
@@ -79,9 +80,9 @@ class BlockTraining(Pass):
         """What is done before the first block, and the data that blocks learn on."""
         return data
 
+    @abc.abstractmethod
     def improve(self, data: BlockData, generator: torch.Generator) -> tuple[Outcome, Mapping[str, torch.Tensor]]:
         """Let a block learn; which tensors of the program change, by name."""
-        raise NotImplementedError
 
     def train(self, program: Program, context: Context) -> tuple[BlockRow, ...]:
         """Train the blocks.

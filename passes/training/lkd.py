@@ -40,7 +40,7 @@ class Lkd(BlockTraining):
     are those of the float model (``inputs: float``), all tokens count the same (``weighting: none``), ranges follow the
     weights, and weights decay by 0.01. Here rates are in steps of each weight's grid and fall linearly to 0, nothing
     decays, and ranges learn. Norms, biases and weights that nothing rounds move as if they lay on a grid of 20 steps in
-    their mean magnitude.
+    their mean magnitude; one that is all zeros stays.
 
     Every quantizer in the blocks has its range already: the pass stands after `calibrate`, `gptq` or `rtn`. Needs
     calibration data, part of which is held out: a block whose error there does not fall keeps what it had. Tensors that
@@ -104,7 +104,8 @@ def parameter_groups(block: Trainable, part: Part, rate: float, scale_rate: floa
     """The parameters of a block that learn, with their rates: what only the block reads."""
     module, shared = part.program.module, part.shared()
     fixed = {identity(get_tensor(module, name)) for name in shared}
-    ranges, steps = dict[int, bool](), dict[int, float]()
+    ranges = dict[int, bool]()
+    steps = {id(p): FLOAT_STEP * float(p.detach().abs().mean()) for p in block.model.parameters()}
     for name, quantizer in block.quantizers().items():
         free = all(identity(get_tensor(module, stored)) not in fixed for stored in block.stored[name])
         ranges |= {id(parameter): free for parameter in quantizer.parameters()}
@@ -114,8 +115,7 @@ def parameter_groups(block: Trainable, part: Part, rate: float, scale_rate: floa
     for name, parameter in block.model.named_parameters():
         is_range = id(parameter) in ranges
         free = ranges[id(parameter)] if is_range else name not in shared
-        step = 1.0 if is_range else steps.get(id(parameter), FLOAT_STEP * float(parameter.detach().abs().mean()))
-        own = (scale_rate if is_range else rate) * step
+        own = scale_rate if is_range else rate * steps[id(parameter)]
         parameter.requires_grad_(free and own > 0)
         if parameter.requires_grad:
             found.append((parameter, own))
