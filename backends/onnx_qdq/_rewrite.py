@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from bitlower.backends.onnx_qdq._translate import DOMAIN
+from bitlower.backends.onnx_qdq._translations import DOMAIN
 from bitlower.ir import BitlowerError, QuantSpec
 
 Array = npt.NDArray[np.generic]

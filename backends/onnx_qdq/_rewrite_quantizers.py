@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitlower.backends.onnx_qdq._rewrite import APPLIED, Array, Editor, dims, is_op, marker, source, spread
-from bitlower.backends.onnx_qdq._translate import DOMAIN
+from bitlower.backends.onnx_qdq._translations import DOMAIN
 from bitlower.ir import Grid, ScaleConvention
 
 _EPS = np.float32(5e-6)

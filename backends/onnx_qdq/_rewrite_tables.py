@@ -11,7 +11,7 @@ from bitlower.backends.onnx_qdq._low_bit import SMALLEST_BLOCK, Container, pack_
 from bitlower.backends.onnx_qdq._narrow import PACKED, ROWS, is_packable, offset, pack_rows, unfold_rows
 from bitlower.backends.onnx_qdq._rewrite import APPLIED, Array, Editor, Rule, is_op, marker, source
 from bitlower.backends.onnx_qdq._rewrite_linear import Form
-from bitlower.backends.onnx_qdq._translate import DOMAIN
+from bitlower.backends.onnx_qdq._translations import DOMAIN
 from bitlower.ir import packing
 
 

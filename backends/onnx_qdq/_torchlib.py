@@ -1,0 +1,73 @@
+"""torch.onnx's own translations of ATen operators, taken one at a time, and the recorder that they write nodes with.
+
+``torch.onnx.export`` traces, decomposes and optimizes around them, which costs most of its time; a Program has been
+traced, and the rewrites of this backend optimize it. All that is private in torch and used here is named in this file.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript
+import torch
+from torch.onnx._internal.exporter._building import OpRecorder
+from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET as TORCH_OPSET
+from torch.onnx._internal.exporter._core import torch_dtype_to_onnx_dtype as onnx_dtype
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+from torch.onnx._internal.exporter._tensors import SymbolicTensor
+
+__all__ = ["TORCH_OPSET", "Recorded", "onnx_dtype", "record", "translation", "value"]
+Translation = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a translation wrote: its result, the nodes in order, and functions that they call."""
+
+    result: Any
+    nodes: Sequence[ir.Node]
+    functions: Mapping[Any, ir.Function]
+
+
+def translation(target: Any, opset: int, *, complex_operands: bool = False) -> Translation | None:
+    """Torch's translation of an operator at ``opset``; None if it has none."""
+    found = _registry(opset).get_decomps(target)
+    return next((entry.onnx_function for entry in found if entry.is_complex == complex_operands), None)
+
+
+def record(
+    function: Translation, args: Sequence[Any], kwargs: Mapping[str, Any], opset: int, constants: dict[Any, ir.Value]
+) -> Recorded:
+    """Call a translation, and keep what it writes; numbers become ``constants``, which all calls share."""
+    recorder = OpRecorder(_opset(opset), constants)
+    with onnxscript.evaluator.default_as(recorder):
+        result = function(*args, **kwargs)
+    return Recorded(result, recorder.nodes, {key: _function(f) for key, f in recorder.functions.items()})
+
+
+def value(name: str, dtype: torch.dtype, shape: Sequence[int | str], opset: int) -> ir.Value:
+    """An input or a stored tensor, as translations take it."""
+    made: ir.Value = SymbolicTensor(
+        _opset(opset), name=name, type=ir.TensorType(onnx_dtype(dtype)), shape=ir.Shape(list(shape))
+    )
+    return made
+
+
+@functools.cache
+def _registry(opset: int) -> ONNXRegistry:
+    return ONNXRegistry.from_torchlib(opset)
+
+
+@functools.cache
+def _opset(version: int) -> Any:
+    return onnxscript.values.Opset("", version)
+
+
+def _function(function: Any) -> ir.Function:
+    """A function of torch's library as the model keeps it until it is inlined."""
+    made: ir.Function = function if isinstance(function, ir.Function) else ir.from_proto(function.to_function_proto())
+    return made
