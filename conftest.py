@@ -1,8 +1,10 @@
-"""What all tests share: hypothesis without time limits, and golden files that ``--update-golden`` writes anew."""
+"""What all tests share: hypothesis without time limits, traces, golden files that ``--update-golden`` writes anew."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +12,16 @@ from hypothesis import settings
 
 settings.register_profile("bitlower", deadline=None, max_examples=50, derandomize="CI" in os.environ)
 settings.load_profile("bitlower")
+
+
+_TRACES = "BITLOWER_TRACES"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let all processes of a run share what one of them has traced, in a folder of the run's own."""
+    if _TRACES not in os.environ:
+        os.environ[_TRACES] = tempfile.mkdtemp(prefix="bitlower-traces-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(_TRACES), ignore_errors=True))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from bitlower.frontends._failure import explain_failure
 from bitlower.frontends._patches import open_sizes
 from bitlower.frontends._samples import layout, sample
 from bitlower.frontends._trace import check_replay, releasing, to_program, unchanged
+from bitlower.frontends._trace_cache import traced
 from bitlower.frontends._weights import quiet
 from bitlower.ir import BitlowerError, Length, Program
 from bitlower.ir.experts import experts_as_linears
@@ -77,7 +79,7 @@ def export(model: PreTrainedModel, inputs: dict[str, Any], shapes: dict[str, Any
     return Traced(exported.program, tuple(dict.fromkeys(notes)))
 
 
-def trace_encoder(model: PreTrainedModel, task: str) -> Program:
+def trace_encoder(model: PreTrainedModel, task: str, traces: Path | None) -> Program:
     """A model of text in one run, as a Program; compared with the model at two batch sizes and two lengths.
 
     Raises:
@@ -85,23 +87,29 @@ def trace_encoder(model: PreTrainedModel, task: str) -> Program:
         CheckError: its trace computes something else at another shape.
     """
     shapes = layout(model)
-    inputs = sample(model, shapes, _ROWS, _length(model, shapes))
-    auto = torch.export.Dim.AUTO
-    dynamic = {
-        name: {axis: auto for axis, dim in enumerate(dims) if isinstance(dim, str)} for name, dims in shapes.items()
-    }
-    exported, notes = export(model, inputs, dynamic)
-    program = to_program(exported, task=task, inputs=shapes, keep=_kept(exported, task))
-    length = program.lengths.get(SEQUENCE, Length())
-    if length.minimum == length.maximum:
-        del program.lengths[SEQUENCE]  # the comparison says whether what torch took for equal matters
-    for rows, tokens in _REPLAYS:
-        replay = sample(model, shapes, rows, _taken(program.lengths.get(SEQUENCE, Length()), tokens))
-        with torch.no_grad(), releasing(model), unchanged(model):
-            expected = model(**replay)
-        check_replay(program, expected, replay, type(model).__name__)
-    program.notes += (*notes, *_shorter(program, model))
-    return program
+
+    def make() -> Program:
+        inputs = sample(model, shapes, _ROWS, _length(model, shapes))
+        auto = torch.export.Dim.AUTO
+        dynamic = {
+            name: {axis: auto for axis, dim in enumerate(dims) if isinstance(dim, str)} for name, dims in shapes.items()
+        }
+        exported, notes = export(model, inputs, dynamic)
+        program = to_program(exported, task=task, inputs=shapes, keep=_kept(exported, task))
+        length = program.lengths.get(SEQUENCE, Length())
+        if length.minimum == length.maximum:
+            del program.lengths[SEQUENCE]  # the comparison says whether what torch took for equal matters
+        program.notes += (*notes, *_shorter(program, model))
+        return program
+
+    def check(program: Program) -> None:
+        for rows, tokens in _REPLAYS:
+            replay = sample(model, shapes, rows, _taken(program.lengths.get(SEQUENCE, Length()), tokens))
+            with torch.no_grad(), releasing(model), unchanged(model):
+                expected = model(**replay)
+            check_replay(program, expected, replay, type(model).__name__)
+
+    return traced(model, f"encoder for {task}", make, check, traces)
 
 
 def _shorter(program: Program, model: PreTrainedModel) -> tuple[str, ...]:

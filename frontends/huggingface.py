@@ -19,6 +19,7 @@ from bitlower.frontends._precision import in_float32
 from bitlower.frontends._samples import vocabulary
 from bitlower.frontends._tasks import check_task, refuse_class, refuse_folder, task_of
 from bitlower.frontends._trace import check_replay, evaluating, releasing, to_program
+from bitlower.frontends._trace_cache import traced
 from bitlower.frontends._weights import load_weights, read_json
 from bitlower.ir import Length, Program, shorten
 from bitlower.ir.tasks import auto_class
@@ -48,8 +49,15 @@ def is_huggingface(model: torch.nn.Module) -> bool:
     return isinstance(model, PreTrainedModel)
 
 
-def load_folder(folder: Path, *, task: str | None = None, source: str = "", mapped: bool | None = None) -> Program:
-    """Load and trace the model in ``folder``; ``mapped`` as for :func:`~bitlower.frontends.load`.
+def load_folder(
+    folder: Path,
+    *,
+    task: str | None = None,
+    source: str = "",
+    mapped: bool | None = None,
+    traces: Path | None = None,
+) -> Program:
+    """Load and trace the model in ``folder``; ``mapped`` and ``traces`` as for :func:`~bitlower.frontends.load`.
 
     Raises:
         BitlowerError: weights are missing, truncated or mis-shaped, the configuration asks for remote code, the task is
@@ -67,10 +75,12 @@ def load_folder(folder: Path, *, task: str | None = None, source: str = "", mapp
     refuse_folder(folder, kind, task)
     model = load_weights(folder, task, kind, mapped=mapped)
     assets, notes = collect(folder, model, task, source or str(folder))
-    return trace_model(PreTrained(model, task, assets, source or str(folder), tuple(notes)))
+    return trace_model(PreTrained(model, task, assets, source or str(folder), tuple(notes)), traces=traces)
 
 
-def trace_model(pretrained: PreTrained, *, example_inputs: Mapping[str, torch.Tensor] | None = None) -> Program:
+def trace_model(
+    pretrained: PreTrained, *, example_inputs: Mapping[str, torch.Tensor] | None = None, traces: Path | None = None
+) -> Program:
     """Trace a Hugging Face model with dynamic batch and sequence, in float32; the model itself is left as it is.
 
     Raises:
@@ -83,21 +93,24 @@ def trace_model(pretrained: PreTrained, *, example_inputs: Mapping[str, torch.Te
         refuse_class(kind, pretrained.model.config, pretrained.task or task_of([kind.__name__], ""))
     model, note = in_float32(pretrained.model)
     with evaluating(model):
-        program = _trace(model, pretrained, example_inputs)
+        program = _trace(model, pretrained, example_inputs, traces)
     program.notes += note
     return program
 
 
 def _trace(
-    model: PreTrainedModel, pretrained: PreTrained, example_inputs: Mapping[str, torch.Tensor] | None
+    model: PreTrainedModel,
+    pretrained: PreTrained,
+    example_inputs: Mapping[str, torch.Tensor] | None,
+    traces: Path | None,
 ) -> Program:
     task = pretrained.task or task_of([type(model).__name__], "")
     decoder = task == "text-generation" and example_inputs is None
     with plain_outputs(model, keep_cache=decoder) as changed:
         if decoder:
-            program = _trace_decoder(model)
+            program = _trace_decoder(model, traces)
         elif example_inputs is None:
-            program = trace_encoder(model, task)
+            program = trace_encoder(model, task, traces)
         else:
             program = trace_given(model, task, example_inputs)
         program.config = plain_config(model)
@@ -112,22 +125,29 @@ def _trace(
     return program
 
 
-def _trace_decoder(model: PreTrainedModel) -> Program:
+def _trace_decoder(model: PreTrainedModel, traces: Path | None) -> Program:
     """A causal language model with its KV cache in the signature."""
     with explain_failure(type(model).__name__), releasing(model):
         signature = Signature.of(model)
     entries = vocabulary(model)
-    sample = signature.sample(entries, **_DECODER_TRACE_SHAPE)
-    exported, notes = export(model, signature.arguments(sample), signature.dynamic_shapes())
-    names = signature.outputs()
-    program = to_program(exported, task="text-generation", inputs=signature.inputs(), outputs=names)
-    program.notes += notes
-    program.lengths = {}  # the tokens of a step and those before have one limit together, which is the context's
-    for shape in _DECODER_REPLAY_SHAPES:
-        replay = signature.sample(entries, **shape)
-        with torch.no_grad(), releasing(model):
-            expected = signature.flatten(model(**signature.arguments(replay)))
-        check_replay(program, expected, replay, type(model).__name__)
+
+    def make() -> Program:
+        sample = signature.sample(entries, **_DECODER_TRACE_SHAPE)
+        exported, notes = export(model, signature.arguments(sample), signature.dynamic_shapes())
+        names = signature.outputs()
+        program = to_program(exported, task="text-generation", inputs=signature.inputs(), outputs=names)
+        program.lengths = {}  # the tokens of a step and those before have one limit together, which is the context's
+        program.notes += notes
+        return program
+
+    def check(program: Program) -> None:
+        for shape in _DECODER_REPLAY_SHAPES:
+            replay = signature.sample(entries, **shape)
+            with torch.no_grad(), releasing(model):
+                expected = signature.flatten(model(**signature.arguments(replay)))
+            check_replay(program, expected, replay, type(model).__name__)
+
+    program = traced(model, "decoder", make, check, traces)
     if not signature.caches:
         program.notes += (
             f"{type(model).__name__} has no KV cache: each new token costs a run over all before it, and ONNX comes"

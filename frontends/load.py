@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,7 @@ def load(
     task: str | None = None,
     example_inputs: Mapping[str, torch.Tensor] | None = None,
     mapped: bool | None = None,
+    traces: Path | None = None,
 ) -> Program:
     """Trace ``model`` into a Program at level ``float``.
 
@@ -33,6 +35,8 @@ def load(
             that may vary.
         mapped: leave the weights of a folder in files and read them when they are used, so that the model need not fit
             into memory; None: if they take more than 2 GiB in float32.
+        traces: a folder in which what was traced is kept without its weights: another model of that architecture, or
+            this one again, is not traced. None: the folder that the environment's ``BITLOWER_TRACES`` names, or none.
 
     Raises:
         BitlowerError: the model is not there, is damaged, wants to run remote code, or cannot be traced (the message
@@ -41,10 +45,10 @@ def load(
     if not isinstance(model, torch.nn.Module):
         place, source = locate(model), os.fspath(model)
         if place.suffix == GGUF:
-            return trace_model(replace(load_gguf(place, task), source=source))
-        return load_folder(place, task=task, source=source, mapped=mapped)
+            return trace_model(replace(load_gguf(place, task), source=source), traces=traces)
+        return load_folder(place, task=task, source=source, mapped=mapped, traces=traces)
     if is_huggingface(model):
-        return trace_model(PreTrained(model, task=task), example_inputs=example_inputs)
+        return trace_model(PreTrained(model, task=task), example_inputs=example_inputs, traces=traces)
     if example_inputs is None:
         raise BitlowerError(f"{type(model).__name__} needs example inputs to be traced", hint="pass `example_inputs`")
     return trace_module(model, example_inputs, task=task or "custom")

@@ -6,8 +6,10 @@ What cannot be read is an :class:`OSError` or a :class:`ValueError`; :func:`reas
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
+import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -71,6 +73,47 @@ def read_text(path: str | os.PathLike[str], limit: int = LIMIT) -> str:
         return read_bytes(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from None
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write ``path`` whole or not at all; its folder is made if need be.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_checked(path: Path, body: bytes) -> None:
+    """Write ``body`` behind its hash, for :func:`read_checked`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_whole(path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+
+
+def read_checked(path: Path) -> bytes:
+    """What :func:`write_checked` wrote.
+
+    Raises:
+        OSError: it is missing.
+        ValueError: it is damaged.
+    """
+    head, _, body = path.read_bytes().partition(b"\n")
+    if hashlib.sha256(body).hexdigest().encode() != head:
+        raise ValueError(f"{path} is damaged")
+    return body
 
 
 def check_name(path: str | os.PathLike[str]) -> Path:

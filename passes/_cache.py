@@ -7,10 +7,8 @@ checked when it is read; what is damaged counts as missing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,12 +19,11 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
 from bitlower.ir import BitlowerError, Program
+from bitlower.ir.files import read_checked, write_checked, write_whole
 from bitlower.ir.program import tensor_digest
 from bitlower.ir.serialize import decode, encode
 from bitlower.passes._digest import digest_tensor, tensor_of
 from bitlower.passes._results import Form
-
-_HEADER = 64  # the hexadecimal sha256 of what follows
 
 
 @dataclass
@@ -67,7 +64,7 @@ class Cache:
         """What is stored under ``key``; None if it is missing, incomplete or damaged."""
         path = self._entry_path(key)
         try:
-            stored = _Stored(**json.loads(_read_checked(path)))
+            stored = _Stored(**json.loads(read_checked(path)))
             program = self._load(stored) if stored.changed else None
             os.utime(path)
             return Entry(stored.changed, program, stored.results, stored.rows)
@@ -89,14 +86,14 @@ class Cache:
                 entry.results,
                 entry.rows,
             )
-            _write_checked(self._entry_path(key), json.dumps(asdict(stored)).encode())
+            write_checked(self._entry_path(key), json.dumps(asdict(stored)).encode())
         except OSError as error:
             raise self._unwritable(error) from error
 
     def uses(self, key: str) -> frozenset[str]:
         """Which parts of the context the pass behind ``key`` was seen to read; empty if it never ran."""
         try:
-            return frozenset(json.loads(_read_checked(self._uses_path(key))))
+            return frozenset(json.loads(read_checked(self._uses_path(key))))
         except (OSError, ValueError):
             return frozenset()
 
@@ -108,7 +105,7 @@ class Cache:
         """
         known = self.uses(key) | parts
         try:
-            _write_checked(self._uses_path(key), json.dumps(sorted(known)).encode())
+            write_checked(self._uses_path(key), json.dumps(sorted(known)).encode())
         except OSError as error:
             raise self._unwritable(error) from error
         return known
@@ -163,7 +160,7 @@ class Cache:
         digest = digest_tensor(tensor)
         path = self._tensor_path(digest)
         if not path.exists():
-            _write(path, safetensors.save({"tensor": tensor.detach().cpu().contiguous()}))
+            write_whole(path, safetensors.save({"tensor": tensor.detach().cpu().contiguous()}))
         return digest, list(tensor.stride())
 
     def _load(self, stored: _Stored) -> Program:
@@ -206,33 +203,6 @@ def aligned(program: Program) -> Program:
 def _tensors_of(path: Path) -> frozenset[str]:
     """The digests that an entry names; none if it is damaged."""
     try:
-        return frozenset(digest for digest, _ in _Stored(**json.loads(_read_checked(path))).tensors.values())
+        return frozenset(digest for digest, _ in _Stored(**json.loads(read_checked(path))).tensors.values())
     except (OSError, ValueError, TypeError):
         return frozenset()
-
-
-def _read_checked(path: Path) -> bytes:
-    raw = path.read_bytes()
-    head, body = raw[:_HEADER], raw[_HEADER + 1 :]
-    if hashlib.sha256(body).hexdigest().encode() != head:
-        raise ValueError(f"{path} is damaged")
-    return body
-
-
-def _write_checked(path: Path, body: bytes) -> None:
-    _write(path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write ``path`` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

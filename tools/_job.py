@@ -51,6 +51,11 @@ def default_cache() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "bitlower"
 
 
+def traces_in(cache: Path | None) -> Path | None:
+    """Where a cache keeps what was traced."""
+    return cache / "traces" if cache else None
+
+
 @dataclass(frozen=True)
 class Options:
     """How to run.
@@ -98,7 +103,7 @@ class Job:
     """What to run.
 
     Args:
-        load: gives the float program.
+        load: gives the float program; takes the folder in which traces are kept, if any.
         data: gives the batches for it.
         passes: in order.
         exports: backends by name with their options; several write into folders of their names.
@@ -106,7 +111,7 @@ class Job:
         seed: the root of all randomness.
     """
 
-    load: Callable[[], Program]
+    load: Callable[[Path | None], Program]
     data: Callable[[Program], Data]
     passes: tuple[Pass, ...]
     exports: tuple[tuple[str, Mapping[str, Any]], ...] = ()
@@ -179,7 +184,7 @@ class _Run:
         job, display = self.job, self.options.display
         with self.stage("load"):
             display.note("loading and tracing the model")
-            program = job.load()
+            program = job.load(traces_in(self.options.cache))
             self.say(*program.notes)
         with self.stage("data"):
             data = job.data(program)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,7 +58,9 @@ def recipe_job(recipe: Recipe) -> Job:
     decoder = is_decoder(recipe.model_source, recipe.model.task)
     source = with_training(recipe_source(recipe, decoder), recipe, decoder)
     return Job(
-        load=lambda: replace(load(recipe.model_source, task=recipe.model.task), source=_portable(recipe.model.path)),
+        load=lambda traces: replace(
+            load(recipe.model_source, task=recipe.model.task, traces=traces), source=_portable(recipe.model.path)
+        ),
         data=source.batches,
         passes=passes,
         exports=tuple((step.name, step.params) for step in recipe.export),
@@ -153,8 +154,13 @@ def _python_job(
     passes = standard_passes(
         scheme, ignore, algorithm=algorithm, calibrated=calibrated, trained=trained, formats=formats
     )
-    loader = partial(load, model, task=task, example_inputs=example_inputs)
-    return Job(loader, source.batches, passes, standard_exports(scheme, formats), seed=seed)
+    return Job(
+        lambda traces: load(model, task=task, example_inputs=example_inputs, traces=traces),
+        source.batches,
+        passes,
+        standard_exports(scheme, formats),
+        seed=seed,
+    )
 
 
 def _path(place: str | os.PathLike[str] | None) -> Path | None:

@@ -20,6 +20,7 @@ def load(
     task: str | None = None,
     example_inputs: Mapping[str, torch.Tensor] | None = None,
     mapped: bool | None = None,
+    traces: Path | None = None,
 ) -> Program | Library:
     """What :func:`bitlower.frontends.load` makes of a model; or the library in a folder of the backend ``tvm-kernels``.
 
@@ -33,4 +34,4 @@ def load(
         if is_library(Path(model)):
             return load_library(Path(model))
         check_if_artefact(Path(model))
-    return frontends.load(model, task=task, example_inputs=example_inputs, mapped=mapped)
+    return frontends.load(model, task=task, example_inputs=example_inputs, mapped=mapped, traces=traces)

@@ -29,6 +29,7 @@ from bitlower.tools import _backends
 from bitlower.tools._calibration import Amount
 from bitlower.tools._costs import Costs, Exports, Load, unforeseen
 from bitlower.tools._heads import head_notes
+from bitlower.tools._job import default_cache, traces_in
 from bitlower.tools._sizes import Target, overhead_bytes, stored_bytes
 from bitlower.tools._standard import standard_exports, standard_passes
 from bitlower.tools._training_costs import Lesson
@@ -141,7 +142,7 @@ def plan_recipe(recipe: Recipe) -> Plan:
     """
     job = recipe_job(recipe)
     job.check()
-    program = job.load()
+    program = job.load(traces_in(default_cache()))
     decoder = program.task == TASK
     amount = Amount.of(recipe.calibration, decoder) if recipe.calibration else Amount.make(None, None, decoder)
     lesson = Lesson.of(job.data(program)) if any(map(trains, job.passes)) else None
@@ -164,7 +165,7 @@ def plan_model(
         BitlowerError: bad input.
     """
     passes, exports = standard_passes(scheme, algorithm=algorithm, formats=formats), standard_exports(scheme, formats)
-    program = load(model, task=task)
+    program = load(model, task=task, traces=traces_in(default_cache()))
     amount = Amount.make(samples, max_length, program.task == TASK)
     return make_plan(program, passes, Load.of(amount, program), exports)
 

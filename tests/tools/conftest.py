@@ -183,8 +183,10 @@ def texts(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache folder of the test's own."""
+    """An empty cache folder of the test's own, but for the traces, which all tests share."""
     folder = tmp_path_factory.mktemp("cache")
+    (folder / "bitlower").mkdir()
+    (folder / "bitlower" / "traces").symlink_to(os.environ["BITLOWER_TRACES"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     yield folder / "bitlower"
     shutil.rmtree(folder, ignore_errors=True)
