@@ -15,13 +15,13 @@ from bitlower.frontends import _encoder, _trace_cache, huggingface, load
 from bitlower.ir import Program
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+    "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24,
     "max_position_embeddings": 32,
 }  # fmt: skip
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("BertConfig", "BertForSequenceClassification", SIZES),
     "llama": ("LlamaConfig", "LlamaForCausalLM", SIZES | {"tie_word_embeddings": True}),
-    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50}),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 50}),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", SIZES | {"num_local_experts": 2, "num_key_value_heads": 2}),
 }
 
@@ -105,7 +105,7 @@ def _subclassed(model: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "edit"),
     [
-        ({"num_hidden_layers": 1}, None),
+        ({"num_hidden_layers": 2}, None),
         ({"rms_norm_eps": 1e-3}, None),
         ({"attn_implementation": "eager"}, None),
         ({}, _changed_attribute),
@@ -120,9 +120,9 @@ def test_another_model_is_traced(
     other = make("llama", **changes)
     if edit:
         edit(other)
-    program = load(other, traces=tmp_path)
+    load(other, traces=tmp_path)
     assert len(exports) == 2
-    same(program, load(other))
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_other_versions_and_other_sources_are_other_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +168,7 @@ def test_a_module_with_a_forward_or_hooks_of_its_own_keeps_nothing(
 ) -> None:
     load(make("llama"), traces=tmp_path)
     model = make("llama")
-    edit(model.model.layers[1].mlp)
+    edit(model.model.layers[0].mlp)
     load(model, traces=tmp_path)
     assert len(exports) == 2
     assert len(list(tmp_path.iterdir())) == 1

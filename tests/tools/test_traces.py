@@ -1,0 +1,38 @@
+"""Traces in the cache: which commands keep them, and which take them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from bitlower.frontends import _encoder
+from bitlower.tools.flow import Options, run_recipe, standard_recipe
+from bitlower.tools.plan import plan_model
+
+
+@pytest.fixture(autouse=True)
+def no_shared_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BITLOWER_TRACES")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_run_keeps_its_trace_in_the_cache_unless_there_is_none(
+    own_bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "home" / "bitlower"
+    recipe = standard_recipe(str(own_bert), "W8A8", str(texts))
+    run_recipe(recipe, tmp_path / "a", Options(cache=cache))
+    assert len(list((cache / "traces").iterdir())) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
+    run_recipe(recipe, tmp_path / "b", Options(cache=None))
+    assert not (tmp_path / "none").exists()
+    monkeypatch.setattr(_encoder, "export", None)
+    run_recipe(recipe, tmp_path / "c", Options(cache=cache))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    plan_model(str(own_bert), "W8A8")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
