@@ -5,9 +5,9 @@
 Each run is ``bitlower quantize`` in a process of its own with a cache of its own, which is empty the first time
 (``traced``) and holds the trace alone the second (``kept``): load, passes, and export with verification; memory is the
 peak of the process. ``narrow-N`` is a Llama of N layers of 64 channels with random weights, W4A16-g32 by `rtn`: what
-nodes cost by themselves. ``float`` beside them is ``torch.onnx.export`` of the same float model by itself, traced,
-translated, optimized and written by torch, in a process of its own. Rows are written to ``results/artifact_time.json``
-as they come; those that are there are kept, unless ``--fresh``.
+nodes cost by themselves. ``float`` beside them is ``torch.onnx.export`` of the same float model without a cache of keys
+and values: traced, translated, optimized and written by torch, in a process of its own. Rows are written to
+``results/artifact_time.json`` as they come; those that are there are kept, unless ``--fresh``.
 """
 
 from __future__ import annotations
@@ -90,7 +90,6 @@ def float_export(model: str) -> tuple[float, int]:
 def export_float(model: str) -> None:
     """What the process of :func:`float_export` runs."""
     import torch
-    from transformers import DynamicCache
 
     from bitlower.frontends._tasks import task_of
     from bitlower.frontends._weights import load_weights
@@ -108,11 +107,8 @@ def export_float(model: str) -> None:
         net = load_weights(place, task, auto_class(task, named))
     ids = torch.ones(2, 16, dtype=torch.int64)
     size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    given: dict[str, Any] = {"input_ids": ids, "attention_mask": ids}
-    shapes: dict[str, Any] = {"input_ids": size, "attention_mask": size}
-    if hasattr(net.config, "num_key_value_heads"):
-        given |= {"past_key_values": DynamicCache(config=net.config), "use_cache": True}
-        shapes |= {"past_key_values": None, "use_cache": None}
+    given, shapes = {"input_ids": ids, "attention_mask": ids}, {"input_ids": size, "attention_mask": size}
+    net.config.use_cache = False
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         torch.onnx.export(
