@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from bitlower.ir import Program, TensorType, set_tensor
+from bitlower.ir import Program, TensorType, get_tensor, set_tensor
 
 aten = torch.ops.aten
 _SIZES = (34, 38, 46, 58, 62, 74, 82)
@@ -126,9 +126,10 @@ def decompose(program: Program, node: fx.Node) -> None:
     with node.graph.inserting_before(node):
         for inner in part.graph.nodes:
             if inner.op == "get_attr":
-                name = f"{node.name}_{inner.name}"
-                set_tensor(program.module, name, getattr(part, str(inner.target)))
+                name, tensor = f"{node.name}_{inner.name}", get_tensor(part, str(inner.target))
+                set_tensor(program.module, name, tensor)
                 made[inner] = node.graph.get_attr(name)
+                made[inner].meta = {"type": TensorType(tensor.dtype, tuple(tensor.shape))}
             elif inner.op == "call_function":
                 made[inner] = node.graph.node_copy(inner, made.__getitem__)
                 made[inner].meta = _meta(inner, names)
