@@ -65,7 +65,7 @@ def _changes_nothing(node: fx.Node) -> bool:
 
 
 def promote(node: fx.Node) -> None:
-    """Cast operands of ``node`` as torch does it silently, by ``aten.to`` in front of it."""
+    """Cast operands of ``node`` as torch does it silently, by ``aten._to_copy`` in front of it."""
     dtype = _promoted_dtype(node)
     if dtype is None:
         return
@@ -75,7 +75,7 @@ def promote(node: fx.Node) -> None:
         if _dtype(operand) == dtype:
             return operand
         with node.graph.inserting_before(node):
-            made = node.graph.call_function(aten.to.dtype, (operand, dtype))
+            made = node.graph.call_function(aten._to_copy.default, (operand,), {"dtype": dtype})
         shape = operand.meta["type"].shape if "type" in operand.meta else ()
         made.meta["type"] = TensorType(dtype, shape)
         return made
@@ -96,6 +96,8 @@ def _promoted_dtype(node: fx.Node) -> torch.dtype | None:
         return result
     if torch.Tag.pointwise not in target.tags and target._opname not in _UNTAGGED:
         return None
+    if not result.is_complex and any(_dtype(operand).is_complex for operand in node.all_input_nodes):
+        return None  # a length or an angle
     if result is not torch.bool:
         return result
     if target._opname.startswith("logical_"):

@@ -111,6 +111,19 @@ def test_operators_of_earlier_opsets_are_brought_to_the_models(opset: int) -> No
     check(lambda whole, mask, x: torch.fft.fft(x, dim=1).real, opset)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda whole, mask, x: torch.fft.fft(x, dim=1).abs(),
+        lambda whole, mask, x: (torch.fft.fft(x, dim=1) * torch.fft.fft(x, dim=0)).imag,
+        lambda whole, mask, x: (torch.fft.fft(x, dim=1) * x).real,
+        lambda whole, mask, x: torch.view_as_real(torch.fft.fft(x, dim=1) + whole),
+    ],
+)
+def test_complex_numbers_are_pairs_of_real_ones(function: Callable[..., object]) -> None:
+    check(function)
+
+
 def test_parts_of_a_tensor_are_one_split() -> None:
     check(lambda whole, mask, x: (*torch.stack([x, x * 2], 2).unbind(2), *torch.stack([x] * 5, 1).chunk(2, 1)))
     program = check(lambda whole, mask, x: torch.stack([x, x + 1, x + 2], 2).split([1, 2], 2))
