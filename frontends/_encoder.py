@@ -11,6 +11,7 @@ import torch
 
 from bitlower.frontends._dimensions import SEQUENCE
 from bitlower.frontends._failure import explain_failure
+from bitlower.frontends._instantiate import trace_by_layers
 from bitlower.frontends._patches import open_sizes
 from bitlower.frontends._samples import layout, sample
 from bitlower.frontends._trace import check_replay, releasing, to_program, unchanged
@@ -88,7 +89,7 @@ def trace_encoder(model: PreTrainedModel, task: str, traces: Path | None) -> Pro
     """
     shapes = layout(model)
 
-    def make() -> Program:
+    def trace() -> Program:
         inputs = sample(model, shapes, _ROWS, _length(model, shapes))
         auto = torch.export.Dim.AUTO
         dynamic = {
@@ -108,6 +109,9 @@ def trace_encoder(model: PreTrainedModel, task: str, traces: Path | None) -> Pro
             with torch.no_grad(), releasing(model), unchanged(model):
                 expected = model(**replay)
             check_replay(program, expected, replay, type(model).__name__)
+
+    def make() -> Program:
+        return trace_by_layers(model, trace, check)
 
     return traced(model, f"encoder for {task}", make, check, traces)
 

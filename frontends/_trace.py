@@ -59,7 +59,7 @@ def to_program(
         else:
             node.meta = _translate_meta(node, symbols)
     _reject_foreign(graph)
-    _type_tensors(module)
+    type_tensors(module)
     results = _name_outputs(graph, outputs or _output_names(exported), keep)
     graph.set_codegen(fx.graph.CodeGen())
     specs = _name_inputs(graph, list(inputs) if inputs is not None else None)
@@ -171,7 +171,7 @@ def _is_noise(node: fx.Node) -> bool:
     return node.op == "call_function" and name.startswith(kinds)
 
 
-def _type_tensors(module: fx.GraphModule) -> None:
+def type_tensors(module: fx.GraphModule) -> None:
     """Type parameters and buffers, and let all readers of a tied one read it by one name."""
     first: dict[tuple[object, ...], fx.Node] = {}
     for node in list(module.graph.find_nodes(op="get_attr", sort=True)):

@@ -23,6 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
+from bitlower.frontends._layers import is_changed
+from bitlower.frontends._weights import model_tensors
 from bitlower.ir import BitlowerError, CheckError, Program
 from bitlower.ir.files import read_checked, write_checked
 from bitlower.ir.serialize import decode, encode
@@ -52,20 +54,19 @@ def traced(
     Args:
         model: as it is traced.
         kind: what else the trace follows from.
-        make: traces it.
+        make: traces and checks it.
         check: raises a CheckError where a trace does not compute what the model does.
         folder: made when something is first put there; None: the one that :data:`VARIABLE` names, or none.
 
     Raises:
-        BitlowerError: what ``make`` and ``check`` raise of a fresh trace.
+        BitlowerError: what ``make`` raises.
     """
     place = folder or (Path(named) if (named := os.environ.get(VARIABLE)) else None)
-    path = place / f"{_key(model, kind)}.json" if place and not any(map(_is_changed, model.modules())) else None
+    path = place / f"{_key(model, kind)}.json" if place and not any(map(is_changed, model.modules())) else None
     kept = _read(path, model) if path else None
     if kept is not None and _holds(kept, check):
         return kept
     program = make()
-    check(program)
     if path:
         _write(path, program, model)
     return program
@@ -80,16 +81,11 @@ def _holds(program: Program, check: Callable[[Program], None]) -> bool:
     return True
 
 
-def _is_changed(module: torch.nn.Module) -> bool:
-    """Whether a module has a ``forward`` or hooks of its own, so that its class does not say what it computes."""
-    return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def _read(path: Path, model: PreTrainedModel) -> Program | None:
     """The trace in ``path`` with the weights of ``model``; None if there is none, or it is damaged."""
     try:
         form = json.loads(read_checked(path))
-        held = _tensors(model)
+        held = model_tensors(model)
         values = {name: held[name.removeprefix(_GRAPH)] for name in form["tensors"]}
         values |= safetensors.load(base64.b64decode(form["constants"]))
         program = decode(form["document"], {name: tensor.detach() for name, tensor in values.items()})
@@ -106,7 +102,7 @@ def _write(path: Path, program: Program, model: PreTrainedModel) -> None:
         document, tensors = encode(program)
     except BitlowerError:
         return  # a plugin's operator, whose name says nothing here
-    held = _tensors(model)
+    held = model_tensors(model)
     storages = {tensor.untyped_storage().data_ptr() for tensor in held.values()}
     own = {name for name, tensor in tensors.items() if _is(tensor, held.get(name.removeprefix(_GRAPH)))}
     others = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in own}
@@ -138,11 +134,6 @@ def _is(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
     )  # fmt: skip
 
 
-def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by each of their names."""
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-
-
 def _key(model: PreTrainedModel, kind: str) -> str:
     state = hashlib.sha256(kind.encode())
     for part in _depends_on(model):
@@ -157,7 +148,7 @@ def _depends_on(model: PreTrainedModel) -> Iterator[Any]:
     yield torch.__version__, transformers.__version__, sys.version, __version__, _own_sources()
     yield model.config.to_dict(), getattr(model.config, "_attn_implementation", None)
     first: dict[tuple[Any, ...], int] = {}
-    for name, tensor in _tensors(model).items():
+    for name, tensor in model_tensors(model).items():
         same = first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), len(first))
         yield name, str(tensor.dtype), list(tensor.shape), list(tensor.stride()), same
     for name, module in model.named_modules():

@@ -183,6 +183,11 @@ def _check_loading(folder: Path, task: str, info: Mapping[str, Any], model: torc
         raise BitlowerError(f"{folder}: config.json describes fewer layers than the weights hold: {min(layers)!r}")
 
 
+def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by each of their names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
 def summary(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 

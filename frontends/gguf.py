@@ -6,6 +6,7 @@ tokenizer; nothing beside the file is read.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import json
@@ -15,6 +16,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from bitlower.frontends._beside import check_generation, check_tokens, plain_config
@@ -86,15 +88,28 @@ def _check_header(path: Path) -> Held:
 
 @contextmanager
 def _read_once(path: Path) -> Iterator[None]:
-    """Parse the file once: transformers opens it for the configuration, the weights and the tokenizer, seconds each."""
+    """Parse the file and the table of names once: transformers does it for each use, and for each module of the model.
+
+    The file is read as plain bytes: each slice of a numpy.memmap costs several times one of an array.
+    """
     import gguf
 
-    original, reader = gguf.GGUFReader, gguf.GGUFReader(path)
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        @property
+        def data(self) -> np.ndarray[Any, Any]:
+            return self._bytes
+
+        @data.setter
+        def data(self, mapped: np.memmap[Any, Any]) -> None:
+            self._bytes = mapped.view(np.ndarray)
+
+    before, reader = (gguf.GGUFReader, gguf.get_tensor_name_map), Reader(path)
     gguf.GGUFReader = lambda *args, **options: reader
+    gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
     try:
         yield
     finally:
-        gguf.GGUFReader = original
+        gguf.GGUFReader, gguf.get_tensor_name_map = before
 
 
 def _load_model(path: Path, held: Held) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from bitlower.frontends._decoder import Signature
 from bitlower.frontends._dimensions import SEQUENCE
 from bitlower.frontends._encoder import export, plain_outputs, trace_encoder, trace_given
 from bitlower.frontends._failure import explain_failure
+from bitlower.frontends._instantiate import trace_by_layers
 from bitlower.frontends._precision import in_float32
 from bitlower.frontends._samples import vocabulary
 from bitlower.frontends._tasks import check_task, refuse_class, refuse_folder, task_of
@@ -131,11 +132,12 @@ def _trace_decoder(model: PreTrainedModel, traces: Path | None) -> Program:
         signature = Signature.of(model)
     entries = vocabulary(model)
 
-    def make() -> Program:
-        sample = signature.sample(entries, **_DECODER_TRACE_SHAPE)
-        exported, notes = export(model, signature.arguments(sample), signature.dynamic_shapes())
-        names = signature.outputs()
-        program = to_program(exported, task="text-generation", inputs=signature.inputs(), outputs=names)
+    def trace() -> Program:
+        present = Signature.of(model)  # which may lack layers
+        sample = present.sample(entries, **_DECODER_TRACE_SHAPE)
+        exported, notes = export(model, present.arguments(sample), present.dynamic_shapes())
+        names = present.outputs()
+        program = to_program(exported, task="text-generation", inputs=present.inputs(), outputs=names)
         program.lengths = {}  # the tokens of a step and those before have one limit together, which is the context's
         program.notes += notes
         return program
@@ -146,6 +148,9 @@ def _trace_decoder(model: PreTrainedModel, traces: Path | None) -> Program:
             with torch.no_grad(), releasing(model):
                 expected = signature.flatten(model(**signature.arguments(replay)))
             check_replay(program, expected, replay, type(model).__name__)
+
+    def make() -> Program:
+        return trace_by_layers(model, trace, check)
 
     program = traced(model, "decoder", make, check, traces)
     if not signature.caches:
