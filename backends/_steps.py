@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from bitlower.ir import Batch, Program
+from bitlower.ir.observe import run
 
 SEQUENCE, PAST, TOTAL = "sequence", "past", "past + sequence"
 """Symbolic dimensions of a decoder: the tokens of this step, those before, and both."""
@@ -30,8 +31,7 @@ def cached_steps(program: Program, batch: Batch) -> Iterator[Batch]:
     given = _cut(program, program.complete(batch), 0, half, {})
     for start, stop in ((half, count - 1), (count - 1, count)):
         if start < stop:
-            with torch.no_grad():
-                results = program(**given)
+            results = run(program, given)
             caches = {f"{_IN}{name.removeprefix(_OUT)}": value for name, value in results.items()}
             given = _cut(program, batch, start, stop, caches)
             yield given

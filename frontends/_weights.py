@@ -47,13 +47,13 @@ def check_weights(folder: Path) -> None:
     """Open every safetensors file: a missing shard, a cut file or a number that is not finite is named here."""
     for path in _weight_files(folder):
         try:
-            with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                    tensor = tensors.get_tensor(name)
-                    if tensor.is_floating_point() and not all(bool(p.isfinite().all()) for p in parts(tensor)):
-                        raise BitlowerError(f"{path}: the weight {name!r} holds NaN or Inf")
+            with safe_open(path, framework="pt"):
+                tensors = map_safetensors(path)
         except (SafetensorError, OSError) as error:
             raise BitlowerError(f"{path} is damaged: {error}", hint="fetch the file again") from None
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not all(bool(part.isfinite().all()) for part in parts(tensor)):
+                raise BitlowerError(f"{path}: the weight {name!r} holds NaN or Inf")
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -133,7 +133,8 @@ def _trace_decoder(model: PreTrainedModel, traces: Path | None) -> Program:
     entries = vocabulary(model)
 
     def trace() -> Program:
-        present = Signature.of(model)  # which may lack layers
+        with releasing(model):
+            present = Signature.of(model)  # which may lack layers
         sample = present.sample(entries, **_DECODER_TRACE_SHAPE)
         exported, notes = export(model, present.arguments(sample), present.dynamic_shapes())
         names = present.outputs()

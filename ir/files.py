@@ -10,6 +10,7 @@ import hashlib
 import os
 import stat
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -75,8 +76,12 @@ def read_text(path: str | os.PathLike[str], limit: int = LIMIT) -> str:
         raise ValueError(f"byte {error.start} is not UTF-8") from None
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes | Iterable[memoryview]) -> None:
     """Write ``path`` whole or not at all; its folder is made if need be.
+
+    Args:
+        path: replaced if it is there.
+        data: the bytes, or pieces of them, which are written one by one.
 
     Raises:
         OSError: it cannot be written.
@@ -85,7 +90,8 @@ def write_whole(path: Path, data: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            for piece in [memoryview(data)] if isinstance(data, bytes) else data:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).replace(path)

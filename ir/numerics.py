@@ -25,7 +25,8 @@ def codes(
 
 def values(code: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
     """The real values of codes (any integer or float dtype), float32."""
-    return blockwise(code.float(), scale, zero_point, lambda q, s, z: (q - z) * s)
+    fresh = code.clone() if code.dtype == torch.float32 else code.float()
+    return blockwise(fresh, scale, zero_point, lambda q, s, z: q.sub_(z).mul_(s))
 
 
 def fake(

@@ -13,7 +13,7 @@ from torch import fx
 from bitlower.ir.diagnostics import BitlowerError, nearest
 from bitlower.ir.fit import Batch, ValueSpec, crop, fit, padded_sizes
 from bitlower.ir.scheme import QuantSpec
-from bitlower.ir.storage import parts
+from bitlower.ir.storage import parts, release
 from bitlower.ir.types import Length, Level
 
 if TYPE_CHECKING:
@@ -189,6 +189,11 @@ class Program:
         """Bytes of all tensors, each storage once, at the width they are held in."""
         seen = {(t.data_ptr(), t.numel()): t.numel() * t.element_size() for _, t in self.tensors()}
         return sum(seen.values())
+
+    def release(self) -> None:
+        """Give back the memory of tensors that lie in files, see :mod:`bitlower.ir.storage`."""
+        for _, tensor in self.tensors():
+            release(tensor)
 
     def digest(self) -> str:
         """A hash of all that the program is: graphs, tensors, types, configuration, files."""

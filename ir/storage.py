@@ -7,6 +7,7 @@ resident memory until :func:`release` gives them back, so a model far larger tha
 from __future__ import annotations
 
 import ctypes
+import json
 import mmap
 import os
 import tempfile
@@ -26,6 +27,9 @@ _DTYPES = {
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+ALIGNMENT = 64
+"""Bytes of whose multiple torch makes the address of a tensor; matrix kernels may round otherwise elsewhere."""
 _CHUNK = 1 << 22
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MAPS: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
@@ -52,6 +56,23 @@ def map_safetensors(path: Path) -> dict[str, torch.Tensor]:
     _PRIVATE.add(map_)
     base = _base(map_)
     return {name: _tensor(base, entry) for name, entry in header.items()}
+
+
+def to_safetensors(name: str, tensor: torch.Tensor) -> Iterator[memoryview]:
+    """A safetensors file with ``tensor`` in it, in pieces: it is not copied whole, and a mapped one is let go of.
+
+    The numbers begin at a multiple of 64 bytes. Where the file is mapped, they lie as if torch had allocated them.
+
+    Args:
+        name: of the tensor in the file.
+        tensor: on any device and of any layout; it is stored contiguously.
+    """
+    entry = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [0, tensor.nbytes]}
+    header = json.dumps({name: entry}).encode()
+    header += b" " * (-(8 + len(header)) % ALIGNMENT)
+    yield memoryview(len(header).to_bytes(8, "little") + header)
+    for part in parts(tensor.cpu().contiguous()):
+        yield part.view(torch.uint8).numpy().data
 
 
 def _tensor(base: torch.Tensor, entry: StoredTensor) -> torch.Tensor:

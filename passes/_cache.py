@@ -22,6 +22,7 @@ from bitlower.ir import BitlowerError, Program
 from bitlower.ir.files import read_checked, write_checked, write_whole
 from bitlower.ir.program import tensor_digest
 from bitlower.ir.serialize import decode, encode
+from bitlower.ir.storage import ALIGNMENT, is_mapped, map_safetensors, to_safetensors
 from bitlower.passes._digest import digest_tensor, tensor_of
 from bitlower.passes._results import Form
 
@@ -60,12 +61,18 @@ class Cache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
-    def get(self, key: str) -> Entry | None:
-        """What is stored under ``key``; None if it is missing, incomplete or damaged."""
+    def get(self, key: str, beside: Program | None = None) -> Entry | None:
+        """What is stored under ``key``; None if it is missing, incomplete or damaged.
+
+        Args:
+            key: as it was put.
+            beside: a program in memory: a tensor of the same name and contents is shared with it, and if its tensors
+                lie in files, so do the entry's.
+        """
         path = self._entry_path(key)
         try:
             stored = _Stored(**json.loads(read_checked(path)))
-            program = self._load(stored) if stored.changed else None
+            program = self._load(stored, beside) if stored.changed else None
             os.utime(path)
             return Entry(stored.changed, program, stored.results, stored.rows)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, BitlowerError):
@@ -160,30 +167,37 @@ class Cache:
         digest = digest_tensor(tensor)
         path = self._tensor_path(digest)
         if not path.exists():
-            write_whole(path, safetensors.save({"tensor": tensor.detach().cpu().contiguous()}))
+            write_whole(path, to_safetensors("tensor", tensor.detach()))
         return digest, list(tensor.stride())
 
-    def _load(self, stored: _Stored) -> Program:
-        """The program with tensors in memory of their own, laid out as they were; damaged tensors are removed."""
+    def _load(self, stored: _Stored, beside: Program | None) -> Program:
+        """The program with its tensors laid out as they were; damaged tensors are removed."""
+        held = dict(beside.tensors()) if beside else {}
+        mapped = any(map(is_mapped, held.values()))
         tensors: dict[str, torch.Tensor] = {}
         damaged: list[str] = []
         for name, (digest, strides) in stored.tensors.items():
+            if name in held and (digest_tensor(held[name]), list(held[name].stride())) == (digest, strides):
+                tensors[name] = held[name].detach()
+                continue
             try:
-                tensors[name] = self._load_tensor(digest, strides)
-            except (OSError, ValueError, KeyError, SafetensorError):
+                tensors[name] = self._load_tensor(digest, strides, mapped=mapped)
+            except (OSError, ValueError, KeyError, SafetensorError, BitlowerError):
                 self._tensor_path(digest).unlink(missing_ok=True)
                 damaged.append(name)
         if damaged:
             raise ValueError(f"damaged in the cache: {', '.join(damaged)}")
         return decode(stored.document, tensors)
 
-    def _load_tensor(self, digest: str, strides: list[int]) -> torch.Tensor:
-        loaded = safetensors.load(self._tensor_path(digest).read_bytes())["tensor"]
+    def _load_tensor(self, digest: str, strides: list[int], *, mapped: bool) -> torch.Tensor:
+        """The tensor in memory of its own, or in its file, at an address that torch could give it."""
+        path = self._tensor_path(digest)
+        loaded = map_safetensors(path)["tensor"] if mapped else safetensors.load(path.read_bytes())["tensor"]
         if tensor_digest(loaded) != digest:
             raise ValueError(f"the tensor {digest} is damaged")
-        if list(loaded.stride()) == strides or 0 in strides:
-            return loaded.clone()
-        return torch.empty_strided(loaded.shape, strides, dtype=loaded.dtype).copy_(loaded)
+        if list(loaded.stride()) != strides and 0 not in strides:
+            return torch.empty_strided(loaded.shape, strides, dtype=loaded.dtype).copy_(loaded)
+        return loaded if mapped and loaded.data_ptr() % ALIGNMENT == 0 else loaded.clone()
 
 
 def aligned(program: Program) -> Program:
@@ -192,7 +206,7 @@ def aligned(program: Program) -> Program:
     Matrix kernels may round differently on memory that is mapped from a file at an odd address, and a program that
     comes out of the cache is not; with this, both give the same bits.
     """
-    odd = [name for name, tensor in program.tensors() if tensor.data_ptr() % 64]
+    odd = [name for name, tensor in program.tensors() if tensor.data_ptr() % ALIGNMENT]
     if not odd:
         return program
     document, tensors = encode(program)

@@ -60,7 +60,7 @@ class Resume:
         ]
         self._base = hashlib.sha256(json.dumps(base).encode()).hexdigest()
         self._key = self._full_key(self.cache.uses(self._base))
-        entry = self.cache.get(self._key)
+        entry = self.cache.get(self._key, program)
         if entry is None:
             return None
         try:

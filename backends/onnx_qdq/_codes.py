@@ -49,7 +49,7 @@ class CodeComparison:
     def __init__(self, program: Program, path: Path, optimized: Path, config: Mapping[str, str]) -> None:
         self._program = program
         self._nodes = list(program.graph.find_nodes(op="call_function", target=ops.quantize))
-        values = named_values(read_model(path).graph)
+        values = named_values(read_model(path).graph) if self._nodes else {}
         self._sources = {node: quantizer_inputs(values[node.name]) for node in self._nodes}
         self.names = list(dict.fromkeys([*(n.name for n in self._nodes), *self._computed_parameters().values()]))
         floats = [source.x.name or "" for source in self._sources.values() if source is not None]
@@ -62,7 +62,7 @@ class CodeComparison:
 
         A further output of the model itself could keep the runtime from fusing what it belongs to.
         """
-        known = named_values(read_model(optimized).graph)
+        known = named_values(read_model(optimized).graph) if self.names else {}
         if not self.names or not all(name in known for name in self.names):
             return None
         return Session(exposed(optimized, self.names), folder=optimized.parent, config=config, optimize=False)

@@ -155,6 +155,7 @@ def export(
     if form == "qdq" and log.applied[LOW_BIT]:
         session_config[LEVEL_ENTRY] = str(accuracy_level)
     files = [*write_model(model, folder, threshold=external_data_threshold), write_config(program, folder, "onnx")]
+    program.release()
     described, notes = write_genai_config(program, folder, session_config)
     files += [*write_assets(program, folder), *described]
     _check_model(folder / MODEL)

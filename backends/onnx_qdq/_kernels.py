@@ -98,15 +98,19 @@ def inspect_kernels(
     report = count_kernels(graph, expected=expected, expected_low_bit=low_bit, reasons=reasons)
     if config.get(LEVEL_ENTRY) == str(ROUNDS_ACTIVATIONS):
         return report
-    written = {node.name for node in read_model(path).graph if node.op_type == NBITS}
-    for node in graph:
-        made = node.op_type == NBITS and node.name not in written
-        if made and node.attributes.get_int("accuracy_level", 0) == ROUNDS_ACTIVATIONS:
+    rounding = [node for node in graph if node.op_type == NBITS and _level(node) == ROUNDS_ACTIVATIONS]
+    written = {node.name for node in read_model(path).graph if node.op_type == NBITS} if rounding else set()
+    for node in rounding:
+        if node.name not in written:
             raise CheckError(
                 f"onnxruntime turns {node.name} into a {NBITS} that rounds its float activations to 8 bits",
                 hint=f"set the session entry {LEVEL_ENTRY} to 0, or write the weight without DequantizeLinear",
             )
     return report
+
+
+def _level(node: ir.Node) -> int:
+    return node.attributes.get_int("accuracy_level", 0)
 
 
 @contextlib.contextmanager

@@ -81,6 +81,7 @@ def verify_export(
     path, config = folder / MODEL, dict(session_config or {})
     constants = check_constants(program, read_model(path))
     _require(constants.problems)
+    program.release()
     floats = unpacked(program)
     with optimized_model(path, config) as optimized:
         graph = read_model(optimized).graph
