@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bitlower.backends._selftest import MASK, Run, SelfTest, keep_ends, run_selftest, small_batch
+from bitlower.backends._selftest import LENGTH, MASK, Run, SelfTest, keep_ends, run_selftest, small_batch
 from bitlower.backends._steps import cached_steps
 from bitlower.ir import Batch, BitlowerError, CheckError, Program
 
@@ -18,6 +19,8 @@ _ROWS = (3, 4, 5, 7)
 _LENGTHS = (7, 5, 9, 11, 13, 15, 17, 19, 23, 29)
 """Sizes to choose from, for the dimension ``batch`` and for others; no graph is traced with one of them."""
 _SUM = " + "
+LARGEST_OUTPUTS = 128 << 20
+"""Bytes of the outputs of a batch that is compared."""
 NEW = "which tracing and calibration did not have"
 
 
@@ -130,13 +133,27 @@ def at(sizes: str) -> Iterator[None]:
 
 
 def with_small_batch(program: Program, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """A part of the first batch, on which the self-test will run; that in steps; and then all."""
+    """A part of the first batch, on which the self-test will run; that in steps; and then all, as far as outputs fit.
+
+    What a model with hundreds of thousands of tokens says of each position takes gigabytes, for the Program, for the
+    runtime and for what lies between: its batches are cut to the length at which outputs take ``LARGEST_OUTPUTS``.
+    """
     for count, batch in enumerate(batches):
         if count == 0:
             small = small_batch(program, batch)
             yield small
             yield from cached_steps(program, small)
-        yield batch
+        yield _within(program, batch)
+
+
+def _within(program: Program, batch: Batch) -> Batch:
+    """``batch``, or so many tokens of each of its rows that the outputs are no larger than ``LARGEST_OUTPUTS``."""
+    sizes = _sizes(program, batch)
+    shapes = [[d if isinstance(d, int) else _wanted(d, sizes) or 1 for d in s.type.shape] for s in program.outputs]
+    size, longest = 4 * sum(map(math.prod, shapes)), max(sizes.values(), default=0)
+    if size <= LARGEST_OUTPUTS:
+        return batch
+    return small_batch(program, batch, longest, max(LENGTH, longest * LARGEST_OUTPUTS // size))
 
 
 def _pads_before(batch: Batch) -> bool:

@@ -23,6 +23,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+IN_MEMORY = 768 << 20
+"""Bytes of weights in float32 that are held in memory; more are left in files and read when they are used."""
+
+
+def is_large(held: Held) -> bool:
+    """Whether the weights of a file are more than :data:`IN_MEMORY`."""
+    return 4 * sum(map(math.prod, held.shapes.values())) > IN_MEMORY
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file of a Hugging Face folder; infinite numbers are let through, some configurations hold them.
 
@@ -73,7 +82,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def load_weights(
-    folder: Path, task: str, auto_class: str, *, mapped: bool | None = None, limit: int = 2 << 30
+    folder: Path, task: str, auto_class: str, *, mapped: bool | None = None
 ) -> PreTrainedModel:
     """The model in ``folder`` with float32 weights, checked.
 
@@ -82,8 +91,7 @@ def load_weights(
         task: for messages.
         auto_class: the class of transformers that makes the model.
         mapped: leave the weights in files (those of half precision are widened into temporary ones); None: if they
-            take more than ``limit`` bytes in float32.
-        limit: see ``mapped``.
+            take more than :data:`IN_MEMORY` bytes in float32.
 
     Raises:
         BitlowerError: a file is missing or damaged, a weight is missing, has another shape or is not finite.
@@ -94,7 +102,7 @@ def load_weights(
     check_numbers(read_json(folder / "config.json"), held, f"{folder / 'config.json'}")
     loader = getattr(transformers, auto_class)
     if mapped is None:
-        mapped = 4 * sum(map(math.prod, held.shapes.values())) > limit
+        mapped = is_large(held)
     try:
         with quiet():
             check_skeleton(lambda: _skeleton(folder, loader), held, f"{folder / 'config.json'}")

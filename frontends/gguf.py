@@ -23,12 +23,13 @@ from bitlower.frontends._beside import check_generation, check_tokens, plain_con
 from bitlower.frontends._gguf_header import NotGgufError, read_gguf_header
 from bitlower.frontends._promises import Held, check_numbers, check_skeleton
 from bitlower.frontends._tokenizer import from_files
-from bitlower.frontends._weights import quiet
+from bitlower.frontends._weights import is_large, quiet
 from bitlower.frontends.huggingface import PreTrained
 from bitlower.ir import BitlowerError
 from bitlower.ir.assets import read_assets
 from bitlower.ir.files import reason
 from bitlower.ir.scratch import scratch_folder
+from bitlower.ir.storage import bound_heap, parts, settle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,8 +39,13 @@ _TASK = "text-generation"
 _NEEDS = ("gguf", "accelerate")
 
 
-def load_gguf(path: Path, task: str | None = None) -> PreTrained:
+def load_gguf(path: Path, task: str | None = None, *, mapped: bool | None = None) -> PreTrained:
     """Load the causal language model in the file ``path``, in float32, with its tokenizer files as assets.
+
+    Args:
+        path: the file.
+        task: text generation, if any.
+        mapped: as for :func:`~bitlower.frontends.load`.
 
     Raises:
         BitlowerError: a package for reading such files is not installed, the file is damaged or of an architecture
@@ -66,6 +72,7 @@ def load_gguf(path: Path, task: str | None = None) -> PreTrained:
             hint="fetch the file again, or convert it to safetensors",
         ) from None
     _check_weights(path, model)
+    _settle(model, mapped=is_large(held) if mapped is None else mapped)
     tokenizer = from_files(tuple(sorted(assets.items())), json.dumps(plain_config(model)), str(path))
     notes = check_tokens(tokenizer, model, _TASK, str(path)) + check_generation(assets, model, str(path))
     return PreTrained(model, _TASK, assets, str(path), tuple(notes))
@@ -156,5 +163,13 @@ def _portable(settings: bytes) -> bytes:
 
 def _check_weights(path: Path, model: PreTrainedModel) -> None:
     for name, tensor in model.named_parameters():
-        if not bool(torch.isfinite(tensor).all()):
+        if not all(bool(part.isfinite().all()) for part in parts(tensor)):
             raise BitlowerError(f"{path}: the weight {name!r} holds NaN or Inf", hint="fetch the file again")
+
+
+def _settle(model: PreTrainedModel, *, mapped: bool) -> None:
+    """Put the weights one by one where they are to lie, so that none is held twice for long."""
+    if mapped:
+        bound_heap()
+    for parameter in model.parameters():
+        parameter.data = settle(parameter.data, mapped=mapped)

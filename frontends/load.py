@@ -33,8 +33,8 @@ def load(
             architecture says if left out.
         example_inputs: needed for a module that is not Hugging Face's: its inputs by name, at least 2 in each dimension
             that may vary.
-        mapped: leave the weights of a folder in files and read them when they are used, so that the model need not fit
-            into memory; None: if they take more than 2 GiB in float32.
+        mapped: leave the weights of a folder or file in files and read them when they are used, so that the model need
+            not fit into memory; None: if they take more than 768 MiB in float32.
         traces: a folder in which what was traced is kept without its weights: another model of that architecture, or
             this one again, is not traced. None: the folder that the environment's ``BITLOWER_TRACES`` names, or none.
 
@@ -45,7 +45,7 @@ def load(
     if not isinstance(model, torch.nn.Module):
         place, source = locate(model), os.fspath(model)
         if place.suffix == GGUF:
-            return trace_model(replace(load_gguf(place, task), source=source), traces=traces)
+            return trace_model(replace(load_gguf(place, task, mapped=mapped), source=source), traces=traces)
         return load_folder(place, task=task, source=source, mapped=mapped, traces=traces)
     if is_huggingface(model):
         return trace_model(PreTrained(model, task=task), example_inputs=example_inputs, traces=traces)

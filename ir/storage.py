@@ -131,6 +131,13 @@ def is_mapped(tensor: torch.Tensor) -> bool:
     return _map_of(tensor) is not None
 
 
+def settle(tensor: torch.Tensor, *, mapped: bool) -> torch.Tensor:
+    """``tensor`` where a model's weights lie: in a file, or at an address that torch could give it."""
+    if mapped:
+        return spill(tensor)
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
 def like(tensor: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
     """``tensor``, mapped if ``original`` is: what replaces a parameter lies where the parameter lay."""
     return spill(tensor) if is_mapped(original) else tensor

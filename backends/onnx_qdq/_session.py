@@ -83,6 +83,7 @@ def _options(
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
+    options.enable_cpu_mem_arena = False  # it keeps the most that a run took, for runs that do not come
     for key, value in config.items():
         options.add_session_config_entry(key, value)
     if optimized is not None:

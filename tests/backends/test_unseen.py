@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bitlower.backends import _unseen
 from bitlower.backends._unseen import NEW, Seen, at
 from bitlower.ir import CheckError, Program, TensorType, ValueSpec
 from bitlower.ir.types import Length
@@ -94,3 +95,18 @@ def test_what_fails_names_the_sizes(error: Exception, message: str) -> None:
     with pytest.raises(CheckError) as caught, at("batch 3"):
         raise error
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("limit", "length"), [(1 << 30, 40), (4 * 2 * 20 * 100, 20), (1, 16)])
+def test_batches_are_cut_to_outputs_that_fit(
+    tiny_program: Program, limit: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The self-test's batch comes first and is small anyway; at the least 16 tokens are compared."""
+    monkeypatch.setattr(_unseen, "LARGEST_OUTPUTS", limit)
+    shapes = {"input_ids": ("batch", "sequence"), "attention_mask": ("batch", "sequence")}
+    tiny_program.inputs = tuple(ValueSpec(name, TensorType(torch.int64, shape)) for name, shape in shapes.items())
+    tiny_program.outputs = (ValueSpec("logits", TensorType(torch.float32, ("batch", "sequence", 100))),)
+    ids = torch.arange(80).reshape(2, 40)
+    small, whole = _unseen.with_small_batch(tiny_program, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+    assert small["input_ids"].shape == (2, 16)
+    assert {name: tuple(tensor.shape) for name, tensor in whole.items()} == dict.fromkeys(shapes, (2, length))

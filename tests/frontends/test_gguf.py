@@ -12,11 +12,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bitlower.frontends import _weights, load
 from bitlower.frontends.gguf import load_gguf
 from bitlower.frontends.huggingface import trace_model
 from bitlower.frontends.locate import locate
 from bitlower.frontends.tokenize import batches
 from bitlower.ir import BitlowerError
+from bitlower.ir.storage import is_mapped
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
@@ -228,3 +230,23 @@ def test_blocks_of_a_real_file_are_dequantized_as_the_format_says() -> None:
     torch.testing.assert_close(weight, expected, atol=0, rtol=1e-6)
     assert loaded.model.get_output_embeddings().weight is loaded.model.get_input_embeddings().weight
     assert json.loads(loaded.assets["tokenizer_config.json"])["eos_token"] == "<|im_end|>"
+
+
+def test_weights_in_files_are_those_in_memory(written: Path) -> None:
+    """None lies at an address that torch would not give it; where kernels round may depend on that."""
+    mapped, held = load(written, mapped=True), load(written)
+    assert mapped.digest() == held.digest()
+    for (name, one), (_, other) in zip(mapped.tensors(), held.tensors(), strict=True):
+        assert (is_mapped(one), is_mapped(other)) == ("inv_freq" not in name, False)
+        assert one.data_ptr() % 64 == other.data_ptr() % 64 == 0
+
+
+def test_large_weights_are_left_in_files(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_weights, "IN_MEMORY", 1000)
+    assert any(is_mapped(tensor) for _, tensor in load(written).tensors())
+
+
+def test_the_reader_is_as_before(written: Path) -> None:
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    load(written)
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before

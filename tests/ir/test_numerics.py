@@ -200,3 +200,10 @@ def test_sum_like_scale_undoes_the_broadcast():
 def test_a_scale_of_another_shape_is_an_error():
     with pytest.raises(BitlowerError, match=r"scale of shape \[5, 1\] does not fit a tensor of shape \[4, 6\]"):
         numerics.codes(torch.zeros(4, 6), torch.ones(5, 1), torch.zeros(5, 1), 0, 255)
+
+
+def test_codes_in_float32_are_left_as_they_are() -> None:
+    codes, scale, zero = torch.arange(8.0).reshape(2, 4), torch.tensor([[2.0], [3.0]]), torch.tensor([[1.0], [0.0]])
+    values = numerics.values(codes, scale, zero)
+    assert values.tolist() == [[-2.0, 0.0, 2.0, 4.0], [12.0, 15.0, 18.0, 21.0]]
+    assert codes.flatten().tolist() == list(range(8))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from bitlower.ir import BitlowerError, storage
-from bitlower.ir.storage import is_mapped, like, map_safetensors, release, spill
+from bitlower.ir.storage import ALIGNMENT, is_mapped, like, map_safetensors, release, settle, spill, to_safetensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool)
 MEGABYTE = 1 << 20
@@ -162,3 +162,33 @@ def test_a_bound_heap_gives_freed_blocks_back() -> None:
         for bound in (False, True)
     ]
     assert freed[0] < 80 * MEGABYTE < 150 * MEGABYTE < freed[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 5), (0, 4), (), (2, 3, 7)])
+@pytest.mark.parametrize("name", ["x", "a longer name than that"])
+def test_a_file_in_pieces_is_what_safetensors_reads(
+    dtype: torch.dtype, shape: tuple[int, ...], name: str, tmp_path: Path
+) -> None:
+    """The numbers begin at a multiple of 64 bytes, so that a mapped tensor lies as one that torch allocated."""
+    from safetensors.torch import load
+
+    tensor = torch.randint(0, 2, shape).to(dtype)
+    data = b"".join(to_safetensors(name, tensor.transpose(0, -1) if shape else tensor))
+    assert torch.equal(load(data)[name], tensor.transpose(0, -1) if shape else tensor)
+    assert (8 + int.from_bytes(data[:8], "little")) % ALIGNMENT == 0
+    (tmp_path / "x.safetensors").write_bytes(data)
+    mapped = map_safetensors(tmp_path / "x.safetensors")[name]
+    assert not tensor.numel() or (is_mapped(mapped) and mapped.data_ptr() % ALIGNMENT == 0)
+
+
+def test_weights_settle_in_a_file_or_at_an_address_of_torch() -> None:
+    odd = torch.arange(40.0)[1:]
+    assert odd.data_ptr() % ALIGNMENT
+    placed, mapped = settle(odd, mapped=False), settle(odd, mapped=True)
+    assert placed.data_ptr() % ALIGNMENT == mapped.data_ptr() % ALIGNMENT == 0
+    assert is_mapped(mapped)
+    assert not is_mapped(placed)
+    assert torch.equal(placed, odd)
+    assert torch.equal(mapped, odd)
+    assert settle(placed, mapped=False) is placed
