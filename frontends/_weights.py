@@ -81,9 +81,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def load_weights(
-    folder: Path, task: str, auto_class: str, *, mapped: bool | None = None
-) -> PreTrainedModel:
+def load_weights(folder: Path, task: str, auto_class: str, *, mapped: bool | None = None) -> PreTrainedModel:
     """The model in ``folder`` with float32 weights, checked.
 
     Args:
