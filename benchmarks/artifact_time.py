@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import multiprocessing
 import resource
 import shutil
 import subprocess
@@ -92,6 +93,12 @@ def llama(folder: Path) -> Path:
         torch.nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(folder / "llama")
     return folder / "llama"
+
+
+def large(name: str, folder: Path) -> str:
+    """The model of a run in :data:`LARGE`, made in a process of its own: a child's peak is no less than its parent's."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return str(pool.apply(gemma if name == GEMMA else llama, (folder,)))
 
 
 def quantize(model: str, options: list[str], folder: Path) -> dict[str, Any]:
@@ -185,8 +192,7 @@ def main() -> None:
     rows = json.loads(place.read_text())["rows"] if place.is_file() else []
     wanted = {name: RUNS[name] for name in arguments.runs if name in RUNS}
     with tempfile.TemporaryDirectory() as folder:
-        made = {name: make for name, make in ((GEMMA, gemma), (LLAMA, llama)) if name in arguments.runs}
-        wanted |= {name: (str(make(Path(folder))), LARGE[name]) for name, make in made.items()}
+        wanted |= {name: (large(name, Path(folder)), LARGE[name]) for name in arguments.runs if name in LARGE}
         wanted |= {f"narrow-{n}": (str(narrow(n, Path(folder))), NARROW) for n in arguments.layers}
         texts = Path(folder) / "sentences.txt"
         texts.write_text(sentences())
