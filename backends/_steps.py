@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -19,10 +19,13 @@ def has_cache(program: Program) -> bool:
     return any(PAST in spec.type.shape for spec in program.inputs)
 
 
-def cached_steps(program: Program, batch: Batch) -> Iterator[Batch]:
+def cached_steps(
+    program: Program, batch: Batch, outputs: Callable[[Batch], Mapping[str, torch.Tensor]] | None = None
+) -> Iterator[Batch]:
     """The tokens of ``batch`` in steps after a first one (half of them, all others but one, one), with their past.
 
-    The past is the program's own. Nothing for programs without a cache, or where there is one token only.
+    The past is the program's own, from ``outputs`` if they are known there. Nothing for programs without a cache, or
+    where there is one token only.
     """
     count = _length(program, batch)
     if not has_cache(program) or count < 2:
@@ -31,7 +34,7 @@ def cached_steps(program: Program, batch: Batch) -> Iterator[Batch]:
     given = _cut(program, program.complete(batch), 0, half, {})
     for start, stop in ((half, count - 1), (count - 1, count)):
         if start < stop:
-            results = run(program, given)
+            results = outputs(given) if outputs else run(program, given)
             caches = {f"{_IN}{name.removeprefix(_OUT)}": value for name, value in results.items()}
             given = _cut(program, batch, start, stop, caches)
             yield given

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -132,17 +132,24 @@ def at(sizes: str) -> Iterator[None]:
         raise CheckError(f"the program itself fails at {sizes}, {NEW}: {reason}") from error
 
 
-def with_small_batch(program: Program, batches: Iterable[Batch]) -> Iterator[Batch]:
+def with_small_batch(
+    program: Program, batches: Iterable[Batch], outputs: Callable[[Batch], Mapping[str, torch.Tensor]] | None = None
+) -> Iterator[Batch]:
     """A part of the first batch, on which the self-test will run; that in steps; and then all, as far as outputs fit.
 
     What a model with hundreds of thousands of tokens says of each position takes gigabytes, for the Program, for the
     runtime and for what lies between: its batches are cut to the length at which outputs take ``LARGEST_OUTPUTS``.
+
+    Args:
+        program: what the batches are for.
+        batches: inputs by name.
+        outputs: gives the Program's outputs on a batch, for who has them already; None: it is run.
     """
     for count, batch in enumerate(batches):
         if count == 0:
             small = small_batch(program, batch)
             yield small
-            yield from cached_steps(program, small)
+            yield from cached_steps(program, small, outputs)
         yield _within(program, batch)
 
 

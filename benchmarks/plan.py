@@ -52,12 +52,16 @@ def measure(case: tuple[str, str, str, str], model: str, data: Path, output: Pat
     choice = ["--scheme", scheme, *(["--algorithm", algorithm] if algorithm else [])]
     choice += ["--format", form] if form else []
     choice += ["--samples", str(DECODER_SAMPLES)] if algorithm == "gptq" else []
-    planned = subprocess.run([*tool, "plan", model, *choice], check=True, capture_output=True, text=True)
+    cache = output.with_name(f"{output.name}-cache")  # the plan leaves the trace there, and the run finds it
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    planned = subprocess.run(
+        [*tool, "plan", model, *choice], check=True, capture_output=True, text=True, env=environment
+    )
     plan = json.loads(planned.stdout)
     texts = {"": TEXTS, "gptq": data / "wikitext-2" / "valid.txt"}.get(algorithm)
-    command = [*tool, "quantize", model, *choice, *(["--calibration", str(texts)] if texts else []), "--no-cache"]
+    command = [*tool, "quantize", model, *choice, *(["--calibration", str(texts)] if texts else [])]
     start = time.perf_counter()
-    process = subprocess.Popen([*command, "-o", str(output)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "-o", str(output)], stdout=subprocess.DEVNULL, env=environment)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     if status:

@@ -72,6 +72,11 @@ def traced(
     return program
 
 
+def is_kept(folder: Path, since: float) -> bool:
+    """Whether a trace in ``folder`` was written or read at ``since`` (seconds since the epoch) or later."""
+    return any(file.stat().st_mtime >= since for file in folder.glob("*.json"))
+
+
 def _holds(program: Program, check: Callable[[Program], None]) -> bool:
     """Whether a trace computes what the model does; one that is kept may not, if a function was replaced since."""
     try:

@@ -4,8 +4,11 @@ The formulas, with S the bytes of the float model's tensors (of those that lie i
 
     peak memory = BASE_BYTES + S + S again if a pass rewrites weights + a byte for each code
                   + values of one batch + the largest of: what ``gptq``, ``adaround`` or training holds,
-                    both programs' outputs of an evaluation batch, EXPORT_COPIES · S for ONNX and libraries
-    seconds     = FIXED_SECONDS + nodes · (LOAD_SECONDS + those of each export)
+                    both programs' outputs of an evaluation batch,
+                    EXPORT_COPIES · S + FILE_COPIES · bytes of the model file for ONNX and libraries
+    seconds     = FIXED_SECONDS + TRACE_SECONDS, unless the trace is in the cache
+                  + nodes · (NODE_SECONDS + those of each export) + bytes of the float model · BYTE_SECONDS
+                  + nodes with quantizers · batches that they run on · CALL_SECONDS
                   + operations of runs over data, of solvers and of checks / (matrix rate of this machine · EFFICIENCY)
 
 ``gptq`` holds the activations between two layers for all calibration data, at most the memory that the pass may, and
@@ -33,10 +36,10 @@ from bitlower.ir.dataflow import activation_operand, linears, parameter_of, weig
 from bitlower.ir.scheme import ACTIVATION_ROLES
 from bitlower.ir.storage import is_mapped
 from bitlower.passes import Contract, Pass
-from bitlower.passes._declared import data_runs, training_steps
-from bitlower.passes.adaround import Adaround
-from bitlower.passes.gptq import Gptq
-from bitlower.passes.legalize import Legalize
+from bitlower.passes._machinery.declared import data_runs, training_steps
+from bitlower.passes.lowering.legalize import Legalize
+from bitlower.passes.rounding.adaround import Adaround
+from bitlower.passes.rounding.gptq import Gptq
 from bitlower.passes.training._block_training import BlockTraining
 from bitlower.tools._calibration import HELD_OUT_TEXTS, HELD_OUT_WINDOWS, TEXTS, Amount
 from bitlower.tools._training_costs import Lesson
@@ -44,12 +47,18 @@ from bitlower.tools.language_model import TASK
 
 BASE_BYTES = 720_000_000
 MAPPED_SHARE = 0.03
-EXPORT_COPIES = 2.7
+EXPORT_COPIES = 0.8
+FILE_COPIES = 4
 LAYER_COPIES = 14
-FIXED_SECONDS = 8.0
-LOAD_SECONDS = 0.015
-EXPORT_SECONDS = {"checkpoint": 0.008}
-"""Seconds a node for tracing and loading, and for each export; of other backends as much as ``LOAD_SECONDS``."""
+FIXED_SECONDS = 7.0
+TRACE_SECONDS = 4.5
+NODE_SECONDS = 0.0019
+EXPORT_SECONDS = {"checkpoint": 0.001}
+"""Seconds a node for loading and passes, and for each export; of other backends ``NODE_SECONDS``."""
+BYTE_SECONDS = 20e-9
+"""Seconds a byte of the float model: it is read, hashed, checked, kept in the cache, and compared with the runtime."""
+CALL_SECONDS = 1.2e-4
+"""Seconds a node takes on a batch besides its products."""
 EFFICIENCY = 0.7
 """Share of the rate of large matrix products that a run of a program reaches."""
 STEP_WORK = 1600.0
@@ -108,7 +117,8 @@ Exports = Sequence[tuple[str, Mapping[str, Any]]]
 class Costs:
     """A run of ``passes`` on ``program`` (``placed`` with quantizers), whose result is written as ``exports``.
 
-    ``lesson`` is what passes train on; None: batches like those of ``data``.
+    ``lesson`` is what passes train on; None: batches like those of ``data``. ``kept`` says whether the trace of the
+    model is in the cache, ``file_bytes`` how large the first export's model file is.
     """
 
     program: Program
@@ -117,6 +127,8 @@ class Costs:
     data: Load
     exports: Exports
     lesson: Lesson | None = None
+    kept: bool = False
+    file_bytes: int = 0
 
     @property
     def runs(self) -> int:
@@ -131,30 +143,41 @@ class Costs:
         rewritten = size if any(pass_.name in _REWRITING for pass_ in self.passes) else 0
         codes = size / full * sum(map(torch.Tensor.numel, self._weights())) if self._lowers() else 0
         written = any(name not in EXPORT_SECONDS for name, _ in self.exports)
-        most = max(
-            self._solver_bytes(), self._trained_bytes(), self._compared_bytes(), EXPORT_COPIES * size if written else 0
-        )
+        exported = EXPORT_COPIES * size + FILE_COPIES * self.file_bytes if written else 0
+        most = max(self._solver_bytes(), self._trained_bytes(), self._compared_bytes(), exported)
         return int(BASE_BYTES + size + rewritten + codes + self._value_bytes() + most)
 
     def seconds(self) -> float:
         """From start to end."""
         nodes = len(self.program.graph.nodes)
-        exports = sum(EXPORT_SECONDS.get(name, LOAD_SECONDS) for name, _ in self.exports)
+        exports = sum(EXPORT_SECONDS.get(name, NODE_SECONDS) for name, _ in self.exports)
         token = 2.0 * sum(rows * columns for rows, columns in self._shapes())
         work = token * (self.runs * self.data.tokens + self._checked_tokens() + self._trained_tokens())
         rate = _flop_rate() * EFFICIENCY
-        return FIXED_SECONDS + nodes * (LOAD_SECONDS + exports) + (work + self._solver_work()) / rate
+        fixed = FIXED_SECONDS + (0 if self.kept else TRACE_SECONDS)
+        read = self.program.size_bytes() * BYTE_SECONDS
+        calls = len(self.placed.graph.nodes) * self._batches() * CALL_SECONDS
+        return fixed + nodes * (NODE_SECONDS + exports) + read + calls + (work + self._solver_work()) / rate
 
     def _lowers(self) -> bool:
         return any(pass_.name == "lower-integer" for pass_ in self.passes)
 
     def _checked_tokens(self) -> int:
         """Tokens that two programs run on: after exact passes one batch, after lossy ones and exports all held out."""
-        if not self.runs:
-            return 0
-        exact = sum(pass_.contract is Contract.EXACT for pass_ in self.passes)
+        one, all_ = self._checks()
+        return 2 * (one * self.data.batch_tokens + all_ * self.data.held_out_tokens)
+
+    def _checks(self) -> tuple[int, int]:
+        """How often two programs run on one batch, and on all held-out data; a decoder's weights need no data."""
+        if not self.runs and self.program.task == TASK:
+            return 0, 0
         lossy = sum(pass_.contract is Contract.LOSSY for pass_ in self.passes)
-        return 2 * (exact * self.data.batch_tokens + (lossy + len(self.exports)) * self.data.held_out_tokens)
+        return sum(pass_.contract is Contract.EXACT for pass_ in self.passes), lossy + len(self.exports)
+
+    def _batches(self) -> float:
+        """Batches that programs run on."""
+        one, all_ = self._checks()
+        return (self.runs * self.data.samples + 2 * all_ * self.data.held_out) / self.data.batch_size + 2 * one
 
     @property
     def _taught(self) -> Lesson:
@@ -256,10 +279,11 @@ def _most_slices(granularity: Granularity | None) -> int:
 
 
 def _flop_rate() -> float:
-    """Floating-point operations a second of this machine, by multiplying matrices for a moment."""
-    matrix = torch.ones(512, 512)
-    matrix @ matrix
-    start = time.perf_counter()
+    """Floating-point operations a second of this machine, by multiplying matrices for a moment: the best of a few."""
+    matrix, seconds = torch.ones(512, 512), []
     for _ in range(8):
-        matrix @ matrix
-    return 8 * 2 * 512**3 / (time.perf_counter() - start)
+        start = time.perf_counter()
+        for _ in range(4):
+            matrix @ matrix
+        seconds.append(time.perf_counter() - start)
+    return 4 * 2 * 512**3 / min(seconds)

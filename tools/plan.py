@@ -10,9 +10,11 @@ Memory and time are foreseen by :mod:`bitlower.tools._costs`. Sizes are::
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +22,12 @@ from rich.table import Table
 from torch import fx
 
 from bitlower.frontends import load
+from bitlower.frontends._trace_cache import is_kept
 from bitlower.ir import Level, Program, get_tensor
 from bitlower.passes import Context, Contract, Pass, PassManager, format_pipeline
-from bitlower.passes._declared import training_steps, trains
-from bitlower.passes.assign_precision import AssignPrecision
-from bitlower.passes.quantize import PlacementReport
+from bitlower.passes._machinery.declared import training_steps, trains
+from bitlower.passes.precision.assign_precision import AssignPrecision
+from bitlower.passes.quantizers.quantize import PlacementReport
 from bitlower.tools import _backends
 from bitlower.tools._calibration import Amount
 from bitlower.tools._costs import Costs, Exports, Load, unforeseen
@@ -38,6 +41,7 @@ from bitlower.tools.language_model import TASK
 from bitlower.tools.recipe import Recipe
 from bitlower.tools.render import format_bytes, make_table
 
+KEPT = "the trace of the model is in the cache: the run reads its weights alone"
 FOLDER_BYTES = 4_000
 ROW_BYTES = 700
 _SIZE_KEEPING = ("adaround", "autoround", "calibrate", "correct-bias", "fuse", "gptq", "lkd", "rtn", "lower-integer")
@@ -142,11 +146,11 @@ def plan_recipe(recipe: Recipe) -> Plan:
     """
     job = recipe_job(recipe)
     job.check()
-    program = job.load(traces_in(default_cache()))
+    program, kept = _loaded(job.load)
     decoder = program.task == TASK
     amount = Amount.of(recipe.calibration, decoder) if recipe.calibration else Amount.make(None, None, decoder)
     lesson = Lesson.of(job.data(program)) if any(map(trains, job.passes)) else None
-    return make_plan(program, job.passes, Load.of(amount, program), job.exports, lesson)
+    return make_plan(program, job.passes, Load.of(amount, program), job.exports, lesson, kept=kept)
 
 
 def plan_model(
@@ -165,9 +169,16 @@ def plan_model(
         BitlowerError: bad input.
     """
     passes, exports = standard_passes(scheme, algorithm=algorithm, formats=formats), standard_exports(scheme, formats)
-    program = load(model, task=task, traces=traces_in(default_cache()))
+    program, kept = _loaded(lambda traces: load(model, task=task, traces=traces))
     amount = Amount.make(samples, max_length, program.task == TASK)
-    return make_plan(program, passes, Load.of(amount, program), exports)
+    return make_plan(program, passes, Load.of(amount, program), exports, kept=kept)
+
+
+def _loaded(read: Callable[[Path | None], Program]) -> tuple[Program, bool]:
+    """The float Program, and whether its trace lies in the cache now: a run after the plan reads weights alone."""
+    folder, start = traces_in(default_cache()), time.time()
+    program = read(folder)
+    return program, folder is not None and is_kept(folder, start)
 
 
 def make_plan(
@@ -176,10 +187,18 @@ def make_plan(
     data: Load,
     exports: Exports = (("onnx-qdq", {}),),
     lesson: Lesson | None = None,
+    *,
+    kept: bool = False,
 ) -> Plan:
     """Predict a run of ``passes`` on the float ``program``; tensors and model file are those of the first export.
 
-    ``lesson`` is what passes train on.
+    Args:
+        program: traced.
+        passes: all of the run.
+        data: what it calibrates on.
+        exports: what it writes.
+        lesson: what passes train on.
+        kept: whether the trace is in the cache, so that the run does not make one.
 
     Raises:
         BitlowerError: a pattern matches nothing, a granularity does not fit a tensor, or a target cannot hold one.
@@ -201,7 +220,7 @@ def make_plan(
     ]
     beside = sum(map(len, program.assets.values())) + FOLDER_BYTES + ROW_BYTES * len(list(placed.quantizers()))
     later = [pass_ for pass_ in passes if pass_ not in early]
-    costs = Costs(program, placed, passes, data, exports, lesson)
+    costs = Costs(program, placed, passes, data, exports, lesson, kept=kept, file_bytes=files[0])
     unknown = tuple(unforeseen(placed, passes, exports))
     return Plan(
         program.source,
@@ -209,7 +228,7 @@ def make_plan(
         str(targets[0]),
         tensors,
         tuple(values),
-        (*head_notes(placed), *unknown, *_notes(later, exports)),
+        (*head_notes(placed), *([KEPT] if kept else []), *unknown, *_notes(later, exports)),
         files[0],
         sum(files) + beside * len(files),
         float_bytes,

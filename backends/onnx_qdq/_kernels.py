@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 import torch
@@ -113,9 +113,16 @@ def _level(node: ir.Node) -> int:
     return node.attributes.get_int("accuracy_level", 0)
 
 
+class Optimized(NamedTuple):
+    """What onnxruntime makes of a model: the session that users will have, and its graph as a file."""
+
+    session: Session
+    path: Path
+
+
 @contextlib.contextmanager
-def optimized_model(path: Path, session_config: Mapping[str, str]) -> Iterator[Path]:
-    """The model that onnxruntime makes of ``path`` as users will load it, on the disk as long as it is needed.
+def optimized_model(path: Path, session_config: Mapping[str, str]) -> Iterator[Optimized]:
+    """``path`` as users will load it; the file of the optimized graph is there as long as it is needed.
 
     Raises:
         CheckError: the model does not load.
@@ -123,8 +130,7 @@ def optimized_model(path: Path, session_config: Mapping[str, str]) -> Iterator[P
     """
     with scratch_folder() as folder:
         optimized = folder / "optimized.onnx"
-        Session(path, config=session_config, optimized=optimized)
-        yield optimized
+        yield Optimized(Session(path, config=session_config, optimized=optimized), optimized)
 
 
 def count_kernels(

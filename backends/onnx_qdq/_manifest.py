@@ -16,7 +16,7 @@ from bitlower.backends import _manifest
 from bitlower.backends._json import rounded_figures
 from bitlower.backends._selftest import run_selftest
 from bitlower.backends.onnx_qdq._kernels import KernelReport, count_kernels, optimized_model
-from bitlower.backends.onnx_qdq._session import Session, read_model, runtime_versions
+from bitlower.backends.onnx_qdq._session import read_model, runtime_versions
 from bitlower.backends.onnx_qdq._verification import Verification
 from bitlower.backends.onnx_qdq._verify import MODEL
 from bitlower.ir import CheckError, Program
@@ -99,12 +99,12 @@ def verify_artefact(folder: Path) -> ArtefactReport:
     path = folder / MODEL
     with optimized_model(path, recorded.session_config) as optimized:
         kernels = count_kernels(
-            read_model(optimized).graph,
+            read_model(optimized.path).graph,
             expected=recorded.kernels.expected,
             expected_low_bit=recorded.kernels.expected_low_bit,
         )
     _check_kernels(kernels, recorded)
-    run = Session(path, config=recorded.session_config).run
+    run = optimized.session.run
     return ArtefactReport(
         files.count,
         files.bytes,

@@ -26,12 +26,13 @@ from bitlower.backends._unseen import Seen, Unseen, at, with_small_batch
 from bitlower.backends.onnx_qdq._codes import CodeComparison
 from bitlower.backends.onnx_qdq._constants import check_constants, weights
 from bitlower.backends.onnx_qdq._float_noise import shaken
-from bitlower.backends.onnx_qdq._kernels import inspect_kernels, optimized_model
+from bitlower.backends.onnx_qdq._kernels import Optimized, inspect_kernels, optimized_model
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS
-from bitlower.backends.onnx_qdq._session import Session, read_model, runtime_versions
+from bitlower.backends.onnx_qdq._session import read_model, runtime_versions
 from bitlower.backends.onnx_qdq._verification import CodeError, Verification
 from bitlower.ir import Batch, BitlowerError, CheckError, Program
 from bitlower.ir.folding import with_float_weights
+from bitlower.ir.observe import run
 
 MODEL = "model.onnx"
 OUTPUT_GIVEN_CODES = 2e-4
@@ -84,7 +85,7 @@ def verify_export(
     program.release()
     floats = unpacked(program)
     with optimized_model(path, config) as optimized:
-        graph = read_model(optimized).graph
+        graph = read_model(optimized.path).graph
         kernels = inspect_kernels(
             program, path, graph, session_config=config, accuracy_level=accuracy_level, split=split
         )
@@ -108,15 +109,15 @@ def verify_export(
 class _Comparison:
     """All comparisons, summed over batches."""
 
-    def __init__(self, program: Program, path: Path, optimized: Path, config: Mapping[str, str]) -> None:
-        self._program = program
-        self._session = Session(path, config=config)
+    def __init__(self, program: Program, path: Path, optimized: Optimized, config: Mapping[str, str]) -> None:
+        self._program, self._session = program, optimized.session
         for spec in program.outputs:
             if spec.name not in self._session.outputs:
                 raise CheckError(f"{path.name} has no output {spec.name!r}")
-        self.codes = CodeComparison(program, path, optimized, config)
+        self.codes = CodeComparison(program, path, optimized.path, config)
         self.outputs, self.exposing, self._noise = (OutputComparison(program) for _ in range(3))
         self._selftest: SelfTest | None = None
+        self._last: tuple[Batch, Mapping[str, torch.Tensor]] = {}, {}
         self.batches = self.tokens = 0
 
     def run_all(self, batches: Iterable[Batch], *, rounds: bool) -> tuple[SelfTest, Unseen]:
@@ -131,7 +132,7 @@ class _Comparison:
             CheckError: the model fails, or computes something else.
         """
         seen = Seen(self._program)
-        for batch in with_small_batch(self._program, batches):
+        for batch in with_small_batch(self._program, batches, self._outputs):
             self.run(batch)
             seen.add(batch)
         if self._selftest is None:
@@ -153,9 +154,10 @@ class _Comparison:
 
     def run(self, batch: Batch) -> Mapping[str, Array]:
         """Compare one batch; what the model gives. The first becomes the self-test."""
-        batch = self._program.complete(batch)
+        given, batch = batch, self._program.complete(batch)
         deployed = self._session.run(batch)
         run, shown = self.codes.run(batch), visible(self._program, batch)
+        self._last = given, run.alone
         self.outputs.add(run.alone, deployed, shown)
         self.outputs.add_given_codes(run.given_codes, deployed, shown)
         if not run.runtime and any(row.given_codes > OUTPUT_GIVEN_CODES for row in self.outputs.rows()):
@@ -165,6 +167,11 @@ class _Comparison:
         self._selftest = self._selftest or make_selftest(batch, deployed)
         self.batches, self.tokens = self.batches + 1, self.tokens + next(iter(batch.values())).numel()
         return deployed
+
+    def _outputs(self, batch: Batch) -> Mapping[str, torch.Tensor]:
+        """The Program's outputs; those of the batch that was compared last are known."""
+        given, outputs = self._last
+        return outputs if given is batch else run(self._program, batch)
 
     def limits(self) -> dict[str, float]:
         """The largest error of each output, given codes, over its standard deviation."""

@@ -21,10 +21,10 @@ from bitlower.backends.onnx_qdq._session import Session
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, CheckError, Program, Scheme
 from bitlower.passes import Context, PassManager
-from bitlower.passes.calibrate import Calibrate
-from bitlower.passes.clean import Clean
-from bitlower.passes.lower_integer import LowerInteger
-from bitlower.passes.quantize import Quantize
+from bitlower.passes.canonical.clean import Clean
+from bitlower.passes.lowering.lower_integer import LowerInteger
+from bitlower.passes.quantizers.calibrate import Calibrate
+from bitlower.passes.quantizers.quantize import Quantize
 
 VOCABULARY, LENGTH, NEW = 100, 96, 64
 TOKENS: dict[str, int] = {"bos_token_id": 98, "eos_token_id": 99, "pad_token_id": 97}

@@ -24,10 +24,10 @@ from bitlower.backends.onnx_qdq._translate import translate
 from bitlower.frontends import load
 from bitlower.ir import Granularity, Grid, Program, QuantSpec, ScaleConvention, Scheme, get_tensor, ops
 from bitlower.passes import Context, PassManager
-from bitlower.passes.calibrate import Calibrate
-from bitlower.passes.clean import Clean
-from bitlower.passes.lower_integer import LowerInteger
-from bitlower.passes.quantize import Quantize
+from bitlower.passes.canonical.clean import Clean
+from bitlower.passes.lowering.lower_integer import LowerInteger
+from bitlower.passes.quantizers.calibrate import Calibrate
+from bitlower.passes.quantizers.quantize import Quantize
 
 LINEARS, WIDTH, VOCABULARY = 13, 32, 100
 

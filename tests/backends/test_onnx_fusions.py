@@ -18,8 +18,8 @@ from bitlower.frontends import load
 from bitlower.ir import CheckError, Granularity, Grid, Level, Program, QuantSpec, set_tensor
 from bitlower.ir.dataflow import QUANTIZER
 from bitlower.passes import Context
-from bitlower.passes._placement import Site, insert_quantizer
-from bitlower.passes.lower_integer import LowerInteger
+from bitlower.passes.lowering.lower_integer import LowerInteger
+from bitlower.passes.quantizers._placement import Site, insert_quantizer
 
 UNSIGNED = QuantSpec(Grid(8, signed=False, symmetric=False), Granularity.per_tensor())
 SIGNED = QuantSpec(Grid(8, symmetric=False), Granularity.per_tensor())

@@ -24,9 +24,9 @@ from bitlower.backends.onnx_qdq._rewrite_heads import BASE, LARGEST, ZERO, digit
 from bitlower.frontends import load
 from bitlower.ir import Granularity, Grid, Program, QuantSpec, Scheme
 from bitlower.passes import Context, PassManager
-from bitlower.passes.calibrate import Calibrate
-from bitlower.passes.lower_integer import LowerInteger
-from bitlower.passes.quantize import Quantize
+from bitlower.passes.lowering.lower_integer import LowerInteger
+from bitlower.passes.quantizers.calibrate import Calibrate
+from bitlower.passes.quantizers.quantize import Quantize
 
 ROWS, WIDTH = 600, 48
 FORMS = ("qdq", "onnxruntime")

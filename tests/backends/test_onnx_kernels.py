@@ -28,14 +28,14 @@ from bitlower.backends.onnx_qdq._session import read_model
 from bitlower.frontends import load
 from bitlower.ir import CheckError, Granularity, Grid, Program, Quantizer, QuantSpec, ops
 from bitlower.passes import Context, PassManager, parse_pipeline
-from bitlower.passes.quantize import Quantize
+from bitlower.passes.quantizers.quantize import Quantize
 
 LEVEL = "session.qdq_matmulnbits_accuracy_level"
 
 
 def inspect(program: Program, path: Path, config: dict[str, str] | None = None) -> KernelReport:
     with optimized_model(path, config or {}) as optimized:
-        return inspect_kernels(program, path, read_model(optimized).graph, session_config=config)
+        return inspect_kernels(program, path, read_model(optimized.path).graph, session_config=config)
 
 
 def test_integer_kernels_are_found(handmade, tmp_path: Path):

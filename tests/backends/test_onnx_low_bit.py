@@ -28,9 +28,9 @@ from bitlower.backends.onnx_qdq._lower import lower
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, CheckError, Granularity, Grid, Program, QuantSpec, ScaleConvention, Scheme
 from bitlower.passes import Context, PassManager
-from bitlower.passes.calibrate import Calibrate
-from bitlower.passes.lower_integer import LowerInteger
-from bitlower.passes.quantize import Quantize
+from bitlower.passes.lowering.lower_integer import LowerInteger
+from bitlower.passes.quantizers.calibrate import Calibrate
+from bitlower.passes.quantizers.quantize import Quantize
 
 WIDTH, INNER, LINEARS = 64, 96, 3
 

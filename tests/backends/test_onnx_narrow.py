@@ -22,9 +22,9 @@ from bitlower.backends.onnx_qdq._rewrite import Editor
 from bitlower.frontends import load
 from bitlower.ir import CheckError, Granularity, Grid, Program, QuantSpec, Scheme
 from bitlower.passes import Context, PassManager
-from bitlower.passes.calibrate import Calibrate
-from bitlower.passes.lower_integer import LowerInteger
-from bitlower.passes.quantize import Quantize
+from bitlower.passes.lowering.lower_integer import LowerInteger
+from bitlower.passes.quantizers.calibrate import Calibrate
+from bitlower.passes.quantizers.quantize import Quantize
 from bitlower.tools._sizes import Target, overhead_bytes, stored_bytes
 
 ROWS, WIDTH = 600, 64

@@ -11,7 +11,7 @@ from bitlower.backends.onnx_qdq._folder import write_assets
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Level, Program
 from bitlower.passes import Context, PassManager
-from bitlower.passes.quantize import Quantize
+from bitlower.passes.quantizers.quantize import Quantize
 
 
 def test_tokenizer_files_are_copied_and_stay_inside(tiny_program: Program, tmp_path: Path) -> None:

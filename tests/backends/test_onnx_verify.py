@@ -22,9 +22,9 @@ from bitlower.backends.onnx_qdq._verification import Verification
 from bitlower.backends.onnx_qdq._verify import verify_export
 from bitlower.ir import BitlowerError, CheckError, Program, Scheme
 from bitlower.passes import Context
-from bitlower.passes.calibrate import Calibrate
-from bitlower.passes.lower_integer import LowerInteger
-from bitlower.passes.quantize import Quantize
+from bitlower.passes.lowering.lower_integer import LowerInteger
+from bitlower.passes.quantizers.calibrate import Calibrate
+from bitlower.passes.quantizers.quantize import Quantize
 
 
 def tensor(name, change):
@@ -337,7 +337,7 @@ def test_the_program_is_run_on_the_codes_that_the_runtime_gave(handmade, tmp_pat
     other_bias = tensor("up.bias", lambda a: a + np.float32(0.04))
     batch, folder = handmade.batches[1], handmade.write(tmp_path, other_bias)
     with optimized_model(folder / "model.onnx", {}) as optimized:
-        comparison = CodeComparison(handmade.program, folder / "model.onnx", optimized, {})
+        comparison = CodeComparison(handmade.program, folder / "model.onnx", optimized.path, {})
     run = comparison.run(batch)
 
     session = onnxruntime.InferenceSession(handmade.write(tmp_path / "codes", other_bias, read_codes) / "model.onnx")

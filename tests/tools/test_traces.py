@@ -7,9 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from bitlower.frontends import _encoder
+from bitlower.frontends import _encoder, _trace_cache
+from bitlower.ir import Program
+from bitlower.tools._costs import TRACE_SECONDS, Load
+from bitlower.tools._standard import standard_passes
 from bitlower.tools.flow import Options, run_recipe, standard_recipe
-from bitlower.tools.plan import plan_model
+from bitlower.tools.plan import KEPT, make_plan, plan_model
 
 
 @pytest.fixture(autouse=True)
@@ -34,5 +37,21 @@ def test_a_run_keeps_its_trace_in_the_cache_unless_there_is_none(
     monkeypatch.setattr(_encoder, "export", None)
     run_recipe(recipe, tmp_path / "c", Options(cache=cache))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    plan_model(str(own_bert), "W8A8")
+    assert KEPT in plan_model(str(own_bert), "W8A8").notes
     assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
+
+
+def test_a_trace_in_the_cache_saves_the_time_of_tracing(bert_program: Program) -> None:
+    made, kept = (
+        make_plan(bert_program.clone(), standard_passes("W8A8"), Load(8, 16), kept=kept) for kept in (False, True)
+    )
+    assert made.seconds - kept.seconds == pytest.approx(TRACE_SECONDS, abs=1.0)  # the machine is timed twice
+    assert KEPT not in made.notes
+
+
+def test_a_model_whose_trace_is_not_kept_is_not_said_to_have_one(
+    own_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_trace_cache, "_write", lambda *arguments: None)
+    assert KEPT not in plan_model(str(own_bert), "W8A8").notes
