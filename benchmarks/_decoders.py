@@ -9,7 +9,7 @@ import torch
 from bitlower import Program
 from bitlower.frontends.tokenize import token_ids, windows
 from bitlower.ir.observe import run
-from bitlower.passes._measures import Measure
+from bitlower.passes.precision._measures import Measure
 from bitlower.tools.data import read_text
 from bitlower.tools.perplexity import perplexity
 

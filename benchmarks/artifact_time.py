@@ -96,7 +96,7 @@ def llama(folder: Path) -> Path:
 
 
 def large(name: str, folder: Path) -> str:
-    """The model of a run in :data:`LARGE`, made in a process of its own: a child's peak is no less than its parent's."""
+    """The model of a run in :data:`LARGE`, made in a process of its own: a child's peak is at least its parent's."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return str(pool.apply(gemma if name == GEMMA else llama, (folder,)))
 

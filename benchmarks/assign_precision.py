@@ -40,13 +40,13 @@ import bitlower
 from bitlower import Context, PassManager, Program, parse_pipeline
 from bitlower.frontends.tokenize import token_ids, windows
 from bitlower.ir import Batch
-from bitlower.passes._knapsack import Limit, Pair, greedy, least, solve, total
-from bitlower.passes._measures import Measure, Reference
-from bitlower.passes._precision_items import find_items, set_width
-from bitlower.passes._precision_search import Budgets, Search, lines_of, refine
-from bitlower.passes._roofline import TARGETS, Linear
-from bitlower.passes.assign_precision import AssignPrecision
-from bitlower.passes.calibrate import Calibrate
+from bitlower.passes.precision._items import find_items, set_width
+from bitlower.passes.precision._knapsack import Limit, Pair, greedy, least, solve, total
+from bitlower.passes.precision._measures import Measure, Reference
+from bitlower.passes.precision._roofline import TARGETS, Linear
+from bitlower.passes.precision._search import Budgets, Search, lines_of, refine
+from bitlower.passes.precision.assign_precision import AssignPrecision
+from bitlower.passes.quantizers.calibrate import Calibrate
 from bitlower.tools.data import read_text
 from bitlower.tools.evaluate import evaluate
 from bitlower.tools.perplexity import perplexity

@@ -37,7 +37,7 @@ from bitlower import Context, PassManager, Program, load, parse_pipeline
 from bitlower.frontends.tokenize import token_ids, windows
 from bitlower.ir.observe import run
 from bitlower.passes import format_pipeline
-from bitlower.passes._measures import Measure
+from bitlower.passes.precision._measures import Measure
 from bitlower.tools._costs import Load
 from bitlower.tools.data import read_text, split_windows
 from bitlower.tools.perplexity import perplexity

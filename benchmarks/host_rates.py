@@ -23,7 +23,7 @@ from _common import machine, write_result
 
 from bitlower.backends.tvm_kernels import Layout, LinearSpec, host_target, pack_linear
 from bitlower.ir import Granularity, Grid, QuantSpec
-from bitlower.passes._roofline import FLOAT, Roofline
+from bitlower.passes.precision._roofline import FLOAT, Roofline
 
 INPUTS, OUTPUTS, GROUP = 768, 3072, 64
 READ = 256 << 20

@@ -28,9 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import bitlower
 from bitlower import Context, PassManager, Program, parse_pipeline
 from bitlower.ir import Batch, get_tensor, set_tensor
-from bitlower.passes._measures import Measure
-from bitlower.passes._quantizer_groups import group_quantizers
-from bitlower.passes._trials import Switch, Trials
+from bitlower.passes.precision._measures import Measure
+from bitlower.passes.precision._quantizer_groups import group_quantizers
+from bitlower.passes.precision._trials import Switch, Trials
 
 PIPELINE = "clean,quantize{scheme=W8A8-full},calibrate"
 

@@ -20,9 +20,9 @@ import torch
 from _common import RESULTS, show_table, write_result
 
 from bitlower.ir import Granularity, Grid
-from bitlower.passes._gptq_factor import cholesky_, factorize
-from bitlower.passes._gptq_solver import Options, solve
-from bitlower.passes._hessian import Hessian
+from bitlower.passes.rounding._gptq_factor import cholesky_, factorize
+from bitlower.passes.rounding._gptq_solver import Options, solve
+from bitlower.passes.rounding._hessian import Hessian
 
 SHAPES = ((576, 1536), (768, 3072), (2048, 8192))
 GRID = Grid(4, signed=False, symmetric=False)

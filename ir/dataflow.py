@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import networkx as nx
@@ -304,3 +304,18 @@ def _end_of_last(
 def _operators(nodes: Iterable[fx.Node]) -> list[str]:
     """What computes floats; masks are made in the first block and read in all."""
     return [str(node.target) for node in nodes if node.op == "call_function" and is_float(node)]
+
+
+def vocabularies(graph: fx.Graph) -> Iterator[tuple[fx.Node, tuple[int | str, ...]]]:
+    """The tables that token ids index, and their shapes."""
+    for node in graph.nodes:
+        if node.target in EMBEDDING and value_root(operand(node, 1)).target == "input_ids":
+            table = operand(node, 0)
+            yield parameter_of(table) or table, table.meta["type"].shape
+
+
+def unrounded(node: fx.Node) -> fx.Node:
+    """The value that the quantizers ending in ``node`` round."""
+    while node.target in QUANTIZER:
+        node = node.all_input_nodes[0]
+    return node

@@ -1,16 +1,24 @@
-"""Passes turn a Program into a Program: one file a pass; the machinery lies in the modules with an underscore."""
+"""Passes turn a Program into a Program: one file a pass, in folders by what they are for; ``_machinery`` runs them."""
 
-from bitlower.passes._base import Context, Contract, Pass
-from bitlower.passes._cache import Cache
-from bitlower.passes._catalog import Provider
-from bitlower.passes._contracts import check_levels
-from bitlower.passes._ledger import Ledger
-from bitlower.passes._manager import PassManager
-from bitlower.passes._observers import Observer, PassTime, PrintAfterChange, Progress, Recorder, Timing, Verify
-from bitlower.passes._parameters import describe_type, parameter_types, plain_parameters
-from bitlower.passes._pipeline import format_pipeline, parse_pipeline
-from bitlower.passes._registry import find_pass, known_passes, load_plugin, make_pass, providers
-from bitlower.passes._reproducer import Reproducer, replay
+from bitlower.passes._machinery.base import Context, Contract, Pass, Record
+from bitlower.passes._machinery.cache import Cache
+from bitlower.passes._machinery.catalog import Provider
+from bitlower.passes._machinery.contracts import check_levels
+from bitlower.passes._machinery.ledger import Ledger
+from bitlower.passes._machinery.manager import PassManager
+from bitlower.passes._machinery.observers import (
+    Observer,
+    PassTime,
+    PrintAfterChange,
+    Progress,
+    Recorder,
+    Timing,
+    Verify,
+)
+from bitlower.passes._machinery.parameters import describe_type, parameter_types, plain_parameters
+from bitlower.passes._machinery.pipeline import format_pipeline, parse_pipeline
+from bitlower.passes._machinery.registry import find_pass, known_passes, load_plugin, make_pass, providers
+from bitlower.passes._machinery.reproducer import Reproducer, replay
 
 __all__ = [
     "Cache",
@@ -24,6 +32,7 @@ __all__ = [
     "PrintAfterChange",
     "Progress",
     "Provider",
+    "Record",
     "Recorder",
     "Reproducer",
     "Timing",

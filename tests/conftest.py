@@ -12,7 +12,7 @@ from bitlower.frontends import load
 from bitlower.ir import Level, Program, TensorType, ValueSpec, get_tensor, set_tensor
 from bitlower.ir.serialize import decode, encode
 from bitlower.passes import Context
-from bitlower.passes.clean import Clean
+from bitlower.passes.canonical.clean import Clean
 
 ACTIVATION, LOGITS = TensorType(torch.float32, ("batch", 16)), TensorType(torch.float32, ("batch", 4))
 

@@ -20,7 +20,7 @@ import bitlower
 from bitlower.frontends import load
 from bitlower.ir import Level, Scheme
 from bitlower.passes import Context, PassManager, check_levels, load_plugin, providers
-from bitlower.passes import _registry as registry
+from bitlower.passes._machinery import registry as registry
 from bitlower.tools import _backends
 from bitlower.tools._app import app
 from bitlower.tools.cli import main

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from bitlower.passes import describe_type, find_pass, parameter_types
-from bitlower.passes._parameters import kebab
-from bitlower.passes.training._loss_registry import known_losses
+from bitlower.passes._machinery.losses import known_losses
+from bitlower.passes._machinery.parameters import kebab
 from bitlower.tools import _backends, _standard
 
 _READ = runpy.run_path(str(Path(__file__).with_name("docs_pages.py")))
@@ -120,10 +120,10 @@ def test_losses_are_documented() -> None:
 
 def test_reports_and_rules_are_documented() -> None:
     from bitlower.backends.onnx_qdq._narrow import SMALL
-    from bitlower.passes._canonical import RULES
-    from bitlower.passes._hessian import CLIP
-    from bitlower.passes.adaround import AdaroundRow
-    from bitlower.passes.gptq import GptqRow
+    from bitlower.passes.canonical._rules import RULES
+    from bitlower.passes.rounding._hessian import CLIP
+    from bitlower.passes.rounding.adaround import AdaroundRow
+    from bitlower.passes.rounding.gptq import GptqRow
     from bitlower.passes.training._block_loop import BlockRow
 
     assert set(names(rows(section("passes.md", "`gptq`"), "field"))) == {field.name for field in fields(GptqRow)}
@@ -180,7 +180,7 @@ def test_the_placement_table_adds_up() -> None:
 def test_roles_and_conventions_are_documented() -> None:
     from bitlower.ir import ScaleConvention
     from bitlower.ir.scheme import ACTIVATION_ROLES, WEIGHT_ROLES
-    from bitlower.passes.calibrate import Estimator
+    from bitlower.passes.quantizers.calibrate import Estimator
 
     text = TEXT[ROOT / "docs" / "schemes.md"]
     for name in (*WEIGHT_ROLES, *ACTIVATION_ROLES, *map(str, ScaleConvention), *Estimator.__args__):

@@ -11,10 +11,11 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import networkx
 import pytest
 
 from bitlower.passes import Pass
-from bitlower.passes.training._loss_registry import find_loss
+from bitlower.passes._machinery.losses import find_loss
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -76,6 +77,59 @@ def test_no_import_runs_back_up(path):
         if first == "bitlower":
             allowed = MAY_IMPORT[path.parts[0]]
             assert target in allowed, f"{path} imports {module}; {path.parts[0]} may import {sorted(allowed)}"
+
+
+BESIDE = {"precision": {"quantizers"}, "rounding": {"quantizers"}, "training": {"quantizers", "rounding"}}
+"""The families of passes that import others; all may import ``_machinery``."""
+
+
+def _modules(folder):
+    """The modules below a folder of the checkout by name."""
+    return {
+        _package(path.with_suffix("")).removesuffix(".__init__"): path for path in SOURCES if path.parts[0] == folder
+    }
+
+
+def _imports(path, known):
+    """The modules of ``known`` that a file imports; for types alone too."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for name in (f"{node.module}.{alias.name}" for alias in node.names):
+                yield from {name if name in known else node.module} & known.keys()
+
+
+def _family(path):
+    return path.parts[1] if len(path.parts) > 2 else ""
+
+
+def test_families_of_passes_import_no_others_but_these():
+    known = _modules("passes")
+    for path in known.values():
+        for name in _imports(path, known):
+            own, other = _family(path), _family(known[name])
+            allowed = {own, "_machinery", *BESIDE.get(own, ())} if own else {"_machinery"}
+            assert other in allowed, f"{path} imports {name}; {own or 'the package'} may import {sorted(allowed)}"
+
+
+def test_no_pass_pulls_in_another_for_a_type():
+    """What `lower-integer` imports, and what that imports, holds no other pass."""
+    known = _modules("passes")
+    seen, frontier = set(), [Path("passes/lowering/lower_integer.py")]
+    while frontier:
+        path = frontier.pop()
+        if path not in seen:
+            seen.add(path)
+            frontier += [known[name] for name in _imports(path, known)]
+    assert [path.name for path in seen if path.relative_to("passes") in PASS_FILES] == ["lower_integer.py"]
+
+
+@pytest.mark.parametrize("folder", ["passes", "frontends", "tools"])
+def test_no_import_goes_in_a_circle(folder):
+    known = _modules(folder)
+    graph = networkx.DiGraph()
+    for name, path in known.items():
+        graph.add_edges_from((name, other) for other in _imports(path, known))
+    assert [sorted(part) for part in networkx.strongly_connected_components(graph) if len(part) > 1] == []
 
 
 IMPORTED_AS = {"apache-tvm": "tvm", "apache-tvm-ffi": "tvm-ffi"}

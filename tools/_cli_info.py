@@ -146,7 +146,7 @@ def _describe(cls: type[Pass]) -> dict[str, Any]:
 def _parameters(cls: type[Pass]) -> list[dict[str, Any]]:
     """Name, type, default (absent where one must be given) and documentation of each parameter."""
     from bitlower.passes import describe_type, parameter_types
-    from bitlower.passes._parameters import kebab, plain
+    from bitlower.passes._machinery.parameters import kebab, plain
 
     kinds, documentation = parameter_types(cls), _field_docs(cls)
     forms = []

@@ -28,10 +28,10 @@ from bitlower.passes import (
     check_levels,
     format_pipeline,
 )
-from bitlower.passes._digest import digest_batches
-from bitlower.passes.adaround import AdaroundReport
-from bitlower.passes.assign_precision import AssignPrecision
-from bitlower.passes.gptq import GptqReport
+from bitlower.passes._machinery.digest import digest_batches
+from bitlower.passes.precision.assign_precision import AssignPrecision
+from bitlower.passes.rounding.adaround import AdaroundReport
+from bitlower.passes.rounding.gptq import GptqReport
 from bitlower.tools import _backends
 from bitlower.tools._float_share import float_parts
 from bitlower.tools._heads import HeadNotes

@@ -10,9 +10,9 @@ from enum import Enum
 from typing import Any
 
 from bitlower.passes import Pass, known_passes, parameter_types
-from bitlower.passes._parameters import plain
+from bitlower.passes._machinery.losses import Losses, known_losses
+from bitlower.passes._machinery.parameters import plain
 from bitlower.passes.training import Loss
-from bitlower.passes.training._loss_registry import Losses, known_losses
 
 _SCALARS = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
 

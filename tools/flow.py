@@ -13,7 +13,7 @@ import torch
 from bitlower.frontends import load
 from bitlower.ir import Program, Scheme
 from bitlower.passes import Context, PassManager, make_pass
-from bitlower.passes.analyze_outliers import OutlierReport
+from bitlower.passes.outliers.analyze_outliers import OutlierReport
 from bitlower.tools._calibration import Calibration, python_source, recipe_source
 from bitlower.tools._job import Job, Options, run_job
 from bitlower.tools._standard import standard_exports, standard_passes, standard_recipe

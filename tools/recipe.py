@@ -26,8 +26,8 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from bitlower.ir import BitlowerError, Level, nearest, shorten
 from bitlower.ir.files import check_name
 from bitlower.passes import Pass, check_levels, load_plugin, make_pass, plain_parameters
-from bitlower.passes._declared import trains
-from bitlower.passes._pipeline import PASSES
+from bitlower.passes._machinery.declared import trains
+from bitlower.passes._machinery.pipeline import PASSES
 from bitlower.tools._recipe_schema import passes_schema
 from bitlower.tools._yaml import yaml_text
 from bitlower.tools._yaml_reader import read_yaml

@@ -12,8 +12,8 @@ from torch import nn
 
 from bitlower.ir import BitlowerError, Program, get_tensor
 from bitlower.ir.trainable import write_tensors
-from bitlower.passes._base import Context
-from bitlower.passes._checkpoints import Stored, load_checkpoint, save_checkpoint
+from bitlower.passes._machinery.base import Context, Record
+from bitlower.passes._machinery.checkpoints import Stored, load_checkpoint, save_checkpoint
 from bitlower.passes.training._block_data import BlockData, Split
 from bitlower.passes.training._blocks import Walk
 from bitlower.passes.training._part import Part
@@ -45,7 +45,7 @@ class BlockRow:
 
 
 @dataclass(frozen=True)
-class BlockReport:
+class BlockReport(Record):
     """Every block, in order."""
 
     rows: tuple[BlockRow, ...]

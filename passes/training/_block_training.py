@@ -10,8 +10,7 @@ from typing import ClassVar, Literal
 import torch
 
 from bitlower.ir import BitlowerError, Level, Program
-from bitlower.passes._base import Context, Contract, Pass
-from bitlower.passes.quantize import PlacementReport
+from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes.training._block_data import BlockData, Split, chosen_data
 from bitlower.passes.training._block_loop import BlockRow, Outcome, Schedule, improve_blocks
 from bitlower.passes.training._blocks import Walk, pairs
@@ -28,7 +27,6 @@ class BlockTraining(Pass, abc.ABC):
 
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.LOSSY
-    preserves: ClassVar[frozenset[type]] = frozenset({PlacementReport})
     iterations: int = 200
     """Steps a block."""
     batch: int = 8

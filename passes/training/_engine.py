@@ -17,8 +17,8 @@ from torch import fx, nn
 from bitlower.ir import Batch, BitlowerError, describe
 from bitlower.ir.numerics import bfloat16_products
 from bitlower.ir.trainable import TrainableModule
-from bitlower.passes._base import Context
-from bitlower.passes._checkpoints import Stored, load_checkpoint, save_checkpoint
+from bitlower.passes._machinery.base import Context
+from bitlower.passes._machinery.checkpoints import Stored, load_checkpoint, save_checkpoint
 from bitlower.passes.training._codes import CodeChanges
 from bitlower.passes.training._devices import Devices
 from bitlower.passes.training._objective import Evaluator, Terms

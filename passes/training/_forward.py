@@ -18,8 +18,8 @@ from bitlower.ir import Batch, Program
 from bitlower.ir.dataflow import ATTENTION, LINEAR, activation_operand, ancestors, blocks, operand, value_root
 from bitlower.ir.subgraph import subgraph
 from bitlower.ir.tokens import token_mask
-from bitlower.passes._attention import is_scores
-from bitlower.passes.training._loss import Values
+from bitlower.passes._machinery.loss import Values
+from bitlower.passes.quantizers._expand_attention import is_scores
 
 LOGITS = "logits"
 _CHUNK = 1 << 24

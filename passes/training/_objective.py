@@ -12,10 +12,10 @@ import torch
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.storage import release
 from bitlower.ir.trainable import TrainableModule
-from bitlower.passes._base import Context
+from bitlower.passes._machinery.base import Context
+from bitlower.passes._machinery.loss import LogitsLoss, Loss, Memories, Objective, Step, Values
 from bitlower.passes.training._devices import Devices
 from bitlower.passes.training._forward import Forward, Head, Taps, real_tokens
-from bitlower.passes.training._loss import LogitsLoss, Loss, Memories, Objective, Step, Values
 from bitlower.passes.training._teacher import Key, Teacher, tensors_of
 
 TEACHER, LABELS = "teacher", "labels"

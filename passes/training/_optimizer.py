@@ -13,7 +13,7 @@ from torch import nn
 from bitlower.ir import BitlowerError
 from bitlower.ir.dataflow import EMBEDDING, NORM
 from bitlower.ir.trainable import TrainableModule
-from bitlower.passes._patterns import Patterns
+from bitlower.passes._machinery.patterns import Patterns
 
 Schedule = Literal["linear", "cosine", "constant"]
 ROLES = ("weights", "embeddings", "norms", "biases", "scales", "zero-points")

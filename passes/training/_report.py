@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from bitlower.passes._machinery.base import Record
 from bitlower.passes.training._curves import curves_svg
 
 
@@ -51,7 +52,7 @@ class QuantizerRow:
 
 
 @dataclass(frozen=True)
-class TrainReport:
+class TrainReport(Record):
     """How a training went.
 
     Args:

@@ -12,11 +12,11 @@ from bitlower.ir import Batch, BitlowerError, Program, get_tensor, numerics, ops
 from bitlower.ir.dataflow import operand
 from bitlower.ir.program import copy_module
 from bitlower.ir.storage import release, spill
-from bitlower.passes._base import Context
-from bitlower.passes._float_twin import float_twin
+from bitlower.passes._machinery.base import Context
+from bitlower.passes._machinery.loss import Values
+from bitlower.passes.rounding._float_twin import float_twin
 from bitlower.passes.training._devices import move
 from bitlower.passes.training._forward import Forward, Taps
-from bitlower.passes.training._loss import Values
 
 Told = tuple[Values, torch.Tensor | None]
 Key = tuple[str, int]

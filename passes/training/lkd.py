@@ -14,7 +14,7 @@ from bitlower.ir.learnable import RangeSettings
 from bitlower.ir.program import get_tensor
 from bitlower.ir.tokens import token_mask
 from bitlower.ir.trainable import Trainable, identity, learnable, make_trainable
-from bitlower.passes._base import Context
+from bitlower.passes._machinery.base import Context
 from bitlower.passes.training._block_data import BlockData, Split
 from bitlower.passes.training._block_loop import BlockReport, Outcome, learn
 from bitlower.passes.training._block_training import BlockTraining

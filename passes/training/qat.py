@@ -11,12 +11,12 @@ import torch
 from bitlower.ir import BitlowerError, Level, Program
 from bitlower.ir.learnable import ClippedGradient, Edge, GradientScale, Parametrization, Ranges, RangeSettings
 from bitlower.ir.trainable import TrainableModule, write_trained
-from bitlower.passes._base import Context, Contract, Pass
+from bitlower.passes._machinery.base import Context, Contract, Pass
+from bitlower.passes._machinery.loss import Objective
+from bitlower.passes._machinery.losses import Losses
 from bitlower.passes.training._devices import Where, make_devices, move
 from bitlower.passes.training._engine import LoopOptions, Training
 from bitlower.passes.training._forward import Taps
-from bitlower.passes.training._loss import Objective
-from bitlower.passes.training._loss_registry import Losses
 from bitlower.passes.training._objective import TEACHER, Evaluator, check_objective, make_teacher
 from bitlower.passes.training._optimizer import Rates, Schedule
 from bitlower.passes.training._teacher import float_reference

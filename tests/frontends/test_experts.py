@@ -13,8 +13,8 @@ from bitlower.frontends import load
 from bitlower.ir import Program
 from bitlower.ir.dataflow import LINEAR
 from bitlower.passes import Context, PassManager, parse_pipeline
-from bitlower.passes.gptq import GptqReport
-from bitlower.passes.quantize import PlacementReport
+from bitlower.passes.quantizers.quantize import PlacementReport
+from bitlower.passes.rounding.gptq import GptqReport
 
 EXPERTS, WIDTH = 4, 32
 SIZES: dict[str, Any] = {

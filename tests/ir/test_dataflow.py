@@ -31,8 +31,8 @@ from bitlower.ir.dataflow import (
 )
 from bitlower.ir.observe import observe
 from bitlower.passes import Context
-from bitlower.passes.lower_integer import LowerInteger
-from bitlower.passes.quantize import Quantize
+from bitlower.passes.lowering.lower_integer import LowerInteger
+from bitlower.passes.quantizers.quantize import Quantize
 
 aten = torch.ops.aten
 WIDTH, HEADS, LAYERS = 16, 2, 3

@@ -14,8 +14,8 @@ from bitlower.ir import Program, Scheme, axis_rules, domains
 from bitlower.ir.dataflow import residual_sums
 from bitlower.ir.domains import Domain, Domains
 from bitlower.passes import Context
-from bitlower.passes.clean import Clean
-from bitlower.passes.quantize import Quantize
+from bitlower.passes.canonical.clean import Clean
+from bitlower.passes.quantizers.quantize import Quantize
 
 FAMILIES = ["bert", "llama", "gemma", "gpt2", "opt", "opt-post-norm", "gpt-neox", "phi"]
 DECODERS = FAMILIES[1:]

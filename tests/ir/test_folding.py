@@ -12,9 +12,9 @@ def lowered(request) -> tuple[Program, dict[str, torch.Tensor]]:
 
     from bitlower.frontends import load
     from bitlower.passes import Context, PassManager
-    from bitlower.passes.calibrate import Calibrate
-    from bitlower.passes.lower_integer import LowerInteger
-    from bitlower.passes.quantize import Quantize
+    from bitlower.passes.lowering.lower_integer import LowerInteger
+    from bitlower.passes.quantizers.calibrate import Calibrate
+    from bitlower.passes.quantizers.quantize import Quantize
 
     torch.manual_seed(0)
     config = BertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)

@@ -230,7 +230,9 @@ def full(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("writer", ["bitlower.passes._cache.write_checked", "pathlib.Path.write_text", "os.fsync"])
+@pytest.mark.parametrize(
+    "writer", ["bitlower.passes._machinery.cache.write_checked", "pathlib.Path.write_text", "os.fsync"]
+)
 def test_a_full_disk(quantize: Refused, monkeypatch: pytest.MonkeyPatch, writer: str) -> None:
     monkeypatch.setattr(writer, full)
     line = quantize()

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from bitlower.frontends.tokenize import text_ids, window_lead
 from bitlower.ir import BitlowerError, Program
-from bitlower.passes._digest import digest_batches
+from bitlower.passes._machinery.digest import digest_batches
 from bitlower.tools._calibration import python_source, recipe_source
 from bitlower.tools.flow import standard_recipe
 from bitlower.tools.generation import sample

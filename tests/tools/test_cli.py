@@ -241,7 +241,7 @@ def test_unexpected_faults_are_one_line_unless_debugged(
 def test_a_fault_in_a_pass_can_be_replayed(
     call: Any, bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace, own_cache: Path
 ) -> None:
-    from bitlower.passes.calibrate import Calibrate
+    from bitlower.passes.quantizers.calibrate import Calibrate
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Calibrate, "run", lambda *_: 1 / 0)

@@ -11,8 +11,8 @@ import torch
 from bitlower.frontends import load
 from bitlower.ir import Level
 from bitlower.passes import Context, PassManager, check_levels, load_plugin, make_pass
+from bitlower.passes._machinery.losses import LOSSES, make_loss
 from bitlower.passes.training import Step, Values
-from bitlower.passes.training._loss_registry import LOSSES, make_loss
 from bitlower.tools.data import read_texts
 from bitlower.tools.recipe import load_recipe, validate_recipe
 

@@ -190,7 +190,7 @@ def test_a_failing_export_leaves_nothing(
 def test_a_second_run_takes_finished_passes_from_the_cache(
     bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bitlower.passes.calibrate import Calibrate
+    from bitlower.passes.quantizers.calibrate import Calibrate
 
     run_recipe(recipe_of(bert, texts), tmp_path / "a")
     monkeypatch.setattr(Calibrate, "run", lambda *_: pytest.fail("calibrated again"))
@@ -206,7 +206,7 @@ def test_faults_leave_a_reproducer_and_bad_input_does_not(
     with pytest.raises(BitlowerError, match="no-such-layer"):
         run_recipe(Recipe.model_validate(form), tmp_path / "out")
     assert not (own_cache / "reproducer").exists()
-    from bitlower.passes.calibrate import Calibrate
+    from bitlower.passes.quantizers.calibrate import Calibrate
 
     monkeypatch.setattr(Calibrate, "run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -220,7 +220,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from bitlower.tools import _backends
 from bitlower.tools.flow import run_recipe, standard_recipe
-from bitlower.passes.calibrate import Calibrate
+from bitlower.passes.quantizers.calibrate import Calibrate
 bert, texts, output, where = sys.argv[1:]
 die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 def export(program, folder, *, batches, provenance):
@@ -256,10 +256,11 @@ def test_killed_and_started_again_gives_the_same_bytes(
 
 KILLED_IN_GPTQ = """
 import os, signal, sys
-from bitlower.passes import _checkpoints, gptq
+from bitlower.passes._machinery import checkpoints
+from bitlower.passes.rounding import gptq
 from bitlower.tools.flow import quantize
 model, text, output, left = *sys.argv[1:4], int(sys.argv[4])
-solved, save = [], _checkpoints.save_checkpoint
+solved, save = [], checkpoints.save_checkpoint
 def save_or_die(folder, name, stored):
     save(folder, name, stored)
     solved.append(name)
@@ -378,7 +379,7 @@ def test_per_token_activations_need_no_data(bert: Path, tmp_path: Path) -> None:
 def test_a_target_refuses_before_the_long_passes(
     llama: Path, story: Path, tmp_path: Path, backend: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bitlower.passes.rtn import Rtn
+    from bitlower.passes.rounding.rtn import Rtn
 
     backend.supports = lambda spec, shape, role, **options: f"no {spec.grid.bits} bits" if shape == (32, 64) else ""
     monkeypatch.setattr(Rtn, "run", lambda *_: pytest.fail("the weights were rounded"))

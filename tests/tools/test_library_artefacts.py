@@ -165,7 +165,7 @@ def test_an_operator_without_converter_is_refused_before_calibration(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tvm", reason="the extra tvm is not installed")
-    from bitlower.passes.calibrate import Calibrate
+    from bitlower.passes.quantizers.calibrate import Calibrate
 
     def odd(*arguments: object, **options: object) -> Program:
         program = load(*arguments, **options)  # type: ignore[arg-type]

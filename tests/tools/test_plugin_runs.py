@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bitlower.passes import _registry
+from bitlower.passes._machinery import registry
 from bitlower.tools.cli import main
 
 PLUGIN = """
@@ -44,7 +44,7 @@ def run(
     capfd: pytest.CaptureFixture[str],
 ) -> Any:  # fmt: skip
     """``run(top, body)``: exit code, standard output and error of a run with such a plugin."""
-    monkeypatch.setattr(_registry.PASSES, "loose", {})
+    monkeypatch.setattr(registry.PASSES, "loose", {})
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model: {{path: {bert}}}\ncalibration: {{data: {texts}, samples: 4}}\nplugins: [guest.py]\n"

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from bitlower.ir import BitlowerError, Scheme
-from bitlower.passes import _registry, known_passes, make_pass
+from bitlower.passes import known_passes, make_pass
+from bitlower.passes._machinery import registry
 from bitlower.tools._yaml import yaml_text
 from bitlower.tools.recipe import (
     Recipe,
@@ -181,7 +182,7 @@ def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
 
 
 def test_plugins_lie_beside_the_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_registry.PASSES, "loose", {})
+    monkeypatch.setattr(registry.PASSES, "loose", {})
     source = Path(__file__).parents[1] / "plugin_package" / "fold_scales.py"
     (folder / "mine.py").write_text(source.read_text())
     text = GOOD.replace("passes:\n", "plugins: [mine.py]\npasses:\n  - fold-scales: {max-ratio: 2}\n")

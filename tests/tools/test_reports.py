@@ -84,7 +84,7 @@ def test_backends_are_asked_again_when_bits_change(
 
 def test_numbers_that_json_lacks_are_none() -> None:
     from bitlower.passes import Context, make_pass
-    from bitlower.passes._precision_report import FrontPoint, PrecisionReport
+    from bitlower.passes.precision._report import FrontPoint, PrecisionReport
 
     told: list[str] = []
     reports, context = Reports(told.append), Context()

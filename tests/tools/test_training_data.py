@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program
-from bitlower.passes._digest import digest_batches
+from bitlower.passes._machinery.digest import digest_batches
 from bitlower.tools._training import split_examples
 from bitlower.tools.data import Row
 from bitlower.tools.recipe import TrainingSection

@@ -14,8 +14,9 @@ import torch
 
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program
-from bitlower.passes import Context, _registry, find_pass
-from bitlower.passes._digest import digest_batches
+from bitlower.passes import Context, find_pass
+from bitlower.passes._machinery import registry
+from bitlower.passes._machinery.digest import digest_batches
 from bitlower.passes.training.qat import Qat
 from bitlower.tools.flow import Options, quantize, recipe_job, run_recipe
 from bitlower.tools.recipe import TrainingSection, load_recipe
@@ -48,7 +49,7 @@ class Learn(Pass):
 @pytest.fixture
 def learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A plugin with a pass that trains."""
-    monkeypatch.setattr(_registry.PASSES, "loose", {})
+    monkeypatch.setattr(registry.PASSES, "loose", {})
     (tmp_path / "learn.py").write_text(LEARN)
     return tmp_path / "learn.py"
 

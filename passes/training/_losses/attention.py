@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bitlower.passes.training._loss import Loss, Step
+from bitlower.passes._machinery.loss import Loss, Step
 from bitlower.passes.training._losses._paired import paired
 
 

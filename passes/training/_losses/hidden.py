@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from bitlower.passes.training._loss import Loss, Step
+from bitlower.passes._machinery.loss import Loss, Step
 from bitlower.passes.training._losses._paired import paired
 
 _TINY = torch.finfo(torch.float32).tiny

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from bitlower.ir import BitlowerError
-from bitlower.passes.training._loss import LogitsLoss
+from bitlower.passes._machinery.loss import LogitsLoss
 
 
 @dataclass(frozen=True)

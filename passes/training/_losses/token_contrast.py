@@ -10,9 +10,8 @@ import torch
 from torch.nn import functional
 
 from bitlower.ir import BitlowerError, Program
-from bitlower.ir.dataflow import blocks
-from bitlower.passes._placement import vocabularies
-from bitlower.passes.training._loss import Loss, Step
+from bitlower.ir.dataflow import blocks, vocabularies
+from bitlower.passes._machinery.loss import Loss, Step
 from bitlower.passes.training._losses._paired import paired
 from bitlower.passes.training._memory_bank import MemoryBank
 

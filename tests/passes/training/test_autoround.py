@@ -25,10 +25,10 @@ from bitlower.ir import (
     set_tensor,
 )
 from bitlower.passes import Context, PassManager, parse_pipeline
-from bitlower.passes.calibrate import Calibrate
-from bitlower.passes.lower_integer import LowerInteger
-from bitlower.passes.quantize import Quantize
-from bitlower.passes.rtn import Rtn
+from bitlower.passes.lowering.lower_integer import LowerInteger
+from bitlower.passes.quantizers.calibrate import Calibrate
+from bitlower.passes.quantizers.quantize import Quantize
+from bitlower.passes.rounding.rtn import Rtn
 from bitlower.passes.training import autoround as module
 from bitlower.passes.training._blocks import pairs
 from bitlower.passes.training._part import parts

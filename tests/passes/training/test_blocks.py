@@ -20,10 +20,10 @@ from bitlower.ir.dataflow import blocks, linears, parameter_of, weight_operand
 from bitlower.ir.observe import observe
 from bitlower.ir.storage import is_mapped
 from bitlower.passes import Context
-from bitlower.passes.calibrate import Calibrate
-from bitlower.passes.clean import Clean
-from bitlower.passes.quantize import Quantize
-from bitlower.passes.rtn import Rtn
+from bitlower.passes.canonical.clean import Clean
+from bitlower.passes.quantizers.calibrate import Calibrate
+from bitlower.passes.quantizers.quantize import Quantize
+from bitlower.passes.rounding.rtn import Rtn
 from bitlower.passes.training import _block_data as data_module
 from bitlower.passes.training import _block_loop as loop_module
 from bitlower.passes.training._block_data import BlockData, chosen_data, split

@@ -10,10 +10,10 @@ from torch import fx
 from bitlower.backends.onnx_qdq._export import export
 from bitlower.ir import BitlowerError, Program, Scheme, get_tensor, set_tensor
 from bitlower.passes import Context
-from bitlower.passes.calibrate import Calibrate
-from bitlower.passes.lower_integer import LowerInteger
-from bitlower.passes.quantize import Quantize
-from bitlower.passes.rtn import Rtn
+from bitlower.passes.lowering.lower_integer import LowerInteger
+from bitlower.passes.quantizers.calibrate import Calibrate
+from bitlower.passes.quantizers.quantize import Quantize
+from bitlower.passes.rounding.rtn import Rtn
 from bitlower.passes.training import lkd as module
 from bitlower.passes.training._block_data import BlockData, chosen_data
 from bitlower.passes.training._blocks import Walk, pairs

@@ -13,18 +13,10 @@ import torch
 
 import bitlower.passes.training._losses
 from bitlower.ir import BitlowerError, Program
-from bitlower.passes import (
-    Context,
-    Pass,
-    PassManager,
-    _registry,
-    format_pipeline,
-    load_plugin,
-    make_pass,
-    parse_pipeline,
-)
-from bitlower.passes._parameters import coerce, plain
-from bitlower.passes.training._loss_registry import LOSSES, Losses, find_loss, known_losses, make_loss
+from bitlower.passes import Context, Pass, PassManager, format_pipeline, load_plugin, make_pass, parse_pipeline
+from bitlower.passes._machinery import registry
+from bitlower.passes._machinery.losses import LOSSES, Losses, find_loss, known_losses, make_loss
+from bitlower.passes._machinery.parameters import coerce, plain
 from bitlower.passes.training._losses.logits import Logits
 
 ROOT = Path(__file__).parents[3]
@@ -55,7 +47,7 @@ class Halve(Pass):
 TRAINS = """
 from dataclasses import dataclass
 from bitlower.passes import Pass
-from bitlower.passes.training._loss_registry import Losses
+from bitlower.passes._machinery.losses import Losses
 
 @dataclass(frozen=True)
 class Learn(Pass):
@@ -70,7 +62,7 @@ class Learn(Pass):
 @pytest.fixture(autouse=True)
 def own_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test starts without loaded plugins."""
-    for catalog in (_registry.PASSES, LOSSES):
+    for catalog in (registry.PASSES, LOSSES):
         monkeypatch.setattr(catalog, "loose", {})
 
 
@@ -87,7 +79,7 @@ def test_every_own_file_holds_the_loss_of_its_name() -> None:
 
 def test_naming_one_loss_imports_no_other() -> None:
     code = (
-        "import sys; from bitlower.passes.training._loss_registry import Losses; Losses.from_list(['task']);"
+        "import sys; from bitlower.passes._machinery.losses import Losses; Losses.from_list(['task']);"
         "print(*sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -130,7 +122,7 @@ def test_a_bad_plugin_is_refused_as_a_whole(tmp_path: Path, text: str, message: 
     with pytest.raises(BitlowerError, match=message) as info:
         load_plugin(write(tmp_path / "p.py", text))
     assert "\n" not in str(info.value)
-    assert _registry.PASSES.loose == LOSSES.loose == {}
+    assert registry.PASSES.loose == LOSSES.loose == {}
 
 
 @pytest.fixture
@@ -190,7 +182,7 @@ def test_losses_go_through_text_and_recipes_and_back(
 ) -> None:
     from bitlower.tools.recipe import Recipe, dump_recipe, load_recipe, steps_of
 
-    monkeypatch.setattr(_registry.PASSES, "loose", {"learn": (tmp_path, Learn)})
+    monkeypatch.setattr(registry.PASSES, "loose", {"learn": (tmp_path, Learn)})
     losses = coerce(Losses, form)
     assert plain(Losses, losses) == form
     assert coerce(Losses, losses) is losses
@@ -207,7 +199,7 @@ def test_losses_go_through_text_and_recipes_and_back(
 
 
 def test_the_text_is_what_one_would_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_registry.PASSES, "loose", {"learn": (tmp_path, Learn)})
+    monkeypatch.setattr(registry.PASSES, "loose", {"learn": (tmp_path, Learn)})
     (pass_,) = parse_pipeline("learn{losses=[task hidden]}")
     assert pass_ == Learn(Losses((make_loss("task"), make_loss("hidden"))))
     assert format_pipeline([pass_]) == "learn{losses=[task hidden]}"
@@ -237,7 +229,7 @@ def test_the_text_is_what_one_would_write(tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_is_no_list_of_losses_is_refused(
     form: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_registry.PASSES, "loose", {"learn": (tmp_path, Learn)})
+    monkeypatch.setattr(registry.PASSES, "loose", {"learn": (tmp_path, Learn)})
     with pytest.raises(BitlowerError, match=rf"^pass 'learn'.*{message}") as info:
         make_pass("learn", {"losses": form})
     assert "\n" not in str(info.value)
@@ -246,7 +238,7 @@ def test_what_is_no_list_of_losses_is_refused(
 def test_a_recipe_says_in_which_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bitlower.tools.recipe import load_recipe
 
-    monkeypatch.setattr(_registry.PASSES, "loose", {"learn": (tmp_path, Learn)})
+    monkeypatch.setattr(registry.PASSES, "loose", {"learn": (tmp_path, Learn)})
     text = "model: {path: m}\npasses:\n  - learn:\n      losses: [logitz]\nexport: [onnx-qdq]\n"
     with pytest.raises(BitlowerError, match=r"recipe.yaml:4: pass 'learn': parameter 'losses': unknown loss 'logitz'"):
         load_recipe(write(tmp_path / "recipe.yaml", text)).build_passes()
@@ -255,7 +247,7 @@ def test_a_recipe_says_in_which_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_editors_know_the_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bitlower.tools.recipe import recipe_schema
 
-    monkeypatch.setattr(_registry.PASSES, "loose", {"learn": (tmp_path, Learn)})
+    monkeypatch.setattr(registry.PASSES, "loose", {"learn": (tmp_path, Learn)})
     _, with_parameters = recipe_schema()["properties"]["passes"]["items"]["anyOf"]
     schema = with_parameters["properties"]["learn"]["properties"]["losses"]
     assert schema["default"] == ["logits"]
@@ -278,7 +270,7 @@ def test_a_failing_pass_replays_with_its_losses(tiny_program: Program, tmp_path:
         PassManager([make_pass("learn", {"losses": ["half"]})], [Reproducer(tmp_path / "r")]).run(
             tiny_program, Context(evaluation=data)
         )
-    _registry.PASSES.loose.clear()
+    registry.PASSES.loose.clear()
     LOSSES.loose.clear()
     with pytest.raises(BitlowerError, match="half") as again:
         replay(tmp_path / "r")

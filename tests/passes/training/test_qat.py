@@ -17,9 +17,9 @@ import torch
 from bitlower.ir import BitlowerError, Program, get_tensor, numerics, ops, serialize, set_tensor
 from bitlower.ir.dataflow import NORM
 from bitlower.passes import Context, PassManager, parse_pipeline
+from bitlower.passes._machinery.losses import Losses
 from bitlower.passes.training import LogitsLoss, Loss, _forward
 from bitlower.passes.training._devices import Devices
-from bitlower.passes.training._loss_registry import Losses
 from bitlower.passes.training._optimizer import Rates
 from bitlower.passes.training._report import TrainReport
 from bitlower.passes.training.qat import Qat

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bitlower.passes import format_pipeline, parse_pipeline
-from bitlower.passes.training._loss_registry import Losses
+from bitlower.passes._machinery.losses import Losses
 from bitlower.passes.training._optimizer import Rates
 from bitlower.passes.training.qat import Qat
 

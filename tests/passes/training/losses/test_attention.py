@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bitlower.ir import BitlowerError
+from bitlower.passes._machinery.losses import make_loss
 from bitlower.passes.training import Step
-from bitlower.passes.training._loss_registry import make_loss
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]).bool()
 FUTURE = torch.ones(4, 4).triu(1).bool()

@@ -6,7 +6,7 @@ import torch
 from scipy.special import rel_entr, softmax
 
 from bitlower.ir import BitlowerError
-from bitlower.passes.training._loss_registry import make_loss
+from bitlower.passes._machinery.losses import make_loss
 
 GENERATOR = torch.Generator().manual_seed(0)
 STUDENT, TEACHER = (3 * torch.randn(6, 9, generator=GENERATOR) for _ in range(2))

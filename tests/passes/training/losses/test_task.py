@@ -6,7 +6,7 @@ import torch
 from scipy.special import log_softmax, softmax
 
 from bitlower.ir import BitlowerError
-from bitlower.passes.training._loss_registry import make_loss
+from bitlower.passes._machinery.losses import make_loss
 
 LOGITS = 2 * torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([3, 0, 1, 1, 2])

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bitlower.ir import BitlowerError, Program
+from bitlower.passes._machinery.losses import make_loss
 from bitlower.passes.training import Step
-from bitlower.passes.training._loss_registry import make_loss
 from bitlower.passes.training._memory_bank import MemoryBank
 
 VOCABULARY, CHANNELS = 12, 5

@@ -1,0 +1,1 @@
+"""What runs passes: the manager, its cache, contracts, observers, names and parameters."""

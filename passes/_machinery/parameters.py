@@ -1,0 +1,269 @@
+"""A pass's parameters: which types they may have, and the way from plain data (text, YAML) to them and back.
+
+Plain data are None, bool, int, float, str, lists and mappings. Structured types are classes with ``parse`` (from short
+text), ``from_dict`` (from a mapping, back by ``to_dict``) or ``from_list`` (from a list, back by ``to_list``). The
+pipeline text and the YAML recipe both go through :func:`build` and :func:`plain_parameters`, so they accept and print
+the same things.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import math
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from bitlower.ir import BitlowerError, nearest, shorten
+from bitlower.ir.json_files import parse_json
+from bitlower.passes._machinery.base import Pass, changed_fields
+from bitlower.passes._machinery.declared import check_declared
+from bitlower.passes._machinery.faults import blamed, source_of
+from bitlower.passes._machinery.loss import Loss
+
+T = TypeVar("T", bound=Pass | Loss)
+
+
+class MismatchError(ValueError):
+    """A value does not fit a type; the text says what the type takes."""
+
+
+def parameter_types(cls: type[Any]) -> dict[str, Any]:
+    """The annotation of each parameter, by its name in kebab-case."""
+    hints = typing.get_type_hints(cls)
+    return {kebab(field.name): hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def kebab(name: str) -> str:
+    """``group_size`` → ``group-size``."""
+    return name.replace("_", "-")
+
+
+def supported(kind: Any) -> bool:
+    """Whether a parameter may be annotated with ``kind``."""
+    arguments = typing.get_args(kind)
+    if _is_union(kind):
+        return all(map(supported, arguments))
+    if typing.get_origin(kind) is tuple:
+        return all(a is Ellipsis or supported(a) for a in arguments)
+    if typing.get_origin(kind) is typing.Literal:
+        return all(isinstance(a, bool | int | str) for a in arguments)
+    return kind in (bool, int, float, str, type(None)) or _is_enum(kind) or _is_structured(kind)
+
+
+def describe_type(kind: Any) -> str:
+    """What a parameter of type ``kind`` takes, in words."""
+    arguments = typing.get_args(kind)
+    if _is_union(kind):
+        return " or ".join(map(describe_type, arguments))
+    if typing.get_origin(kind) is tuple:
+        if arguments[-1] is Ellipsis:
+            return f"list of {describe_type(arguments[0])}"
+        return f"list of {len(arguments)} ({', '.join(map(describe_type, arguments))})"
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if _is_enum(kind):
+        return f"one of {', '.join(str(member.value) for member in kind)}"
+    if hasattr(kind, "from_list"):
+        return f"list of {kind.__name__.lower()}"
+    return "none" if kind is type(None) else str(kind.__name__)
+
+
+def coerce(kind: Any, value: Any) -> Any:
+    """Plain ``value`` as an instance of ``kind``; a value that is one already passes.
+
+    Raises:
+        MismatchError: it does not fit.
+        BitlowerError: a structured type refused it.
+    """
+    if _is_union(kind):
+        return _coerce_union(typing.get_args(kind), value, kind)
+    if typing.get_origin(kind) is tuple:
+        return _coerce_tuple(typing.get_args(kind), value, kind)
+    if typing.get_origin(kind) is typing.Literal:
+        options = typing.get_args(kind)
+        if any(type(option) is type(value) and option == value for option in options):
+            return value
+        if value is None and "none" in options:  # the bare word in pipeline text
+            return "none"
+    elif _is_enum(kind):
+        if any((type(m.value) is type(value) and m.value == value) or m is value for m in kind):
+            return kind(value)
+    elif _is_structured(kind):
+        return _coerce_structured(kind, value)
+    elif kind is float and type(value) is int and abs(value) <= sys.float_info.max:
+        return float(value)
+    elif kind is int and type(value) is int and not -(1 << 63) <= value < 1 << 63:
+        raise MismatchError(f"takes int of 64 bits, not {show(value)}")
+    elif type(value) is kind and not (kind is float and math.isnan(value)):
+        return value
+    raise MismatchError(f"takes {describe_type(kind)}, not {show(value)}")
+
+
+def show(value: Any) -> str:
+    """``value`` for an error message."""
+    return "none" if value is None else shorten(json.dumps(value, default=repr, ensure_ascii=False))
+
+
+def _coerce_union(members: tuple[Any, ...], value: Any, kind: Any) -> Any:
+    """The first member that fits; a string is a string unless it is the JSON form of a structured member."""
+    json_text = isinstance(value, str) and value.startswith("{")
+    ordered = sorted(members, key=lambda m: _is_structured(m) if not json_text else not _is_structured(m))
+    refusal: BitlowerError | None = None
+    for member in ordered:
+        try:
+            return coerce(member, value)
+        except MismatchError:
+            continue
+        except BitlowerError as error:
+            refusal = error
+    if refusal is not None:
+        raise refusal
+    raise MismatchError(f"takes {describe_type(kind)}, not {show(value)}")
+
+
+def _coerce_tuple(arguments: tuple[Any, ...], value: Any, kind: Any) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise MismatchError(f"takes a {describe_type(kind)}, not {show(value)}")
+    if arguments[-1] is Ellipsis:
+        return tuple(coerce(arguments[0], item) for item in value)
+    if len(value) != len(arguments):
+        raise MismatchError(f"takes a {describe_type(kind)}, not {len(value)} values")
+    return tuple(coerce(argument, item) for argument, item in zip(arguments, value, strict=True))
+
+
+def _coerce_structured(kind: Any, value: Any) -> Any:
+    if isinstance(value, kind):
+        return value
+    if hasattr(kind, "from_dict"):
+        value = _from_json(kind, value)
+    try:
+        if isinstance(value, list | tuple) and hasattr(kind, "from_list"):
+            return kind.from_list([_from_json(kind, item) for item in value])
+        if isinstance(value, Mapping) and hasattr(kind, "from_dict"):
+            return kind.from_dict(value)
+        if isinstance(value, str) and hasattr(kind, "parse"):
+            return kind.parse(value)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise MismatchError(f"takes {describe_type(kind)}, not {show(value)} ({error})") from error
+    raise MismatchError(f"takes {describe_type(kind)}, not {show(value)}")
+
+
+def _from_json(kind: Any, value: Any) -> Any:
+    """``value``; what its text says, if that is a mapping in JSON: pipeline text has no other form of it."""
+    if not isinstance(value, str) or not value.startswith("{"):
+        return value
+    try:
+        return parse_json(value)
+    except ValueError as error:
+        raise MismatchError(f"takes {describe_type(kind)}; its JSON is broken: {error}") from None
+
+
+def plain(kind: Any, value: Any) -> Any:
+    """``value`` of a parameter of type ``kind`` as plain data: the inverse of :func:`coerce`.
+
+    Raises:
+        BitlowerError: the type of ``value`` has no plain form.
+    """
+    if isinstance(value, enum.Enum):
+        return value.value
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        arguments = typing.get_args(_tuple_member(kind)) or (Any, Ellipsis)
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        return [plain(k, item) for k, item in zip(kinds, value, strict=True)]
+    if hasattr(value, "to_list"):
+        return value.to_list()
+    if not (_is_union(kind) and str in typing.get_args(kind)) and hasattr(value, "parse"):
+        name = getattr(value, "name", None)
+        text = name if isinstance(name, str) else str(value)
+        try:
+            if type(value).parse(text) == value:
+                return text
+        except BitlowerError:
+            pass  # the name does not say it all: the long form does
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    raise BitlowerError(f"a parameter of type {type(value).__name__} cannot be printed")
+
+
+def plain_parameters(owner: Pass | Loss) -> dict[str, Any]:
+    """The parameters that differ from their defaults, by name in kebab-case, as plain data."""
+    kinds = parameter_types(type(owner))
+    return {kebab(key): plain(kinds[kebab(key)], value) for key, value in changed_fields(owner).items()}
+
+
+def build(cls: type[Pass], parameters: Mapping[str, Any]) -> Pass:
+    """The pass with ``parameters``, in kebab-case or with underscores, checked against the fields' annotations.
+
+    Raises:
+        BitlowerError: a parameter is unknown, doubled, missing, of the wrong type, or refused by the pass, whose code
+            may fail in any way.
+    """
+    with blamed(f"pass {cls.name!r} cannot be made", source_of(cls)):
+        pass_ = make(cls, f"pass {cls.name!r}", parameters)
+        check_declared(pass_)
+        return pass_
+
+
+def make(cls: type[T], what: str, parameters: Mapping[str, Any]) -> T:
+    """The instance of a class of ``what`` with ``parameters``, checked against the annotations of its fields.
+
+    Raises:
+        BitlowerError: a parameter is unknown, doubled, missing, of the wrong type, or refused by the class.
+    """
+    kinds = parameter_types(cls)
+    values: dict[str, Any] = {}
+    for key, value in parameters.items():
+        name = kebab(str(key))
+        if name not in kinds:
+            raise BitlowerError(f"{what} has no parameter {shorten(repr(str(key)))}", hint=nearest(name, kinds))
+        if name.replace("-", "_") in values:
+            raise BitlowerError(f"{what}: parameter {name!r} is given twice")
+        values[name.replace("-", "_")] = _coerce_named(what, name, kinds[name], value)
+    for field in dataclasses.fields(cls):
+        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        if not has_default and field.name not in values:
+            raise BitlowerError(f"{what} needs the parameter {kebab(field.name)!r}")
+    try:
+        return cls(**values)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise BitlowerError(f"{what}: {error}") from error
+
+
+def _coerce_named(what: str, name: str, kind: Any, value: Any) -> Any:
+    try:
+        return coerce(kind, value)
+    except MismatchError as error:
+        hint = ""
+        if isinstance(value, bool | int | float) and str in (kind, *typing.get_args(kind)):
+            hint = f'quote it: "{value}"'
+        raise BitlowerError(f"{what}: parameter {name!r} {error}", hint=hint) from None
+    except BitlowerError as error:
+        raise BitlowerError(f"{what}: parameter {name!r}: {error.message}", hint=error.hint) from None
+
+
+def _tuple_member(kind: Any) -> Any:
+    """``kind`` itself, or the tuple among the members of a union."""
+    members = typing.get_args(kind) if _is_union(kind) else (kind,)
+    return next((m for m in members if typing.get_origin(m) is tuple), kind)
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, enum.Enum)
+
+
+def _is_structured(kind: Any) -> bool:
+    """Whether ``kind`` is a class that can be made from plain data."""
+    plain_type = kind in (bool, int, float, str) or _is_enum(kind)
+    made = any(hasattr(kind, method) for method in ("parse", "from_dict", "from_list"))
+    return isinstance(kind, type) and not plain_type and made

@@ -1,0 +1,1 @@
+"""One form for what models write in many: the pass `clean` and its rules."""

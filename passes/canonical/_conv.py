@@ -1,0 +1,148 @@
+"""Convolutions of size 1 are linear layers over the channels, and become them; those with groups one a group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from bitlower.ir import TensorType, get_tensor, set_tensor
+from bitlower.ir.dataflow import operand
+from bitlower.ir.rewrite import Rule, call_like
+
+aten = torch.ops.aten
+_CONVOLUTIONS = frozenset({
+    aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding,
+})  # fmt: skip
+_PERMUTES = frozenset({aten.transpose.int, aten.permute.default})
+_GROUPS = 16
+"""The most groups that become linear layers of their own."""
+
+
+def fold_pointwise(module: fx.GraphModule, node: fx.Node) -> fx.Node | str:
+    """Replace ``conv(x [batch, channels, …], w [out, in, 1, …])`` by ``linear`` over ``[batch, …, channels]``.
+
+    The weight is stored as ``[out, in]`` under its own name; that of ``groups`` as one matrix a group, called after it
+    with the group's number.
+    """
+    given = dict(zip(("bias", "stride", "padding", "dilation", "groups"), node.args[2:], strict=False))
+    weight, bias, groups = operand(node, 1), given.get("bias"), given.get("groups", 1)
+    reason = _refusal(module, node, given)
+    if reason:
+        return reason
+    assert isinstance(groups, int)
+    x, kind = operand(node, 0), node.meta["type"]
+    last = [0, *range(2, kind.rank), 1]
+    weights, biases = _split(module, weight, groups), _split(module, bias, groups)
+    with node.graph.inserting_before(node):
+        rows = _moved(node, x, last)
+        width = weights[0].meta["type"].shape
+        outputs = []
+        for group in range(groups):
+            part = rows if groups == 1 else _part(node, rows, group * width[1], (group + 1) * width[1])
+            args = (part, weights[group], *((biases[group],) if biases else ()))
+            shape = (*rows.meta["type"].shape[:-1], width[0])
+            outputs.append(call_like(node, aten.linear.default, args, TensorType(kind.dtype, shape)))
+        whole = outputs[0]
+        if groups > 1:
+            shape = (*rows.meta["type"].shape[:-1], kind.shape[1])
+            whole = call_like(node, aten.cat.default, (outputs, -1), TensorType(kind.dtype, shape))
+        result = _moved(node, whole, [0, kind.rank - 1, *range(1, kind.rank - 1)])
+    node.replace_all_uses_with(result)
+    return result
+
+
+def _refusal(module: fx.GraphModule, node: fx.Node, given: dict[str, Any]) -> str:
+    """Why a convolution is no linear layer, or is not made one; empty if it is."""
+    weight, bias = operand(node, 1), given.get("bias")
+    shape = weight.meta["type"].shape
+    if node.kwargs or any(size != 1 for size in shape[2:]):
+        return f"its kernel has the size {'×'.join(map(str, shape[2:]))}"
+    if operand(node, 0).meta["type"].rank != len(shape):
+        return "its input has no batch"
+    if set(given.get("stride", (1,))) != {1} or not _is_unpadded(given.get("padding", 0)):
+        return "it has a stride or a padding"
+    parameters = [part for part in (weight, bias) if part is not None]
+    if any(not isinstance(part, fx.Node) or part.op != "get_attr" for part in parameters):
+        return "its weight is computed"
+    readers = [user for holder in module.graph.find_nodes(op="get_attr", target=weight.target) for user in holder.users]
+    if readers != [node]:
+        return "its weight is read elsewhere too"
+    groups = given.get("groups", 1)
+    if groups > _GROUPS or (groups > 1 and shape[1] == 1):
+        return f"its {groups} groups are too many for linear layers of their own"
+    return ""
+
+
+def _is_unpadded(padding: Any) -> bool:
+    """Whether nothing is put around the input; a kernel of size 1 needs nothing to give the same size."""
+    return isinstance(padding, str) or not any(padding if isinstance(padding, list | tuple) else (padding,))
+
+
+def _split(module: fx.GraphModule, parameter: Any, groups: int) -> list[fx.Node]:
+    """The parameter (none: an empty list) without axes of size 1 at its end, cut into ``groups``, as nodes."""
+    if parameter is None:
+        return []
+    name = str(parameter.target)
+    tensor = get_tensor(module, name)
+    if groups == 1 and tensor.dim() == 1:
+        return [parameter]
+    flat = tensor.detach().reshape(tensor.shape[:2] if tensor.dim() > 1 else tensor.shape)
+    parts = [flat] if groups == 1 else [part.contiguous() for part in flat.chunk(groups)]
+    nodes = []
+    for group, part in enumerate(parts):
+        target = name if groups == 1 else f"{name}_{group}"
+        stored = torch.nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else part
+        set_tensor(module, target, stored)
+        with module.graph.inserting_before(parameter):
+            attribute = module.graph.get_attr(target)
+        attribute.meta = dict(parameter.meta) | {"type": TensorType(part.dtype, tuple(part.shape))}
+        nodes.append(attribute)
+    return nodes
+
+
+def _moved(like: fx.Node, value: fx.Node, order: list[int]) -> fx.Node:
+    """``value`` with its axes in another order; what ``value`` was before it was moved the other way, if it was."""
+    if value.target in _PERMUTES:
+        before = operand(value, 0)
+        if [_order(value)[axis] for axis in order] == list(range(len(order))):
+            return before
+    kind = value.meta["type"]
+    shape: tuple[int | str, ...] = tuple(kind.shape[axis] for axis in order)
+    return call_like(like, aten.permute.default, (value, order), TensorType(kind.dtype, shape))
+
+
+def _order(node: fx.Node) -> list[int]:
+    """The order that a transpose or permutation puts the axes in."""
+    rank = node.meta["type"].rank
+    if node.target is aten.permute.default:
+        return [int(str(axis)) % rank for axis in node.args[1]]  # type: ignore[union-attr]
+    order = list(range(rank))
+    first, second = (int(str(axis)) % rank for axis in node.args[1:3])
+    order[first], order[second] = second, first
+    return order
+
+
+def _part(like: fx.Node, rows: fx.Node, start: int, stop: int) -> fx.Node:
+    kind = rows.meta["type"]
+    shape = (*kind.shape[:-1], stop - start)
+    return call_like(like, aten.slice.Tensor, (rows, kind.rank - 1, start, stop), TensorType(kind.dtype, shape))
+
+
+def undo_permutation(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """Drop a transpose or permutation that takes back the one before it."""
+    inner = operand(node, 0)
+    if inner.target not in _PERMUTES:
+        return None
+    first, second = _order(inner), _order(node)
+    if [first[axis] for axis in second] != list(range(len(first))):
+        return None
+    node.replace_all_uses_with(operand(inner, 0))
+    return operand(inner, 0)
+
+
+RULES = (
+    Rule("pointwise-convolution", _CONVOLUTIONS, fold_pointwise),
+    Rule("permutation-and-back", _PERMUTES, undo_permutation),
+)

@@ -1,0 +1,14 @@
+"""The rewrite rules that bring what models write by hand to one form, in the order in which they are tried."""
+
+from __future__ import annotations
+
+from bitlower.passes.canonical import _attention, _conv, _gelu, _half, _linear, _norm
+
+RULES = (
+    *_half.RULES,
+    *_conv.RULES,
+    *_linear.RULES,
+    *_norm.RULES,
+    *_gelu.RULES,
+    *_attention.RULES,
+)

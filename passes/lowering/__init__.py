@@ -1,0 +1,1 @@
+"""From simulated to integer: stored codes, groups, kernels."""

@@ -1,0 +1,131 @@
+"""Put the slices that ``legalize`` cut back together: one value in embedding groups, and one linear that sums them.
+
+Runtimes without groups want a linear for each; a kernel sums over groups by itself, in the same order.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from bitlower.ir import Granularity, Quantizer, TensorType, get_tensor, ops, set_tensor
+from bitlower.ir.dataflow import ADD, operand
+from bitlower.ir.rewrite import Miss, call_like, sole_user
+from bitlower.passes.lowering._fusion import erase_dead, round_trip
+
+aten = torch.ops.aten
+COLUMNS = "columns"
+"""In the meta of a linear while it is fused: the sizes of the slices of its input whose products are summed in turn."""
+
+
+def regroup(module: fx.GraphModule) -> tuple[dict[fx.Node, fx.Node], list[Miss]]:
+    """Undo the slicing wherever it is whole; each new linear with the node it stands in for, and what stayed."""
+    stands_for: dict[fx.Node, fx.Node] = {}
+    misses: list[Miss] = []
+    for split in module.graph.find_nodes(op="call_function", target=aten.split_with_sizes.default):
+        trips = _parts(split)
+        if trips is None:
+            continue
+        sums = [found for user in trips[0][1].users if (found := _sum(user, trips)) is not None]
+        whole = {last for _, last in sums} | {user for user in trips[0][1].users if _is_whole(user, trips)}
+        if len(whole) != len(trips[0][1].users):
+            reason = "something reads a slice alone"
+            misses.append(Miss("groups", split.name, str(split.meta.get("path", "")), reason))
+            continue
+        value = _joined(module, split, trips)
+        for first, last in sums:
+            stands_for[_linear(first, last, value, split)] = last
+        dead = list(whole)
+        for node in whole:
+            if node.target is aten.cat.default:
+                node.replace_all_uses_with(value)
+        erase_dead(dead)
+    return stands_for, misses
+
+
+def _parts(split: fx.Node) -> list[tuple[fx.Node, fx.Node]] | None:
+    """The ``quantize`` and ``dequantize`` of every slice of the last axis; None if they have no scale each."""
+    value, sizes, *axis = split.args
+    assert isinstance(value, fx.Node)
+    assert isinstance(sizes, list)
+    taken = {user.args[1]: round_trip(user) for user in split.users if user.target is operator.getitem}
+    if axis not in ([-1], [value.meta["type"].rank - 1]) or sorted(taken) != list(range(len(sizes))):  # type: ignore[type-var]
+        return None
+    trips = [taken[index] for index in range(len(sizes))]
+    found = [trip for trip in trips if trip is not None and operand(trip[0], 1).meta["type"].rank == 0]
+    specs = {trip[0].meta["quantizer"].spec for trip in found}
+    return found if len(found) == len(sizes) and len(specs) == 1 else None
+
+
+def _sum(first: fx.Node, trips: list[tuple[fx.Node, fx.Node]]) -> tuple[fx.Node, fx.Node] | None:
+    """The linear on the first slice and the last of the additions of those on the others, in order."""
+    if not _reads_slice(first, trips[0][1]):
+        return None
+    weight, start, total = operand(operand(first, 1), 0), 0, first
+    for _, value in trips:
+        end = start + value.meta["type"].shape[-1]
+        if total is not first or start:
+            user = sole_user(total)
+            if user is None or user.target not in ADD or user.kwargs or user.args[0] is not total:
+                return None
+            product = operand(user, 1)
+            total = user
+        else:
+            product = first
+        if not _reads_slice(product, value) or operand(product, 1).args != (weight, 1, start, end):
+            return None
+        start = end
+    return first, total
+
+
+def _reads_slice(linear: fx.Node, value: fx.Node) -> bool:
+    """Whether ``linear`` multiplies ``value`` with columns of a quantized weight."""
+    if linear.target is not aten.linear.default or linear.args[0] is not value:
+        return False
+    columns = operand(linear, 1)
+    return columns.target is aten.slice.Tensor and operand(columns, 0).target is ops.dequantize
+
+
+def _is_whole(user: fx.Node, trips: list[tuple[fx.Node, fx.Node]]) -> bool:
+    """Whether ``user`` puts all slices together again."""
+    return user.target is aten.cat.default and user.args == ([value for _, value in trips], -1)
+
+
+def _joined(module: fx.GraphModule, split: fx.Node, trips: list[tuple[fx.Node, fx.Node]]) -> fx.Node:
+    """The whole value, rounded in groups."""
+    value, first = operand(split, 0), trips[0][0]
+    sizes = [part.meta["type"].shape[-1] for _, part in trips]
+    equal = len(set(sizes)) == 1
+    make = Granularity.per_embedding_group if equal else Granularity.per_embedding_parts
+    quantizer: Quantizer = first.meta["quantizer"]
+    quantizer = replace(quantizer, spec=replace(quantizer.spec, granularity=make(len(sizes))), tensor=value.name)
+    kind: TensorType = value.meta["type"]
+    with split.graph.inserting_before(split):
+        scales = []
+        for name, place in (("scale", 1), ("zero_point", 2)):
+            parts = [get_tensor(module, str(operand(trip[0], place).target)) for trip in trips]
+            spread = [part.expand(1 if equal else size) for part, size in zip(parts, sizes, strict=True)]
+            stored = torch.cat(spread).reshape(*(1,) * (kind.rank - 1), -1)
+            set_tensor(module, f"quantizers.{value.name}.{name}", stored)
+            scales.append(split.graph.get_attr(f"quantizers.{value.name}.{name}"))
+            scales[-1].meta["type"] = TensorType(stored.dtype, tuple(stored.shape))
+        codes = call_like(
+            first, ops.quantize, (value, *scales, *first.args[3:]), kind.with_dtype(first.meta["type"].dtype)
+        )
+        values = call_like(first, ops.dequantize, (codes, *scales), kind)
+    for node in (codes, values):
+        node.meta["quantizer"] = quantizer
+    return values
+
+
+def _linear(first: fx.Node, last: fx.Node, value: fx.Node, split: fx.Node) -> fx.Node:
+    """One linear in the place of the additions up to ``last``."""
+    args = (value, operand(operand(first, 1), 0), *first.args[2:])
+    with last.graph.inserting_before(last):
+        linear = call_like(last, aten.linear.default, args, last.meta["type"])
+    linear.meta[COLUMNS] = list(split.args[1])  # type: ignore[arg-type]
+    last.replace_all_uses_with(linear)
+    return linear

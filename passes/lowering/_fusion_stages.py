@@ -1,0 +1,191 @@
+"""The stages that fusions are made of: what may follow an operator into its kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from bitlower.ir import ops
+from bitlower.ir.dataflow import ADD, is_float, operand
+from bitlower.ir.rewrite import sole_user
+from bitlower.passes.lowering._fusion import Match, is_static, round_trip
+
+aten = torch.ops.aten
+MULTIPLY = frozenset({aten.mul.Tensor})
+_ACTIVATIONS: dict[tuple[Any, str], str] = {
+    (aten.gelu.default, "none"): "gelu",
+    (aten.gelu.default, "tanh"): "gelu-tanh",
+    (aten.relu.default, ""): "relu",
+    (aten.silu.default, ""): "silu",
+    (aten.tanh.default, ""): "tanh",
+    (aten.sigmoid.default, ""): "sigmoid",
+}
+ROWS = "every token gets a scale of its own, and this kernel does not hold whole rows"
+
+
+def activation_name(node: fx.Node | None) -> str:
+    """What kernels call the activation function that ``node`` is; empty if it is none of theirs."""
+    if node is None or len(node.args) != 1:
+        return ""
+    form = str(node.kwargs.get("approximate", "none")) if node.target is aten.gelu.default else ""
+    return _ACTIVATIONS.get((node.target, form), "") if set(node.kwargs) <= {"approximate"} else ""
+
+
+def is_per_token(value: fx.Node) -> bool:
+    """Whether ``value`` is quantized with a scale for each token."""
+    return any(user.target is ops.choose_qparams for user in value.users)
+
+
+def gated(value: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The product that alone reads ``value``, and its other factor of the same type, if that is an activation too."""
+    return _joined_with(value, MULTIPLY)
+
+
+def added(value: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The sum that alone reads ``value``, and its other term of the same type."""
+    return _joined_with(value, ADD)
+
+
+def _joined_with(value: fx.Node, targets: frozenset[object]) -> tuple[fx.Node, fx.Node] | None:
+    user = sole_user(value)
+    if user is None or user.target not in targets or user.kwargs or len(user.args) != 2:
+        return None
+    others = [arg for arg in user.args if arg is not value]
+    if len(others) != 1 or not isinstance(others[0], fx.Node) or others[0].op == "get_attr":
+        return None
+    kinds = {node.meta.get("type") for node in (value, others[0], user)}
+    return (user, others[0]) if len(kinds) == 1 and is_float(user) else None
+
+
+def take_activation(match: Match) -> str:
+    """An activation function, unless it is the first factor of a product or quantized per token."""
+    user = sole_user(match.value)
+    name = activation_name(user)
+    if user is None or not name or gated(user):
+        return ""
+    if is_per_token(user):
+        return f"{name} is left to a kernel of its own: {ROWS}"
+    match.arguments["activation"] = name
+    match.take(user)
+    return ""
+
+
+def take_residual(match: Match) -> str:
+    """The sum with another value, behind a rounding if there is one."""
+    trip = round_trip(match.value)
+    found = added(trip[1] if trip else match.value)
+    if found is None:
+        return ""
+    if trip:
+        match.round("rounded", trip[0])
+        match.take(*trip)
+    total, other = found
+    match.at = total
+    match.read("residual", other)
+    match.take(total)
+    return ""
+
+
+def take_factor(match: Match) -> str:
+    """The product with another value."""
+    found = gated(match.value)
+    if found is not None:
+        product, other = found
+        match.at = product
+        match.read("factor", other)
+        match.take(product)
+    return ""
+
+
+def take_heads(match: Match) -> str:
+    """The joining of heads, unless what comes out is quantized per token."""
+    sink_rounding(match.value)
+    chain = joining(match.value)
+    if not chain:
+        return ""
+    if is_per_token(chain[-1]):
+        return f"heads are joined by a kernel of its own: {ROWS}"
+    match.arguments["heads"] = True
+    match.at = chain[-1]
+    match.take(*chain)
+    return ""
+
+
+def joining(value: fx.Node) -> list[fx.Node]:
+    """The views that alone read ``[batch, heads, length, width]`` and make ``[batch, length, heads · width]`` of it."""
+    turned = sole_user(value)
+    if turned is None or turned.target is not aten.transpose.int or value.meta["type"].rank != 4:
+        return []
+    if {axis % 4 for axis in turned.args[1:] if isinstance(axis, int)} != {1, 2}:
+        return []
+    chain, last = [turned], sole_user(turned)
+    if last is not None and last.target in (aten.contiguous.default, aten.clone.default):
+        chain, last = [*chain, last], sole_user(last)
+    if last is None or last.target not in (aten.reshape.default, aten.view.default, aten.flatten.using_ints):
+        return []
+    batch, heads, length, width = value.meta["type"].shape
+    whole = isinstance(heads, int) and isinstance(width, int) and last.meta["type"].shape == (
+        batch, length, heads * width
+    )  # fmt: skip
+    return [*chain, last] if whole else []
+
+
+def sink_rounding(value: fx.Node) -> None:
+    """Put the ``quantize`` and ``dequantize`` of ``value``, with one scale, behind the joining of heads."""
+    trip = round_trip(value)
+    if trip is None or operand(trip[0], 1).meta["type"].rank:
+        return
+    chain = joining(trip[1])
+    if not chain:
+        return
+    quantize, dequantize = trip
+    last = chain[-1]
+    readers = list(last.users)
+    chain[0].args = (value, *chain[0].args[1:])
+    last.append(quantize)
+    quantize.append(dequantize)
+    quantize.args = (last, *quantize.args[1:])
+    for node, source in ((quantize, last), (dequantize, last)):
+        node.meta["type"] = source.meta["type"].with_dtype(node.meta["type"].dtype)
+    for reader in readers:
+        reader.replace_input_with(last, dequantize)
+
+
+def take_quantize(match: Match) -> str:
+    """The rounding of the result with stored scales."""
+    quantize, reason = _quantizer(match.value)
+    if quantize is None or reason:
+        return reason
+    if not is_static(quantize):
+        return f"its result is quantized outside: {ROWS}"
+    _round_result(match, quantize)
+    return ""
+
+
+def take_any_quantize(match: Match) -> str:
+    """The rounding of the result with stored scales, or with a scale for each token."""
+    quantize, reason = _quantizer(match.value)
+    if quantize is None or reason:
+        return reason
+    if not is_static(quantize):
+        scale, zero_point = operand(quantize, 1), operand(quantize, 2)
+        match.results[0] |= {"scale": scale, "zero_point": zero_point}
+        match.taken.append(operand(scale, 0))
+    _round_result(match, quantize)
+    return ""
+
+
+def _quantizer(value: fx.Node) -> tuple[fx.Node | None, str]:
+    """The node that quantizes ``value``, and why it cannot be taken."""
+    found = [user for user in value.users if user.target is ops.quantize]
+    if len(found) > 1:
+        return None, f"its result is quantized in {len(found)} ways"
+    return (found[0] if found else None), ""
+
+
+def _round_result(match: Match, quantize: fx.Node) -> None:
+    match.round("out", quantize)
+    match.results[0] |= {"value": match.value, "codes": quantize}
+    match.taken.append(quantize)

@@ -1,0 +1,214 @@
+"""All fusions: which operators become which kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from bitlower.ir import kernels, ops
+from bitlower.ir.dataflow import ADD, EMBEDDING, NORM, is_float, operand
+from bitlower.passes.lowering._fusion import Fusion, Match, round_trip, stored_codes
+from bitlower.passes.lowering._fusion_attention import ATTENTIONS, start_attention
+from bitlower.passes.lowering._fusion_merge import start_linear
+from bitlower.passes.lowering._fusion_rotary import start_rotary
+from bitlower.passes.lowering._fusion_stages import (
+    MULTIPLY,
+    activation_name,
+    added,
+    joining,
+    take_activation,
+    take_any_quantize,
+    take_factor,
+    take_heads,
+    take_quantize,
+    take_residual,
+)
+
+aten = torch.ops.aten
+_ACTIVATIONS = frozenset({
+    aten.gelu.default, aten.relu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default,
+})  # fmt: skip
+
+
+def start_norm(match: Match) -> str | None:
+    """LayerNorm or RMSNorm over the last axis, with the sum before it that no linear has taken."""
+    node = match.root
+    if node.target is aten.native_layer_norm.default:
+        return "it gives mean and deviation too"
+    if len(node.args[1]) != 1:  # type: ignore[arg-type]
+        return "it is over several axes"
+    layer = node.target is aten.layer_norm.default
+    parts = dict(zip(("weight", "bias", "eps") if layer else ("weight", "eps"), node.args[2:], strict=False))
+    weight = parts.get("weight")
+    if stored_codes(weight):
+        match.read("weight", weight)  # type: ignore[arg-type]
+    else:
+        match.arguments["weight"] = weight
+    eps = parts.get("eps", 1e-5 if layer else None)
+    match.arguments |= {"bias": parts.get("bias"), "norm": "layer" if layer else "rms", "eps": eps}
+    total = operand(node, 0)
+    terms = _terms(total)
+    if terms is not None and any(user < node for user in total.users):
+        match.reasons.append("the sum is not added in the same kernel: something between reads it")
+        terms = None
+    match.read("x", terms[0] if terms else total)
+    if terms:
+        match.read("residual", terms[1])
+        match.taken.append(total)
+        match.results[0]["sum"] = total
+    return ""
+
+
+def _terms(total: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two values of one type whose sum ``total`` is, if it is such a sum."""
+    terms = [arg for arg in total.args if isinstance(arg, fx.Node) and is_float(arg) and arg.op != "get_attr"]
+    if total.target not in ADD or total.kwargs or len(terms) != 2 or len(total.args) != 2:
+        return None
+    return (terms[0], terms[1]) if all(term.meta["type"] == total.meta["type"] for term in terms) else None
+
+
+def start_activation(match: Match) -> str | None:
+    """An activation function that no linear has taken."""
+    name = activation_name(match.root)
+    if not name:
+        return "kernels have no such form of it"
+    match.arguments["activation"] = name
+    match.read("x", operand(match.root, 0))
+    return ""
+
+
+def start_sum(match: Match) -> str | None:
+    """A sum of two values that no linear and no norm has taken, if it is quantized."""
+    terms = _terms(match.root)
+    if terms is None or not any(user.target is ops.quantize for user in match.root.users):
+        return None
+    match.read("x", terms[0])
+    match.read("residual", terms[1])
+    return ""
+
+
+def start_joining(match: Match) -> str | None:
+    """Heads that no attention has joined."""
+    source = operand(match.root, 0)
+    chain = joining(source)
+    if not chain or chain[0] is not match.root:
+        return None
+    match.arguments["heads"] = True
+    match.at = chain[-1]
+    match.read("x", source)
+    match.take(*chain[1:])
+    return "" if any(user.target is ops.quantize for user in match.value.users) else None
+
+
+def start_embedding(match: Match) -> str | None:
+    """Rows of quantized tables, and the sums of them."""
+    first = _lookup(match.root)
+    if first is None:
+        return "its table is float"
+    found, rounded, value = [first], list[fx.Node](), match.root
+    while True:
+        trip = round_trip(value)
+        sum_ = added_rows(trip[1] if trip else value)
+        if sum_ is None:
+            break
+        total, other = sum_
+        lookup = _lookup(other)
+        even = not trip if len(found) == 1 else len(found) == 2 or bool(trip) == bool(rounded)
+        if lookup is None or len(other.users) > 1 or not even:
+            break
+        if trip:
+            rounded.append(trip[0])
+            match.take(*trip)
+        found.append(lookup)
+        match.at = total
+        match.take(other, total)
+        value = total
+    _tables(match, found, rounded)
+    return ""
+
+
+def added_rows(value: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The sum that alone reads ``value``, and its other term, which may be shared by the whole batch."""
+    found = added(value)
+    if found is not None:
+        return found
+    user = next(iter(value.users)) if len(value.users) == 1 else None
+    if user is None or user.target not in ADD or user.kwargs or user.meta.get("type") != value.meta["type"]:
+        return None
+    others = [arg for arg in user.args if isinstance(arg, fx.Node) and arg is not value]
+    return (user, others[0]) if len(others) == 1 and is_float(others[0]) else None
+
+
+def _lookup(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The ``dequantize`` of the table and the ids of an embedding in codes."""
+    if node.target not in EMBEDDING:
+        return None
+    table = stored_codes(node.args[0])
+    return (table, operand(node, 1)) if table is not None else None
+
+
+def _tables(match: Match, found: list[tuple[fx.Node, fx.Node]], rounded: list[fx.Node]) -> None:
+    match.arguments |= {"ids": [ids for _, ids in found], "tables": [operand(table, 0) for table, _ in found]}
+    for name, position in (("scales", 1), ("zero_points", 2)):
+        match.arguments[f"table_{name}"] = [operand(table, position) for table, _ in found]
+        match.arguments[f"rounded_{name}"] = [operand(node, position) for node in rounded]
+    match.quantizers |= {f"table_{i}": table.meta["quantizer"] for i, (table, _) in enumerate(found)}
+    match.quantizers |= {f"rounded_{i}": node.meta["quantizer"] for i, node in enumerate(rounded)}
+    match.taken += [table for table, _ in found]
+    if rounded:
+        match.arguments["rounded_grid"] = str(rounded[0].meta["quantizer"].spec.grid)
+
+
+FUSIONS = (
+    Fusion(
+        "linear",
+        frozenset({aten.linear.default}),
+        kernels.fused_linear,
+        start_linear,
+        (take_activation, take_residual, take_quantize),
+        first=("x", "weight", "weight_scale", "weight_zero_point", "bias"),
+    ),
+    Fusion(
+        "attention",
+        ATTENTIONS,
+        kernels.fused_attention,
+        start_attention,
+        (take_heads, take_quantize),
+        first=("query", "key", "value", "mask"),
+    ),
+    Fusion(
+        "rotary",
+        MULTIPLY,
+        kernels.fused_rotary,
+        start_rotary,
+        (take_any_quantize,),
+        first=("x", "cos", "sin"),
+    ),
+    Fusion("norm", NORM, kernels.fused_norm, start_norm, (take_any_quantize,), first=("x", "weight", "bias")),
+    Fusion(
+        "activation",
+        _ACTIVATIONS,
+        kernels.fused_pointwise,
+        start_activation,
+        (take_factor, take_any_quantize),
+        first=("x",),
+    ),
+    Fusion(
+        "heads",
+        frozenset({aten.transpose.int}),
+        kernels.fused_pointwise,
+        start_joining,
+        (take_any_quantize,),
+        first=("x",),
+    ),
+    Fusion("sum", ADD, kernels.fused_pointwise, start_sum, (take_any_quantize,), first=("x",)),
+    Fusion(
+        "embedding",
+        EMBEDDING,
+        kernels.fused_embedding,
+        start_embedding,
+        (take_any_quantize,),
+        first=("ids", "tables"),
+    ),
+)
+"""In the order in which they are tried at a node; each operator is the root of one of them."""

@@ -1,0 +1,260 @@
+"""Measure ranges, outliers, separator attention and clamping of a Program on calibration data."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from bitlower.ir import Batch, BitlowerError, Level, Program, describe, get_tensor
+from bitlower.ir.feed_forward import feed_forward_values
+from bitlower.ir.observe import Track, observe
+from bitlower.passes._machinery.base import Context, Contract, Pass
+from bitlower.passes.outliers._report import (
+    ClampRate,
+    DimensionCount,
+    FeedForward,
+    HeadAttention,
+    OutlierReport,
+    PositionCount,
+    TensorRange,
+    TokenCount,
+)
+from bitlower.passes.outliers._sites import (
+    attentions,
+    calibrated,
+    has_tokens,
+    not_padding,
+    separator,
+    tensor_roles,
+    token_axes,
+    vocabulary,
+)
+from bitlower.passes.outliers._statistics import (
+    ClampCount,
+    Moments,
+    OutlierCounts,
+    SeparatorAttention,
+    Tokens,
+    attention_probabilities,
+    most_common,
+)
+
+__all__ = ["AnalyzeOutliers", "OutlierReport", "analyze"]
+
+_LISTED = 16
+
+
+@dataclass(frozen=True)
+class AnalyzeOutliers(Pass):
+    """Leave an :class:`OutlierReport` (Bondarenko et al. §3): which tensors are hard to quantize, where, and why.
+
+    The calibration data is read twice, first for moments, then for outliers. Padding counts nowhere.
+    """
+
+    name: ClassVar[str] = "analyze-outliers"
+    requires: ClassVar[frozenset[Level]] = frozenset({Level.FLOAT, Level.SIMULATED})
+    contract: ClassVar[Contract] = Contract.ANALYSIS
+    sigma: float = 6.0
+    """From how many standard deviations on a value is an outlier."""
+    batches: int | None = None
+    """How many calibration batches to look at; all if left out."""
+
+    def data_runs(self, program: Program) -> int:
+        """Ranges first, then what lies outside them."""
+        return 2
+
+    def run(self, program: Program, context: Context) -> bool:
+        """Analyze and leave the report.
+
+        Raises:
+            BitlowerError: there is no calibration data, a parameter is out of range, or a tensor gets NaN or Inf.
+        """
+        if self.batches is not None and self.batches < 1:
+            raise BitlowerError(f"batches must be at least 1, not {self.batches}")
+        context.put(analyze(program, context.calibration[: self.batches], sigma=self.sigma, track=context.track))
+        return False
+
+
+def analyze(
+    program: Program, batches: Sequence[Batch], *, sigma: float = 6.0, track: Track | None = None
+) -> OutlierReport:
+    """Give the report on ``program`` for ``batches``.
+
+    Raises:
+        BitlowerError: there are no batches, sigma is not positive, or a tensor gets NaN or Inf.
+    """
+    if not batches:
+        raise BitlowerError("analyze-outliers needs calibration data", hint="give a file of texts, or batches")
+    if not sigma > 0:
+        raise BitlowerError(f"sigma must be positive, not {sigma}")
+    analysis = _Analysis(program)
+    analysis.measure(batches, track)
+    analysis.locate(batches, sigma, track)
+    return analysis.report(sigma)
+
+
+class _Analysis:
+    """The statistics of one program while batches stream by."""
+
+    def __init__(self, program: Program) -> None:
+        self.program, self.axes = program, token_axes(program)
+        self.roles = tensor_roles(program.graph)
+        self.moments = {node: Moments() for node in self.roles}
+        self.outliers: dict[fx.Node, OutlierCounts] = {}
+        self.separator = separator(program)
+        self.attentions = attentions(program.graph) if self.separator is not None else []
+        self.on_separator = {attention.node: SeparatorAttention() for attention in self.attentions}
+        self.clamps = {node: ClampCount() for node in calibrated(program)}
+        self.held: dict[fx.Node, torch.Tensor] = {}
+        self.batch: Batch = {}
+        self.tokens: Tokens | None = None
+        self.sequences = self.token_count = 0
+
+    def measure(self, batches: Sequence[Batch], track: Track | None) -> None:
+        """Read the data for the first time: moments, attention, clamping."""
+        read_by: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for node in self.clamps:
+            read_by[node.all_input_nodes[0]].append(node)
+        attending = {attention.node: attention for attention in self.attentions}
+        last_reader = {operand: a.node for a in self.attentions for operand in a.operands}
+
+        def look(node: fx.Node, value: torch.Tensor, batch: Batch) -> None:
+            if node in self.moments:
+                self._add_moments(node, value)
+            for quantizer in read_by.get(node, ()):
+                self._count_clamped(quantizer, node, value)
+            if node in last_reader:
+                self.held[node] = value
+            if node in attending:
+                self._attend(node, *(self.held[n] for n in attending[node].operands))
+                self.held = {n: v for n, v in self.held.items() if last_reader[n] is not node}
+
+        watched = {*self.moments, *read_by, *last_reader, *attending}
+        observe(self.program, watched, self._stream(batches, track, "ranges"), look)
+        self.held.clear()
+
+    def locate(self, batches: Sequence[Batch], sigma: float, track: Track | None) -> None:
+        """Read the data for the second time: where the outliers are."""
+        self.outliers = {node: OutlierCounts(m.mean, sigma * m.std) for node, m in self.moments.items()}
+
+        def look(node: fx.Node, value: torch.Tensor, batch: Batch) -> None:
+            self.outliers[node].update(*self._rows(node, value))
+
+        observe(self.program, self.outliers, self._stream(batches, track, "outliers"), look)
+
+    def _stream(self, batches: Sequence[Batch], track: Track | None, label: str) -> Iterator[Batch]:
+        """Give the batches one by one and note which is under way."""
+        self.sequences = self.token_count = 0
+        for batch in track(batches, label) if track else batches:
+            self.batch, self.tokens = batch, Tokens.of(batch, self.sequences)
+            self.sequences += self._size
+            self.token_count += self.tokens.sequence.numel() if self.tokens else 0
+            yield batch
+
+    @property
+    def _size(self) -> int:
+        """How many sequences the batch holds."""
+        return next(iter(self.batch.values())).shape[0]
+
+    def _rows(self, node: fx.Node, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Tokens | None]:
+        """Give the vectors of ``value`` that are no padding, the sequence of each, and the tokens if each is one."""
+        rows = value.reshape(-1, value.shape[-1])
+        if self.tokens is not None and has_tokens(node, value, self.tokens.mask, self.axes[0]):
+            return self.tokens.select(rows), self.tokens.sequence, self.tokens
+        each = max(1, len(rows) // self._size)
+        sequence = torch.arange(len(rows)) // each + self.sequences - self._size
+        return rows, sequence, None
+
+    def _add_moments(self, node: fx.Node, value: torch.Tensor) -> None:
+        moments = self.moments[node]
+        moments.update(self._rows(node, value)[0])
+        if not math.isfinite(moments.m4):
+            raise BitlowerError(f"{describe(node)} gives NaN or Inf on the calibration data")
+
+    def _count_clamped(self, quantizer: fx.Node, node: fx.Node, value: torch.Tensor) -> None:
+        _, scale, zero = quantizer.all_input_nodes
+        stored = (get_tensor(self.program.module, str(part.target)) for part in (scale, zero))
+        keep = None if self.tokens is None else not_padding(node, value, self.tokens.mask, self.axes)
+        self.clamps[quantizer].update(value, keep, quantizer.meta["quantizer"].spec.grid, *stored)
+
+    def _attend(self, node: fx.Node, value: torch.Tensor, *others: torch.Tensor) -> None:
+        """Add the attention that ``node`` computes; ``others`` are its probabilities, or query, key and mask."""
+        attention = next(a for a in self.attentions if a.node is node)
+        ids = self.batch.get("input_ids")
+        if self.tokens is None or ids is None:
+            return
+        if attention.probs is not None:
+            probs = others[0]
+        else:
+            query, key, *mask = others
+            probs = attention_probabilities(
+                query, key, mask[0] if mask else None, causal=attention.causal, scale=attention.scale
+            )
+        if probs.shape[2:] == (ids.shape[1], ids.shape[1]):
+            mask_of_tokens = self.tokens.mask
+            self.on_separator[node].update(probs, value, mask_of_tokens, (ids == self.separator) & mask_of_tokens)
+
+    def report(self, sigma: float) -> OutlierReport:
+        """Put together all that was found.
+
+        Raises:
+            BitlowerError: all of the data is padding.
+        """
+        if not all(moments.count for moments in self.moments.values()):
+            raise BitlowerError("the calibration data holds nothing but padding")
+        texts, special = vocabulary(self.program)
+        tensors = {node: self._tensor(node, texts, special) for node in self.roles}
+        return OutlierReport(
+            sigma,
+            self.sequences,
+            self.token_count,
+            tuple(tensors.values()),
+            tuple(_feed_forward(*(tensors[n] for n in nodes)) for nodes in feed_forward_values(self.program.graph)),
+            tuple(
+                HeadAttention(node.name, _path(node), head, share, ratio)
+                for node, statistics in self.on_separator.items()
+                for head, (share, ratio) in enumerate(statistics.heads())
+            ),
+            tuple(_clamp_rate(node, count) for node, count in self.clamps.items()),
+        )
+
+    def _tensor(self, node: fx.Node, texts: Mapping[int, str], special: frozenset[int]) -> TensorRange:
+        moments, found = self.moments[node], self.outliers[node]
+        dimensions = most_common(found.dimensions, _LISTED)
+        tokens = most_common(found.tokens, _LISTED)
+        return TensorRange(
+            node.name,
+            _path(node),
+            self.roles[node],
+            moments.count,
+            moments.minimum,
+            moments.maximum,
+            moments.mean,
+            moments.std,
+            moments.kurtosis,
+            found.total,
+            len(found.dimensions),
+            tuple(DimensionCount(index, n, found.sequences[index] / self.sequences) for index, n in dimensions),
+            tuple(PositionCount(position, n) for position, n in most_common(found.positions, _LISTED)),
+            tuple(TokenCount(token, texts.get(token, ""), token in special, n) for token, n in tokens),
+        )
+
+
+def _path(node: fx.Node) -> str:
+    return str(node.meta.get("path", ""))
+
+
+def _feed_forward(x: TensorRange, h: TensorRange, y: TensorRange) -> FeedForward:
+    ratios = [tensor.width / x.width if x.width else 0.0 for tensor in (h, y)]
+    return FeedForward(h.path, x.node, h.node, y.node, *ratios)
+
+
+def _clamp_rate(node: fx.Node, count: ClampCount) -> ClampRate:
+    quantizer = node.meta["quantizer"]
+    return ClampRate(node.name, _path(node), quantizer.role, quantizer.tensor, count.rate)

@@ -1,0 +1,1 @@
+"""Bits for each tensor: how much each costs, and the best assignment under a limit."""

@@ -1,0 +1,211 @@
+"""What ``assign-precision`` leaves: plain data, the tables that people read, and the Pareto front as a picture."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from bitlower.passes._machinery.base import Record
+from bitlower.passes._machinery.report import Table
+
+TIME = "time"
+"""The budget whose use is calculated, and not counted."""
+_WIDTH, _HEIGHT, _MARGIN = 640, 400, 60
+
+
+@dataclass(frozen=True)
+class PrecisionRow:
+    """Quantizers that got the same bits.
+
+    Args:
+        tensors: what they round.
+        role: their role.
+        before: the bits that they had.
+        bits: those that they got.
+        loss: with these alone on, with these bits; None for a fixed set.
+    """
+
+    tensors: tuple[str, ...]
+    role: str
+    before: int
+    bits: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class BudgetUse:
+    """A budget: its name, the most that was allowed, and what was used, in the budget's own unit."""
+
+    name: str
+    most: float
+    used: float
+
+    @property
+    def label(self) -> str:
+        """The name, and how the number came to be where it was not counted."""
+        return f"{self.name}, estimated by calculation" if self.name == TIME else self.name
+
+
+@dataclass(frozen=True)
+class TimeEstimate:
+    """What the linears take, calculated (:mod:`bitlower.passes.precision._roofline`): nothing was measured.
+
+    Args:
+        target: its name.
+        rows: that each linear reads.
+        before_us: microseconds, with the bits that the scheme gives.
+        after_us: with those that were chosen.
+    """
+
+    target: str
+    rows: int
+    before_us: float
+    after_us: float
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """The best assignment under one budget: what it may use, what it uses, its losses (measured where asked for)."""
+
+    budget: float
+    used: float
+    predicted: float
+    measured: float | None
+
+
+@dataclass(frozen=True)
+class Round:
+    """A step of refinement: how many items it changed, the loss that was predicted and measured, and if it was kept."""
+
+    changed: int
+    predicted: float
+    measured: float
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The assignment with the least sum of losses, and the proof.
+
+    Args:
+        predicted: the sum of the losses of the chosen bits.
+        bound: no assignment within the budgets has a smaller one.
+        gap: ``(predicted − bound) / predicted``.
+        status: the solver's own words.
+        measured: the loss with this assignment.
+        greedy: the predicted loss of a greedy assignment; None where it finds none.
+    """
+
+    predicted: float
+    bound: float
+    gap: float
+    status: str
+    measured: float
+    greedy: float | None
+
+
+@dataclass(frozen=True)
+class PrecisionReport(Record):
+    """Bits for each quantizer.
+
+    Args:
+        rows: in graph order.
+        measure: of the losses; empty for a fixed set, as is all that follows.
+        budgets: in the order of the parameters.
+        optimum: of the sum of losses.
+        rounds: of refinement.
+        measured: the loss with the assignment that was made.
+        front: the best assignments under other values of the first budget.
+        trials: that were run.
+        time: of the linears, where it is a budget.
+    """
+
+    rows: tuple[PrecisionRow, ...]
+    measure: str = ""
+    budgets: tuple[BudgetUse, ...] = ()
+    optimum: Optimum | None = None
+    rounds: tuple[Round, ...] = ()
+    measured: float | None = None
+    front: tuple[FrontPoint, ...] = ()
+    trials: int = 0
+    time: TimeEstimate | None = None
+
+    @property
+    def _axis(self) -> str:
+        """What the front goes along."""
+        return self.budgets[0].label if self.budgets else "budget"
+
+    def table(self) -> Table:
+        """One row for quantizers that keep together, in graph order."""
+        return ("tensors", "role", "before", "bits", "loss alone"), [
+            (", ".join(row.tensors), row.role, str(row.before), str(row.bits), _number(row.loss)) for row in self.rows
+        ]
+
+    def front_table(self) -> Table:
+        """One row a point of the front."""
+        return (self._axis, "used", "predicted loss", "measured loss"), [
+            (f"{p.budget:.6g}", f"{p.used:.6g}", _number(p.predicted), _number(p.measured)) for p in self.front
+        ]
+
+    def summary(self) -> str:
+        """What was done, in words."""
+        changed = sum(len(row.tensors) for row in self.rows if row.bits != row.before)
+        lines = [f"{changed} of {sum(len(row.tensors) for row in self.rows)} quantizers got other bits"]
+        lines += [f"  {budget.label}: {budget.used:.6g} of {budget.most:.6g}" for budget in self.budgets]
+        if self.time:
+            what = f"the linears on {self.time.target}, {self.time.rows} rows"
+            lines.append(f"  {what}: {self.time.before_us:.4g} → {self.time.after_us:.4g} µs by calculation")
+        if self.optimum:
+            found = self.optimum
+            lines.append(
+                f"  predicted loss {found.predicted:.4g}, at most {found.gap:.2g} of it above the optimum; "
+                f"measured {_number(self.measured)}"
+            )
+        return "\n".join(lines)
+
+    def svg(self) -> str:
+        """The front as a picture: the budget to the right, losses upwards on a logarithmic scale."""
+        curves = {
+            "predicted": [(p.budget, p.predicted) for p in self.front if p.predicted > 0],
+            "measured": [(p.budget, p.measured) for p in self.front if p.measured],
+        }
+        points = [point for curve in curves.values() for point in curve if math.isfinite(point[1])]
+        body = [f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 12}" text-anchor="middle">{self._axis}</text>']
+        body.append('<text x="12" y="20">loss</text>')
+        if points:
+            body += _curves(curves, points)
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" '
+            f'font-family="sans-serif" font-size="12">\n' + "\n".join(body) + "\n</svg>\n"
+        )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _curves(curves: dict[str, list[tuple[float, float]]], points: list[tuple[float, float]]) -> list[str]:
+    """Axes with their ends, a line through the predictions, and dots where losses were measured."""
+    left, right = min(x for x, _ in points), max(x for x, _ in points)
+    low, high = (math.log10(end(y for _, y in points)) for end in (min, max))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - left) / (right - left) if right > left else 0.5
+        up = (math.log10(y) - low) / (high - low) if high > low else 0.5
+        return _MARGIN + across * (_WIDTH - 2 * _MARGIN), _HEIGHT - _MARGIN - up * (_HEIGHT - 2 * _MARGIN)
+
+    predicted, measured = ([place(*p) for p in curve if math.isfinite(p[1])] for curve in curves.values())
+    bottom = _HEIGHT - _MARGIN
+    body = [
+        f'<path d="M{_MARGIN} {_MARGIN} V{bottom} H{_WIDTH - _MARGIN}" fill="none" stroke="black"/>',
+        *(f'<text x="{place(x, 10**low)[0]:.1f}" y="{bottom + 18}" text-anchor="middle">{x:.4g}</text>'
+          for x in (left, right)),
+        *(f'<text x="{_MARGIN - 6}" y="{place(left, 10**y)[1]:.1f}" text-anchor="end">{10**y:.2g}</text>'
+          for y in (low, high)),
+        f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in predicted)}" fill="none" stroke="steelblue"/>',
+        *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="firebrick"/>' for x, y in measured),
+        f'<text x="{_WIDTH - _MARGIN}" y="20" text-anchor="end" fill="steelblue">predicted</text>',
+    ]  # fmt: skip
+    if measured:
+        body.append(f'<text x="{_WIDTH - _MARGIN}" y="36" text-anchor="end" fill="firebrick">measured</text>')
+    return body

@@ -1,0 +1,1 @@
+"""Quantizers: where they stand, and their ranges."""

@@ -1,0 +1,136 @@
+"""Attention written out as matmuls, where parts of it are quantized; keys and values once for each query head."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from bitlower.ir import BitlowerError, TensorType, describe
+from bitlower.ir.dataflow import ATTENTION, MATMUL, SOFTMAX, VIEWS
+from bitlower.ir.rewrite import call_like
+
+aten = torch.ops.aten
+
+
+class _Call(NamedTuple):
+    """What an attention operator is called with."""
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None
+    scale: float
+    is_causal: bool
+
+
+def expand_attention(node: fx.Node) -> None:
+    """Replace one attention operator by QKᵀ, scaling, mask, softmax and the product with V.
+
+    Masked scores get −∞, and a row that is masked throughout gives 0, as in torch's operator: its softmax is
+    ``_safe_softmax``. A causal mask, which hides no row throughout, is made from the lengths at run time; keys and
+    values of grouped queries are repeated.
+
+    Raises:
+        BitlowerError: the attention has dropout, no fixed scale, or heads that do not divide.
+    """
+    call = _call(node)
+    kind, keys = call.query.meta["type"], call.key.meta["type"]
+    scores_type = TensorType(kind.dtype, (*kind.shape[:-1], keys.shape[-2]))
+    with node.graph.inserting_before(node):
+        key, value = (_repeated(node, part, kind.shape[-3:-2]) for part in (call.key, call.value))
+        turned = call_like(node, aten.transpose.int, (key, -2, -1), _swap(key.meta["type"]))
+        scores = call_like(node, aten.matmul.default, (call.query, turned), scores_type)
+        scaled = call_like(node, aten.mul.Tensor, (scores, call.scale), scores_type)
+        mask = _causal_mask(node, call) if call.is_causal else call.mask
+        masked = _masked(node, scaled, mask, scores_type) if mask is not None else scaled
+        softmax = aten.softmax.int if call.mask is None else aten._safe_softmax.default
+        probs = call_like(node, softmax, (masked, -1), scores_type)
+        context = call_like(node, aten.matmul.default, (probs, value), node.meta["type"])
+    node.replace_all_uses_with(context)
+    node.graph.erase_node(node)
+
+
+def is_scores(node: fx.Node) -> bool:
+    """Whether ``node`` is the product QKᵀ of an explicit attention: a matmul that reaches a softmax elementwise."""
+    if node.target not in MATMUL:
+        return False
+    elementwise = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.where.self, aten.masked_fill.Scalar} | VIEWS
+    frontier = list(node.users)
+    while frontier:
+        user = frontier.pop()
+        if user.target in SOFTMAX:
+            return True
+        if user.target in elementwise or "quantizer" in user.meta:
+            frontier += user.users
+    return False
+
+
+def is_context(node: fx.Node) -> bool:
+    """Whether ``node`` is the product of attention probabilities and values."""
+    if node.target in ATTENTION:
+        return True
+    first = node.args[0] if node.target in MATMUL else None
+    while isinstance(first, fx.Node) and (first.target in VIEWS or "quantizer" in first.meta):
+        first = first.all_input_nodes[0]
+    return isinstance(first, fx.Node) and first.target in SOFTMAX
+
+
+def _call(node: fx.Node) -> _Call:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if given.get("dropout_p"):
+        raise BitlowerError(f"attention with dropout cannot be quantized inside: {describe(node)}")
+    width, scale = given["query"].meta["type"].shape[-1], given.get("scale")
+    if scale is None and not isinstance(width, int):
+        raise BitlowerError(f"attention over heads of the symbolic width {width} has no fixed scale: {describe(node)}")
+    factor = float(scale) if scale is not None else 1 / math.sqrt(width)
+    query, key, value, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
+    return _Call(query, key, value, mask, factor, bool(given.get("is_causal")))
+
+
+def _repeated(node: fx.Node, part: fx.Node, heads: tuple[Any, ...]) -> fx.Node:
+    """Keys or values ``[…, groups, length, width]``, each group as often as it has query heads."""
+    kind = part.meta["type"]
+    groups = kind.shape[-3:-2]
+    if groups == heads:
+        return part
+    if kind.rank != 4 or not isinstance(groups[0], int) or not isinstance(heads[0], int) or heads[0] % groups[0]:
+        raise BitlowerError(f"{groups[0]} groups of keys do not fit {heads[0]} query heads: {describe(node)}")
+    batch, _, length, width = kind.shape
+    times = heads[0] // groups[0]
+    shapes = [(batch, groups[0], 1, length, width), (batch, groups[0], times, length, width)]
+    added = call_like(node, aten.unsqueeze.default, (part, 2), TensorType(kind.dtype, shapes[0]))
+    wide = call_like(node, aten.expand.default, (added, [-1, -1, times, -1, -1]), TensorType(kind.dtype, shapes[1]))
+    result = TensorType(kind.dtype, (batch, heads[0], length, width))
+    return call_like(node, aten.flatten.using_ints, (wide, 1, 2), result)
+
+
+def _causal_mask(node: fx.Node, call: _Call) -> fx.Node:
+    """``[queries, keys]``, true where the key is not later than the query, both counted from the start."""
+    lengths = [call.query.meta["type"].shape[-2], call.key.meta["type"].shape[-2]]
+    queries, keys = (
+        call_like(node, aten.arange.default, (_length(node, part, size),), TensorType(torch.int64, (size,)))
+        for part, size in zip((call.query, call.key), lengths, strict=True)
+    )
+    rows = call_like(node, aten.unsqueeze.default, (queries, 1), TensorType(torch.int64, (lengths[0], 1)))
+    return call_like(node, aten.le.Tensor, (keys, rows), TensorType(torch.bool, tuple(lengths)))
+
+
+def _length(node: fx.Node, part: fx.Node, size: int | str) -> int | fx.Node:
+    if isinstance(size, int):
+        return size
+    return call_like(node, aten.sym_size.int, (part, part.meta["type"].rank - 2), None)
+
+
+def _masked(node: fx.Node, scores: fx.Node, mask: fx.Node, kind: TensorType) -> fx.Node:
+    if mask.meta["type"].dtype is not torch.bool:
+        return call_like(node, aten.add.Tensor, (scores, mask), kind)
+    inverse = call_like(node, aten.logical_not.default, (mask,), mask.meta["type"])
+    return call_like(node, aten.masked_fill.Scalar, (scores, inverse, -math.inf), kind)
+
+
+def _swap(kind: TensorType) -> TensorType:
+    return TensorType(kind.dtype, (*kind.shape[:-2], kind.shape[-1], kind.shape[-2]))

@@ -1,0 +1,265 @@
+"""AdaRound (Nagel et al. 2020): learn for each weight whether it is rounded up or down, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import fx
+from torch.nn import functional
+
+from bitlower.ir import BitlowerError, Level, Program, get_tensor, numerics, set_tensor
+from bitlower.ir.dataflow import ACTIVATION, activation_operand, linears, operand, weight_operand
+from bitlower.ir.lockstep import Read, steps
+from bitlower.ir.quantizer_node import is_open
+from bitlower.ir.storage import like
+from bitlower.ir.tokens import token_rows
+from bitlower.passes._machinery.base import Context, Contract, Pass, Record
+from bitlower.passes._machinery.checkpoints import Stored, load_checkpoint, save_checkpoint
+from bitlower.passes.quantizers._weights import WeightRanges, close_weights, open_weights
+from bitlower.passes.rounding._adaround_solver import Function, Layer, Options, Rounded, solve
+from bitlower.passes.rounding._float_twin import float_twin
+from bitlower.passes.rounding._hessian import token_weights
+
+
+@dataclass(frozen=True)
+class AdaroundRow:
+    """What became of one weight.
+
+    Args:
+        weight: the parameter's name.
+        spec: its grid and granularity.
+        tokens: how many tokens its rounding was learned on.
+        loss: squared error of the layer's output, summed over outputs, mean over tokens as they are weighted.
+        nearest_loss: the same for round-to-nearest on the same grid.
+        moved: the share of the codes that are not the nearest.
+        kept_rows: outputs whose weights all stayed nearest.
+        notes: what was unusual.
+    """
+
+    weight: str
+    spec: str
+    tokens: int
+    loss: float
+    nearest_loss: float
+    moved: float
+    kept_rows: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AdaroundReport(Record):
+    """Every weight that was rewritten, in execution order."""
+
+    rows: tuple[AdaroundRow, ...]
+
+
+@dataclass(frozen=True)
+class Adaround(Pass):
+    """Rewrite the weights of linears that have an open quantizer to values on its grid, and close the quantizer.
+
+    Two walks side by side, on all calibration batches: each layer's inputs come from predecessors that are rewritten
+    already, its targets from the float model (asymmetric reconstruction). Scales of any granularity are laid over the
+    weights first and stay. Tables and norm weights with open quantizers are rounded to nearest. Activation quantizers
+    stay as they are, open or not: `calibrate` closes the open ones, before or after this pass.
+    """
+
+    name: ClassVar[str] = "adaround"
+    requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
+    contract: ClassVar[Contract] = Contract.LOSSY
+    iterations: int = 1000
+    """Steps of Adam a layer."""
+    learning_rate: float = 0.01
+    """Of α. The original uses 0.01 and ten thousand steps; Bondarenko et al. 0.001, with which a thousand do little."""
+    batch: int = 256
+    """Tokens a step, drawn at random."""
+    weighting: Literal["none", "unit-norm", "root-norm", "clipped-norm"] = "unit-norm"
+    """How much a token counts, by the norm of its target. ``unit-norm`` takes its error relative to its own energy;
+    ``none`` is the published mean, which a few tokens of huge norm may own: the layer then serves them alone, and a
+    normalization after it makes the error of all others large."""
+    regularization: float = 3.0
+    """λ: the weight of the term that drives every rounding to up or down, a weight of the layer, against an error in
+    units of what rounding it to nearest costs on average; so it means the same in every layer."""
+    warmup: float = 0.2
+    """The share of the steps, at the beginning, that has no such term."""
+    ranges: WeightRanges = "mse-golden"
+    """How grids are laid over the weights."""
+    activation: bool = True
+    """Compare outputs behind the activation function where the layer feeds one and nothing else."""
+    tokens: int = 8192
+    """So many calibration tokens a layer at most, drawn at random."""
+    memory: int = 2 << 30
+    """Bytes of activations that are held in memory; more go to disk."""
+
+    def data_runs(self, program: Program) -> int:
+        """The float and the quantized program."""
+        return 2
+
+    def run(self, program: Program, context: Context) -> bool:
+        """Rewrite all open weights and leave an :class:`AdaroundReport`.
+
+        Raises:
+            BitlowerError: a parameter out of range, no calibration batches, a layer that no token reaches, or values
+                that are not finite; the layer is named.
+        """
+        _check(self)
+        layers = open_linears(program)
+        nearest = [node for node in open_weights(program.module) if node not in layers.values()]
+        if layers and not context.calibration:
+            raise BitlowerError("adaround needs calibration data", hint="give calibration batches, or use `rtn`")
+        twin, twins = float_twin(program)
+        close_weights(program.module, nearest, self.ranges)
+        options: dict[str, Any] = {"budget": self.memory // 2, "folder": context.work}
+        stops = [twins[linear] for linear in layers]
+        rows: list[AdaroundRow] = []
+        with torch.no_grad():
+            pairs = zip(
+                steps(program, list(layers), context.calibration, **options),
+                steps(twin, stops, context.calibration, **options),
+                strict=True,
+            )
+            for (linear, read), (float_linear, read_float) in context.track(pairs, "adaround"):
+                close_weights(program.module, [layers[linear]], self.ranges)
+                pair = _Pair(program.module, linear, layers[linear], float_linear, read, read_float)
+                rows.append(_rewrite(pair, self, context))
+        context.put(AdaroundReport(tuple(rows)))
+        return bool(layers or nearest)
+
+
+def open_linears(program: Program) -> dict[fx.Node, fx.Node]:
+    """The linears whose weights have an open quantizer, with it; of several with one weight the first."""
+    layers: dict[fx.Node, fx.Node] = {}
+    for linear in linears(program.graph):
+        quantizer = weight_operand(linear)
+        if quantizer in layers.values() or not is_open(program.module, quantizer):
+            continue
+        if quantizer.meta["quantizer"].role == "linear-weight":
+            layers[linear] = quantizer
+    return layers
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A linear, the quantizer of its weight, its twin in the float model, and what both read."""
+
+    module: fx.GraphModule
+    linear: fx.Node
+    quantizer: fx.Node
+    twin: fx.Node
+    read: Read
+    read_float: Read
+
+    @property
+    def name(self) -> str:
+        """The weight's."""
+        return str(operand(self.quantizer, 0).target)
+
+    def tensor(self, position: int) -> torch.Tensor:
+        """Weight, scale or zero point."""
+        return get_tensor(self.module, str(operand(self.quantizer, position).target)).detach()
+
+    def bias(self) -> torch.Tensor | None:
+        """The linear's; None if it has none, or one that is computed."""
+        node = self.linear.args[2] if len(self.linear.args) > 2 else None
+        stored = isinstance(node, fx.Node) and node.op == "get_attr"
+        return get_tensor(self.module, str(node.target)).detach() if stored and isinstance(node, fx.Node) else None
+
+    def tokens(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The inputs of each batch, quantized and float, ``[tokens, in]`` each; padding left out."""
+        source = activation_operand(self.linear)
+        pairs = zip(self.read(source), self.read_float(activation_operand(self.twin)), strict=True)
+        for (quantized, batch), (float_, _) in pairs:
+            shape = source.meta["type"].shape
+            yield token_rows(quantized, shape, batch), token_rows(float_, shape, batch)
+
+
+def _rewrite(pair: _Pair, options: Adaround, context: Context) -> AdaroundRow:
+    """Learn the rounding of one layer, or read it from a checkpoint, and write it into the program."""
+    stored = load_checkpoint(context.work, pair.name)
+    if stored is None:
+        stored = _learn(pair, options, context)
+        save_checkpoint(context.work, pair.name, stored)
+    old = get_tensor(pair.module, pair.name)
+    weight = like(numerics.values(stored.tensors["codes"], pair.tensor(1), pair.tensor(2)), old)
+    set_tensor(pair.module, pair.name, torch.nn.Parameter(weight, requires_grad=old.requires_grad))
+    [row] = stored.rows
+    return AdaroundRow(**row | {"notes": tuple(row["notes"])})
+
+
+def _learn(pair: _Pair, options: Adaround, context: Context) -> Stored:
+    generator = context.generator(f"adaround/{pair.name}")
+    spec = pair.quantizer.meta["quantizer"].spec
+    weight = pair.tensor(0).float()
+    activation = following_activation(pair.linear) if options.activation else _identity
+    inputs, floats = _sample(pair, max(1, options.tokens // len(context.calibration)), generator)
+    parts = [activation(functional.linear(part, weight, pair.bias())) for part in torch.split(floats, options.batch)]
+    targets = torch.cat(parts)
+    layer = Layer(
+        weight, pair.bias(), activation, pair.tensor(1), pair.tensor(2), (spec.grid.quant_min, spec.grid.quant_max),
+        inputs, targets, token_weights(targets.square().sum(1), options.weighting),
+    )  # fmt: skip
+    settings = Options(options.iterations, options.learning_rate, options.batch, options.regularization, options.warmup)
+    rounded = solve(layer, settings, generator)
+    return Stored({"codes": rounded.codes.to(spec.grid.dtype)}, [_row(pair.name, str(spec), rounded, inputs)])
+
+
+def _sample(pair: _Pair, share: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """At most ``share`` tokens of each batch: quantized inputs and float ones."""
+    parts = []
+    for rows in pair.tokens():
+        chosen = torch.randperm(len(rows[0]), generator=generator)[:share].sort().values
+        parts.append([part[chosen].float() for part in rows])
+    inputs, floats = (torch.cat(side) for side in zip(*parts, strict=True))
+    if not len(inputs):
+        raise BitlowerError(
+            f"{pair.name} was never reached by calibration data",
+            hint="calibrate on texts that reach it, or exclude the layer",
+        )
+    if not bool(torch.isfinite(inputs).all() & torch.isfinite(floats).all()):
+        raise BitlowerError(
+            f"{pair.name}: its calibration inputs hold NaN or Inf",
+            hint="run the float model on the calibration data by itself",
+        )
+    return inputs, floats
+
+
+def following_activation(linear: fx.Node) -> Function:
+    """The activation function that alone reads ``linear``; the identity if there is none."""
+    users = list(linear.users)
+    if len(users) != 1 or users[0].target not in ACTIVATION:
+        return _identity
+    [user] = users
+    function: Any = user.target
+    return lambda x: function(x, *user.args[1:], **user.kwargs)
+
+
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _row(name: str, spec: str, rounded: Rounded, inputs: torch.Tensor) -> dict[str, Any]:
+    tokens, columns = inputs.shape
+    short = [f"{name}: {tokens} calibration tokens are few for {columns} columns"] if tokens < columns else []
+    return {
+        "weight": name,
+        "spec": spec,
+        "tokens": tokens,
+        "loss": float(rounded.loss.sum()),
+        "nearest_loss": float(rounded.nearest_loss.sum()),
+        "moved": rounded.moved / rounded.codes.numel(),
+        "kept_rows": rounded.kept,
+        "notes": short,
+    }
+
+
+def _check(options: Adaround) -> None:
+    """Refuse parameters that make no sense."""
+    for name, low in (("iterations", 1), ("batch", 1), ("tokens", 1), ("learning_rate", 0), ("regularization", 0)):
+        value = getattr(options, name)
+        if not value >= low or (name == "learning_rate" and value == 0):
+            above = "above 0" if name == "learning_rate" else f"at least {low}"
+            raise BitlowerError(f"adaround: {name.replace('_', '-')} is {value}", hint=f"it must be {above}")
+    if not 0 <= options.warmup < 1:
+        raise BitlowerError(f"adaround: warmup is {options.warmup}", hint="it must lie in [0, 1)")

@@ -1,0 +1,34 @@
+"""Round-to-nearest: lay grids over the weights and change nothing else; the baseline of every weight rewrite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bitlower.ir import Level, Program
+from bitlower.passes._machinery.base import Context, Contract, Pass
+from bitlower.passes.quantizers._weights import WeightRanges, close_weights, open_weights
+
+
+@dataclass(frozen=True)
+class Rtn(Pass):
+    """Close all open weight quantizers with grids over the weights as they are; needs no data.
+
+    Activation quantizers stay as they are: run `calibrate` after this pass for those.
+    """
+
+    name: ClassVar[str] = "rtn"
+    requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
+    contract: ClassVar[Contract] = Contract.LOSSY
+    ranges: WeightRanges = "minmax"
+    """How a grid is laid over the weights that share it: from end to end, or where the squared error is least."""
+
+    def run(self, program: Program, context: Context) -> bool:
+        """Close the quantizers.
+
+        Raises:
+            BitlowerError: a weight holds NaN or Inf.
+        """
+        nodes = open_weights(program.module)
+        close_weights(program.module, context.track(nodes, "weight ranges"), self.ranges)
+        return bool(nodes)

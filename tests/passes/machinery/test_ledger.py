@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+
+from bitlower.ir import Level, Program, TensorType, ValueSpec, get_tensor, set_tensor
+from bitlower.ir.observe import stream
+from bitlower.passes import Context, Contract, Ledger, Pass, PassManager
+from bitlower.passes._machinery import ledger as module
+
+
+@dataclass(frozen=True)
+class Round(Pass):
+    """Round the weight of the second linear to multiples of ``step``."""
+
+    name: ClassVar[str] = "round"
+    step: float = 0.1
+
+    def run(self, program: Program, context: Context) -> bool:
+        weight = get_tensor(program.module, "down.weight").detach()
+        set_tensor(program.module, "down.weight", torch.nn.Parameter((weight / self.step).round() * self.step))
+        return True
+
+
+@dataclass(frozen=True)
+class Same(Round):
+    name: ClassVar[str] = "same"
+    contract: ClassVar[Contract] = Contract.EXACT
+
+    def run(self, program: Program, context: Context) -> bool:
+        return True
+
+
+@pytest.fixture
+def context() -> Context:
+    generator = torch.Generator().manual_seed(3)
+    return Context(evaluation=[{"x": torch.randn(n, 16, generator=generator)} for n in (5, 3)])
+
+
+def linear(program: Program, name: str, x: np.ndarray) -> np.ndarray:
+    weight, bias = (
+        get_tensor(program.module, f"{name}.{part}").detach().double().numpy() for part in ("weight", "bias")
+    )
+    return x @ weight.T + bias
+
+
+@pytest.mark.parametrize("part", [1 << 20, 40])
+def test_losses_agree_with_numpy(
+    tiny_program: Program, context: Context, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PART", part)
+    ledger = Ledger()
+    result = PassManager([Same(), Round()], [ledger]).run(tiny_program, context)
+    (row,) = ledger.to_dict()["rows"]
+    assert row["pass"] == "round"
+    assert row["bytes"] == sum(t.numel() * 4 for _, t in tiny_program.tensors())
+    batches = [batch["x"] for batch in context.evaluation]
+    expected, found = (
+        {
+            name: np.concatenate([p(x=x)[name].detach().double().numpy() for x in batches])
+            for name in ("hidden", "logits")
+        }
+        for p in (tiny_program, result)
+    )
+    for name in ("hidden", "logits"):
+        y, z = expected[name], found[name]
+        error = np.linalg.norm(z - y) / np.linalg.norm(y)
+        cosine = ((y * z).sum(1) / np.linalg.norm(y, axis=1) / np.linalg.norm(z, axis=1)).mean()
+        assert row["outputs"][name]["relative_error"] == pytest.approx(error, rel=1e-4)
+        assert row["outputs"][name]["cosine"] == pytest.approx(cosine, rel=1e-5)
+    p, q = (log_softmax(values["logits"], axis=1) for values in (expected, found))
+    assert row["outputs"]["logits"]["kl_divergence"] == pytest.approx((np.exp(p) * (p - q)).sum(1).mean(), rel=1e-4)
+    assert "kl_divergence" not in row["outputs"]["hidden"]
+
+
+def test_layers_are_linears_and_residual_sums_in_order(tiny_program: Program, context: Context) -> None:
+    ledger = Ledger()
+    result = PassManager([Round()], [ledger]).run(tiny_program, context)
+    layers = ledger.to_dict()["rows"][0]["layers"]
+    named = [(layer["node"], layer["path"]) for layer in layers]
+    assert named == [("linear", "up"), ("linear_1", "down"), ("add", ""), ("linear_2", "head")]
+    assert layers[0]["sqnr_db"] is None  # before the change: bit for bit the same
+    x = torch.cat([batch["x"] for batch in context.evaluation])
+    with torch.no_grad():
+        inner = torch.nn.functional.gelu(torch.from_numpy(linear(tiny_program, "up", x.double().numpy()))).numpy()
+    signal, noisy = linear(tiny_program, "down", inner), linear(result, "down", inner)
+    ratio = 10 * math.log10((signal**2).sum() / ((noisy - signal) ** 2).sum())
+    assert layers[1]["sqnr_db"] == pytest.approx(ratio, rel=1e-4)
+    residual = signal + x.double().numpy()
+    ratio = 10 * math.log10((residual**2).sum() / ((noisy - signal) ** 2).sum())
+    assert layers[2]["sqnr_db"] == pytest.approx(ratio, rel=1e-4)
+
+
+def test_every_row_compares_with_the_first_program(tiny_program: Program, context: Context) -> None:
+    ledger = Ledger()
+    PassManager([Round(0.2), Round(0.01)], [ledger]).run(tiny_program, context)
+    errors = [row["outputs"]["logits"]["relative_error"] for row in ledger.to_dict()["rows"]]
+    assert errors[0] > 0.01
+    assert errors[1] == pytest.approx(errors[0])  # multiples of 0.2 are multiples of 0.01
+
+
+def test_the_form_is_deterministic_json_with_six_digits(tiny_program: Program, context: Context) -> None:
+    forms = []
+    for _ in range(2):
+        ledger = Ledger()
+        PassManager([Round()], [ledger]).run(tiny_program, context)
+        forms.append(json.dumps(ledger.to_dict(), allow_nan=False))
+    assert forms[0] == forms[1]
+    row = json.loads(forms[0])["rows"][0]
+    values = [*row["outputs"]["logits"].values(), *(layer["sqnr_db"] for layer in row["layers"][1:])]
+    assert all(value == float(f"{value:.6g}") for value in values)
+
+
+def test_without_evaluation_batches_there_are_sizes_only(tiny_program: Program) -> None:
+    ledger = Ledger()
+    PassManager([Round()], [ledger]).run(tiny_program, Context())
+    assert ledger.to_dict()["rows"] == [{"pass": "round", "bytes": tiny_program.size_bytes()}]
+
+
+@dataclass(frozen=True)
+class Spoil(Pass):
+    """Add 1 to the third position of the sequence."""
+
+    name: ClassVar[str] = "spoil"
+
+    def run(self, program: Program, context: Context) -> bool:
+        set_tensor(program.module, "offset", torch.tensor([0.0, 0.0, 1.0]).reshape(1, 3, 1))
+        return True
+
+
+def test_padded_positions_do_not_count() -> None:
+    graph = torch.fx.Graph()
+    value_type, mask_type = (
+        TensorType(t, ("batch", "sequence", *rest)) for t, rest in ((torch.float32, (4,)), (torch.int64, ()))
+    )
+    x, mask = graph.placeholder("x"), graph.placeholder("attention_mask")
+    offset = graph.get_attr("offset")
+    total = graph.call_function(torch.ops.aten.add.Tensor, (x, offset))
+    graph.output((total,))
+    for node, kind in (
+        (x, value_type),
+        (mask, mask_type),
+        (offset, TensorType(torch.float32, (1, 3, 1))),
+        (total, value_type),
+    ):
+        node.meta = {"type": kind}
+    module = torch.nn.Module()
+    module.register_buffer("offset", torch.zeros(1, 3, 1))
+    program = Program(
+        {"model": torch.fx.GraphModule(module, graph)},
+        Level.FLOAT,
+        "feature-extraction",
+        (ValueSpec("x", value_type), ValueSpec("attention_mask", mask_type)),
+        (ValueSpec("last_hidden_state", value_type),),
+    )
+    errors = []
+    for last in (0, 1):
+        batch = {"x": torch.ones(2, 3, 4), "attention_mask": torch.tensor([[1, 1, last]] * 2)}
+        ledger = Ledger()
+        PassManager([Spoil()], [ledger], verify=False).run(program, Context(evaluation=[batch]))
+        errors.append(ledger.rows[0]["outputs"]["last_hidden_state"]["relative_error"])
+    assert errors == [0.0, pytest.approx(math.sqrt(1 / 3), rel=1e-5)]
+
+
+def test_programs_run_side_by_side(tiny_program: Program, context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two programs with the same layers, no value is held while another layer is computed."""
+    seen: dict[int, list[str]] = {}
+
+    def logged(program: Program, nodes, batch):
+        names = seen.setdefault(id(program), [])
+        for node, value in stream(program, nodes, batch):
+            names.append(node.name)
+            assert max(map(len, seen.values())) - min(map(len, seen.values())) <= 1 or len(seen) == 1
+            yield node, value
+
+    monkeypatch.setattr(module, "stream", logged)
+    PassManager([Round()], [Ledger()]).run(tiny_program, context)
+    first, second = seen.values()
+    assert first == second
+    assert len(first) > 2 * len(context.evaluation)
