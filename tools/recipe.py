@@ -26,7 +26,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from bitlower.ir import BitlowerError, Level, nearest, shorten
 from bitlower.ir.files import check_name
 from bitlower.passes import Pass, check_levels, load_plugin, make_pass, plain_parameters
-from bitlower.passes._machinery.declared import trains
+from bitlower.passes._machinery.declared import needs_calibration, trains
 from bitlower.passes._machinery.pipeline import PASSES
 from bitlower.tools._recipe_schema import passes_schema
 from bitlower.tools._yaml import yaml_text
@@ -255,13 +255,14 @@ def validate_recipe(recipe: Recipe) -> tuple[Pass, ...]:
 
     Raises:
         BitlowerError: a pass or a parameter is unknown or wrong, the levels of the passes do not go together, a pass
-            trains and there is nothing to train on, or a data file or model folder does not exist.
+            trains or needs calibration data and there are none, or a data file or model folder does not exist.
     """
     passes = recipe.build_passes()
     level = Level.FLOAT
     for index, pass_ in enumerate(passes):
         level = with_place(recipe._source, ("passes", index), check_levels, [pass_], level, index + 1)
     _check_training(recipe, passes)
+    _check_calibration(recipe, passes)
     for name in ("calibration", "evaluation", "training"):
         section: DataSection | TrainingSection | None = getattr(recipe, name)
         if section is not None:
@@ -284,6 +285,14 @@ def _check_training(recipe: Recipe, passes: Sequence[Pass]) -> None:
     if recipe.training and not any(map(trains, passes)):
         hint = "add a pass that trains, or leave the section out"
         with_place(recipe._source, ("training",), _refuse, "no pass trains on the training data", hint)
+
+
+def _check_calibration(recipe: Recipe, passes: Sequence[Pass]) -> None:
+    """See that a pass that cannot do without calibration data has some."""
+    for index, pass_ in enumerate(passes):
+        if with_place(recipe._source, ("passes", index), needs_calibration, pass_) and not recipe.calibration:
+            message = f"pass {pass_.name!r} needs calibration data, and there are none"
+            with_place(recipe._source, ("passes", index), _refuse, message, "add a section `calibration`")
 
 
 def _refuse(message: str, hint: str) -> None:

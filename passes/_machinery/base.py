@@ -117,6 +117,13 @@ class Pass:
         """
         raise BitlowerError(f"{type(self).__name__} defines no `run`", hint="write `def run(self, program, context)`")
 
+    def needs_calibration(self) -> bool:
+        """Whether :meth:`run` cannot do without ``context.calibration``.
+
+        A recipe without calibration data is refused before any work, with the place of the pass.
+        """
+        return False
+
     def data_runs(self, program: Program) -> int:
         """How often :meth:`run` runs ``program`` over all calibration data, for predictions of time."""
         return 0

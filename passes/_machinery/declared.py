@@ -69,7 +69,20 @@ def trains(pass_: Pass) -> bool:
     Raises:
         BitlowerError: it cannot say, or says nonsense.
     """
-    what, answer = _asked(pass_, "whether it trains", pass_.trains)
+    return _truth(pass_, "whether it trains", pass_.trains)
+
+
+def needs_calibration(pass_: Pass) -> bool:
+    """Whether ``pass_`` says that it cannot do without calibration data.
+
+    Raises:
+        BitlowerError: it cannot say, or says nonsense.
+    """
+    return _truth(pass_, "whether it needs calibration data", pass_.needs_calibration)
+
+
+def _truth(pass_: Pass, asked: str, method: Callable[[], object]) -> bool:
+    what, answer = _asked(pass_, asked, method)
     if not isinstance(answer, bool):
         raise BitlowerError(f"{what}: {shorten(repr(answer))} is neither True nor False")
     return answer

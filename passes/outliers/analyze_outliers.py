@@ -69,6 +69,10 @@ class AnalyzeOutliers(Pass):
         """Ranges first, then what lies outside them."""
         return 2
 
+    def needs_calibration(self) -> bool:
+        """Always."""
+        return True
+
     def run(self, program: Program, context: Context) -> bool:
         """Analyze and leave the report.
 

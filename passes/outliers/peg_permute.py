@@ -87,6 +87,10 @@ class PegPermute(Pass):
         """One, for the ranges of channels."""
         return 1
 
+    def needs_calibration(self) -> bool:
+        """Always."""
+        return True
+
     def run(self, program: Program, context: Context) -> bool:
         """Reorder, and leave a :class:`PermutationReport`.
 

@@ -42,6 +42,10 @@ class Smooth(Pass):
         """One, if there is a site."""
         return int(any(smoothing_sites(program.module)))
 
+    def needs_calibration(self) -> bool:
+        """Always."""
+        return True
+
     def run(self, program: Program, context: Context) -> bool:
         """Smooth every site that gains.
 

@@ -51,6 +51,10 @@ class AnalyzeSensitivity(Pass):
     limit: float = 0.25
     """The largest share of the quantizers that the recipe may lift."""
 
+    def needs_calibration(self) -> bool:
+        """Always."""
+        return True
+
     def run(self, program: Program, context: Context) -> bool:
         """Analyze and leave the report.
 

@@ -73,6 +73,10 @@ class AssignPrecision(Pass):
     measured: int = 0
     """At how many of these to measure the loss too."""
 
+    def needs_calibration(self) -> bool:
+        """Unless the set is fixed."""
+        return self.set == "none"
+
     def run(self, program: Program, context: Context) -> bool:
         """Choose, set the bits, and leave the report.
 

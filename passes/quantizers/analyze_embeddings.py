@@ -41,6 +41,10 @@ class AnalyzeEmbeddings(Pass):
         if not 2 <= self.tokens <= 10_000:
             raise BitlowerError(f"tokens is a number from 2 to 10000, not {self.tokens}")
 
+    def needs_calibration(self) -> bool:
+        """Always."""
+        return True
+
     def run(self, program: Program, context: Context) -> bool:
         """Analyze and leave the report.
 

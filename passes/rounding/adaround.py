@@ -97,6 +97,10 @@ class Adaround(Pass):
         """The float and the quantized program."""
         return 2
 
+    def needs_calibration(self) -> bool:
+        """Always."""
+        return True
+
     def run(self, program: Program, context: Context) -> bool:
         """Rewrite all open weights and leave an :class:`AdaroundReport`.
 

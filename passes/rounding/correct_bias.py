@@ -69,6 +69,10 @@ class CorrectBias(Pass):
         """The float and the quantized program."""
         return 2
 
+    def needs_calibration(self) -> bool:
+        """Always."""
+        return True
+
     def run(self, program: Program, context: Context) -> bool:
         """Correct the biases and leave a :class:`BiasReport`.
 

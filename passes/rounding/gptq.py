@@ -117,6 +117,10 @@ class Gptq(Pass):
         """One walk, and a run forwards and backwards (twice as long as forwards) for gradients."""
         return 4 if self.gradient else 1
 
+    def needs_calibration(self) -> bool:
+        """Always."""
+        return True
+
     def run(self, program: Program, context: Context) -> bool:
         """Rewrite all open weights and leave a :class:`GptqReport`.
 

@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 from bitlower.ir import BitlowerError, Scheme
 from bitlower.passes import known_passes, make_pass
 from bitlower.passes._machinery import registry
+from bitlower.passes._machinery.declared import needs_calibration
 from bitlower.tools._yaml import yaml_text
 from bitlower.tools.recipe import (
     Recipe,
@@ -211,3 +212,25 @@ def test_the_schema_knows_every_pass_and_its_parameters() -> None:
     assert quantize["scheme"]["anyOf"] == [{"type": "string"}, {"type": "object"}]
     assert quantize["scheme"]["default"] == "W8A8"
     assert quantize["ignore"] == {"type": "array", "items": {"type": "string"}, "default": []}
+
+
+NEEDING = (
+    "adaround", "analyze-embeddings", "analyze-outliers", "analyze-sensitivity", "assign-precision", "correct-bias",
+    "gptq", "peg-permute", "smooth",
+)  # fmt: skip
+
+
+def test_a_pass_that_needs_calibration_data_is_refused_without(folder: Path) -> None:
+    """Before anything is loaded; its line is named."""
+    text = "model: {path: package:some-model}\npasses:\n  - clean\n  - quantize\n  - gptq\n"
+    with pytest.raises(BitlowerError) as caught:
+        validate_recipe(load(folder, text))
+    expected = "pass 'gptq' needs calibration data, and there are none; add a section `calibration`"
+    assert str(caught.value) == f"{folder / 'recipe.yaml'}:5: {expected}"
+    validate_recipe(load(folder, text.replace("gptq", "rtn")))
+    validate_recipe(load(folder, text + "calibration: {data: texts/sentences.txt}\n"))
+
+
+def test_which_passes_need_calibration_data() -> None:
+    assert {name for name, cls in known_passes().items() if needs_calibration(cls())} == {*NEEDING}
+    assert not needs_calibration(make_pass("assign-precision", {"set": "paper"}))

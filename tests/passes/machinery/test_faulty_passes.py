@@ -19,7 +19,7 @@ import torch
 from bitlower.ir import BitlowerError, Program, TensorType, get_tensor, set_tensor, verifier
 from bitlower.passes import Context, Ledger, Pass, PassManager, load_plugin, make_pass, parse_pipeline
 from bitlower.passes._machinery import registry
-from bitlower.passes._machinery.declared import data_runs, training_steps, trains
+from bitlower.passes._machinery.declared import data_runs, needs_calibration, training_steps, trains
 
 Run = Callable[[Program, Context], Any]
 
@@ -286,16 +286,21 @@ def test_a_pass_that_cannot_count_its_runs_is_named(
         ("training_steps", lambda *_: 1.5, r"pass 'bad' cannot say how long it trains: 1\.5 is no number of steps"),
         ("training_steps", raising(KeyError("x")), r"pass 'bad' cannot say how long it trains: KeyError: 'x' at"),
         ("trains", lambda *_: 1, r"pass 'bad' cannot say whether it trains: 1 is neither True nor False"),
+        (
+            "needs_calibration",
+            lambda *_: None,
+            r"pass 'bad' cannot say whether it needs calibration data: None is neither",
+        ),
         ("trains", True, r"pass 'bad' cannot say whether it trains: TypeError: .*not callable"),
     ],
 )
 def test_a_pass_that_cannot_say_how_it_trains_is_named(
     monkeypatch: pytest.MonkeyPatch, method: str, answer: object, message: str
 ) -> None:
-    assert (trains(Bad()), training_steps(Bad(), 8)) == (False, 0)
+    assert (trains(Bad()), training_steps(Bad(), 8), needs_calibration(Bad())) == (False, 0, False)
     monkeypatch.setattr(Bad, method, answer)
     with pytest.raises(BitlowerError, match=message):
-        trains(Bad()), training_steps(Bad(), 8)
+        trains(Bad()), training_steps(Bad(), 8), needs_calibration(Bad())
 
 
 PLUGIN = """

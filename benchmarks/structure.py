@@ -1,0 +1,93 @@
+"""The import graph of bitlower in numbers: rooms, floors, arrows and circles of each top-level folder.
+
+    python benchmarks/structure.py
+
+A room is a file of the folder, or a folder in it with all that it holds; an arrow leads from a room to another that it
+imports, for types alone too; a circle is a set of rooms that reach each other; floors are the levels of the rooms, each
+above all that it imports. ``modules`` and ``circles of modules`` are the same file by file. ``closure`` is how many
+pass modules ``lower_integer.py`` pulls in, itself among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from pathlib import Path
+
+import networkx as nx
+from _common import show_table, write_result
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("ir", "passes", "frontends", "backends", "tools")
+ENTRY = "bitlower.passes.lowering.lower_integer"
+
+
+def modules(folder: str) -> dict[str, Path]:
+    """The modules of a top-level folder by name."""
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    return {
+        "bitlower." + ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in paths
+    }
+
+
+def imports(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of ``known`` that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names & known.keys() or {node.module} & known.keys()
+    return found
+
+
+def graph_of(folder: str) -> nx.DiGraph:
+    """Modules of a folder and their imports of each other."""
+    known, graph = modules(folder), nx.DiGraph()
+    graph.add_nodes_from(known)
+    graph.add_edges_from(
+        (name, other) for name, path in known.items() for other in imports(path, known) if other != name
+    )
+    return graph
+
+
+def room(name: str) -> str:
+    """The file or folder in a top-level folder that a module belongs to."""
+    return ".".join(name.split(".")[:3])
+
+
+def circles(graph: nx.DiGraph) -> list[list[str]]:
+    """The sets of nodes that reach each other."""
+    return [sorted(part) for part in nx.strongly_connected_components(graph) if len(part) > 1]
+
+
+def measure(folder: str) -> dict[str, int]:
+    """The numbers of one folder, its own ``__init__.py`` left out: it only names what is public."""
+    files = graph_of(folder)
+    files.remove_node(f"bitlower.{folder}")
+    rooms = nx.DiGraph()
+    rooms.add_nodes_from(map(room, files))
+    rooms.add_edges_from((room(a), room(b)) for a, b in files.edges if room(a) != room(b))
+    return {
+        "modules": len(files), "circles of modules": len(circles(files)), "rooms": len(rooms),
+        "floors": nx.dag_longest_path_length(nx.condensation(rooms)) + 1, "arrows": rooms.number_of_edges(),
+        "circles": len(circles(rooms)),
+    }  # fmt: skip
+
+
+def closure(entry: str) -> int:
+    """How many passes ``entry`` and what it imports hold: files without an underscore in the families of ``passes``."""
+    reached = {entry} | nx.descendants(graph_of("passes"), entry)
+    parts = [name.split(".")[2:] for name in reached]
+    return sum(len(part) > 1 and not any(name.startswith("_") for name in part) for part in parts)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    rows = [{"folder": folder, **measure(folder)} for folder in FOLDERS]
+    write_result("structure", "python benchmarks/structure.py", {"rows": rows, "closure": closure(ENTRY)})
+    show_table(list(rows[0]), [list(row.values()) for row in rows])
+    print(f"passes that {ENTRY} imports, itself among them: {closure(ENTRY)}")
+
+
+if __name__ == "__main__":
+    main()
