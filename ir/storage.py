@@ -44,18 +44,61 @@ def map_safetensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         BitlowerError: the file is missing or damaged, or has a type that torch lacks.
     """
-    try:
-        header = read_header(path)
-        with open_regular(path) as file:
-            map_ = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as error:
-        raise BitlowerError(f"{path} is damaged: {reason(error)}", hint="fetch the file again") from None
-    lacking = sorted({entry.dtype for entry in header.values()} - set(_DTYPES))
-    if lacking:
-        raise BitlowerError(f"{path} holds tensors of the dtype {lacking[0]}, which torch lacks")
-    _PRIVATE.add(map_)
-    base = _base(map_)
-    return {name: _tensor(base, entry) for name, entry in header.items()}
+    return StoredTensors(path).map_all()
+
+
+class StoredTensors:
+    """The tensors of a safetensors file; its header is read once, however often they are mapped.
+
+    Raises:
+        BitlowerError: the file is missing or damaged, or has a type that torch lacks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._header = read_header(path)
+        except (OSError, ValueError) as error:
+            raise self._damaged(error) from None
+        lacking = sorted({entry.dtype for entry in self._header.values()} - set(_DTYPES))
+        if lacking:
+            raise BitlowerError(f"{path} holds tensors of the dtype {lacking[0]}, which torch lacks")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors, in the order of the header."""
+        return tuple(self._header)
+
+    def map(self, name: str) -> torch.Tensor:
+        """The tensor ``name``, in a map of its own: what is read of it goes when it does.
+
+        Raises:
+            BitlowerError: the file is gone.
+        """
+        return _tensor(self._map(), self._header[name])
+
+    def map_all(self) -> dict[str, torch.Tensor]:
+        """All of them by name, in one map.
+
+        Raises:
+            BitlowerError: the file is gone.
+        """
+        base = self._map()
+        return {name: _tensor(base, entry) for name, entry in self._header.items()}
+
+    def _map(self) -> torch.Tensor:
+        try:
+            with open_regular(self._path) as file:
+                map_ = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            if len(map_) < max((entry.last for entry in self._header.values()), default=0):
+                raise ValueError("it is shorter than it was")
+        except (OSError, ValueError) as error:
+            raise self._damaged(error) from None
+        _PRIVATE.add(map_)
+        return _base(map_)
+
+    def _damaged(self, error: Exception) -> BitlowerError:
+        return BitlowerError(f"{self._path} is damaged: {reason(error)}", hint="fetch the file again")
 
 
 def to_safetensors(name: str, tensor: torch.Tensor) -> Iterator[memoryview]:

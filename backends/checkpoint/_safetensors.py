@@ -18,7 +18,7 @@ import torch
 
 from bitlower.backends._json import read_json, write_json
 from bitlower.ir import BitlowerError, CheckError
-from bitlower.ir.storage import map_safetensors
+from bitlower.ir.storage import StoredTensors
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NAMES = {
@@ -121,9 +121,13 @@ class TensorFolder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: dict[str, str] = {}
+        self._files: dict[str, StoredTensors] = {}
         for name in self._file_names():
-            self._files.update(dict.fromkeys(self._map(name), name))
+            try:
+                stored = StoredTensors(folder / name)
+            except BitlowerError as error:
+                raise CheckError(error.message) from None
+            self._files.update(dict.fromkeys(stored.names, stored))
 
     def _file_names(self) -> list[str]:
         if not (self._folder / INDEX).is_file():
@@ -132,12 +136,6 @@ class TensorFolder:
         if not isinstance(listed, dict) or not all(isinstance(n, str) and Path(n).name == n for n in listed.values()):
             raise CheckError(f"{INDEX} in {self._folder} is damaged: it does not say where the weights lie")
         return sorted(set(listed.values()))
-
-    def _map(self, name: str) -> dict[str, torch.Tensor]:
-        try:
-            return map_safetensors(self._folder / name)
-        except BitlowerError as error:
-            raise CheckError(error.message) from None
 
     @property
     def names(self) -> set[str]:
@@ -152,4 +150,7 @@ class TensorFolder:
         """
         if name not in self._files:
             raise CheckError(f"the tensor {name} is missing in {self._folder}")
-        return self._map(self._files[name])[name]
+        try:
+            return self._files[name].map(name)
+        except BitlowerError as error:
+            raise CheckError(error.message) from None

@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from bitlower.ir import BitlowerError, storage
-from bitlower.ir.storage import ALIGNMENT, is_mapped, like, map_safetensors, release, settle, spill, to_safetensors
+from bitlower.ir.storage import (
+    ALIGNMENT,
+    StoredTensors,
+    is_mapped,
+    like,
+    map_safetensors,
+    release,
+    settle,
+    spill,
+    to_safetensors,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool)
 MEGABYTE = 1 << 20
@@ -180,6 +190,23 @@ def test_a_file_in_pieces_is_what_safetensors_reads(
     (tmp_path / "x.safetensors").write_bytes(data)
     mapped = map_safetensors(tmp_path / "x.safetensors")[name]
     assert not tensor.numel() or (is_mapped(mapped) and mapped.data_ptr() % ALIGNMENT == 0)
+
+
+def test_one_tensor_is_mapped_by_itself(file: Path) -> None:
+    """A map of its own, with the header read once."""
+    stored, expected = StoredTensors(file), map_safetensors(file)
+    assert stored.names == tuple(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(stored.map(name), tensor)
+    one, other = (stored.map("torch.float32") for _ in range(2))
+    one.fill_(7)
+    assert torch.equal(other, expected["torch.float32"])
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(BitlowerError, match=r"is damaged: it is shorter than it was"):
+        stored.map("torch.float32")
+    file.unlink()
+    with pytest.raises(BitlowerError, match=r"is damaged: "):
+        stored.map_all()
 
 
 def test_weights_settle_in_a_file_or_at_an_address_of_torch() -> None:

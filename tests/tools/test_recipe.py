@@ -222,7 +222,8 @@ NEEDING = (
 
 def test_a_pass_that_needs_calibration_data_is_refused_without(folder: Path) -> None:
     """Before anything is loaded; its line is named."""
-    text = "model: {path: package:some-model}\npasses:\n  - clean\n  - quantize\n  - gptq\n"
+    steps = "".join(f"  - {name}\n" for name in ("clean", "quantize", "gptq", "lower-integer"))
+    text = f"model: {{path: package:some-model}}\npasses:\n{steps}export:\n  - onnx-qdq\n"
     with pytest.raises(BitlowerError) as caught:
         validate_recipe(load(folder, text))
     expected = "pass 'gptq' needs calibration data, and there are none; add a section `calibration`"
