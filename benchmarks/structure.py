@@ -1,11 +1,12 @@
 """The import graph of bitlower in numbers: rooms, floors, arrows and circles of each top-level folder.
 
-    python benchmarks/structure.py
+    python benchmarks/structure.py [--root CHECKOUT]
 
 A room is a file of the folder, or a folder in it with all that it holds; an arrow leads from a room to another that it
 imports, for types alone too; a circle is a set of rooms that reach each other; floors are the levels of the rooms, each
 above all that it imports. ``modules`` and ``circles of modules`` are the same file by file. ``closure`` is how many
-pass modules ``lower_integer.py`` pulls in, itself among them.
+pass modules ``lower_integer.py`` pulls in, itself among them. Of another checkout the numbers of folders are printed
+alone.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ FOLDERS = ("ir", "passes", "frontends", "backends", "tools")
 ENTRY = "bitlower.passes.lowering.lower_integer"
 
 
-def modules(folder: str) -> dict[str, Path]:
+def modules(folder: str, root: Path = ROOT) -> dict[str, Path]:
     """The modules of a top-level folder by name."""
-    paths = sorted((ROOT / folder).rglob("*.py"))
+    paths = sorted((root / folder).rglob("*.py"))
     return {
-        "bitlower." + ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in paths
+        "bitlower." + ".".join(p.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): p for p in paths
     }
 
 
@@ -40,9 +41,9 @@ def imports(path: Path, known: dict[str, Path]) -> set[str]:
     return found
 
 
-def graph_of(folder: str) -> nx.DiGraph:
+def graph_of(folder: str, root: Path = ROOT) -> nx.DiGraph:
     """Modules of a folder and their imports of each other."""
-    known, graph = modules(folder), nx.DiGraph()
+    known, graph = modules(folder, root), nx.DiGraph()
     graph.add_nodes_from(known)
     graph.add_edges_from(
         (name, other) for name, path in known.items() for other in imports(path, known) if other != name
@@ -60,9 +61,9 @@ def circles(graph: nx.DiGraph) -> list[list[str]]:
     return [sorted(part) for part in nx.strongly_connected_components(graph) if len(part) > 1]
 
 
-def measure(folder: str) -> dict[str, int]:
+def measure(folder: str, root: Path) -> dict[str, int]:
     """The numbers of one folder, its own ``__init__.py`` left out: it only names what is public."""
-    files = graph_of(folder)
+    files = graph_of(folder, root)
     files.remove_node(f"bitlower.{folder}")
     rooms = nx.DiGraph()
     rooms.add_nodes_from(map(room, files))
@@ -82,10 +83,14 @@ def closure(entry: str) -> int:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    rows = [{"folder": folder, **measure(folder)} for folder in FOLDERS]
-    write_result("structure", "python benchmarks/structure.py", {"rows": rows, "closure": closure(ENTRY)})
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, default=ROOT, help="another checkout, whose numbers are printed alone")
+    root = parser.parse_args().root.resolve()
+    rows = [{"folder": folder, **measure(folder, root)} for folder in FOLDERS]
     show_table(list(rows[0]), [list(row.values()) for row in rows])
+    if root != ROOT.resolve():
+        return
+    write_result("structure", "python benchmarks/structure.py", {"rows": rows, "closure": closure(ENTRY)})
     print(f"passes that {ENTRY} imports, itself among them: {closure(ENTRY)}")
 
 

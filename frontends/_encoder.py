@@ -11,7 +11,6 @@ import torch
 
 from bitlower.frontends._dimensions import SEQUENCE
 from bitlower.frontends._failure import explain_failure
-from bitlower.frontends._instantiate import trace_by_layers
 from bitlower.frontends._patches import open_sizes
 from bitlower.frontends._samples import layout, sample
 from bitlower.frontends._trace import check_replay, releasing, to_program, unchanged
@@ -110,10 +109,7 @@ def trace_encoder(model: PreTrainedModel, task: str, traces: Path | None) -> Pro
                 expected = model(**replay)
             check_replay(program, expected, replay, type(model).__name__)
 
-    def make() -> Program:
-        return trace_by_layers(model, trace, check)
-
-    return traced(model, f"encoder for {task}", make, check, traces)
+    return traced(model, f"encoder for {task}", trace, check, traces)
 
 
 def _shorter(program: Program, model: PreTrainedModel) -> tuple[str, ...]:

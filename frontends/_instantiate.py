@@ -92,7 +92,8 @@ class _Traced:
     """
 
     def __init__(self, program: Program, path: str, count: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        self.program, self.path, self.count, self.tensors = program, path, count, tensors
+        self.program, self.count, self.tensors = program, count, tensors
+        self.number = re.compile(rf"^({re.escape(path)}\.|past_key_values_)(\d+)(?=[._]|$)")
         self.nodes = [node for node in program.graph.nodes if node.op != "output"]
         specs = iter(program.inputs)
         self.label = {n: self._layer(next(specs).name if n.op == "placeholder" else None, n) for n in self.nodes}
@@ -120,8 +121,8 @@ class _Traced:
             found = _CACHE.fullmatch(name)
             return int(found[2]) if found else None
         path = str(node.target) if node.op == "get_attr" else node.meta.get("path", "")
-        found = re.match(rf"{re.escape(self.path)}\.(\d+)(?:\.|$)", path)
-        return int(found[1]) if found else None
+        found = self.number.match(path)
+        return int(found[2]) if found else None
 
     def _is_shared_size(self, node: fx.Node) -> bool:
         """Whether a layer computes a size from sizes outside of it that a later layer reads too."""
@@ -200,7 +201,7 @@ class _Traced:
 
     def without_number(self, name: str) -> str:
         """A path, a parameter's name or an input's without the layer in it."""
-        return re.sub(rf"^({re.escape(self.path)}\.|past_key_values_)\d+", r"\1", name)
+        return self.number.sub(r"\1", name)
 
     def given(self, node: fx.Node, layer: int) -> int:
         """Which of the values that the layer before ``layer`` gives ``node`` is."""
@@ -263,7 +264,7 @@ class _Writer:
     def _numbered(self, name: str, layer: int | None) -> str:
         if layer is None:
             return name
-        return re.sub(rf"^({re.escape(self.traced.path)}\.|past_key_values_)\d+", rf"\g<1>{layer}", name)
+        return self.traced.number.sub(rf"\g<1>{layer}", name)
 
     def _inside(self, layer: int) -> Callable[[fx.Node], fx.Node]:
         """What stands for an operand of a node in ``layer``."""

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
+from bitlower.frontends._instantiate import trace_by_layers
 from bitlower.frontends._layers import is_changed
 from bitlower.frontends._weights import model_tensors
 from bitlower.ir import BitlowerError, CheckError, Program
@@ -45,28 +46,28 @@ _GRAPH = "model/"
 def traced(
     model: PreTrainedModel,
     kind: str,
-    make: Callable[[], Program],
+    trace: Callable[[], Program],
     check: Callable[[Program], None],
     folder: Path | None,
 ) -> Program:
-    """The trace of ``model``, from ``folder`` if it is there, else from ``make``, which is then kept; checked.
+    """The trace of ``model``, from ``folder`` if it is there, else from ``trace``, which is then kept; checked.
 
     Args:
         model: as it is traced.
         kind: what else the trace follows from.
-        make: traces and checks it.
+        trace: traces the model as it is at that moment; of layers that repeat it may be shown a few.
         check: raises a CheckError where a trace does not compute what the model does.
         folder: made when something is first put there; None: the one that :data:`VARIABLE` names, or none.
 
     Raises:
-        BitlowerError: what ``make`` raises.
+        BitlowerError: what ``trace`` and ``check`` raise.
     """
     place = folder or (Path(named) if (named := os.environ.get(VARIABLE)) else None)
     path = place / f"{_key(model, kind)}.json" if place and not any(map(is_changed, model.modules())) else None
     kept = _read(path, model) if path else None
     if kept is not None and _holds(kept, check):
         return kept
-    program = make()
+    program = trace_by_layers(model, trace, check)
     if path:
         _write(path, program, model)
     return program

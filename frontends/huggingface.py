@@ -15,7 +15,6 @@ from bitlower.frontends._decoder import Signature
 from bitlower.frontends._dimensions import SEQUENCE
 from bitlower.frontends._encoder import export, plain_outputs, trace_encoder, trace_given
 from bitlower.frontends._failure import explain_failure
-from bitlower.frontends._instantiate import trace_by_layers
 from bitlower.frontends._precision import in_float32
 from bitlower.frontends._samples import vocabulary
 from bitlower.frontends._tasks import check_task, refuse_class, refuse_folder, task_of
@@ -150,10 +149,7 @@ def _trace_decoder(model: PreTrainedModel, traces: Path | None) -> Program:
                 expected = signature.flatten(model(**signature.arguments(replay)))
             check_replay(program, expected, replay, type(model).__name__)
 
-    def make() -> Program:
-        return trace_by_layers(model, trace, check)
-
-    program = traced(model, "decoder", make, check, traces)
+    program = traced(model, "decoder", trace, check, traces)
     if not signature.caches:
         program.notes += (
             f"{type(model).__name__} has no KV cache: each new token costs a run over all before it, and ONNX comes"
