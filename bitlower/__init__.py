@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     )
     from bitlower.ir.learnable import RangeSettings
     from bitlower.ir.version import __version__
-    from bitlower.passes import Context, Contract, Pass, PassManager, Record, parse_pipeline
+    from bitlower.passes import Context, Contract, Pass, PassManager, Record, Report, parse_pipeline
     from bitlower.tools.flow import quantize
     from bitlower.tools.load import load
 
@@ -48,6 +48,7 @@ __all__ = [
     "QuantSpec",
     "RangeSettings",
     "Record",
+    "Report",
     "Scheme",
     "TensorType",
     "__version__",
@@ -60,7 +61,7 @@ __all__ = [
 _HOMES = {
     "bitlower.frontends": ("batches",),
     "bitlower.ir.learnable": ("RangeSettings",),
-    "bitlower.passes": ("Context", "Contract", "Pass", "PassManager", "Record", "parse_pipeline"),
+    "bitlower.passes": ("Context", "Contract", "Pass", "PassManager", "Record", "Report", "parse_pipeline"),
     "bitlower.ir.version": ("__version__",),
     "bitlower.tools.flow": ("quantize",),
     "bitlower.tools.load": ("load",),

@@ -36,6 +36,9 @@ class Miss:
     path: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.path or self.node}: no {self.rule}: {self.reason}"
+
 
 def apply_rules(rules: Iterable[Rule], module: fx.GraphModule) -> tuple[bool, list[Miss]]:
     """Try each rule once at each of its roots, in graph order; whether anything changed, and what did not match."""

@@ -1,9 +1,10 @@
 """Passes turn a Program into a Program: one file a pass, in folders by what they are for; ``_machinery`` runs them."""
 
-from bitlower.passes._machinery.base import Context, Contract, Pass, Record
+from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.cache import Cache
 from bitlower.passes._machinery.catalog import Provider
 from bitlower.passes._machinery.contracts import check_levels
+from bitlower.passes._machinery.kinds import describe_type, parameter_types
 from bitlower.passes._machinery.ledger import Ledger
 from bitlower.passes._machinery.manager import PassManager
 from bitlower.passes._machinery.observers import (
@@ -15,9 +16,10 @@ from bitlower.passes._machinery.observers import (
     Timing,
     Verify,
 )
-from bitlower.passes._machinery.parameters import describe_type, parameter_types, plain_parameters
+from bitlower.passes._machinery.parameters import plain_parameters
 from bitlower.passes._machinery.pipeline import format_pipeline, parse_pipeline
 from bitlower.passes._machinery.registry import find_pass, known_passes, load_plugin, make_pass, providers
+from bitlower.passes._machinery.report import Record, Report
 from bitlower.passes._machinery.reproducer import Reproducer, replay
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "Provider",
     "Record",
     "Recorder",
+    "Report",
     "Reproducer",
     "Timing",
     "Verify",

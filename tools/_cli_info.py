@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
-import itertools
-import re
-import textwrap
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -130,8 +125,9 @@ def _all_passes() -> dict[str, type[Pass]]:
 def _describe(cls: type[Pass]) -> dict[str, Any]:
     """A pass as plain data."""
     from bitlower.ir import Level
+    from bitlower.passes._machinery.field_docs import without_markup
 
-    doc = _plain(inspect.cleandoc(cls.__doc__ or ""))
+    doc = without_markup(inspect.cleandoc(cls.__doc__ or ""))
     return {
         "name": cls.name,
         "summary": doc.partition("\n")[0],
@@ -146,9 +142,11 @@ def _describe(cls: type[Pass]) -> dict[str, Any]:
 def _parameters(cls: type[Pass]) -> list[dict[str, Any]]:
     """Name, type, default (absent where one must be given) and documentation of each parameter."""
     from bitlower.passes import describe_type, parameter_types
-    from bitlower.passes._machinery.parameters import kebab, plain
+    from bitlower.passes._machinery.field_docs import field_docs
+    from bitlower.passes._machinery.kinds import kebab
+    from bitlower.passes._machinery.parameters import plain
 
-    kinds, documentation = parameter_types(cls), _field_docs(cls)
+    kinds, documentation = parameter_types(cls), field_docs(cls)
     forms = []
     for field in dataclasses.fields(cls):
         kind = kinds[kebab(field.name)]
@@ -159,22 +157,3 @@ def _parameters(cls: type[Pass]) -> list[dict[str, Any]]:
             form["default"] = plain(kind, field.default_factory())
         forms.append(form)
     return forms
-
-
-def _field_docs(cls: type[Pass]) -> dict[str, str]:
-    """The strings that stand below the fields in the sources of ``cls`` and what it derives from."""
-    documentation: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        with suppress(OSError, TypeError, SyntaxError):  # the source is not at hand
-            [definition] = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-            assert isinstance(definition, ast.ClassDef)
-            for field, text in itertools.pairwise(definition.body):
-                match field, text:
-                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
-                        documentation[name] = _plain(inspect.cleandoc(words))
-    return documentation
-
-
-def _plain(text: str) -> str:
-    """Documentation without its markup."""
-    return re.sub(r":\w+:`~?([^`]+)`", r"\1", text).replace("``", "")

@@ -30,8 +30,6 @@ from bitlower.passes import (
 )
 from bitlower.passes._machinery.digest import digest_batches
 from bitlower.passes.precision.assign_precision import AssignPrecision
-from bitlower.passes.rounding.adaround import AdaroundReport
-from bitlower.passes.rounding.gptq import GptqReport
 from bitlower.tools import _backends
 from bitlower.tools._float_share import float_parts
 from bitlower.tools._heads import HeadNotes
@@ -40,9 +38,6 @@ from bitlower.tools._reports import Reports
 from bitlower.tools._summary import RunSummary, peak_bytes
 from bitlower.tools.data import check_finite
 from bitlower.tools.render import Display
-
-NOTES = 8
-"""So many notes of a pass are shown."""
 
 
 def default_cache() -> Path:
@@ -206,13 +201,6 @@ class _Run:
         manager = PassManager(self.job.passes, self.observers(cache, folder), cache, verify=self.options.verify)
         result = manager.run(program, context)
         self.say(*self.heads.notes)
-        reports: dict[str, type[GptqReport | AdaroundReport]] = {"gptq": GptqReport, "adaround": AdaroundReport}
-        for name, kind in reports.items():
-            notes = [note for row in context[kind].rows for note in row.notes] if kind in context.results else []
-            for note in notes[:NOTES]:
-                self.options.display.note(note)
-            if len(notes) > NOTES:
-                self.options.display.note(f"and {len(notes) - NOTES} more notes of {name}")
         return result
 
     def export(self, program: Program, data: Data, folder: Path) -> dict[str, dict[str, Any]]:
@@ -227,9 +215,7 @@ class _Run:
                 self.options.display.note(f"writing {name}")
                 place = folder if len(self.job.exports) == 1 else folder / name
                 place.mkdir(exist_ok=True)
-                for file, text in texts.items():
-                    if text:
-                        (place / file).write_text(text, encoding="utf-8")
+                write_texts(place, texts)
                 reports[name] = _backends.export(name, program, place, batches, options, provenance)
                 check_tokenizer(program, place)
                 for table, reason in reports[name].get("float_tables", {}).items():
@@ -277,6 +263,14 @@ class _Run:
         start = time.perf_counter()
         yield
         self.stages.append(PassTime(name, time.perf_counter() - start, peak_bytes()))
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write files below ``folder`` by name; an empty text is none."""
+    for name, text in texts.items():
+        if text:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def _amount(data: Data) -> str:

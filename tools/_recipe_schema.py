@@ -10,6 +10,8 @@ from enum import Enum
 from typing import Any
 
 from bitlower.passes import Pass, known_passes, parameter_types
+from bitlower.passes._machinery.field_docs import field_docs
+from bitlower.passes._machinery.kinds import schema_bounds, split_bounds
 from bitlower.passes._machinery.losses import Losses, known_losses
 from bitlower.passes._machinery.parameters import plain
 from bitlower.passes.training import Loss
@@ -35,10 +37,12 @@ def _named_schema(classes: Mapping[str, type[Pass | Loss]]) -> dict[str, Any]:
 
 def parameters_schema(cls: type[Pass | Loss]) -> dict[str, Any]:
     """The schema of the parameters of a pass or loss."""
-    kinds = parameter_types(cls)
+    kinds, documentation = parameter_types(cls), field_docs(cls)
     properties = {}
     for field, (name, kind) in zip(dataclasses.fields(cls), kinds.items(), strict=True):
         properties[name] = type_schema(kind)
+        if documentation.get(field.name):
+            properties[name]["description"] = documentation[field.name]
         factory = field.default_factory
         default = field.default if factory is dataclasses.MISSING else factory()
         if default is not dataclasses.MISSING:
@@ -48,7 +52,10 @@ def parameters_schema(cls: type[Pass | Loss]) -> dict[str, Any]:
 
 
 def type_schema(kind: Any) -> dict[str, Any]:
-    """The schema of a parameter's type."""
+    """The schema of a parameter's type and bounds."""
+    kind, bounds = split_bounds(kind)
+    if bounds:
+        return type_schema(kind) | schema_bounds(bounds)
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return {"anyOf": [type_schema(argument) for argument in arguments]}

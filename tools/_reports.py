@@ -1,4 +1,4 @@
-"""What analyses and searches among the passes found: told when they are done, and written into the artefact."""
+"""The reports of passes: printed when a pass is done, and written into the artifact."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 from bitlower.ir import Program
-from bitlower.passes import Context, Observer, Pass
+from bitlower.passes import Context, Observer, Pass, Report
+
+FOLDER = "reports"
+"""Where reports are in an artifact."""
 
 
 class Reports(Observer):
-    """Tells the ``summary()`` of every result that a pass leaves and that has one, and keeps the result.
+    """Prints every report that a pass leaves, and keeps its text.
 
     Args:
         note: prints a text.
@@ -23,22 +26,44 @@ class Reports(Observer):
         self._note = note
         self._before: dict[type, Any] = {}
         self.files: dict[str, str] = {}
-        """Texts by file name: ``<pass>.json``, the whole result, and ``<pass>.svg``, its picture if it has one."""
+        """Texts by file name: ``reports/<pass>.json``, all fields with the summary, and ``reports/<pass>.svg``, the
+        picture if there is one. ``<pass>-2`` is of the second step of that name. What a later pass changes in the
+        report of another stands in the other's file."""
+        self._places: dict[type, tuple[str, int]] = {}
 
     def before(self, pass_: Pass, program: Program, context: Context) -> None:
         """Note what is there already."""
         self._before = dict(context.results)
 
     def after(self, pass_: Pass, program: Program, context: Context, changed: bool) -> None:
-        """Tell what is new."""
+        """Print what is new, and keep it."""
         for kind, result in context.results.items():
-            if self._before.get(kind) is result or not hasattr(result, "summary"):
-                continue
-            self._note(f"{pass_.name}: {result.summary()}")
-            text = json.dumps(_finite(dataclasses.asdict(result)), indent=1, sort_keys=True)
-            self.files[f"{pass_.name}.json"] = f"{text}\n"
-            if hasattr(result, "svg"):
-                self.files[f"{pass_.name}.svg"] = result.svg()
+            if isinstance(result, Report) and self._before.get(kind) is not result:
+                self._take(pass_.name, kind, result)
+
+    def _take(self, name: str, kind: type, report: Report) -> None:
+        owner, number = self._places.get(kind, (name, 0))
+        if owner == name:
+            number += 1
+            self._note(f"{name}: {report.text()}")
+        self._places[kind] = owner, number
+        place = f"{FOLDER}/{owner}" if number == 1 else f"{FOLDER}/{owner}-{number}"
+        form = {"report": kind.__name__, "summary": report.summary(), **dataclasses.asdict(report)}  # type: ignore[call-overload]
+        self.files[f"{place}.json"] = _text(_finite(form))
+        if hasattr(report, "svg"):
+            self.files[f"{place}.svg"] = report.svg()
+
+
+def _text(form: dict[str, Any]) -> str:
+    """JSON with a line for each field, and for each row of a list."""
+    fields = []
+    for key, value in form.items():
+        rows = (
+            ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in value) if isinstance(value, list) else ""
+        )
+        text = f"[\n{rows}\n ]" if rows else json.dumps(value, ensure_ascii=False)
+        fields.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(fields) + "\n}\n"
 
 
 def _finite(form: Any) -> Any:

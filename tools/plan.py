@@ -43,7 +43,7 @@ from bitlower.tools.render import format_bytes, make_table
 
 KEPT = "the trace of the model is in the cache: the run reads its weights alone"
 FOLDER_BYTES = 4_000
-ROW_BYTES = 700
+ROW_BYTES = 1_100
 _SIZE_KEEPING = ("adaround", "autoround", "calibrate", "correct-bias", "fuse", "gptq", "lkd", "rtn", "lower-integer")
 _TRYING = ("analyze-sensitivity", "assign-precision")
 

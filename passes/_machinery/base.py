@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from bitlower.ir import Batch, BitlowerError, Level, Program
+from bitlower.passes._machinery.kinds import check_bounds
 
 T = TypeVar("T")
 
@@ -24,13 +25,6 @@ class Contract(enum.StrEnum):
     ANALYSIS = "analysis"  # the program is not changed; a typed result is left in the context
     EXACT = "exact"  # outputs are equal within float tolerance, checked on real batches
     LOSSY = "lossy"  # outputs may change; the ledger says by how much
-
-
-class Record:
-    """Base of results that say what a pass did: they hold to the end, however the program changes.
-
-    Other results are facts about the program, and void as soon as a pass changes it.
-    """
 
 
 @dataclass
@@ -73,9 +67,11 @@ class Context:
         return self.results[kind]  # type: ignore[no-any-return]
 
     def put(self, result: object) -> None:
-        """Leave ``result``, a frozen dataclass of plain data, for later passes; one of each type is kept.
+        """Leave ``result`` for later passes; one of each type is kept.
 
-        It is void when a pass changes the program, unless it is a :class:`Record`.
+        It is a :class:`~bitlower.passes._machinery.report.Report`, or another frozen dataclass of plain data, which is
+        not shown. It is void when a pass changes the program, unless it is a
+        :class:`~bitlower.passes._machinery.report.Record`.
         """
         self.results[type(result)] = result
 
@@ -90,8 +86,12 @@ class Pass:
     """A step from Program to Program: a frozen dataclass whose fields are its parameters.
 
     Subclass it, decorate the class with ``@dataclass(frozen=True)``, set ``name`` and write ``run``. Put the logic in
-    plain functions and let ``run`` be the door to them. One file ``passes/<family>/<name>.py`` holds one
-    pass. Parameters are of type bool, int, float, str, an enum, ``tuple`` of these, or ``X | None``, with defaults.
+    plain functions and let ``run`` call them. One file ``passes/<family>/<name>.py`` holds one pass.
+
+    Parameters have defaults. Their types are bool, int, float, str, an enum, ``Literal``, ``tuple`` of these,
+    ``X | None``, or a class with ``parse``, ``from_dict`` or ``from_list``. ``Annotated[float, Interval(gt=0, le=1)]``
+    sets bounds (:mod:`~bitlower.passes._machinery.kinds`). A ``__post_init__`` of your own begins with
+    ``super().__post_init__()``.
     """
 
     name: ClassVar[str] = ""
@@ -108,6 +108,14 @@ class Pass:
         run = cls.__dict__.get("run")
         if run is not None and len(inspect.signature(run).parameters) == 2:  # a pass that needs no context
             cls.run = lambda self, program, context: run(self, program)  # type: ignore[method-assign]
+
+    def __post_init__(self) -> None:
+        """Hold the parameters to their bounds.
+
+        Raises:
+            BitlowerError: one lies outside.
+        """
+        check_bounds(self, self.name or type(self).__name__)
 
     def run(self, program: Program, context: Context) -> bool:
         """Edit ``program`` in place and say whether it changed.

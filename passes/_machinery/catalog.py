@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 from bitlower.ir import BitlowerError, nearest
-from bitlower.passes._machinery import parameters
+from bitlower.passes._machinery import kinds
 from bitlower.passes._machinery.base import Pass
 from bitlower.passes._machinery.faults import blamed
 from bitlower.passes._machinery.loss import Loss
@@ -195,15 +195,15 @@ class Catalog(Generic[T]):
 
 def _parameter_problem(cls: type[Any]) -> Problem | None:
     try:
-        kinds = parameters.parameter_types(cls)
+        annotations = kinds.parameter_types(cls)
     except NameError as error:
         return f"has a parameter of unknown type ({error})", "import the type at the top of the module"
-    for name, kind in kinds.items():
-        if not parameters.supported(kind):
+    for name, kind in annotations.items():
+        if not kinds.supported(kind):
             shown = getattr(kind, "__name__", str(kind))
             return (
                 f"has the parameter {name!r} of the unsupported type {shown}",
                 "use bool, int, float, str, an enum, Literal, tuple[...] of these, X | None, "
-                "or a class with `parse`, `from_dict` or `from_list`",
+                "or a class with `parse`, `from_dict` or `from_list`; bounds are those of annotated-types",
             )
     return None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Interval
 
 from bitlower.ir import Batch, BitlowerError, Program
+from bitlower.passes._machinery.kinds import check_bounds
 
 NEEDS = frozenset({"hidden", "attention", "teacher", "labels"})
 """What a loss may look at: values of the student (and of the teacher where that is named too), the teacher, labels."""
@@ -64,8 +66,16 @@ class Loss:
     name: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Of ``hidden``, ``attention`` (both of the student), ``teacher`` and ``labels``."""
-    weight: float = 1.0
+    weight: Annotated[float, Interval(ge=0, le=1e6)] = 1.0
     """What the term is multiplied by in the sum of all losses."""
+
+    def __post_init__(self) -> None:
+        """Hold the parameters to their bounds.
+
+        Raises:
+            BitlowerError: one lies outside.
+        """
+        check_bounds(self, f"loss {self.name!r}")
 
     def memory(self, program: Program) -> dict[str, torch.Tensor]:
         """Tensors that the loss keeps from step to step; they are part of checkpoints. None by default."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,15 +54,11 @@ def make_loss(name: str, params: Mapping[str, Any] | None = None) -> Loss:
     """The loss ``name`` with ``params`` (plain data, names in kebab-case or with underscores).
 
     Raises:
-        BitlowerError: an unknown loss or parameter, a value that does not fit, or a weight that is negative or
-            infinite.
+        BitlowerError: an unknown loss or parameter, or a value that does not fit.
     """
     cls = find_loss(name)
     with blamed(f"loss {name!r} cannot be made", source_of(cls)):
-        loss = parameters.make(cls, f"loss {name!r}", params or {})
-    if not 0 <= loss.weight < math.inf:
-        raise BitlowerError(f"loss {name!r}: the weight is {loss.weight:g}", hint="it is a number from 0 on")
-    return loss
+        return parameters.make(cls, f"loss {name!r}", params or {})
 
 
 @dataclass(frozen=True)

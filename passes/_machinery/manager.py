@@ -11,7 +11,7 @@ from typing import Any
 
 from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program
 from bitlower.ir.storage import trim
-from bitlower.passes._machinery.base import Context, Contract, Pass, Record
+from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.batch_guard import BatchGuard
 from bitlower.passes._machinery.cache import Cache, aligned
 from bitlower.passes._machinery.contracts import Guard, check_levels
@@ -20,6 +20,7 @@ from bitlower.passes._machinery.faults import blame_pass, is_own, pass_name
 from bitlower.passes._machinery.observers import Observer, Recorder, Verify
 from bitlower.passes._machinery.pipeline import format_pipeline
 from bitlower.passes._machinery.process import kept_process
+from bitlower.passes._machinery.report import Record
 from bitlower.passes._machinery.resume import Resume, WatchedContext
 from bitlower.passes._machinery.shape import shape_problem
 from bitlower.passes._machinery.trespass import TrespassGuard

@@ -13,7 +13,6 @@ import enum
 import json
 import math
 import sys
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -23,6 +22,16 @@ from bitlower.ir.json_files import parse_json
 from bitlower.passes._machinery.base import Pass, changed_fields
 from bitlower.passes._machinery.declared import check_declared
 from bitlower.passes._machinery.faults import blamed, source_of
+from bitlower.passes._machinery.kinds import (
+    describe_type,
+    is_enum,
+    is_structured,
+    is_union,
+    kebab,
+    keeps,
+    parameter_types,
+    split_bounds,
+)
 from bitlower.passes._machinery.loss import Loss
 
 T = TypeVar("T", bound=Pass | Loss)
@@ -32,55 +41,20 @@ class MismatchError(ValueError):
     """A value does not fit a type; the text says what the type takes."""
 
 
-def parameter_types(cls: type[Any]) -> dict[str, Any]:
-    """The annotation of each parameter, by its name in kebab-case."""
-    hints = typing.get_type_hints(cls)
-    return {kebab(field.name): hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def kebab(name: str) -> str:
-    """``group_size`` → ``group-size``."""
-    return name.replace("_", "-")
-
-
-def supported(kind: Any) -> bool:
-    """Whether a parameter may be annotated with ``kind``."""
-    arguments = typing.get_args(kind)
-    if _is_union(kind):
-        return all(map(supported, arguments))
-    if typing.get_origin(kind) is tuple:
-        return all(a is Ellipsis or supported(a) for a in arguments)
-    if typing.get_origin(kind) is typing.Literal:
-        return all(isinstance(a, bool | int | str) for a in arguments)
-    return kind in (bool, int, float, str, type(None)) or _is_enum(kind) or _is_structured(kind)
-
-
-def describe_type(kind: Any) -> str:
-    """What a parameter of type ``kind`` takes, in words."""
-    arguments = typing.get_args(kind)
-    if _is_union(kind):
-        return " or ".join(map(describe_type, arguments))
-    if typing.get_origin(kind) is tuple:
-        if arguments[-1] is Ellipsis:
-            return f"list of {describe_type(arguments[0])}"
-        return f"list of {len(arguments)} ({', '.join(map(describe_type, arguments))})"
-    if typing.get_origin(kind) is typing.Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    if _is_enum(kind):
-        return f"one of {', '.join(str(member.value) for member in kind)}"
-    if hasattr(kind, "from_list"):
-        return f"list of {kind.__name__.lower()}"
-    return "none" if kind is type(None) else str(kind.__name__)
-
-
 def coerce(kind: Any, value: Any) -> Any:
     """Plain ``value`` as an instance of ``kind``; a value that is one already passes.
 
     Raises:
-        MismatchError: it does not fit.
+        MismatchError: it does not fit, or lies outside the bounds of ``kind``.
         BitlowerError: a structured type refused it.
     """
-    if _is_union(kind):
+    inner, bounds = split_bounds(kind)
+    if bounds:
+        coerced = coerce(inner, value)
+        if not keeps(bounds, coerced):
+            raise MismatchError(f"takes {describe_type(kind)}, not {show(value)}")
+        return coerced
+    if is_union(kind):
         return _coerce_union(typing.get_args(kind), value, kind)
     if typing.get_origin(kind) is tuple:
         return _coerce_tuple(typing.get_args(kind), value, kind)
@@ -90,10 +64,10 @@ def coerce(kind: Any, value: Any) -> Any:
             return value
         if value is None and "none" in options:  # the bare word in pipeline text
             return "none"
-    elif _is_enum(kind):
+    elif is_enum(kind):
         if any((type(m.value) is type(value) and m.value == value) or m is value for m in kind):
             return kind(value)
-    elif _is_structured(kind):
+    elif is_structured(kind):
         return _coerce_structured(kind, value)
     elif kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
@@ -112,7 +86,7 @@ def show(value: Any) -> str:
 def _coerce_union(members: tuple[Any, ...], value: Any, kind: Any) -> Any:
     """The first member that fits; a string is a string unless it is the JSON form of a structured member."""
     json_text = isinstance(value, str) and value.startswith("{")
-    ordered = sorted(members, key=lambda m: _is_structured(m) if not json_text else not _is_structured(m))
+    ordered = sorted(members, key=lambda m: is_structured(m) if not json_text else not is_structured(m))
     refusal: BitlowerError | None = None
     for member in ordered:
         try:
@@ -179,7 +153,7 @@ def plain(kind: Any, value: Any) -> Any:
         return [plain(k, item) for k, item in zip(kinds, value, strict=True)]
     if hasattr(value, "to_list"):
         return value.to_list()
-    if not (_is_union(kind) and str in typing.get_args(kind)) and hasattr(value, "parse"):
+    if not (is_union(kind) and str in typing.get_args(kind)) and hasattr(value, "parse"):
         name = getattr(value, "name", None)
         text = name if isinstance(name, str) else str(value)
         try:
@@ -250,20 +224,6 @@ def _coerce_named(what: str, name: str, kind: Any, value: Any) -> Any:
 
 def _tuple_member(kind: Any) -> Any:
     """``kind`` itself, or the tuple among the members of a union."""
-    members = typing.get_args(kind) if _is_union(kind) else (kind,)
+    kind, _ = split_bounds(kind)
+    members = [split_bounds(member)[0] for member in (typing.get_args(kind) if is_union(kind) else (kind,))]
     return next((m for m in members if typing.get_origin(m) is tuple), kind)
-
-
-def _is_union(kind: Any) -> bool:
-    return typing.get_origin(kind) in (typing.Union, types.UnionType)
-
-
-def _is_enum(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, enum.Enum)
-
-
-def _is_structured(kind: Any) -> bool:
-    """Whether ``kind`` is a class that can be made from plain data."""
-    plain_type = kind in (bool, int, float, str) or _is_enum(kind)
-    made = any(hasattr(kind, method) for method in ("parse", "from_dict", "from_list"))
-    return isinstance(kind, type) and not plain_type and made

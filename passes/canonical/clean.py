@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +11,8 @@ from torch import fx
 
 from bitlower.ir import Level, Program, get_tensor
 from bitlower.ir.rewrite import Miss, apply_rules
-from bitlower.passes._machinery.base import Context, Contract, Pass, Record
+from bitlower.passes._machinery.base import Context, Contract, Pass
+from bitlower.passes._machinery.report import Record, counted, few
 from bitlower.passes.canonical._rules import RULES
 
 aten = torch.ops.aten
@@ -29,6 +30,14 @@ class CleanReport(Record):
     """Where a rewrite rule started and did not match, and why."""
 
     misses: tuple[Miss, ...]
+
+    def summary(self) -> str:
+        """How many places stay as the model has them."""
+        return f"{counted(len(self.misses), 'place')} began like a known pattern and stay as the model has them"
+
+    def details(self) -> Iterable[str]:
+        """Which, and why."""
+        return few(str(miss) for miss in self.misses)
 
 
 @dataclass(frozen=True)

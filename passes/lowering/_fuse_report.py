@@ -12,7 +12,7 @@ from torch import fx
 from bitlower.ir import kernels, ops
 from bitlower.ir.dataflow import PARTS, VIEWS, Block, blocks, constants, operand
 from bitlower.ir.rewrite import Miss
-from bitlower.passes._machinery.base import Record
+from bitlower.passes._machinery.report import Record
 from bitlower.passes.lowering._fusion import Fused
 
 aten = torch.ops.aten

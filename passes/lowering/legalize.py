@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import fx
 
 from bitlower.ir import BitlowerError, Granularity, Level, Program, Quantizer, TensorType, ops, set_tensor
 from bitlower.ir.dataflow import VIEWS, operand, weight_operand
 from bitlower.ir.quantizer_node import is_open
-from bitlower.passes._machinery.base import Context, Contract, Pass, Record
+from bitlower.passes._machinery.base import Context, Contract, Pass
+from bitlower.passes._machinery.report import Record, counted, few
 from bitlower.passes.lowering._groups import Group, merge_groups, stored_groups
 
 aten = torch.ops.aten
@@ -51,6 +53,19 @@ class LegalizeReport(Record):
 
     rows: tuple[LegalizeRow, ...]
 
+    def summary(self) -> str:
+        """How many quantizers and linears were cut."""
+        cut = [row for row in self.rows if row.parts]
+        slices, linears = sum(row.parts for row in cut), sum(row.linears for row in cut)
+        return (
+            f"{len(cut):,} of {counted(len(self.rows), 'grouped quantizer')} cut into {counted(slices, 'slice')} with "
+            f"one scale each, {counted(linears, 'linear')} into a linear for each slice"
+        )
+
+    def details(self) -> Iterable[str]:
+        """What was left alone, and why."""
+        return few(f"{row.tensor}: {row.reason}" for row in self.rows if row.reason)
+
 
 @dataclass(frozen=True)
 class Legalize(Pass):
@@ -64,13 +79,14 @@ class Legalize(Pass):
     name: ClassVar[str] = "legalize"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.EXACT
-    merge: float = 1.0
+    merge: Annotated[float, Ge(1)] = 1.0
     """Neighbouring groups are merged where no index gets a step more than this many times its own; above 1 the pass is
     lossy."""
-    limit: int = 16
+    limit: Annotated[int, Ge(1)] = 16
     """The most slices that a value is cut into; with more groups it stays as it is."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.merge > 1:
             object.__setattr__(self, "contract", Contract.LOSSY)
 
@@ -78,12 +94,8 @@ class Legalize(Pass):
         """Rewrite all grouped quantizers and leave a :class:`LegalizeReport`.
 
         Raises:
-            BitlowerError: a parameter is out of range, or a quantizer has no range yet.
+            BitlowerError: a quantizer has no range yet.
         """
-        if not self.merge >= 1:
-            raise BitlowerError(f"legalize: merge is {self.merge}", hint="it is a ratio of scales, 1 or more")
-        if self.limit < 1:
-            raise BitlowerError(f"legalize: limit is {self.limit}", hint="it must be 1 at least")
         rows = tuple(_legalize(program, node, self) for node in grouped(program.module))
         context.put(LegalizeReport(rows))
         return any(row.parts for row in rows)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bitlower.passes._machinery.report import Table
+from bitlower.passes._machinery.report import Report, Table, counted
 
 NO_OP_SHARE = 0.9
 """A head that puts more than this on the separator does nothing (Bondarenko et al. §3)."""
@@ -143,7 +144,7 @@ class ClampRate:
 
 
 @dataclass(frozen=True)
-class OutlierReport:
+class OutlierReport(Report):
     """Ranges, outliers, attention and clamping of a Program on its calibration data.
 
     Args:
@@ -163,6 +164,26 @@ class OutlierReport:
     feed_forwards: tuple[FeedForward, ...]
     heads: tuple[HeadAttention, ...]
     clamps: tuple[ClampRate, ...]
+
+    def summary(self) -> str:
+        """The widest range."""
+        text = f"{counted(len(self.tensors), 'tensor')} on {counted(self.tokens, 'token')}"
+        if not self.tensors:
+            return text
+        widest = max(self.tensors, key=lambda tensor: tensor.max_over_std)
+        place = widest.path or widest.node
+        return f"{text}; widest: {place} ({', '.join(widest.roles)}), {widest.max_over_std:.3g} standard deviations"
+
+    def details(self) -> Iterable[str]:
+        """The feed-forward network and the heads that make outliers, and the quantizer that clamps most."""
+        if self.feed_forwards:
+            worst = max(self.feed_forwards, key=lambda part: part.sum_ratio)
+            yield f"residual sum of {worst.path}: {worst.sum_ratio:.3g} times as wide as the network's input"
+        if silent := sum(head.no_op for head in self.heads):
+            yield f"{silent:,} of {counted(len(self.heads), 'head')} look at separators and little else"
+        if self.clamps:
+            most = max(self.clamps, key=lambda clamp: clamp.rate)
+            yield f"{most.tensor} is clamped most: {most.rate:.3%} of its values"
 
     def __getitem__(self, node: str) -> TensorRange:
         """The tensor that the node called ``node`` computes; KeyError if it was not looked at."""

@@ -6,9 +6,10 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge, Gt
 from torch import fx
 
 from bitlower.ir import Batch, BitlowerError, Level, Program, describe, get_tensor
@@ -60,9 +61,9 @@ class AnalyzeOutliers(Pass):
     name: ClassVar[str] = "analyze-outliers"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.FLOAT, Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.ANALYSIS
-    sigma: float = 6.0
+    sigma: Annotated[float, Gt(0)] = 6.0
     """From how many standard deviations on a value is an outlier."""
-    batches: int | None = None
+    batches: Annotated[int, Ge(1)] | None = None
     """How many calibration batches to look at; all if left out."""
 
     def data_runs(self, program: Program) -> int:
@@ -79,8 +80,6 @@ class AnalyzeOutliers(Pass):
         Raises:
             BitlowerError: there is no calibration data, a parameter is out of range, or a tensor gets NaN or Inf.
         """
-        if self.batches is not None and self.batches < 1:
-            raise BitlowerError(f"batches must be at least 1, not {self.batches}")
         context.put(analyze(program, context.calibration[: self.batches], sigma=self.sigma, track=context.track))
         return False
 

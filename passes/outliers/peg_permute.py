@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Interval
 from torch import fx
 
 from bitlower.ir import BitlowerError, Level, Program, get_tensor
@@ -14,8 +15,9 @@ from bitlower.ir.dataflow import NORM, VIEWS, activations, operand, residual_sum
 from bitlower.ir.domains import Domain, Domains, domains
 from bitlower.ir.feed_forward import feed_forwards
 from bitlower.ir.reorder import insert_gather, reorder
-from bitlower.passes._machinery.base import Context, Contract, Pass, Record
+from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.patterns import Patterns
+from bitlower.passes._machinery.report import Record, counted, few
 from bitlower.passes.outliers._channel_statistics import ChannelStatistics, channel_statistics
 from bitlower.passes.outliers._orders import grouped_order, range_order
 
@@ -59,6 +61,17 @@ class PermutationReport(Record):
     kept: tuple[str, ...]
     gathers: int
 
+    def summary(self) -> str:
+        """What was reordered."""
+        channels = sum(domain.size for domain in self.domains)
+        domains = counted(len(self.domains), "domain")
+        text = f"{counted(channels, 'channel')} in {domains} ordered by range ({self.scope})"
+        return f"{text}; {counted(self.gathers, 'gather')} in the graph" if self.gathers else text
+
+    def details(self) -> Iterable[str]:
+        """Residual streams that keep their order, and why."""
+        return few(self.kept)
+
 
 @dataclass(frozen=True)
 class PegPermute(Pass):
@@ -76,9 +89,9 @@ class PegPermute(Pass):
     """One order for the whole residual stream, or one a layer with a gather each."""
     inner: bool = True
     """Sort inner channels too: those of feed-forward parts, and dimensions inside heads where no cache holds them."""
-    groups: int = 0
+    groups: Annotated[int, Ge(0)] = 0
     """For so many equal groups, set outliers apart where that loses less; 0: the order is ascending."""
-    bits: int = 8
+    bits: Annotated[int, Interval(ge=2, le=16)] = 8
     """The bits of activations that ``groups`` reckons with."""
     ignore: tuple[str, ...] = ()
     """Module paths; a domain that holds anything of one keeps its order."""
@@ -95,14 +108,8 @@ class PegPermute(Pass):
         """Reorder, and leave a :class:`PermutationReport`.
 
         Raises:
-            BitlowerError: there is no calibration data, ``groups`` or ``bits`` is out of range, or a pattern in
-                ``ignore`` matches nothing.
+            BitlowerError: there is no calibration data, or a pattern in ``ignore`` matches nothing.
         """
-        if self.groups < 0 or not 2 <= self.bits <= 16:
-            raise BitlowerError(
-                f"peg-permute: groups is {self.groups} and bits is {self.bits}",
-                hint="groups is at least 0, bits from 2 to 16",
-            )
         if not context.calibration:
             raise BitlowerError("peg-permute needs calibration data", hint="give calibration batches")
         if self.scope == "layer":

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import fx
 
 from bitlower.ir import BitlowerError, Level, Program, TensorType, set_tensor
 from bitlower.ir.dataflow import ATTENTION, operand, residual_sums
 from bitlower.ir.observe import observe
 from bitlower.ir.rewrite import call_like
-from bitlower.passes._machinery.base import Context, Contract, Pass, Record
+from bitlower.passes._machinery.base import Context, Contract, Pass
+from bitlower.passes._machinery.report import Record, counted
 
 aten = torch.ops.aten
 
@@ -33,6 +35,14 @@ class PrefixReport(Record):
     before: float
     after: float
 
+    def summary(self) -> str:
+        """The prefix and what it does."""
+        tokens = ", ".join(map(str, self.tokens))
+        return (
+            f"tokens {tokens} stand before every sequence, in {counted(self.attentions, 'attention')}; "
+            f"largest value of a residual sum {self.before:.4g} → {self.after:.4g}"
+        )
+
 
 @dataclass(frozen=True)
 class PrefixSinks(Pass):
@@ -51,7 +61,7 @@ class PrefixSinks(Pass):
     name: ClassVar[str] = "prefix-sinks"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.FLOAT})
     contract: ClassVar[Contract] = Contract.LOSSY
-    tokens: tuple[int, ...] = ()
+    tokens: tuple[Annotated[int, Ge(0)], ...] = ()
     """Ids of the prefix; the model's token for the beginning of a text if empty (for its end if it has none such)."""
 
     def run(self, program: Program, context: Context) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,7 +11,8 @@ from torch import fx
 
 from bitlower.ir import BitlowerError, Level, Program
 from bitlower.ir.domains import domains
-from bitlower.passes._machinery.base import Context, Contract, Pass, Record
+from bitlower.passes._machinery.base import Context, Contract, Pass
+from bitlower.passes._machinery.report import Record, counted, few
 from bitlower.passes.outliers._hadamard import random_hadamard, random_orthogonal
 from bitlower.passes.outliers._new_basis import add_products, centre, fold_norms, rotate
 from bitlower.passes.outliers._residual_stream import Stream, trace_stream
@@ -42,6 +44,19 @@ class RotationReport(Record):
     """What ``rotate`` did to each residual stream."""
 
     streams: tuple[StreamRotation, ...]
+
+    def summary(self) -> str:
+        """What was rotated."""
+        streams = ", ".join(f"{stream.size:,} channels ({stream.matrix})" for stream in self.streams)
+        norms = sum(len(stream.norms) for stream in self.streams)
+        return f"residual stream of {streams} rotated; {counted(norms, 'norm')} folded into linears"
+
+    def details(self) -> Iterable[str]:
+        """Which weights are no longer tied, and what runs in addition."""
+        for stream in self.streams:
+            yield from few(f"{name} has a copy of its own now" for name in stream.untied)
+            if stream.products:
+                yield f"{counted(stream.products, 'matrix product')} added"
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge, Interval, Le
 from torch import fx
 
 from bitlower.ir import Batch, BitlowerError, Level, Program, TensorType, get_tensor, numerics, ops, set_tensor
@@ -31,11 +32,11 @@ class Smooth(Pass):
     name: ClassVar[str] = "smooth"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.EXACT
-    alpha: float = 0.8
+    alpha: Annotated[float, Interval(ge=0, le=1)] = 0.8
     """Migration strength in ``s = max|X|^α / max|W|^(1−α)``: 0 leaves all to the activations, 1 to the weights."""
-    rows: int = 512
+    rows: Annotated[int, Ge(1)] = 512
     """Calibration tokens kept a site for measuring the quantization error."""
-    gain: float = 0.1
+    gain: Annotated[float, Le(1)] = 0.1
     """The least share of a site's quantization error that has to go for the site to be changed."""
 
     def data_runs(self, program: Program) -> int:
@@ -50,10 +51,8 @@ class Smooth(Pass):
         """Smooth every site that gains.
 
         Raises:
-            BitlowerError: there is no calibration data, or ``alpha`` is outside [0, 1].
+            BitlowerError: there is no calibration data.
         """
-        if not 0 <= self.alpha <= 1:
-            raise BitlowerError(f"smooth: alpha is {self.alpha}", hint="it must lie in [0, 1]")
         sites = list(smoothing_sites(program.module))
         if sites and not context.calibration:
             raise BitlowerError("smooth needs calibration data", hint="give calibration batches")

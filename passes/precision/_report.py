@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bitlower.passes._machinery.base import Record
-from bitlower.passes._machinery.report import Table
+from bitlower.passes._machinery.report import Record, Table
 
 TIME = "time"
 """The budget whose use is calculated, and not counted."""
@@ -148,20 +148,23 @@ class PrecisionReport(Record):
         ]
 
     def summary(self) -> str:
-        """What was done, in words."""
+        """How many quantizers got other bits."""
         changed = sum(len(row.tensors) for row in self.rows if row.bits != row.before)
-        lines = [f"{changed} of {sum(len(row.tensors) for row in self.rows)} quantizers got other bits"]
-        lines += [f"  {budget.label}: {budget.used:.6g} of {budget.most:.6g}" for budget in self.budgets]
+        return f"{changed} of {sum(len(row.tensors) for row in self.rows)} quantizers got other bits"
+
+    def details(self) -> Iterable[str]:
+        """The budgets, the time by calculation, and how near the optimum is."""
+        for budget in self.budgets:
+            yield f"{budget.label}: {budget.used:.6g} of {budget.most:.6g}"
         if self.time:
             what = f"the linears on {self.time.target}, {self.time.rows} rows"
-            lines.append(f"  {what}: {self.time.before_us:.4g} → {self.time.after_us:.4g} µs by calculation")
+            yield f"{what}: {self.time.before_us:.4g} → {self.time.after_us:.4g} µs by calculation"
         if self.optimum:
             found = self.optimum
-            lines.append(
-                f"  predicted loss {found.predicted:.4g}, at most {found.gap:.2g} of it above the optimum; "
+            yield (
+                f"predicted loss {found.predicted:.4g}, at most {found.gap:.2g} of it above the optimum; "
                 f"measured {_number(self.measured)}"
             )
-        return "\n".join(lines)
 
     def svg(self) -> str:
         """The front as a picture: the budget to the right, losses upwards on a logarithmic scale."""

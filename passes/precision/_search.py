@@ -73,16 +73,13 @@ class Budgets:
         if self.given():
             raise BitlowerError(f"assign-precision: {what} takes no budget", hint=f"drop {', '.join(self.given())}")
 
-    def check(self) -> None:
-        """Raise BitlowerError if there is none, or one makes no sense."""
+    def require_one(self) -> None:
+        """Raise BitlowerError if none is set."""
         if not self.given():
             raise BitlowerError(
                 "assign-precision needs a budget",
                 hint="weight-bits, model-bytes, activation-bits, share-16 or time; or set: paper",
             )
-        for name, value in self.given().items():
-            if not math.isfinite(value) or value < 0 or (name == "share-16" and value > 1):
-                raise BitlowerError(f"assign-precision: a budget {name} of {value:g} makes no sense")
 
     def widths(self, bits: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
         """Widths for weights, widths for activations, and whether these may also stay as they are."""

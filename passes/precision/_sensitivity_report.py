@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bitlower.passes._machinery.report import Table
+from bitlower.passes._machinery.report import Report, Table
 from bitlower.passes.precision._measures import Kind, decibels
 from bitlower.passes.precision._quantizer_groups import By
 
@@ -42,7 +42,7 @@ class GroupSensitivity:
 
 
 @dataclass(frozen=True)
-class SensitivityReport:
+class SensitivityReport(Report):
     """Which quantizers cost most.
 
     Args:
@@ -95,16 +95,17 @@ class SensitivityReport:
         return f"{loss:.3g} nats" if self.measure == "kl" else f"{loss:.2%}"
 
     def summary(self) -> str:
-        """What to do about it, in words, and the recipe fragment."""
+        """The loss, and what of it can go."""
+        text = f"{self.show(self.full)} with all {self.quantizers} quantizers"
         if not (self.raised or self.excluded):
-            return f"{self.show(self.full)} with all {self.quantizers} quantizers; there is nothing to raise or exclude"
-        lines = [
-            f"{self.show(self.full)} with all {self.quantizers} quantizers, {self.show(self.remaining)} with "
-            f"{self.lifted} of them in more bits or float:",
-            *(f"  raise {role}" for role in self.raised),
-            *(f"  exclude {layer}" for layer in self.excluded),
-        ]
-        return "\n".join([*lines, self.recipe]) if self.recipe else "\n".join(lines)
+            return f"{text}; there is nothing to raise or exclude"
+        return f"{text}, {self.show(self.remaining)} with {self.lifted} of them in more bits or float"
+
+    def details(self) -> Iterable[str]:
+        """What to raise and exclude, and the recipe that does."""
+        yield from (f"raise {role}" for role in self.raised)
+        yield from (f"exclude {layer}" for layer in self.excluded)
+        yield from self.recipe.splitlines()
 
 
 def recipe_text(steps: list[str | dict[str, Any]]) -> str:

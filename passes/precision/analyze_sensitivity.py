@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from annotated_types import Ge, Interval, MinLen
 from torch import fx
 
 from bitlower.ir import BitlowerError, Grid, Level, Program, QuantSpec, Scheme
@@ -38,17 +39,17 @@ class AnalyzeSensitivity(Pass):
     name: ClassVar[str] = "analyze-sensitivity"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.ANALYSIS
-    by: tuple[By, ...] = ("role", "layer", "both")
+    by: Annotated[tuple[By, ...], MinLen(1)] = ("role", "layer", "both")
     """How quantizers are grouped: by their role, by the layer of the model that they belong to, by both."""
     measure: Choice = "auto"
     """KL divergence of the softmax, noise over signal, or how often the top entry differs; auto goes by the outputs."""
     outputs: tuple[str, ...] = ()
     """The outputs to measure; all but a decoder's keys and values, or the logits, if empty."""
-    batches: int | None = None
+    batches: Annotated[int, Ge(1)] | None = None
     """How many calibration batches to run; all if left out."""
-    recover: float = 0.9
+    recover: Annotated[float, Interval(ge=0, le=1)] = 0.9
     """The share of the loss that the recipe has to take away."""
-    limit: float = 0.25
+    limit: Annotated[float, Interval(ge=0, le=1)] = 0.25
     """The largest share of the quantizers that the recipe may lift."""
 
     def needs_calibration(self) -> bool:
@@ -59,15 +60,8 @@ class AnalyzeSensitivity(Pass):
         """Analyze and leave the report.
 
         Raises:
-            BitlowerError: there is no calibration data, a quantizer has no range, or a parameter is out of range.
+            BitlowerError: there is no calibration data, or a quantizer has no range.
         """
-        if self.batches is not None and self.batches < 1:
-            raise BitlowerError(f"batches must be at least 1, not {self.batches}")
-        for name in ("recover", "limit"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise BitlowerError(f"{name} is a share from 0 to 1, not {getattr(self, name)}")
-        if not self.by:
-            raise BitlowerError("analyze-sensitivity needs a way to group quantizers", hint="by: [role]")
         context.put(analyze(program, self, context))
         return False
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from annotated_types import Ge, Interval, MinLen
 from torch import fx
 
 from bitlower.ir import BitlowerError, Level, Program
@@ -40,38 +41,49 @@ class AssignPrecision(Pass):
     contract: ClassVar[Contract] = Contract.LOSSY
     set: Literal["none", "paper"] = "none"
     """A fixed set, which needs no data and no budget."""
-    bits: tuple[int, ...] = (2, 3, 4, 6, 8, 16)
+    bits: Annotated[tuple[Annotated[int, Interval(ge=2, le=16)], ...], MinLen(1)] = (2, 3, 4, 6, 8, 16)
     """What to choose from."""
-    weight_bits: float | None = None
+    weight_bits: Annotated[float, Ge(0)] | None = None
     """Budget: average bits of all quantized weights."""
-    model_bytes: int | None = None
+    model_bytes: Annotated[int, Ge(0)] | None = None
     """Budget: bytes of all parameters, codes packed densely, scales and what stays float in float32."""
-    activation_bits: float | None = None
+    activation_bits: Annotated[float, Ge(0)] | None = None
     """Budget: average bits of the activation quantizers."""
-    share_16: float | None = None
+    share_16: Annotated[float, Interval(ge=0, le=1)] | None = None
     """Budget: the share of activation quantizers with 16 bits; without `activation-bits` the rest stay as they are."""
-    time: float | None = None
+    time: Annotated[float, Ge(0)] | None = None
     """Budget: the linears' time on ``target``, estimated by calculation, as a share of what the scheme takes there."""
     target: Roofline | None = None
     """What ``time`` is calculated for: ``a100``, ``h100``, or a mapping of the few numbers that make a roofline."""
-    rows: int = 128
+    rows: Annotated[int, Ge(1)] = 128
     """How many rows (tokens of all texts) a linear reads at a time, for ``time``."""
     loss: Literal["auto", "kl", "sqnr"] = "auto"
     """KL divergence of the softmax, or noise over signal of the outputs; the former if auto and there are logits."""
     outputs: tuple[str, ...] = ()
     """The outputs to measure; all but a decoder's keys and values, or the logits, if empty."""
-    batches: int | None = None
+    batches: Annotated[int, Ge(1)] | None = None
     """How many calibration batches to measure losses on; all if left out."""
     weights: WeightRanges = "mse-golden"
     """How weights get their ranges in the trials; give `calibrate` the same."""
     activations: Estimator = "mse-token"
     """How activations get theirs."""
-    rounds: int = 1
+    rounds: Annotated[int, Ge(0)] = 1
     """How often the assignment is refined; a refinement that does not lower the measured loss is not kept."""
-    front: int = 9
+    front: Annotated[int, Ge(0)] = 9
     """How many values of the first budget to solve for, from the smallest to the largest that makes a difference."""
-    measured: int = 0
+    measured: Annotated[int, Ge(0)] = 0
     """At how many of these to measure the loss too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.set == "paper":
+            self._budgets().require_none("set: paper")
+        else:
+            self._budgets().require_one()
+        if (self.time is None) != (self.target is None):
+            raise BitlowerError(
+                "assign-precision takes time and target together", hint="time: 0.8, target: a100, rows: 128"
+            )
 
     def needs_calibration(self) -> bool:
         """Unless the set is fixed."""
@@ -81,17 +93,15 @@ class AssignPrecision(Pass):
         """Choose, set the bits, and leave the report.
 
         Raises:
-            BitlowerError: a quantizer is calibrated already, a parameter or a budget makes no sense, there is no
-                calibration data, or there is nothing to choose.
+            BitlowerError: a quantizer is calibrated already, there is no calibration data, or there is nothing to
+                choose.
         """
         _require_open(program)
-        budgets = Budgets(self.weight_bits, self.model_bytes, self.activation_bits, self.share_16, self.time)
+        budgets = self._budgets()
         if self.set == "paper":
-            budgets.require_none("set: paper")
             items = [Item((node,), (_WIDE,)) for node in paper_set(program)]
             choice, report = [0] * len(items), PrecisionReport(_rows(items))
         else:
-            self._check(budgets)
             calibrate = Calibrate(weights=self.weights, activations=self.activations)
             items, choice, report = search(program, budgets, self._options(), calibrate, context)
         changed = _apply(items, choice)
@@ -102,18 +112,8 @@ class AssignPrecision(Pass):
     def _options(self) -> SearchOptions:
         return SearchOptions(**{field.name: getattr(self, field.name) for field in fields(SearchOptions)})
 
-    def _check(self, budgets: Budgets) -> None:
-        budgets.check()
-        if not self.bits or not all(2 <= width <= _WIDE for width in self.bits):
-            raise BitlowerError(f"bits are 2 to 16, not {list(self.bits)}")
-        if (self.time is None) != (self.target is None):
-            raise BitlowerError(
-                "assign-precision takes time and target together", hint="time: 0.8, target: a100, rows: 128"
-            )
-        for name, least in (("batches", 1), ("rounds", 0), ("front", 0), ("measured", 0), ("rows", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise BitlowerError(f"{name} must be at least {least}, not {value}")
+    def _budgets(self) -> Budgets:
+        return Budgets(self.weight_bits, self.model_bytes, self.activation_bits, self.share_16, self.time)
 
 
 def _require_open(program: Program) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bitlower.passes._machinery.report import Table
+from bitlower.passes._machinery.report import Report, Table
 
 BINS = 40
 """Of the histogram of cosines, from −1 to 1."""
@@ -43,7 +44,7 @@ class ModuleRange:
 
 
 @dataclass(frozen=True)
-class EmbeddingReport:
+class EmbeddingReport(Report):
     """How alike token embeddings are, and how differently weights are clipped.
 
     Args:
@@ -68,14 +69,15 @@ class EmbeddingReport:
         ]
 
     def summary(self) -> str:
-        """Both measures, in words."""
+        """How alike embeddings are."""
         rounded = f", {self.rounded.mean:.3f} rounded" if self.rounded else "; the table has no quantizer"
-        lines = [f"the {self.tokens} most frequent tokens have a mean cosine of {self.in_float.mean:.3f}{rounded}"]
+        return f"the {self.tokens} most frequent tokens have a mean cosine of {self.in_float.mean:.3f}{rounded}"
+
+    def details(self) -> Iterable[str]:
+        """Where weights are clipped."""
         if covered := sorted(m.covered for m in self.modules if math.isfinite(m.covered)):
             low, middle, high = covered[0], covered[len(covered) // 2], covered[-1]
-            span = f"{low:.2f} to {high:.2f}"
-            lines.append(f"  weights are clipped at {span} of their largest value, median {middle:.2f}")
-        return "\n".join(lines)
+            yield f"weights are clipped at {low:.2f} to {high:.2f} of their largest value, median {middle:.2f}"
 
     def svg(self) -> str:
         """To the left the histogram of cosines, to the right the clipping of each weight, in graph order."""

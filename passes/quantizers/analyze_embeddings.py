@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Interval
 from torch import fx
 from torch.nn import functional
 
@@ -34,12 +35,8 @@ class AnalyzeEmbeddings(Pass):
     name: ClassVar[str] = "analyze-embeddings"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.ANALYSIS
-    tokens: int = 500
+    tokens: Annotated[int, Interval(ge=2, le=10_000)] = 500
     """How many tokens are compared, those most frequent in the calibration data."""
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.tokens <= 10_000:
-            raise BitlowerError(f"tokens is a number from 2 to 10000, not {self.tokens}")
 
     def needs_calibration(self) -> bool:
         """Always."""

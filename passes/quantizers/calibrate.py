@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Interval
 from torch import fx
 
 from bitlower.ir import Batch, BitlowerError, Level, Program, describe, get_tensor
@@ -46,11 +47,11 @@ class Calibrate(Pass):
     """
     logits: Literal["same", "cross-entropy"] = "same"
     """``cross-entropy`` chooses the range of classification logits by what it does to the softmax."""
-    percentile: float = 99.99
+    percentile: Annotated[float, Interval(gt=50, le=100)] = 99.99
     """For ``percentile``: the share of the values below the upper end, and above the lower one."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9
     """Weight of the old range in ``running-minmax``."""
-    bins: int = 4096
+    bins: Annotated[int, Interval(ge=2, le=1 << 20)] = 4096
     """Histogram bins for ``percentile`` and ``mse``."""
 
     def data_runs(self, program: Program) -> int:

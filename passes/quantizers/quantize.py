@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -9,8 +11,9 @@ from torch import fx
 
 from bitlower.ir import BitlowerError, Level, Program, Quantizer, QuantSpec, Scheme, get_tensor
 from bitlower.ir.dataflow import ATTENTION, QUANTIZER, VIEWS
-from bitlower.passes._machinery.base import Context, Contract, Pass, Record
+from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.patterns import Patterns
+from bitlower.passes._machinery.report import Record, counted, few
 from bitlower.passes.quantizers._expand_attention import expand_attention
 from bitlower.passes.quantizers._placement import (
     Site,
@@ -43,6 +46,16 @@ class PlacementReport(Record):
     """Every tensor that could be quantized, in execution order, and what became of it."""
 
     rows: tuple[PlacementRow, ...]
+
+    def summary(self) -> str:
+        """How many tensors get quantizers."""
+        placed = sum(bool(row.spec) for row in self.rows)
+        return f"{placed:,} of {counted(len(self.rows), 'tensor')} have quantizers; the others stay float"
+
+    def details(self) -> Iterable[str]:
+        """Why tensors stay float, the most frequent reason first."""
+        reasons = Counter(row.reason for row in self.rows if not row.spec)
+        return few(f"{counted(count, 'tensor')}: {reason}" for reason, count in reasons.most_common())
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from statistics import fmean, median
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Gt, Interval
 from torch import fx
 from torch.nn import functional
 
@@ -16,8 +18,9 @@ from bitlower.ir.lockstep import Read, steps
 from bitlower.ir.quantizer_node import is_open
 from bitlower.ir.storage import like
 from bitlower.ir.tokens import token_rows
-from bitlower.passes._machinery.base import Context, Contract, Pass, Record
+from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.checkpoints import Stored, load_checkpoint, save_checkpoint
+from bitlower.passes._machinery.report import Record, counted, few
 from bitlower.passes.quantizers._weights import WeightRanges, close_weights, open_weights
 from bitlower.passes.rounding._adaround_solver import Function, Layer, Options, Rounded, solve
 from bitlower.passes.rounding._float_twin import float_twin
@@ -55,6 +58,21 @@ class AdaroundReport(Record):
 
     rows: tuple[AdaroundRow, ...]
 
+    def summary(self) -> str:
+        """How the errors compare with those of round-to-nearest."""
+        shares = [row.loss / row.nearest_loss for row in self.rows if row.nearest_loss]
+        text = f"{counted(len(self.rows), 'weight')} rewritten"
+        if not shares:
+            return text
+        moved = fmean(row.moved for row in self.rows)
+        return (
+            f"{text}; error of outputs: {median(shares):.3g} of round-to-nearest's (median); {moved:.1%} of codes moved"
+        )
+
+    def details(self) -> Iterable[str]:
+        """What was unusual."""
+        return few(note for row in self.rows for note in row.notes)
+
 
 @dataclass(frozen=True)
 class Adaround(Pass):
@@ -69,28 +87,28 @@ class Adaround(Pass):
     name: ClassVar[str] = "adaround"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.LOSSY
-    iterations: int = 1000
+    iterations: Annotated[int, Ge(1)] = 1000
     """Steps of Adam a layer."""
-    learning_rate: float = 0.01
+    learning_rate: Annotated[float, Gt(0)] = 0.01
     """Of α. The original uses 0.01 and ten thousand steps; Bondarenko et al. 0.001, with which a thousand do little."""
-    batch: int = 256
+    batch: Annotated[int, Ge(1)] = 256
     """Tokens a step, drawn at random."""
     weighting: Literal["none", "unit-norm", "root-norm", "clipped-norm"] = "unit-norm"
     """How much a token counts, by the norm of its target. ``unit-norm`` takes its error relative to its own energy;
     ``none`` is the published mean, which a few tokens of huge norm may own: the layer then serves them alone, and a
     normalization after it makes the error of all others large."""
-    regularization: float = 3.0
+    regularization: Annotated[float, Ge(0)] = 3.0
     """λ: the weight of the term that drives every rounding to up or down, a weight of the layer, against an error in
     units of what rounding it to nearest costs on average; so it means the same in every layer."""
-    warmup: float = 0.2
+    warmup: Annotated[float, Interval(ge=0, lt=1)] = 0.2
     """The share of the steps, at the beginning, that has no such term."""
     ranges: WeightRanges = "mse-golden"
     """How grids are laid over the weights."""
     activation: bool = True
     """Compare outputs behind the activation function where the layer feeds one and nothing else."""
-    tokens: int = 8192
+    tokens: Annotated[int, Ge(1)] = 8192
     """So many calibration tokens a layer at most, drawn at random."""
-    memory: int = 2 << 30
+    memory: Annotated[int, Ge(0)] = 2 << 30
     """Bytes of activations that are held in memory; more go to disk."""
 
     def data_runs(self, program: Program) -> int:
@@ -105,10 +123,9 @@ class Adaround(Pass):
         """Rewrite all open weights and leave an :class:`AdaroundReport`.
 
         Raises:
-            BitlowerError: a parameter out of range, no calibration batches, a layer that no token reaches, or values
+            BitlowerError: no calibration batches, a layer that no token reaches, or values
                 that are not finite; the layer is named.
         """
-        _check(self)
         layers = open_linears(program)
         nearest = [node for node in open_weights(program.module) if node not in layers.values()]
         if layers and not context.calibration:
@@ -256,14 +273,3 @@ def _row(name: str, spec: str, rounded: Rounded, inputs: torch.Tensor) -> dict[s
         "kept_rows": rounded.kept,
         "notes": short,
     }
-
-
-def _check(options: Adaround) -> None:
-    """Refuse parameters that make no sense."""
-    for name, low in (("iterations", 1), ("batch", 1), ("tokens", 1), ("learning_rate", 0), ("regularization", 0)):
-        value = getattr(options, name)
-        if not value >= low or (name == "learning_rate" and value == 0):
-            above = "above 0" if name == "learning_rate" else f"at least {low}"
-            raise BitlowerError(f"adaround: {name.replace('_', '-')} is {value}", hint=f"it must be {above}")
-    if not 0 <= options.warmup < 1:
-        raise BitlowerError(f"adaround: warmup is {options.warmup}", hint="it must lie in [0, 1)")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Ge
 from torch import fx
 from torch.nn import functional
 
@@ -14,7 +16,8 @@ from bitlower.ir.dataflow import activation_operand, linears, operand, weight_op
 from bitlower.ir.lockstep import Read, steps
 from bitlower.ir.quantizer_node import is_open
 from bitlower.ir.tokens import token_rows
-from bitlower.passes._machinery.base import Context, Contract, Pass, Record
+from bitlower.passes._machinery.base import Context, Contract, Pass
+from bitlower.passes._machinery.report import Record, counted, few
 from bitlower.passes.rounding._float_twin import float_twin
 from bitlower.passes.rounding._hessian import WEIGHTINGS
 
@@ -44,6 +47,15 @@ class BiasReport(Record):
 
     rows: tuple[BiasRow, ...]
 
+    def summary(self) -> str:
+        """How many biases were corrected."""
+        corrected = sum(not row.skipped for row in self.rows)
+        return f"the biases of {corrected:,} of {counted(len(self.rows), 'linear')} corrected"
+
+    def details(self) -> Iterable[str]:
+        """Which stay as they are, and why."""
+        return few(f"{row.layer}: {row.skipped}" for row in self.rows if row.skipped)
+
 
 @dataclass(frozen=True)
 class CorrectBias(Pass):
@@ -62,7 +74,7 @@ class CorrectBias(Pass):
     tokens of huge norm may own it, and the bias that mends their error is added to all others."""
     add: bool = False
     """Give a bias to linears that have none."""
-    memory: int = 2 << 30
+    memory: Annotated[int, Ge(0)] = 2 << 30
     """Bytes of activations that are held in memory; more go to disk."""
 
     def data_runs(self, program: Program) -> int:

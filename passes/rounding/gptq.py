@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from statistics import median
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Interval
 from torch import fx
 from torch.nn import functional
 
@@ -16,8 +18,9 @@ from bitlower.ir.lockstep import Read, walk
 from bitlower.ir.quantizer_node import is_open
 from bitlower.ir.storage import like, release, trim
 from bitlower.ir.tokens import token_mask
-from bitlower.passes._machinery.base import Context, Contract, Pass, Record
+from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.checkpoints import Stored, load_checkpoint, save_checkpoint
+from bitlower.passes._machinery.report import Record, counted, few
 from bitlower.passes.quantizers._weights import close_weights, open_weights
 from bitlower.passes.rounding._float_twin import float_twin
 from bitlower.passes.rounding._gptq_factor import Factor, factorize
@@ -65,6 +68,19 @@ class GptqReport(Record):
 
     rows: tuple[GptqRow, ...]
 
+    def summary(self) -> str:
+        """How the errors compare with those of round-to-nearest."""
+        shares = [row.loss / row.rtn_loss for row in self.rows if row.rtn_loss]
+        kept = sum(row.kept_rows for row in self.rows)
+        text = f"{counted(len(self.rows), 'weight')} rewritten"
+        if shares:
+            text += f"; error under the Hessian: {median(shares):.3g} of round-to-nearest's (median)"
+        return f"{text}; {counted(kept, 'row')} rounded to nearest" if kept else text
+
+    def details(self) -> Iterable[str]:
+        """What was unusual."""
+        return few(note for row in self.rows for note in row.notes)
+
 
 @dataclass(frozen=True)
 class Gptq(Pass):
@@ -80,7 +96,7 @@ class Gptq(Pass):
     name: ClassVar[str] = "gptq"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.LOSSY
-    damping: float = 0.01
+    damping: Annotated[float, Interval(ge=0, le=1)] = 0.01
     """Share of the mean diagonal that is added to the Hessian; raised where it stays singular."""
     weighting: Literal["none", "unit-norm", "root-norm", "clipped-norm", "unit-output"] = "unit-norm"
     """How much a token counts in the Hessian. ``none`` is the published sum: a few tokens of huge norm (attention
@@ -89,7 +105,7 @@ class Gptq(Pass):
     the outputs of the layers that share the Hessian, and not their input, count the same."""
     inputs: Literal["quantized", "float"] = "quantized"
     """Where a layer's inputs come from: layers that are rewritten already, or the float model."""
-    gradient: float = 0.0
+    gradient: Annotated[float, Ge(0)] = 0.0
     """For causal language models: a token's weight is multiplied by this power of the squared norm of the loss's
     gradient at the layer's output, which one run forwards and backwards through the float model gives. 0.5 is the norm
     itself; 0 leaves gradients out."""
@@ -102,7 +118,7 @@ class Gptq(Pass):
     """How a grid is laid over the weights of a group: from end to end, or where the squared error is least;
     ``weighted-mse`` weighs each column by what an error in it costs after later columns have made up for it. ``best``
     solves from end to end as well and keeps the better for each row."""
-    refine: int = 0
+    refine: Annotated[int, Ge(0)] = 0
     """Sweeps after solving, each of which rounds every column anew given all others (QuantEase)."""
     rescale: bool = False
     """Before each sweep, give groups the scales that are best for their codes."""
@@ -110,8 +126,13 @@ class Gptq(Pass):
     """Round rows to nearest, on grids from end to end, where that does better under the Hessian."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """To what the operands of matrix products in the walk and in the Hessian are rounded; sums are float32."""
-    memory: int = 2 << 30
+    memory: Annotated[int, Ge(0)] = 2 << 30
     """Bytes of activations that are held in memory; more go to disk."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rescale and not self.refine:
+            raise BitlowerError("gptq: rescale works before each sweep, and refine is 0", hint="add refine: 2")
 
     def data_runs(self, program: Program) -> int:
         """One walk, and a run forwards and backwards (twice as long as forwards) for gradients."""

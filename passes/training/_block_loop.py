@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import nn
 
 from bitlower.ir import BitlowerError, Program, get_tensor
 from bitlower.ir.trainable import write_tensors
-from bitlower.passes._machinery.base import Context, Record
+from bitlower.passes._machinery.base import Context
 from bitlower.passes._machinery.checkpoints import Stored, load_checkpoint, save_checkpoint
+from bitlower.passes._machinery.report import Record, few
 from bitlower.passes.training._block_data import BlockData, Split
 from bitlower.passes.training._blocks import Walk
 from bitlower.passes.training._part import Part
@@ -51,13 +52,15 @@ class BlockReport(Record):
     rows: tuple[BlockRow, ...]
 
     def summary(self) -> str:
-        """The mean error before and after, and the blocks that stayed as they were."""
+        """The mean error before and after."""
         before, after = (math.fsum(getattr(row, key) for row in self.rows) for key in ("before", "after"))
         count = len(self.rows)
-        text = f"error of block outputs {before / count:.4g} -> {after / count:.4g} (held-out, mean of {count} blocks)"
-        kept = [row.block for row in self.rows if not row.step]
-        lines = [text, *(f"unchanged: {name}" for name in kept), *(note for row in self.rows for note in row.notes)]
-        return "\n".join(lines)
+        return f"error of block outputs {before / count:.4g} → {after / count:.4g} (held-out, mean of {count} blocks)"
+
+    def details(self) -> Iterable[str]:
+        """The blocks that stay as they were, and what was unusual."""
+        yield from few(f"unchanged: {row.block}" for row in self.rows if not row.step)
+        yield from few(note for row in self.rows for note in row.notes)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Interval
 
-from bitlower.ir import BitlowerError, Level, Program
+from bitlower.ir import Level, Program
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes.training._block_data import BlockData, Split, chosen_data
 from bitlower.passes.training._block_loop import BlockRow, Outcome, Schedule, improve_blocks
@@ -27,30 +28,21 @@ class BlockTraining(Pass, abc.ABC):
 
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.LOSSY
-    iterations: int = 200
+    iterations: Annotated[int, Ge(1)] = 200
     """Steps a block."""
-    batch: int = 8
+    batch: Annotated[int, Ge(1)] = 8
     """Sequences a step, drawn at random."""
-    learning_rate: float | None = None
+    learning_rate: Annotated[float, Interval(ge=0, le=1)] | None = None
     """Of weights, in steps of their grids, at the first step; it falls linearly to 0. None stands for 1/iterations,
     which moves what is rounded by half a step at most."""
     inputs: Literal["quantized", "float"] = "quantized"
     """What a block gets: what the blocks before it give, which are done already, or what the float ones give."""
     weighting: Literal["none", "unit-norm", "root-norm", "clipped-norm"] = "unit-norm"
     """How much a token counts, by the norm of the block's float output; ``none``: the published mean squared error."""
-    held_out: float = 0.125
+    held_out: Annotated[float, Interval(gt=0, lt=1)] = 0.125
     """The share of the sequences that are not learned on."""
-    memory: int = 2 << 30
+    memory: Annotated[int, Ge(0)] = 2 << 30
     """Bytes of values between blocks that are held in memory; more go to disk."""
-
-    def __post_init__(self) -> None:
-        for name in ("iterations", "batch"):
-            if getattr(self, name) < 1:
-                raise BitlowerError(f"{self.name}: {name} is {getattr(self, name)}", hint="it must be at least 1")
-        if self.learning_rate is not None and not 0 <= self.learning_rate <= 1:
-            raise BitlowerError(f"{self.name}: learning-rate is {self.learning_rate}", hint="it must lie in [0, 1]")
-        if not 0 < self.held_out < 1:
-            raise BitlowerError(f"{self.name}: held-out is {self.held_out}", hint="it must lie between 0 and 1")
 
     def data_runs(self, program: Program) -> int:
         """The float and the quantized blocks; learning is not counted."""

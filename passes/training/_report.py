@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bitlower.passes._machinery.base import Record
+from bitlower.passes._machinery.report import Record, few
 from bitlower.passes.training._curves import curves_svg
 
 
@@ -72,22 +72,26 @@ class TrainReport(Record):
     notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        """What was done, in words."""
+        """How far it came."""
         first, best = self.curve[0], next(point for point in self.curve if point.step == self.best_step)
-        lines = [f"{self.steps} steps, {self.learned:,} numbers learned; the best was step {self.best_step}"]
+        text = f"{self.steps} steps, {self.learned:,} numbers learned; the best was step {self.best_step}"
         if best.held_out is not None and first.held_out is not None:
-            lines.append(f"  held-out loss {first.held_out:.5g} → {best.held_out:.5g}")
+            text += f"; held-out loss {first.held_out:.5g} → {best.held_out:.5g}"
+        return text
+
+    def details(self) -> Iterable[str]:
+        """What became of weights, and what was unusual."""
         weights = [row for row in self.quantizers if row.changed is not None]
         if weights:
             worst = max(weights, key=lambda row: row.flipped or 0.0)
-            lines.append(
-                f"  codes that changed {_mean(row.changed for row in weights):.2%}, "
+            yield (
+                f"codes that changed {_mean(row.changed for row in weights):.2%}, "
                 f"in the last tenth {_mean(row.flipped for row in weights):.2%} (most in {worst.tensor})"
             )
         dead = [row.quantizer for row in self.quantizers if row.dead]
         if dead:
-            lines.append(f"  {len(dead)} quantizers have scales that fell to nothing: {', '.join(dead[:5])}")
-        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+            yield f"{len(dead)} quantizers have scales that fell to nothing: {', '.join(dead[:5])}"
+        yield from few(self.notes)
 
     def svg(self) -> str:
         """The losses over the steps, as a picture."""

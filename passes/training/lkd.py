@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Ge
 from torch import nn
 
 from bitlower.ir import Batch, BitlowerError, Program
@@ -48,7 +49,7 @@ class Lkd(BlockTraining):
     """
 
     name: ClassVar[str] = "lkd"
-    scale_learning_rate: float = 1e-3
+    scale_learning_rate: Annotated[float, Ge(0)] = 1e-3
     """Of the logarithms of scales, and of zero points in codes; 0 leaves ranges as they are."""
     data: Literal["calibration", "random"] = "calibration"
     """What is learned on; ``random`` puts random tokens in the place of the texts' (ZeroQuant, table 10). What is held
@@ -56,8 +57,6 @@ class Lkd(BlockTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scale_learning_rate < 0:
-            raise BitlowerError(f"lkd: scale-learning-rate is {self.scale_learning_rate}", hint="at least 0")
         if self.learning_rate == self.scale_learning_rate == 0:
             raise BitlowerError("lkd: both learning rates are 0", hint="set one of them")
 

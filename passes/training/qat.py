@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Interval
 
 from bitlower.ir import BitlowerError, Level, Program
 from bitlower.ir.learnable import ClippedGradient, Edge, GradientScale, Parametrization, Ranges, RangeSettings
@@ -82,23 +83,23 @@ class Qat(Pass):
     """What passes through a value outside its range: ``zero`` or ``pass``."""
     edge: Edge | None = None
     """Whether a value counts as outside ``before-rounding`` or ``after-rounding``."""
-    steps: int = 1000
+    steps: Annotated[int, Ge(1)] = 1000
     """Of the optimizer."""
-    epochs: float = 0.0
+    epochs: Annotated[float, Interval(ge=0, le=1e6)] = 0.0
     """Steps as passes over the training data instead; 0: `steps` counts."""
-    accumulate: int = 1
+    accumulate: Annotated[int, Ge(1)] = 1
     """Batches for each step."""
     schedule: Schedule = "linear"
     """How learning rates fall after the warm-up: ``linear`` or ``cosine`` to 0, or ``constant``."""
-    warmup: float = 0.1
+    warmup: Annotated[float, Interval(ge=0, le=1)] = 0.1
     """The share of the steps in which they rise."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Interval(ge=0, le=1e3)] = 0.0
     """Of AdamW, on weights and embeddings alone."""
-    clip: float = 1.0
+    clip: Annotated[float, Ge(0)] = 1.0
     """The largest norm of all gradients together; 0: any."""
-    freeze_ranges: float | None = None
+    freeze_ranges: Annotated[float, Interval(ge=0, le=1)] | None = None
     """The share of the steps after which ranges are constants."""
-    evaluate_every: int = 100
+    evaluate_every: Annotated[int, Ge(1)] = 100
     """Steps between two looks at the held-out loss, each of which also writes a checkpoint."""
     keep: Literal["best", "last"] = "best"
     """Which state the program gets: that of the least held-out loss (step 0 among them), or the last."""
@@ -107,15 +108,8 @@ class Qat(Pass):
     device: Where = "cpu"
     """``accelerate``: on the device, in the processes and with the mixed precision that `accelerate launch` set up;
     each process takes batches of its own. It needs `bitlower[train]`."""
-    memory: int = 4 << 30
+    memory: Annotated[int, Ge(0)] = 4 << 30
     """Bytes of the teacher's values that are kept on disk from one epoch to the next."""
-
-    def __post_init__(self) -> None:
-        for name, low, high in _BOUNDS:
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-                raise BitlowerError(f"qat: {name.replace('_', '-')} is {value:g}", hint=f"it must be {limits}")
 
     def run(self, program: Program, context: Context) -> bool:
         """Train, and leave a :class:`~bitlower.passes.training._report.TrainReport`.
@@ -188,12 +182,6 @@ class Qat(Pass):
     def _or_preset(self, name: str) -> Any:
         value = getattr(self, name)
         return PRESETS[self.preset][name] if value is None else value
-
-
-_BOUNDS: tuple[tuple[str, float, float], ...] = (
-    ("steps", 1, 1 << 31), ("epochs", 0, 1e6), ("accumulate", 1, 1 << 20), ("warmup", 0, 1), ("weight_decay", 0, 1e3),
-    ("clip", 0, math.inf), ("freeze_ranges", 0, 1), ("evaluate_every", 1, 1 << 31), ("memory", 0, math.inf),
-)  # fmt: skip
 
 
 def training_data(name: str, context: Context) -> Context:

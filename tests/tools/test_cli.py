@@ -107,7 +107,7 @@ def test_run_writes_the_artefact_and_one_json_document(
     assert (code, err) == (0, "")
     form = json.loads(out)
     assert form["output"] == str(tmp_path / "a")
-    assert form["artefact_bytes"] == sum(path.stat().st_size for path in (tmp_path / "a").iterdir())
+    assert form["artefact_bytes"] == sum(path.stat().st_size for path in (tmp_path / "a").rglob("*") if path.is_file())
     code, out, err = call("run", recipe, "-o", tmp_path / "b", "--print-after-change", "--no-cache")
     assert code == 0
     assert "calibrate" in out

@@ -211,7 +211,14 @@ def test_the_schema_knows_every_pass_and_its_parameters() -> None:
     quantize = with_parameters["properties"]["quantize"]["properties"]
     assert quantize["scheme"]["anyOf"] == [{"type": "string"}, {"type": "object"}]
     assert quantize["scheme"]["default"] == "W8A8"
-    assert quantize["ignore"] == {"type": "array", "items": {"type": "string"}, "default": []}
+    assert quantize["ignore"] == {
+        "type": "array", "items": {"type": "string"}, "default": [],
+        "description": "Patterns of module paths whose tensors stay float.",
+    }  # fmt: skip
+    gptq = with_parameters["properties"]["gptq"]["properties"]
+    assert (gptq["damping"]["minimum"], gptq["damping"]["maximum"]) == (0, 1)
+    batches = with_parameters["properties"]["analyze-outliers"]["properties"]["batches"]
+    assert batches["anyOf"] == [{"type": "integer", "minimum": 1}, {"type": "null"}]
 
 
 NEEDING = (
@@ -233,5 +240,6 @@ def test_a_pass_that_needs_calibration_data_is_refused_without(folder: Path) -> 
 
 
 def test_which_passes_need_calibration_data() -> None:
-    assert {name for name, cls in known_passes().items() if needs_calibration(cls())} == {*NEEDING}
+    made = {name: make_pass(name, {"share-16": 0.5} if name == "assign-precision" else {}) for name in known_passes()}
+    assert {name for name, pass_ in made.items() if needs_calibration(pass_)} == {*NEEDING}
     assert not needs_calibration(make_pass("assign-precision", {"set": "paper"}))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch.nn import functional
 
-from bitlower.ir import BitlowerError
 from bitlower.passes._machinery.loss import LogitsLoss
 
 
@@ -24,14 +24,8 @@ class Logits(LogitsLoss):
 
     name = "logits"
     needs = frozenset({"teacher"})
-    temperature: float = 1.0
+    temperature: Annotated[float, Interval(gt=0, le=1000)] = 1.0
     """T; above 1 small probabilities count more."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
-            raise BitlowerError(
-                f"the loss 'logits' has the temperature {self.temperature:g}", hint="it is a number above 0"
-            )
 
     def rows(self, student: torch.Tensor, teacher: torch.Tensor | None, labels: torch.Tensor | None) -> torch.Tensor:
         """The divergence of each row, ``[rows]``."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Interval
 from torch.nn import functional
 
 from bitlower.ir import BitlowerError, Program
@@ -32,29 +33,17 @@ class TokenContrast(Loss):
 
     name = "token-contrast"
     needs = frozenset({"hidden", "teacher"})
-    weight: float = 0.1
+    weight: Annotated[float, Interval(ge=0, le=1e6)] = 0.1
     """What the term is multiplied by in the sum of all losses."""
     negatives: Literal["positions", "quantized", "vocabulary"] = "positions"
     """``positions``: other tokens of the sequence, in the other model. ``quantized``: the same tokens, in the student,
     for both directions. ``vocabulary``: ids that the bank has met, as the bank has them."""
-    count: int = 20
+    count: Annotated[int, Ge(1)] = 20
     """How many negatives a token has, drawn anew at each step; all there are where they are fewer."""
-    momentum: float = 0.5
+    momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.5
     """How much of ``q`` comes from the bank."""
-    temperature: float = 0.1
+    temperature: Annotated[float, Interval(gt=0, le=100)] = 0.1
     """τ; the smaller, the more the nearest negatives count."""
-
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise BitlowerError(f"the loss {self.name!r} has {self.count} negatives", hint="one is the least")
-        if not 0 <= self.momentum < 1:
-            raise BitlowerError(
-                f"the loss {self.name!r} has the momentum {self.momentum:g}", hint="from 0 to less than 1"
-            )
-        if not 0 < self.temperature <= 100:
-            raise BitlowerError(
-                f"the loss {self.name!r} has the temperature {self.temperature:g}", hint="above 0, at most 100"
-            )
 
     def memory(self, program: Program) -> dict[str, torch.Tensor]:
         """The bank, of the size of the vocabulary and as wide as what leaves the last block.

@@ -256,9 +256,9 @@ def test_no_checkpoint_can_hold_a_gather(family: Family, feed: Feed, tmp_path: P
 
 
 @pytest.mark.parametrize("settings", [{"groups": -1}, {"bits": 1}, {"bits": 17}])
-def test_parameters_out_of_range(settings: dict[str, int], family: Family, feed: Feed) -> None:
-    with pytest.raises(BitlowerError, match="groups is at least 0"):
-        PegPermute(**settings).run(family("llama"), Context(calibration=[feed(family("llama"))]))
+def test_parameters_out_of_range(settings: dict[str, int]) -> None:
+    with pytest.raises(BitlowerError, match=r"it takes int (of 0 or more|from 2 to 16)"):
+        PegPermute(**settings)
 
 
 def test_it_needs_calibration_data(family: Family) -> None:

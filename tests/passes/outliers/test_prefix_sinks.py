@@ -113,7 +113,7 @@ def test_refusals() -> None:
     _, program = decoder("llama")
     for pipeline, message in (
         ("clean,prefix-sinks{tokens=[96]}", "the vocabulary of 96 has no token 96"),
-        ("clean,prefix-sinks{tokens=[-1]}", "no token -1"),
+        ("clean,prefix-sinks{tokens=[-1]}", "takes int of 0 or more, not -1"),
     ):
         with pytest.raises(BitlowerError, match=message):
             PassManager(parse_pipeline(pipeline)).run(program, Context())

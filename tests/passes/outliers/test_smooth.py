@@ -273,7 +273,7 @@ def test_shared_and_turned_weights_are_left_alone(run) -> None:
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])
 def test_an_alpha_outside_its_range_is_an_error(quantized: Program, run, alpha: float) -> None:
-    with pytest.raises(BitlowerError, match=r"alpha is .*; it must lie in \[0, 1\]"):
+    with pytest.raises(BitlowerError, match=r"smooth: alpha is .*; it takes float from 0 to 1"):
         run(quantized, Smooth(alpha=alpha), context=Context(calibration=data()))
 
 

@@ -174,13 +174,15 @@ def test_what_a_step_of_refinement_has_to_bring(measured: float, elsewhere: floa
 def test_proposals_and_judgement_are_on_different_batches(bert, batches) -> None:
     placed, data = place(bert(layers=1, labels=3)[1], "W8A8"), batches(3)
     items = find_items(placed, (4, 8), (), keep=False)
-    found = Search(placed, items, AssignPrecision(weights="minmax")._options(), MINMAX, Context(calibration=data))
+    options = AssignPrecision(share_16=0.5, weights="minmax")._options()
+    found = Search(placed, items, options, MINMAX, Context(calibration=data))
     assert [trials.batches for trials in (found.trials, found.near, found.judge)] == [
         tuple(data), (data[0], data[2]), (data[1],),
     ]  # fmt: skip
     choice = (0,) * len(items)
     assert found.judged(choice)[0] == found.measure([choice])[0]
-    alone = Search(placed, items, AssignPrecision(batches=1)._options(), MINMAX, Context(calibration=data))
+    options = AssignPrecision(share_16=0.5, batches=1)._options()
+    alone = Search(placed, items, options, MINMAX, Context(calibration=data))
     assert alone.near is alone.judge is alone.trials
     loss, judged = alone.judged(choice)
     assert loss == judged
@@ -234,7 +236,7 @@ def test_a_share_of_the_time(model) -> None:
     assert report.budgets[0].used <= 1.01
     assert report.front[0].budget == pytest.approx(min(s for _, s in [*found]), rel=1e-9)
     assert [p.predicted for p in report.front] == sorted((p.predicted for p in report.front), reverse=True)
-    assert "estimated by calculation" in report.summary()
+    assert "by calculation" in report.text()
     assert "by calculation" in report.front_table()[0][0]
     assert "estimated by calculation" in report.svg()
 
@@ -332,17 +334,17 @@ def test_gptq_takes_mixed_bits(run) -> None:
     [
         ({}, "needs a budget"),
         ({"set": "paper", "weight-bits": 4}, "takes no budget"),
-        ({"weight-bits": 4, "bits": [1, 2]}, "bits are 2 to 16"),
-        ({"share-16": 1.5}, "makes no sense"),
+        ({"weight-bits": 4, "bits": [1, 2]}, "'bits' takes int from 2 to 16"),
+        ({"share-16": 1.5}, "'share-16' takes float from 0 to 1"),
         ({"weight-bits": 1.0}, "no assignment has weight-bits of at most 1"),
         ({"weight-bits": 2, "time": 0.4, "target": "a100"}, "no assignment has time of at most 0.4"),
         ({"model-bytes": 10}, "what stays float takes"),
-        ({"weight-bits": 4, "rounds": -1}, "rounds must be at least 0"),
+        ({"weight-bits": 4, "rounds": -1}, "'rounds' takes int of 0 or more"),
         ({"activation-bits": 4.0}, "no quantizer that activation-bits could bound"),
         ({"set": "paper"}, "feed-forward"),
         ({"time": 0.9}, "time and target together"),
         ({"target": "a100", "weight-bits": 4}, "time and target together"),
-        ({"time": 0.9, "target": "a100", "rows": 0}, "rows must be at least 1"),
+        ({"time": 0.9, "target": "a100", "rows": 0}, "'rows' takes int of 1 or more"),
         ({"time": 0.1, "target": "a100"}, "no assignment has time"),
     ],
 )

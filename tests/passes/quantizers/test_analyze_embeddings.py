@@ -128,7 +128,7 @@ def test_people_can_read_it(words: Any) -> None:
     program, data, _ = words
     _, found = report(program, data, "quantize{scheme=2-2-8-static},calibrate,analyze-embeddings{tokens=10}")
     assert found.rounded is not None
-    first, second = found.summary().splitlines()
+    first, second = found.text().splitlines()
     assert first == (
         f"the 10 most frequent tokens have a mean cosine of {found.in_float.mean:.3f}, {found.rounded.mean:.3f} rounded"
     )
@@ -150,7 +150,7 @@ def test_people_can_read_it(words: Any) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 10_001])
 def test_a_number_of_tokens_out_of_range_is_refused(tokens: int) -> None:
-    with pytest.raises(BitlowerError, match=f"tokens is a number from 2 to 10000, not {tokens}"):
+    with pytest.raises(BitlowerError, match=f"'tokens' takes int from 2 to 10000, not {tokens}"):
         make_pass("analyze-embeddings", {"tokens": tokens})
 
 

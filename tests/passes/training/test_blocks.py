@@ -315,11 +315,10 @@ def test_what_is_held_does_not_grow_with_the_number_of_blocks(pass_, run, monkey
 
 def test_the_summary_names_what_stayed() -> None:
     rows = (BlockRow("layer.0", 8, 0.5, 0.25, 3, ()), BlockRow("layer.1", 8, 0.5, 0.5, 0, ("layer.1: odd",)))
-    text = BlockReport(rows).summary()
-    assert text.splitlines() == [
-        "error of block outputs 0.5 -> 0.375 (held-out, mean of 2 blocks)",
-        "unchanged: layer.1",
-        "layer.1: odd",
+    assert BlockReport(rows).text().splitlines() == [
+        "error of block outputs 0.5 → 0.375 (held-out, mean of 2 blocks)",
+        "  unchanged: layer.1",
+        "  layer.1: odd",
     ]
 
 

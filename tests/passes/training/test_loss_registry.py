@@ -220,10 +220,10 @@ def test_the_text_is_what_one_would_write(tmp_path: Path, monkeypatch: pytest.Mo
         (["logits", "logits"], r"the loss 'logits' is given twice; keep one of them and set its weight"),
         ([{"hidden": {"tokns": 1}}], r"loss 'hidden' has no parameter 'tokns'; did you mean 'tokens'\?"),
         ([{"hidden": {"tokens": 1}}], r"loss 'hidden': parameter 'tokens' takes one of mean, unit-norm, not 1"),
-        ([{"hidden": {"weight": -1.0}}], r"loss 'hidden': the weight is -1; it is a number from 0 on"),
-        ([{"hidden": {"weight": float("inf")}}], r"loss 'hidden': the weight is inf"),
+        ([{"hidden": {"weight": -1.0}}], r"loss 'hidden': parameter 'weight' takes float from 0 to 1000000.0, not -1"),
+        ([{"hidden": {"weight": float("inf")}}], r"loss 'hidden': parameter 'weight' takes float from 0"),
         ([{"hidden": {"weight": float("nan")}}], r"loss 'hidden': parameter 'weight' takes float"),
-        ([{"logits": {"temperature": 0}}], r"the loss 'logits' has the temperature 0; it is a number above 0"),
+        ([{"logits": {"temperature": 0}}], r"loss 'logits': parameter 'temperature' takes float from above 0"),
     ],
 )
 def test_what_is_no_list_of_losses_is_refused(
@@ -253,10 +253,11 @@ def test_editors_know_the_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert schema["default"] == ["logits"]
     named, parameters = schema["items"]["anyOf"]
     assert set(named["examples"]) == set(parameters["properties"]) == set(known_losses())
-    assert parameters["properties"]["hidden"]["properties"]["tokens"] == {
-        "enum": ["mean", "unit-norm"],
-        "default": "mean",
-    }
+    hidden = parameters["properties"]["hidden"]["properties"]
+    assert hidden["tokens"]["enum"] == ["mean", "unit-norm"]
+    assert hidden["tokens"]["default"] == "mean"
+    assert hidden["tokens"]["description"].startswith("mean: the mean over all values.")
+    assert (hidden["weight"]["minimum"], hidden["weight"]["maximum"]) == (0, 1e6)
 
 
 def test_a_failing_pass_replays_with_its_losses(tiny_program: Program, tmp_path: Path) -> None:

@@ -382,7 +382,7 @@ def test_bad_input_is_refused(simulated, bert, batches, family, feed):
     with pytest.raises(BitlowerError, match="the loss 'logits' needs logits, and the model gives last_hidden_state"):
         train((encoder, Context([feed(encoder)])))
     for field, value in (("steps", 0), ("warmup", 1.5), ("freeze_ranges", -0.1)):
-        with pytest.raises(BitlowerError, match=f"qat: {field.replace('_', '-')} is {value:g}; it must be"):
+        with pytest.raises(BitlowerError, match=f"qat: {field.replace('_', '-')} is {value:g}; it takes"):
             Qat(**{field: value})
     with pytest.raises(BitlowerError, match="the learning rate of 'weights' is -1"):
         Rates((("weights", -1),))
@@ -390,7 +390,7 @@ def test_bad_input_is_refused(simulated, bert, batches, family, feed):
 
 def test_the_report_tells_and_draws(simulated):
     _, report = train(simulated)
-    text = report.summary()
+    text = report.text()
     assert f"the best was step {report.best_step}" in text
     assert "held-out loss" in text
     assert report.svg().count("<polyline") == 2

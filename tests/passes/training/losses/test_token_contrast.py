@@ -190,9 +190,9 @@ def test_a_model_without_token_ids_is_refused(tiny_program: Program) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value", "hint"),
-    [("count", 0, "one is the least"), ("momentum", 1.0, "from 0 to less than 1"), ("momentum", -0.1, "from 0"),
-     ("temperature", 0.0, "above 0"), ("temperature", 101.0, "at most 100")],
+    [("count", 0, "int of 1 or more"), ("momentum", 1.0, "float from 0 to below 1"), ("momentum", -0.1, "float from 0"),
+     ("temperature", 0.0, "float from above 0"), ("temperature", 101.0, "float from above 0 to 100")],
 )  # fmt: skip
 def test_parameters_out_of_range_are_refused(name: str, value: float, hint: str) -> None:
-    with pytest.raises(BitlowerError, match=f"the loss 'token-contrast' has .*; .*{hint}"):
+    with pytest.raises(BitlowerError, match=f"loss 'token-contrast': parameter '{name}' takes {hint}"):
         make_loss("token-contrast", {name: value})
