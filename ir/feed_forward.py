@@ -26,11 +26,15 @@ class FeedForward:
 
     Args:
         stream: the value that enters the residual sum beside the branch.
-        output: the linear layer that the branch ends with.
+        input: the value x that the first linear layers of the branch read; None where they read several.
+        output: the linear layer that the branch ends with; its value is h.
+        sum: the residual sum y.
     """
 
     stream: fx.Node
+    input: fx.Node | None
     output: fx.Node
+    sum: fx.Node
 
 
 def feed_forwards(graph: fx.Graph) -> list[FeedForward]:
@@ -40,7 +44,8 @@ def feed_forwards(graph: fx.Graph) -> list[FeedForward]:
     for total in residual_sums(graph):
         stream, branch = sorted(map(value_root, total.all_input_nodes[:2]), key=position.__getitem__)
         plain = [node for node in _writers(branch, stream) if not _attends(node, stream, position)]
-        found += [FeedForward(stream, plain[-1])] if plain else []
+        if plain:
+            found.append(FeedForward(stream, _input(plain[-1], stream, position), plain[-1], total))
     return found
 
 
@@ -54,48 +59,24 @@ def _writers(branch: fx.Node, stream: fx.Node) -> Iterator[fx.Node]:
 
 
 def _attends(linear: fx.Node, stream: fx.Node, position: dict[fx.Node, int]) -> bool:
-    """Whether an attention lies between ``stream`` and ``linear``."""
-    frontier, seen = [activation_operand(linear)], set[fx.Node]()
-    while frontier:
-        node = frontier.pop()
-        if node in seen or position[node] <= position[stream]:
-            continue
-        seen.add(node)
-        if node.target in ATTENTION | SOFTMAX | MATMUL:
-            return True
-        frontier += node.all_input_nodes
-    return False
+    """Whether an attention is between ``stream`` and ``linear``."""
+    return any(node.target in ATTENTION | SOFTMAX | MATMUL for node in _behind(linear, stream, position))
 
 
-def feed_forward_values(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
-    """Input, output and residual sum of every feed-forward network: linears in a row without attention between them."""
-    sums = sums_of_one_shape(graph)
-    for node in sums:
-        for operand in node.all_input_nodes:
-            output = value_root(operand)
-            entry = _entry(output, set(sums)) if output.target in LINEAR else None
-            if entry is not None:
-                yield entry, output, node
-
-
-def _entry(output: fx.Node, barrier: set[fx.Node]) -> fx.Node | None:
-    """The value that the first linears of the branch ending in ``output`` read, if it is one and no attention comes."""
-    entries, stack = set(), [activation_operand(output)]
-    while stack:
-        node = stack.pop()
-        if node.target in LINEAR:
-            entries.add(unrounded(activation_operand(node)))
-        elif node.target in ATTENTION | SOFTMAX | MATMUL or node in barrier:
-            return None
-        elif node.op == "call_function":
-            stack += node.all_input_nodes
+def _input(output: fx.Node, stream: fx.Node, position: dict[fx.Node, int]) -> fx.Node | None:
+    """The value that the first linear layers of the branch read, if it is one for all of them."""
+    linears = [node for node in _behind(output, stream, position) if node.target in LINEAR]
+    first = [node for node in linears if not any(other in linears for other in _behind(node, stream, position))]
+    entries = {unrounded(activation_operand(node)) for node in first}
     return entries.pop() if len(entries) == 1 else None
 
 
-def sums_of_one_shape(graph: fx.Graph) -> list[fx.Node]:
-    """The residual sums; a mask is added by broadcasting, a residual never is."""
-    return [n for n in residual_sums(graph) if all(_shape(a) == _shape(n) for a in n.all_input_nodes)]
-
-
-def _shape(node: fx.Node) -> object:
-    return node.meta["type"].shape
+def _behind(linear: fx.Node, stream: fx.Node, position: dict[fx.Node, int]) -> list[fx.Node]:
+    """What the input of ``linear`` is computed from, back to ``stream``."""
+    frontier, seen = [activation_operand(linear)], dict[fx.Node, None]()
+    while frontier:
+        node = frontier.pop()
+        if node not in seen and position[node] > position[stream]:
+            seen[node] = None
+            frontier += node.all_input_nodes
+    return list(seen)

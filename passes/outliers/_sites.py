@@ -22,10 +22,10 @@ from bitlower.ir.dataflow import (
     activation_operand,
     linears,
     parameter_of,
+    residual_sums,
     unrounded,
     value_root,
 )
-from bitlower.ir.feed_forward import sums_of_one_shape
 from bitlower.ir.json_files import parse_json
 
 aten = torch.ops.aten
@@ -58,7 +58,7 @@ def tensor_roles(graph: fx.Graph) -> dict[fx.Node, tuple[str, ...]]:
     for node in linears(graph):
         roles[node].add("linear-output")
         roles[unrounded(activation_operand(node))].add("linear-input")
-    for node in sums_of_one_shape(graph):
+    for node in residual_sums(graph):
         roles[node].add("residual")
     for node in graph.nodes:
         if node.target in NORM or _is_rms_norm(node):

@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt
 from torch import fx
 
 from bitlower.ir import Batch, BitlowerError, Level, Program, describe, get_tensor
-from bitlower.ir.feed_forward import feed_forward_values
+from bitlower.ir.feed_forward import feed_forwards
 from bitlower.ir.observe import Track, observe
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes.outliers._report import (
@@ -90,12 +90,10 @@ def analyze(
     """Give the report on ``program`` for ``batches``.
 
     Raises:
-        BitlowerError: there are no batches, sigma is not positive, or a tensor gets NaN or Inf.
+        BitlowerError: there are no batches, or a tensor gets NaN or Inf.
     """
     if not batches:
         raise BitlowerError("analyze-outliers needs calibration data", hint="give a file of texts, or batches")
-    if not sigma > 0:
-        raise BitlowerError(f"sigma must be positive, not {sigma}")
     analysis = _Analysis(program)
     analysis.measure(batches, track)
     analysis.locate(batches, sigma, track)
@@ -218,7 +216,11 @@ class _Analysis:
             self.sequences,
             self.token_count,
             tuple(tensors.values()),
-            tuple(_feed_forward(*(tensors[n] for n in nodes)) for nodes in feed_forward_values(self.program.graph)),
+            tuple(
+                _feed_forward(tensors[part.input], tensors[part.output], tensors[part.sum])
+                for part in feed_forwards(self.program.graph)
+                if part.input is not None
+            ),
             tuple(
                 HeadAttention(node.name, _path(node), head, share, ratio)
                 for node, statistics in self.on_separator.items()

@@ -9,7 +9,7 @@ from annotated_types import Ge, Interval, MinLen
 from torch import fx
 
 from bitlower.ir import BitlowerError, Level, Program
-from bitlower.ir.feed_forward import feed_forward_values
+from bitlower.ir.feed_forward import feed_forwards
 from bitlower.ir.quantizer_node import is_open
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes.precision._items import Item, is_weight, set_width
@@ -131,7 +131,9 @@ def paper_set(program: Program) -> list[fx.Node]:
     Raises:
         BitlowerError: there are none.
     """
-    values = {value for found in feed_forward_values(program.graph) for value in found}
+    values = {
+        value for part in feed_forwards(program.graph) if part.input for value in (part.input, part.output, part.sum)
+    }
     nodes = [n for n, _ in program.quantizers() if not is_weight(n) and n.all_input_nodes[0] in values]
     if not nodes:
         raise BitlowerError(

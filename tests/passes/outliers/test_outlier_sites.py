@@ -7,8 +7,7 @@ from transformers import BertConfig, BertModel
 
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program
-from bitlower.ir.dataflow import ATTENTION, LINEAR
-from bitlower.ir.feed_forward import feed_forward_values
+from bitlower.ir.dataflow import ATTENTION
 from bitlower.passes.outliers._sites import attentions, separator, tensor_roles, vocabulary
 
 
@@ -80,21 +79,6 @@ def test_roles_in_an_encoder(encoder):
 def test_rms_norms_that_are_written_out_are_norms(gated):
     assert paths(gated, "norm") == ["first", "second"]
     assert len(paths(gated, "residual")) == 2
-
-
-def test_feed_forward_of_an_encoder(encoder):
-    found = list(feed_forward_values(encoder.graph))
-    assert [h.meta["path"] for _, h, _ in found] == [f"encoder.layer.{i}.output.dense" for i in range(2)]
-    for x, h, y in found:
-        assert x.meta["path"].endswith("attention.output.LayerNorm")
-        assert h.target in LINEAR
-        assert set(y.all_input_nodes) == {x, h}
-
-
-def test_feed_forward_with_a_gate(gated):
-    ((x, h, y),) = feed_forward_values(gated.graph)
-    assert (x.meta["path"], h.meta["path"]) == ("second", "down")
-    assert y is gated.graph.output_node().args[0][0]
 
 
 def test_attention_as_an_operator_or_written_out(encoder):
