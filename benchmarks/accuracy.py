@@ -22,7 +22,7 @@ from latency import build_model
 
 import bitlower
 from bitlower.frontends.locate import locate
-from bitlower.tools.evaluate import cosine, evaluate, mean_pool
+from bitlower.tools.evaluation.evaluate import cosine, evaluate, mean_pool
 
 SCHEMES = ("W8A8", "W8A8-token", "W8A8-full")
 PEERS = ("fp32", "dynamic", "static")

@@ -47,9 +47,9 @@ from bitlower.passes.precision._roofline import TARGETS, Linear
 from bitlower.passes.precision._search import Budgets, Search, lines_of, refine
 from bitlower.passes.precision.assign_precision import AssignPrecision
 from bitlower.passes.quantizers.calibrate import Calibrate
-from bitlower.tools.data import read_text
-from bitlower.tools.evaluate import evaluate
-from bitlower.tools.perplexity import perplexity
+from bitlower.tools.data.texts import read_text
+from bitlower.tools.evaluation.evaluate import evaluate
+from bitlower.tools.evaluation.perplexity import perplexity
 
 WIDTHS = (2, 3, 4, 6, 8, 16)
 AVERAGES = (3, 4)

@@ -26,7 +26,7 @@ from _decoders import MODEL, TEXTS, judged, read_tokens
 from bitlower import Context, PassManager, Program, load, parse_pipeline
 from bitlower.frontends.tokenize import windows
 from bitlower.passes.training._block_loop import BlockReport
-from bitlower.tools.data import split_windows
+from bitlower.tools.data.texts import split_windows
 
 NAME = "block_training"
 COMMAND = "python benchmarks/block_training.py --data DIR"

@@ -27,8 +27,8 @@ import bitlower
 from bitlower import Context, PassManager, Program, parse_pipeline
 from bitlower.ir import Batch
 from bitlower.ir.scheme import ACTIVATION_ROLES
-from bitlower.tools.data import read_rows
-from bitlower.tools.evaluate import evaluate
+from bitlower.tools.data.texts import read_rows
+from bitlower.tools.evaluation.evaluate import evaluate
 
 TEXTS = 128
 WAYS = {

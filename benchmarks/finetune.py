@@ -21,8 +21,8 @@ from _common import MODEL, data_folder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
 from bitlower.frontends.locate import locate
-from bitlower.tools.data import Row, read_rows
-from bitlower.tools.evaluate import evaluate
+from bitlower.tools.data.texts import Row, read_rows
+from bitlower.tools.evaluation.evaluate import evaluate
 
 
 @dataclass(frozen=True)

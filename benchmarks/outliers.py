@@ -26,8 +26,8 @@ from bitlower.frontends.tokenize import windows
 from bitlower.ir import Scheme
 from bitlower.ir.scheme import ACTIVATION_ROLES
 from bitlower.passes import Pass, make_pass, parse_pipeline
-from bitlower.tools.data import split_windows
-from bitlower.tools.perplexity import perplexity
+from bitlower.tools.data.texts import split_windows
+from bitlower.tools.evaluation.perplexity import perplexity
 
 ROLES = ("linear-weight", "linear-input", "residual")
 WINDOWS = 12

@@ -24,7 +24,7 @@ from bitlower import Context, PassManager, Program, load, parse_pipeline
 from bitlower.frontends.tokenize import windows
 from bitlower.passes import make_pass
 from bitlower.passes.training._report import TrainReport
-from bitlower.tools.data import split_windows
+from bitlower.tools.data.texts import split_windows
 
 LENGTH, WINDOWS, HELD_OUT, CALIBRATION = 512, 12, 4, 32
 COMMAND = "python benchmarks/qat_decoder.py --data DIR"

@@ -31,8 +31,8 @@ from bitlower.backends.onnx_qdq import export
 from bitlower.ir import Batch
 from bitlower.passes import make_pass
 from bitlower.passes.training._report import TrainReport
-from bitlower.tools.data import read_rows
-from bitlower.tools.evaluate import evaluate
+from bitlower.tools.data.texts import read_rows
+from bitlower.tools.evaluation.evaluate import evaluate
 
 HELD_OUT, CALIBRATION, BATCH = 512, 128, 32
 EMBEDDINGS = Task("STS-B/sts-train.tsv", "STS-B/sts-dev.tsv", ("5", "6", "4"), "spearman", 1, 32, 64)

@@ -33,8 +33,8 @@ from bitlower import Context, PassManager, Program, load, parse_pipeline
 from bitlower.frontends.tokenize import token_ids, windows
 from bitlower.passes import make_pass
 from bitlower.passes.training._report import TrainReport
-from bitlower.tools.data import read_text, split_windows
-from bitlower.tools.perplexity import perplexity
+from bitlower.tools.data.texts import read_text, split_windows
+from bitlower.tools.evaluation.perplexity import perplexity
 
 COMMAND = "python benchmarks/quantgpt.py --data DIR"
 SCHEMES = ("8-8-8", "4-4-8", "2-2-8")

@@ -20,8 +20,8 @@ from bitlower.backends.onnx_qdq import export
 from bitlower.frontends import load
 from bitlower.ir import Batch, Program
 from bitlower.passes import Context, PassManager, parse_pipeline
-from bitlower.tools._costs import Load
-from bitlower.tools.plan import make_plan
+from bitlower.tools.planning.costs import Load
+from bitlower.tools.planning.plan import make_plan
 
 SCHEMES = ("2-2-8", "4-4-8", "8-8-8")
 OPSET = 25

@@ -25,7 +25,7 @@ import bitlower
 from bitlower.backends.onnx_qdq import export
 from bitlower.ir import Batch, Program
 from bitlower.passes import Context, PassManager, parse_pipeline
-from bitlower.tools.evaluate import evaluate
+from bitlower.tools.evaluation.evaluate import evaluate
 
 COUNT, STEP, LENGTH = 256, 22, 64
 COLUMNS = ("label", "spearman", "pearson", "file_mb", "smaller", "integer_products", "seconds", "pipeline")

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from bitlower.ir.learnable import RangeSettings
     from bitlower.ir.version import __version__
     from bitlower.passes import Context, Contract, Pass, PassManager, Record, Report, parse_pipeline
-    from bitlower.tools.flow import quantize
     from bitlower.tools.load import load
+    from bitlower.tools.runs.flow import quantize
 
 __all__ = [
     "BitlowerError",
@@ -63,7 +63,7 @@ _HOMES = {
     "bitlower.ir.learnable": ("RangeSettings",),
     "bitlower.passes": ("Context", "Contract", "Pass", "PassManager", "Record", "Report", "parse_pipeline"),
     "bitlower.ir.version": ("__version__",),
-    "bitlower.tools.flow": ("quantize",),
+    "bitlower.tools.runs.flow": ("quantize",),
     "bitlower.tools.load": ("load",),
 }
 

@@ -21,6 +21,7 @@ class Task:
     whole: bool = False
 
 
+TEXT_GENERATION = "text-generation"
 TASKS = {
     "feature-extraction": Task("AutoModel"),
     "text-classification": Task("AutoModelForSequenceClassification", ("logits",), whole=True),
@@ -28,7 +29,7 @@ TASKS = {
     "question-answering": Task("AutoModelForQuestionAnswering", ("start_logits", "end_logits"), whole=True),
     "fill-mask": Task("AutoModelForMaskedLM", ("logits",)),
     "pre-training": Task("AutoModelForPreTraining"),
-    "text-generation": Task("AutoModelForCausalLM"),
+    TEXT_GENERATION: Task("AutoModelForCausalLM"),
 }
 """All tasks, by the names that transformers' pipelines have (``pre-training``, which has none, by its class)."""
 _ENCODER = "EncoderModel"

@@ -22,9 +22,9 @@ from bitlower.ir import Level, Scheme
 from bitlower.passes import Context, PassManager, check_levels, load_plugin, providers
 from bitlower.passes._machinery import registry as registry
 from bitlower.tools import _backends
-from bitlower.tools._app import app
 from bitlower.tools.cli import main
-from bitlower.tools.recipe import load_recipe, validate_recipe
+from bitlower.tools.cli.app import app
+from bitlower.tools.recipes.recipe import load_recipe, validate_recipe
 
 _READ = runpy.run_path(str(Path(__file__).with_name("docs_pages.py")))
 ROOT, EXAMPLES, DOCS, PAGES, TEXT = (_READ[name] for name in ("ROOT", "EXAMPLES", "DOCS", "PAGES", "TEXT"))

@@ -14,14 +14,16 @@ import pytest
 from bitlower.passes import describe_type, find_pass, parameter_types
 from bitlower.passes._machinery.losses import known_losses
 from bitlower.passes._machinery.parameters import kebab
-from bitlower.tools import _backends, _standard
+from bitlower.tools import _backends
+from bitlower.tools.data import sources, texts, training
+from bitlower.tools.runs import standard
 
 _READ = runpy.run_path(str(Path(__file__).with_name("docs_pages.py")))
 ROOT, TEXT, section, rows, names = (_READ[name] for name in ("ROOT", "TEXT", "section", "rows", "names"))
 
 
 def test_recipe_keys_are_documented() -> None:
-    from bitlower.tools.recipe import DataSection, ModelSection, Recipe, TrainingSection
+    from bitlower.tools.recipes.recipe import DataSection, ModelSection, Recipe, TrainingSection
 
     headings = re.findall(r"^## `(\w+)`$", TEXT[ROOT / "docs" / "recipes.md"], re.MULTILINE)
     assert set(headings) == set(Recipe.model_fields)
@@ -34,30 +36,28 @@ def test_recipe_keys_are_documented() -> None:
 
 
 def test_defaults_by_task_are_those_of_the_code() -> None:
-    from bitlower.tools import _calibration, data
 
     text = section("recipes.md", "`calibration`")
     found = [[re.findall(r"\d+", cell) for cell in row[1:]] for row in rows(text, "left out")]
     wanted = [
-        [[data.SAMPLES, data.FEWEST], [_calibration.WINDOWS]],
-        [[_calibration.TEXT_LENGTH], [_calibration.WINDOW_LENGTH]],
-        [[_calibration.TEXT_BATCH], [_calibration.WINDOW_BATCH]],
-        [[data.HELD_OUT], [_calibration.HELD_OUT_WINDOWS]],
-        [[_calibration.HELD_OUT_TEXTS], [_calibration.HELD_OUT_WINDOWS]],
+        [[texts.SAMPLES, texts.FEWEST], [sources.WINDOWS]],
+        [[sources.TEXT_LENGTH], [sources.WINDOW_LENGTH]],
+        [[sources.TEXT_BATCH], [sources.WINDOW_BATCH]],
+        [[texts.HELD_OUT], [sources.HELD_OUT_WINDOWS]],
+        [[sources.HELD_OUT_TEXTS], [sources.HELD_OUT_WINDOWS]],
     ]
     assert found == [[list(map(str, cell)) for cell in row] for row in wanted]
-    assert _calibration.TEXTS == data.SAMPLES
-    assert f"first {_calibration.LONGEST_TEXT} characters" in text
+    assert sources.TEXTS == texts.SAMPLES
+    assert f"first {sources.LONGEST_TEXT} characters" in text
 
 
 def test_defaults_of_training_are_those_of_the_code() -> None:
-    from bitlower.tools import _calibration, _training
 
     table = {row[0].strip("`"): row[2] for row in rows(section("recipes.md", "`training`"), "key")}
     found = {key: re.findall(r"\d+", table[key]) for key in ("held_out", "batch_size", "seed")}
-    most, sizes = (_training.MOST_TEXTS, _training.MOST_WINDOWS), (_training.TEXT_BATCH, _calibration.WINDOW_BATCH)
+    most, sizes = (training.MOST_TEXTS, training.MOST_WINDOWS), (training.TEXT_BATCH, sources.WINDOW_BATCH)
     assert found == {"held_out": [*map(str, most)], "batch_size": [*map(str, sizes)], "seed": ["0"]}
-    assert ("a tenth" in table["held_out"]) == (_training.SHARE == 0.1)
+    assert ("a tenth" in table["held_out"]) == (training.SHARE == 0.1)
 
 
 def _module_of(backend: str) -> Any:
@@ -140,13 +140,13 @@ def test_reports_and_rules_are_documented() -> None:
 
 def test_algorithms_formats_and_tasks_are_documented() -> None:
     from bitlower.ir.tasks import TASKS
-    from bitlower.tools import evaluate
-    from bitlower.tools._cli_eval import GENERATION
+    from bitlower.tools.cli.eval import GENERATION
+    from bitlower.tools.evaluation import evaluate
 
     table = {row[0]: row[1] for row in rows(section("cli.md", "`bitlower quantize MODEL`"))}
     for option, known in (
-        ("`--algorithm`", _standard.ALGORITHMS),
-        ("`--format`", _standard.FORMATS),
+        ("`--algorithm`", standard.ALGORITHMS),
+        ("`--format`", standard.FORMATS),
         ("`--task`", TASKS),
     ):
         assert set(known) == set(re.findall(r"`([\w-]+)`", table[option])), option
@@ -155,8 +155,8 @@ def test_algorithms_formats_and_tasks_are_documented() -> None:
 
 
 def test_the_json_of_a_text_evaluation_is_documented() -> None:
-    from bitlower.tools.generation import Sample
-    from bitlower.tools.perplexity import Perplexity, TextEvaluation
+    from bitlower.tools.evaluation.generation import Sample
+    from bitlower.tools.evaluation.perplexity import Perplexity, TextEvaluation
 
     table = rows(section("cli.md", "`bitlower eval DIR|MODEL`"), "key")
     empty = TextEvaluation("", "", "", None, Perplexity(1.0, 1, 2, 2, 1, 2))

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from bitlower.tools._stdout import result_stream
+from bitlower.tools.stdout import result_stream
 
 Cell = str | int | float | None
 

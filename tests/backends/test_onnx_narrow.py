@@ -25,7 +25,7 @@ from bitlower.passes import Context, PassManager
 from bitlower.passes.lowering.lower_integer import LowerInteger
 from bitlower.passes.quantizers.calibrate import Calibrate
 from bitlower.passes.quantizers.quantize import Quantize
-from bitlower.tools._sizes import Target, overhead_bytes, stored_bytes
+from bitlower.tools.planning.sizes import Target, overhead_bytes, stored_bytes
 
 ROWS, WIDTH = 600, 64
 FORMS = ("qdq", "onnxruntime")

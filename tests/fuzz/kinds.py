@@ -25,12 +25,12 @@ from bitlower.ir import Program, Scheme
 from bitlower.ir.storage import map_safetensors
 from bitlower.passes import parse_pipeline
 from bitlower.tools._backends import verify_artefact
-from bitlower.tools._labels import Head
-from bitlower.tools._training import read_examples
-from bitlower.tools.data import read_text, split_texts
-from bitlower.tools.evaluate import open_runner
-from bitlower.tools.flow import quantize
-from bitlower.tools.recipe import load_recipe, validate_recipe
+from bitlower.tools.data.labels import Head
+from bitlower.tools.data.texts import read_text, split_texts
+from bitlower.tools.data.training import read_examples
+from bitlower.tools.evaluation.evaluate import open_runner
+from bitlower.tools.recipes.recipe import load_recipe, validate_recipe
+from bitlower.tools.runs.flow import quantize
 
 RECIPE = """\
 model: {path: package:some-model, task: feature-extraction}

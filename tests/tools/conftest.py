@@ -91,7 +91,7 @@ def traced(bert: Path, bert_program: Program, request: pytest.FixtureRequest, mo
             return request.getfixturevalue("llama_program").clone()
         return load(model, **options)
 
-    for user in ("flow", "plan", "language_model"):
+    for user in ("runs.flow", "planning.plan", "evaluation.language_model"):
         monkeypatch.setattr(f"bitlower.tools.{user}.load", quick)
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from bitlower.ir import Program
-from bitlower.tools._calibration import Source
-from bitlower.tools._job import Data
-from bitlower.tools._training import with_training
-from bitlower.tools.recipe import Recipe
+from bitlower.tools.data.batches import Data
+from bitlower.tools.data.sources import Source
+from bitlower.tools.data.training import with_training
+from bitlower.tools.recipes.recipe import Recipe
 
 sentences = runpy.run_path(str(Path(__file__).with_name("conftest.py")))["sentences"]
 

@@ -17,8 +17,8 @@ from bitlower.passes import Pass, describe_type, known_passes, make_pass, parame
 from bitlower.passes._machinery import registry
 from bitlower.passes._machinery.kinds import split_bounds, supported
 from bitlower.passes._machinery.parameters import MismatchError, coerce
-from bitlower.tools._recipe_schema import type_schema
-from bitlower.tools.recipe import load_recipe
+from bitlower.tools.recipes.recipe import load_recipe
+from bitlower.tools.recipes.schema import type_schema
 
 KINDS: dict[Any, str] = {
     Annotated[int, Ge(1)]: "int of 1 or more",

@@ -13,7 +13,7 @@ from bitlower.ir import Batch, BitlowerError, Program, Scheme, get_tensor, ops, 
 from bitlower.passes import Context, PassManager, make_pass, parse_pipeline
 from bitlower.passes.precision._measures import Measure
 from bitlower.passes.precision.analyze_sensitivity import AnalyzeSensitivity, SensitivityReport, analyze, raise_roles
-from bitlower.tools.recipe import load_recipe, validate_recipe
+from bitlower.tools.recipes.recipe import load_recipe, validate_recipe
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from bitlower.ir import Program, Scheme
 from bitlower.passes import Context, PassManager
 from bitlower.passes.quantizers import quantize
 from bitlower.passes.quantizers.quantize import PlacementReport, Quantize
-from bitlower.tools._heads import head_notes
+from bitlower.tools.runs.heads import head_notes
 
 WIDTH, LARGE, SMALL = 32, (1 << 20) // 32, 100
 EIGHT, FOUR = "s8 per-channel(0)", "s4 per-group(16)"

@@ -180,7 +180,7 @@ FORMS: list[list[Any]] = [
 def test_losses_go_through_text_and_recipes_and_back(
     form: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bitlower.tools.recipe import Recipe, dump_recipe, load_recipe, steps_of
+    from bitlower.tools.recipes.recipe import Recipe, dump_recipe, load_recipe, steps_of
 
     monkeypatch.setattr(registry.PASSES, "loose", {"learn": (tmp_path, Learn)})
     losses = coerce(Losses, form)
@@ -236,7 +236,7 @@ def test_what_is_no_list_of_losses_is_refused(
 
 
 def test_a_recipe_says_in_which_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bitlower.tools.recipe import load_recipe
+    from bitlower.tools.recipes.recipe import load_recipe
 
     monkeypatch.setattr(registry.PASSES, "loose", {"learn": (tmp_path, Learn)})
     text = "model: {path: m}\npasses:\n  - learn:\n      losses: [logitz]\nexport: [onnx-qdq]\n"
@@ -245,7 +245,7 @@ def test_a_recipe_says_in_which_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_editors_know_the_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bitlower.tools.recipe import recipe_schema
+    from bitlower.tools.recipes.recipe import recipe_schema
 
     monkeypatch.setattr(registry.PASSES, "loose", {"learn": (tmp_path, Learn)})
     _, with_parameters = recipe_schema()["properties"]["passes"]["items"]["anyOf"]

@@ -1,0 +1,255 @@
+"""The command line: options anywhere, JSON for machines, exit codes, quick help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitlower.ir import CheckError
+from bitlower.passes import format_pipeline
+from bitlower.tools import _backends
+from bitlower.tools.cli import main
+from bitlower.tools.cli.settings import hoist
+from bitlower.tools.runs.flow import standard_passes
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Any:
+    """``call(arguments…)`` runs the command and gives exit code, standard output and standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_help_imports_nothing_heavy() -> None:
+    probe = (
+        "import sys; from bitlower.tools.cli import main\n"
+        "assert main(['--help']) == 0 and main(['quantize', '--help']) == 0\n"
+        "assert not {'torch', 'transformers', 'onnx', 'numpy', 'rich.progress'} & set(sys.modules)\n"
+        "assert main(['--version']) == 0"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "bitlower 0." in done.stdout
+    for command in ("run", "quantize", "analyze", "plan", "verify", "eval", "passes", "recipe", "replay"):
+        assert f" {command} " in done.stdout
+
+
+@given(
+    st.lists(st.sampled_from(["run", "a.yaml", "-o", "out", "--json", "-q", "--plugin", "--plugin=p.py"]), max_size=8)
+)
+def test_hoisting_keeps_every_argument_and_the_order_of_the_rest(arguments: list[str]) -> None:
+    moved = hoist(arguments)
+    assert sorted(moved) == sorted(arguments)
+    assert hoist(moved) == moved
+    assert hoist(["x", "--", "--json"]) == ["x", "--", "--json"]
+
+
+def test_no_command_prints_help(call: Any) -> None:
+    code, out, err = call()
+    assert code == 2
+    assert "quantize" in out + err
+
+
+def test_passes(call: Any) -> None:
+    code, out, _ = call("passes", "list", "--json")
+    forms = {form["name"]: form for form in json.loads(out)["passes"]}
+    assert code == 0
+    assert forms["clean"]["contract"] == "exact"
+    assert (forms["quantize"]["requires"], forms["quantize"]["ensures"]) == ("float|simulated", "simulated")
+    scheme = next(p for p in forms["quantize"]["parameters"] if p["name"] == "scheme")
+    assert scheme["default"] == "W8A8"
+    assert "W8A8" in scheme["doc"]  # the text below the field in the source
+    code, out, _ = call("passes", "show", "quantize")
+    assert "scheme" in out
+    assert ":class:" not in out
+    assert json.loads(call("passes", "schema")[1])["passes"]
+    code, _, err = call("passes", "show", "quantise")
+    assert (code, "did you mean 'quantize'" in err) == (2, True)
+
+
+def test_recipes_can_be_begun_and_checked(call: Any, bert: Path, texts: Path, tmp_path: Path, traced: None) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    assert call("recipe", "init", bert, "-o", recipe)[0] == 0
+    assert call("recipe", "init", bert, "-o", recipe)[0] == 2
+    assert call("recipe", "init", bert)[1].rstrip("\n") == recipe.read_text().rstrip("\n")
+    recipe.write_text(recipe.read_text().replace("calibration.txt", texts.name).replace("samples: 128", "samples: 32"))
+    schema = json.loads(call("recipe", "schema")[1])
+    assert "passes" in schema["properties"]
+
+
+def test_run_writes_the_artefact_and_one_json_document(
+    call: Any, bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{path: {bert}}}\ncalibration: {{data: {texts.name}, samples: 16}}\n"
+        "passes: [clean, quantize, calibrate, lower-integer]\nexport: [onnx-qdq]\n"
+    )
+    code, out, _ = call("recipe", "validate", recipe)
+    assert (code, out) == (0, f"{recipe} is valid: clean,quantize,calibrate,lower-integer\n")
+    code, out, err = call("run", recipe, "-o", tmp_path / "a", "--json")
+    assert (code, err) == (0, "")
+    form = json.loads(out)
+    assert form["output"] == str(tmp_path / "a")
+    assert form["artefact_bytes"] == sum(path.stat().st_size for path in (tmp_path / "a").rglob("*") if path.is_file())
+    code, out, err = call("run", recipe, "-o", tmp_path / "b", "--print-after-change", "--no-cache")
+    assert code == 0
+    assert "calibrate" in out
+    assert "; after quantize" in err
+    assert call("run", recipe, "-o", tmp_path / "c", "-q")[1:] == ("", "")
+    script = subprocess.run(
+        [sys.executable, ROOT / "tools" / "run_pipeline.py", "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (script.returncode, "RECIPE" in script.stdout) == (0, True)
+
+
+def test_quantize_and_plugins(call: Any, bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        "from dataclasses import dataclass\nfrom bitlower.passes import Pass\n\n\n"
+        "@dataclass(frozen=True)\nclass Mine(Pass):\n    '''Does nothing.'''\n\n    name = 'mine'\n\n"
+        "    def run(self, program):\n        return False\n"
+    )
+    names = [form["name"] for form in json.loads(call("--plugin", plugin, "passes", "list", "--json")[1])["passes"]]
+    assert "mine" in names
+    code, out, _ = call(
+        "quantize",
+        bert,
+        "--calibration",
+        texts,
+        "-o",
+        tmp_path / "out",
+        "--ignore",
+        "*pooler*",
+        "--samples",
+        8,
+        "--json",
+    )
+    assert code == 0
+    assert json.loads(out)["pipeline"] == format_pipeline(standard_passes("W8A8", ["*pooler*"]))
+
+
+def test_analyze(call: Any, bert: Path, texts: Path, traced: None) -> None:
+    code, out, _ = call("analyze", bert, "--calibration", texts, "--json")
+    assert code == 0
+    form = json.loads(out)
+    assert form["sequences"] == 35
+    assert any(tensor["path"] == "encoder.layer.0.attention.output.dense" for tensor in form["tensors"])
+    assert "kurtosis" in call("analyze", bert, "--calibration", texts)[1]
+
+
+def test_eval(call: Any, classifier: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.tsv"
+    data.write_text("sentence\tlabel\nthe cat\t1\nrain\t0\n")
+    code, out, _ = call("eval", classifier, "--task", "classification", "--data", data, "--columns", "0,1", "--json")
+    assert (code, "error" in out) == (2, True)  # the header line is no label
+    code, out, _ = call("eval", classifier, "--task", "classification", "--data", data, "--json")
+    assert (code, json.loads(out)["samples"]) == (0, 2)
+
+
+def test_eval_of_a_language_model(call: Any, llama: Path, story: Path, traced: None) -> None:
+    arguments = ("eval", llama, "--task", "text-generation", "--data", story, "--window", 16, "--windows", 2)
+    code, out, _ = call(*arguments, "--joiner", r"\n", "--prompt", "the cat", "--new-tokens", 3, "--json")
+    form = json.loads(out)
+    assert (code, form["windows"], form["stride"], form["tokens_scored"]) == (0, 2, 16, 30)
+    assert (form["joiner"], form["runtime"], form["samples"][0]["prompt"]) == ("\n", "Program", "the cat")
+    out = call(*arguments, "--stride", 4)[1]
+    assert "2 windows of 16 tokens, stride 4, 19 tokens scored of" in out
+    assert "as they are" in out
+    out = call("eval", llama, "--task", "text-generation", "--prompt", "rain", "--new-tokens", 3)[1]
+    assert "tokens a second" in out
+    assert call("eval", llama, "--task", "text-generation")[0] == 2
+    assert call("eval", llama, "--task", "sts-b")[0] == 2
+
+
+def test_quantize_takes_algorithm_and_formats(
+    call: Any, llama: Path, story: Path, tmp_path: Path, backend: SimpleNamespace
+) -> None:
+    arguments = ("quantize", llama, "--calibration", story, "--scheme", "W4A16-g16", "--samples", 2, "--max-length", 16)
+    code, _, err = call(*arguments, "--algorithm", "rtn", "-o", tmp_path / "a", "--no-cache")
+    assert (code, "passes: clean,quantize{scheme=W4A16-g16},rtn,lower-integer\n" in err) == (0, True)
+    code, _, err = call(*arguments, "--algorithm", "gptk", "-o", tmp_path / "b")
+    assert (code, "unknown algorithm 'gptk'; did you mean 'gptq'" in err) == (2, True)
+    code, _, err = call(*arguments, "--format", "gptqv2", "-o", tmp_path / "b")
+    assert (code, "unknown format 'gptqv2'; did you mean 'gptq-v2'" in err) == (2, True)
+
+
+def test_what_gptq_noticed_is_shown(
+    call: Any, llama: Path, story: Path, tmp_path: Path, backend: SimpleNamespace
+) -> None:
+    arguments = ("quantize", llama, "--calibration", story, "--scheme", "W4A16-g16", "--samples", 1, "--max-length", 8)
+    code, _, err = call(*arguments, "-o", tmp_path / "a", "--no-cache")
+    assert code == 0
+    assert "self_attn.q_proj.weight: 8 calibration tokens are few for" in err
+
+
+def test_verify_asks_the_backend(call: Any, tmp_path: Path, backend: SimpleNamespace) -> None:
+    (tmp_path / "manifest.json").write_text('{"backend": "onnx-qdq"}')
+    backend.verify = lambda folder: {"outputs": {"x": {"worst": 1e-6}}}
+    code, out, _ = call("verify", tmp_path)
+    assert (code, "outputs.x.worst" in out) == (0, True)
+
+    def broken(folder: Path) -> None:
+        raise CheckError("model.onnx was changed")
+
+    backend.verify = broken
+    assert call("verify", tmp_path)[::2] == (1, "error: model.onnx was changed\n")
+    (tmp_path / "manifest.json").write_text('{"backend": "onnx-qda"}')
+    assert "did you mean 'onnx-qdq'" in call("verify", tmp_path)[2]
+
+
+def test_unexpected_faults_are_one_line_unless_debugged(
+    call: Any, bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace
+) -> None:
+    def export(*_: Any, **__: Any) -> None:
+        raise KeyError("lost")
+
+    backend.export = export
+    arguments = ("quantize", bert, "--calibration", texts, "-o", tmp_path / "out", "-q")
+    code, _, err = call(*arguments)
+    assert (code, err) == (1, "error: unexpected KeyError: 'lost'; run again with --debug for the traceback\n")
+    assert "Traceback" in call(*arguments, "--debug")[2]
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    backend.export = interrupted
+    assert call(*arguments)[::2] == (130, "error: interrupted\n")
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_fault_in_a_pass_can_be_replayed(
+    call: Any, bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace, own_cache: Path
+) -> None:
+    from bitlower.passes.quantizers.calibrate import Calibrate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Calibrate, "run", lambda *_: 1 / 0)
+        assert call("quantize", bert, "--calibration", texts, "-o", tmp_path / "out")[0] == 1
+    code, out, _ = call("replay", own_cache / "reproducer")
+    assert (code, out) == (0, "calibrate: this time it did not fail\n")
+    assert call("replay", tmp_path)[0] == 2
+
+
+def test_backends_are_the_folders() -> None:
+    assert all((ROOT / "backends" / name.replace("-", "_")).exists() for name in _backends.known_backends())

@@ -1,0 +1,57 @@
+"""Traces in the cache: which commands keep them, and which take them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from bitlower.frontends import _encoder, _trace_cache
+from bitlower.ir import Program
+from bitlower.tools.planning.costs import TRACE_SECONDS, Load
+from bitlower.tools.planning.plan import KEPT, make_plan, plan_model
+from bitlower.tools.runs.flow import Options, run_recipe, standard_recipe
+from bitlower.tools.runs.standard import standard_passes
+
+
+@pytest.fixture(autouse=True)
+def no_shared_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BITLOWER_TRACES")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_run_keeps_its_trace_in_the_cache_unless_there_is_none(
+    own_bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "home" / "bitlower"
+    recipe = standard_recipe(str(own_bert), "W8A8", str(texts))
+    run_recipe(recipe, tmp_path / "a", Options(cache=cache))
+    assert len(list((cache / "traces").iterdir())) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
+    run_recipe(recipe, tmp_path / "b", Options(cache=None))
+    assert not (tmp_path / "none").exists()
+    monkeypatch.setattr(_encoder, "export", None)
+    run_recipe(recipe, tmp_path / "c", Options(cache=cache))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert KEPT in plan_model(str(own_bert), "W8A8").notes
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
+
+
+def test_a_trace_in_the_cache_saves_the_time_of_tracing(bert_program: Program) -> None:
+    made, kept = (
+        make_plan(bert_program.clone(), standard_passes("W8A8"), Load(8, 16), kept=kept) for kept in (False, True)
+    )
+    assert made.seconds - kept.seconds == pytest.approx(TRACE_SECONDS, abs=1.0)  # the machine is timed twice
+    assert KEPT not in made.notes
+
+
+def test_a_model_whose_trace_is_not_kept_is_not_said_to_have_one(
+    own_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_trace_cache, "_write", lambda *arguments: None)
+    assert KEPT not in plan_model(str(own_bert), "W8A8").notes

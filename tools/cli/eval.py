@@ -1,0 +1,126 @@
+"""The command ``eval``: accuracy on labelled data, perplexity and samples of language models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bitlower.tools.cli.settings import Settings, settings_of
+
+if TYPE_CHECKING:
+    from bitlower.tools.evaluation.generation import Sample
+
+GENERATION = "text-generation"
+Bos = Annotated[
+    str,
+    typer.Option(
+        help="text-generation: what windows and prompts begin with. auto: what the tokenizer puts first; always: its "
+        "token for the beginning, even so; never: nothing."
+    ),
+]
+
+
+def evaluate(
+    context: typer.Context,
+    target: Annotated[
+        str,
+        typer.Argument(metavar="DIR|MODEL", help="An artefact's folder, or a float model: a folder or package:NAME."),
+    ],
+    task: Annotated[str, typer.Option(help="sts-b, classification or text-generation.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="A .tsv, .csv or .jsonl file; for text-generation a text, or FILE.jsonl:COLUMN."),
+    ] = None,
+    columns: Annotated[
+        str,
+        typer.Option(
+            help="sts-b: score,sentence1,sentence2 (4,5,6 if not given: the benchmark's own files). "
+            "classification: text[,text2],label (sentence,label if not given)."
+        ),
+    ] = "",
+    batch_size: Annotated[int, typer.Option(help="Texts in a batch.", min=1)] = 32,
+    max_length: Annotated[int, typer.Option(help="Longer texts are cut to this many tokens.")] = 128,
+    joiner: Annotated[
+        str | None,
+        typer.Option(
+            help=r"text-generation: what stands between the lines or rows of the file, \n for a line break; if not "
+            "given, a text file is taken as it is and rows get an empty line between them."
+        ),
+    ] = None,
+    window: Annotated[int, typer.Option(help="text-generation: tokens of a window.")] = 512,
+    stride: Annotated[
+        int | None, typer.Option(help="text-generation: tokens from window to window; the window if not given.")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="text-generation: the first so many; all if not given.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="text-generation: a text to continue greedily; may be repeated.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="text-generation: tokens of a sample at most.", min=1)] = 64,
+    bos: Bos = "auto",
+) -> None:
+    """Measure accuracy on labelled data, or perplexity, samples and speed of a language model."""
+    settings = settings_of(context)
+    if task == GENERATION:
+        unescaped = None if joiner is None else joiner.replace(r"\n", "\n").replace(r"\t", "\t")
+        _evaluate_text(settings, target, data, unescaped, (window, stride, windows), prompt or (), new_tokens, bos)
+        return
+    from bitlower.ir import BitlowerError
+    from bitlower.tools.evaluation.evaluate import evaluate as measure
+    from bitlower.tools.render import make_table
+
+    if data is None:
+        raise BitlowerError("there is nothing to evaluate on", hint="give --data")
+    display = settings.display()
+    names = [name.strip() for name in columns.split(",")] if columns else []
+    result = measure(
+        target, task, data, columns=names, batch_size=batch_size, max_length=max_length, track=display.track
+    )
+    title = f"{target} on {result.samples} rows of {result.data}"
+    rows = [(name, round(value, 2)) for name, value in result.metrics.items()]
+    display.result(result.to_dict(), make_table(title, (task, "%"), rows))
+
+
+def _evaluate_text(
+    settings: Settings,
+    target: str,
+    data: str | None,
+    joiner: str | None,
+    numbers: tuple[int, int | None, int | None],
+    prompts: Sequence[str],
+    new_tokens: int,
+    bos: str,
+) -> None:
+    from bitlower.tools.evaluation.perplexity import evaluate_text
+    from bitlower.tools.render import make_table
+
+    display = settings.display()
+    window, stride, windows = numbers
+    result = evaluate_text(
+        target, data, joiner=joiner, window=window, stride=stride, windows=windows, prompts=prompts,
+        new_tokens=new_tokens, bos=bos, track=display.track,
+    )  # fmt: skip
+    tables = []
+    if found := result.perplexity:
+        variant = f"{found.windows} windows of {found.window} tokens, stride {found.stride}"
+        rows = [
+            ("perplexity", f"{found.perplexity:.2f}"),
+            ("variant", f"{variant}, {found.tokens_scored} tokens scored of {found.tokens}"),
+            ("windows begin with", f"{result.begins or 'nothing'} (bos: {bos})"),
+            ("lines", "as they are" if joiner is None else f"joined by {joiner!r}"),
+        ]
+        tables.append(make_table(f"{target} on {Path(data or '').name}, in {result.runtime}", ("", ""), rows))
+    tables += [make_table(f"sample in {result.runtime}", ("", ""), _sample_rows(sample)) for sample in result.samples]
+    display.result(result.to_dict(), *tables)
+
+
+def _sample_rows(sample: Sample) -> list[tuple[str, str]]:
+    decode = sample.decode_tokens_per_second
+    return [
+        ("prompt", sample.prompt),
+        ("continuation", sample.text),
+        ("prompt, tokens a second", f"{sample.prefill_tokens_per_second:.1f} ({sample.prompt_tokens} tokens)"),
+        ("then, tokens a second", f"{decode:.1f} ({sample.new_tokens} tokens)" if decode else "one token only"),
+    ]

@@ -1,0 +1,247 @@
+"""The commands that work on models: ``run``, ``quantize``, ``analyze``, ``plan``, ``verify``, ``replay``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bitlower.tools.cli.eval import Bos, evaluate
+from bitlower.tools.cli.settings import Settings, settings_of
+
+if TYPE_CHECKING:
+    from bitlower.tools.recipes.recipe import Recipe
+    from bitlower.tools.runs.flow import Options
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or package:NAME.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="The artefact's folder; it must not exist yet.")]
+Scheme = Annotated[str, typer.Option(help="For example W8A8, W8A8-full, W8A8-token, W4A16-g128.")]
+Algorithm = Annotated[
+    str | None,
+    typer.Option(
+        help="What chooses the weights' codes: gptq, adaround, rtn or calibrate. gptq if not given, for weights of "
+        "fewer than 8 bits beside float activations; else calibrate."
+    ),
+]
+Formats = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--format",
+        help="onnx-qdq (if not given), checkpoint (which is compressed-tensors), gptq-v2, or tvm-kernels; may be "
+        "repeated.",
+    ),
+]
+_TEXTS = (
+    "Texts: one a line, or FILE.tsv:COLUMN (also .csv, .jsonl; columns by name or from 0). For a language model the "
+    "file is one long text."
+)
+Calibration = Annotated[str, typer.Option(help=_TEXTS)]
+OptionalCalibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration", help=f"{_TEXTS} Not needed for schemes without static activations, by round-to-nearest."
+    ),
+]
+Training = Annotated[
+    str | None,
+    typer.Option(help="Texts as for --calibration, to train the quantized program on against the float model (qat)."),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        help="feature-extraction, text-classification, token-classification, question-answering, fill-mask, "
+        "pre-training or text-generation; as the model says if not given."
+    ),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(help="Texts to calibrate on, up to 128 if not given; for a language model windows, 32 if not given."),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        help="Texts are cut to this many tokens, 128 if not given; a language model's windows have so many, 512 if not "
+        "given."
+    ),
+]
+Seed = Annotated[int, typer.Option(help="The root of all randomness.")]
+Ignore = Annotated[list[str] | None, typer.Option(help="Modules that stay float: a path, a glob, or re:EXPRESSION.")]
+CacheFolder = Annotated[Path | None, typer.Option("--cache", help="Where finished passes are kept, to go on from.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep nothing, and start from the beginning.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an artefact that is there already.")]
+
+
+COMMANDS = ("run", "quantize", "analyze", "plan", "verify", "eval", "replay")
+EPILOG = "Options of every command (--json, --quiet, --plugin FILE, ...): bitlower --help"
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to ``app``."""
+    commands: tuple[Callable[..., None], ...] = (run, quantize, analyze, plan, verify, evaluate, replay)
+    for name, command in zip(COMMANDS, commands, strict=True):
+        app.command(name, epilog=EPILOG)(command)
+
+
+def run(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")],
+    output: Output,
+    cache: CacheFolder = None,
+    no_cache: NoCache = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run a recipe. Killed at any moment, the same command goes on where it was."""
+    settings = settings_of(context)
+    from bitlower.tools.recipes.recipe import load_recipe
+
+    _run(settings, load_recipe(recipe), output, _options(settings, cache, no_cache, overwrite))
+
+
+def quantize(
+    context: typer.Context,
+    model: Model,
+    output: Output,
+    calibration: OptionalCalibration = None,
+    training: Training = None,
+    scheme: Scheme = "W8A8",
+    algorithm: Algorithm = None,
+    formats: Formats = None,
+    task: Task = None,
+    samples: Samples = None,
+    max_length: MaxLength = None,
+    seed: Seed = 0,
+    bos: Bos = "auto",
+    ignore: Ignore = None,
+    cache: CacheFolder = None,
+    no_cache: NoCache = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Quantize a model in one line, to verified ONNX, a checkpoint or a library."""
+    settings = settings_of(context)
+    from bitlower.passes import format_pipeline
+    from bitlower.tools.runs.flow import standard_recipe
+
+    recipe = standard_recipe(
+        model, scheme, calibration, algorithm=algorithm, formats=formats or (), task=task, samples=samples,
+        max_length=max_length, seed=seed, ignore=ignore or (), bos=bos, training=training,
+    )  # fmt: skip
+    options = _options(settings, cache, no_cache, overwrite)
+    options.display.note(f"passes: {format_pipeline(recipe.build_passes())}")
+    _run(settings, recipe, output, options)
+
+
+def analyze(
+    context: typer.Context,
+    model: Model,
+    calibration: Calibration,
+    task: Task = None,
+    samples: Samples = None,
+    max_length: MaxLength = None,
+    seed: Seed = 0,
+    bos: Bos = "auto",
+    sigma: Annotated[float, typer.Option(help="An outlier is this many standard deviations off.")] = 6.0,
+    rows: Annotated[int, typer.Option(help="Rows to print of each table.")] = 20,
+) -> None:
+    """Show which tensors are hard to quantize, where, and why."""
+    import dataclasses
+
+    settings = settings_of(context)
+    from bitlower.tools.render import make_table
+    from bitlower.tools.runs.flow import analyze_model
+
+    display = settings.display()
+    report = analyze_model(
+        model,
+        calibration,
+        task=task,
+        samples=samples,
+        max_length=max_length,
+        seed=seed,
+        bos=bos,
+        sigma=sigma,
+        display=display,
+    )
+    named = {
+        "tensors": report.table(),
+        "feed-forward networks": report.feed_forward_table(),
+        "attention heads": report.head_table(),
+    }
+    tables = [make_table(title, headers, body[:rows]) for title, (headers, body) in named.items() if body]
+    display.result(dataclasses.asdict(report), *tables)
+
+
+def plan(
+    context: typer.Context,
+    target: Annotated[
+        str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe file, or a model: a folder or package:NAME.")
+    ],
+    scheme: Scheme = "W8A8",
+    algorithm: Algorithm = None,
+    formats: Formats = None,
+    samples: Samples = None,
+    max_length: MaxLength = None,
+    task: Task = None,
+) -> None:
+    """Predict size, memory and time, and show the bits of every tensor, before any work."""
+    settings = settings_of(context)
+    from bitlower.tools.planning.plan import plan_model, plan_recipe
+    from bitlower.tools.recipes.recipe import load_recipe
+
+    if Path(target).suffix in (".yaml", ".yml"):
+        made = plan_recipe(load_recipe(target))
+    else:
+        made = plan_model(
+            target, scheme, algorithm=algorithm, formats=formats or (), samples=samples, max_length=max_length,
+            task=task,
+        )  # fmt: skip
+    settings.display().result(made.to_dict(), *made.tables())
+
+
+def verify(
+    context: typer.Context, folder: Annotated[Path, typer.Argument(metavar="DIR", help="An artefact's folder.")]
+) -> None:
+    """Check an artefact again: its files against the manifest, and the model in its runtime."""
+    settings = settings_of(context)
+    from bitlower.tools._backends import verify_artefact
+    from bitlower.tools.render import make_table
+    from bitlower.tools.runs.summary import flatten
+
+    report = verify_artefact(folder)
+    settings.display().result(report, make_table(f"{folder} is sound", ("", ""), flatten(report)))
+
+
+def replay(
+    context: typer.Context, folder: Annotated[Path, typer.Argument(metavar="DIR", help="A reproducer's folder.")]
+) -> None:
+    """Run a failed pass again from the reproducer that it left."""
+    settings = settings_of(context)
+    from bitlower.passes import replay as again
+
+    program = again(folder)
+    done = {"folder": str(folder), "failed": False, "passes": program.passes}
+    settings.display().text(done, f"{program.passes[-1] if program.passes else folder}: this time it did not fail")
+
+
+def _options(settings: Settings, cache: Path | None, no_cache: bool, overwrite: bool) -> Options:
+    from bitlower.ir import BitlowerError
+    from bitlower.tools.runs.flow import Options
+
+    if cache and no_cache:
+        raise BitlowerError("--cache and --no-cache exclude each other")
+    options: dict[str, Any] = {"cache": None} if no_cache else {"cache": cache} if cache else {}
+    return Options(
+        overwrite=overwrite,
+        verify=settings.verify,
+        print_after_change=settings.print_after_change,
+        display=settings.display(),
+        **options,
+    )
+
+
+def _run(settings: Settings, recipe: Recipe, output: Path, options: Options) -> None:
+    from bitlower.tools.runs.flow import run_recipe
+
+    summary = run_recipe(recipe, output, options)
+    options.display.result(summary.to_dict(), *summary.tables())

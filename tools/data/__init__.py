@@ -1,0 +1,1 @@
+"""Data: texts, tables and labels from files, as batches to calibrate, train and evaluate on."""

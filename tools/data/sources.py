@@ -1,0 +1,186 @@
+"""From data files to a Program's batches: rows of texts for encoders, windows of one long text for language models.
+
+What is left out takes these defaults:
+
+===========  ==========================  =================================================
+..           texts                       windows (task text-generation)
+===========  ==========================  =================================================
+samples      up to 128                   32
+max_length   128 tokens, longer are cut  512 tokens, or as many as the model takes if fewer
+batch_size   8                           1
+held out     up to 16 more, or 32 [1]_   up to 2 more, or 2 [1]_
+===========  ==========================  =================================================
+
+.. [1] with a section ``evaluation``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+
+from bitlower.frontends import batches
+from bitlower.frontends.tokenize import BOS, check_length, text_ids, window_lead, windows
+from bitlower.ir import Batch, BitlowerError, Program, nearest
+from bitlower.tools.data.batches import Data
+from bitlower.tools.data.texts import PARAGRAPH, Split, read_text, read_texts, split_texts, split_windows
+from bitlower.tools.recipes.recipe import DataSection, Recipe
+
+Calibration = str | os.PathLike[str] | Sequence[str] | Sequence[Batch]
+TEXTS, TEXT_LENGTH, TEXT_BATCH, HELD_OUT_TEXTS = 128, 128, 8, 32
+WINDOWS, WINDOW_LENGTH, WINDOW_BATCH, HELD_OUT_WINDOWS = 32, 512, 1, 2
+LONGEST_TEXT = 1 << 24
+"""Characters of a long text that are read at most."""
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much data, with the defaults of the kind filled in.
+
+    Args:
+        samples: None: as many texts as there are, up to 128.
+        max_length: tokens of each; None: ``WINDOW_LENGTH``, or what the model takes.
+        batch_size: of them in a batch.
+    """
+
+    samples: int | None
+    max_length: int | None
+    batch_size: int
+
+    @classmethod
+    def of(cls, section: DataSection, decoder: bool) -> Amount:
+        """What a section of a recipe asks for."""
+        return cls.make(section.samples, section.max_length, decoder, section.batch_size)
+
+    @classmethod
+    def make(cls, samples: int | None, max_length: int | None, decoder: bool, batch_size: int | None = None) -> Amount:
+        """Numbers that may be left out, for texts or for windows."""
+        if decoder:
+            return cls(samples or WINDOWS, max_length, batch_size or WINDOW_BATCH)
+        return cls(samples, max_length or TEXT_LENGTH, batch_size or TEXT_BATCH)
+
+    def length(self, program: Program) -> int:
+        """Tokens of a sample for ``program``."""
+        return self.max_length or min(WINDOW_LENGTH, program.context_length or WINDOW_LENGTH)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Data that have been read: ``batches`` makes a Program's input of them; ``samples`` says how many there are."""
+
+    batches: Callable[[Program], Data]
+    samples: int | None = None
+
+
+def recipe_source(recipe: Recipe, decoder: bool) -> Source:
+    """The data of a recipe, which may have none; its files are read here.
+
+    Raises:
+        BitlowerError: a file is missing, damaged or too short, or a rule for windows is given for another model.
+    """
+    check_bos(recipe.model.bos, decoder)
+    source = _section_source(recipe, recipe.calibration, decoder) if recipe.calibration else Source(lambda _: Data())
+    if recipe.evaluation is None:
+        return source
+    held_out = _evaluation(recipe, recipe.evaluation, decoder)
+    return replace(source, batches=lambda program: replace(source.batches(program), evaluation=held_out(program)))
+
+
+def check_bos(bos: str, decoder: bool) -> None:
+    """See that a rule for what windows begin with is known, and given for a model that reads windows.
+
+    Raises:
+        BitlowerError: it is not.
+    """
+    if bos not in BOS:
+        raise BitlowerError(f"unknown rule {bos!r} for the beginning of windows", hint=nearest(bos, BOS))
+    if bos != BOS[0] and not decoder:
+        raise BitlowerError(
+            f"bos {bos!r} is about the windows of language models, and this model reads texts", hint="leave it out"
+        )
+
+
+def python_source(
+    calibration: Calibration | None,
+    *,
+    samples: int | None,
+    seed: int,
+    max_length: int | None,
+    decoder: bool,
+    bos: str = "auto",
+) -> Source:
+    """The data that a caller has: a file, texts, or batches as they are.
+
+    Raises:
+        BitlowerError: there are none, or a file is missing, damaged or too short.
+    """
+    check_bos(bos, decoder)
+    if calibration is None:
+        return Source(lambda program: Data())
+    if not isinstance(calibration, str | os.PathLike):
+        if not calibration:
+            raise BitlowerError("the calibration data are empty")
+        if isinstance(calibration[0], Mapping):
+            given, cut = cast(Sequence[Batch], calibration), len(calibration) - len(calibration) // 8
+            return Source(lambda program: Data(given[:cut], given[cut:]))
+    texts = cast("str | os.PathLike[str] | Sequence[str]", calibration)
+    amount = Amount.make(samples, max_length, decoder)
+    if not decoder:
+        return _texts(split_texts(texts, samples=samples, seed=seed), amount, amount)
+    text = read_text(texts, limit=LONGEST_TEXT) if isinstance(texts, str | os.PathLike) else PARAGRAPH.join(texts)
+    return Source(lambda program: _windows(program, text, amount, seed, bos), amount.samples)
+
+
+def _section_source(recipe: Recipe, section: DataSection, decoder: bool) -> Source:
+    """What a section asks for to calibrate on, and what it leaves over to hold out."""
+    path, amount = recipe.resolve(section.data), Amount.of(section, decoder)
+    if not decoder:
+        texts = split_texts(path, samples=section.samples, seed=section.seed, column=section.column)
+        return _texts(texts, amount, amount)
+    text = read_text(path, column=section.column, limit=LONGEST_TEXT)
+    return Source(lambda program: _windows(program, text, amount, section.seed, recipe.model.bos), amount.samples)
+
+
+def _evaluation(recipe: Recipe, section: DataSection, decoder: bool) -> Callable[[Program], Sequence[Batch]]:
+    """The texts, or windows of the text, of the section ``evaluation``."""
+    path, amount = recipe.resolve(section.data), Amount.of(section, decoder)
+    if not decoder:
+        texts = read_texts(path, column=section.column, samples=section.samples or HELD_OUT_TEXTS, seed=section.seed)
+        return lambda program: _rows(program, texts, amount)
+    text = read_text(path, column=section.column, limit=LONGEST_TEXT)
+    amount = replace(amount, samples=section.samples or HELD_OUT_WINDOWS)
+    return lambda program: _windows(program, text, amount, section.seed, recipe.model.bos).calibration
+
+
+def _texts(texts: Split, amount: Amount, held_out: Amount) -> Source:
+    def made(program: Program) -> Data:
+        return Data(_rows(program, texts.calibration, amount), _rows(program, texts.held_out, held_out))
+
+    return Source(made, len(texts.calibration))
+
+
+def _rows(program: Program, texts: Sequence[str], amount: Amount) -> Sequence[Batch]:
+    return batches(program, texts, max_length=amount.length(program), batch_size=amount.batch_size) if texts else ()
+
+
+def _windows(program: Program, text: str, amount: Amount, seed: int, bos: str) -> Data:
+    """The batches of windows of ``text``, and of held-out ones; what they begin with takes of their length."""
+    length, count = amount.length(program), amount.samples or WINDOWS
+    check_length(program, length)
+    lead = window_lead(program, bos)
+    room = max(length - len(lead), 1)
+    parts = split_windows(text_ids(program, text), room, count, held_out=HELD_OUT_WINDOWS, seed=seed)
+    kept, held_out = (window_batches(program, part, lead, amount.batch_size) for part in parts)
+    return Data(kept, held_out, lead)
+
+
+def window_batches(program: Program, rows: torch.Tensor, lead: Sequence[int], batch_size: int) -> Sequence[Batch]:
+    """Batches of the windows ``rows`` ``[count, length]``, each with the tokens ``lead`` in front."""
+    if not len(rows):
+        return ()
+    first = torch.tensor([list(lead)] * len(rows), dtype=rows.dtype).view(len(rows), -1)
+    return windows(program, torch.cat([first, rows], 1), batch_size=batch_size)

@@ -1,0 +1,1 @@
+"""Evaluation of float models and artifacts: accuracy, perplexity, generation."""

@@ -1,0 +1,265 @@
+"""Accuracy on labelled data, of an artefact (in onnxruntime or TVM) or of a float model (as a Program)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bitlower.backends import _manifest
+from bitlower.backends._folder import read_model
+from bitlower.backends._manifest import check_if_artefact
+from bitlower.backends.tvm_kernels import is_library, load_library
+from bitlower.frontends import batches, load
+from bitlower.ir import Batch, BitlowerError, Level, Program, TensorType, ValueSpec, nearest
+from bitlower.ir.files import check_name
+from bitlower.tools.data.labels import class_names, class_of
+from bitlower.tools.data.texts import Row, number, read_rows, split_column
+from bitlower.tools.evaluation.artifacts import as_input
+from bitlower.tools.evaluation.metrics import accuracy, f1, matthews, pearson, spearman
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, NodeArg
+
+Array = NDArray[Any]
+TASKS = ("sts-b", "classification")
+UNMEASURED = ("token-classification", "question-answering", "fill-mask", "pre-training")
+STS_B_COLUMNS = ("4", "5", "6")
+"""Score, first and second sentence in the STS benchmark's own files, which have no header line."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured: every metric in percent, over ``samples`` rows of the data file."""
+
+    target: str
+    task: str
+    data: str
+    samples: int
+    metrics: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        metrics = {name: round(value, 4) for name, value in self.metrics.items()}
+        return {"target": self.target, "task": self.task, "data": self.data, "samples": self.samples, **metrics}
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model that can be run on texts: ``run`` takes an input batch and gives outputs by name."""
+
+    program: Program
+    run: Callable[[Batch], dict[str, Array]]
+
+
+def evaluate(
+    target: str | os.PathLike[str] | Program,
+    task: str,
+    data: str | os.PathLike[str],
+    *,
+    columns: Sequence[str] = (),
+    batch_size: int = 32,
+    max_length: int = 128,
+    track: Callable[[Iterable[Any], str], Iterator[Any]] = lambda items, label: iter(items),
+) -> Evaluation:
+    """Measure ``target`` on ``data``.
+
+    Args:
+        target: an artefact's folder (ONNX or library), a model as the frontends take it, or a Program of any level.
+        task: ``sts-b`` (score, two sentences: correlation of the score with the cosine of mean-pooled embeddings) or
+            ``classification`` (text, an optional second text, label).
+        data: a .tsv, .csv or .jsonl file.
+        columns: by name or, in a file without a header line, by number from 0. ``sts-b`` takes the columns of the
+            benchmark's own files if none is given, ``classification`` takes ``sentence,label``.
+        batch_size: texts in a batch; texts of like length go together.
+        max_length: in tokens.
+        track: wraps the batches with a progress display.
+
+    Raises:
+        BitlowerError: an unknown task, a missing file or column, a label that is none, or a model that does not fit.
+    """
+    if task in UNMEASURED:
+        raise BitlowerError(
+            f"measuring is not available for {task}", hint=f"{', '.join(TASKS)} and text-generation can be measured"
+        )
+    if task not in TASKS:
+        raise BitlowerError(f"unknown evaluation {task!r}", hint=nearest(task, TASKS))
+    path, _ = split_column(data)
+    rows = _read(path, task, tuple(columns))
+    runner = open_runner(target)
+    texts = Texts(rows, max_length, batch_size, track)
+    metrics = _sts_b(runner, texts, path) if task == "sts-b" else _classification(runner, texts, path)
+    name = target.source if isinstance(target, Program) else os.fspath(target)
+    return Evaluation(name, task, str(path), len(rows), metrics)
+
+
+def open_runner(target: str | os.PathLike[str] | Program) -> Runner:
+    """A model to run: a Program, an artefact in onnxruntime or TVM where one lies, else the float model.
+
+    Raises:
+        BitlowerError: there is no such model, or an artefact is not as it was written.
+    """
+    if isinstance(target, Program):
+        return _of_program(target)
+    folder = check_name(target)
+    with as_input():
+        if is_library(folder):
+            library = load_library(folder)
+            return Runner(library.program, lambda batch: {name: v.numpy() for name, v in library(**batch).items()})
+        check_if_artefact(folder)
+    return _artefact(folder) if (folder / "model.onnx").is_file() else _of_program(load(target))
+
+
+def _of_program(program: Program) -> Runner:
+    def run(batch: Batch) -> dict[str, Array]:
+        with torch.no_grad():
+            return {name: value.numpy() for name, value in program(**batch).items()}
+
+    return Runner(program, run)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Rows to run, and how."""
+
+    rows: Sequence[Row]
+    max_length: int
+    batch_size: int
+    track: Callable[[Iterable[Any], str], Iterator[Any]]
+
+    def outputs(self, runner: Runner, first: int, second: int | None, choose: Callable[..., Array]) -> Array:
+        """``choose(outputs, batch)`` for each row, in the rows' order; run sorted by length, so padding is short."""
+        lengths = [sum(map(len, row.values)) for row in self.rows]
+        order = np.argsort(lengths, kind="stable")
+        texts = [self.rows[i].values[first] for i in order]
+        pairs = None if second is None else [self.rows[i].values[second] for i in order]
+        inputs = batches(runner.program, texts, pairs=pairs, max_length=self.max_length, batch_size=self.batch_size)
+        results = [choose(runner.run(batch), batch) for batch in self.track(inputs, "evaluating")]
+        together = np.concatenate(results)
+        ordered = np.empty_like(together)
+        ordered[order] = together
+        return ordered
+
+
+def mean_pool(hidden: Array, mask: Array) -> Array:
+    """The mean over the tokens that the mask keeps: ``[batch, sequence, d]`` to ``[batch, d]``."""
+    weight = mask[..., None].astype(np.float64)
+    return np.asarray((hidden * weight).sum(1) / np.maximum(weight.sum(1), 1e-9))
+
+
+def cosine(a: Array, b: Array) -> Array:
+    """The cosine of each row of ``a`` with that of ``b``."""
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return np.asarray((a * b).sum(-1) / np.maximum(norms, 1e-12))
+
+
+def _sts_b(runner: Runner, texts: Texts, path: Path) -> dict[str, float]:
+    output = runner.program.outputs[0].name
+    if output != "last_hidden_state":
+        raise BitlowerError(f"sts-b needs token embeddings, the model gives {output!r}", hint="is the task right?")
+
+    def pool(outputs: dict[str, Array], batch: Batch) -> Array:
+        return mean_pool(outputs[output], batch["attention_mask"].numpy())
+
+    scores = [number(path, row, row.values[0]) for row in texts.rows]
+    similarity = cosine(texts.outputs(runner, 1, None, pool), texts.outputs(runner, 2, None, pool))
+    return {"spearman": 100 * spearman(similarity, scores), "pearson": 100 * pearson(similarity, scores)}
+
+
+def _classification(runner: Runner, texts: Texts, path: Path) -> dict[str, float]:
+    if "logits" not in [spec.name for spec in runner.program.outputs]:
+        raise BitlowerError("classification needs logits, the model gives none", hint="is the task right?")
+    if any(spec.name == "logits" and spec.type.rank != 2 for spec in runner.program.outputs):
+        raise BitlowerError(
+            "the model gives logits for each token, and measuring them is not available",
+            hint="classification needs one row of logits for each text",
+        )
+
+    def winner(outputs: dict[str, Array], batch: Batch) -> Array:
+        return np.asarray(outputs["logits"].argmax(-1))
+
+    names = class_names(runner.program)
+    labels = [class_of(path, row, names, None) for row in texts.rows]
+    second = 1 if len(texts.rows[0].values) == 3 else None
+    found = texts.outputs(runner, 0, second, winner)
+    scores = {"accuracy": accuracy(found, labels), "f1": f1(found, labels), "matthews": matthews(found, labels)}
+    return {name: 100 * value for name, value in scores.items()}
+
+
+def _read(path: Path, task: str, columns: tuple[str, ...]) -> list[Row]:
+    if task == "sts-b":
+        columns = columns or STS_B_COLUMNS
+        if len(columns) != 3:
+            raise BitlowerError("sts-b takes three columns", hint="--columns score,sentence1,sentence2")
+    else:
+        columns = columns or ("sentence", "label")
+        if len(columns) not in (2, 3):
+            raise BitlowerError("classification takes two or three columns", hint="--columns text[,text2],label")
+    rows = list(read_rows(path, columns))
+    if not rows:
+        raise BitlowerError(f"{path} holds no rows")
+    return rows
+
+
+def _artefact(folder: Path) -> Runner:
+    """The ONNX model in ``folder`` in onnxruntime."""
+    session = open_session(folder)
+    program = shell(folder, session)
+    names = [spec.name for spec in program.outputs]
+
+    def run(batch: Batch) -> dict[str, Array]:
+        given = program.fitted(batch)
+        found = session.run(names, {name: value.numpy() for name, value in given.items()})
+        results = {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+        return {name: value.numpy() for name, value in program.cropped(results, batch).items()}
+
+    return Runner(program, run)
+
+
+def open_session(folder: Path) -> InferenceSession:
+    """The ONNX model in ``folder``, computed as it is written: no accuracy is given up for speed.
+
+    Raises:
+        BitlowerError: onnxruntime cannot load it.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    try:
+        return onnxruntime.InferenceSession(str(folder / "model.onnx"), options, ["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises many kinds
+        raise BitlowerError(f"{folder / 'model.onnx'} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def shell(folder: Path, session: InferenceSession | None = None) -> Program:
+    """A Program without graphs: what tokenizing, and reading a session's inputs and outputs, need of an artefact.
+
+    Raises:
+        BitlowerError: there is no configuration.
+    """
+    config, files = read_model(folder)
+    return Program(
+        {},
+        Level.FLOAT,
+        "",
+        tuple(map(_value_spec, session.get_inputs())) if session else (),
+        tuple(map(_value_spec, session.get_outputs())) if session else (),
+        config,
+        files,
+        str(folder),
+        context_length=_manifest.context_length(folder),
+        lengths=_manifest.lengths(folder),
+    )
+
+
+def _value_spec(value: NodeArg) -> ValueSpec:
+    """An input or output of an ONNX model; of the types only whole numbers and float32 matter here."""
+    dtype = torch.int64 if value.type == "tensor(int64)" else torch.float32
+    return ValueSpec(value.name, TensorType(dtype, tuple(size if size is not None else "" for size in value.shape)))

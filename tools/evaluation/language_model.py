@@ -1,0 +1,200 @@
+"""One small interface to causal language models, whatever runs them: a Program, TVM, onnxruntime, or transformers."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitlower.backends._manifest import check_if_artefact
+from bitlower.backends._steps import has_cache
+from bitlower.backends.tvm_kernels import Library, is_library, load_library
+from bitlower.frontends import load
+from bitlower.frontends._context import stated_length
+from bitlower.frontends._decoder import cache_argument, cache_of
+from bitlower.frontends._weights import quiet
+from bitlower.frontends.tokenize import positions
+from bitlower.ir import Batch, BitlowerError, Program
+from bitlower.ir.files import check_name, reason
+from bitlower.ir.folding import with_float_weights
+from bitlower.ir.json_files import read_json
+from bitlower.ir.tasks import TEXT_GENERATION
+from bitlower.tools.evaluation.artifacts import as_input
+from bitlower.tools.evaluation.evaluate import open_session, shell
+
+Step = Callable[[Batch, Any], tuple[torch.Tensor, Any]]
+_PAST, _PRESENT = "past_key_values.", "present."
+_READERS = {
+    "compressed-tensors": "pip install compressed-tensors accelerate",
+    "gptq": "pip install gptqmodel",
+}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model with its KV cache; without one, what was read so far takes its place.
+
+    Args:
+        program: for its configuration, tokenizer and inputs; it has no graphs if something else computes.
+        step: takes ``input_ids`` ``[batch, sequence]``, ``attention_mask`` ``[batch, past + sequence]`` and
+            ``position_ids``, and a cache (None: empty); gives logits ``[batch, sequence, vocabulary]`` in float32 and
+            the cache with the new tokens in it.
+        runtime: what computes.
+    """
+
+    program: Program
+    step: Step
+    runtime: str
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        stop = self.program.config.get("eos_token_id")
+        return () if stop is None else tuple(stop) if isinstance(stop, list) else (int(stop),)
+
+
+Model = Program | Library | LanguageModel | str | os.PathLike[str]
+
+
+def language_model(model: Model) -> LanguageModel:
+    """``model`` behind the interface: a Program, a library or its folder, another artefact's folder, or a float model.
+
+    Raises:
+        BitlowerError: it is no causal language model, what reads it is not installed, or an artefact is not as it was
+            written.
+    """
+    if isinstance(model, LanguageModel):
+        return model
+    if isinstance(model, Program):
+        return _of_program(model)
+    if isinstance(model, Library):
+        return _of_library(model)
+    folder = check_name(model)
+    with as_input():
+        if is_library(folder):
+            return _of_library(load_library(folder))
+        check_if_artefact(folder)
+    if (folder / "model.onnx").is_file():
+        return _of_onnx(folder)
+    if (folder / "config.json").is_file() and (method := quantization_of(folder)):
+        return _of_checkpoint(folder, method)
+    return _of_program(load(model))
+
+
+def quantization_of(folder: Path) -> str:
+    """The ``quant_method`` that the configuration in ``folder`` names; empty if there is none."""
+    try:
+        form = read_json(folder / "config.json", finite=False).get("quantization_config")
+    except (OSError, ValueError) as error:
+        raise BitlowerError(f"{folder} holds no readable config.json: {reason(error)}") from None
+    return str(form.get("quant_method", "")) if isinstance(form, Mapping) else ""
+
+
+def _of_program(program: Program) -> LanguageModel:
+    _check(program)
+    folded = with_float_weights(program)
+
+    def step(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
+        names = [spec.name for spec in program.inputs]
+        with torch.no_grad():
+            outputs = folded(**{name: feed[name] for name in names if name in feed}, **(cache or {}))
+        logits = outputs["logits"]
+        return logits, {_past_name(name): value for name, value in outputs.items() if name.startswith(_PRESENT)}
+
+    return LanguageModel(program, _with_memory(step, has_cache(program)), "Program")
+
+
+def _of_library(library: Library) -> LanguageModel:
+    """A library of kernels; the cache stays in its own memory from step to step."""
+    program = library.program
+    _check(program)
+
+    def step(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
+        given = {spec.name: feed[spec.name] for spec in program.inputs if spec.name in feed}
+        results = library.run({**given, **(cache or {})})
+        logits = torch.from_numpy(results["logits"].numpy())
+        return logits, {_past_name(name): value for name, value in results.items() if name.startswith(_PRESENT)}
+
+    return LanguageModel(program, _with_memory(step, has_cache(program)), "TVM")
+
+
+def _of_onnx(folder: Path) -> LanguageModel:
+    """The artefact in onnxruntime; the cache stays in its own memory from step to step."""
+    from onnxruntime import OrtValue
+
+    session = open_session(folder)
+    program = shell(folder, session)
+    _check(program)
+    names = [spec.name for spec in program.outputs]
+
+    def step(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
+        given = program.complete({s.name: feed[s.name] for s in program.inputs if s.name in feed})
+        values = {n: OrtValue.ortvalue_from_numpy(t.numpy()) for n, t in given.items() if not (cache and n in cache)}
+        results = dict(zip(names, session.run_with_ort_values(names, values | (cache or {})), strict=True))
+        logits = torch.from_numpy(results["logits"].numpy())
+        return logits, {_past_name(name): value for name, value in results.items() if name.startswith(_PRESENT)}
+
+    return LanguageModel(program, _with_memory(step, has_cache(program)), "onnxruntime")
+
+
+def _of_checkpoint(folder: Path, method: str) -> LanguageModel:
+    """A quantized Hugging Face folder in transformers, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet(), redirect_stderr(io.StringIO()):  # the libraries draw bars of their own
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+            ).eval()
+    except ImportError as error:
+        hint = _READERS.get(method, f"it needs what reads {method!r}")
+        raise BitlowerError(f"{folder} cannot be read by transformers: {_first_line(error)}", hint=hint) from None
+    except Exception as error:  # whatever transformers and the method's library raise on what they cannot read
+        raise BitlowerError(f"{folder} cannot be read by transformers: {_first_line(error)}") from None
+
+    cached, argument = hasattr(model.config, "use_cache"), cache_argument(model)
+
+    def step(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
+        given = {argument: cache, "use_cache": True} if cached else {}
+        with torch.no_grad():
+            outputs = model(input_ids=feed["input_ids"], attention_mask=feed["attention_mask"], **given)
+        return outputs.logits.float(), cache_of(outputs) if cached else None
+
+    program = shell(folder)
+    program.context_length = program.context_length or stated_length(model.config)
+    return LanguageModel(program, _with_memory(step, cached), "transformers")
+
+
+def _with_memory(step: Step, cached: bool) -> Step:
+    """``step`` itself; for a model without a cache, one whose cache is the tokens so far, which it runs all again."""
+    if cached:
+        return step
+
+    def whole(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
+        ids, mask = feed["input_ids"], feed["attention_mask"]
+        tokens = ids if cache is None else torch.cat([cache, ids], dim=1)
+        logits, _ = step({"input_ids": tokens, "attention_mask": mask, "position_ids": positions(mask)}, None)
+        return logits[:, -ids.shape[1] :], tokens
+
+    return whole
+
+
+def _past_name(present: str) -> str:
+    return _PAST + present.removeprefix(_PRESENT)
+
+
+def _check(program: Program) -> None:
+    if "logits" not in [s.name for s in program.outputs] or "input_ids" not in [s.name for s in program.inputs]:
+        raise BitlowerError(f"{program.source or 'the model'} is no causal language model", hint="is the task right?")
+    if program.task and program.task != TEXT_GENERATION:
+        raise BitlowerError(f"{program.source or 'the model'} is for {program.task}, not for {TEXT_GENERATION}")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,1 @@
+"""Predictions: sizes, memory and time of a run before it starts."""

@@ -1,0 +1,290 @@
+"""What a run will give and take, before any work: the size of the artefact, peak memory, time, bits per tensor.
+
+The model is traced and the passes that place quantizers run on it (they need no data); nothing is calibrated. From the
+placed quantizers follow the bytes of every tensor (:mod:`bitlower.tools.planning.sizes`), and whether the target can
+hold it. Memory and time are foreseen by :mod:`bitlower.tools.planning.costs`. Sizes are::
+
+    model file = Σ codes + Σ scales and zero points + Σ tensors that stay float + overhead of nodes and tensors
+    artefact   = model file + tokenizer + FOLDER_BYTES + ROW_BYTES · quantizers
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import fx
+
+from bitlower.frontends import load
+from bitlower.frontends._trace_cache import is_kept
+from bitlower.ir import Level, Program, get_tensor
+from bitlower.ir.tasks import TEXT_GENERATION
+from bitlower.passes import Context, Contract, Pass, PassManager, format_pipeline
+from bitlower.passes._machinery.declared import training_steps, trains
+from bitlower.passes.precision.assign_precision import AssignPrecision
+from bitlower.passes.quantizers.quantize import PlacementReport
+from bitlower.tools import _backends
+from bitlower.tools.data.sources import Amount
+from bitlower.tools.planning.costs import Costs, Exports, Load, unforeseen
+from bitlower.tools.planning.sizes import Target, overhead_bytes, stored_bytes
+from bitlower.tools.planning.training_costs import Lesson
+from bitlower.tools.recipes.recipe import Recipe
+from bitlower.tools.render import format_bytes, make_table
+from bitlower.tools.runs.flow import recipe_job
+from bitlower.tools.runs.heads import head_notes
+from bitlower.tools.runs.job import default_cache, traces_in
+from bitlower.tools.runs.standard import standard_exports, standard_passes
+
+KEPT = "the trace of the model is in the cache: the run reads its weights alone"
+FOLDER_BYTES = 4_000
+ROW_BYTES = 1_100
+_SIZE_KEEPING = ("adaround", "autoround", "calibrate", "correct-bias", "fuse", "gptq", "lkd", "rtn", "lower-integer")
+_TRYING = ("analyze-sensitivity", "assign-precision")
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One parameter: its bits and bytes in the artefact; ``reason`` says why it stays float.
+
+    ``bits_per_weight`` counts scales, zero points and padding in.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bits: int
+    spec: str
+    float_bytes: int
+    bytes: int
+    bits_per_weight: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class ActivationPlan:
+    """One value: what it is rounded to, or why it is not."""
+
+    tensor: str
+    role: str
+    path: str
+    spec: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A prediction; the formulas stand at the top of the module.
+
+    Args:
+        model: as the user wrote it.
+        pipeline: the passes as text.
+        target: the backend that sizes are for, with its options.
+        tensors: every parameter that the program uses.
+        activations: every value that could be rounded.
+        notes: what becomes of output heads, and what could not be foreseen.
+        file_bytes: of the model's weights and graph.
+        artefact_bytes: of the folder.
+        float_bytes: of all tensors of the float model.
+        peak_bytes: of resident memory.
+        seconds: from start to end.
+        at_least: whether memory and time are no more than lower bounds, for the reason that a note gives.
+    """
+
+    model: str
+    pipeline: str
+    target: str
+    tensors: tuple[TensorPlan, ...]
+    activations: tuple[ActivationPlan, ...]
+    notes: tuple[str, ...]
+    file_bytes: int
+    artefact_bytes: int
+    float_bytes: int
+    peak_bytes: int
+    seconds: float
+    at_least: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def tables(self) -> tuple[Table, ...]:
+        """The parameters, what becomes of the values by role, and the sums."""
+        tensors = [
+            (t.name, str(list(t.shape)), t.bits, t.spec, t.bytes, round(t.bits_per_weight, 2), t.reason)
+            for t in self.tensors
+        ]
+        columns = ("parameter", "shape", "bits", "quantized to", "bytes", "bits a weight", "why float")
+        roles = Counter((a.role, a.spec or "float", a.reason) for a in self.activations)
+        bound = "at least" if self.at_least else "about"
+        sums = [
+            ("pipeline", self.pipeline),
+            ("target", self.target),
+            ("model file", f"{format_bytes(self.float_bytes)} → {format_bytes(self.file_bytes)}"),
+            ("whole artefact", format_bytes(self.artefact_bytes)),
+            ("peak memory", f"{bound} {format_bytes(self.peak_bytes)}"),
+            ("time", f"{bound} {self.seconds:.0f} s"),
+            *(("note", note) for note in self.notes),
+        ]
+        rows = [(role, count, spec, reason) for (role, spec, reason), count in roles.items()]
+        return (
+            make_table("parameters", columns, tensors),
+            make_table("values", ("role", "count", "rounded to", "why not"), rows),
+            make_table(f"plan for {self.model}", ("", ""), sums),
+        )
+
+
+def plan_recipe(recipe: Recipe) -> Plan:
+    """Predict what :func:`~bitlower.tools.runs.flow.run_recipe` will give and take.
+
+    Raises:
+        BitlowerError: bad input, as the run itself would find.
+    """
+    job = recipe_job(recipe)
+    job.check()
+    program, kept = _loaded(job.load)
+    decoder = program.task == TEXT_GENERATION
+    amount = Amount.of(recipe.calibration, decoder) if recipe.calibration else Amount.make(None, None, decoder)
+    lesson = Lesson.of(job.data(program)) if any(map(trains, job.passes)) else None
+    return make_plan(program, job.passes, Load.of(amount, program), job.exports, lesson, kept=kept)
+
+
+def plan_model(
+    model: str,
+    scheme: str,
+    *,
+    algorithm: str | None = None,
+    formats: Sequence[str] = (),
+    samples: int | None = None,
+    max_length: int | None = None,
+    task: str | None = None,
+) -> Plan:
+    """Predict what ``bitlower quantize`` will give and take.
+
+    Raises:
+        BitlowerError: bad input.
+    """
+    passes, exports = standard_passes(scheme, algorithm=algorithm, formats=formats), standard_exports(scheme, formats)
+    program, kept = _loaded(lambda traces: load(model, task=task, traces=traces))
+    amount = Amount.make(samples, max_length, program.task == TEXT_GENERATION)
+    return make_plan(program, passes, Load.of(amount, program), exports, kept=kept)
+
+
+def _loaded(read: Callable[[Path | None], Program]) -> tuple[Program, bool]:
+    """The float Program, and whether its trace lies in the cache now: a run after the plan reads weights alone."""
+    folder, start = traces_in(default_cache()), time.time()
+    program = read(folder)
+    return program, folder is not None and is_kept(folder, start)
+
+
+def make_plan(
+    program: Program,
+    passes: tuple[Pass, ...],
+    data: Load,
+    exports: Exports = (("onnx-qdq", {}),),
+    lesson: Lesson | None = None,
+    *,
+    kept: bool = False,
+) -> Plan:
+    """Predict a run of ``passes`` on the float ``program``; tensors and model file are those of the first export.
+
+    Args:
+        program: traced.
+        passes: all of the run.
+        data: what it calibrates on.
+        exports: what it writes.
+        lesson: what passes train on.
+        kept: whether the trace is in the cache, so that the run does not make one.
+
+    Raises:
+        BitlowerError: a pattern matches nothing, a granularity does not fit a tensor, or a target cannot hold one.
+    """
+    float_bytes, context = program.size_bytes(), Context()
+    early = [pass_ for pass_ in passes if _is_early(pass_)]
+    placed = PassManager(early, verify=False).run(program, context)
+    for name, options in exports:
+        _backends.check_program(name, placed, options)
+    rows = context[PlacementReport].rows if PlacementReport in context.results else ()
+    reasons, targets = {row.tensor: row.reason for row in rows}, [Target.of(placed, *export) for export in exports]
+    planned = [_tensor_plans(placed, reasons, target) for target in targets]
+    tensors = planned[0]
+    names = {tensor.name for tensor in tensors}
+    values = [ActivationPlan(r.tensor, r.role, r.path, r.spec, r.reason) for r in rows if r.tensor not in names]
+    files = [
+        sum(tensor.bytes for tensor in tensors) + overhead_bytes(placed, target)
+        for tensors, target in zip(planned, targets, strict=True)
+    ]
+    beside = sum(map(len, program.assets.values())) + FOLDER_BYTES + ROW_BYTES * len(list(placed.quantizers()))
+    later = [pass_ for pass_ in passes if pass_ not in early]
+    costs = Costs(program, placed, passes, data, exports, lesson, kept=kept, file_bytes=files[0])
+    unknown = tuple(unforeseen(placed, passes, exports))
+    return Plan(
+        program.source,
+        format_pipeline(passes),
+        str(targets[0]),
+        tensors,
+        tuple(values),
+        (*head_notes(placed), *([KEPT] if kept else []), *unknown, *_notes(later, exports)),
+        files[0],
+        sum(files) + beside * len(files),
+        float_bytes,
+        costs.peak_bytes(),
+        costs.seconds(),
+        bool(unknown),
+    )
+
+
+def _tensor_plans(program: Program, reasons: dict[str, str], target: Target) -> tuple[TensorPlan, ...]:
+    """Every parameter and constant that is no scale or zero point, each storage once."""
+    users: dict[str, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            users.setdefault(str(node.target), []).extend(node.users)
+    plans, seen = [], set()
+    for name, readers in users.items():
+        tensor = get_tensor(program.module, name)
+        quantizers = [n for n in readers if "quantizer" in n.meta]
+        if any(getattr(n.args[0], "target", None) != name for n in quantizers) or tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        plans.append(_tensor_plan(name, tensor, quantizers, readers, reasons.get(name, ""), target))
+    return tuple(plans)
+
+
+def _tensor_plan(
+    name: str, tensor: torch.Tensor, quantizers: list[fx.Node], readers: list[fx.Node], reason: str, target: Target
+) -> TensorPlan:
+    full, count, shape = tensor.numel() * tensor.element_size(), max(tensor.numel(), 1), tuple(tensor.shape)
+    kept = target.float_bytes(tensor, readers)
+    if not quantizers:
+        bits, reason = 8 * target.float_bytes(tensor) // count, reason or "no role in the scheme"
+        return TensorPlan(name, shape, bits, "", full, kept, 8 * kept / count, reason)
+    quantizer = quantizers[0].meta["quantizer"]
+    users = [user for node in quantizers for user in node.users]
+    size = stored_bytes(quantizer, shape, target, users)
+    also = "" if len(quantizers) == len(readers) else "and in float, for another reader"
+    size += kept if also else 0
+    return TensorPlan(name, shape, quantizer.spec.grid.bits, str(quantizer.spec), full, size, 8 * size / count, also)
+
+
+def _is_early(pass_: Pass) -> bool:
+    """Whether ``pass_`` places quantizers, or has to run before, and needs no data."""
+    if isinstance(pass_, AssignPrecision):
+        return pass_.set != "none"
+    return pass_.name == "clean" or pass_.ensures is Level.SIMULATED
+
+
+def _notes(later: Sequence[Pass], exports: Exports) -> Iterator[str]:
+    """What of the passes that did not run cannot be foreseen."""
+    for pass_ in later:
+        keeps = pass_.name in _SIZE_KEEPING or training_steps(pass_, 1) > 0
+        if pass_.contract is not Contract.ANALYSIS and not keeps:
+            yield f"{pass_.name} needs data and was not run; sizes are as without it"
+        if pass_.name in _TRYING:
+            yield f"{pass_.name} runs the model as often as there is something to try; the time is as without it"
+    for name, _ in exports[1:]:
+        yield f"{name} is written as well; tensors and model file are as {exports[0][0]} writes them"

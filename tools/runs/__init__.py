@@ -1,0 +1,1 @@
+"""Runs: from a model or a recipe to the artifact."""

@@ -1,0 +1,309 @@
+"""One run from the model to the artefact, whatever asked for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bitlower.frontends.tokenize import check_tokenizer, lead_names, random_windows
+from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program
+from bitlower.passes import (
+    Cache,
+    Context,
+    Ledger,
+    Observer,
+    Pass,
+    PassManager,
+    PassTime,
+    PrintAfterChange,
+    Progress,
+    Reproducer,
+    Timing,
+    check_levels,
+    format_pipeline,
+)
+from bitlower.passes.precision.assign_precision import AssignPrecision
+from bitlower.tools import _backends
+from bitlower.tools.data.batches import Data
+from bitlower.tools.data.texts import check_finite
+from bitlower.tools.render import Display
+from bitlower.tools.runs.float_share import float_parts
+from bitlower.tools.runs.heads import HeadNotes
+from bitlower.tools.runs.output import disk_errors, new_folder
+from bitlower.tools.runs.reports import Reports
+from bitlower.tools.runs.summary import RunSummary, peak_bytes
+
+
+def default_cache() -> Path:
+    """``$XDG_CACHE_HOME/bitlower``, or ``~/.cache/bitlower``."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "bitlower"
+
+
+def traces_in(cache: Path | None) -> Path | None:
+    """Where a cache keeps what was traced."""
+    return cache / "traces" if cache else None
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run.
+
+    Args:
+        cache: where passes' results are kept, so that a killed run goes on; None: nowhere.
+        overwrite: replace an artefact that is there already.
+        verify: check the program between passes.
+        print_after_change: print the program after each pass that changed it.
+        display: where progress goes.
+    """
+
+    cache: Path | None = field(default_factory=default_cache)
+    overwrite: bool = False
+    verify: bool = True
+    print_after_change: bool = False
+    display: Display = field(default_factory=lambda: Display(quiet=True))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run.
+
+    Args:
+        load: gives the float program; takes the folder in which traces are kept, if any.
+        data: gives the batches for it.
+        passes: in order.
+        exports: backends by name with their options; several write into folders of their names.
+        recipe: goes into the artefact as ``recipe.yaml``, if it is not empty.
+        seed: the root of all randomness.
+    """
+
+    load: Callable[[Path | None], Program]
+    data: Callable[[Program], Data]
+    passes: tuple[Pass, ...]
+    exports: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    recipe: str = ""
+    seed: int = 0
+
+    def check(self) -> None:
+        """See before any work that levels and backends fit.
+
+        Raises:
+            BitlowerError: they do not.
+        """
+        level = check_levels(self.passes, Level.FLOAT)
+        for name, options in self.exports:
+            _backends.check_export(name, options)
+            _backends.check_level(name, level)
+            _backends.check_host(name, options)
+        names = [name for name, _ in self.exports]
+        if len(set(names)) != len(names):
+            raise BitlowerError("an export is named twice", hint="each backend writes once")
+
+
+def run_job(job: Job, output: Path | None, options: Options) -> tuple[Program, RunSummary]:
+    """Load, run the passes, and write the artefact if there is an ``output``.
+
+    Raises:
+        BitlowerError: bad input; nothing is left behind.
+        CheckError: the work failed a check; nothing is left behind.
+    """
+    if output is None:
+        job = replace(job, exports=())
+    job.check()
+    if output is None:
+        with disk_errors(options.cache or Path()):
+            return _Run(job, options).run(None)
+    with new_folder(output, overwrite=options.overwrite) as folder:
+        program, summary = _Run(job, options).run(folder)
+    return program, replace(summary, output=output)
+
+
+class _Run:
+    """The state of one run: its observers and what the stages took."""
+
+    def __init__(self, job: Job, options: Options) -> None:
+        self.job, self.options = job, options
+        self.timing, self.ledger = Timing(), Ledger()
+        self.reports = Reports(options.display.note)
+        self.stages: list[PassTime] = []
+        self.notes: tuple[str, ...] = ()
+        self.heads = HeadNotes()
+
+    def run(self, folder: Path | None) -> tuple[Program, RunSummary]:
+        """All stages; the artefact goes into ``folder`` if there is one."""
+        program, data = self.load()
+        float_bytes = program.size_bytes()
+        program = self.lower(program, data, folder)
+        before_export = [*self.stages, *self.timing.rows]
+        self.stages.clear()
+        reports = self.export(program, data, folder) if folder else {}
+        files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in _files(folder)} if folder else {}
+        pipeline = format_pipeline(self.job.passes)
+        stages = (*before_export, *self.stages)
+        ledger = self.ledger.to_dict()
+        return program, RunSummary(
+            pipeline, None, stages, peak_bytes(), float_bytes, files, ledger, reports, self.notes, float_parts(program)
+        )
+
+    def load(self) -> tuple[Program, Data]:
+        """The float program and its data."""
+        job, display = self.job, self.options.display
+        with self.stage("load"):
+            display.note("loading and tracing the model")
+            program = job.load(traces_in(self.options.cache))
+            self.say(*program.notes)
+        with self.stage("data"):
+            data = job.data(program)
+            for part in ("calibration", "evaluation", "training", "held_out"):
+                check_finite(getattr(data, part), part.replace("_", "-"))
+            if data.lead:
+                self.say(f"each window begins with {lead_names(program, data.lead)}")
+            if data.training:
+                self.say(_amount(data))
+        return program, data
+
+    def lower(self, program: Program, data: Data, folder: Path | None) -> Program:
+        """Run the passes, which have no business in ``folder``."""
+        context = Context(
+            data.calibration, data.evaluation, seed=self.job.seed, track=self.options.display.track,
+            training=data.training, held_out=data.held_out,
+        )  # fmt: skip
+        cache = self.open_cache()
+        manager = PassManager(self.job.passes, self.observers(cache, folder), cache, verify=self.options.verify)
+        result = manager.run(program, context)
+        self.say(*self.heads.notes)
+        return result
+
+    def export(self, program: Program, data: Data, folder: Path) -> dict[str, dict[str, Any]]:
+        """Write the files that all artefacts have, then what every backend makes of the program beside them."""
+        ledger = json.dumps(self.ledger.to_dict(), indent=1, sort_keys=True)
+        texts = {"ledger.json": f"{ledger}\n", "recipe.yaml": self.job.recipe, **self.reports.files}
+        reports = {}
+        batches = data.evaluation or data.calibration[:2] or random_windows(program, seed=self.job.seed)
+        provenance = {"seed": self.job.seed, **data.provenance()}
+        for name, options in self.job.exports:
+            with self.stage(name):
+                self.options.display.note(f"writing {name}")
+                place = folder if len(self.job.exports) == 1 else folder / name
+                place.mkdir(exist_ok=True)
+                write_texts(place, texts)
+                reports[name] = _backends.export(name, program, place, batches, options, provenance)
+                check_tokenizer(program, place)
+                for table, reason in reports[name].get("float_tables", {}).items():
+                    self.say(f"{name} has the rounded values of {table} in float: {reason}")
+                self.say(*reports[name].get("notes", ()))
+        return reports
+
+    def say(self, *notes: str) -> None:
+        """Show notes, and keep them for the summary."""
+        self.notes += notes
+        for note in notes:
+            self.options.display.note(note)
+
+    def observers(self, cache: Cache | None, folder: Path | None) -> list[Observer]:
+        """Timing comes first, so that it leaves out the others."""
+        observers: list[Observer] = [self.timing, TargetCheck(self.job.exports), self.heads, self.ledger, self.reports]
+        if folder is not None:
+            observers.append(FolderCheck(folder))
+        display = self.options.display
+        if not (display.machine or display.quiet):
+            observers.append(Progress(total=len(self.job.passes)))
+        if self.options.print_after_change:
+            observers.append(PrintAfterChange())
+        if cache:
+            observers.append(FaultReproducer(cache.folder / "reproducer"))
+        return observers
+
+    def open_cache(self) -> Cache | None:
+        """The cache, unless its folder cannot be made."""
+        folder = self.options.cache
+        if folder is None:
+            return None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if folder != default_cache():
+                raise BitlowerError(f"the cache {folder} cannot be made: {error.strerror}") from None
+            self.options.display.note(f"no cache: {folder} cannot be made ({error.strerror})")
+            return None
+        return Cache(folder)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what is no pass; its memory is the process's peak so far."""
+        start = time.perf_counter()
+        yield
+        self.stages.append(PassTime(name, time.perf_counter() - start, peak_bytes()))
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write files below ``folder`` by name; an empty text is none."""
+    for name, text in texts.items():
+        if text:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def _amount(data: Data) -> str:
+    """How much there is to train on, in words."""
+    (rows, made), (others, more) = ((sum(map(_rows, part)), len(part)) for part in (data.training, data.held_out))
+    labelled = " with labels" if all("labels" in batch for batch in data.training) else ""
+    return f"to train on: {rows:,} samples{labelled} in {made:,} batches; held out: {others:,} in {more:,}"
+
+
+def _rows(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+class FaultReproducer(Reproducer):
+    """Leaves a reproducer for faults; input that a pass refuses needs none."""
+
+    def failed(self, pass_: Pass, program: Program, context: Context, error: BaseException) -> None:
+        """Write the folder, unless the user can mend the input."""
+        if not isinstance(error, BitlowerError) or error.exit_code == 1 or error.__cause__ is not None:
+            super().failed(pass_, program, context, error)
+
+
+class FolderCheck(Observer):
+    """Sees that the folder that the artefact will be written to stays there, and empty."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def after(self, pass_: Pass, program: Program, context: Context, changed: bool) -> None:
+        """Look.
+
+        Raises:
+            CheckError: the folder is gone, or something lies in it.
+        """
+        if not self.folder.is_dir():
+            raise CheckError(f"the pass {pass_.name!r} removed the output's folder {self.folder}")
+        if found := next(self.folder.iterdir(), None):
+            raise CheckError(f"the pass {pass_.name!r} wrote {found.name} into the output's folder {self.folder}")
+
+
+class TargetCheck(Observer):
+    """Asks the backends, as soon as quantizers are placed or get other bits, whether they can hold what comes out."""
+
+    def __init__(self, exports: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+        self.exports = exports
+
+    def after(self, pass_: Pass, program: Program, context: Context, changed: bool) -> None:
+        """Check the program, if it just got its quantizers, or others.
+
+        Raises:
+            BitlowerError: a backend cannot hold a tensor, which is named.
+        """
+        if pass_.ensures is Level.SIMULATED or isinstance(pass_, AssignPrecision):
+            for name, options in self.exports:
+                _backends.check_program(name, program, options)

@@ -1,0 +1,197 @@
+"""The pipeline and the recipe behind the one-line command: what a scheme and an algorithm stand for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from bitlower.ir import BitlowerError, Level, Scheme, nearest
+from bitlower.ir.scheme import ACTIVATION_ROLES
+from bitlower.passes import Pass, make_pass
+from bitlower.tools import _backends
+from bitlower.tools.data.texts import split_column
+from bitlower.tools.recipes.recipe import Recipe, steps_of
+
+ALGORITHMS = ("adaround", "calibrate", "gptq", "rtn")
+_LEARNED = ("adaround", "gptq")
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    "onnx-qdq": ("onnx-qdq", {}),
+    "checkpoint": ("checkpoint", {}),
+    "compressed-tensors": ("checkpoint", {"format": "compressed-tensors"}),
+    "gptq-v2": ("checkpoint", {"format": "gptq-v2"}),
+    "tvm-kernels": ("tvm-kernels", {}),
+}
+"""Names of artefacts: a backend and its options."""
+DEFAULT = "onnx-qdq"
+"""The format if nobody says."""
+_FULL_WIDTH = 8
+
+
+def as_scheme(scheme: str | Scheme) -> Scheme:
+    """``scheme``, read if it is a name.
+
+    Raises:
+        BitlowerError: not a scheme.
+    """
+    return Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+
+
+def default_algorithm(scheme: str | Scheme, *, calibrated: bool = True) -> str:
+    """What chooses the weights' codes if nobody says.
+
+    ``gptq`` for weights of fewer than 8 bits beside float activations, or ``rtn`` where there are no data to calibrate
+    on; ``calibrate`` for all else.
+
+    Raises:
+        BitlowerError: not a scheme.
+    """
+    made = as_scheme(scheme)
+    if made.weights is None or made.weights.grid.bits >= _FULL_WIDTH or made.activations is not None:
+        return "calibrate"
+    return "gptq" if calibrated else "rtn"
+
+
+def standard_passes(
+    scheme: str | Scheme,
+    ignore: Sequence[str] = (),
+    *,
+    algorithm: str | None = None,
+    calibrated: bool = True,
+    trained: bool = False,
+    formats: Sequence[str] = (),
+) -> tuple[Pass, ...]:
+    """The pipeline behind ``quantize``: every step from a float program to integers, or to kernels.
+
+    ``smooth`` and ``calibrate`` are for activations; with float activations ``algorithm`` stands alone. Without
+    calibration data there is no ``smooth``. With training data (``trained``) what comes of these goes through ``qat``.
+    Formats that are made of kernels have ``fuse`` at the end, and no
+    ``smooth``, whose multiplications would stand between kernels. Where all formats are checkpoints, which hold no
+    codes of tables, large output heads stay in float unless the scheme names their bits.
+
+    Raises:
+        BitlowerError: not a scheme, an algorithm or a format; one of them needs calibration data and there are none; or
+            no program fits all formats.
+    """
+    made = as_scheme(scheme)
+    algorithm = algorithm or default_algorithm(made, calibrated=calibrated)
+    if algorithm not in ALGORITHMS:
+        raise BitlowerError(f"unknown algorithm {algorithm!r}", hint=nearest(algorithm, ALGORITHMS))
+    if not calibrated:
+        _check_needs_no_data(made, algorithm)
+    if made.heads and formats and all(_format(name)[0] == "checkpoint" for name in formats):
+        scheme = replace(made, heads=None)
+    parameters: dict[str, Any] = {"scheme": scheme, "ignore": list(ignore)}
+    fused = _of_kernels(formats)
+    smooth = ("smooth",) if calibrated and not fused else ()
+    names = (*smooth, algorithm, "calibrate") if made.activations else (algorithm,)
+    names += ("qat",) if trained else ()
+    return (
+        make_pass("clean"),
+        make_pass("quantize", parameters),
+        *(make_pass(name) for name in dict.fromkeys(names)),
+        make_pass("lower-integer"),
+        *((make_pass("fuse"),) if fused else ()),
+    )
+
+
+def _of_kernels(formats: Sequence[str]) -> bool:
+    """Whether the formats are made of fused programs.
+
+    Raises:
+        BitlowerError: an unknown format, or some are and others are not.
+    """
+    fused, others = list[str](), list[str]()
+    for name in formats or (DEFAULT,):
+        (others if _backends.takes(_format(name)[0], Level.INTEGER) else fused).append(name)
+    if fused and others:
+        raise BitlowerError(
+            f"{fused[0]} is made of kernels, which the pass `fuse` makes and {others[0]} does not know: no program fits"
+            " both",
+            hint="run once for each",
+        )
+    return bool(fused)
+
+
+def _format(name: str) -> tuple[str, dict[str, Any]]:
+    if name not in FORMATS:
+        raise BitlowerError(f"unknown format {name!r}", hint=nearest(name, FORMATS))
+    return FORMATS[name]
+
+
+def _check_needs_no_data(scheme: Scheme, algorithm: str) -> None:
+    if algorithm in _LEARNED:
+        raise BitlowerError(
+            f"{algorithm} needs calibration data", hint="give calibration data, or round to nearest: algorithm rtn"
+        )
+    specs = [spec for role in ACTIVATION_ROLES if (spec := scheme.spec(role))]
+    if not all(spec.granularity.dynamic for spec in specs):
+        raise BitlowerError(
+            f"{scheme} has static activations, whose ranges need calibration data",
+            hint="give calibration data, or take scales of each token, such as W8A8-token",
+        )
+
+
+def standard_exports(scheme: str | Scheme, formats: Sequence[str] = ()) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """Backends by name with their options; ``onnx-qdq`` if nobody says.
+
+    ONNX with float activations takes the form ``onnxruntime``: its MatMulNBits keeps codes packed in memory.
+
+    Raises:
+        BitlowerError: not a scheme, or not a format.
+    """
+    weights_only = as_scheme(scheme).activations is None
+    exports = []
+    for name in formats or (DEFAULT,):
+        backend, options = _format(name)
+        form = {"form": "onnxruntime"} if backend == "onnx-qdq" and weights_only else {}
+        exports.append((backend, options | form))
+    return tuple(exports)
+
+
+def standard_recipe(
+    model: str,
+    scheme: str | Scheme,
+    calibration: str | os.PathLike[str] | None,
+    *,
+    algorithm: str | None = None,
+    formats: Sequence[str] = (),
+    task: str | None = None,
+    samples: int | None = None,
+    max_length: int | None = None,
+    seed: int = 0,
+    ignore: Sequence[str] = (),
+    bos: str = "auto",
+    training: str | os.PathLike[str] | None = None,
+) -> Recipe:
+    """The recipe behind ``bitlower quantize``; paths are from the working directory.
+
+    Without calibration data weights are rounded to nearest, activations with scales of each token. With ``training``
+    data the program is trained on them.
+
+    Raises:
+        BitlowerError: not a scheme, or not an algorithm.
+    """
+    calibrated = calibration is not None
+    trained = training is not None
+    passes = standard_passes(
+        scheme, ignore, algorithm=algorithm, calibrated=calibrated, trained=trained, formats=formats
+    )
+    form: dict[str, Any] = {
+        "model": {"path": model, "task": task, "bos": bos},
+        "passes": steps_of(passes),
+        "export": [{name: params} if params else name for name, params in standard_exports(scheme, formats)],
+    }
+    for name, texts, count in (("calibration", calibration, samples), ("training", training, None)):
+        if texts is not None:
+            path, column = split_column(texts)
+            data = {"data": str(path), "column": column, "samples": count, "max_length": max_length, "seed": seed}
+            form[name] = {key: value for key, value in data.items() if value is not None}
+    try:
+        return Recipe.model_validate(form)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BitlowerError(f"{first['loc'][-1]}: {first['msg']}, not {first['input']!r}") from None
