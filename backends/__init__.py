@@ -1,1 +1,1 @@
-"""What a Program becomes: each folder here turns one into an artefact and checks it."""
+"""What a Program becomes: each folder here turns one into an artifact and checks it."""

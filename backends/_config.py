@@ -1,4 +1,4 @@
-"""``config.json`` of artefacts of formats of our own: the model's, with what is quantized and how."""
+"""``config.json`` of artifacts of formats of our own: the model's, with what is quantized and how."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every artefact's folder holds besides the model: the files of the model that only lie beside it."""
+"""What every artifact's folder holds besides the model: the files of the model that only lie beside it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from bitlower.ir import BitlowerError, Program
+from bitlower.ir import BitlowerError, Level, Program
 from bitlower.ir.assets import is_inside, read_assets
 from bitlower.ir.files import reason
 from bitlower.ir.json_files import read_json
 
 CONFIG = "config.json"
 RESERVED = (CONFIG, "manifest.json", "verification.json", "ledger.json", "recipe.yaml")
-"""Names that are ours in every artefact."""
+"""Names that are ours in every artifact."""
 
 
 def write_assets(program: Program, folder: Path, reserved: Collection[str]) -> list[str]:
@@ -25,7 +25,7 @@ def write_assets(program: Program, folder: Path, reserved: Collection[str]) -> l
     """
     for name, data in sorted(program.assets.items()):
         if not is_inside(name) or name in (*RESERVED, *reserved):
-            raise BitlowerError(f"the file {name!r} of the model cannot lie in an artefact")
+            raise BitlowerError(f"the file {name!r} of the model cannot lie in an artifact")
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.partial")
@@ -49,6 +49,16 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     except (OSError, ValueError) as error:
         raise BitlowerError(f"{folder} holds no readable {CONFIG}: {reason(error)}") from None
     return config, read_assets(folder)
+
+
+def shell(folder: Path) -> Program:
+    """A Program without graphs: what tokenizing needs of an artifact.
+
+    Raises:
+        BitlowerError: there is no configuration.
+    """
+    config, files = read_model(folder)
+    return Program({}, Level.FLOAT, "", (), (), config, files, str(folder))
 
 
 def sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""JSON files of an artefact: equal contents give equal bytes, and a file appears whole or not at all."""
+"""JSON files of an artifact: equal contents give equal bytes, and a file appears whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``manifest.json``: what an artefact is made of and by what; and the check of a folder's files against it."""
+"""``manifest.json``: what an artifact is made of and by what; and the check of a folder's files against it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from bitlower.ir.version import __version__
 
 FILE = "manifest.json"
 ALWAYS = (CONFIG, VERIFICATION)
-"""Files that every artefact has."""
+"""Files that every artifact has."""
 _LOADED = (
     *("*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.*", "vocab*.txt", "merges*.txt"),
     *("*.onnx", "*.onnx.data", "*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth"),
     *("*.so", "*.dll", "*.dylib", "*.py", "*.cubin", "*.ptx"),
 )
-"""What something that loads an artefact would read where it lies in the folder."""
+"""What something that loads an artifact would read where it lies in the folder."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ def write_manifest(
 
     Args:
         program: what was exported.
-        folder: the artefact's.
+        folder: the artifact's.
         backend: the backend's name.
-        packages: those whose versions the artefact depends on.
+        packages: those whose versions the artifact depends on.
         backend_options: those of the export.
         provenance: seeds, hashes of data, and what else the caller knows; plain data.
     """
@@ -137,7 +137,7 @@ def read_manifest(folder: Path) -> Manifest:
         CheckError: the manifest is missing or damaged; the entry is named.
     """
     if not folder.is_dir():
-        raise BitlowerError(f"there is no artefact at {folder}", hint="give the folder that an export wrote")
+        raise BitlowerError(f"there is no artifact at {folder}", hint="give the folder that an export wrote")
     return parsed(Manifest, read_json(folder / FILE), f"{FILE} in {folder}")
 
 
@@ -178,12 +178,12 @@ def _size(value: Any) -> Any:
     return value
 
 
-def check_artefact(folder: Path, needed: Collection[str] = ()) -> Files:
-    """Hold the files of an artefact against its manifest; nothing of them is loaded.
+def check_artifact(folder: Path, needed: Collection[str] = ()) -> Files:
+    """Hold the files of an artifact against its manifest; nothing of them is loaded.
 
     Args:
-        folder: the artefact's.
-        needed: files that are there and listed, besides those of every artefact.
+        folder: the artifact's.
+        needed: files that are there and listed, besides those of every artifact.
 
     Raises:
         BitlowerError: there is no such folder.
@@ -199,21 +199,21 @@ def check_artefact(folder: Path, needed: Collection[str] = ()) -> Files:
     unlisted = tuple(sorted(set(list_files(folder)) - set(manifest.files)))
     for name in unlisted:
         if any(PurePosixPath(name).match(pattern) for pattern in _LOADED):
-            raise CheckError(f"{FILE} in {folder} does not list {name}", hint="remove it: it is not the artefact's")
+            raise CheckError(f"{FILE} in {folder} does not list {name}", hint="remove it: it is not the artifact's")
     return Files(len(manifest.files), sum(entry.bytes for entry in manifest.files.values()), unlisted)
 
 
-def check_if_artefact(folder: Path) -> None:
-    """:func:`check_artefact` for a folder that an export of ours wrote; folders of others have no manifest of ours.
+def check_if_artifact(folder: Path) -> None:
+    """:func:`check_artifact` for a folder that an export of ours wrote; folders of others have no manifest of ours.
 
     Raises:
         CheckError: it is one of ours, and not as it was written.
     """
-    if is_artefact(folder):
-        check_artefact(folder)
+    if is_artifact(folder):
+        check_artifact(folder)
 
 
-def is_artefact(folder: Path) -> bool:
+def is_artifact(folder: Path) -> bool:
     """Whether an export of ours wrote ``folder``, as far as the files that only we write say so."""
     if is_file(folder / VERIFICATION):
         return True
@@ -241,7 +241,7 @@ def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
 
 
 def list_files(folder: Path) -> list[str]:
-    """All files of an artefact but its manifest, relative to ``folder``."""
+    """All files of an artifact but its manifest, relative to ``folder``."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / FILE)
     return [path.relative_to(folder).as_posix() for path in paths]
 

@@ -1,4 +1,4 @@
-"""Files of an artefact as they must be: what a dataclass says of its fields is what is held against the file."""
+"""Files of an artifact as they must be: what a dataclass says of its fields is what is held against the file."""
 
 from __future__ import annotations
 

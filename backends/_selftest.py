@@ -1,4 +1,4 @@
-"""A small input with what the runtime made of it, so that an artefact can be checked without the Program."""
+"""A small input with what the runtime made of it, so that an artifact can be checked without the Program."""
 
 from __future__ import annotations
 

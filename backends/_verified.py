@@ -1,4 +1,4 @@
-"""How a backend's comparison is kept beside an artefact: ``verification.json``, read back with all its figures."""
+"""How a backend's comparison is kept beside an artifact: ``verification.json``, read back with all its figures."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy.py --data DIR
 
-Calibration: 128 sentences of STS-B train, every 44th, so that all its genres are in it. Float and our artefacts run
+Calibration: 128 sentences of STS-B train, every 44th, so that all its genres are in it. Float and our artifacts run
 through ``bitlower eval``; cosines are those of mean-pooled embeddings with fp32's, over 200 sentences of STS-B dev.
 """
 
@@ -79,9 +79,9 @@ def main() -> None:
     show_table(keys, [[row[key] for key in keys] for row in rows])
 
 
-def size(artefact: Path) -> int:
+def size(artifact: Path) -> int:
     """Bytes of the model file and its external data."""
-    return sum(path.stat().st_size for path in artefact.glob("model.onnx*"))
+    return sum(path.stat().st_size for path in artifact.glob("model.onnx*"))
 
 
 def row_of(side: str, metrics: dict[str, float], size: int, cosines: np.ndarray[Any, Any] | None) -> dict[str, Any]:

@@ -195,7 +195,8 @@ def optimum_export(model: str, python: str) -> tuple[float, int]:
 def save_model(model: str, folder: str) -> None:
     """The float model as a folder of transformers."""
     net = read_model(model)
-    fresh = type(net)(type(net.config).from_dict({**net.config.to_dict(), "quantization_config": None}))
+    form = {key: value for key, value in net.config.to_dict().items() if key != "quantization_config"}
+    fresh = type(net)(type(net.config).from_dict(form))
     fresh.load_state_dict(net.state_dict())
     fresh.save_pretrained(folder)
 

@@ -1,4 +1,4 @@
-"""Every model of a folder through ``quantize`` to ONNX, and the artefact against transformers on texts it never saw.
+"""Every model of a folder through ``quantize`` to ONNX, and the artifact against transformers on texts it never saw.
 
     python benchmarks/families.py MODELS_DIR --texts FILE --text FILE [--only NAME …] [--write]
 
@@ -66,7 +66,7 @@ def run(folder: Path, scheme: str, algorithm: str | None, texts: Path, text: Pat
     """Quantize the model in ``folder``, and give share and cosine."""
     data = text if is_decoder(folder) else texts
     with tempfile.TemporaryDirectory() as place:
-        output = Path(place) / "artefact"
+        output = Path(place) / "artifact"
         done = bitlower.quantize(
             str(folder), scheme=scheme, algorithm=algorithm, calibration=str(data), output=output, samples=SAMPLES,
             max_length=LENGTH,
@@ -88,9 +88,9 @@ def share(program: Program, model: torch.nn.Module) -> float:
     return sum(seen.values()) / sum(parameter.numel() for parameter in model.parameters())
 
 
-def cosine(program: Program, artefact: Path, model: torch.nn.Module, data: Path) -> float:
-    """The cosine of the artefact's first output, in onnxruntime, with transformers', on held-out texts."""
-    session, name = open_session(artefact), program.outputs[0].name
+def cosine(program: Program, artifact: Path, model: torch.nn.Module, data: Path) -> float:
+    """The cosine of the artifact's first output, in onnxruntime, with transformers', on held-out texts."""
+    session, name = open_session(artifact), program.outputs[0].name
     ours, theirs = [], []
     for batch in held_out(program, data):
         given = {key: value.numpy() for key, value in program.complete(batch).items()}

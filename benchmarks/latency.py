@@ -2,7 +2,7 @@
 
     python benchmarks/latency.py --data DIR
 
-Sides: the fp32 model as torch exports it; our artefact in both forms; ``quantize_dynamic`` per channel;
+Sides: the fp32 model as torch exports it; our artifact in both forms; ``quantize_dynamic`` per channel;
 ``quantize_static`` over the same scope (MatMul, Gemm, embedding tables) and the same calibration data. Each side also
 runs with onnxruntime's SkipLayerNormalization and BiasGelu fusions turned off, which are slow on the CPU: that helps
 everyone. Measured in a process of its own without torch, per point at least 30 runs of each side in turn; the figures

@@ -1,4 +1,4 @@
-"""Whole models in a compiled library against onnxruntime's artefact of the same Program, on the CPU.
+"""Whole models in a compiled library against onnxruntime's artifact of the same Program, on the CPU.
 
     python benchmarks/library.py --data DIR [--part minilm smollm2]
 

@@ -88,7 +88,7 @@ def quantize(folder: Path, samples: int, length: int, output: Path, rewrite: str
     seconds["checkpoint"] = time.perf_counter() - start
     print(json.dumps({
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "artefact_gigabytes": round(sum(p.stat().st_size for p in output.glob("*.safetensors")) / 1e9, 3),
+        "artifact_gigabytes": round(sum(p.stat().st_size for p in output.glob("*.safetensors")) / 1e9, 3),
         "peak_gigabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
     }))  # fmt: skip
 
@@ -118,7 +118,7 @@ def main() -> None:
             folder = Path(scratch) / "model"
             folder.mkdir()
             size = write_model(folder, layers)
-            command = [sys.executable, __file__, "--model", str(folder), "--output", f"{scratch}/artefact"]
+            command = [sys.executable, __file__, "--model", str(folder), "--output", f"{scratch}/artifact"]
             command += ["--samples", str(arguments.samples), "--length", str(arguments.length)]
             command += ["--rewrite", arguments.rewrite]
             figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -126,11 +126,11 @@ def main() -> None:
     settings = {"samples": arguments.samples, "length": arguments.length, "threads": torch.get_num_threads()}
     settings |= {"rewrite": arguments.rewrite}
     write_result(arguments.name, "python benchmarks/memory.py", {"settings": settings, "rows": rows})
-    headers = ["layers", "bf16 model, GB", "artefact, GB", "peak memory, GB", "rewriting, s", "all, s"]
+    headers = ["layers", "bf16 model, GB", "artifact, GB", "peak memory, GB", "rewriting, s", "all, s"]
     show_table(
         headers,
         [
-            [r["layers"], r["model_gigabytes"], r["artefact_gigabytes"], r["peak_gigabytes"], rewriting(r["seconds"]),
+            [r["layers"], r["model_gigabytes"], r["artifact_gigabytes"], r["peak_gigabytes"], rewriting(r["seconds"]),
              round(sum(r["seconds"].values()), 1)]
             for r in rows
         ],

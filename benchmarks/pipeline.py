@@ -40,7 +40,7 @@ def main() -> None:
         )
         export_seconds = time.perf_counter() - start
         start = time.perf_counter()
-        command = [sys.executable, "-m", "bitlower.tools.cli", "--json", "run", str(RECIPE), "-o", f"{folder}/artefact"]
+        command = [sys.executable, "-m", "bitlower.tools.cli", "--json", "run", str(RECIPE), "-o", f"{folder}/artifact"]
         output = subprocess.run([*command, "--no-cache"], check=True, capture_output=True, text=True).stdout
         total = time.perf_counter() - start
     summary = json.loads(output)

@@ -1,4 +1,4 @@
-"""How well ``bitlower plan`` foresees the artefact's size, the peak memory and the time of a run.
+"""How well ``bitlower plan`` foresees the artifact's size, the peak memory and the time of a run.
 
     python benchmarks/plan.py --data DIR
 

@@ -1,4 +1,4 @@
-"""Kill a run at random moments and start it again: the artefact must be that of an undisturbed run, to the byte.
+"""Kill a run at random moments and start it again: the artifact must be that of an undisturbed run, to the byte.
 
     python benchmarks/resume.py
 
@@ -42,7 +42,7 @@ def run(output: Path, cache: Path, kill_after: float | None = None) -> float | N
 
 def disturbed(folder: Path, moment: float) -> dict[str, object]:
     """Kill a run after ``moment`` seconds and run it again; what came of it."""
-    output, cache = folder / "artefact", folder / "cache"
+    output, cache = folder / "artifact", folder / "cache"
     while run(output, cache, moment) is not None:
         moment *= 0.8
         shutil.rmtree(folder)
@@ -51,7 +51,7 @@ def disturbed(folder: Path, moment: float) -> dict[str, object]:
     stray = sorted(path.name for path in folder.iterdir() if path not in (output, cache))
     return {
         "killed_after_seconds": round(moment, 1),
-        "left_an_artefact": left,
+        "left_an_artifact": left,
         "seconds_again": round(seconds or 0, 1),
         "left_behind": stray,
         "files": digests(output),
@@ -59,7 +59,7 @@ def disturbed(folder: Path, moment: float) -> dict[str, object]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Every file of an artefact and its hash."""
+    """Every file of an artifact and its hash."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
@@ -84,7 +84,7 @@ def main() -> None:
     write_result("resume", "python benchmarks/resume.py", result)
     print({key: value for key, value in result.items() if key != "files"})
     if not (result["two_runs_identical"] and result["killed_runs_identical"]):
-        raise SystemExit("the artefacts differ")
+        raise SystemExit("the artifacts differ")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/ultra_low.py --data DIR
 
-Calibration: 256 sentences of STS-B train, every 22nd. Each artefact is exported, verified, and scored on STS-B dev in
+Calibration: 256 sentences of STS-B train, every 22nd. Each artifact is exported, verified, and scored on STS-B dev in
 onnxruntime; the file is ``model.onnx``, and ``smaller`` is how many times it goes into the float model's tensors.
 ``--cases`` measures only those whose label holds one of the given texts; the rows of others stay in the results file.
 """
@@ -63,7 +63,7 @@ CASES = (
 
 
 def measure(program: Program, batches: Sequence[Batch], case: Case, dev: Path) -> dict[str, Any]:
-    """Run the passes, write the artefact, score it."""
+    """Run the passes, write the artifact, score it."""
     start = time.perf_counter()
     passes = parse_pipeline(f"{case.pipeline},lower-integer")
     made = PassManager(passes).run(program, Context(batches, batches[:4]))

@@ -1,6 +1,6 @@
 """bitlower: lower transformer models to few bits.
 
-A model becomes a :class:`Program`, passes turn a Program into a Program, a backend turns a Program into an artefact::
+A model becomes a :class:`Program`, passes turn a Program into a Program, a backend turns a Program into an artifact::
 
     import bitlower
 
@@ -16,6 +16,7 @@ if not (Path(__file__).parent / "ir").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 if TYPE_CHECKING:
+    from bitlower.backends.base import Backend
     from bitlower.frontends import batches
     from bitlower.ir import (
         BitlowerError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from bitlower.tools.runs.flow import quantize
 
 __all__ = [
+    "Backend",
     "BitlowerError",
     "CheckError",
     "Context",
@@ -59,6 +61,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "bitlower.backends.base": ("Backend",),
     "bitlower.frontends": ("batches",),
     "bitlower.ir.learnable": ("RangeSettings",),
     "bitlower.passes": ("Context", "Contract", "Pass", "PassManager", "Record", "Report", "parse_pipeline"),

@@ -10,7 +10,7 @@ made = bitlower.quantize(model, scheme="W8A8", calibration=Path(__file__).with_n
 
 for row in made.summary.ledger["rows"]:
     print(row["pass"], row["outputs"])
-print(f"{made.summary.float_bytes} bytes became {made.summary.artefact_bytes} in {made.output}")
+print(f"{made.summary.float_bytes} bytes became {made.summary.artifact_bytes} in {made.output}")
 
 [batch] = bitlower.batches(made.program, ["The kettle began to whistle."])
 print({name: tuple(value.shape) for name, value in made.program(**batch).items()})

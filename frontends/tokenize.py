@@ -210,7 +210,7 @@ def check_tokenizer(program: Program, folder: Path) -> None:
         own = tokenizer_of(program)
     except BitlowerError:
         return  # the frontend noted that it cannot be loaded here
-    check_same_tokens(load_tokenizer(folder, str(folder)), own, "the tokenizer of the artefact")
+    check_same_tokens(load_tokenizer(folder, str(folder)), own, "the tokenizer of the artifact")
 
 
 def check_length(program: Program, length: int) -> None:

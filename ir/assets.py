@@ -36,7 +36,7 @@ _MODEL = (
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx.data", "*.gguf", "*.tflite",
     "onnx", "openvino", "coreml", "tf_model", "original",
 )  # fmt: skip
-"""The model itself, in whatever format, and what artefacts hold of our own."""
+"""The model itself, in whatever format, and what artifacts hold of our own."""
 _ABOUT = (
     "readme*", "licen[sc]e*", "notice*", "use_policy*", "*.md", "*.pdf", "*.png", "*.jpg", "*.svg", "*.gif", "figures",
     "assets", "images", "modelcard.json", "eval", "trainer_state.json", "training_args*", "*_results.json",
@@ -49,7 +49,7 @@ _NORMALIZE = "Normalize"
 
 
 def read_assets(folder: Path, others: Collection[str] = ()) -> dict[str, bytes]:
-    """The files that go along with the model in ``folder``, by their path in an artefact, in order.
+    """The files that go along with the model in ``folder``, by their path in an artifact, in order.
 
     A transformer in a folder of its own (``0_Transformer``) comes to lie beside the modules that follow it, and
     ``modules.json`` says so.

@@ -67,7 +67,7 @@ class BitlowerError(Exception):
 
 
 class CheckError(BitlowerError):
-    """A check of the work itself failed (verification, a contract, an artefact); the command line exits with 1."""
+    """A check of the work itself failed (verification, a contract, an artifact); the command line exits with 1."""
 
     exit_code = 1
 

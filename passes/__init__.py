@@ -1,10 +1,11 @@
 """Passes turn a Program into a Program: one file a pass, in folders by what they are for; ``_machinery`` runs them."""
 
+from bitlower.ir.plugins.catalog import Provider
+from bitlower.ir.plugins.kinds import describe_type, parameter_types
+from bitlower.ir.plugins.parameters import plain_parameters
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.cache import Cache
-from bitlower.passes._machinery.catalog import Provider
 from bitlower.passes._machinery.contracts import check_levels
-from bitlower.passes._machinery.kinds import describe_type, parameter_types
 from bitlower.passes._machinery.ledger import Ledger
 from bitlower.passes._machinery.manager import PassManager
 from bitlower.passes._machinery.observers import (
@@ -16,7 +17,6 @@ from bitlower.passes._machinery.observers import (
     Timing,
     Verify,
 )
-from bitlower.passes._machinery.parameters import plain_parameters
 from bitlower.passes._machinery.pipeline import format_pipeline, parse_pipeline
 from bitlower.passes._machinery.registry import find_pass, known_passes, load_plugin, make_pass, providers
 from bitlower.passes._machinery.report import Record, Report

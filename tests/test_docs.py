@@ -21,7 +21,6 @@ from bitlower.frontends import load
 from bitlower.ir import Level, Scheme
 from bitlower.passes import Context, PassManager, check_levels, load_plugin, providers
 from bitlower.passes._machinery import registry as registry
-from bitlower.tools import _backends
 from bitlower.tools.cli import main
 from bitlower.tools.cli.app import app
 from bitlower.tools.recipes.recipe import load_recipe, validate_recipe
@@ -93,8 +92,7 @@ def test_recipes_are_valid(fence: Fence, tmp_path: Path, monkeypatch: pytest.Mon
     path.write_text(fence.body)
     recipe = load_recipe(path)
     check_levels(recipe.build_passes(), Level.FLOAT)
-    for step in recipe.export:
-        _backends.check_export(step.name, step.params)
+    recipe.build_exports()
 
 
 def test_the_recipe_of_the_readme_is_the_example(tmp_path: Path) -> None:
@@ -113,8 +111,7 @@ def test_examples_are_valid(example: Path, tmp_path: Path) -> None:
     if not recipe.model.path.startswith("package:"):
         (tmp_path / recipe.model.path).mkdir()
     assert validate_recipe(recipe)[-1].name in ("lower-integer", "fuse")
-    for step in recipe.export:
-        _backends.check_export(step.name, step.params)
+    recipe.build_exports()
     listed = TEXT[ROOT / "examples" / "README.md"]
     assert f"`bitlower run examples/{example.name} -o {example.stem}`" in listed
 

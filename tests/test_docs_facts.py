@@ -6,15 +6,16 @@ import json
 import re
 import runpy
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from bitlower.backends.base import Backend
+from bitlower.backends.registry import find_backend, known_backends
+from bitlower.ir.plugins.parameters import kebab
 from bitlower.passes import describe_type, find_pass, parameter_types
 from bitlower.passes._machinery.losses import known_losses
-from bitlower.passes._machinery.parameters import kebab
-from bitlower.tools import _backends
 from bitlower.tools.data import sources, texts, training
 from bitlower.tools.runs import standard
 
@@ -60,22 +61,19 @@ def test_defaults_of_training_are_those_of_the_code() -> None:
     assert ("a tenth" in table["held_out"]) == (training.SHARE == 0.1)
 
 
-def _module_of(backend: str) -> Any:
-    return __import__(f"bitlower.backends.{backend.replace('-', '_')}", fromlist=["*"])
-
-
 def test_backends_are_documented() -> None:
     text = section("recipes.md", "`export`")
-    assert sorted(re.findall(r"^### `([\w-]+)`$", text, re.MULTILINE)) == _backends.known_backends()
+    assert sorted(re.findall(r"^### `([\w-]+)`$", text, re.MULTILINE)) == known_backends()
 
 
-@pytest.mark.parametrize("backend", _backends.known_backends())
+@pytest.mark.parametrize("backend", known_backends())
 def test_options_of_backends_are_as_documented(backend: str) -> None:
     table = rows(section("recipes.md", "`export`", f"`{backend}`"), "option")
-    documented = {row[0].strip("`"): row[2].strip("`") for row in table}
-    defaults = {field.name: field.default for field in fields(_module_of(backend).Options)}
+    documented = {row[0].strip("`"): (row[1], row[2].strip("`")) for row in table}
+    cls = find_backend(backend)
+    kinds, defaults = parameter_types(cls), {field.name: field.default for field in fields(cls)}
     as_yaml = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in defaults.items()}
-    assert documented == as_yaml
+    assert documented == {name: (describe_type(kinds[kebab(name)]), value) for name, value in as_yaml.items()}
 
 
 def test_what_checkpoint_formats_hold_is_as_documented() -> None:
@@ -90,11 +88,10 @@ def test_what_checkpoint_formats_hold_is_as_documented() -> None:
 
 
 def test_the_interface_of_backends_is_documented() -> None:
-    listed = [name.partition("(")[0] for name in names(rows(section("plugins.md", "Backends")))]
-    for backend in _backends.known_backends():
-        offered = [name for name in listed if hasattr(_module_of(backend), name)]
-        assert set(listed) - set(offered) <= {"supports", "check_program", "check_host"}
-    assert hasattr(_module_of("checkpoint"), "supports")
+    cells = [row[0] for row in rows(section("plugins.md", "Backends"), "member")]
+    listed = {name for cell in cells for name in re.findall(r"`(\w+)", cell)}
+    own = {name for name in vars(Backend) if not name.startswith("_")}
+    assert listed == own - {"check_fits", "options"}
 
 
 def test_choices_of_gptq_are_documented() -> None:
@@ -146,7 +143,7 @@ def test_algorithms_formats_and_tasks_are_documented() -> None:
     table = {row[0]: row[1] for row in rows(section("cli.md", "`bitlower quantize MODEL`"))}
     for option, known in (
         ("`--algorithm`", standard.ALGORITHMS),
-        ("`--format`", standard.FORMATS),
+        ("`--format`", standard.known_formats()),
         ("`--task`", TASKS),
     ):
         assert set(known) == set(re.findall(r"`([\w-]+)`", table[option])), option
@@ -191,7 +188,7 @@ def test_thresholds_are_those_of_the_code() -> None:
     from bitlower.backends import _rounding, _selftest
     from bitlower.backends.onnx_qdq import _codes, _verify
 
-    text = TEXT[ROOT / "docs" / "artefact.md"]
+    text = TEXT[ROOT / "docs" / "artifact.md"]
     assert f"off it by {_rounding.TIE:.0e}".replace("e-0", "e-") in text
     assert f"at most {_verify.OUTPUT_GIVEN_CODES:.0e} of".replace("e-0", "e-") in text
     assert f"output is {_verify.OUTPUT_COSINE} at least" in text
@@ -204,8 +201,8 @@ def test_thresholds_are_those_of_the_code() -> None:
     ("backend", "heading"), [("onnx-qdq", "Verification"), ("checkpoint", "Checkpoints"), ("tvm-kernels", "Libraries")]
 )
 def test_the_fields_of_a_verification_are_documented(backend: str, heading: str) -> None:
-    text = section("artefact.md", heading)
-    for field in fields(_module_of(backend).Verification):
+    text = section("artifact.md", heading)
+    for field in fields(import_module(f"bitlower.backends.{backend.replace('-', '_')}").Verification):
         assert f"`{field.name}`" in text, field.name
 
 
@@ -213,7 +210,7 @@ def test_the_figures_of_kernels_and_layers_are_documented() -> None:
     from bitlower.backends.checkpoint._verification import LayerCheck, OutputCheck
     from bitlower.backends.onnx_qdq._kernels import KernelReport
 
-    text = TEXT[ROOT / "docs" / "artefact.md"]
+    text = TEXT[ROOT / "docs" / "artifact.md"]
     for field in [*fields(KernelReport), *fields(LayerCheck), *fields(OutputCheck)]:
         assert f"`{field.name}`" in text or field.name == "name", field.name
 
@@ -221,7 +218,7 @@ def test_the_figures_of_kernels_and_layers_are_documented() -> None:
 def test_the_limits_of_checkpoints_are_those_of_the_code() -> None:
     from bitlower.backends.checkpoint import _outputs
 
-    text = section("artefact.md", "Checkpoints")
+    text = section("artifact.md", "Checkpoints")
     assert f"at most {_outputs.GIVEN_WEIGHTS:.0e} standard".replace("e-0", "e-") in text
     assert f"Program's is {_outputs.OUTPUT_COSINE} at least" in text
 
@@ -230,7 +227,7 @@ def test_the_limits_of_libraries_are_those_of_the_code() -> None:
     from bitlower.backends import _rounding
     from bitlower.backends.tvm_kernels import _agreement, _verification
 
-    text = section("artefact.md", "Libraries")
+    text = section("artifact.md", "Libraries")
     assert f"off it by {_rounding.TIE:.0e} of".replace("e-0", "e-") in text
     assert f"at most {_agreement.VALUE:.0e} of the root".replace("e-0", "e-") in text
     assert f"within {_agreement.QPARAM:.0e}, relatively".replace("e-0", "e-") in text

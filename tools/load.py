@@ -1,4 +1,4 @@
-"""``bitlower.load``: a model as a Program, or a library of kernels as what runs it."""
+"""``bitlower.load``: a model as a Program, or an artifact as what runs it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from bitlower import frontends
-from bitlower.backends._manifest import check_if_artefact
-from bitlower.backends.tvm_kernels import Library, is_library, load_library
+from bitlower.backends.base import Model
+from bitlower.backends.registry import answering, writer_of
 from bitlower.ir import Program
 
 
@@ -21,17 +21,20 @@ def load(
     example_inputs: Mapping[str, torch.Tensor] | None = None,
     mapped: bool | None = None,
     traces: Path | None = None,
-) -> Program | Library:
-    """What :func:`bitlower.frontends.load` makes of a model; or the library in a folder of the backend ``tvm-kernels``.
+) -> Program | Model:
+    """What :func:`bitlower.frontends.load` makes of a model; of an artifact what its backend runs it with.
 
     Both are called with inputs by name, and have ``inputs`` and ``outputs``.
 
     Raises:
-        BitlowerError: there is no such model, it cannot be traced, or the library does not run here.
-        CheckError: a file of the library, or of another artefact, is missing or not as it was written.
+        BitlowerError: there is no such model, it cannot be traced, or the artifact does not run here.
+        CheckError: a file of the artifact is missing or not as it was written.
     """
     if not isinstance(model, torch.nn.Module):
-        if is_library(Path(model)):
-            return load_library(Path(model))
-        check_if_artefact(Path(model))
+        writer = writer_of(Path(model))
+        if writer is not None:
+            with answering(writer):
+                loaded = writer.load(Path(model))
+            if loaded is not None:
+                return loaded
     return frontends.load(model, task=task, example_inputs=example_inputs, mapped=mapped, traces=traces)

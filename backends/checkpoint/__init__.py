@@ -1,19 +1,27 @@
 """Hugging Face folders with packed weights, for transformers, vLLM and GPTQModel, verified against the Program."""
 
-from bitlower.backends._level import check_level
-from bitlower.backends.checkpoint._artefact import ArtefactReport
-from bitlower.backends.checkpoint._artefact import verify_artefact as verify
-from bitlower.backends.checkpoint._export import ExportReport, Options, check_program, export, supports
-from bitlower.backends.checkpoint._verification import Verification
+from __future__ import annotations
 
-__all__ = [
-    "ArtefactReport",
-    "ExportReport",
-    "Options",
-    "Verification",
-    "check_level",
-    "check_program",
-    "export",
-    "supports",
-    "verify",
-]
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bitlower.backends.checkpoint._artifact import ArtifactReport
+from bitlower.backends.checkpoint._artifact import verify_artifact as verify
+from bitlower.backends.checkpoint._verification import Verification
+from bitlower.backends.checkpoint.backend import Checkpoint, ExportReport
+from bitlower.ir import Batch, Program
+
+__all__ = ["ArtifactReport", "Checkpoint", "ExportReport", "Verification", "export", "verify"]
+
+
+def export(
+    program: Program,
+    folder: Path,
+    *,
+    batches: Sequence[Batch],
+    provenance: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> ExportReport:
+    """:meth:`Checkpoint.export` with ``options``."""
+    return Checkpoint(**options).export(program, folder, batches, provenance)

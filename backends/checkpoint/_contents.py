@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from bitlower.backends._level import check_level
 from bitlower.backends.checkpoint._skeleton import CONV1D, LINEAR, Skeleton
 from bitlower.ir import BitlowerError, Program, QuantSpec, ScaleConvention, get_tensor, ops, packing
 from bitlower.ir.storage import release
@@ -146,7 +145,7 @@ def collect(program: Program, skeleton: Skeleton) -> Contents:
         BitlowerError: activations or norms are quantized, a weight is not of the model or lacks, or has another shape,
             or a quantized weight is shared by several layers.
     """
-    _check_level(program)
+    _check_graphs(program)
     whole = tuple(_layers(program, skeleton))
     packed = {f"{layer.path}.weight" for layer in whole}
     weights = dict(_float_weights(program, skeleton))
@@ -195,8 +194,7 @@ def check_experts(skeleton: Skeleton, packed: set[str] | None = None) -> None:
         raise BitlowerError(f"a checkpoint cannot hold {path}: {reason}", hint="export with the backend `onnx-qdq`")
 
 
-def _check_level(program: Program) -> None:
-    check_level(program.level)
+def _check_graphs(program: Program) -> None:
     if set(program.graphs) != {"model"}:
         raise BitlowerError(f"this backend exports one graph, the program has {', '.join(program.graphs)}")
 

@@ -1,19 +1,38 @@
 """ONNX for onnxruntime: standard Q/DQ graphs that run on its integer kernels, verified against the Program."""
 
-from bitlower.backends._level import check_level
-from bitlower.backends.onnx_qdq._export import ExportReport, Options, export
-from bitlower.backends.onnx_qdq._manifest import ArtefactReport
-from bitlower.backends.onnx_qdq._manifest import verify_artefact as verify
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bitlower.backends.onnx_qdq._manifest import ArtifactReport
+from bitlower.backends.onnx_qdq._manifest import verify_artifact as verify
+from bitlower.backends.onnx_qdq._model import OnnxModel
 from bitlower.backends.onnx_qdq._verification import Verification
 from bitlower.backends.onnx_qdq._verify import verify_export
+from bitlower.backends.onnx_qdq.backend import ExportReport, OnnxQdq
+from bitlower.ir import Batch, Program
 
 __all__ = [
-    "ArtefactReport",
+    "ArtifactReport",
     "ExportReport",
-    "Options",
+    "OnnxModel",
+    "OnnxQdq",
     "Verification",
-    "check_level",
     "export",
     "verify",
     "verify_export",
 ]
+
+
+def export(
+    program: Program,
+    folder: Path,
+    *,
+    batches: Sequence[Batch],
+    provenance: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> ExportReport:
+    """:meth:`OnnxQdq.export` with ``options``."""
+    return OnnxQdq(**options).export(program, folder, batches, provenance)

@@ -1,4 +1,4 @@
-"""The artefact's folder, laid out as Hugging Face does: the model, config.json and the tokenizer's files."""
+"""The artifact's folder, laid out as Hugging Face does: the model, config.json and the tokenizer's files."""
 
 from __future__ import annotations
 

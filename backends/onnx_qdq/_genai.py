@@ -26,7 +26,7 @@ def write_genai_config(
 
     Args:
         program: what was exported.
-        folder: the artefact's.
+        folder: the artifact's.
         session_config: session configuration entries that the model is meant to run with.
     """
     if not has_cache(program) or "logits" not in {spec.name for spec in program.outputs}:

@@ -73,11 +73,11 @@ def rewrite(
 
     Args:
         model: of :func:`~bitlower.backends.onnx_qdq._translate.translate`.
-        form: see :class:`~bitlower.backends.onnx_qdq.Options`.
+        form: see :class:`~bitlower.backends.onnx_qdq.backend.OnnxQdq`.
         specs: of stored codes, by the codes' names; those that are left out get no low-bit kernel.
         heads: the names of the codes of output heads.
         accuracy_level: of MatMulNBits.
-        weight_signs: see :class:`~bitlower.backends.onnx_qdq.Options`.
+        weight_signs: see :class:`~bitlower.backends.onnx_qdq.backend.OnnxQdq`.
     """
     editor = Editor(model, specs, unsigned=chosen_signs(weight_signs) == "unsigned")
     log = apply_rules(editor, rules(form, accuracy_level, heads))

@@ -1,6 +1,6 @@
-"""``manifest.json``: what an artefact is made of and by what; and the check of an artefact against it.
+"""``manifest.json``: what an artifact is made of and by what; and the check of an artifact against it.
 
-An artefact is checked without the Program: every file has the size and the hash that the manifest says, onnxruntime
+An artifact is checked without the Program: every file has the size and the hash that the manifest says, onnxruntime
 loads the model and runs as many integer kernels as at export, and on the inputs kept in ``verification.json`` the model
 gives what it gave when it was compared with the Program.
 """
@@ -26,8 +26,8 @@ PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime")
 
 
 @dataclass(frozen=True)
-class ArtefactReport:
-    """A sound artefact.
+class ArtifactReport:
+    """A sound artifact.
 
     Args:
         files: how many there are.
@@ -73,7 +73,7 @@ def write_manifest(
 
     Args:
         program: what was exported.
-        folder: the artefact's.
+        folder: the artifact's.
         backend_options: those of the export.
         provenance: seeds, hashes of data, and what else the caller knows; plain data.
     """
@@ -87,14 +87,14 @@ def write_manifest(
     )
 
 
-def verify_artefact(folder: Path) -> ArtefactReport:
-    """Check an artefact on the disk against what was recorded when it was written.
+def verify_artifact(folder: Path) -> ArtifactReport:
+    """Check an artifact on the disk against what was recorded when it was written.
 
     Raises:
         BitlowerError: there is no such folder.
         CheckError: a file is missing or changed, the model does not load, or does not compute what it did.
     """
-    files = _manifest.check_artefact(folder, (MODEL,))
+    files = _manifest.check_artifact(folder, (MODEL,))
     recorded = Verification.read(folder)
     path = folder / MODEL
     with optimized_model(path, recorded.session_config) as optimized:
@@ -105,7 +105,7 @@ def verify_artefact(folder: Path) -> ArtefactReport:
         )
     _check_kernels(kernels, recorded)
     run = optimized.session.run
-    return ArtefactReport(
+    return ArtifactReport(
         files.count,
         files.bytes,
         files.unlisted,

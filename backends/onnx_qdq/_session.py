@@ -1,4 +1,4 @@
-"""onnxruntime sessions as an artefact is checked with, and models whose inner values can be read."""
+"""onnxruntime sessions as an artifact is checked with, and models whose inner values can be read."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Verification(Verified):
         exposing: the largest change of an output from reading the codes, which could keep the runtime from fusing; 0
             says that the codes are those of the model as it is deployed.
         kernels: what the runtime runs.
-        selftest: lets the artefact be checked without the Program.
+        selftest: lets the artifact be checked without the Program.
         unseen: the sizes that neither tracing nor the batches had, and a self-test of them.
     """
 

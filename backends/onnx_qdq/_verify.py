@@ -68,7 +68,7 @@ def verify_export(
 
     Args:
         program: what was exported.
-        folder: the artefact's.
+        folder: the artifact's.
         batches: inputs by name; real ones.
         limit: only so many batches are compared, besides a part of the first, which is kept for the self-test.
         session_config: session configuration entries that the model is meant to run with.

@@ -9,22 +9,13 @@ is imported by what compiles or runs, and only there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from bitlower.backends._manifest import check_artefact
 from bitlower.backends.tvm_kernels._arguments import Argument, arguments
-from bitlower.backends.tvm_kernels._artefact import ArtefactReport
-from bitlower.backends.tvm_kernels._artefact import verify_artefact as verify
-from bitlower.backends.tvm_kernels._export import (
-    ExportReport,
-    Options,
-    check_host,
-    check_level,
-    check_program,
-    export,
-)
+from bitlower.backends.tvm_kernels._artifact import ArtifactReport
+from bitlower.backends.tvm_kernels._artifact import verify_artifact as verify
 from bitlower.backends.tvm_kernels._library import Library, is_library
 from bitlower.backends.tvm_kernels._packing import pack_linear, pack_vector, unpack_linear
 from bitlower.backends.tvm_kernels._spec import (
@@ -38,7 +29,8 @@ from bitlower.backends.tvm_kernels._spec import (
 )
 from bitlower.backends.tvm_kernels._tvm import require_tvm
 from bitlower.backends.tvm_kernels._verification import Verification
-from bitlower.ir import Program
+from bitlower.backends.tvm_kernels.backend import ExportReport, TvmKernels
+from bitlower.ir import Batch, Program
 
 if TYPE_CHECKING:
     from bitlower.backends.tvm_kernels._compile import Kernel
@@ -46,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationSpec",
     "Argument",
-    "ArtefactReport",
+    "ArtifactReport",
     "EmbeddingSpec",
     "ExportReport",
     "KernelSpec",
@@ -54,13 +46,10 @@ __all__ = [
     "Library",
     "LinearSpec",
     "NormSpec",
-    "Options",
     "Target",
+    "TvmKernels",
     "Verification",
     "arguments",
-    "check_host",
-    "check_level",
-    "check_program",
     "compile_kernel",
     "compile_program",
     "device_source",
@@ -117,7 +106,7 @@ def compile_program(
     target: Target | None = None,
     *,
     sizes: Mapping[str, int] | None = None,
-    activations: str = Options.activations,
+    activations: str = TvmKernels.activations,
 ) -> Library:
     """A Program at level fused as a library in memory, which is called as the Program is.
 
@@ -125,7 +114,7 @@ def compile_program(
         program: with one graph.
         target: whose code; None: the best CPU that this processor is.
         sizes: symbolic dimensions that are known already, by name.
-        activations: see :class:`Options`.
+        activations: see :class:`TvmKernels`.
 
     Raises:
         BitlowerError: TVM is not installed in the pairing that works, or the program cannot be compiled.
@@ -144,8 +133,16 @@ def load_library(folder: Path) -> Library:
         BitlowerError: TVM is not installed, or the library is code for another processor.
         CheckError: a file is missing or changed, or is not listed in the manifest.
     """
-    require_tvm()
-    from bitlower.backends.tvm_kernels import _files
+    return TvmKernels.load(folder)
 
-    check_artefact(folder, _files.RESERVED)
-    return _files.load_library(folder)
+
+def export(
+    program: Program,
+    folder: Path,
+    *,
+    batches: Sequence[Batch],
+    provenance: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> ExportReport:
+    """:meth:`TvmKernels.export` with ``options``."""
+    return TvmKernels(**options).export(program, folder, batches, provenance)

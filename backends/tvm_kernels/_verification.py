@@ -69,7 +69,7 @@ class Verification(Verified):
         outputs: one row each; none where the library was not run.
         kernels: one row for each kind; none where the library was not run.
         exposing: the largest change of an output from reading what kernels give, over the output's standard deviation.
-        selftest: lets the artefact be checked without the Program; expects the Program's outputs where the library was
+        selftest: lets the artifact be checked without the Program; expects the Program's outputs where the library was
             not run, else its own.
         unseen: the sizes that neither tracing nor the batches had, and a self-test of them, as ``selftest``.
     """

@@ -64,7 +64,7 @@ def verify_export(
 
     Args:
         program: what was exported.
-        folder: the artefact's.
+        folder: the artifact's.
         batches: inputs by name; real ones.
         target: whose code was written.
         activations: of the library, ``float16`` or ``float32``.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import hashlib
 import inspect
@@ -14,7 +13,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from bitlower.ir import Batch, BitlowerError, Level, Program
-from bitlower.passes._machinery.kinds import check_bounds
+from bitlower.ir.plugins.kinds import check_bounds
+from bitlower.ir.plugins.parameters import changed_fields
+from bitlower.passes._machinery.workload import BlockSchedule, Workload
 
 T = TypeVar("T")
 
@@ -90,7 +91,7 @@ class Pass:
 
     Parameters have defaults. Their types are bool, int, float, str, an enum, ``Literal``, ``tuple`` of these,
     ``X | None``, or a class with ``parse``, ``from_dict`` or ``from_list``. ``Annotated[float, Interval(gt=0, le=1)]``
-    sets bounds (:mod:`~bitlower.passes._machinery.kinds`). A ``__post_init__`` of your own begins with
+    sets bounds (:mod:`~bitlower.ir.plugins.kinds`). A ``__post_init__`` of your own begins with
     ``super().__post_init__()``.
     """
 
@@ -102,6 +103,10 @@ class Pass:
     contract: ClassVar[Contract] = Contract.LOSSY
     preserves: ClassVar[frozenset[type]] = frozenset()
     """The facts about the program in the context that stay true although the pass changed it."""
+    rewrites_weights: ClassVar[bool] = False
+    """Whether it gives weights other values, so that those before are held as well; for predictions of memory."""
+    keeps_sizes: ClassVar[bool] = False
+    """Whether the artifact is as large as without it; for predictions."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -136,6 +141,26 @@ class Pass:
         """How often :meth:`run` runs ``program`` over all calibration data, for predictions of time."""
         return 0
 
+    def sets_bits(self) -> bool:
+        """Whether :meth:`run` gives tensors quantizers, or quantizers other bits: backends are asked again then."""
+        return self.ensures is Level.SIMULATED
+
+    def runs_in_plan(self) -> bool:
+        """Whether a prediction of sizes runs the pass: it is quick and needs no data."""
+        return self.sets_bits() and not self.needs_calibration()
+
+    def solver_bytes(self, workload: Workload) -> int:
+        """What :meth:`run` holds in memory beside the model, for predictions."""
+        return 0
+
+    def solver_operations(self, workload: Workload) -> float:
+        """The floating-point operations of :meth:`run` beside :meth:`data_runs`, for predictions of time."""
+        return 0.0
+
+    def unforeseen(self, program: Program) -> Iterable[str]:
+        """Why :meth:`run`, or what follows it, takes more time and memory than is predicted, a line for each reason."""
+        return ()
+
     def trains(self) -> bool:
         """Whether :meth:`run` trains on data: on ``context.training``, or on the calibration data where it is empty.
 
@@ -152,16 +177,10 @@ class Pass:
         """
         return 0
 
+    def block_schedule(self) -> BlockSchedule | None:
+        """How :meth:`run` trains one block after another, for predictions; None: it does not."""
+        return None
+
     def parameters(self) -> dict[str, Any]:
         """The fields that differ from their defaults."""
         return changed_fields(self)
-
-
-def changed_fields(instance: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from their defaults."""
-    values = {}
-    for f in dataclasses.fields(instance):
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        if default is dataclasses.MISSING or getattr(instance, f.name) != default:
-            values[f.name] = getattr(instance, f.name)
-    return values

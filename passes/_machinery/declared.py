@@ -7,8 +7,9 @@ from typing import Any
 
 from bitlower.ir import BitlowerError, Level, Program
 from bitlower.ir.diagnostics import shorten
+from bitlower.ir.plugins.faults import blamed, source_of
 from bitlower.passes._machinery.base import Contract, Pass
-from bitlower.passes._machinery.faults import blamed, pass_name, source_of
+from bitlower.passes._machinery.faults import pass_name
 
 _DECLARED = ("name", "requires", "ensures", "contract", "preserves")
 

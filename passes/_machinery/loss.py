@@ -10,7 +10,7 @@ import torch
 from annotated_types import Interval
 
 from bitlower.ir import Batch, BitlowerError, Program
-from bitlower.passes._machinery.kinds import check_bounds
+from bitlower.ir.plugins.kinds import check_bounds
 
 NEEDS = frozenset({"hidden", "attention", "teacher", "labels"})
 """What a loss may look at: values of the student (and of the teacher where that is named too), the teacher, labels."""

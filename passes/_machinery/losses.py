@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bitlower.ir import BitlowerError, shorten
-from bitlower.passes._machinery import parameters
-from bitlower.passes._machinery.catalog import Catalog, Problem
-from bitlower.passes._machinery.faults import blamed, source_of
+from bitlower.ir.plugins import parameters
+from bitlower.ir.plugins.catalog import Catalog, Problem
+from bitlower.ir.plugins.faults import blamed, source_of
 from bitlower.passes._machinery.loss import NEEDS, LogitsLoss, Loss, Objective
 
 

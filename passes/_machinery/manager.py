@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program
+from bitlower.ir.plugins.process import kept_process
 from bitlower.ir.storage import trim
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.batch_guard import BatchGuard
@@ -19,7 +20,6 @@ from bitlower.passes._machinery.declared import check_declared, declared
 from bitlower.passes._machinery.faults import blame_pass, is_own, pass_name
 from bitlower.passes._machinery.observers import Observer, Recorder, Verify
 from bitlower.passes._machinery.pipeline import format_pipeline
-from bitlower.passes._machinery.process import kept_process
 from bitlower.passes._machinery.report import Record
 from bitlower.passes._machinery.resume import Resume, WatchedContext
 from bitlower.passes._machinery.shape import shape_problem

@@ -10,8 +10,8 @@ from typing import Any
 
 from bitlower.ir import BitlowerError, shorten
 from bitlower.ir.json_files import DIGITS, parse_json
+from bitlower.ir.plugins.parameters import plain_parameters
 from bitlower.passes._machinery.base import Pass
-from bitlower.passes._machinery.parameters import plain_parameters
 from bitlower.passes._machinery.registry import make_pass
 
 LONGEST = 200_000

@@ -18,14 +18,14 @@ from typing import Any
 
 from bitlower.ir import BitlowerError
 from bitlower.ir.files import check_name
-from bitlower.passes._machinery import parameters
+from bitlower.ir.plugins import parameters
+from bitlower.ir.plugins.catalog import Catalog, Problem, Provider
+from bitlower.ir.plugins.faults import blamed, source_of
+from bitlower.ir.plugins.process import kept_process
 from bitlower.passes._machinery.base import Pass
-from bitlower.passes._machinery.catalog import Catalog, Problem, Provider
-from bitlower.passes._machinery.declared import declaration_problem
-from bitlower.passes._machinery.faults import blamed
+from bitlower.passes._machinery.declared import check_declared, declaration_problem
 from bitlower.passes._machinery.loss import Loss, Objective
 from bitlower.passes._machinery.losses import LOSSES
-from bitlower.passes._machinery.process import kept_process
 
 
 def _problem(cls: type[Pass]) -> Problem | None:
@@ -64,7 +64,7 @@ def make_pass(name: str, params: Mapping[str, Any] | None = None) -> Pass:
     Raises:
         BitlowerError: an unknown pass or parameter, or a value that does not fit.
     """
-    return parameters.build(find_pass(name), params or {})
+    return build(find_pass(name), params or {})
 
 
 def load_plugin(path: str | Path) -> list[type[Pass | Loss]]:
@@ -99,6 +99,19 @@ def classes_of(pass_: Pass) -> list[type[Pass | Loss]]:
     values = [getattr(pass_, field.name) for field in dataclasses.fields(pass_)]
     losses = [loss for value in values if isinstance(value, Objective) for loss in value.losses]
     return [type(pass_), *map(type, losses)]
+
+
+def build(cls: type[Pass], values: Mapping[str, Any]) -> Pass:
+    """The pass with ``values``, in kebab-case or with underscores, checked against the fields' annotations.
+
+    Raises:
+        BitlowerError: a parameter is unknown, doubled, missing, of the wrong type, or refused by the pass, whose code
+            may fail in any way.
+    """
+    with blamed(f"pass {cls.name!r} cannot be made", source_of(cls)):
+        pass_ = parameters.make(cls, f"pass {cls.name!r}", values)
+        check_declared(pass_)
+        return pass_
 
 
 def plugin_files(pass_: Pass) -> dict[Path, list[str]]:

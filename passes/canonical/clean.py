@@ -54,6 +54,10 @@ class Clean(Pass):
     requires: ClassVar[frozenset[Level]] = frozenset({Level.FLOAT})
     contract: ClassVar[Contract] = Contract.EXACT
 
+    def runs_in_plan(self) -> bool:
+        """Always: quantizers are placed in the form that it makes."""
+        return True
+
     def run(self, program: Program, context: Context) -> bool:
         """Rewrite every graph until nothing changes, and leave a :class:`CleanReport`."""
         changed, misses = False, []

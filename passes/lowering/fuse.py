@@ -27,6 +27,7 @@ class Fuse(Pass):
     requires: ClassVar[frozenset[Level]] = frozenset({Level.INTEGER})
     ensures: ClassVar[Level | None] = Level.FUSED
     contract: ClassVar[Contract] = Contract.EXACT
+    keeps_sizes: ClassVar[bool] = True
 
     def run(self, program: Program, context: Context) -> bool:
         """Fuse every graph and leave a :class:`FuseReport`."""

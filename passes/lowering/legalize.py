@@ -12,8 +12,9 @@ from annotated_types import Ge
 from torch import fx
 
 from bitlower.ir import BitlowerError, Granularity, Level, Program, Quantizer, TensorType, ops, set_tensor
-from bitlower.ir.dataflow import VIEWS, operand, weight_operand
+from bitlower.ir.dataflow import VIEWS, activation_operand, linears, operand, weight_operand
 from bitlower.ir.quantizer_node import is_open
+from bitlower.ir.scheme import ACTIVATION_ROLES
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.report import Record, counted, few
 from bitlower.passes.lowering._groups import Group, merge_groups, stored_groups
@@ -89,6 +90,16 @@ class Legalize(Pass):
         super().__post_init__()
         if self.merge > 1:
             object.__setattr__(self, "contract", Contract.LOSSY)
+
+    def unforeseen(self, program: Program) -> Iterable[str]:
+        """How many slices are made depends on data."""
+        rounded = {n: q.spec.granularity for n, q in program.quantizers() if q.role in ACTIVATION_ROLES}
+        cut = [_most_slices(rounded.get(activation_operand(node))) for node in linears(program.graph)]
+        if sum(cut) > len(cut):
+            yield (
+                f"it makes up to {sum(cut):,} products of {len(cut):,}, each a node to trace, to write and to check;"
+                " memory and time are as without it"
+            )
 
     def run(self, program: Program, context: Context) -> bool:
         """Rewrite all grouped quantizers and leave a :class:`LegalizeReport`.
@@ -256,3 +267,7 @@ def _narrowed(node: fx.Node, size: int) -> TensorType:
 
 def _place(node: fx.Node) -> dict[str, object]:
     return {key: node.meta[key] for key in ("path", "source") if key in node.meta}
+
+
+def _most_slices(granularity: Granularity | None) -> int:
+    return granularity.size if granularity and granularity.kind in ("embedding-group", "embedding-parts") else 1

@@ -21,6 +21,7 @@ class LowerInteger(Pass):
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     ensures: ClassVar[Level | None] = Level.INTEGER
     contract: ClassVar[Contract] = Contract.EXACT
+    keeps_sizes: ClassVar[bool] = True
 
     def run(self, program: Program, context: Context) -> bool:
         """Lower all quantizers.

@@ -85,6 +85,7 @@ class PegPermute(Pass):
     name: ClassVar[str] = "peg-permute"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.FLOAT})
     contract: ClassVar[Contract] = Contract.EXACT
+    rewrites_weights: ClassVar[bool] = True
     scope: Literal["network", "layer"] = "network"
     """One order for the whole residual stream, or one a layer with a gather each."""
     inner: bool = True

@@ -71,6 +71,7 @@ class Rotate(Pass):
     name: ClassVar[str] = "rotate"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.FLOAT})
     contract: ClassVar[Contract] = Contract.EXACT
+    rewrites_weights: ClassVar[bool] = True
     matrix: Literal["hadamard", "orthogonal"] = "hadamard"
     """Hadamard with random signs, where a Hadamard matrix of that size is known; else, or if asked for, random."""
 

@@ -32,6 +32,7 @@ class Smooth(Pass):
     name: ClassVar[str] = "smooth"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.EXACT
+    rewrites_weights: ClassVar[bool] = True
     alpha: Annotated[float, Interval(ge=0, le=1)] = 0.8
     """Migration strength in ``s = max|X|^α / max|W|^(1−α)``: 0 leaves all to the activations, 1 to the weights."""
     rows: Annotated[int, Ge(1)] = 512

@@ -29,6 +29,9 @@ from bitlower.ir.observe import Track
 from bitlower.ir.storage import is_mapped, release
 from bitlower.passes.precision._measures import Measure, Reference, Sums
 
+TRIALS = "it runs the model as often as there is something to try; the time is as without it"
+"""What predictions of a run with trials say."""
+
 
 class Switch(enum.Enum):
     """A quantizer as it stands in the program, or one that lets values through."""

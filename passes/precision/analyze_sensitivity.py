@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
@@ -10,15 +10,15 @@ from annotated_types import Ge, Interval, MinLen
 from torch import fx
 
 from bitlower.ir import BitlowerError, Grid, Level, Program, QuantSpec, Scheme
+from bitlower.ir.plugins.parameters import plain_parameters
 from bitlower.ir.quantizer_node import require_closed
 from bitlower.ir.scheme import WEIGHT_ROLES
 from bitlower.passes._machinery.base import Context, Contract, Pass
-from bitlower.passes._machinery.parameters import plain_parameters
 from bitlower.passes._machinery.pipeline import parse_pipeline
 from bitlower.passes.precision._measures import Choice, Measure
 from bitlower.passes.precision._quantizer_groups import AFTER, BEFORE, By, Group, exclusion, group_quantizers
 from bitlower.passes.precision._sensitivity_report import GroupSensitivity, SensitivityReport, recipe_text
-from bitlower.passes.precision._trials import Switch, Trials
+from bitlower.passes.precision._trials import TRIALS, Switch, Trials
 from bitlower.passes.quantizers.quantize import Quantize
 
 __all__ = ["AnalyzeSensitivity", "SensitivityReport", "analyze"]
@@ -51,6 +51,10 @@ class AnalyzeSensitivity(Pass):
     """The share of the loss that the recipe has to take away."""
     limit: Annotated[float, Interval(ge=0, le=1)] = 0.25
     """The largest share of the quantizers that the recipe may lift."""
+
+    def unforeseen(self, program: Program) -> Iterable[str]:
+        """The trials."""
+        yield TRIALS
 
     def needs_calibration(self) -> bool:
         """Always."""

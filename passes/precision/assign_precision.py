@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -16,6 +17,7 @@ from bitlower.passes.precision._items import Item, is_weight, set_width
 from bitlower.passes.precision._report import PrecisionReport, PrecisionRow
 from bitlower.passes.precision._roofline import Roofline
 from bitlower.passes.precision._search import Budgets, SearchOptions, search
+from bitlower.passes.precision._trials import TRIALS
 from bitlower.passes.quantizers._weights import WeightRanges
 from bitlower.passes.quantizers.calibrate import Calibrate, Estimator
 from bitlower.passes.quantizers.quantize import PlacementReport
@@ -84,6 +86,15 @@ class AssignPrecision(Pass):
             raise BitlowerError(
                 "assign-precision takes time and target together", hint="time: 0.8, target: a100, rows: 128"
             )
+
+    def sets_bits(self) -> bool:
+        """Always."""
+        return True
+
+    def unforeseen(self, program: Program) -> Iterable[str]:
+        """The trials, unless the set is fixed."""
+        if self.set == "none":
+            yield TRIALS
 
     def needs_calibration(self) -> bool:
         """Unless the set is fixed."""

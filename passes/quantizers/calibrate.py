@@ -36,6 +36,7 @@ class Calibrate(Pass):
     name: ClassVar[str] = "calibrate"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.LOSSY
+    keeps_sizes: ClassVar[bool] = True
     weights: WeightRanges = "mse-golden"
     """How weights get their ranges."""
     activations: Estimator = "mse-token"

@@ -21,10 +21,16 @@ from bitlower.ir.tokens import token_rows
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.checkpoints import Stored, load_checkpoint, save_checkpoint
 from bitlower.passes._machinery.report import Record, counted, few
+from bitlower.passes._machinery.workload import Workload
 from bitlower.passes.quantizers._weights import WeightRanges, close_weights, open_weights
 from bitlower.passes.rounding._adaround_solver import Function, Layer, Options, Rounded, solve
 from bitlower.passes.rounding._float_twin import float_twin
 from bitlower.passes.rounding._hessian import token_weights
+
+LAYER_COPIES = 14
+"""What the optimizer of a layer holds, in copies of its weight: measured on encoders of 6 and 12 layers."""
+STEP_WORK = 1600.0
+"""What a step does weight by weight, in the time of so many operations of a matrix product: measured on the same."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,8 @@ class Adaround(Pass):
     name: ClassVar[str] = "adaround"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.LOSSY
+    rewrites_weights: ClassVar[bool] = True
+    keeps_sizes: ClassVar[bool] = True
     iterations: Annotated[int, Ge(1)] = 1000
     """Steps of Adam a layer."""
     learning_rate: Annotated[float, Gt(0)] = 0.01
@@ -114,6 +122,21 @@ class Adaround(Pass):
     def data_runs(self, program: Program) -> int:
         """The float and the quantized program."""
         return 2
+
+    def solver_bytes(self, workload: Workload) -> int:
+        """The activations of two walks, at most ``memory``, the float weights, and a layer with its tokens."""
+        if not workload.widths:
+            return 0
+        between = 2 * workload.tokens * (max(workload.widths) + 2 * min(workload.widths)) * 4
+        tokens = min(self.tokens, workload.tokens)
+        layer = max(LAYER_COPIES * rows * columns + 3 * tokens * (rows + columns) for rows, columns in workload.shapes)
+        weights = sum(rows * columns for rows, columns in workload.shapes)
+        return int(min(self.memory, between) + 4 * (weights + layer))
+
+    def solver_operations(self, workload: Workload) -> float:
+        """For each step and weight 4 operations a token, forwards and backwards, and ``STEP_WORK``."""
+        steps = self.iterations * (4.0 * self.batch + STEP_WORK)
+        return steps * sum(rows * columns for rows, columns in workload.shapes)
 
     def needs_calibration(self) -> bool:
         """Always."""

@@ -69,6 +69,7 @@ class CorrectBias(Pass):
     name: ClassVar[str] = "correct-bias"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.LOSSY
+    keeps_sizes: ClassVar[bool] = True
     weighting: Literal["none", "unit-norm", "root-norm", "clipped-norm"] = "unit-norm"
     """How much a token counts in the mean, by the norm of its float output. ``none`` is the published mean: a few
     tokens of huge norm may own it, and the bias that mends their error is added to all others."""

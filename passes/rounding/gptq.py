@@ -21,6 +21,7 @@ from bitlower.ir.tokens import token_mask
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.checkpoints import Stored, load_checkpoint, save_checkpoint
 from bitlower.passes._machinery.report import Record, counted, few
+from bitlower.passes._machinery.workload import Workload
 from bitlower.passes.quantizers._weights import close_weights, open_weights
 from bitlower.passes.rounding._float_twin import float_twin
 from bitlower.passes.rounding._gptq_factor import Factor, factorize
@@ -96,6 +97,8 @@ class Gptq(Pass):
     name: ClassVar[str] = "gptq"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.LOSSY
+    rewrites_weights: ClassVar[bool] = True
+    keeps_sizes: ClassVar[bool] = True
     damping: Annotated[float, Interval(ge=0, le=1)] = 0.01
     """Share of the mean diagonal that is added to the Hessian; raised where it stays singular."""
     weighting: Literal["none", "unit-norm", "root-norm", "clipped-norm", "unit-output"] = "unit-norm"
@@ -111,7 +114,7 @@ class Gptq(Pass):
     itself; 0 leaves gradients out."""
     order: Literal["none", "full", "grouped"] = "full"
     """Order of columns: as they are; by falling diagonal of the Hessian (act-order; grids stay those of the original
-    groups); or by it inside groups and among groups. None of them needs an index in the artefact."""
+    groups); or by it inside groups and among groups. None of them needs an index in the artifact."""
     static_groups: bool = False
     """Lay all grids over the original weights, and not over the weights that compensate for columns before."""
     ranges: Literal["minmax", "mse", "weighted-mse", "best"] = "weighted-mse"
@@ -137,6 +140,18 @@ class Gptq(Pass):
     def data_runs(self, program: Program) -> int:
         """One walk, and a run forwards and backwards (twice as long as forwards) for gradients."""
         return 4 if self.gradient else 1
+
+    def solver_bytes(self, workload: Workload) -> int:
+        """The activations between two layers, at most ``memory``, and three Hessians of the widest input."""
+        if not workload.widths:
+            return 0
+        between = workload.tokens * (max(workload.widths) + 2 * min(workload.widths)) * 4
+        return min(self.memory, between) + 3 * max(workload.widths) ** 2 * 4
+
+    def solver_operations(self, workload: Workload) -> float:
+        """A Hessian for each input of width c (2 c² a token), its factor (2 c³), and error feedback (2 c² a row)."""
+        hessians = sum(2.0 * width**2 * (workload.tokens + width) for width in workload.widths)
+        return hessians + sum(2.0 * rows * columns**2 for rows, columns in workload.shapes)
 
     def needs_calibration(self) -> bool:
         """Always."""

@@ -20,6 +20,7 @@ class Rtn(Pass):
     name: ClassVar[str] = "rtn"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.LOSSY
+    keeps_sizes: ClassVar[bool] = True
     ranges: WeightRanges = "minmax"
     """How a grid is laid over the weights that share it: from end to end, or where the squared error is least."""
 

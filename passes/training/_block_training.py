@@ -12,8 +12,9 @@ from annotated_types import Ge, Interval
 
 from bitlower.ir import Level, Program
 from bitlower.passes._machinery.base import Context, Contract, Pass
-from bitlower.passes.training._block_data import BlockData, Split, chosen_data
-from bitlower.passes.training._block_loop import BlockRow, Outcome, Schedule, improve_blocks
+from bitlower.passes._machinery.workload import BlockSchedule
+from bitlower.passes.training._block_data import TOKENS, BlockData, Split, chosen_data
+from bitlower.passes.training._block_loop import EVALUATIONS, BlockRow, Outcome, Schedule, improve_blocks
 from bitlower.passes.training._blocks import Walk, pairs
 from bitlower.passes.training._teacher import float_reference
 
@@ -28,6 +29,8 @@ class BlockTraining(Pass, abc.ABC):
 
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.LOSSY
+    rewrites_weights: ClassVar[bool] = True
+    keeps_sizes: ClassVar[bool] = True
     iterations: Annotated[int, Ge(1)] = 200
     """Steps a block."""
     batch: Annotated[int, Ge(1)] = 8
@@ -55,6 +58,10 @@ class BlockTraining(Pass, abc.ABC):
     def training_steps(self, batches: int) -> int:
         """Those of each block."""
         return self.iterations
+
+    def block_schedule(self) -> BlockSchedule:
+        """As the parameters say."""
+        return BlockSchedule(self.iterations, self.batch, self.held_out, EVALUATIONS, TOKENS, self.memory)
 
     @property
     def schedule(self) -> Schedule:

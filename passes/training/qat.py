@@ -61,6 +61,7 @@ class Qat(Pass):
     name: ClassVar[str] = "qat"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.LOSSY
+    keeps_sizes: ClassVar[bool] = True
     preset: Literal["own", "ranges", "bondarenko", "quantgpt"] = "own"
     """What the parameters are that are left out. ``ranges``: scales and zero points alone learn, scales as logarithms,
     so that a rate is a relative change. ``bondarenko``: one rate of 5e-5, the scale itself and zero points learned, no

@@ -95,12 +95,12 @@ def handmade() -> Handmade:
 
 @pytest.fixture(scope="session")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The artefact of ``handmade``; not to be written to."""
+    """The artifact of ``handmade``; not to be written to."""
     from bitlower.backends.onnx_qdq._manifest import write_manifest
     from bitlower.backends.onnx_qdq._verify import verify_export
 
     made = _handmade()
-    folder = made.write(tmp_path_factory.mktemp("artefact") / "sound")
+    folder = made.write(tmp_path_factory.mktemp("artifact") / "sound")
     (folder / "config.json").write_text("{}")
     verify_export(made.program, folder, made.batches[:1]).write(folder)
     write_manifest(made.program, folder)

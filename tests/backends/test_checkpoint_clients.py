@@ -152,7 +152,7 @@ def test_a_linear_layer_of_a_class_of_its_own_is_unfolded_as_it_loads(falcon: Pr
     torch.testing.assert_close(logits, ours, rtol=0, atol=1e-5 * float(ours.std()))
 
 
-def test_a_checkpoint_that_its_client_cannot_run_is_no_artefact(
+def test_a_checkpoint_that_its_client_cannot_run_is_no_artifact(
     falcon: Program, prompts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = CompressedTensors.config

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitlower.backends.checkpoint import Options, export, supports
+from bitlower.backends.checkpoint import Checkpoint, export
 from bitlower.frontends import load
 from bitlower.ir import (
     BitlowerError,
@@ -29,13 +29,13 @@ Lowered = Callable[..., Program]
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Options(format="gptq"), "unknown format 'gptq'; did you mean 'gptq-v2'"),  # type: ignore[arg-type]
-        (lambda: Options(dtype="float64"), "unknown dtype 'float64'"),  # type: ignore[arg-type]
-        (lambda: Options(max_shard_size=0), "max_shard_size is a whole number of bytes from 1, not 0"),
-        (lambda: Options(max_shard_size=True), "max_shard_size is a whole number"),
+        (lambda: Checkpoint(format="gptq"), "format is gptq; it takes one of compressed-tensors, gptq-v2"),  # type: ignore[arg-type]
+        (lambda: Checkpoint(dtype="float64"), "dtype is float64; it takes one of float16"),  # type: ignore[arg-type]
+        (lambda: Checkpoint(max_shard_size=0), "max-shard-size is 0; it takes int of 1 or more"),
+        (lambda: Checkpoint(max_shard_size=True), "max-shard-size is True"),
     ],
 )
-def test_options_out_of_range_are_named(make: Callable[[], Options], message: str):
+def test_options_out_of_range_are_named(make: Callable[[], Checkpoint], message: str):
     with pytest.raises(BitlowerError, match=message):
         make()
 
@@ -163,6 +163,6 @@ ROWS3 = QuantSpec(Grid(3), Granularity.per_channel(0))
     ],
 )
 def test_support_is_known_beforehand(spec, shape, role, options, reason: str):
-    answer = supports(spec, shape, role, **options)
+    answer = Checkpoint(**options).supports(spec, shape, role)
     assert reason in answer
     assert bool(answer) is bool(reason)

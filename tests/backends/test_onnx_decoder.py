@@ -285,5 +285,5 @@ def test_an_encoder_is_not_described_for_generation(tmp_path: Path) -> None:
 def test_a_file_of_the_model_cannot_stand_in_for_ours(tmp_path: Path) -> None:
     program = decoder("gpt2").clone()
     program.assets["genai_config.json"] = b"{}"
-    with pytest.raises(BitlowerError, match="cannot lie in an artefact"):
+    with pytest.raises(BitlowerError, match="cannot lie in an artifact"):
         export(program, tmp_path, batches=BATCHES)

@@ -16,11 +16,11 @@ import torch
 
 from bitlower.backends._config import quantization_config
 from bitlower.backends.onnx_qdq import export, verify
-from bitlower.backends.onnx_qdq._export import operators
 from bitlower.backends.onnx_qdq._folder import write_model
 from bitlower.backends.onnx_qdq._lower import lower, rewrite
 from bitlower.backends.onnx_qdq._rewrite_linear import Form
 from bitlower.backends.onnx_qdq._translate import translate
+from bitlower.backends.onnx_qdq.backend import operators
 from bitlower.frontends import load
 from bitlower.ir import Granularity, Grid, Program, QuantSpec, ScaleConvention, Scheme, get_tensor, ops
 from bitlower.passes import Context, PassManager

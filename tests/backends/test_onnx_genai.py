@@ -1,4 +1,4 @@
-"""onnxruntime-genai generates from an artefact what transformers' ``generate`` does, with the model's own settings."""
+"""onnxruntime-genai generates from an artifact what transformers' ``generate`` does, with the model's own settings."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def program(model: transformers.LlamaForCausalLM) -> Program:
 
 
 @pytest.fixture(scope="module")
-def artefact(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifact(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("genai")
     assert program.level is Level.FLOAT
     report = export(program, folder, batches=random_windows(program, count=1, length=8))
@@ -64,20 +64,20 @@ def artefact(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def described(program: Program, **settings: Any) -> Any:
-    """What the artefact of ``program`` says if its ``generation_config.json`` has ``settings``."""
+    """What the artifact of ``program`` says if its ``generation_config.json`` has ``settings``."""
     named = program.clone()
     named.assets["generation_config.json"] = json.dumps(settings).encode()
     return generation(named, VOCABULARY, CONTEXT)
 
 
-def generated(artefact: Path, said: Any) -> list[int]:
+def generated(artifact: Path, said: Any) -> list[int]:
     """What onnxruntime-genai generates with these settings."""
-    path = artefact / "genai_config.json"
+    path = artifact / "genai_config.json"
     form = json.loads(path.read_text())
     form["model"] |= said.tokens
     form["search"] = said.search
     path.write_text(json.dumps(form))
-    parameters = genai.GeneratorParams(runtime := genai.Model(str(artefact)))
+    parameters = genai.GeneratorParams(runtime := genai.Model(str(artifact)))
     generator = genai.Generator(runtime, parameters)
     generator.append_tokens(PROMPT)
     while not generator.is_done():
@@ -100,7 +100,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda given: ",".join(given) or "none")
-def test_tokens_are_those_of_transformers(model, program, artefact: Path, settings: dict[str, Any]) -> None:
+def test_tokens_are_those_of_transformers(model, program, artifact: Path, settings: dict[str, Any]) -> None:
     """``eos`` names ends by their place in the free continuation."""
     given, free = dict(settings), reference(model)
     places = given.pop("eos", None)
@@ -108,7 +108,7 @@ def test_tokens_are_those_of_transformers(model, program, artefact: Path, settin
         ends = [free[len(PROMPT) + place] for place in (places if isinstance(places, tuple) else (places,))]
         given["eos_token_id"] = ends if isinstance(places, tuple) else ends[0]
     expected = reference(model, **given)
-    found = generated(artefact, described(program, **{"max_length": LENGTH, **given}, pad_token_id=3))
+    found = generated(artifact, described(program, **{"max_length": LENGTH, **given}, pad_token_id=3))
     ends = given.get("eos_token_id", [])
     whole = expected[:-1] if expected[-1] in (ends if isinstance(ends, list) else [ends]) else expected
     assert found[: len(whole)] == whole

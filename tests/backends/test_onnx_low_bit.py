@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 
-from bitlower.backends.onnx_qdq import Options, export, verify, verify_export
+from bitlower.backends.onnx_qdq import OnnxQdq, export, verify, verify_export
 from bitlower.backends.onnx_qdq._folder import write_model
 from bitlower.backends.onnx_qdq._kernels import LEVEL_ENTRY
 from bitlower.backends.onnx_qdq._low_bit import (
@@ -296,5 +296,5 @@ def test_a_runtime_that_would_round_activations_unasked_is_refused(tmp_path: Pat
 
 
 def test_accuracy_levels_out_of_range_are_refused() -> None:
-    with pytest.raises(BitlowerError, match="accuracy_level is a whole number from 0 to 4"):
-        Options(accuracy_level=5)
+    with pytest.raises(BitlowerError, match="accuracy-level is 5; it takes int from 0 to 4"):
+        OnnxQdq(accuracy_level=5)

@@ -19,13 +19,13 @@ from bitlower.backends.onnx_qdq import export, verify
 from bitlower.backends.onnx_qdq._constants import check_constants
 from bitlower.backends.onnx_qdq._narrow import SMALL, is_packable, pack_rows, type_bits, unfold_rows, unpack_rows
 from bitlower.backends.onnx_qdq._rewrite import Editor
+from bitlower.backends.onnx_qdq._stored_sizes import OnnxSizes
 from bitlower.frontends import load
 from bitlower.ir import CheckError, Granularity, Grid, Program, QuantSpec, Scheme
 from bitlower.passes import Context, PassManager
 from bitlower.passes.lowering.lower_integer import LowerInteger
 from bitlower.passes.quantizers.calibrate import Calibrate
 from bitlower.passes.quantizers.quantize import Quantize
-from bitlower.tools.planning.sizes import Target, overhead_bytes, stored_bytes
 
 ROWS, WIDTH = 600, 64
 FORMS = ("qdq", "onnxruntime")
@@ -117,9 +117,9 @@ def test_files_are_as_small_as_the_scheme_says_and_run_in_integers(
     assert stored["kinds.weight_codes"].data_type == TensorProto.INT8
     two = scheme.weights.grid.bits == 2 and opset >= 25
     assert stored["up.weight_codes"].data_type == (TensorProto.INT2 if two else TensorProto.INT4)
-    target = Target("onnx-qdq", {"form": form, "opset": opset})
-    planned = overhead_bytes(program, target) + sum(
-        stored_bytes(quantizer, shape, target)
+    target = OnnxSizes(opset, form)
+    planned = target.overhead(program) + sum(
+        target.quantized(quantizer, shape)
         for node, quantizer in program.quantizers()
         if (shape := node.meta["type"].shape) and quantizer.role in ("linear-weight", "embedding-table")
     )
@@ -168,7 +168,7 @@ def test_tables_in_groups_take_the_bytes_that_are_planned(form: Any, bits: int, 
     export(program, tmp_path, batches=BATCHES, form=form)
     [rows] = [tensor for name, tensor in initializers(tmp_path).items() if name.startswith("table.weight_codes")]
     quantizer = next(q for _, q in program.quantizers() if q.tensor == "table.weight")
-    planned = stored_bytes(quantizer, (ROWS, WIDTH), Target("onnx-qdq", {"form": form}))
+    planned = OnnxSizes(form=form).quantized(quantizer, (ROWS, WIDTH))
     assert len(rows.raw_data) + 4 * ROWS * WIDTH // group == planned
     assert list(rows.dims) == [ROWS, WIDTH // 2 if (form, bits, group) == ("onnxruntime", 4, 32) else WIDTH]
 

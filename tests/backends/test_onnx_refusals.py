@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitlower.backends.onnx_qdq import Options, export
+from bitlower.backends.onnx_qdq import OnnxQdq, export
 from bitlower.backends.onnx_qdq._folder import write_assets
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Level, Program
@@ -21,21 +21,21 @@ def test_tokenizer_files_are_copied_and_stay_inside(tiny_program: Program, tmp_p
     assert (tmp_path / "vocab.txt").read_bytes() == b"a\n"
     for name in ("../vocab.txt", "/tmp/vocab.txt", "model.onnx", ".."):
         program.assets = {name: b""}
-        with pytest.raises(BitlowerError, match="cannot lie in an artefact"):
+        with pytest.raises(BitlowerError, match="cannot lie in an artifact"):
             write_assets(program, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Options(opset=20), "opset is a whole number from 21 to 25, not 20"),
-        (lambda: Options(opset=True), "opset is a whole number"),
-        (lambda: Options(form="qdp"), "did you mean 'qdq'"),  # type: ignore[arg-type]
-        (lambda: Options(weight_signs="sign"), "unknown weight_signs 'sign'"),  # type: ignore[arg-type]
-        (lambda: Options(external_data_threshold=-1), "external_data_threshold is a whole number"),
+        (lambda: OnnxQdq(opset=20), "opset is 20; it takes int from 21 to 25"),
+        (lambda: OnnxQdq(opset=True), "opset is True; it takes int from 21"),
+        (lambda: OnnxQdq(form="qdp"), "form is qdp; it takes one of qdq, onnxruntime"),  # type: ignore[arg-type]
+        (lambda: OnnxQdq(weight_signs="sign"), "weight-signs is sign; it takes one of"),  # type: ignore[arg-type]
+        (lambda: OnnxQdq(external_data_threshold=-1), "external-data-threshold is -1; it takes int from 0"),
     ],
 )
-def test_options_out_of_range_are_named(make: Callable[[], Options], message: str) -> None:
+def test_options_out_of_range_are_named(make: Callable[[], OnnxQdq], message: str) -> None:
     with pytest.raises(BitlowerError, match=message):
         make()
 

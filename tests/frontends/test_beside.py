@@ -142,7 +142,7 @@ def sentence_model(folder: Path, transformer: str = "") -> np.ndarray:
 
 
 def embedding_of(folder: Path) -> np.ndarray:
-    """The sentence embeddings of ``TEXTS`` as sentence-transformers computes them from an ONNX artefact's files."""
+    """The sentence embeddings of ``TEXTS`` as sentence-transformers computes them from an ONNX artifact's files."""
     import onnxruntime
 
     assert [m["path"] for m in json.loads((folder / "modules.json").read_text())] == [
@@ -282,7 +282,7 @@ def test_other_special_tokens_beyond_the_embedding_are_noted_and_refused_in_text
     assert batches(program, ["the cat"])
 
 
-def test_an_artefact_whose_tokenizer_gives_other_tokens_is_found(saved, tmp_path: Path) -> None:
+def test_an_artifact_whose_tokenizer_gives_other_tokens_is_found(saved, tmp_path: Path) -> None:
     program: Program = load(saved["encoder"])
     (tmp_path / "config.json").write_text(json.dumps(program.config))
     for name, data in program.assets.items():
@@ -292,7 +292,7 @@ def test_an_artefact_whose_tokenizer_gives_other_tokens_is_found(saved, tmp_path
     vocabulary = form["model"]["vocab"]
     vocabulary["quick"], vocabulary["over"] = vocabulary["the"], vocabulary["quick"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(form))
-    with pytest.raises(CheckError, match='the tokenizer of the artefact gives other tokens for "The quick'):
+    with pytest.raises(CheckError, match='the tokenizer of the artifact gives other tokens for "The quick'):
         check_tokenizer(program, tmp_path)
 
 

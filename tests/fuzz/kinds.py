@@ -18,13 +18,13 @@ from harness import Kind
 from ruamel.yaml import YAML
 
 from bitlower.backends._manifest import describe_file
+from bitlower.backends.registry import verify_artifact
 from bitlower.frontends import batches, load
 from bitlower.frontends._weights import load_weights
 from bitlower.frontends.gguf import load_gguf
 from bitlower.ir import Program, Scheme
 from bitlower.ir.storage import map_safetensors
 from bitlower.passes import parse_pipeline
-from bitlower.tools._backends import verify_artefact
 from bitlower.tools.data.labels import Head
 from bitlower.tools.data.texts import read_text, split_texts
 from bitlower.tools.data.training import read_examples
@@ -87,9 +87,9 @@ class Kinds:
             "recipe": self._recipe, "scheme": self._scheme, "pipeline": self._pipeline, "data": self._data,
             "configuration": self._configuration, "safetensors": self._safetensors, "gguf": self._gguf,
             "tokenizer": self._tokenizer,
-            "manifest": lambda: self._artefact("manifest.json", "onnx-qdq"),
-            "verification": lambda: self._artefact("verification.json", "onnx-qdq"),
-            "library": lambda: self._artefact("library.json", "tvm-kernels"),
+            "manifest": lambda: self._artifact("manifest.json", "onnx-qdq"),
+            "verification": lambda: self._artifact("verification.json", "onnx-qdq"),
+            "library": lambda: self._artifact("library.json", "tvm-kernels"),
         }  # fmt: skip
 
     def _recipe(self) -> Kind:
@@ -218,7 +218,7 @@ class Kinds:
 
         return Kind(write, attempt)
 
-    def _artefact(self, changed: str, backend: str) -> Kind:
+    def _artifact(self, changed: str, backend: str) -> Kind:
         sound = self._place / backend
         if not sound.exists():
             torch.manual_seed(0)
@@ -236,7 +236,7 @@ class Kinds:
                 (folder / "manifest.json").write_text(json.dumps(manifest))
 
         def attempt(folder: Path) -> object:
-            return verify_artefact(folder), open_runner(folder)
+            return verify_artifact(folder), open_runner(folder)
 
         return Kind(write, attempt)
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
+from bitlower.backends.base import Backend
+from bitlower.backends.onnx_qdq._stored_sizes import OnnxSizes
+from bitlower.backends.registry import BACKENDS
 from bitlower.frontends import load
-from bitlower.ir import Batch, Program
-from bitlower.tools import _backends
+from bitlower.ir import Batch, Level, Program
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -95,24 +97,61 @@ def traced(bert: Path, bert_program: Program, request: pytest.FixtureRequest, mo
         monkeypatch.setattr(f"bitlower.tools.{user}.load", quick)
 
 
-@pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch, traced: None) -> SimpleNamespace:
-    """Stands in for every backend; ``calls`` tells how it was called."""
+class Report(dict[str, Any]):
+    """What the stub of a backend reports."""
 
-    def export(
-        program: Program, folder: Path, *, opset: int = 21, form: str = "qdq", batches: Sequence[Batch] = (),
-        provenance: Any = None,
-    ) -> dict[str, Any]:  # fmt: skip
-        stub.calls.append((program, opset, batches))
+    to_dict = dict[str, Any].copy
+
+
+CALLS: list[tuple[Program, int, Sequence[Batch]]] = []
+
+
+@dataclass(frozen=True)
+class Stub(Backend):
+    """Stands in for every backend."""
+
+    name: ClassVar[str] = "onnx-qdq"
+    levels: ClassVar[frozenset[Level]] = frozenset(Level)
+    opset: int = 21
+    form: str = "qdq"
+
+    def export(self, program: Program, folder: Path, batches: Sequence[Batch], provenance: Any = None) -> Report:
+        CALLS.append((program, self.opset, batches))
         (folder / "model.txt").write_text(program.digest())
         (folder / "manifest.json").write_text("{}")
-        return {"kernels": {"got": 3, "expected": 3}, "worst": 0.5}
+        return Report({"kernels": {"got": 3, "expected": 3}, "worst": 0.5})
 
-    options = dataclasses.make_dataclass("Options", [("opset", int, 21), ("form", str, "qdq")])
-    stub = SimpleNamespace(export=export, Options=options, calls=[])
-    monkeypatch.setattr(_backends, "_module", lambda name: stub)
-    monkeypatch.setattr(_backends, "known_backends", lambda: ["onnx-qdq", "other"])
-    return stub
+    @classmethod
+    def verify(cls, folder: Path) -> Report:
+        return Report()
+
+    def sizes(self, placed: Program) -> OnnxSizes:
+        return OnnxSizes()
+
+
+Stub.__module__ = "bitlower.backends.stub"  # one of ours, whose faults are not those of a third party
+
+
+@dataclass(frozen=True)
+class Other(Stub):
+    """Another one."""
+
+    name: ClassVar[str] = "other"
+    formats: ClassVar[Mapping[str, Mapping[str, Any]]] = {"gptq-v2": {}}
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch, traced: None) -> SimpleNamespace:
+    """Stands in for every backend; ``calls`` tells how it was called, ``replace(member=…)`` changes it."""
+    CALLS.clear()
+
+    def replace(**members: Any) -> None:
+        for name, value in members.items():
+            monkeypatch.setattr(Stub, name, value)
+
+    monkeypatch.setattr(BACKENDS, "folder", Path(os.devnull))
+    monkeypatch.setattr(BACKENDS, "loose", {cls.name: (Path(__file__), cls) for cls in (Stub, Other)})
+    return SimpleNamespace(calls=CALLS, replace=replace, report=Report)
 
 
 @pytest.fixture(scope="session")

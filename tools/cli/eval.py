@@ -27,7 +27,7 @@ def evaluate(
     context: typer.Context,
     target: Annotated[
         str,
-        typer.Argument(metavar="DIR|MODEL", help="An artefact's folder, or a float model: a folder or package:NAME."),
+        typer.Argument(metavar="DIR|MODEL", help="An artifact's folder, or a float model: a folder or package:NAME."),
     ],
     task: Annotated[str, typer.Option(help="sts-b, classification or text-generation.")],
     data: Annotated[

@@ -125,7 +125,7 @@ def _all_passes() -> dict[str, type[Pass]]:
 def _describe(cls: type[Pass]) -> dict[str, Any]:
     """A pass as plain data."""
     from bitlower.ir import Level
-    from bitlower.passes._machinery.field_docs import without_markup
+    from bitlower.ir.plugins.field_docs import without_markup
 
     doc = without_markup(inspect.cleandoc(cls.__doc__ or ""))
     return {
@@ -141,10 +141,10 @@ def _describe(cls: type[Pass]) -> dict[str, Any]:
 
 def _parameters(cls: type[Pass]) -> list[dict[str, Any]]:
     """Name, type, default (absent where one must be given) and documentation of each parameter."""
+    from bitlower.ir.plugins.field_docs import field_docs
+    from bitlower.ir.plugins.kinds import kebab
+    from bitlower.ir.plugins.parameters import plain
     from bitlower.passes import describe_type, parameter_types
-    from bitlower.passes._machinery.field_docs import field_docs
-    from bitlower.passes._machinery.kinds import kebab
-    from bitlower.passes._machinery.parameters import plain
 
     kinds, documentation = parameter_types(cls), field_docs(cls)
     forms = []

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bitlower.tools.runs.flow import Options
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or package:NAME.")]
-Output = Annotated[Path, typer.Option("-o", "--output", help="The artefact's folder; it must not exist yet.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="The artifact's folder; it must not exist yet.")]
 Scheme = Annotated[str, typer.Option(help="For example W8A8, W8A8-full, W8A8-token, W4A16-g128.")]
 Algorithm = Annotated[
     str | None,
@@ -70,7 +70,7 @@ Seed = Annotated[int, typer.Option(help="The root of all randomness.")]
 Ignore = Annotated[list[str] | None, typer.Option(help="Modules that stay float: a path, a glob, or re:EXPRESSION.")]
 CacheFolder = Annotated[Path | None, typer.Option("--cache", help="Where finished passes are kept, to go on from.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep nothing, and start from the beginning.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an artefact that is there already.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there already.")]
 
 
 COMMANDS = ("run", "quantize", "analyze", "plan", "verify", "eval", "replay")
@@ -200,15 +200,15 @@ def plan(
 
 
 def verify(
-    context: typer.Context, folder: Annotated[Path, typer.Argument(metavar="DIR", help="An artefact's folder.")]
+    context: typer.Context, folder: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact's folder.")]
 ) -> None:
-    """Check an artefact again: its files against the manifest, and the model in its runtime."""
+    """Check an artifact again: its files against the manifest, and the model in its runtime."""
     settings = settings_of(context)
-    from bitlower.tools._backends import verify_artefact
+    from bitlower.backends.registry import verify_artifact
     from bitlower.tools.render import make_table
     from bitlower.tools.runs.summary import flatten
 
-    report = verify_artefact(folder)
+    report = verify_artifact(folder)
     settings.display().result(report, make_table(f"{folder} is sound", ("", ""), flatten(report)))
 
 

@@ -12,7 +12,7 @@ from bitlower.passes._machinery.digest import digest_batches
 
 @dataclass(frozen=True)
 class Data:
-    """Input batches: to calibrate on, and held-out ones for the ledger, the contracts and the artefact's checks.
+    """Input batches: to calibrate on, and held-out ones for the ledger, the contracts and the artifact's checks.
 
     ``lead`` are the tokens that all windows of a language model begin with. ``training`` are batches to train on, which
     may have ``labels``, and ``held_out`` others to choose the best step by.

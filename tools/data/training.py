@@ -52,7 +52,8 @@ from bitlower.tools.data.texts import (
     text_column,
     too_short,
 )
-from bitlower.tools.recipes.recipe import Recipe, TrainingSection, with_place
+from bitlower.tools.recipes.places import with_place
+from bitlower.tools.recipes.recipe import Recipe, TrainingSection
 
 TEXT_BATCH = 32
 SHARE = 0.1

@@ -1,4 +1,4 @@
-"""Accuracy on labelled data, of an artefact (in onnxruntime or TVM) or of a float model (as a Program)."""
+"""Accuracy on labelled data, of an artifact (in onnxruntime or TVM) or of a float model (as a Program)."""
 
 from __future__ import annotations
 
@@ -12,20 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bitlower.backends import _manifest
-from bitlower.backends._folder import read_model
-from bitlower.backends._manifest import check_if_artefact
-from bitlower.backends.tvm_kernels import is_library, load_library
+from bitlower.backends.base import Model
 from bitlower.frontends import batches, load
-from bitlower.ir import Batch, BitlowerError, Level, Program, TensorType, ValueSpec, nearest
+from bitlower.ir import Batch, BitlowerError, Program, nearest
 from bitlower.ir.files import check_name
 from bitlower.tools.data.labels import class_names, class_of
 from bitlower.tools.data.texts import Row, number, read_rows, split_column
-from bitlower.tools.evaluation.artifacts import as_input
+from bitlower.tools.evaluation.artifacts import load_artifact
 from bitlower.tools.evaluation.metrics import accuracy, f1, matthews, pearson, spearman
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession, NodeArg
+    pass
 
 Array = NDArray[Any]
 TASKS = ("sts-b", "classification")
@@ -71,7 +68,7 @@ def evaluate(
     """Measure ``target`` on ``data``.
 
     Args:
-        target: an artefact's folder (ONNX or library), a model as the frontends take it, or a Program of any level.
+        target: an artifact's folder (ONNX or library), a model as the frontends take it, or a Program of any level.
         task: ``sts-b`` (score, two sentences: correlation of the score with the cosine of mean-pooled embeddings) or
             ``classification`` (text, an optional second text, label).
         data: a .tsv, .csv or .jsonl file.
@@ -100,20 +97,27 @@ def evaluate(
 
 
 def open_runner(target: str | os.PathLike[str] | Program) -> Runner:
-    """A model to run: a Program, an artefact in onnxruntime or TVM where one lies, else the float model.
+    """A model to run: a Program, an artifact in its runtime, or the float model.
 
     Raises:
-        BitlowerError: there is no such model, or an artefact is not as it was written.
+        BitlowerError: there is no such model, or an artifact is not as it was written.
     """
     if isinstance(target, Program):
         return _of_program(target)
     folder = check_name(target)
-    with as_input():
-        if is_library(folder):
-            library = load_library(folder)
-            return Runner(library.program, lambda batch: {name: v.numpy() for name, v in library(**batch).items()})
-        check_if_artefact(folder)
-    return _artefact(folder) if (folder / "model.onnx").is_file() else _of_program(load(target))
+    model = load_artifact(folder)
+    return _of_program(load(target)) if model is None else _of_model(model)
+
+
+def _of_model(model: Model) -> Runner:
+    """An artifact; it runs on the least sizes that its program takes, and what was added is cut off again."""
+    program = model.program
+
+    def run(batch: Batch) -> dict[str, Array]:
+        outputs = model(**program.fitted(batch))
+        return {name: value.numpy() for name, value in program.cropped(outputs, batch).items()}
+
+    return Runner(program, run)
 
 
 def _of_program(program: Program) -> Runner:
@@ -205,61 +209,3 @@ def _read(path: Path, task: str, columns: tuple[str, ...]) -> list[Row]:
     if not rows:
         raise BitlowerError(f"{path} holds no rows")
     return rows
-
-
-def _artefact(folder: Path) -> Runner:
-    """The ONNX model in ``folder`` in onnxruntime."""
-    session = open_session(folder)
-    program = shell(folder, session)
-    names = [spec.name for spec in program.outputs]
-
-    def run(batch: Batch) -> dict[str, Array]:
-        given = program.fitted(batch)
-        found = session.run(names, {name: value.numpy() for name, value in given.items()})
-        results = {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
-        return {name: value.numpy() for name, value in program.cropped(results, batch).items()}
-
-    return Runner(program, run)
-
-
-def open_session(folder: Path) -> InferenceSession:
-    """The ONNX model in ``folder``, computed as it is written: no accuracy is given up for speed.
-
-    Raises:
-        BitlowerError: onnxruntime cannot load it.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-    try:
-        return onnxruntime.InferenceSession(str(folder / "model.onnx"), options, ["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises many kinds
-        raise BitlowerError(f"{folder / 'model.onnx'} cannot be loaded: {str(error).splitlines()[0]}") from None
-
-
-def shell(folder: Path, session: InferenceSession | None = None) -> Program:
-    """A Program without graphs: what tokenizing, and reading a session's inputs and outputs, need of an artefact.
-
-    Raises:
-        BitlowerError: there is no configuration.
-    """
-    config, files = read_model(folder)
-    return Program(
-        {},
-        Level.FLOAT,
-        "",
-        tuple(map(_value_spec, session.get_inputs())) if session else (),
-        tuple(map(_value_spec, session.get_outputs())) if session else (),
-        config,
-        files,
-        str(folder),
-        context_length=_manifest.context_length(folder),
-        lengths=_manifest.lengths(folder),
-    )
-
-
-def _value_spec(value: NodeArg) -> ValueSpec:
-    """An input or output of an ONNX model; of the types only whole numbers and float32 matter here."""
-    dtype = torch.int64 if value.type == "tensor(int64)" else torch.float32
-    return ValueSpec(value.name, TensorType(dtype, tuple(size if size is not None else "" for size in value.shape)))

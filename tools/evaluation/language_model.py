@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from bitlower.backends._manifest import check_if_artefact
+from bitlower.backends._folder import shell
 from bitlower.backends._steps import has_cache
-from bitlower.backends.tvm_kernels import Library, is_library, load_library
+from bitlower.backends.base import Model
+from bitlower.backends.onnx_qdq import OnnxModel
+from bitlower.backends.tvm_kernels import Library
 from bitlower.frontends import load
 from bitlower.frontends._context import stated_length
 from bitlower.frontends._decoder import cache_argument, cache_of
@@ -25,8 +27,7 @@ from bitlower.ir.files import check_name, reason
 from bitlower.ir.folding import with_float_weights
 from bitlower.ir.json_files import read_json
 from bitlower.ir.tasks import TEXT_GENERATION
-from bitlower.tools.evaluation.artifacts import as_input
-from bitlower.tools.evaluation.evaluate import open_session, shell
+from bitlower.tools.evaluation.artifacts import load_artifact
 
 Step = Callable[[Batch, Any], tuple[torch.Tensor, Any]]
 _PAST, _PRESENT = "past_key_values.", "present."
@@ -59,29 +60,26 @@ class LanguageModel:
         return () if stop is None else tuple(stop) if isinstance(stop, list) else (int(stop),)
 
 
-Model = Program | Library | LanguageModel | str | os.PathLike[str]
+Source = Program | Model | LanguageModel | str | os.PathLike[str]
 
 
-def language_model(model: Model) -> LanguageModel:
-    """``model`` behind the interface: a Program, a library or its folder, another artefact's folder, or a float model.
+def language_model(model: Source) -> LanguageModel:
+    """``model`` behind the interface: a Program, a library or its folder, another artifact's folder, or a float model.
 
     Raises:
-        BitlowerError: it is no causal language model, what reads it is not installed, or an artefact is not as it was
+        BitlowerError: it is no causal language model, what reads it is not installed, or an artifact is not as it was
             written.
     """
     if isinstance(model, LanguageModel):
         return model
     if isinstance(model, Program):
         return _of_program(model)
-    if isinstance(model, Library):
-        return _of_library(model)
+    if not isinstance(model, str | os.PathLike):
+        return _of_model(model)
     folder = check_name(model)
-    with as_input():
-        if is_library(folder):
-            return _of_library(load_library(folder))
-        check_if_artefact(folder)
-    if (folder / "model.onnx").is_file():
-        return _of_onnx(folder)
+    loaded = load_artifact(folder)
+    if loaded is not None:
+        return _of_model(loaded)
     if (folder / "config.json").is_file() and (method := quantization_of(folder)):
         return _of_checkpoint(folder, method)
     return _of_program(load(model))
@@ -97,17 +95,29 @@ def quantization_of(folder: Path) -> str:
 
 
 def _of_program(program: Program) -> LanguageModel:
+    return _of_inputs(program, with_float_weights(program), "Program")
+
+
+def _of_inputs(program: Program, run: Callable[..., dict[str, torch.Tensor]], runtime: str) -> LanguageModel:
+    """What takes its cache as inputs and returns it as outputs, by name."""
     _check(program)
-    folded = with_float_weights(program)
+    names = [spec.name for spec in program.inputs]
 
     def step(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
-        names = [spec.name for spec in program.inputs]
         with torch.no_grad():
-            outputs = folded(**{name: feed[name] for name in names if name in feed}, **(cache or {}))
+            outputs = run(**{name: feed[name] for name in names if name in feed}, **(cache or {}))
         logits = outputs["logits"]
         return logits, {_past_name(name): value for name, value in outputs.items() if name.startswith(_PRESENT)}
 
-    return LanguageModel(program, _with_memory(step, has_cache(program)), "Program")
+    return LanguageModel(program, _with_memory(step, has_cache(program)), runtime)
+
+
+def _of_model(model: Model) -> LanguageModel:
+    if isinstance(model, Library):
+        return _of_library(model)
+    if isinstance(model, OnnxModel):
+        return _of_onnx(model)
+    return _of_inputs(model.program, model, type(model).__name__)
 
 
 def _of_library(library: Library) -> LanguageModel:
@@ -124,12 +134,11 @@ def _of_library(library: Library) -> LanguageModel:
     return LanguageModel(program, _with_memory(step, has_cache(program)), "TVM")
 
 
-def _of_onnx(folder: Path) -> LanguageModel:
-    """The artefact in onnxruntime; the cache stays in its own memory from step to step."""
+def _of_onnx(model: OnnxModel) -> LanguageModel:
+    """The artifact in onnxruntime; the cache stays in its own memory from step to step."""
     from onnxruntime import OrtValue
 
-    session = open_session(folder)
-    program = shell(folder, session)
+    session, program = model.session, model.program
     _check(program)
     names = [spec.name for spec in program.outputs]
 

@@ -97,7 +97,7 @@ def evaluate_text(
     """Perplexity of ``target`` on ``data``, and greedy samples from ``prompts``.
 
     Args:
-        target: an artefact's folder (ONNX, checkpoint or library), or a float model as the frontends take it.
+        target: an artifact's folder (ONNX, checkpoint or library), or a float model as the frontends take it.
         data: a text file, or a table (``FILE:COLUMN``).
         joiner: see :func:`~bitlower.tools.data.texts.read_text`.
         window: tokens of a window.

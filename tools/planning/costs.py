@@ -3,7 +3,7 @@
 The formulas, with S the bytes of the float model's tensors (of those that lie in files, ``MAPPED_SHARE``)::
 
     peak memory = BASE_BYTES + S + S again if a pass rewrites weights + a byte for each code
-                  + values of one batch + the largest of: what ``gptq``, ``adaround`` or training holds,
+                  + values of one batch + the largest of: what solvers or training hold,
                     both programs' outputs of an evaluation batch,
                     EXPORT_COPIES · S + FILE_COPIES · bytes of the model file for ONNX and libraries
     seconds     = FIXED_SECONDS + TRACE_SECONDS, unless the trace is in the cache
@@ -11,12 +11,8 @@ The formulas, with S the bytes of the float model's tensors (of those that lie i
                   + nodes with quantizers · batches that they run on · CALL_SECONDS
                   + operations of runs over data, of solvers and of checks / (matrix rate of this machine · EFFICIENCY)
 
-``gptq`` holds the activations between two layers for all calibration data, at most the memory that the pass may, and
-three Hessians of the widest input; it computes a Hessian for each input of width c (2 c² a token), its factor (2 c³)
-and error feedback (2 c² a row). ``adaround`` holds the activations of two walks, the float weights of linears, and
-LAYER_COPIES of the largest layer with the tokens that it is learned on; it computes, for each step and weight, 4
-operations for each token of the step (products forward and backward) and STEP_WORK (what is done weight by weight, in
-the time of so many operations). What training takes says :mod:`bitlower.tools.planning.training_costs`. The constants
+What ``gptq`` and ``adaround`` hold and compute beside their runs they say themselves (``solver_bytes`` and
+``solver_operations``). What training takes says :mod:`bitlower.tools.planning.training_costs`. The constants
 were measured on encoders of 6 and 12 layers and a decoder of 30.
 """
 
@@ -24,24 +20,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
-from bitlower.ir import Granularity, Program, get_tensor
+from bitlower.backends.base import Backend
+from bitlower.ir import Level, Program, get_tensor
 from bitlower.ir.dataflow import activation_operand, linears, parameter_of, weight_operand
-from bitlower.ir.scheme import ACTIVATION_ROLES
 from bitlower.ir.storage import is_mapped
 from bitlower.ir.tasks import TEXT_GENERATION
 from bitlower.passes import Contract, Pass
 from bitlower.passes._machinery.declared import data_runs, training_steps
-from bitlower.passes.lowering.legalize import Legalize
-from bitlower.passes.rounding.adaround import Adaround
-from bitlower.passes.rounding.gptq import Gptq
-from bitlower.passes.training._block_training import BlockTraining
+from bitlower.passes._machinery.workload import Workload
 from bitlower.tools.data.sources import HELD_OUT_TEXTS, HELD_OUT_WINDOWS, TEXTS, Amount
 from bitlower.tools.planning.training_costs import Lesson
 
@@ -49,23 +41,18 @@ BASE_BYTES = 720_000_000
 MAPPED_SHARE = 0.03
 EXPORT_COPIES = 0.8
 FILE_COPIES = 4
-LAYER_COPIES = 14
 FIXED_SECONDS = 7.0
 TRACE_SECONDS = 4.5
 NODE_SECONDS = 0.0019
-EXPORT_SECONDS = {"checkpoint": 0.001}
-"""Seconds a node for loading and passes, and for each export; of other backends ``NODE_SECONDS``."""
+"""Seconds a node takes for loading and passes."""
 BYTE_SECONDS = 20e-9
 """Seconds a byte of the float model: it is read, hashed, checked, kept in the cache, and compared with the runtime."""
 CALL_SECONDS = 1.2e-4
 """Seconds a node takes on a batch besides its products."""
 EFFICIENCY = 0.7
 """Share of the rate of large matrix products that a run of a program reaches."""
-STEP_WORK = 1600.0
 TEXT_FILL = 0.25
 """Share of the longest length that texts have on the mean."""
-_REWRITING = ("adaround", "autoround", "gptq", "lkd", "peg-permute", "rotate", "smooth")
-"""Passes that give weights other values, while the program before lives on."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +97,6 @@ class Load:
         return cls(amount.samples or TEXTS, length, amount.batch_size, TEXT_FILL, HELD_OUT_TEXTS)
 
 
-Exports = Sequence[tuple[str, Mapping[str, Any]]]
-
-
 @dataclass(frozen=True)
 class Costs:
     """A run of ``passes`` on ``program`` (``placed`` with quantizers), whose result is written as ``exports``.
@@ -125,7 +109,7 @@ class Costs:
     placed: Program
     passes: Sequence[Pass]
     data: Load
-    exports: Exports
+    exports: Sequence[Backend]
     lesson: Lesson | None = None
     kept: bool = False
     file_bytes: int = 0
@@ -140,27 +124,27 @@ class Costs:
         tensors = [tensor for _, tensor in self.program.tensors()]
         size = sum(t.nbytes * (MAPPED_SHARE if is_mapped(t) else 1) for t in tensors)
         full = self.program.size_bytes()
-        rewritten = size if any(pass_.name in _REWRITING for pass_ in self.passes) else 0
+        rewritten = size if any(pass_.rewrites_weights for pass_ in self.passes) else 0
         codes = size / full * sum(map(torch.Tensor.numel, self._weights())) if self._lowers() else 0
-        written = any(name not in EXPORT_SECONDS for name, _ in self.exports)
+        written = any(backend.copies_model for backend in self.exports)
         exported = EXPORT_COPIES * size + FILE_COPIES * self.file_bytes if written else 0
-        most = max(self._solver_bytes(), self._trained_bytes(), self._compared_bytes(), exported)
+        most = max(self._held_bytes(), self._trained_bytes(), self._compared_bytes(), exported)
         return int(BASE_BYTES + size + rewritten + codes + self._value_bytes() + most)
 
     def seconds(self) -> float:
         """From start to end."""
         nodes = len(self.program.graph.nodes)
-        exports = sum(EXPORT_SECONDS.get(name, NODE_SECONDS) for name, _ in self.exports)
+        exports = sum(backend.node_seconds for backend in self.exports)
         token = 2.0 * sum(rows * columns for rows, columns in self._shapes())
         work = token * (self.runs * self.data.tokens + self._checked_tokens() + self._trained_tokens())
         rate = _flop_rate() * EFFICIENCY
         fixed = FIXED_SECONDS + (0 if self.kept else TRACE_SECONDS)
         read = self.program.size_bytes() * BYTE_SECONDS
         calls = len(self.placed.graph.nodes) * self._batches() * CALL_SECONDS
-        return fixed + nodes * (NODE_SECONDS + exports) + read + calls + (work + self._solver_work()) / rate
+        return fixed + nodes * (NODE_SECONDS + exports) + read + calls + (work + self._solved()) / rate
 
     def _lowers(self) -> bool:
-        return any(pass_.name == "lower-integer" for pass_ in self.passes)
+        return any(pass_.ensures is Level.INTEGER for pass_ in self.passes)
 
     def _checked_tokens(self) -> int:
         """Tokens that two programs run on: after exact passes one batch, after lossy ones and exports all held out."""
@@ -188,8 +172,8 @@ class Costs:
     def _trained_tokens(self) -> float:
         lesson, found = self._taught, 0.0
         for pass_ in self.passes:
-            if isinstance(pass_, BlockTraining):
-                found += lesson.block_tokens(pass_)
+            if schedule := pass_.block_schedule():
+                found += lesson.block_tokens(schedule)
             elif steps := training_steps(pass_, lesson.batches):
                 found += lesson.tokens_of(steps)
         return found
@@ -197,8 +181,8 @@ class Costs:
     def _trained_bytes(self) -> int:
         lesson, found, linear = self._taught, [0], 4 * sum(rows * columns for rows, columns in self._shapes())
         for pass_ in self.passes:
-            if isinstance(pass_, BlockTraining):
-                found.append(lesson.block_memory(pass_, self.placed, linear, min(self._widths(), default=0)))
+            if schedule := pass_.block_schedule():
+                found.append(lesson.block_memory(schedule, self.placed, linear, min(self._widths(), default=0)))
             elif training_steps(pass_, lesson.batches):
                 found.append(lesson.memory(self.program, self.placed))
         return max(found)
@@ -213,32 +197,17 @@ class Costs:
         widths = [spec.type.shape[-1] for spec in self.program.outputs if spec.type.shape]
         return 8 * self.data.batch_tokens * max((w for w in widths if isinstance(w, int)), default=0)
 
-    def _solver_bytes(self) -> int:
-        """What ``gptq`` or ``adaround`` holds besides the model; 0 without them."""
-        widths, shapes, found = self._widths(), self._shapes(), 0
-        for pass_ in self.passes if widths else ():
-            if isinstance(pass_, Gptq | Adaround):
-                walks = 1 if isinstance(pass_, Gptq) else 2
-                found += min(pass_.memory, walks * self.data.tokens * (max(widths) + 2 * min(widths)) * 4)
-            if isinstance(pass_, Gptq):
-                found += 3 * max(widths) ** 2 * 4
-            if isinstance(pass_, Adaround):
-                tokens = min(pass_.tokens, self.data.tokens)
-                layer = max(LAYER_COPIES * r * c + 3 * tokens * (r + c) for r, c in shapes)
-                found += 4 * (sum(r * c for r, c in shapes) + layer)
-        return int(found)
+    def _held_bytes(self) -> int:
+        """What the passes hold besides the model, one after another."""
+        return sum(pass_.solver_bytes(self._workload) for pass_ in self.passes)
 
-    def _solver_work(self) -> float:
-        """Floating-point operations of ``gptq`` and ``adaround`` besides their runs."""
-        work, shapes = 0.0, self._shapes()
-        for pass_ in self.passes:
-            if isinstance(pass_, Gptq):
-                work += sum(2.0 * width**2 * (self.data.tokens + width) for width in self._widths())
-                work += sum(2.0 * rows * columns**2 for rows, columns in shapes)
-            if isinstance(pass_, Adaround):
-                steps = pass_.iterations * (4.0 * pass_.batch + STEP_WORK)
-                work += steps * sum(rows * columns for rows, columns in shapes)
-        return work
+    def _solved(self) -> float:
+        """Floating-point operations of the passes besides their runs."""
+        return sum(pass_.solver_operations(self._workload) for pass_ in self.passes)
+
+    @property
+    def _workload(self) -> Workload:
+        return Workload(self.data.tokens, tuple(self._widths()), tuple(self._shapes()))
 
     def _widths(self) -> list[int]:
         """The widths of the activations that linears read, each activation once."""
@@ -255,27 +224,12 @@ class Costs:
         return [tensor for tensor in found if tensor.dim() == 2]
 
 
-def unforeseen(placed: Program, passes: Sequence[Pass], exports: Exports) -> Iterator[str]:
-    """Why a run takes more memory and time than the formulas say, a line for each reason.
-
-    Both are of ONNX exports: how many slices ``legalize`` makes depends on data, and the check of a decoder reads every
-    rounded value of whole windows.
-    """
-    if not any(name == "onnx-qdq" for name, _ in exports):
-        return
-    rounded = {node: q.spec.granularity for node, q in placed.quantizers() if q.role in ACTIVATION_ROLES}
-    cut = [_most_slices(rounded.get(activation_operand(node))) for node in linears(placed.graph)]
-    if any(isinstance(pass_, Legalize) for pass_ in passes) and sum(cut) > len(cut):
-        yield (
-            f"legalize makes up to {sum(cut):,} products of {len(cut):,}, each a node to trace, to write and to check;"
-            " memory and time are as without it"
-        )
-    if placed.task == TEXT_GENERATION and any(not granularity.dynamic for granularity in rounded.values()):
-        yield "every rounded value of a decoder's windows is checked against the runtime's; that is not foreseen"
-
-
-def _most_slices(granularity: Granularity | None) -> int:
-    return granularity.size if granularity and granularity.kind in ("embedding-group", "embedding-parts") else 1
+def unforeseen(placed: Program, passes: Sequence[Pass], exports: Sequence[Backend]) -> Iterator[str]:
+    """Why a run takes more memory and time than the formulas say, a line for each reason."""
+    for pass_ in passes:
+        yield from (f"{pass_.name}: {line}" for line in pass_.unforeseen(placed))
+    for backend in exports:
+        yield from (f"{backend.name}: {line}" for line in backend.unforeseen(placed))
 
 
 def _flop_rate() -> float:

@@ -1,11 +1,11 @@
-"""What a run will give and take, before any work: the size of the artefact, peak memory, time, bits per tensor.
+"""What a run will give and take, before any work: the size of the artifact, peak memory, time, bits per tensor.
 
 The model is traced and the passes that place quantizers run on it (they need no data); nothing is calibrated. From the
 placed quantizers follow the bytes of every tensor (:mod:`bitlower.tools.planning.sizes`), and whether the target can
 hold it. Memory and time are foreseen by :mod:`bitlower.tools.planning.costs`. Sizes are::
 
     model file = Σ codes + Σ scales and zero points + Σ tensors that stay float + overhead of nodes and tensors
-    artefact   = model file + tokenizer + FOLDER_BYTES + ROW_BYTES · quantizers
+    artifact   = model file + tokenizer + FOLDER_BYTES + ROW_BYTES · quantizers
 """
 
 from __future__ import annotations
@@ -21,36 +21,34 @@ import torch
 from rich.table import Table
 from torch import fx
 
+from bitlower.backends.base import Backend
+from bitlower.backends.registry import make_backend
+from bitlower.backends.sizes import Sizes
 from bitlower.frontends import load
 from bitlower.frontends._trace_cache import is_kept
-from bitlower.ir import Level, Program, get_tensor
+from bitlower.ir import Program, get_tensor
 from bitlower.ir.tasks import TEXT_GENERATION
 from bitlower.passes import Context, Contract, Pass, PassManager, format_pipeline
 from bitlower.passes._machinery.declared import training_steps, trains
-from bitlower.passes.precision.assign_precision import AssignPrecision
 from bitlower.passes.quantizers.quantize import PlacementReport
-from bitlower.tools import _backends
 from bitlower.tools.data.sources import Amount
-from bitlower.tools.planning.costs import Costs, Exports, Load, unforeseen
-from bitlower.tools.planning.sizes import Target, overhead_bytes, stored_bytes
+from bitlower.tools.planning.costs import Costs, Load, unforeseen
 from bitlower.tools.planning.training_costs import Lesson
 from bitlower.tools.recipes.recipe import Recipe
 from bitlower.tools.render import format_bytes, make_table
 from bitlower.tools.runs.flow import recipe_job
 from bitlower.tools.runs.heads import head_notes
 from bitlower.tools.runs.job import default_cache, traces_in
-from bitlower.tools.runs.standard import standard_exports, standard_passes
+from bitlower.tools.runs.standard import DEFAULT, standard_exports, standard_passes
 
 KEPT = "the trace of the model is in the cache: the run reads its weights alone"
 FOLDER_BYTES = 4_000
 ROW_BYTES = 1_100
-_SIZE_KEEPING = ("adaround", "autoround", "calibrate", "correct-bias", "fuse", "gptq", "lkd", "rtn", "lower-integer")
-_TRYING = ("analyze-sensitivity", "assign-precision")
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One parameter: its bits and bytes in the artefact; ``reason`` says why it stays float.
+    """One parameter: its bits and bytes in the artifact; ``reason`` says why it stays float.
 
     ``bits_per_weight`` counts scales, zero points and padding in.
     """
@@ -88,7 +86,7 @@ class Plan:
         activations: every value that could be rounded.
         notes: what becomes of output heads, and what could not be foreseen.
         file_bytes: of the model's weights and graph.
-        artefact_bytes: of the folder.
+        artifact_bytes: of the folder.
         float_bytes: of all tensors of the float model.
         peak_bytes: of resident memory.
         seconds: from start to end.
@@ -102,7 +100,7 @@ class Plan:
     activations: tuple[ActivationPlan, ...]
     notes: tuple[str, ...]
     file_bytes: int
-    artefact_bytes: int
+    artifact_bytes: int
     float_bytes: int
     peak_bytes: int
     seconds: float
@@ -125,7 +123,7 @@ class Plan:
             ("pipeline", self.pipeline),
             ("target", self.target),
             ("model file", f"{format_bytes(self.float_bytes)} → {format_bytes(self.file_bytes)}"),
-            ("whole artefact", format_bytes(self.artefact_bytes)),
+            ("whole artifact", format_bytes(self.artifact_bytes)),
             ("peak memory", f"{bound} {format_bytes(self.peak_bytes)}"),
             ("time", f"{bound} {self.seconds:.0f} s"),
             *(("note", note) for note in self.notes),
@@ -185,7 +183,7 @@ def make_plan(
     program: Program,
     passes: tuple[Pass, ...],
     data: Load,
-    exports: Exports = (("onnx-qdq", {}),),
+    exports: Sequence[Backend] = (),
     lesson: Lesson | None = None,
     *,
     kept: bool = False,
@@ -204,18 +202,19 @@ def make_plan(
         BitlowerError: a pattern matches nothing, a granularity does not fit a tensor, or a target cannot hold one.
     """
     float_bytes, context = program.size_bytes(), Context()
-    early = [pass_ for pass_ in passes if _is_early(pass_)]
+    exports = exports or (make_backend(DEFAULT),)
+    early = [pass_ for pass_ in passes if pass_.runs_in_plan()]
     placed = PassManager(early, verify=False).run(program, context)
-    for name, options in exports:
-        _backends.check_program(name, placed, options)
+    for backend in exports:
+        backend.check_fits(placed)
     rows = context[PlacementReport].rows if PlacementReport in context.results else ()
-    reasons, targets = {row.tensor: row.reason for row in rows}, [Target.of(placed, *export) for export in exports]
+    reasons, targets = {row.tensor: row.reason for row in rows}, [backend.sizes(placed) for backend in exports]
     planned = [_tensor_plans(placed, reasons, target) for target in targets]
     tensors = planned[0]
     names = {tensor.name for tensor in tensors}
     values = [ActivationPlan(r.tensor, r.role, r.path, r.spec, r.reason) for r in rows if r.tensor not in names]
     files = [
-        sum(tensor.bytes for tensor in tensors) + overhead_bytes(placed, target)
+        sum(tensor.bytes for tensor in tensors) + target.overhead(placed)
         for tensors, target in zip(planned, targets, strict=True)
     ]
     beside = sum(map(len, program.assets.values())) + FOLDER_BYTES + ROW_BYTES * len(list(placed.quantizers()))
@@ -225,7 +224,7 @@ def make_plan(
     return Plan(
         program.source,
         format_pipeline(passes),
-        str(targets[0]),
+        str(exports[0]),
         tensors,
         tuple(values),
         (*head_notes(placed), *([KEPT] if kept else []), *unknown, *_notes(later, exports)),
@@ -238,7 +237,7 @@ def make_plan(
     )
 
 
-def _tensor_plans(program: Program, reasons: dict[str, str], target: Target) -> tuple[TensorPlan, ...]:
+def _tensor_plans(program: Program, reasons: dict[str, str], target: Sizes) -> tuple[TensorPlan, ...]:
     """Every parameter and constant that is no scale or zero point, each storage once."""
     users: dict[str, list[fx.Node]] = {}
     for node in program.graph.nodes:
@@ -256,35 +255,25 @@ def _tensor_plans(program: Program, reasons: dict[str, str], target: Target) -> 
 
 
 def _tensor_plan(
-    name: str, tensor: torch.Tensor, quantizers: list[fx.Node], readers: list[fx.Node], reason: str, target: Target
+    name: str, tensor: torch.Tensor, quantizers: list[fx.Node], readers: list[fx.Node], reason: str, target: Sizes
 ) -> TensorPlan:
     full, count, shape = tensor.numel() * tensor.element_size(), max(tensor.numel(), 1), tuple(tensor.shape)
-    kept = target.float_bytes(tensor, readers)
+    kept = target.floats(tensor, readers)
     if not quantizers:
-        bits, reason = 8 * target.float_bytes(tensor) // count, reason or "no role in the scheme"
+        bits, reason = 8 * target.floats(tensor) // count, reason or "no role in the scheme"
         return TensorPlan(name, shape, bits, "", full, kept, 8 * kept / count, reason)
     quantizer = quantizers[0].meta["quantizer"]
     users = [user for node in quantizers for user in node.users]
-    size = stored_bytes(quantizer, shape, target, users)
+    size = target.quantized(quantizer, shape, users)
     also = "" if len(quantizers) == len(readers) else "and in float, for another reader"
     size += kept if also else 0
     return TensorPlan(name, shape, quantizer.spec.grid.bits, str(quantizer.spec), full, size, 8 * size / count, also)
 
 
-def _is_early(pass_: Pass) -> bool:
-    """Whether ``pass_`` places quantizers, or has to run before, and needs no data."""
-    if isinstance(pass_, AssignPrecision):
-        return pass_.set != "none"
-    return pass_.name == "clean" or pass_.ensures is Level.SIMULATED
-
-
-def _notes(later: Sequence[Pass], exports: Exports) -> Iterator[str]:
+def _notes(later: Sequence[Pass], exports: Sequence[Backend]) -> Iterator[str]:
     """What of the passes that did not run cannot be foreseen."""
     for pass_ in later:
-        keeps = pass_.name in _SIZE_KEEPING or training_steps(pass_, 1) > 0
-        if pass_.contract is not Contract.ANALYSIS and not keeps:
+        if pass_.contract is not Contract.ANALYSIS and not (pass_.keeps_sizes or training_steps(pass_, 1)):
             yield f"{pass_.name} needs data and was not run; sizes are as without it"
-        if pass_.name in _TRYING:
-            yield f"{pass_.name} runs the model as often as there is something to try; the time is as without it"
-    for name, _ in exports[1:]:
-        yield f"{name} is written as well; tensors and model file are as {exports[0][0]} writes them"
+    for backend in exports[1:]:
+        yield f"{backend.name} is written as well; tensors and model file are as {exports[0].name} writes them"

@@ -17,7 +17,7 @@ Passes that train one block after another have the copies and the values of one 
 and hold three values between blocks for each token, of hidden channels each::
 
     memory     = (OWN_COPIES + 1) · B + values of one step in one block + the lesser of: memory, 12 · hidden · tokens
-    operations = as above, with a step of `batch` sequences and EVALUATIONS looks at the held-out share
+    operations = as above, with a step of `batch` sequences and its looks at the held-out share
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ from dataclasses import dataclass
 
 from bitlower.ir import Batch, Program
 from bitlower.ir.dataflow import VIEWS, blocks
-from bitlower.passes.training._block_data import TOKENS
-from bitlower.passes.training._block_loop import EVALUATIONS
-from bitlower.passes.training._block_training import BlockTraining
+from bitlower.passes._machinery.workload import BlockSchedule
 from bitlower.tools.data.batches import Data
 
 OWN_COPIES, CHECKPOINT_COPIES = 5, 4
@@ -83,27 +81,29 @@ class Lesson:
         size = program.size_bytes()
         return OWN_COPIES * size + max(size + self._values(placed), CHECKPOINT_COPIES * size) + self.bytes
 
-    def block_tokens(self, pass_: BlockTraining) -> float:
-        """Tokens of as many forward passes of all blocks as the steps and evaluations of ``pass_`` take."""
-        evaluated = pass_.held_out * self.batches * self.tokens
-        return STEP_RUNS * pass_.iterations * self._step_tokens(pass_) + (1 + EVALUATIONS) * evaluated
+    def block_tokens(self, schedule: BlockSchedule) -> float:
+        """Tokens of as many forward passes of all blocks as the steps and evaluations of ``schedule`` take."""
+        evaluated = schedule.held_out * self.batches * self.tokens
+        return STEP_RUNS * schedule.iterations * self._step_tokens(schedule) + (1 + schedule.evaluations) * evaluated
 
-    def block_memory(self, pass_: BlockTraining, placed: Program, linears: int, hidden: int) -> int:
+    def block_memory(self, schedule: BlockSchedule, placed: Program, linears: int, hidden: int) -> int:
         """Bytes for training ``placed`` block by block, besides the model.
 
         Args:
-            pass_: the pass that does.
+            schedule: of the pass that does.
             placed: the program with quantizers.
             linears: the bytes of all its linear weights.
             hidden: the channels between two blocks.
         """
         count = max(1, len(blocks(placed.module)))
-        values = self._values(placed) * min(self._step_tokens(pass_), TOKENS) / (self.rows * self.length)
-        between = min(pass_.memory, 12 * hidden * self.batches * self.tokens)
+        values = (
+            self._values(placed) * min(self._step_tokens(schedule), schedule.step_tokens) / (self.rows * self.length)
+        )
+        between = min(schedule.memory, 12 * hidden * self.batches * self.tokens)
         return int(((OWN_COPIES + 1) * linears + values) / count + between + self.bytes)
 
-    def _step_tokens(self, pass_: BlockTraining) -> float:
-        return min(pass_.batch, self.batches * self.rows) * self.tokens / self.rows
+    def _step_tokens(self, schedule: BlockSchedule) -> float:
+        return min(schedule.batch, self.batches * self.rows) * self.tokens / self.rows
 
     def _values(self, placed: Program) -> int:
         """Bytes of the values of a batch; of the logits of tokens no more are there than a chunk of them."""

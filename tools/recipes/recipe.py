@@ -1,4 +1,4 @@
-"""Recipes: a YAML file that says which model, which data, which passes and which artefacts.
+"""Recipes: a YAML file that says which model, which data, which passes and which artifacts.
 
 Paths are relative to the recipe file's folder (to the working directory for a recipe made in Python); ``package:NAME``
 names weights inside an installed package. Every mistake is reported with file and line.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -21,18 +21,19 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
+from bitlower.backends.base import Backend
+from bitlower.backends.registry import make_backend
 from bitlower.ir import BitlowerError, Level, nearest, shorten
 from bitlower.ir.files import check_name
 from bitlower.passes import Pass, check_levels, load_plugin, make_pass, plain_parameters
 from bitlower.passes._machinery.declared import needs_calibration, trains
 from bitlower.passes._machinery.pipeline import PASSES
+from bitlower.tools.recipes.places import Source, with_place
 from bitlower.tools.recipes.schema import passes_schema
 from bitlower.tools.recipes.yaml_reader import read_yaml
 from bitlower.tools.recipes.yaml_writer import yaml_text
 
-Place = tuple[str | int, ...]
 _MISTAKES = 15
 """Shown of one recipe."""
 
@@ -142,7 +143,7 @@ class Recipe(Section):
     passes: list[Step] = Field(max_length=PASSES)
     export: list[Step] = Field(min_length=1, max_length=PASSES)
 
-    _source: _Source | None = PrivateAttr(None)
+    _source: Source | None = PrivateAttr(None)
 
     def __eq__(self, other: object) -> bool:
         """Equal contents, from whatever file."""
@@ -176,61 +177,16 @@ class Recipe(Section):
             for index, step in enumerate(self.passes)
         )
 
+    def build_exports(self) -> tuple[Backend, ...]:
+        """The backends of ``export``.
 
-class _Source:
-    """Where a recipe came from: its file, and the YAML nodes with their lines."""
-
-    def __init__(self, path: Path, root: Node | None) -> None:
-        self.path = path
-        self.root = root
-
-    def locate(self, place: Sequence[str | int]) -> str:
-        """``file:line`` of the value at ``place``, or of the last part of it that exists."""
-        node, line = self.root, self.root.start_mark.line if self.root else 0
-        for part in place:
-            step = _child(node, part)
-            if step is None:
-                break
-            key, node = step
-            line = key.start_mark.line
-        return f"{self.path}:{line + 1}"
-
-
-def _child(node: Node | None, part: str | int) -> tuple[Node, Node] | None:
-    """The node that says where ``part`` of ``node`` is (its key, in a mapping), and its value."""
-    if isinstance(node, MappingNode):
-        return next(((key, value) for key, value in node.value if key.value == part), None)
-    if isinstance(node, SequenceNode) and isinstance(part, int) and part < len(node.value):
-        return node.value[part], node.value[part]
-    return None
-
-
-T = TypeVar("T")
-
-
-def with_place(source: _Source | None, place: Place, function: Any, *arguments: Any) -> Any:
-    """``function(*arguments)``, whose BitlowerError gets file and line in front.
-
-    Raises:
-        BitlowerError: that of the function.
-    """
-    try:
-        return function(*arguments)
-    except BitlowerError as error:
-        if source is None:
-            raise
-        named = [key for key in _keys_below(source.root, place) if repr(key) in error.message]
-        where = source.locate((*place, *named[:1]))
-        raise type(error)(f"{where}: {error.message}", hint=error.hint) from error
-
-
-def _keys_below(node: Node | None, place: Place) -> list[str]:
-    for part in place:
-        step = _child(node, part)
-        if step is None:
-            return []
-        node = step[1]
-    return [str(key.value) for key, _ in node.value] if isinstance(node, MappingNode) else []
+        Raises:
+            BitlowerError: a backend or an option is wrong; names file and line.
+        """
+        return tuple(
+            with_place(self._source, ("export", index, step.name), make_backend, step.name, step.params)
+            for index, step in enumerate(self.export)
+        )
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -241,7 +197,7 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path)
     root, data = read_yaml(path)
-    source = _Source(path, root)
+    source = Source(path, root)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -331,7 +287,7 @@ def recipe_schema() -> dict[str, Any]:
 def starter_recipe(model: str) -> str:
     """A recipe to begin with, for ``model`` (a folder or ``package:NAME``), as commented YAML."""
     return f"""\
-# Run it: bitlower run recipe.yaml -o artefact
+# Run it: bitlower run recipe.yaml -o artifact
 model:
   path: {json.dumps(model)}  # a Hugging Face folder, or package:NAME
 calibration:  # ranges are estimated on these texts
@@ -350,14 +306,14 @@ export:
 """
 
 
-def _problems(source: _Source, details: Sequence[Any]) -> str:
+def _problems(source: Source, details: Sequence[Any]) -> str:
     """A line for each mistake, as far as they fit on a screen."""
     lines = [_problem(source, detail) for detail in details[:_MISTAKES]]
     more = [f"… and {len(details) - _MISTAKES} more mistakes"] if len(details) > _MISTAKES else []
     return "\n".join([*lines, *more])
 
 
-def _problem(source: _Source, detail: Any) -> str:
+def _problem(source: Source, detail: Any) -> str:
     """One mistake that pydantic found, in our words."""
     place = tuple(part for part in detail["loc"] if not (isinstance(part, str) and part.startswith("function-")))
     where, name = source.locate(place), ".".join(map(str, place))

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
+from bitlower.ir.plugins.field_docs import field_docs
+from bitlower.ir.plugins.kinds import schema_bounds, split_bounds
+from bitlower.ir.plugins.parameters import plain
 from bitlower.passes import Pass, known_passes, parameter_types
-from bitlower.passes._machinery.field_docs import field_docs
-from bitlower.passes._machinery.kinds import schema_bounds, split_bounds
 from bitlower.passes._machinery.losses import Losses, known_losses
-from bitlower.passes._machinery.parameters import plain
 from bitlower.passes.training import Loss
 
 _SCALARS = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}

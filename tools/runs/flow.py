@@ -30,7 +30,7 @@ S = TypeVar("S", bound=Section)
 
 @dataclass(frozen=True)
 class Quantized:
-    """What :func:`quantize` gives: the lowered program, the artefact's folder (if one was asked for), and a summary."""
+    """What :func:`quantize` gives: the lowered program, the artifact's folder (if one was asked for), and a summary."""
 
     program: Program
     output: Path | None
@@ -38,7 +38,7 @@ class Quantized:
 
 
 def run_recipe(recipe: Recipe, output: Path, options: Options | None = None) -> RunSummary:
-    """Do what ``recipe`` says and write the artefact to ``output``.
+    """Do what ``recipe`` says and write the artifact to ``output``.
 
     Raises:
         BitlowerError: bad input, found before any work where that is possible; nothing is left behind.
@@ -63,7 +63,7 @@ def recipe_job(recipe: Recipe) -> Job:
         ),
         data=source.batches,
         passes=passes,
-        exports=tuple((step.name, step.params) for step in recipe.export),
+        exports=recipe.build_exports(),
         recipe=dump_recipe(_resolved(recipe, source.samples)),
         seed=recipe.seed,
     )
@@ -96,10 +96,10 @@ def quantize(
         model: a Hugging Face folder, ``package:NAME``, or a module in memory.
         scheme: for example ``W8A8``, ``W4A16-g128``.
         calibration: a file of texts (``FILE:COLUMN`` for a table), the texts, or input batches; not needed for schemes
-            without static activations (but for ``gptq`` and ``adaround``): artefacts are then compared with the Program
+            without static activations (but for ``gptq`` and ``adaround``): artifacts are then compared with the Program
             on tokens drawn at random. For a language model the texts are one long text, which is cut into windows.
         training: the same, to train the quantized program on against the float model (``qat``); a tenth is held out.
-        output: the artefact's folder, which must not exist yet; None writes nothing.
+        output: the artifact's folder, which must not exist yet; None writes nothing.
         algorithm: of the weights' codes: ``gptq``, ``adaround``, ``rtn`` or ``calibrate``; if left out ``gptq`` for
             weights of fewer than 8 bits beside float activations (``rtn`` without calibration), else ``calibrate``.
         formats: backends to write with; ``onnx-qdq`` if left out. Several write into folders of their names.
@@ -111,7 +111,7 @@ def quantize(
         bos: what windows begin with; see :func:`~bitlower.frontends.tokenize.window_lead`.
         example_inputs: for a module that is not Hugging Face's.
         cache: a folder for the results of passes, so that a killed run goes on; None: none.
-        overwrite: replace an artefact at ``output``.
+        overwrite: replace an artifact at ``output``.
 
     Raises:
         BitlowerError: bad input; nothing is left behind.
@@ -197,7 +197,7 @@ def analyze_model(
 
 
 def _resolved(recipe: Recipe, samples: int | None) -> Recipe:
-    """The recipe for the artefact: the number of samples that it was, and no paths that only this machine has."""
+    """The recipe for the artifact: the number of samples that it was, and no paths that only this machine has."""
     update: dict[str, Any] = {"model": _portable_section(recipe.model, "path")}
     if recipe.calibration is not None:
         calibration = _portable_section(recipe.calibration, "data")

@@ -1,4 +1,4 @@
-"""One run from the model to the artefact, whatever asked for it."""
+"""One run from the model to the artifact, whatever asked for it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bitlower.backends.base import Backend
+from bitlower.backends.registry import answering
 from bitlower.frontends.tokenize import check_tokenizer, lead_names, random_windows
 from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program
 from bitlower.passes import (
@@ -28,8 +30,6 @@ from bitlower.passes import (
     check_levels,
     format_pipeline,
 )
-from bitlower.passes.precision.assign_precision import AssignPrecision
-from bitlower.tools import _backends
 from bitlower.tools.data.batches import Data
 from bitlower.tools.data.texts import check_finite
 from bitlower.tools.render import Display
@@ -57,7 +57,7 @@ class Options:
 
     Args:
         cache: where passes' results are kept, so that a killed run goes on; None: nowhere.
-        overwrite: replace an artefact that is there already.
+        overwrite: replace an artifact that is there already.
         verify: check the program between passes.
         print_after_change: print the program after each pass that changed it.
         display: where progress goes.
@@ -78,15 +78,15 @@ class Job:
         load: gives the float program; takes the folder in which traces are kept, if any.
         data: gives the batches for it.
         passes: in order.
-        exports: backends by name with their options; several write into folders of their names.
-        recipe: goes into the artefact as ``recipe.yaml``, if it is not empty.
+        exports: backends; several write into folders of their names.
+        recipe: goes into the artifact as ``recipe.yaml``, if it is not empty.
         seed: the root of all randomness.
     """
 
     load: Callable[[Path | None], Program]
     data: Callable[[Program], Data]
     passes: tuple[Pass, ...]
-    exports: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    exports: tuple[Backend, ...] = ()
     recipe: str = ""
     seed: int = 0
 
@@ -97,17 +97,17 @@ class Job:
             BitlowerError: they do not.
         """
         level = check_levels(self.passes, Level.FLOAT)
-        for name, options in self.exports:
-            _backends.check_export(name, options)
-            _backends.check_level(name, level)
-            _backends.check_host(name, options)
-        names = [name for name, _ in self.exports]
+        for backend in self.exports:
+            with answering(type(backend)):
+                backend.check_level(level)
+                backend.check_host()
+        names = [backend.name for backend in self.exports]
         if len(set(names)) != len(names):
             raise BitlowerError("an export is named twice", hint="each backend writes once")
 
 
 def run_job(job: Job, output: Path | None, options: Options) -> tuple[Program, RunSummary]:
-    """Load, run the passes, and write the artefact if there is an ``output``.
+    """Load, run the passes, and write the artifact if there is an ``output``.
 
     Raises:
         BitlowerError: bad input; nothing is left behind.
@@ -136,7 +136,7 @@ class _Run:
         self.heads = HeadNotes()
 
     def run(self, folder: Path | None) -> tuple[Program, RunSummary]:
-        """All stages; the artefact goes into ``folder`` if there is one."""
+        """All stages; the artifact goes into ``folder`` if there is one."""
         program, data = self.load()
         float_bytes = program.size_bytes()
         program = self.lower(program, data, folder)
@@ -181,19 +181,21 @@ class _Run:
         return result
 
     def export(self, program: Program, data: Data, folder: Path) -> dict[str, dict[str, Any]]:
-        """Write the files that all artefacts have, then what every backend makes of the program beside them."""
+        """Write the files that all artifacts have, then what every backend makes of the program beside them."""
         ledger = json.dumps(self.ledger.to_dict(), indent=1, sort_keys=True)
         texts = {"ledger.json": f"{ledger}\n", "recipe.yaml": self.job.recipe, **self.reports.files}
         reports = {}
         batches = data.evaluation or data.calibration[:2] or random_windows(program, seed=self.job.seed)
         provenance = {"seed": self.job.seed, **data.provenance()}
-        for name, options in self.job.exports:
+        for backend in self.job.exports:
+            name = backend.name
             with self.stage(name):
                 self.options.display.note(f"writing {name}")
                 place = folder if len(self.job.exports) == 1 else folder / name
                 place.mkdir(exist_ok=True)
                 write_texts(place, texts)
-                reports[name] = _backends.export(name, program, place, batches, options, provenance)
+                with answering(type(backend)):
+                    reports[name] = backend.export(program, place, batches, provenance).to_dict()
                 check_tokenizer(program, place)
                 for table, reason in reports[name].get("float_tables", {}).items():
                     self.say(f"{name} has the rounded values of {table} in float: {reason}")
@@ -275,7 +277,7 @@ class FaultReproducer(Reproducer):
 
 
 class FolderCheck(Observer):
-    """Sees that the folder that the artefact will be written to stays there, and empty."""
+    """Sees that the folder that the artifact will be written to stays there, and empty."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -295,7 +297,7 @@ class FolderCheck(Observer):
 class TargetCheck(Observer):
     """Asks the backends, as soon as quantizers are placed or get other bits, whether they can hold what comes out."""
 
-    def __init__(self, exports: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    def __init__(self, exports: Sequence[Backend]) -> None:
         self.exports = exports
 
     def after(self, pass_: Pass, program: Program, context: Context, changed: bool) -> None:
@@ -304,6 +306,6 @@ class TargetCheck(Observer):
         Raises:
             BitlowerError: a backend cannot hold a tensor, which is named.
         """
-        if pass_.ensures is Level.SIMULATED or isinstance(pass_, AssignPrecision):
-            for name, options in self.exports:
-                _backends.check_program(name, program, options)
+        for backend in self.exports if pass_.sets_bits() else ():
+            with answering(type(backend)):
+                backend.check_fits(program)

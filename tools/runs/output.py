@@ -15,7 +15,7 @@ from bitlower.ir.files import check_name
 from bitlower.ir.scratch import ScratchError
 
 MARKS = ("manifest.json", "recipe.yaml", "ledger.json")
-"""A folder that holds one of these is an artefact, and may be replaced by another one when asked."""
+"""A folder that holds one of these is an artifact, and may be replaced by another one when asked."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -27,7 +27,7 @@ def new_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     is locked, so that two runs cannot write to one output.
 
     Raises:
-        BitlowerError: before the block: the output exists (and ``overwrite`` is off, or it is no artefact), its parent
+        BitlowerError: before the block: the output exists (and ``overwrite`` is off, or it is no artifact), its parent
             cannot be written to, or another run is writing there; in or after it: the disk is full.
     """
     output = Path(os.path.abspath(output))
@@ -90,7 +90,7 @@ def _check(output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise BitlowerError(f"the output {output} exists already", hint="choose another name, or give --overwrite")
     if not output.is_dir() or not any((output / mark).is_file() for mark in MARKS):
-        raise BitlowerError(f"{output} is not an artefact and is not replaced", hint="choose another name")
+        raise BitlowerError(f"{output} is not an artifact and is not replaced", hint="choose another name")
 
 
 def _make_parents(output: Path) -> list[Path]:
@@ -144,7 +144,7 @@ def _lock(handle: int, output: Path) -> None:
 
 
 def _recover(output: Path, temporary: Path, old: Path) -> None:
-    """Clear what a killed run left: a half-written folder, and the artefact that it was about to replace."""
+    """Clear what a killed run left: a half-written folder, and the artifact that it was about to replace."""
     shutil.rmtree(temporary, ignore_errors=True)
     if old.exists() and not output.exists():
         old.rename(output)

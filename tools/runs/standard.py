@@ -9,23 +9,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from bitlower.backends.base import Backend
+from bitlower.backends.registry import find_backend, known_backends, make_backend
 from bitlower.ir import BitlowerError, Level, Scheme, nearest
 from bitlower.ir.scheme import ACTIVATION_ROLES
 from bitlower.passes import Pass, make_pass
-from bitlower.tools import _backends
 from bitlower.tools.data.texts import split_column
 from bitlower.tools.recipes.recipe import Recipe, steps_of
 
 ALGORITHMS = ("adaround", "calibrate", "gptq", "rtn")
 _LEARNED = ("adaround", "gptq")
-FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    "onnx-qdq": ("onnx-qdq", {}),
-    "checkpoint": ("checkpoint", {}),
-    "compressed-tensors": ("checkpoint", {"format": "compressed-tensors"}),
-    "gptq-v2": ("checkpoint", {"format": "gptq-v2"}),
-    "tvm-kernels": ("tvm-kernels", {}),
-}
-"""Names of artefacts: a backend and its options."""
 DEFAULT = "onnx-qdq"
 """The format if nobody says."""
 _FULL_WIDTH = 8
@@ -82,7 +75,7 @@ def standard_passes(
         raise BitlowerError(f"unknown algorithm {algorithm!r}", hint=nearest(algorithm, ALGORITHMS))
     if not calibrated:
         _check_needs_no_data(made, algorithm)
-    if made.heads and formats and all(_format(name)[0] == "checkpoint" for name in formats):
+    if made.heads and formats and not any(_format(name)[0].holds_heads for name in formats):
         scheme = replace(made, heads=None)
     parameters: dict[str, Any] = {"scheme": scheme, "ignore": list(ignore)}
     fused = _of_kernels(formats)
@@ -106,7 +99,7 @@ def _of_kernels(formats: Sequence[str]) -> bool:
     """
     fused, others = list[str](), list[str]()
     for name in formats or (DEFAULT,):
-        (others if _backends.takes(_format(name)[0], Level.INTEGER) else fused).append(name)
+        (others if Level.INTEGER in _format(name)[0].levels else fused).append(name)
     if fused and others:
         raise BitlowerError(
             f"{fused[0]} is made of kernels, which the pass `fuse` makes and {others[0]} does not know: no program fits"
@@ -116,10 +109,21 @@ def _of_kernels(formats: Sequence[str]) -> bool:
     return bool(fused)
 
 
-def _format(name: str) -> tuple[str, dict[str, Any]]:
-    if name not in FORMATS:
-        raise BitlowerError(f"unknown format {name!r}", hint=nearest(name, FORMATS))
-    return FORMATS[name]
+def known_formats() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Names of artifacts: a backend's own, and others that backends have for it with some options."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for backend in known_backends():
+        found[backend] = (backend, {})
+        found |= {name: (backend, dict(options)) for name, options in find_backend(backend).formats.items()}
+    return found
+
+
+def _format(name: str) -> tuple[type[Backend], dict[str, Any]]:
+    formats = known_formats()
+    if name not in formats:
+        raise BitlowerError(f"unknown format {name!r}", hint=nearest(name, formats))
+    backend, options = formats[name]
+    return find_backend(backend), options
 
 
 def _check_needs_no_data(scheme: Scheme, algorithm: str) -> None:
@@ -135,21 +139,15 @@ def _check_needs_no_data(scheme: Scheme, algorithm: str) -> None:
         )
 
 
-def standard_exports(scheme: str | Scheme, formats: Sequence[str] = ()) -> tuple[tuple[str, dict[str, Any]], ...]:
-    """Backends by name with their options; ``onnx-qdq`` if nobody says.
-
-    ONNX with float activations takes the form ``onnxruntime``: its MatMulNBits keeps codes packed in memory.
+def standard_exports(scheme: str | Scheme, formats: Sequence[str] = ()) -> tuple[Backend, ...]:
+    """Backends with the options that suit ``scheme``; ``onnx-qdq`` if nobody says.
 
     Raises:
         BitlowerError: not a scheme, or not a format.
     """
-    weights_only = as_scheme(scheme).activations is None
-    exports = []
-    for name in formats or (DEFAULT,):
-        backend, options = _format(name)
-        form = {"form": "onnxruntime"} if backend == "onnx-qdq" and weights_only else {}
-        exports.append((backend, options | form))
-    return tuple(exports)
+    made = as_scheme(scheme)
+    chosen = [_format(name) for name in formats or (DEFAULT,)]
+    return tuple(make_backend(cls.name, {**options, **cls.suited_to(made)}) for cls, options in chosen)
 
 
 def standard_recipe(
@@ -183,7 +181,7 @@ def standard_recipe(
     form: dict[str, Any] = {
         "model": {"path": model, "task": task, "bos": bos},
         "passes": steps_of(passes),
-        "export": [{name: params} if params else name for name, params in standard_exports(scheme, formats)],
+        "export": [{b.name: b.options()} if b.options() else b.name for b in standard_exports(scheme, formats)],
     }
     for name, texts, count in (("calibration", calibration, samples), ("training", training, None)):
         if texts is not None:

@@ -22,12 +22,12 @@ class RunSummary:
 
     Args:
         pipeline: the passes as text.
-        output: the artefact's folder; None if nothing was written.
+        output: the artifact's folder; None if nothing was written.
         stages: what took how long, and the peak of resident bytes meanwhile, in order.
         peak_bytes: the peak of resident bytes of the whole process.
         float_bytes: all tensors of the float model.
-        artefact_bytes: all files of the artefact.
-        files: the bytes of each file of the artefact.
+        artifact_bytes: all files of the artifact.
+        files: the bytes of each file of the artifact.
         ledger: what each lossy pass cost.
         reports: what each backend said, by its name.
         notes: what was done to the model that the user should know, a line each.
@@ -46,8 +46,8 @@ class RunSummary:
     floats: tuple[FloatPart, ...] = ()
 
     @property
-    def artefact_bytes(self) -> int:
-        """All files of the artefact together."""
+    def artifact_bytes(self) -> int:
+        """All files of the artifact together."""
         return sum(self.files.values())
 
     @property
@@ -66,7 +66,7 @@ class RunSummary:
             "seconds": round(self.seconds, 3),
             "peak_bytes": self.peak_bytes,
             "float_bytes": self.float_bytes,
-            "artefact_bytes": self.artefact_bytes,
+            "artifact_bytes": self.artifact_bytes,
             "files": self.files,
             "ledger": self.ledger,
             "reports": self.reports,
@@ -75,7 +75,7 @@ class RunSummary:
         }
 
     def tables(self) -> tuple[Table, ...]:
-        """The stages, what each lossy pass cost, and the artefact."""
+        """The stages, what each lossy pass cost, and the artifact."""
         stages = [(s.name, round(s.seconds, 2), format_bytes(s.peak_bytes)) for s in self.stages]
         stages.append(("total", round(self.seconds, 2), format_bytes(self.peak_bytes)))
         tables = [make_table("stages", ("stage", "seconds", "peak memory"), stages)]
@@ -83,7 +83,7 @@ class RunSummary:
             columns = ("pass", "output", "size", "relative error", "cosine", "KL divergence", "worst layer")
             tables.append(make_table("ledger (against the float model, held-out data)", columns, self._ledger_rows()))
         if self.output:
-            tables.append(make_table("artefact", ("", ""), self._artefact_rows()))
+            tables.append(make_table("artifact", ("", ""), self._artifact_rows()))
         return tuple(tables)
 
     def _ledger_rows(self) -> Iterator[tuple[Cell, ...]]:
@@ -94,9 +94,9 @@ class RunSummary:
                 first = (row["pass"], output, format_bytes(row["bytes"])) if place == 0 else ("", output, "")
                 yield (*first, *numbers, _worst_layer(row) if place == 0 else "")
 
-    def _artefact_rows(self) -> Iterator[tuple[Cell, ...]]:
+    def _artifact_rows(self) -> Iterator[tuple[Cell, ...]]:
         yield "folder", str(self.output)
-        yield "size", f"{format_bytes(self.float_bytes)} → {format_bytes(self.artefact_bytes)}"
+        yield "size", f"{format_bytes(self.float_bytes)} → {format_bytes(self.artifact_bytes)}"
         for name, size in self.files.items():
             yield name, format_bytes(size)
         yield from (("parameters in float" if place == 0 else "", str(part)) for place, part in enumerate(self.floats))

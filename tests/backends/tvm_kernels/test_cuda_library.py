@@ -16,7 +16,7 @@ import torch
 import tvm
 
 from bitlower.backends._selftest import run_selftest
-from bitlower.backends.tvm_kernels import Target, check_host, compile_program, export, verify
+from bitlower.backends.tvm_kernels import Target, TvmKernels, compile_program, export, verify
 from bitlower.backends.tvm_kernels import _cuda_library as cuda_library
 from bitlower.backends.tvm_kernels._files import load_library, write_library
 from bitlower.backends.tvm_kernels._nvcc import device_functions, find_tool
@@ -152,18 +152,18 @@ def test_what_cannot_be_run_is_not_written_unless_one_says_so(tmp_path: Path) ->
     if tvm.cuda().exist:
         pytest.skip("there is a GPU")
     for refused in (
-        lambda: check_host(target="cuda"),
+        lambda: TvmKernels(target="cuda").check_host(),
         lambda: export(fused("bert", "W8A8", layers=1), tmp_path, batches=[_batch()], target="cuda"),
     ):
         with pytest.raises(BitlowerError, match=r"what was not run is not verified; .*unrun: true"):
             refused()
-    check_host(target="cuda", unrun=True)
+    TvmKernels(target="cuda", unrun=True).check_host()
     with pytest.raises(BitlowerError, match="llvm is run where it is written"):
-        check_host(target="llvm", unrun=True)
+        TvmKernels(target="llvm", unrun=True).check_host()
     assert not list(tmp_path.iterdir())
 
 
 def test_without_nvcc_an_export_for_gpus_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_library, "find_tool", lambda name: None)
     with pytest.raises(BitlowerError, match="compiled by nvcc, which is not installed"):
-        check_host(target="cuda", unrun=True)
+        TvmKernels(target="cuda", unrun=True).check_host()

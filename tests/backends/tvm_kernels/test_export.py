@@ -14,14 +14,11 @@ pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
 from bitlower.backends._manifest import describe_file
 from bitlower.backends.tvm_kernels import (
-    Options,
     Target,
+    TvmKernels,
     _cpu_frame,
     _files,
     _verify,
-    check_host,
-    check_level,
-    check_program,
     compile_program,
     export,
     is_library,
@@ -212,34 +209,34 @@ def test_a_small_fault_of_the_deployed_library_alone_is_found(
 def test_programs_that_do_not_fit_are_refused(program: Program, lowered: Callable[..., Program]) -> None:
     for level, missing in ((Level.INTEGER, "`fuse`"), (Level.SIMULATED, "`lower-integer` and `fuse`")):
         with pytest.raises(
-            BitlowerError, match=f"made of fused programs; this is {level}; end the passes with {missing}"
+            BitlowerError, match=f"it takes fused programs; this is {level}; end the passes with {missing}"
         ):
-            check_level(level)
-    check_level(Level.FUSED)
-    check_program(program)
+            TvmKernels().check_level(level)
+    TvmKernels().check_level(Level.FUSED)
+    TvmKernels().check_program(program)
     wrong = lowered("llama")
-    check_program(wrong)
+    TvmKernels().check_program(wrong)
     node = next(node for node in wrong.graph.nodes if node.target is torch.ops.aten.silu.default)
     node.target = torch.ops.aten.erfinv.default
     with pytest.raises(
         BitlowerError, match=r"%silu\w* in model\.layers\.0\.mlp.*: there is no converter for aten\.erfinv"
     ):
-        check_program(wrong)
+        TvmKernels().check_program(wrong)
 
 
 def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BitlowerError, match=r"unknown target 'lvm'; did you mean 'llvm'\?"):
-        Options("lvm")
-    assert Options().resolve() is _cpu_frame.host_target()
-    assert Options("llvm").resolve() is Target.LLVM
+    with pytest.raises(BitlowerError, match="target is lvm; it takes one of host, llvm"):
+        TvmKernels("lvm")  # type: ignore[arg-type]
+    assert TvmKernels().resolve() is _cpu_frame.host_target()
+    assert TvmKernels("llvm").resolve() is Target.LLVM
     monkeypatch.setattr(_cpu_frame, "host_target", lambda: Target.LLVM)
     with pytest.raises(BitlowerError, match="does not run llvm-avx512-vnni, and what was not run is not verified"):
-        check_host(target="llvm-avx512-vnni")
+        TvmKernels(target="llvm-avx512-vnni").check_host()
     monkeypatch.setenv("PATH", "")
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(BitlowerError, match="no C compiler is found"):
-        check_host(target="llvm")
+        TvmKernels(target="llvm").check_host()
 
 
 def test_ids_outside_the_vocabulary_stand_for_the_nearest_one(program: Program, written: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from bitlower.backends.registry import known_backends, make_backend
 from bitlower.backends.tvm_kernels import _tvm
 from bitlower.ir import BitlowerError
-from bitlower.tools import _backends
 
 
 def _installed(monkeypatch, **versions):
@@ -51,15 +51,15 @@ def test_the_pair_that_works_is_let_through(monkeypatch):
 
 def test_the_package_imports_no_tvm():
     script = (
-        "import sys, bitlower.backends.tvm_kernels as backend; backend.Options('llvm'); print('tvm' in sys.modules)"
+        "import sys, bitlower.backends.tvm_kernels as backend; backend.TvmKernels('llvm'); print('tvm' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
 def test_recipes_can_name_it_and_are_told_what_is_missing(monkeypatch):
-    assert "tvm-kernels" in _backends.known_backends()
-    _backends.check_export("tvm-kernels", {"target": "llvm"})
+    assert "tvm-kernels" in known_backends()
+    made = make_backend("tvm-kernels", {"target": "llvm"})
     _installed(monkeypatch)
     with pytest.raises(BitlowerError, match="apache-tvm, which is not installed"):
-        _backends.check_host("tvm-kernels", {})
+        made.check_host()

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import fx
 
-from bitlower.backends import _level
+from bitlower.backends.onnx_qdq import OnnxQdq
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Level, Program, Scheme, get_tensor, kernels, ops
 from bitlower.ir.serialize import decode, encode
@@ -252,9 +252,9 @@ def test_levels_contract_and_results(bert, run) -> None:
 
 
 def test_backends_of_integer_programs_refuse_fused_ones() -> None:
-    _level.check_level(Level.INTEGER)
-    _level.check_level(Level.FLOAT)
+    OnnxQdq().check_level(Level.INTEGER)
+    OnnxQdq().check_level(Level.FLOAT)
     with pytest.raises(BitlowerError, match="kernels that this backend does not know; leave out the pass `fuse`"):
-        _level.check_level(Level.FUSED)
+        OnnxQdq().check_level(Level.FUSED)
     with pytest.raises(BitlowerError, match="run the pass `lower-integer` first"):
-        _level.check_level(Level.SIMULATED)
+        OnnxQdq().check_level(Level.SIMULATED)

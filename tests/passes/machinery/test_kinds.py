@@ -13,10 +13,10 @@ from hypothesis import given
 from pydantic import TypeAdapter, ValidationError
 
 from bitlower.ir import BitlowerError
+from bitlower.ir.plugins.kinds import split_bounds, supported
+from bitlower.ir.plugins.parameters import MismatchError, coerce
 from bitlower.passes import Pass, describe_type, known_passes, make_pass, parameter_types
 from bitlower.passes._machinery import registry
-from bitlower.passes._machinery.kinds import split_bounds, supported
-from bitlower.passes._machinery.parameters import MismatchError, coerce
 from bitlower.tools.recipes.recipe import load_recipe
 from bitlower.tools.recipes.schema import type_schema
 

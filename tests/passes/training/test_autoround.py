@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitlower.backends.onnx_qdq._export import export
+from bitlower.backends.onnx_qdq import export
 from bitlower.ir import (
     BitlowerError,
     Granularity,
@@ -312,7 +312,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(family, texts, tmp_path: 
     assert done.stdout.split() == [whole.digest(), "1"]
 
 
-def test_the_artefact_is_verified(family, texts, run, tmp_path: Path) -> None:
+def test_the_artifact_is_verified(family, texts, run, tmp_path: Path) -> None:
     reference, batches = family("bert"), texts(family("bert"))
     context = Context(batches, reference=reference)
     passes = (Quantize(Scheme.parse("W8A8")), SHORT, Calibrate(), LowerInteger())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import fx
 
-from bitlower.backends.onnx_qdq._export import export
+from bitlower.backends.onnx_qdq import export
 from bitlower.ir import BitlowerError, Program, Scheme, get_tensor, set_tensor
 from bitlower.passes import Context
 from bitlower.passes.lowering.lower_integer import LowerInteger
@@ -254,7 +254,7 @@ def test_equal_seeds_give_equal_bytes_and_others_do_not(simulated, family, texts
     assert changed(first, other)
 
 
-def test_the_artefact_is_verified(simulated, family, texts, run, tmp_path: Path) -> None:
+def test_the_artifact_is_verified(simulated, family, texts, run, tmp_path: Path) -> None:
     program, batches = simulated("bert", "W8A8"), texts(family("bert"))
     result = run(program, SHORT, LowerInteger(), context=Context(batches, reference=family("bert")))
     export(result, tmp_path, batches=batches[:1])

@@ -13,10 +13,10 @@ import torch
 
 import bitlower.passes.training._losses
 from bitlower.ir import BitlowerError, Program
+from bitlower.ir.plugins.parameters import coerce, plain
 from bitlower.passes import Context, Pass, PassManager, format_pipeline, load_plugin, make_pass, parse_pipeline
 from bitlower.passes._machinery import registry
 from bitlower.passes._machinery.losses import LOSSES, Losses, find_loss, known_losses, make_loss
-from bitlower.passes._machinery.parameters import coerce, plain
 from bitlower.passes.training._losses.logits import Logits
 
 ROOT = Path(__file__).parents[3]

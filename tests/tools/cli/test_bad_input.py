@@ -182,7 +182,7 @@ def test_models(quantize: Refused, own_bert: Path, tmp_path: Path) -> None:
 def test_outputs(quantize: Refused, texts: Path, tmp_path: Path, backend: SimpleNamespace) -> None:
     (tmp_path / "there").mkdir()
     assert "there exists already; choose another name" in quantize(output=tmp_path / "there")
-    assert "there is not an artefact" in quantize("--overwrite", output=tmp_path / "there")
+    assert "there is not an artifact" in quantize("--overwrite", output=tmp_path / "there")
     assert f"{texts} is not a folder" in quantize(output=texts / "out")
     assert backend.calls == []
 
@@ -255,5 +255,5 @@ def test_errors_for_machines(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     out, err = capsys.readouterr()
     form = json.loads(out)
     assert form["exit_code"] == 2
-    assert form["error"].startswith(f"{tmp_path} is not an artefact")
+    assert form["error"].startswith(f"{tmp_path} is not an artifact")
     assert err == f"error: {form['error']}\n"

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitlower.backends.registry import known_backends
 from bitlower.ir import CheckError
 from bitlower.passes import format_pipeline
-from bitlower.tools import _backends
 from bitlower.tools.cli import main
 from bitlower.tools.cli.settings import hoist
 from bitlower.tools.runs.flow import standard_passes
@@ -93,7 +93,7 @@ def test_recipes_can_be_begun_and_checked(call: Any, bert: Path, texts: Path, tm
     assert "passes" in schema["properties"]
 
 
-def test_run_writes_the_artefact_and_one_json_document(
+def test_run_writes_the_artifact_and_one_json_document(
     call: Any, bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
@@ -107,7 +107,7 @@ def test_run_writes_the_artefact_and_one_json_document(
     assert (code, err) == (0, "")
     form = json.loads(out)
     assert form["output"] == str(tmp_path / "a")
-    assert form["artefact_bytes"] == sum(path.stat().st_size for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert form["artifact_bytes"] == sum(path.stat().st_size for path in (tmp_path / "a").rglob("*") if path.is_file())
     code, out, err = call("run", recipe, "-o", tmp_path / "b", "--print-after-change", "--no-cache")
     assert code == 0
     assert "calibrate" in out
@@ -205,14 +205,14 @@ def test_what_gptq_noticed_is_shown(
 
 def test_verify_asks_the_backend(call: Any, tmp_path: Path, backend: SimpleNamespace) -> None:
     (tmp_path / "manifest.json").write_text('{"backend": "onnx-qdq"}')
-    backend.verify = lambda folder: {"outputs": {"x": {"worst": 1e-6}}}
+    backend.replace(verify=lambda folder: backend.report({"outputs": {"x": {"worst": 1e-6}}}))
     code, out, _ = call("verify", tmp_path)
     assert (code, "outputs.x.worst" in out) == (0, True)
 
     def broken(folder: Path) -> None:
         raise CheckError("model.onnx was changed")
 
-    backend.verify = broken
+    backend.replace(verify=broken)
     assert call("verify", tmp_path)[::2] == (1, "error: model.onnx was changed\n")
     (tmp_path / "manifest.json").write_text('{"backend": "onnx-qda"}')
     assert "did you mean 'onnx-qdq'" in call("verify", tmp_path)[2]
@@ -224,7 +224,7 @@ def test_unexpected_faults_are_one_line_unless_debugged(
     def export(*_: Any, **__: Any) -> None:
         raise KeyError("lost")
 
-    backend.export = export
+    backend.replace(export=export)
     arguments = ("quantize", bert, "--calibration", texts, "-o", tmp_path / "out", "-q")
     code, _, err = call(*arguments)
     assert (code, err) == (1, "error: unexpected KeyError: 'lost'; run again with --debug for the traceback\n")
@@ -233,7 +233,7 @@ def test_unexpected_faults_are_one_line_unless_debugged(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    backend.export = interrupted
+    backend.replace(export=interrupted)
     assert call(*arguments)[::2] == (130, "error: interrupted\n")
     assert not list(tmp_path.glob(".out*"))
 
@@ -252,4 +252,4 @@ def test_a_fault_in_a_pass_can_be_replayed(
 
 
 def test_backends_are_the_folders() -> None:
-    assert all((ROOT / "backends" / name.replace("-", "_")).exists() for name in _backends.known_backends())
+    assert all((ROOT / "backends" / name.replace("-", "_")).exists() for name in known_backends())

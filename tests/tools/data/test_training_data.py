@@ -20,7 +20,7 @@ from bitlower.tools.data.texts import Row
 from bitlower.tools.data.training import split_examples
 from bitlower.tools.recipes.recipe import TrainingSection
 
-_MADE = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
+_MADE = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))
 save_bert, sentences = _MADE["save_bert"], _MADE["sentences"]
 _CASES = runpy.run_path(str(Path(__file__).parents[1] / "training_cases.py"))
 rows, made, lines, table = (_CASES[name] for name in ("rows", "made", "lines", "table"))

@@ -1,4 +1,4 @@
-"""Evaluation of a float model and of an ONNX artefact, against transformers and the definitions."""
+"""Evaluation of a float model and of an ONNX artifact, against transformers and the definitions."""
 
 from __future__ import annotations
 
@@ -89,10 +89,10 @@ def save_lookup(folder: Path, table: np.ndarray[Any, Any]) -> None:
     )
 
 
-def test_an_artefact_is_run_in_onnxruntime(bert: Path, pairs: Path, tmp_path: Path) -> None:
+def test_an_artifact_is_run_in_onnxruntime(bert: Path, pairs: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    folder = tmp_path / "artefact"
+    folder = tmp_path / "artifact"
     folder.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(bert / name, folder / name)

@@ -1,4 +1,4 @@
-"""Plans against what really comes out: tensors by hand, artefacts that are exported."""
+"""Plans against what really comes out: tensors by hand, artifacts that are exported."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bitlower.backends.registry import make_backend
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program
 from bitlower.passes import parse_pipeline
@@ -68,7 +69,7 @@ def test_plans_find_the_mistakes_of_the_run(bert_program: Program) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "W8A8-full"])
-def test_the_predicted_size_is_that_of_the_artefact(tmp_path: Path, scheme: str) -> None:
+def test_the_predicted_size_is_that_of_the_artifact(tmp_path: Path, scheme: str) -> None:
     """A model large enough that the graph itself, which is estimated roughly, is not most of the file."""
     from transformers import BertConfig, BertModel
 
@@ -83,9 +84,9 @@ def test_the_predicted_size_is_that_of_the_artefact(tmp_path: Path, scheme: str)
     made = quantize(module, scheme=scheme, calibration=[batch], output=tmp_path / "out")
     plan = make_plan(load(module), standard_passes(scheme), Load(1, 12))
     assert plan.file_bytes == pytest.approx(made.summary.files["model.onnx"], rel=0.02)
-    assert plan.artefact_bytes == pytest.approx(made.summary.artefact_bytes, rel=0.03)
-    beside = made.summary.artefact_bytes - made.summary.files["model.onnx"]
-    assert plan.artefact_bytes - plan.file_bytes == pytest.approx(beside, rel=0.3)
+    assert plan.artifact_bytes == pytest.approx(made.summary.artifact_bytes, rel=0.03)
+    beside = made.summary.artifact_bytes - made.summary.files["model.onnx"]
+    assert plan.artifact_bytes - plan.file_bytes == pytest.approx(beside, rel=0.3)
 
 
 def test_a_decoder_in_few_bits_by_hand(llama_program: Program) -> None:
@@ -99,9 +100,9 @@ def test_a_decoder_in_few_bits_by_hand(llama_program: Program) -> None:
         assert (tensors[table].bits, tensors[table].reason) == (32, "an output head of 1,184 weights is small")
     assert plan.target == "onnx-qdq{form=onnxruntime}"
     assert plan.notes == ()
-    more = make_plan(llama_program.clone(), passes, Load(8, 32), [*exports, ("checkpoint", {})])
+    more = make_plan(llama_program.clone(), passes, Load(8, 32), [*exports, make_backend("checkpoint")])
     assert [note.partition(" is ")[0] for note in more.notes] == ["checkpoint"]
-    packed = make_plan(llama_program.clone(), passes, Load(8, 32), [("checkpoint", {})])
+    packed = make_plan(llama_program.clone(), passes, Load(8, 32), [make_backend("checkpoint")])
     assert packed.float_bytes > 2 * packed.file_bytes
     rounded = make_plan(llama_program.clone(), standard_passes("W4A16-g16", algorithm="rtn"), Load(8, 32), exports)
     assert rounded.seconds <= plan.seconds
@@ -125,7 +126,7 @@ def test_a_plan_refuses_what_the_target_cannot_hold(
     llama_program: Program, scheme: str, export: tuple[str, dict[str, str]], message: str
 ) -> None:
     with pytest.raises(BitlowerError, match=message):
-        make_plan(llama_program.clone(), standard_passes(scheme, algorithm="rtn"), Load(8, 32), [export])
+        make_plan(llama_program.clone(), standard_passes(scheme, algorithm="rtn"), Load(8, 32), [make_backend(*export)])
 
 
 def test_a_library_for_cuda_keeps_float_matrices_in_half_precision(llama_program: Program) -> None:
@@ -133,7 +134,7 @@ def test_a_library_for_cuda_keeps_float_matrices_in_half_precision(llama_program
     cuda = {"target": "cuda", "unrun": True}
     sizes = []
     for options in ({"target": "llvm"}, cuda, cuda | {"activations": "float32"}):
-        plan = make_plan(llama_program.clone(), passes, Load(8, 32), [("tvm-kernels", options)])
+        plan = make_plan(llama_program.clone(), passes, Load(8, 32), [make_backend("tvm-kernels", options)])
         sizes.append({tensor.name: tensor.bytes for tensor in plan.tensors})
     host, half, full = sizes
     table, norm, down = "model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.down_proj.weight"
@@ -148,7 +149,7 @@ def test_a_plan_says_where_memory_and_time_are_lower_bounds(llama_program: Progr
     plan = make_plan(llama_program.clone(), parse_pipeline(text), Load(8, 32))
     count = len([tensor for tensor in plan.tensors if tensor.spec])
     assert plan.at_least
-    assert plan.notes[0].startswith(f"legalize makes up to {4 * count + 1} products of {count + 1}, each a node")
+    assert plan.notes[0].startswith(f"legalize: it makes up to {4 * count + 1} products of {count + 1}, each a node")
     assert "every rounded value of a decoder's windows" in plan.notes[1]
     assert any("at least" in str(cell) for cell in plan.tables()[2].columns[1].cells)
     weights = make_plan(llama_program.clone(), standard_passes("W4A16-g16"), Load(8, 32))

@@ -95,7 +95,7 @@ def test_training_block_by_block_by_hand(
     short, long = (Lkd(iterations=count, batch=batch, held_out=0.25) for count in (1, 51))
     more = plan(bert_program, long, lesson).seconds - plan(bert_program, short, lesson).seconds
     assert more == pytest.approx(2 * sum(weights) * 4 * 50 * sequences * 24 / 0.7e6)
-    assert lesson.block_tokens(Lkd(iterations=50, batch=batch, held_out=0.25)) == tokens
+    assert lesson.block_tokens(Lkd(iterations=50, batch=batch, held_out=0.25).block_schedule()) == tokens
 
 
 def test_memory_of_training_block_by_block_is_that_of_one_block(bert_program: Program) -> None:
@@ -103,12 +103,12 @@ def test_memory_of_training_block_by_block_is_that_of_one_block(bert_program: Pr
     batches = [windows(bert_program, torch.randint(5, 30, (4, LENGTH)), batch_size=4)[0]]
     placed = PassManager(passes).run(bert_program, Context(calibration=batches, evaluation=batches))
     lesson, count = Lesson(10, 4, LENGTH, 4.0 * LENGTH, bytes=99), len(blocks(placed.module))
-    small, large = (lesson.block_memory(Lkd(), placed, linears, 0) for linears in (0, 1000 * count))
+    small, large = (lesson.block_memory(Lkd().block_schedule(), placed, linears, 0) for linears in (0, 1000 * count))
     assert large - small == 6 * 1000
     between = 12 * 32 * 40 * LENGTH
-    assert lesson.block_memory(Lkd(), placed, 0, 32) - small == between
-    assert lesson.block_memory(Lkd(memory=1000), placed, 0, 32) - small == 1000
-    half = lesson.block_memory(Lkd(batch=4), placed, 0, 0) - 99
+    assert lesson.block_memory(Lkd().block_schedule(), placed, 0, 32) - small == between
+    assert lesson.block_memory(Lkd(memory=1000).block_schedule(), placed, 0, 32) - small == 1000
+    half = lesson.block_memory(Lkd(batch=4).block_schedule(), placed, 0, 0) - 99
     assert small - 99 == pytest.approx(2 * half, abs=2)
 
 

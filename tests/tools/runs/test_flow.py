@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from bitlower.backends.registry import verify_artifact
 from bitlower.frontends import load
 from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program
 from bitlower.passes import PassManager, format_pipeline
-from bitlower.tools._backends import verify_artefact
 from bitlower.tools.recipes.recipe import Recipe, load_recipe
 from bitlower.tools.render import Display
 from bitlower.tools.runs.flow import Options, quantize, recipe_job, run_recipe, standard_passes, standard_recipe
@@ -52,7 +52,7 @@ def test_a_run_writes_everything_and_tells_what_it_took(
     assert [row["pass"] for row in summary.ledger["rows"]] == ["quantize", "calibrate"]
     assert summary.ledger["rows"][1]["outputs"]["last_hidden_state"]["cosine"] > 0.99
     assert summary.float_bytes > 40_000 < summary.peak_bytes
-    assert summary.artefact_bytes == sum(map(len, contents(output).values()))
+    assert summary.artifact_bytes == sum(map(len, contents(output).values()))
     assert summary.reports == {"onnx-qdq": {"kernels": {"got": 3, "expected": 3}, "worst": 0.5}}
     ((program, _, batches),) = backend.calls
     assert program.level is Level.INTEGER
@@ -70,7 +70,7 @@ def test_what_the_frontend_notes_is_shown_and_said_in_the_summary(
     assert "the weights were widened" in capsys.readouterr().err.splitlines()
 
 
-def test_the_recipe_in_the_artefact_runs_again_and_names_no_place(
+def test_the_recipe_in_the_artifact_runs_again_and_names_no_place(
     bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace
 ) -> None:
     run_recipe(recipe_of(bert, texts), tmp_path / "out")
@@ -175,11 +175,13 @@ def test_several_exports_get_folders_of_their_own(
 def test_a_failing_export_leaves_nothing(
     bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace, error: Exception
 ) -> None:
-    def export(program: Program, folder: Path, *, batches: Sequence[Batch], provenance: object) -> None:
+    def export(
+        self: object, program: Program, folder: Path, batches: Sequence[Batch], provenance: object = None
+    ) -> None:
         (folder / "half").write_text("")
         raise error
 
-    backend.export = export
+    backend.replace(export=export)
     before = listing(tmp_path)
     with pytest.raises(BitlowerError if isinstance(error, OSError) else type(error)) as caught:
         run_recipe(recipe_of(bert, texts), tmp_path / "out")
@@ -217,21 +219,27 @@ def test_faults_leave_a_reproducer_and_bad_input_does_not(
 
 KILLED = """
 import os, signal, sys
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from bitlower.tools import _backends
+from typing import ClassVar
+from bitlower.backends.base import Backend
+from bitlower.backends.registry import BACKENDS
 from bitlower.tools.runs.flow import run_recipe, standard_recipe
 from bitlower.passes.quantizers.calibrate import Calibrate
 bert, texts, output, where = sys.argv[1:]
 die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-def export(program, folder, *, batches, provenance):
-    (folder / "model.txt").write_text(program.digest())
-    (folder / "manifest.json").write_text("{}")
-    die() if where == "export" else None
-    return {}
-_backends.check_export = lambda name, options: None
-_backends._module = lambda name: SimpleNamespace(export=export)
-_backends.known_backends = lambda: ["onnx-qdq"]
+class Report(dict):
+    to_dict = dict.copy
+@dataclass(frozen=True)
+class Stub(Backend):
+    name: ClassVar[str] = "onnx-qdq"
+    def export(self, program, folder, batches, provenance=None):
+        (folder / "model.txt").write_text(program.digest())
+        (folder / "manifest.json").write_text("{}")
+        die() if where == "export" else None
+        return Report()
+    verify = sizes = die
+BACKENDS.folder, BACKENDS.loose = Path(os.devnull), {"onnx-qdq": (Path("stub.py"), Stub)}
 if where == "calibrate":
     Calibrate.run = die
 run_recipe(standard_recipe(bert, "W8A8", texts), Path(output))
@@ -341,14 +349,14 @@ def test_gptq_in_one_line(llama: Path, story: Path, tmp_path: Path, backend: Sim
 
 
 def test_adaround_of_a_decoder(llama: Path, story: Path, tmp_path: Path) -> None:
-    """What the one-line command runs, with fewer steps, up to the artefact and its checks."""
+    """What the one-line command runs, with fewer steps, up to the artifact and its checks."""
     recipe = standard_recipe(str(llama), "W4A8-e16", str(story), samples=4, max_length=32, algorithm="adaround")
     form = recipe.model_dump(exclude_unset=True)
     place = next(i for i, step in enumerate(form["passes"]) if step == "adaround")
     form["passes"][place] = {"adaround": {"iterations": 10}}
     summary = run_recipe(Recipe.model_validate(form), tmp_path / "out", Options(cache=None))
     assert "adaround" in summary.pipeline
-    assert verify_artefact(tmp_path / "out")
+    assert verify_artifact(tmp_path / "out")
 
 
 def test_without_data_weights_are_rounded(llama: Path) -> None:
@@ -356,14 +364,14 @@ def test_without_data_weights_are_rounded(llama: Path) -> None:
     assert [text.partition("{")[0] for text in made.program.passes] == ["clean", "quantize", "rtn", "lower-integer"]
 
 
-def test_artefacts_need_no_data_where_no_pass_does(llama: Path, story: Path, tmp_path: Path) -> None:
+def test_artifacts_need_no_data_where_no_pass_does(llama: Path, story: Path, tmp_path: Path) -> None:
     recipe = standard_recipe(str(llama), "W4A16-g16", None)
     assert recipe.calibration is None
     run_recipe(recipe, tmp_path / "a", Options(cache=None))
     again = load_recipe(tmp_path / "a" / "recipe.yaml")
     assert again.calibration is None
     assert [step.name for step in again.passes] == ["clean", "quantize", "rtn", "lower-integer"]
-    assert verify_artefact(tmp_path / "a")
+    assert verify_artifact(tmp_path / "a")
     form = recipe.model_dump(exclude_unset=True) | {"evaluation": {"data": str(story), "max_length": 16, "samples": 3}}
     data = recipe_job(Recipe.model_validate(form)).data(load(str(llama)))
     assert (len(data.calibration), [tuple(b["input_ids"].shape) for b in data.evaluation]) == (0, [(1, 16)] * 3)
@@ -374,7 +382,7 @@ def test_per_token_activations_need_no_data(bert: Path, tmp_path: Path) -> None:
     assert [text.partition("{")[0] for text in made.program.passes] == [
         "clean", "quantize", "calibrate", "lower-integer",
     ]  # fmt: skip
-    assert verify_artefact(tmp_path / "out")
+    assert verify_artifact(tmp_path / "out")
 
 
 def test_a_target_refuses_before_the_long_passes(
@@ -382,7 +390,7 @@ def test_a_target_refuses_before_the_long_passes(
 ) -> None:
     from bitlower.passes.rounding.rtn import Rtn
 
-    backend.supports = lambda spec, shape, role, **options: f"no {spec.grid.bits} bits" if shape == (32, 64) else ""
+    backend.replace(supports=lambda _, spec, shape, role: f"no {spec.grid.bits} bits" if shape == (32, 64) else "")
     monkeypatch.setattr(Rtn, "run", lambda *_: pytest.fail("the weights were rounded"))
     with pytest.raises(BitlowerError, match=r"onnx-qdq cannot hold model.layers.0.mlp.down_proj.weight .*no 4 bits"):
         quantize(llama, scheme="W4A16-g16", algorithm="rtn", calibration=story, output=tmp_path / "out", samples=4,

@@ -43,7 +43,7 @@ def test_an_existing_output_is_replaced_only_on_demand(tmp_path: Path) -> None:
         new_folder(output),
     ):
         raise AssertionError
-    with pytest.raises(BitlowerError, match="is not an artefact"), new_folder(output, overwrite=True):
+    with pytest.raises(BitlowerError, match="is not an artifact"), new_folder(output, overwrite=True):
         raise AssertionError
     (output / "manifest.json").write_text("{}")
     with pytest.raises(KeyError), new_folder(output, overwrite=True):
@@ -74,10 +74,10 @@ def test_two_runs_cannot_write_to_one_output(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from bitlower.tools.runs import output
+from bitlower.tools.runs import output as writing
 output, where = Path(sys.argv[1]), sys.argv[2]
 die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
-with _output.new_folder(output, overwrite=True) as folder:
+with writing.new_folder(output, overwrite=True) as folder:
     (folder / "manifest.json").write_text("new")
     if where == "inside":
         die()
@@ -85,7 +85,7 @@ with _output.new_folder(output, overwrite=True) as folder:
         rename = Path.rename
         Path.rename = lambda self, target: die() if self.name == ".out.partial" else rename(self, target)
     if where == "after":
-        _output._flush = lambda path: die() if path == output.parent else None
+        writing._flush = lambda path: die() if path == output.parent else None
 """
 
 

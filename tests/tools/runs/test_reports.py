@@ -1,4 +1,4 @@
-"""Results of analyses and searches: told on the way, written into the artefact, equal in every run."""
+"""Results of analyses and searches: told on the way, written into the artifact, equal in every run."""
 
 from __future__ import annotations
 
@@ -123,16 +123,14 @@ def test_a_plan_knows_a_fixed_set_and_says_what_it_does_not_know(bert: Path, tex
 
 
 def test_backends_are_asked_again_when_bits_change(
-    bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace
 ) -> None:
-    from bitlower.tools import _backends
-
     asked: list[set[int]] = []
 
-    def check(name: str, program: Program, options: object) -> None:
+    def check(self: object, program: Program) -> None:
         asked.append({quantizer.spec.grid.bits for _, quantizer in program.quantizers()})
 
-    monkeypatch.setattr(_backends, "check_program", check)
+    backend.replace(check_fits=check)
     steps = (*PASSES[:2], ("assign-precision", {"set": "paper"}), "calibrate", "lower-integer")
     run_recipe(recipe_with(bert, texts, steps), tmp_path / "out", Options(cache=None))
     assert asked == [{6, 8}, {6, 8, 16}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from bitlower.backends.registry import make_backend
 from bitlower.ir import BitlowerError
 from bitlower.tools.runs.standard import default_algorithm, standard_exports, standard_passes
 
@@ -82,11 +83,11 @@ def test_checkpoints_alone_leave_heads_in_float() -> None:
 
 
 def test_formats() -> None:
-    assert standard_exports("W8A8") == (("onnx-qdq", {}),)
-    assert standard_exports("W4A16-g128") == (("onnx-qdq", {"form": "onnxruntime"}),)
+    assert standard_exports("W8A8") == (make_backend("onnx-qdq"),)
+    assert standard_exports("W4A16-g128") == (make_backend("onnx-qdq", {"form": "onnxruntime"}),)
     assert standard_exports("W4A16-g128", ["onnx-qdq", "gptq-v2"]) == (
-        ("onnx-qdq", {"form": "onnxruntime"}),
-        ("checkpoint", {"format": "gptq-v2"}),
+        make_backend("onnx-qdq", {"form": "onnxruntime"}),
+        make_backend("checkpoint", {"format": "gptq-v2"}),
     )
     with pytest.raises(BitlowerError, match="unknown format 'checkpint'; did you mean 'checkpoint'"):
         standard_exports("W8A8", ["checkpint"])

@@ -1,4 +1,4 @@
-"""A pass's parameters: which types they may have, and the way from plain data (text, YAML) to them and back.
+"""Parameters of passes and losses, options of backends: their types, and the way from plain data to them and back.
 
 Plain data are None, bool, int, float, str, lists and mappings. Structured types are classes with ``parse`` (from short
 text), ``from_dict`` (from a mapping, back by ``to_dict``) or ``from_list`` (from a list, back by ``to_list``). The
@@ -9,6 +9,7 @@ the same things.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import enum
 import json
 import math
@@ -19,10 +20,7 @@ from typing import Any, TypeVar
 
 from bitlower.ir import BitlowerError, nearest, shorten
 from bitlower.ir.json_files import parse_json
-from bitlower.passes._machinery.base import Pass, changed_fields
-from bitlower.passes._machinery.declared import check_declared
-from bitlower.passes._machinery.faults import blamed, source_of
-from bitlower.passes._machinery.kinds import (
+from bitlower.ir.plugins.kinds import (
     describe_type,
     is_enum,
     is_structured,
@@ -32,13 +30,16 @@ from bitlower.passes._machinery.kinds import (
     parameter_types,
     split_bounds,
 )
-from bitlower.passes._machinery.loss import Loss
 
-T = TypeVar("T", bound=Pass | Loss)
+T = TypeVar("T")
 
 
 class MismatchError(ValueError):
-    """A value does not fit a type; the text says what the type takes."""
+    """A value does not fit a type; the text says what the type takes, ``hint`` what may have been meant."""
+
+    def __init__(self, text: str, hint: str = "") -> None:
+        super().__init__(text)
+        self.hint = hint
 
 
 def coerce(kind: Any, value: Any) -> Any:
@@ -75,7 +76,16 @@ def coerce(kind: Any, value: Any) -> Any:
         raise MismatchError(f"takes int of 64 bits, not {show(value)}")
     elif type(value) is kind and not (kind is float and math.isnan(value)):
         return value
-    raise MismatchError(f"takes {describe_type(kind)}, not {show(value)}")
+    raise MismatchError(f"takes {describe_type(kind)}, not {show(value)}", _meant(kind, value))
+
+
+def _meant(kind: Any, value: Any) -> str:
+    """The choice of ``kind`` that is spelled like ``value``."""
+    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    if is_enum(kind):
+        choices = tuple(member.value for member in kind)
+    near = difflib.get_close_matches(str(value), [choice for choice in choices if isinstance(choice, str)], 1)
+    return f"did you mean {near[0]!r}?" if near else ""
 
 
 def show(value: Any) -> str:
@@ -166,27 +176,20 @@ def plain(kind: Any, value: Any) -> Any:
     raise BitlowerError(f"a parameter of type {type(value).__name__} cannot be printed")
 
 
-def plain_parameters(owner: Pass | Loss) -> dict[str, Any]:
+def plain_parameters(owner: Any) -> dict[str, Any]:
     """The parameters that differ from their defaults, by name in kebab-case, as plain data."""
     kinds = parameter_types(type(owner))
     return {kebab(key): plain(kinds[kebab(key)], value) for key, value in changed_fields(owner).items()}
 
 
-def build(cls: type[Pass], parameters: Mapping[str, Any]) -> Pass:
-    """The pass with ``parameters``, in kebab-case or with underscores, checked against the fields' annotations.
-
-    Raises:
-        BitlowerError: a parameter is unknown, doubled, missing, of the wrong type, or refused by the pass, whose code
-            may fail in any way.
-    """
-    with blamed(f"pass {cls.name!r} cannot be made", source_of(cls)):
-        pass_ = make(cls, f"pass {cls.name!r}", parameters)
-        check_declared(pass_)
-        return pass_
-
-
-def make(cls: type[T], what: str, parameters: Mapping[str, Any]) -> T:
+def make(cls: type[T], what: str, parameters: Mapping[str, Any], *, noun: str = "parameter") -> T:
     """The instance of a class of ``what`` with ``parameters``, checked against the annotations of its fields.
+
+    Args:
+        cls: a dataclass.
+        what: the beginning of messages.
+        parameters: plain data, names in kebab-case or with underscores.
+        noun: what messages call one of them.
 
     Raises:
         BitlowerError: a parameter is unknown, doubled, missing, of the wrong type, or refused by the class.
@@ -196,30 +199,30 @@ def make(cls: type[T], what: str, parameters: Mapping[str, Any]) -> T:
     for key, value in parameters.items():
         name = kebab(str(key))
         if name not in kinds:
-            raise BitlowerError(f"{what} has no parameter {shorten(repr(str(key)))}", hint=nearest(name, kinds))
+            raise BitlowerError(f"{what} has no {noun} {shorten(repr(str(key)))}", hint=nearest(name, kinds))
         if name.replace("-", "_") in values:
-            raise BitlowerError(f"{what}: parameter {name!r} is given twice")
-        values[name.replace("-", "_")] = _coerce_named(what, name, kinds[name], value)
-    for field in dataclasses.fields(cls):
+            raise BitlowerError(f"{what}: {noun} {name!r} is given twice")
+        values[name.replace("-", "_")] = _coerce_named(f"{what}: {noun} {name!r}", kinds[name], value)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         if not has_default and field.name not in values:
-            raise BitlowerError(f"{what} needs the parameter {kebab(field.name)!r}")
+            raise BitlowerError(f"{what} needs the {noun} {kebab(field.name)!r}")
     try:
         return cls(**values)
     except (TypeError, ValueError, AssertionError) as error:
         raise BitlowerError(f"{what}: {error}") from error
 
 
-def _coerce_named(what: str, name: str, kind: Any, value: Any) -> Any:
+def _coerce_named(what: str, kind: Any, value: Any) -> Any:
     try:
         return coerce(kind, value)
     except MismatchError as error:
-        hint = ""
+        hint = error.hint
         if isinstance(value, bool | int | float) and str in (kind, *typing.get_args(kind)):
             hint = f'quote it: "{value}"'
-        raise BitlowerError(f"{what}: parameter {name!r} {error}", hint=hint) from None
+        raise BitlowerError(f"{what} {error}", hint=hint) from None
     except BitlowerError as error:
-        raise BitlowerError(f"{what}: parameter {name!r}: {error.message}", hint=error.hint) from None
+        raise BitlowerError(f"{what}: {error.message}", hint=error.hint) from None
 
 
 def _tuple_member(kind: Any) -> Any:
@@ -227,3 +230,13 @@ def _tuple_member(kind: Any) -> Any:
     kind, _ = split_bounds(kind)
     members = [split_bounds(member)[0] for member in (typing.get_args(kind) if is_union(kind) else (kind,))]
     return next((m for m in members if typing.get_origin(m) is tuple), kind)
+
+
+def changed_fields(instance: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults."""
+    values = {}
+    for f in dataclasses.fields(instance):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if default is dataclasses.MISSING or getattr(instance, f.name) != default:
+            values[f.name] = getattr(instance, f.name)
+    return values

@@ -1,4 +1,4 @@
-"""Whatever loads an artefact checks its files first: nothing that was changed, cut or added is loaded."""
+"""Whatever loads an artifact checks its files first: nothing that was changed, cut or added is loaded."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ LOADERS: dict[str, tuple[Load, int]] = {
     "eval": (evaluate.open_runner, 2),
     "language_model": (language_model.language_model, 2),
 }
+BACKENDS = {"onnx": "onnx-qdq", "library": "tvm-kernels", "checkpoint": "checkpoint"}
 NAMES = {"onnx": "model.onnx", "library": "library.so", "checkpoint": "model.safetensors"}
 
 
@@ -36,8 +37,8 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     files = {n: {"bytes": len(t), "sha256": hashlib.sha256(t.encode()).hexdigest()} for n, t in texts.items()}
     program = {"source": "", "task": "", "level": "", "passes": [], "digest": "", "inputs": [], "outputs": []}
     manifest = {
-        "backend": "x", "backend_options": {}, "provenance": {}, "versions": {}, "program": program, "tensors": [],
-        "files": files, "bytes": 0, "float_bytes": 0,
+        "backend": BACKENDS[request.param], "backend_options": {}, "provenance": {}, "versions": {}, "program": program,
+        "tensors": [], "files": files, "bytes": 0, "float_bytes": 0,
     }  # fmt: skip
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     return tmp_path
@@ -87,7 +88,7 @@ def unlisted(folder: Path) -> None:
 
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("damage", [other_bytes, cut, added, unlisted], ids=lambda damage: damage.__name__)
-def test_nothing_is_loaded_of_a_damaged_artefact(
+def test_nothing_is_loaded_of_a_damaged_artifact(
     folder: Path, damage: Callable[[Path], None], loader: str, loaded: list[str]
 ) -> None:
     load, code = LOADERS[loader]
@@ -107,7 +108,7 @@ def test_a_library_needs_its_manifest(folder: Path, loaded: list[str]) -> None:
 
 
 @pytest.mark.parametrize("loader", ["eval", "language_model"])
-def test_a_sound_artefact_is_given_to_its_runtime(folder: Path, loader: str, loaded: list[str]) -> None:
+def test_a_sound_artifact_is_given_to_its_runtime(folder: Path, loader: str, loaded: list[str]) -> None:
     with pytest.raises((BitlowerError, RuntimeError)):
         LOADERS[loader][0](folder)
     assert loaded or (folder / "library.so").exists()  # whose signature is empty here

@@ -20,7 +20,7 @@ from bitlower.ir import CheckError, Level, Program
 
 
 @dataclass(frozen=True)
-class ArtefactReport:
+class ArtifactReport:
     """A sound checkpoint.
 
     Args:
@@ -50,7 +50,7 @@ class ArtefactReport:
         return {**asdict(self), "unlisted": list(self.unlisted), "unseen": rounded_figures(self.unseen)}
 
 
-def verify_artefact(folder: Path) -> ArtefactReport:
+def verify_artifact(folder: Path) -> ArtifactReport:
     """Check a checkpoint on the disk against what was recorded when it was written.
 
     Every file has the hash that the manifest says, and each packed layer, unpacked as ``config.json`` says, has the
@@ -62,7 +62,7 @@ def verify_artefact(folder: Path) -> ArtefactReport:
         CheckError: a file is missing or changed, a layer does not unpack to what it was, or the client gives something
             else.
     """
-    files = _manifest.check_artefact(folder)
+    files = _manifest.check_artifact(folder)
     recorded = Verification.read(folder)
     if recorded.format not in FORMATS:
         raise CheckError(f"{FILE} in {folder} names the unknown format {recorded.format!r}")
@@ -79,7 +79,7 @@ def verify_artefact(folder: Path) -> ArtefactReport:
     codes = sum(row.codes for row in recorded.layers)
     skeleton = Skeleton(Program({}, Level.INTEGER, _manifest.read_manifest(folder).program.task, (), (), config))
     reason = obstacle(skeleton, form.readers if stored.packed else ())
-    return ArtefactReport(
+    return ArtifactReport(
         files.count,
         files.bytes,
         files.unlisted,

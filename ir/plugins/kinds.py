@@ -119,7 +119,7 @@ def describe_bounds(bounds: Sequence[Bound]) -> str:
 
 
 def check_bounds(owner: Any, what: str) -> None:
-    """Hold the fields of ``owner``, a dataclass called ``what``, to their bounds.
+    """Hold the fields of ``owner``, a dataclass called ``what``, to their choices and bounds.
 
     Raises:
         BitlowerError: one lies outside.
@@ -184,7 +184,7 @@ def _end(bound: Bound) -> Any:
 
 
 def _within(kind: Any, value: Any) -> bool:
-    """Whether ``value`` keeps the bounds in ``kind``; those of a union's members hold for values of their types."""
+    """Whether ``value`` keeps the choices and bounds in ``kind``; those of a union hold for values of their types."""
     kind, bounds = split_bounds(kind)
     arguments = typing.get_args(kind)
     if is_union(kind):
@@ -194,6 +194,10 @@ def _within(kind: Any, value: Any) -> bool:
     if typing.get_origin(kind) is tuple and isinstance(value, tuple):
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         return keeps(bounds, value) and all(map(_within, kinds, value))
+    if typing.get_origin(kind) is typing.Literal:
+        return value in arguments
+    if kind in (int, float) and isinstance(value, bool):
+        return False
     return not bounds or keeps(bounds, value)
 
 

@@ -16,7 +16,7 @@ from bitlower.ir import Batch
 
 
 @dataclass(frozen=True)
-class ArtefactReport:
+class ArtifactReport:
     """A sound library.
 
     Args:
@@ -43,7 +43,7 @@ class ArtefactReport:
         return {**asdict(self), "unlisted": list(self.unlisted), **figures}
 
 
-def verify_artefact(folder: Path) -> ArtefactReport:
+def verify_artifact(folder: Path) -> ArtifactReport:
     """Check a library on the disk against what was recorded when it was written.
 
     Raises:
@@ -53,13 +53,13 @@ def verify_artefact(folder: Path) -> ArtefactReport:
     require_tvm()
     from bitlower.backends.tvm_kernels._files import RESERVED, load_library
 
-    files = _manifest.check_artefact(folder, RESERVED)
+    files = _manifest.check_artifact(folder, RESERVED)
     recorded, library = Verification.read(folder), load_library(folder)
 
     def run(batch: Batch) -> dict[str, Any]:
         return {name: value.numpy() for name, value in library(**batch).items()}
 
-    return ArtefactReport(
+    return ArtifactReport(
         files.count,
         files.bytes,
         files.unlisted,

@@ -1,4 +1,4 @@
-"""Artefacts that lie: a file that is not what the manifest says, or a manifest and records that say nonsense."""
+"""Artifacts that lie: a file that is not what the manifest says, or a manifest and records that say nonsense."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitlower.backends._manifest import check_artefact, check_if_artefact, is_artefact
+from bitlower.backends import registry
+from bitlower.backends._manifest import check_artifact, check_if_artifact, is_artifact
 from bitlower.backends._outputs import OutputError
 from bitlower.backends._schema import parsed
 from bitlower.backends._selftest import SelfTest, make_selftest, run_selftest
 from bitlower.backends._unseen import Unseen
-from bitlower.backends.onnx_qdq._manifest import verify_artefact
+from bitlower.backends.onnx_qdq._manifest import verify_artifact
 from bitlower.backends.onnx_qdq._verification import Verification
 from bitlower.ir import BitlowerError, CheckError
-from bitlower.tools import _backends
 
 Form = dict[str, Any]
 HUGE = 10**12
 
 
 @pytest.fixture
-def artefact(sound: Path, tmp_path: Path) -> Path:
+def artifact(sound: Path, tmp_path: Path) -> Path:
     """A copy to spoil."""
     return Path(shutil.copytree(sound, tmp_path / "copy"))
 
@@ -111,58 +111,58 @@ MANIFEST = [
 
 
 @pytest.mark.parametrize(("path", "value", "message"), RECORDS)
-def test_a_record_that_says_nonsense_is_named(artefact: Path, path: str, value: Any, message: str) -> None:
-    rewrite(artefact, "verification.json", put(path, value))
+def test_a_record_that_says_nonsense_is_named(artifact: Path, path: str, value: Any, message: str) -> None:
+    rewrite(artifact, "verification.json", put(path, value))
     with pytest.raises(CheckError, match=message) as info:
-        verify_artefact(artefact)
+        verify_artifact(artifact)
     assert "\n" not in str(info.value)
 
 
 @pytest.mark.parametrize(("path", "value", "message"), MANIFEST)
-def test_a_manifest_that_says_nonsense_is_named(artefact: Path, path: str, value: Any, message: str) -> None:
+def test_a_manifest_that_says_nonsense_is_named(artifact: Path, path: str, value: Any, message: str) -> None:
     change = put(path.replace("null", "a\0b"), value) if "!" not in path else None
-    rewrite(artefact, "manifest.json", change or (lambda form: form["files"].update({"manifest.json": value})))
+    rewrite(artifact, "manifest.json", change or (lambda form: form["files"].update({"manifest.json": value})))
     with pytest.raises(CheckError, match=message):
-        verify_artefact(artefact)
+        verify_artifact(artifact)
 
 
 @pytest.mark.parametrize("name", ["config.json", "verification.json", "model.onnx"])
-def test_a_file_that_is_left_out_of_the_list_is_named(artefact: Path, name: str) -> None:
-    rewrite(artefact, "manifest.json", lambda form: form["files"].pop(name))
-    (artefact / "config.json").write_text('{"vocab_size": 5}')
+def test_a_file_that_is_left_out_of_the_list_is_named(artifact: Path, name: str) -> None:
+    rewrite(artifact, "manifest.json", lambda form: form["files"].pop(name))
+    (artifact / "config.json").write_text('{"vocab_size": 5}')
     with pytest.raises(CheckError, match=f"does not list {name}|config.json .* has"):
-        verify_artefact(artefact)
+        verify_artifact(artifact)
 
 
 @pytest.mark.parametrize("name", ["config.json", "verification.json"])
-def test_a_file_that_every_artefact_has_is_missed(artefact: Path, name: str) -> None:
-    rewrite(artefact, "manifest.json", lambda form: form["files"].pop(name))
-    (artefact / name).unlink()
+def test_a_file_that_every_artifact_has_is_missed(artifact: Path, name: str) -> None:
+    rewrite(artifact, "manifest.json", lambda form: form["files"].pop(name))
+    (artifact / name).unlink()
     with pytest.raises(CheckError, match=f"does not list {name}"):
-        check_artefact(artefact)
+        check_artifact(artifact)
 
 
 @pytest.mark.parametrize(
     "name",
     ["tokenizer.json", "adapter_config.json", "model.onnx.data", "model-00002.safetensors", "library.so", "m/a.py"],
 )
-def test_a_file_that_something_would_load_must_be_listed(artefact: Path, name: str) -> None:
-    (artefact / name).parent.mkdir(exist_ok=True)
-    (artefact / name).write_text("{}")
+def test_a_file_that_something_would_load_must_be_listed(artifact: Path, name: str) -> None:
+    (artifact / name).parent.mkdir(exist_ok=True)
+    (artifact / name).write_text("{}")
     with pytest.raises(CheckError, match=f"does not list {name}; remove it"):
-        verify_artefact(artefact)
+        verify_artifact(artifact)
 
 
-def test_other_files_may_lie_there(artefact: Path) -> None:
+def test_other_files_may_lie_there(artifact: Path) -> None:
     for name in ("README.md", ".gitattributes", "notes.txt"):
-        (artefact / name).write_text("mine")
-    assert check_artefact(artefact).unlisted == (".gitattributes", "README.md", "notes.txt")
+        (artifact / name).write_text("mine")
+    assert check_artifact(artifact).unlisted == (".gitattributes", "README.md", "notes.txt")
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "config.json", "verification.json", "manifest.json"])
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "loop", "dangling"])
-def test_only_regular_files_are_opened(artefact: Path, name: str, kind: str) -> None:
-    path = artefact / name
+def test_only_regular_files_are_opened(artifact: Path, name: str, kind: str) -> None:
+    path = artifact / name
     path.unlink()
     match kind:
         case "pipe":
@@ -175,27 +175,27 @@ def test_only_regular_files_are_opened(artefact: Path, name: str, kind: str) -> 
             path.symlink_to(path)
         case "dangling":
             path.symlink_to("nowhere")
-    with pytest.raises(BitlowerError, match=rf"{name}|is not an artefact \("):
-        _backends.verify_artefact(artefact)
+    with pytest.raises(BitlowerError, match=rf"{name}|is not an artifact \("):
+        registry.verify_artifact(artifact)
 
 
-def test_links_to_files_that_are_right_are_followed(artefact: Path, tmp_path: Path) -> None:
+def test_links_to_files_that_are_right_are_followed(artifact: Path, tmp_path: Path) -> None:
     """As the Hub's own cache lays a model out."""
-    (artefact / "config.json").rename(tmp_path / "blob")
-    (artefact / "config.json").symlink_to(tmp_path / "blob")
-    assert check_artefact(artefact).count == 3
+    (artifact / "config.json").rename(tmp_path / "blob")
+    (artifact / "config.json").symlink_to(tmp_path / "blob")
+    assert check_artifact(artifact).count == 3
 
 
 def test_folders_of_others_have_no_manifest_of_ours(sound: Path, tmp_path: Path) -> None:
-    assert is_artefact(sound)
+    assert is_artifact(sound)
     (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
     (tmp_path / "config.json").write_text("{}")
-    assert not is_artefact(tmp_path)
-    assert not is_artefact(tmp_path / ("x" * 5000))
-    check_if_artefact(tmp_path)
+    assert not is_artifact(tmp_path)
+    assert not is_artifact(tmp_path / ("x" * 5000))
+    check_if_artifact(tmp_path)
     (tmp_path / "verification.json").write_text("{}")
     with pytest.raises(CheckError, match=r"manifest\.json in .* is damaged"):
-        check_if_artefact(tmp_path)
+        check_if_artifact(tmp_path)
 
 
 JSON = st.recursive(
@@ -257,13 +257,13 @@ def test_a_model_that_fails_on_the_selftest_is_named() -> None:
         run_selftest(selftest(), run)
 
 
-def test_verify_ends_in_one_line_whatever_a_backend_raises(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_ends_in_one_line_whatever_a_backend_raises(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(folder: Path) -> None:
         raise MemoryError("too much\nof it")
 
     monkeypatch.setattr("bitlower.backends.onnx_qdq.verify", fail)
     with pytest.raises(CheckError, match=r"copy is damaged: MemoryError: too much$"):
-        _backends.verify_artefact(artefact)
+        registry.verify_artifact(artifact)
 
 
 def kinds() -> dict[str, Any]:

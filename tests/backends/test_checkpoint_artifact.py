@@ -23,7 +23,7 @@ LAYER = "model.layers.0.mlp.up_proj"
 
 
 @pytest.fixture(params=["compressed-tensors", "gptq-v2"])
-def artefact(request: pytest.FixtureRequest, lowered: Lowered, prompts, tmp_path: Path) -> Path:
+def artifact(request: pytest.FixtureRequest, lowered: Lowered, prompts, tmp_path: Path) -> Path:
     export(lowered("llama", "W4A16-g32-asym"), tmp_path, batches=prompts, format=request.param)
     return tmp_path
 
@@ -50,25 +50,25 @@ def edit_tensor(folder: Path, names: tuple[str, ...], change: Callable[[torch.Te
     relist(folder, "model.safetensors")
 
 
-def test_a_sound_artefact_passes(artefact: Path):
-    (artefact / "notes.txt").write_text("mine")
-    report = verify(artefact)
+def test_a_sound_artifact_passes(artifact: Path):
+    (artifact / "notes.txt").write_text("mine")
+    report = verify(artifact)
     assert (report.files, report.layers, report.unlisted) == (4, 14, ("notes.txt",))
     assert report.codes == 2 * (64 * 64 * 2 + 32 * 64 * 2 + 96 * 64 * 3)
     assert report.format in json.dumps(report.to_dict())
 
 
-def test_files_are_those_of_the_manifest(artefact: Path):
-    data = bytearray((artefact / "model.safetensors").read_bytes())
+def test_files_are_those_of_the_manifest(artifact: Path):
+    data = bytearray((artifact / "model.safetensors").read_bytes())
     data[-1] ^= 1
-    (artefact / "model.safetensors").write_bytes(data)
+    (artifact / "model.safetensors").write_bytes(data)
     with pytest.raises(CheckError, match=r"model.safetensors .* was changed"):
-        verify(artefact)
-    (artefact / "model.safetensors").unlink()
+        verify(artifact)
+    (artifact / "model.safetensors").unlink()
     with pytest.raises(CheckError, match=r"model\.safetensors is missing"):
-        verify(artefact)
-    with pytest.raises(BitlowerError, match="there is no artefact"):
-        verify(artefact / "nowhere")
+        verify(artifact)
+    with pytest.raises(BitlowerError, match="there is no artifact"):
+        verify(artifact / "nowhere")
 
 
 PACKED, SCALES, ZEROS = ("weight_packed", "qweight"), ("weight_scale", "scales"), ("weight_zero_point", "qzeros")
@@ -85,23 +85,23 @@ PACKED, SCALES, ZEROS = ("weight_packed", "qweight"), ("weight_scale", "scales")
         (PACKED, lambda t: t.short(), "cannot be unpacked"),
     ],
 )
-def test_each_part_of_a_layer_is_compared(artefact: Path, names, change, message: str):
-    edit_tensor(artefact, names, change)
+def test_each_part_of_a_layer_is_compared(artifact: Path, names, change, message: str):
+    edit_tensor(artifact, names, change)
     with pytest.raises(CheckError, match=message) as caught:
-        verify(artefact)
+        verify(artifact)
     assert LAYER in str(caught.value)
 
 
-def test_a_configuration_that_says_otherwise_is_found(artefact: Path):
+def test_a_configuration_that_says_otherwise_is_found(artifact: Path):
     def narrow(form: dict[str, Any]) -> None:
         config = form["quantization_config"]
         groups = config.get("config_groups", {"group_0": {"weights": config}})
         arguments = groups["group_0"]["weights"]
         arguments["num_bits" if "num_bits" in arguments else "bits"] = 8
 
-    edit_json(artefact, "config.json", narrow)
+    edit_json(artifact, "config.json", narrow)
     with pytest.raises(CheckError, match=r"cannot be unpacked|do not make groups|not consecutive"):
-        verify(artefact)
+        verify(artifact)
 
 
 def test_zero_points_that_a_configuration_denies_are_found(lowered: Lowered, prompts, tmp_path: Path):
@@ -128,13 +128,13 @@ def test_fewer_groups_than_the_columns_need_are_found():
         ("verification.json", lambda form: form.update(format="marlin"), "names the unknown format 'marlin'"),
     ],
 )
-def test_damaged_descriptions_are_named(artefact: Path, name: str, change, message: str):
-    edit_json(artefact, name, change)
+def test_damaged_descriptions_are_named(artifact: Path, name: str, change, message: str):
+    edit_json(artifact, name, change)
     with pytest.raises(CheckError, match=message):
-        verify(artefact)
+        verify(artifact)
 
 
-def test_verification_is_plain_data_and_back(artefact: Path):
-    verification = Verification.read(artefact)
+def test_verification_is_plain_data_and_back(artifact: Path):
+    verification = Verification.read(artifact)
     assert Verification.from_dict(json.loads(json.dumps(verification.to_dict()))) == verification
     assert verification.summary()["codes"] == sum(row.codes for row in verification.layers)

@@ -38,9 +38,9 @@ def model(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
-    """Both artefacts."""
+    """Both artifacts."""
     pytest.importorskip("compressed_tensors")
-    output = tmp_path_factory.mktemp("artefacts") / "out"
+    output = tmp_path_factory.mktemp("artifacts") / "out"
     return quantize(
         model, scheme=SCHEME, calibration=[text()], output=output, formats=FORMATS, samples=4, max_length=32
     )
@@ -71,5 +71,5 @@ def test_sizes_are_as_planned(made: Quantized, model: Path) -> None:
     assert plans[0].file_bytes == pytest.approx(sizes["onnx-qdq/model.onnx"], rel=0.02)
     assert plans[1].file_bytes == pytest.approx(sizes["checkpoint/model.safetensors"], rel=0.02)
     both = make_plan(load(str(model)), standard_passes(SCHEME), Load(4, 32), exports)
-    assert both.artefact_bytes == sum(plan.artefact_bytes for plan in plans)
-    assert both.artefact_bytes == pytest.approx(made.summary.artefact_bytes, rel=0.04)
+    assert both.artifact_bytes == sum(plan.artifact_bytes for plan in plans)
+    assert both.artifact_bytes == pytest.approx(made.summary.artifact_bytes, rel=0.04)

@@ -15,16 +15,21 @@ from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from bitlower.ir import BitlowerError, nearest
-from bitlower.passes._machinery import kinds
-from bitlower.passes._machinery.base import Pass
-from bitlower.passes._machinery.faults import blamed
-from bitlower.passes._machinery.loss import Loss
-from bitlower.passes._machinery.process import kept_process
+from bitlower.ir.plugins import kinds
+from bitlower.ir.plugins.faults import blamed
+from bitlower.ir.plugins.process import kept_process
 
-T = TypeVar("T", bound=Pass | Loss)
+
+class Named(Protocol):
+    """What a catalog holds: a class with a name."""
+
+    name: ClassVar[str]
+
+
+T = TypeVar("T", bound=Named)
 Problem = tuple[str, str]
 """What is wrong with a class, and the mend."""
 _KEBAB = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
@@ -52,6 +57,7 @@ class Catalog(Generic[T]):
         package: where own files lie: one of the kind a file, called like it.
         folder: the folder of that package.
         problem: what is wrong with a class, beyond what holds for all kinds.
+        file: the file that holds each, where each has a folder of its name; "": a file has its name.
         loose: file and class by name, of the loose files that were loaded.
     """
 
@@ -62,13 +68,13 @@ class Catalog(Generic[T]):
     package: str
     folder: Path
     problem: Callable[[type[T]], Problem | None]
+    file: str = ""
     loose: dict[str, tuple[Path, type[T]]] = field(default_factory=dict)
 
     def providers(self) -> dict[str, tuple[Provider, ...]]:
         """All offers by name; imports nothing."""
         offers = [
-            Provider(path.stem.replace("_", "-"), f"bitlower ({path.name})", path=path)
-            for path in sorted(self.own_files())
+            Provider(self._name_of(path), f"bitlower ({path.name})", path=path) for path in sorted(self.own_files())
         ]
         offers += [Provider(name, f"the file {path}", path=path) for name, (path, _) in self.loose.items()]
         for point in sorted(set(entry_points(group=self.group)), key=lambda p: (p.name, p.value)):
@@ -79,12 +85,17 @@ class Catalog(Generic[T]):
 
     def own_files(self) -> list[Path]:
         """Our own files, in the folder and in those below; names with an underscore in front hold none."""
+        if self.file:
+            return list(self.folder.glob(f"*/{self.file}.py"))
         return [
             path
             for pattern in ("*.py", "*/*.py")
             for path in self.folder.glob(pattern)
             if not any(part.startswith("_") for part in path.relative_to(self.folder).parts)
         ]
+
+    def _name_of(self, path: Path) -> str:
+        return (path.parent.name if self.file else path.stem).replace("_", "-")
 
     def find(self, name: str) -> type[T]:
         """The class called ``name``; only the module that holds it is imported.
@@ -150,7 +161,8 @@ class Catalog(Generic[T]):
         mended = f'write `name = "my-{self.what}"` without an annotation'
         if parameters is None or not parameters.frozen:
             return "is not a frozen dataclass", "decorate it with @dataclass(frozen=True)"
-        if "name" in cls.__annotations__ and any(f.name == "name" for f in dataclasses.fields(cls)):
+        fields: Any = dataclasses.fields(cls)  # type: ignore[arg-type]  # it is a dataclass, as was seen
+        if "name" in cls.__annotations__ and any(field.name == "name" for field in fields):
             return "has `name` as a parameter", mended
         if not isinstance(cls.name, str) or not cls.name:
             return "has no name", f'set `name = "my-{self.what}"`'

@@ -1,0 +1,49 @@
+"""The bytes that tensors take in a checkpoint; see :mod:`bitlower.backends.sizes`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from bitlower.backends.sizes import ENTRY_BYTES, stored_tensors
+from bitlower.ir import Program, Quantizer
+from bitlower.ir.dataflow import EMBEDDING
+
+_WORD = 32
+
+
+@dataclass(frozen=True)
+class CheckpointSizes:
+    """Sizes in a ``format``; ``width``: bytes of a number that stays float."""
+
+    format: str = "compressed-tensors"
+    width: int = 2
+
+    def quantized(self, quantizer: Quantizer, shape: tuple[int, ...], readers: Collection[fx.Node] = ()) -> int:
+        """Bytes of codes, scales and zero points of a linear's weight; tables are written in float."""
+        spec = quantizer.spec
+        if len(shape) != 2 or any(node.target in EMBEDDING for node in readers):
+            return self.width * math.prod(shape)
+        (rows, columns), bits = shape, spec.grid.bits
+        scales = math.prod(spec.granularity.scale_shape(shape))
+        groups = max(1, scales // rows)
+        if self.format == "gptq-v2":
+            return 4 * rows * _words(columns, bits) + 4 * groups * _words(rows, bits) + 2 * scales + 4 * columns
+        zeros = 0 if spec.grid.symmetric else 4 * groups * _words(rows, bits)
+        return 4 * rows * _words(columns, bits) + self.width * scales + zeros + 16
+
+    def floats(self, tensor: torch.Tensor, readers: Collection[fx.Node] = ()) -> int:
+        """Floats have ``width`` bytes."""
+        return tensor.numel() * (self.width if tensor.is_floating_point() else tensor.element_size())
+
+    def overhead(self, program: Program) -> int:
+        """Bytes of the headers of safetensors files."""
+        return ENTRY_BYTES * stored_tensors(program)
+
+
+def _words(count: int, bits: int) -> int:
+    return -(-count * bits // _WORD)

@@ -1,0 +1,188 @@
+"""Write the verified ONNX artifact of a Program."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import onnx
+import onnx_ir as ir
+from annotated_types import Interval
+
+from bitlower.backends._config import write_config
+from bitlower.backends._folder import sizes
+from bitlower.backends.base import Backend
+from bitlower.backends.onnx_qdq._folder import MODEL, write_assets, write_model
+from bitlower.backends.onnx_qdq._genai import write_genai_config
+from bitlower.backends.onnx_qdq._kernels import LEVEL_ENTRY
+from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS, ROUNDS_ACTIVATIONS
+from bitlower.backends.onnx_qdq._lower import lower
+from bitlower.backends.onnx_qdq._manifest import ArtifactReport, verify_artifact, write_manifest
+from bitlower.backends.onnx_qdq._model import OnnxModel
+from bitlower.backends.onnx_qdq._products import Signs, chosen_signs
+from bitlower.backends.onnx_qdq._rewrite_linear import Form
+from bitlower.backends.onnx_qdq._rewrite_low_bit import LOW_BIT
+from bitlower.backends.onnx_qdq._stored_sizes import OnnxSizes
+from bitlower.backends.onnx_qdq._verification import Verification
+from bitlower.backends.onnx_qdq._verify import verify_export
+from bitlower.backends.sizes import weights_only
+from bitlower.ir import Batch, BitlowerError, CheckError, Program, Scheme
+from bitlower.ir.scheme import ACTIVATION_ROLES
+from bitlower.ir.tasks import TEXT_GENERATION
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Args:
+        files: bytes by name.
+        opset: of ONNX's own operators.
+        form: ``qdq`` or ``onnxruntime``.
+        accuracy_level: of MatMulNBits.
+        operators: how many nodes of each operator the model has.
+        rules: by rewrite rule, how often it was applied and why it was not.
+        verification: how the artifact compares with the Program.
+        notes: what ``genai_config.json`` could not say of how the model generates, a line each.
+    """
+
+    files: dict[str, int]
+    opset: int
+    form: str
+    accuracy_level: int
+    operators: dict[str, int]
+    rules: dict[str, dict[str, object]]
+    verification: Verification
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "files": self.files,
+            "opset": self.opset,
+            "form": self.form,
+            "accuracy_level": self.accuracy_level,
+            "operators": self.operators,
+            "rules": self.rules,
+            "verification": self.verification.to_dict(),
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class OnnxQdq(Backend):
+    """ONNX for onnxruntime: standard Q/DQ graphs that run on its integer kernels, verified against the Program."""
+
+    name: ClassVar[str] = "onnx-qdq"
+    opset: Annotated[int, Interval(ge=21, le=25)] = 23
+    """Of ONNX's own operators: 21 brought 16-bit and blocked quantization; below 23 there is no Attention operator, and
+    attention is written out; from 25 on there are types of 2 bits."""
+    form: Form = "qdq"
+    """``qdq`` is standard ONNX; ``onnxruntime`` also uses operators of the domain com.microsoft: MatMulIntegerToFloat,
+    MatMulNBits, FusedMatMul."""
+    accuracy_level: Annotated[int, Interval(ge=0, le=ROUNDS_ACTIVATIONS)] = FLOAT_ACTIVATIONS
+    """How linears with low-bit weights and float activations are multiplied, in the words of com.microsoft.MatMulNBits.
+    1 computes in float32, which is what a scheme such as W4A16 says. 4 rounds the activations to 8 bits, in blocks,
+    which costs accuracy and is faster a token; only at 4 have weights of 2 and of 5 to 8 bits kernels of their own. The
+    form ``qdq`` only records it, as a session entry (see ``verification.json``): onnxruntime takes 4 if it is told
+    nothing."""
+    external_data_threshold: Annotated[int, Interval(ge=0, le=1_900_000_000)] = 1_900_000_000
+    """Tensors of more bytes in all go to a file of their own, for protobuf ends at 2 GB."""
+    weight_signs: Signs = "auto"
+    """How 8-bit codes of symmetric weights are stored that are multiplied with 8-bit activations. ``signed`` is
+    fastest, and exact where the processor has integer dot products; x86 processors without them (AVX2, AVX512 before
+    VNNI) clip sums of two products. ``unsigned`` is exact everywhere, and slower where there are such instructions.
+    ``auto`` tries on the processor that exports, and records what it chose."""
+
+    @classmethod
+    def suited_to(cls, scheme: Scheme) -> Mapping[str, Any]:
+        """With float activations the form ``onnxruntime``: its MatMulNBits keeps codes packed in memory."""
+        return {"form": "onnxruntime"} if scheme.activations is None else {}
+
+    def export(
+        self, program: Program, folder: Path, batches: Sequence[Batch], provenance: Mapping[str, Any] | None = None
+    ) -> ExportReport:
+        """Write the artifact of ``program`` into the existing ``folder`` and verify it on ``batches``.
+
+        Raises:
+            BitlowerError: the program cannot be expressed in ONNX.
+            CheckError: what was written does not compute what the program does.
+        """
+        options = replace(self, weight_signs=chosen_signs(self.weight_signs))
+        self.check_level(program.level)
+        if set(program.graphs) != {"model"}:
+            raise BitlowerError(f"this backend exports one graph, the program has {', '.join(program.graphs)}")
+        model, log = lower(
+            program,
+            opset=self.opset,
+            form=self.form,
+            accuracy_level=self.accuracy_level,
+            weight_signs=options.weight_signs,
+        )
+        session_config = {}
+        if self.form == "qdq" and log.applied[LOW_BIT]:
+            session_config[LEVEL_ENTRY] = str(self.accuracy_level)
+        written = write_model(model, folder, threshold=self.external_data_threshold)
+        files = [*written, write_config(program, folder, "onnx")]
+        program.release()
+        described, notes = write_genai_config(program, folder, session_config)
+        files += [*write_assets(program, folder), *described]
+        _check_model(folder / MODEL)
+        verification = verify_export(
+            program, folder, batches, session_config=session_config, accuracy_level=self.accuracy_level, split=log.split
+        )
+        verification.write(folder)
+        write_manifest(program, folder, backend_options=asdict(options), provenance=provenance)
+        return ExportReport(
+            sizes(folder, files), self.opset, self.form, self.accuracy_level, operators(model), log.to_dict(),
+            verification, notes,
+        )  # fmt: skip
+
+    @classmethod
+    def verify(cls, folder: Path) -> ArtifactReport:
+        """Check the artifact in ``folder``; see :func:`~bitlower.backends.onnx_qdq._manifest.verify_artifact`.
+
+        Raises:
+            CheckError: a file is missing or changed, or the model does not compute what it did.
+        """
+        return verify_artifact(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> OnnxModel:
+        """The model in onnxruntime.
+
+        Raises:
+            BitlowerError: onnxruntime cannot load it.
+        """
+        return OnnxModel.open(folder)
+
+    def sizes(self, placed: Program) -> OnnxSizes:
+        """Bytes of tensors in the file."""
+        return OnnxSizes(self.opset, self.form, self.accuracy_level, weights_only(placed))
+
+    def unforeseen(self, placed: Program) -> Iterable[str]:
+        """Of a decoder with static activations every rounded value of whole windows is compared."""
+        static = [q for _, q in placed.quantizers() if q.role in ACTIVATION_ROLES and not q.spec.granularity.dynamic]
+        if placed.task == TEXT_GENERATION and static:
+            yield "every rounded value of a decoder's windows is checked against the runtime's; that is not foreseen"
+
+
+def operators(model: ir.Model) -> dict[str, int]:
+    """How many nodes of each operator there are; those of other domains with their domain."""
+    names = (f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph)
+    return dict(sorted(Counter(names).items()))
+
+
+def _check_model(path: Path) -> None:
+    """Let ONNX's own checker read the file.
+
+    Raises:
+        CheckError: it is no valid ONNX.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=False)
+    except onnx.checker.ValidationError as error:
+        raise CheckError(f"{path.name} is not valid ONNX: {str(error).splitlines()[0]}") from error

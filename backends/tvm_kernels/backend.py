@@ -1,0 +1,195 @@
+"""Write the verified library of a Program."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from bitlower.backends import _folder
+from bitlower.backends._config import write_config
+from bitlower.backends._manifest import check_artifact, write_manifest
+from bitlower.backends.base import Backend
+from bitlower.backends.sizes import weights_only
+from bitlower.backends.tvm_kernels._activations import activations_of, check_range
+from bitlower.backends.tvm_kernels._artifact import ArtifactReport, verify_artifact
+from bitlower.backends.tvm_kernels._library import Library
+from bitlower.backends.tvm_kernels._sizes import LibrarySizes
+from bitlower.backends.tvm_kernels._spec import HALF, Target
+from bitlower.backends.tvm_kernels._tvm import check_pins, require_tvm
+from bitlower.ir import Batch, BitlowerError, Level, Program, kernels
+
+if TYPE_CHECKING:
+    from bitlower.backends.tvm_kernels._verification import Verification
+
+PACKAGES = ("torch", "transformers", "apache-tvm", "apache-tvm-ffi")
+HOST = "host"
+TargetName = Literal["host", "llvm", "llvm-avx512-vnni", "cuda"]
+Activations = Literal["auto", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Args:
+        files: bytes by name.
+        target: whose code it is.
+        operators: how many kernels of each kind the Program has.
+        verification: how the library compares with the Program; without kernels and outputs if it was not run.
+    """
+
+    files: dict[str, int]
+    target: str
+    operators: dict[str, int]
+    verification: Verification
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        form = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return form | {"verification": self.verification.to_dict()}
+
+
+@dataclass(frozen=True)
+class TvmKernels(Backend):
+    """Libraries of low-bit kernels that TVM generates, verified against the Program."""
+
+    name: ClassVar[str] = "tvm-kernels"
+    levels: ClassVar[frozenset[Level]] = frozenset({Level.FUSED})
+    target: TargetName = "host"
+    """Whose code: ``llvm`` for any CPU of this architecture, ``llvm-avx512-vnni`` for CPUs with AVX512-VNNI, ``host``,
+    the best of them that this processor runs, or ``cuda`` for NVIDIA GPUs."""
+    unrun: bool = False
+    """Write a library for GPUs on a machine that has none: it is compared with nothing. Its self-test expects what the
+    Program gives, so that ``verify`` compares where the GPU is."""
+    activations: Activations = "auto"
+    """``float16`` or ``float32``, what linears of floats multiply and what lies between kernels (see
+    :mod:`bitlower.backends.tvm_kernels._activations`), or ``auto``: float16 for ``cuda``, which alone has it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.unrun and self.target != "cuda":
+            raise BitlowerError(f"a library for {self.target} is run where it is written", hint="leave out `unrun`")
+        activations_of(self.target, self.activations)
+
+    def resolve(self) -> Target:
+        """The target that it stands for.
+
+        Raises:
+            BitlowerError: TVM is not installed, or this machine does not run such code, or does not compile it.
+        """
+        require_tvm()
+        if self.target == "cuda":
+            self._check_cuda()
+            return Target.CUDA
+        from bitlower.backends.tvm_kernels._cpu_frame import host_target
+
+        best = host_target()
+        target = best if self.target == HOST else Target(self.target)
+        if target not in (best, Target.LLVM):
+            raise BitlowerError(
+                f"this processor does not run {target}, and what was not run is not verified", hint=f"take {best}"
+            )
+        return target
+
+    def _check_cuda(self) -> None:
+        from bitlower.backends.tvm_kernels._cuda_library import require_nvcc
+        from bitlower.backends.tvm_kernels._library import has_device
+
+        require_nvcc()
+        if not (self.unrun or has_device(Target.CUDA)):
+            raise BitlowerError(
+                "this machine has no GPU that TVM finds, and what was not run is not verified",
+                hint="export where there is one, or say `unrun: true`, and `bitlower verify` where there is one",
+            )
+
+    def check_host(self) -> None:
+        """See that this machine has what an export needs: TVM, compilers, a processor or GPU that runs the target.
+
+        Raises:
+            BitlowerError: it lacks one of them.
+        """
+        self.resolve()
+        from tvm.support import cc
+
+        if cc.get_cc() is None:
+            raise BitlowerError("no C compiler is found, which links libraries", hint="install gcc or clang")
+
+    def check_program(self, program: Program) -> None:
+        """See that every operator has a converter; for programs of any level, as far as their operators stay.
+
+        Raises:
+            BitlowerError: TVM is not installed, or one has none: it is named with its module.
+        """
+        require_tvm()
+        from bitlower.backends.tvm_kernels._relax_aten import check_operator
+
+        for node in program.graph.nodes:
+            if node.op == "call_function":
+                check_operator(node)
+
+    def export(
+        self, program: Program, folder: Path, batches: Sequence[Batch], provenance: Mapping[str, Any] | None = None
+    ) -> ExportReport:
+        """Compile ``program`` into the existing ``folder`` and compare what is there with it on ``batches``.
+
+        Raises:
+            BitlowerError: TVM is not installed, there is no batch, the program cannot be compiled, or float16 does not
+                hold what it computes.
+            CheckError: the library does not compute what the program does.
+        """
+        check_pins()
+        self.check_level(program.level)
+        resolved = self.resolve()
+        from bitlower.backends.tvm_kernels._files import RESERVED, write_library
+        from bitlower.backends.tvm_kernels._library import has_device
+        from bitlower.backends.tvm_kernels._verify import BATCHES, expect, verify_export
+
+        dtype = activations_of(resolved, self.activations)
+        if dtype == HALF:
+            check_range(program, batches[:BATCHES])
+        files = [*write_library(program, folder, resolved, dtype), write_config(program, folder, self.name)]
+        files += _folder.write_assets(program, folder, RESERVED)
+        if has_device(resolved):
+            verification = verify_export(program, folder, batches, target=resolved, activations=dtype)
+        else:
+            verification = expect(program, batches, target=resolved, activations=dtype)
+        verification.write(folder)
+        options = {"target": str(resolved), "activations": dtype}
+        write_manifest(
+            program, folder, backend=self.name, packages=PACKAGES, backend_options=options, provenance=provenance
+        )
+        kinds = Counter(kernels.kind(node) for node in program.graph.nodes if kernels.is_kernel(node))
+        return ExportReport(_folder.sizes(folder, files), str(resolved), dict(sorted(kinds.items())), verification)
+
+    @classmethod
+    def verify(cls, folder: Path) -> ArtifactReport:
+        """Check the library in ``folder``; see :func:`~bitlower.backends.tvm_kernels._artifact.verify_artifact`.
+
+        Raises:
+            BitlowerError: TVM is not installed, or the library is code for another processor.
+            CheckError: a file is missing or changed, or the library does not compute what it did.
+        """
+        return verify_artifact(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Library:
+        """The library in ``folder``.
+
+        Raises:
+            BitlowerError: TVM is not installed, or the library is code for another processor.
+            CheckError: a file is missing or changed.
+        """
+        require_tvm()
+        from bitlower.backends.tvm_kernels import _files
+
+        check_artifact(folder, _files.RESERVED)
+        return _files.load_library(folder)
+
+    def sizes(self, placed: Program) -> LibrarySizes:
+        """Bytes of tensors in the library."""
+        halves = self.target == "cuda" and activations_of(self.target, self.activations) == HALF
+        return LibrarySizes(weights_only(placed), halves)
