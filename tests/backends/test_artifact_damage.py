@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitlower.backends.onnx_qdq import OnnxQdq
 from bitlower.backends import registry
 from bitlower.backends._manifest import check_artifact, check_if_artifact, is_artifact
 from bitlower.backends._outputs import OutputError
@@ -261,7 +262,7 @@ def test_verify_ends_in_one_line_whatever_a_backend_raises(artifact: Path, monke
     def fail(folder: Path) -> None:
         raise MemoryError("too much\nof it")
 
-    monkeypatch.setattr("bitlower.backends.onnx_qdq.verify", fail)
+    monkeypatch.setattr(OnnxQdq, "verify", fail)
     with pytest.raises(CheckError, match=r"copy is damaged: MemoryError: too much$"):
         registry.verify_artifact(artifact)
 

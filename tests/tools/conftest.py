@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,7 @@ class Stub(Backend):
 
 
 Stub.__module__ = "bitlower.backends.stub"  # one of ours, whose faults are not those of a third party
+sys.modules[Stub.__module__] = sys.modules[__name__]
 
 
 @dataclass(frozen=True)
