@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bitlower.ir import numerics
+from bitlower.ir.quantization import numerics
 
 TIE = 2e-5
 """How far from a rounding interval a value may lie, as a part of the quantizer's range (0.005 steps of 8 bits)."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bitlower.backends._selftest import LENGTH, MASK, Run, SelfTest, keep_ends, run_selftest, small_batch
-from bitlower.backends._steps import cached_steps
+from bitlower.backends.decoding import cached_steps
 from bitlower.ir import Batch, BitlowerError, CheckError, Program
 
 _ROWS = (3, 4, 5, 7)

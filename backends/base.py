@@ -150,7 +150,7 @@ class Backend(abc.ABC):
         Args:
             spec: grid and granularity.
             shape: of a weight ``[outputs, inputs]``.
-            role: see :mod:`bitlower.ir.scheme`.
+            role: see :mod:`bitlower.ir.quantization.scheme`.
         """
         return ""
 

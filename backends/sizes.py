@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from bitlower.ir import Program, Quantizer
-from bitlower.ir.scheme import WEIGHT_ROLES
+from bitlower.ir.quantization.scheme import WEIGHT_ROLES
 
 ENTRY_BYTES = 106
 """Bytes of a node or a stored tensor in an ONNX file beside its data, and of a tensor in a safetensors header."""

@@ -204,10 +204,10 @@ def save_model(model: str, folder: str) -> None:
 def read_model(model: str) -> Any:
     """The float model as transformers has it."""
     from bitlower.frontends._tasks import task_of
-    from bitlower.frontends._weights import load_weights
     from bitlower.frontends.gguf import load_gguf
     from bitlower.frontends.huggingface import read_json
     from bitlower.frontends.locate import GGUF, locate
+    from bitlower.frontends.weights import load_weights
     from bitlower.ir.tasks import auto_class
 
     place = locate(model)

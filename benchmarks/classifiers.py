@@ -26,7 +26,7 @@ from finetune import TASKS, Task
 import bitlower
 from bitlower import Context, PassManager, Program, parse_pipeline
 from bitlower.ir import Batch
-from bitlower.ir.scheme import ACTIVATION_ROLES
+from bitlower.ir.quantization.scheme import ACTIVATION_ROLES
 from bitlower.tools.data.texts import read_rows
 from bitlower.tools.evaluation.evaluate import evaluate
 

@@ -29,14 +29,14 @@ import transformers
 from _common import RESULTS, show_table, write_result
 
 import bitlower
+from bitlower.backends.onnx_qdq import OnnxModel
 from bitlower.frontends import batches
 from bitlower.frontends._encoder import plain_outputs
-from bitlower.frontends._weights import quiet
 from bitlower.frontends.tokenize import token_ids, windows
+from bitlower.frontends.weights import quiet
 from bitlower.ir import Batch, BitlowerError, Program
-from bitlower.ir.scheme import WEIGHT_ROLES
+from bitlower.ir.quantization.scheme import WEIGHT_ROLES
 from bitlower.ir.tasks import auto_class
-from bitlower.tools.evaluation.evaluate import open_session
 
 SAMPLES, LENGTH, HELD_OUT = 16, 64, 4
 ENCODERS = (("W8A8", None),)
@@ -90,7 +90,7 @@ def share(program: Program, model: torch.nn.Module) -> float:
 
 def cosine(program: Program, artifact: Path, model: torch.nn.Module, data: Path) -> float:
     """The cosine of the artifact's first output, in onnxruntime, with transformers', on held-out texts."""
-    session, name = open_session(artifact), program.outputs[0].name
+    session, name = OnnxModel.open(artifact).session, program.outputs[0].name
     ours, theirs = [], []
     for batch in held_out(program, data):
         given = {key: value.numpy() for key, value in program.complete(batch).items()}

@@ -246,7 +246,7 @@ def unpacked(folder: Path, form: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and values of each packed weight, float32 [out, in]; ``form`` is the format's version, 1 or 2."""
     from safetensors.torch import load_file
 
-    from bitlower.ir.packing import unpack_gptq, unpack_gptq_zeros
+    from bitlower.ir.quantization.packing import unpack_gptq, unpack_gptq_zeros
 
     stored: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):

@@ -24,7 +24,7 @@ from launches import MODELS, SCHEMES, SIZES, after, inputs, make_model, programs
 
 from bitlower.backends.tvm_kernels import Target, compile_program, require_tvm
 from bitlower.backends.tvm_kernels._cuda_library import require_nvcc
-from bitlower.frontends._decoder import cache_argument
+from bitlower.frontends.decoder import cache_argument
 from bitlower.ir import BitlowerError, Program
 
 ROUNDS, RUNS = 15, 20

@@ -3,8 +3,8 @@
 A site is an operator, a number, a boolean, a condition or a loop. Sites are drawn with a seed, each is changed by one
 of Cosmic Ray's mutation operators, and the tests of its module run until one fails. Only the operators are Cosmic
 Ray's: its runner writes mutants over the sources and starts a process that imports torch for each, and mutmut takes the
-path of a file for the name of its module, where ``ir/grid.py`` is ``bitlower.ir.grid``. Here a mutant lives in the
-memory of a forked process: no file is changed, and torch is imported once. Linux only.
+path of a file for the name of its module, where ``ir/ops.py`` is ``bitlower.ir.ops``. Here a mutant lives in the memory
+of a forked process: no file is changed, and torch is imported once. Linux only.
 
 A site is drawn by a hash of its line's text, so two revisions are sampled alike where their sources are alike.
 ``--revision REV`` takes sources and tests of another revision. ``--again FILE`` tries the mutants of an earlier result,
@@ -58,35 +58,38 @@ PRELOADED = (
 )
 # The files, each with the tests of its module: of those in tests/ that are there.
 TARGETS = {
-    "ir/axes.py": "ir/test_axes ir/test_domains",
-    "ir/axis_relations.py": "ir/test_axes ir/test_domains",
-    "ir/axis_rules.py": "ir/test_axes ir/test_domains",
+    "ir/permutation/order.py": "ir/permutation/test_axes ir/permutation/test_domains",
+    "ir/permutation/relations.py": "ir/permutation/test_axes ir/permutation/test_domains",
+    "ir/permutation/rules.py": "ir/permutation/test_axes ir/permutation/test_domains",
     "ir/dataflow.py": "ir/test_dataflow",
-    "ir/domains.py": "ir/test_domains",
+    "ir/permutation/domains.py": "ir/permutation/test_domains",
     "ir/files.py": "ir/test_files",
     "ir/folding.py": "ir/test_folding",
-    "ir/granularity.py": "ir/test_granularity ir/test_grid",
-    "ir/grid.py": "ir/test_grid ir/test_numerics",
+    "ir/quantization/granularity.py": "ir/quantization/test_granularity ir/quantization/test_grid",
+    "ir/quantization/grid.py": "ir/quantization/test_grid ir/quantization/test_numerics",
     "ir/json_files.py": "ir/test_json_files",
-    "ir/kernel_attention.py": "ir/test_kernel_attention",
-    "ir/kernel_checks.py": "ir/test_kernel_checks ir/test_kernels",
-    "ir/kernel_ops.py": "ir/test_kernel_ops",
-    "ir/kernel_rotary.py": "ir/test_kernel_rotary ir/test_kernel_attention",
-    "ir/kernels.py": "ir/test_kernels ir/test_kernel_ops",
+    "ir/kernels/attention.py": "ir/kernels/test_kernel_attention",
+    "ir/verifier/kernels.py": "ir/verifier/test_kernel_checks ir/kernels/test_kernels",
+    "ir/kernels/references.py": "ir/kernels/test_kernel_ops",
+    "ir/kernels/rotary.py": "ir/kernels/test_kernel_rotary ir/kernels/test_kernel_attention",
+    "ir/kernels/description.py": "ir/kernels/test_kernels ir/kernels/test_kernel_ops",
     "ir/lockstep.py": "ir/test_lockstep ir/test_observe",
-    "ir/numerics.py": "ir/test_numerics ir/test_grid ir/test_ops",
+    "ir/quantization/numerics.py": "ir/quantization/test_numerics ir/quantization/test_grid ir/test_ops",
     "ir/observe.py": "ir/test_observe ir/test_lockstep",
-    "ir/ops.py": "ir/test_ops ir/test_numerics",
-    "ir/packing.py": "ir/test_packing",
+    "ir/ops.py": "ir/test_ops ir/quantization/test_numerics",
+    "ir/quantization/packing.py": "backends/tvm_kernels/test_packing",
+    "ir/program_data.py": "ir/test_program ir/test_fit",
     "ir/program.py": "ir/test_program ir/test_serialize ir/test_text",
-    "ir/reorder.py": "ir/test_reorder ir/test_domains",
-    "ir/scale_checks.py": "ir/test_verifier ir/test_kernel_checks",
-    "ir/scheme.py": "ir/test_scheme",
+    "ir/permutation/reorder.py": "ir/permutation/test_reorder ir/permutation/test_domains",
+    "ir/verifier/scales.py": "ir/verifier/test_verifier ir/verifier/test_kernel_checks",
+    "ir/quantization/scheme.py": "ir/quantization/test_scheme",
+    "ir/document.py": "ir/test_serialize",
+    "ir/tensors.py": "ir/test_program",
     "ir/serialize.py": "ir/test_serialize",
     "ir/storage.py": "ir/test_storage",
     "ir/text.py": "ir/test_text",
     "ir/types.py": "ir/test_types",
-    "ir/verifier.py": "ir/test_verifier ir/test_verifier_traced",
+    "ir/verifier/verify.py": "ir/verifier/test_verifier ir/verifier/test_verifier_traced",
     "passes/rounding/_adaround_solver.py": "passes/rounding/test_adaround_solver",
     "passes/outliers/_channel_statistics.py": (
         "passes/outliers/test_outlier_statistics passes/outliers/test_peg_permute passes/outliers/test_smooth"
@@ -103,10 +106,11 @@ TARGETS = {
     "passes/precision/_measures.py": "passes/precision/test_measures",
     "passes/outliers/_orders.py": "passes/outliers/test_orders passes/outliers/test_peg_permute",
     "passes/outliers/_statistics.py": "passes/outliers/test_outlier_statistics",
-    "passes/quantizers/_ranges.py": "passes/quantizers/test_ranges passes/quantizers/test_calibrate_groups",
+    "ir/quantization/ranges.py": "ir/quantization/test_ranges passes/quantizers/test_calibrate_groups",
     "passes/precision/_roofline.py": "passes/precision/test_roofline",
+    "ir/token_weights.py": "passes/rounding/test_hessian",
     "ir/tokens.py": "ir/test_tokens",
-    "tools/evaluation/metrics.py": "tools/test_metrics",
+    "tools/evaluation/metrics.py": "tools/evaluation/test_metrics",
 }
 MEMORY = 12 << 30  # bytes that the tests of a mutant may ask for
 SECONDS = 120  # of processor time that the tests of a mutant get: three times what the longest take

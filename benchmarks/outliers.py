@@ -24,7 +24,7 @@ from decoder_accuracy import LENGTH, MODEL, SAMPLES, WINDOW, open_bench
 from bitlower import Context, PassManager, Program
 from bitlower.frontends.tokenize import windows
 from bitlower.ir import Scheme
-from bitlower.ir.scheme import ACTIVATION_ROLES
+from bitlower.ir.quantization.scheme import ACTIVATION_ROLES
 from bitlower.passes import Pass, make_pass, parse_pipeline
 from bitlower.tools.data.texts import split_windows
 from bitlower.tools.evaluation.perplexity import perplexity

@@ -9,6 +9,7 @@ and exports the float model.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -32,6 +33,7 @@ export_float(AutoModel.from_pretrained(locate(sys.argv[3])), batch, sys.argv[1])
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         here = str(Path(__file__).parent)

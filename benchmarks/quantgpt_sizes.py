@@ -9,6 +9,7 @@ foresees for the model file, ``file`` is its size. 2-bit linears need opset 25.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from _common import show_table, write_result
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from bitlower.backends.onnx_qdq import export
+from bitlower.backends.onnx_qdq import OnnxQdq, export
 from bitlower.frontends import load
 from bitlower.ir import Batch, Program
 from bitlower.passes import Context, PassManager, parse_pipeline
@@ -50,7 +51,7 @@ def prompt(program: Program) -> Batch:
 def measure(program: Program, model: GPT2LMHeadModel, scheme: str) -> dict[str, object]:
     """The three sizes of one scheme, and how many times float32 is larger than the file."""
     passes = parse_pipeline(f"clean,quantize{{scheme={scheme}}},calibrate{{weights=minmax}},lower-integer")
-    plan = make_plan(program, passes, Load(1, 8), [("onnx-qdq", {"opset": OPSET})])
+    plan = make_plan(program, passes, Load(1, 8), [OnnxQdq(opset=OPSET)])
     lowered = PassManager(passes).run(program, Context())
     with tempfile.TemporaryDirectory() as folder:
         export(lowered, Path(folder), batches=[prompt(lowered)], opset=OPSET)
@@ -69,6 +70,7 @@ def measure(program: Program, model: GPT2LMHeadModel, scheme: str) -> dict[str, 
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config()).eval()
     program, rows = load(model, task="text-generation"), []

@@ -18,10 +18,10 @@ from torch.fx.node import map_arg
 
 from bitlower.frontends._layers import Layers, representatives, shortened
 from bitlower.frontends._trace import type_tensors
-from bitlower.frontends._weights import model_tensors
+from bitlower.frontends.weights import model_tensors
 from bitlower.ir import BitlowerError, Program, ValueSpec, get_tensor, set_tensor
 from bitlower.ir.experts import experts_as_linears
-from bitlower.ir.program import tensor_digest
+from bitlower.ir.tensors import tensor_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitlower.frontends._weights import quiet
+from bitlower.frontends.weights import quiet
 from bitlower.ir import BitlowerError, nearest
 from bitlower.ir.tasks import TASKS
 

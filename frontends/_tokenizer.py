@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from bitlower.frontends._weights import quiet
+from bitlower.frontends.weights import quiet
 from bitlower.ir import BitlowerError, CheckError, Program
 from bitlower.ir.assets import is_tokenizer
 from bitlower.ir.scratch import scratch_folder

@@ -23,8 +23,8 @@ from bitlower.frontends._beside import check_generation, check_tokens, plain_con
 from bitlower.frontends._gguf_header import NotGgufError, read_gguf_header
 from bitlower.frontends._promises import Held, check_numbers, check_skeleton
 from bitlower.frontends._tokenizer import from_files
-from bitlower.frontends._weights import is_large, quiet
 from bitlower.frontends.huggingface import PreTrained
+from bitlower.frontends.weights import is_large, quiet
 from bitlower.ir import BitlowerError
 from bitlower.ir.assets import read_assets
 from bitlower.ir.files import reason

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from bitlower.frontends._beside import check_float, check_padding, collect, plain_config
-from bitlower.frontends._context import context_length, stated_length
-from bitlower.frontends._decoder import Signature
 from bitlower.frontends._dimensions import SEQUENCE
 from bitlower.frontends._encoder import export, plain_outputs, trace_encoder, trace_given
 from bitlower.frontends._failure import explain_failure
@@ -19,8 +17,10 @@ from bitlower.frontends._precision import in_float32
 from bitlower.frontends._samples import vocabulary
 from bitlower.frontends._tasks import check_task, refuse_class, refuse_folder, task_of
 from bitlower.frontends._trace import check_replay, evaluating, releasing, to_program
-from bitlower.frontends._trace_cache import traced
-from bitlower.frontends._weights import load_weights, read_json
+from bitlower.frontends.context import context_length, stated_length
+from bitlower.frontends.decoder import Signature
+from bitlower.frontends.trace_cache import traced
+from bitlower.frontends.weights import load_weights, read_json
 from bitlower.ir import Length, Program, shorten
 from bitlower.ir.tasks import auto_class
 

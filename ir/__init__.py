@@ -1,12 +1,15 @@
 """What a model is between passes: the Program, quantization types and numerics, low-bit operators, checks and views."""
 
-from bitlower.ir import kernels, ops, packing
+from bitlower.ir import kernels, ops
 from bitlower.ir.diagnostics import BitlowerError, CheckError, describe, nearest, shorten
 from bitlower.ir.fit import Batch, ValueSpec
-from bitlower.ir.granularity import Granularity
-from bitlower.ir.grid import Grid, ScaleConvention
-from bitlower.ir.program import Program, Quantizer, copy_module, get_tensor, set_tensor
-from bitlower.ir.scheme import QuantSpec, Scheme
+from bitlower.ir.program import Program
+from bitlower.ir.quantization import packing
+from bitlower.ir.quantization.granularity import Granularity
+from bitlower.ir.quantization.grid import Grid, ScaleConvention
+from bitlower.ir.quantization.scheme import QuantSpec, Scheme
+from bitlower.ir.quantizer import Quantizer
+from bitlower.ir.tensors import copy_module, get_tensor, set_tensor
 from bitlower.ir.types import Length, Level, TensorType
 
 __all__ = [

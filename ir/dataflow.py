@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from bitlower.ir import ops
-from bitlower.ir.program import get_tensor
+from bitlower.ir.tensors import get_tensor
 
 aten = torch.ops.aten
 
@@ -319,3 +319,28 @@ def unrounded(node: fx.Node) -> fx.Node:
     while node.target in QUANTIZER:
         node = node.all_input_nodes[0]
     return node
+
+
+def is_scores(node: fx.Node) -> bool:
+    """Whether ``node`` is the product QKᵀ of an explicit attention: a matmul that reaches a softmax elementwise."""
+    if node.target not in MATMUL:
+        return False
+    elementwise = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.where.self, aten.masked_fill.Scalar} | VIEWS
+    frontier = list(node.users)
+    while frontier:
+        user = frontier.pop()
+        if user.target in SOFTMAX:
+            return True
+        if user.target in elementwise or "quantizer" in user.meta:
+            frontier += user.users
+    return False
+
+
+def is_context(node: fx.Node) -> bool:
+    """Whether ``node`` is the product of attention probabilities and values."""
+    if node.target in ATTENTION:
+        return True
+    first = node.args[0] if node.target in MATMUL else None
+    while isinstance(first, fx.Node) and (first.target in VIEWS or "quantizer" in first.meta):
+        first = first.all_input_nodes[0]
+    return isinstance(first, fx.Node) and first.target in SOFTMAX

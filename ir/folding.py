@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from bitlower.ir import numerics, ops
-from bitlower.ir.program import Program, get_tensor, set_tensor
+from torch import fx
+
+from bitlower.ir import ops
+from bitlower.ir.program import Program
+from bitlower.ir.quantization import numerics
 from bitlower.ir.storage import like
+from bitlower.ir.tensors import get_tensor, set_tensor
 
 
 def with_float_weights(program: Program, chosen: Collection[str] | None = None) -> Program:
@@ -39,3 +43,17 @@ def with_float_weights(program: Program, chosen: Collection[str] | None = None) 
         copy.graph.erase_node(node)
     copy.recompile()
     return copy
+
+
+def without_quantizers(program: Program) -> tuple[Program, dict[fx.Node, fx.Node]]:
+    """The float model behind a simulated program: without what rounds, and its node for each node that is in both.
+
+    Tensors are shared; what is written to ``program`` afterwards does not reach the reference.
+    """
+    reference = program.clone()
+    for node in reference.graph.find_nodes(op="call_function", target=ops.fake_quantize):
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        reference.graph.erase_node(node)
+    reference.recompile()
+    by_name = {node.name: node for node in reference.graph.nodes}
+    return reference, {node: by_name[node.name] for node in program.graph.nodes if node.name in by_name}

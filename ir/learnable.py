@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bitlower.ir import numerics
 from bitlower.ir.diagnostics import BitlowerError
 from bitlower.ir.fit import Batch
-from bitlower.ir.granularity import Granularity
-from bitlower.ir.rounding import Clipping, round_to_grid
-from bitlower.ir.scheme import QuantSpec
+from bitlower.ir.quantization import numerics
+from bitlower.ir.quantization.granularity import Granularity
+from bitlower.ir.quantization.rounding import Clipping, round_to_grid
+from bitlower.ir.quantization.scheme import QuantSpec
 from bitlower.ir.tokens import kept
 
 Ranges = Literal["fixed", "learned", "observed"]

@@ -20,10 +20,11 @@ from torch import fx
 from bitlower.ir.dataflow import ancestors, constants
 from bitlower.ir.diagnostics import describe
 from bitlower.ir.fit import Batch
-from bitlower.ir.numerics import bfloat16_products
 from bitlower.ir.observe import Track
-from bitlower.ir.program import Program, get_tensor
+from bitlower.ir.program import Program
+from bitlower.ir.quantization.numerics import bfloat16_products
 from bitlower.ir.storage import is_mapped, release, spill
+from bitlower.ir.tensors import get_tensor
 
 Read = Callable[[fx.Node], Iterator[tuple[torch.Tensor, Batch]]]
 """Gives the value of an operand on each batch, with the batch."""

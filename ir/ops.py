@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from bitlower.ir import numerics
 from bitlower.ir.diagnostics import BitlowerError
-from bitlower.ir.granularity import Granularity
-from bitlower.ir.grid import Grid, ScaleConvention
-from bitlower.ir.rounding import Clipping, fake_quantize_gradients
+from bitlower.ir.quantization import numerics
+from bitlower.ir.quantization.granularity import Granularity
+from bitlower.ir.quantization.grid import Grid, ScaleConvention
+from bitlower.ir.quantization.rounding import Clipping, fake_quantize_gradients
 
 DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "uint16": torch.uint16}
 
@@ -39,7 +39,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Those of :mod:`bitlower.ir.rounding`, with clipping seen after rounding; an open quantizer lets them through."""
+    """Gradients of :mod:`bitlower.ir.quantization.rounding`, clipping seen after rounding; an open quantizer: as is."""
     x, rounded, scale, zero = ctx.saved_tensors
     clipping, calibrated = Clipping(ctx.quant_min, ctx.quant_max, after_rounding=True), scale.any()
     found = fake_quantize_gradients(

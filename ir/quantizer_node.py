@@ -8,7 +8,8 @@ from torch import fx
 from bitlower.ir import ops
 from bitlower.ir.dataflow import operand
 from bitlower.ir.diagnostics import BitlowerError
-from bitlower.ir.program import Program, get_tensor, set_tensor
+from bitlower.ir.program import Program
+from bitlower.ir.tensors import get_tensor, set_tensor
 
 
 def is_open(module: fx.GraphModule, node: fx.Node) -> bool:

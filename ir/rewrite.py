@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from bitlower.ir import TensorType
+from bitlower.ir.types import TensorType
 
 
 @dataclass(frozen=True)

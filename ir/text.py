@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
-from bitlower.ir.program import Quantizer, get_tensor
+from bitlower.ir.program_data import ProgramData
+from bitlower.ir.quantizer import Quantizer
+from bitlower.ir.tensors import get_tensor
 
-if TYPE_CHECKING:
-    from bitlower.ir.program import Program
 
-
-def format_program(program: Program) -> str:
+def format_program(program: ProgramData) -> str:
     """All graphs, each under a line with its signature."""
     lines = [f"program level={program.level} task={program.task}"]
     lines += [f"size {name}: {length}" for name, length in sorted(program.lengths.items())]

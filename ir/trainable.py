@@ -13,8 +13,9 @@ from bitlower.ir import ops
 from bitlower.ir.dataflow import operand
 from bitlower.ir.diagnostics import BitlowerError, describe, nearest
 from bitlower.ir.learnable import LearnableQuantizer, RangeSettings
-from bitlower.ir.program import Program, copy_module, get_tensor, set_tensor
+from bitlower.ir.program_data import ProgramData
 from bitlower.ir.storage import like
+from bitlower.ir.tensors import copy_module, get_tensor, set_tensor
 from bitlower.ir.types import Level
 
 aten = torch.ops.aten
@@ -81,7 +82,7 @@ class TrainableModule(nn.Module):
 
     settings_json: torch.Tensor
 
-    def __init__(self, program: Program, settings: RangeSettings | None = None, taps: Collection[str] = ()) -> None:
+    def __init__(self, program: ProgramData, settings: RangeSettings | None = None, taps: Collection[str] = ()) -> None:
         super().__init__()
         if program.level not in (Level.FLOAT, Level.SIMULATED):
             raise BitlowerError(
@@ -116,7 +117,7 @@ class TrainableModule(nn.Module):
             quantizer.freeze(self.weight_of(name))
 
 
-def write_trained(program: Program, module: TrainableModule) -> None:
+def write_trained(program: ProgramData, module: TrainableModule) -> None:
     """Let ``program``, of which ``module`` was made, have the module's parameters and ranges.
 
     Tensors that did not change stay shared; no shared one is written to.
@@ -140,7 +141,7 @@ def write_tensors(module: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -
         set_tensor(module, name, fresh[key])
 
 
-def restored(program: Program, state: Mapping[str, torch.Tensor]) -> TrainableModule:
+def restored(program: ProgramData, state: Mapping[str, torch.Tensor]) -> TrainableModule:
     """The trainable module of ``program`` whose ``state_dict`` is ``state``.
 
     Raises:
@@ -165,7 +166,7 @@ def _encode(settings: RangeSettings) -> torch.Tensor:
     return torch.tensor(list(json.dumps(asdict(settings), sort_keys=True).encode()), dtype=torch.uint8)
 
 
-def _with_taps(program: Program, settings: RangeSettings, taps: Collection[str]) -> Trainable:
+def _with_taps(program: ProgramData, settings: RangeSettings, taps: Collection[str]) -> Trainable:
     """The graph of ``program``, trainable, that gives out the values of ``taps`` as well."""
     known = {node.name for node in program.graph.nodes}
     for tap in taps:

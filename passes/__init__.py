@@ -6,7 +6,10 @@ from bitlower.ir.plugins.parameters import plain_parameters
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.cache import Cache
 from bitlower.passes._machinery.contracts import check_levels
+from bitlower.passes._machinery.declared import data_runs, needs_calibration, training_steps, trains
+from bitlower.passes._machinery.digest import digest_batches
 from bitlower.passes._machinery.ledger import Ledger
+from bitlower.passes._machinery.losses import Losses, known_losses
 from bitlower.passes._machinery.manager import PassManager
 from bitlower.passes._machinery.observers import (
     Observer,
@@ -17,16 +20,20 @@ from bitlower.passes._machinery.observers import (
     Timing,
     Verify,
 )
-from bitlower.passes._machinery.pipeline import format_pipeline, parse_pipeline
+from bitlower.passes._machinery.pipeline import PASSES, format_pipeline, parse_pipeline
 from bitlower.passes._machinery.registry import find_pass, known_passes, load_plugin, make_pass, providers
 from bitlower.passes._machinery.report import Record, Report
 from bitlower.passes._machinery.reproducer import Reproducer, replay
+from bitlower.passes._machinery.workload import BlockSchedule, Workload
 
 __all__ = [
+    "PASSES",
+    "BlockSchedule",
     "Cache",
     "Context",
     "Contract",
     "Ledger",
+    "Losses",
     "Observer",
     "Pass",
     "PassManager",
@@ -40,16 +47,23 @@ __all__ = [
     "Reproducer",
     "Timing",
     "Verify",
+    "Workload",
     "check_levels",
+    "data_runs",
     "describe_type",
+    "digest_batches",
     "find_pass",
     "format_pipeline",
+    "known_losses",
     "known_passes",
     "load_plugin",
     "make_pass",
+    "needs_calibration",
     "parameter_types",
     "parse_pipeline",
     "plain_parameters",
     "providers",
     "replay",
+    "training_steps",
+    "trains",
 ]

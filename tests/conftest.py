@@ -10,7 +10,8 @@ from torch import fx, nn
 
 from bitlower.frontends import load
 from bitlower.ir import Level, Program, TensorType, ValueSpec, get_tensor, set_tensor
-from bitlower.ir.serialize import decode, encode
+from bitlower.ir.document import encode
+from bitlower.ir.serialize import decode
 from bitlower.passes import Context
 from bitlower.passes.canonical.clean import Clean
 

@@ -117,8 +117,8 @@ def test_losses_are_documented() -> None:
 
 def test_reports_and_rules_are_documented() -> None:
     from bitlower.backends.onnx_qdq._narrow import SMALL
+    from bitlower.ir.token_weights import CLIP
     from bitlower.passes.canonical._rules import RULES
-    from bitlower.passes.rounding._hessian import CLIP
     from bitlower.passes.rounding.adaround import AdaroundRow
     from bitlower.passes.rounding.gptq import GptqRow
     from bitlower.passes.training._block_loop import BlockRow
@@ -176,7 +176,7 @@ def test_the_placement_table_adds_up() -> None:
 
 def test_roles_and_conventions_are_documented() -> None:
     from bitlower.ir import ScaleConvention
-    from bitlower.ir.scheme import ACTIVATION_ROLES, WEIGHT_ROLES
+    from bitlower.ir.quantization.scheme import ACTIVATION_ROLES, WEIGHT_ROLES
     from bitlower.passes.quantizers.calibrate import Estimator
 
     text = TEXT[ROOT / "docs" / "schemes.md"]
@@ -241,7 +241,7 @@ def test_the_limits_of_libraries_are_those_of_the_code() -> None:
 
 
 def test_the_signature_of_decoders_is_as_documented() -> None:
-    from bitlower.frontends._decoder import Signature
+    from bitlower.frontends.decoder import Signature
 
     signature = Signature(True, (((2, 4), (2, 4)),))
     text = section("concepts.md", "Decoders")

@@ -14,6 +14,7 @@ from pathlib import Path
 import networkx
 import pytest
 
+from bitlower.backends.registry import known_backends
 from bitlower.passes import Pass
 from bitlower.passes._machinery.losses import find_loss
 
@@ -79,7 +80,7 @@ def test_no_import_runs_back_up(path):
             assert target in allowed, f"{path} imports {module}; {path.parts[0]} may import {sorted(allowed)}"
 
 
-BESIDE = {"precision": {"quantizers"}, "rounding": {"quantizers"}, "training": {"quantizers", "rounding"}}
+BESIDE = {"precision": {"quantizers"}}
 """The families of passes that import others; all may import ``_machinery``."""
 
 
@@ -123,13 +124,50 @@ def test_no_pass_pulls_in_another_for_a_type():
     assert [path.name for path in seen if path.relative_to("passes") in PASS_FILES] == ["lower_integer.py"]
 
 
-@pytest.mark.parametrize("folder", ["passes", "frontends", "tools"])
+@pytest.mark.parametrize("folder", ["ir", "passes", "frontends", "tools"])
 def test_no_import_goes_in_a_circle(folder):
     known = _modules(folder)
     graph = networkx.DiGraph()
     for name, path in known.items():
         graph.add_edges_from((name, other) for other in _imports(path, known))
     assert [sorted(part) for part in networkx.strongly_connected_components(graph) if len(part) > 1] == []
+
+
+def _private(name):
+    """The package that an underscore in a module's name keeps to itself; None without one."""
+    parts = name.split(".")
+    return next(
+        (".".join(parts[:i]) for i, part in enumerate(parts) if part.startswith("_") and part != "__main__"), None
+    )
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_what_begins_with_an_underscore_is_imported_from_its_own_folder(path):
+    known = {name: other for folder in TOP for name, other in _modules(folder).items()}
+    own = _package(path.with_suffix("")).removesuffix(".__init__")
+    for name in _imports(path, known):
+        owner = _private(name)
+        assert owner is None or f"{own}.".startswith(f"{owner}."), f"{path} imports {name}, which belongs to {owner}"
+
+
+NAMED_IN = {
+    "tools/runs/standard.py": "what the one-line command stands for",
+    "tools/runs/flow.py": "`bitlower analyze`",
+    "tools/evaluation/language_model.py": "the method `gptq` of transformers",
+}
+"""The files of ``tools/`` that may name passes and backends, and why."""
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.parts[0] == "tools"], ids=str)
+def test_tools_know_no_pass_and_no_backend_by_name(path):
+    known = {file.stem.replace("_", "-") for file in PASS_FILES} | set(known_backends())
+    commands = {"quantize"} if path.parts[1] == "cli" else set()
+    named = {
+        node.value
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in known - commands
+    }
+    assert not named or str(path) in NAMED_IN, f"{path} names {sorted(named)}: let the pass or the backend say it"
 
 
 IMPORTED_AS = {"apache-tvm": "tvm", "apache-tvm-ffi": "tvm-ffi"}

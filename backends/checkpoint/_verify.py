@@ -35,10 +35,11 @@ from bitlower.backends.checkpoint._packed import Format, Packed, Weight
 from bitlower.backends.checkpoint._safetensors import TensorFolder
 from bitlower.backends.checkpoint._skeleton import CONV1D, Skeleton
 from bitlower.backends.checkpoint._verification import LayerCheck, Verification
-from bitlower.ir import Batch, BitlowerError, CheckError, Program, numerics
+from bitlower.ir import Batch, BitlowerError, CheckError, Program
 from bitlower.ir.observe import observe
-from bitlower.ir.program import tensor_digest
+from bitlower.ir.quantization import numerics
 from bitlower.ir.storage import parts, spill, trim
+from bitlower.ir.tensors import tensor_digest
 
 PACKAGES = ("torch", "transformers")
 TOKENS = 256

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bitlower.backends.onnx_qdq._folder import MODEL
 from bitlower.backends.onnx_qdq._manifest import ArtifactReport
 from bitlower.backends.onnx_qdq._manifest import verify_artifact as verify
 from bitlower.backends.onnx_qdq._model import OnnxModel
@@ -15,6 +16,7 @@ from bitlower.backends.onnx_qdq.backend import ExportReport, OnnxQdq
 from bitlower.ir import Batch, Program
 
 __all__ = [
+    "MODEL",
     "ArtifactReport",
     "ExportReport",
     "OnnxModel",

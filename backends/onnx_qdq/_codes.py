@@ -14,8 +14,9 @@ from bitlower.backends.onnx_qdq._session import Array, Session, exposed, named_v
 from bitlower.backends.onnx_qdq._structure import constant, quantizer_inputs
 from bitlower.backends.onnx_qdq._tally import Tally
 from bitlower.backends.onnx_qdq._verification import CodeError
-from bitlower.ir import Batch, CheckError, Program, Quantizer, get_tensor, numerics, ops
+from bitlower.ir import Batch, CheckError, Program, Quantizer, get_tensor, ops
 from bitlower.ir.observe import observe
+from bitlower.ir.quantization import numerics
 
 SCALE = 1e-5
 """How far a scale that is computed at run time may be from the Program's, relatively."""

@@ -21,8 +21,8 @@ import torch
 from bitlower.backends._outputs import Array, OutputComparison, OutputError
 from bitlower.backends._rounding import TIE
 from bitlower.backends._selftest import SelfTest, make_selftest
-from bitlower.backends._steps import visible
 from bitlower.backends._unseen import Seen, Unseen, at, with_small_batch
+from bitlower.backends.decoding import visible
 from bitlower.backends.onnx_qdq._codes import CodeComparison
 from bitlower.backends.onnx_qdq._constants import check_constants, weights
 from bitlower.backends.onnx_qdq._float_noise import shaken

@@ -30,7 +30,7 @@ from bitlower.backends.onnx_qdq._verification import Verification
 from bitlower.backends.onnx_qdq._verify import verify_export
 from bitlower.backends.sizes import weights_only
 from bitlower.ir import Batch, BitlowerError, CheckError, Program, Scheme
-from bitlower.ir.scheme import ACTIVATION_ROLES
+from bitlower.ir.quantization.scheme import ACTIVATION_ROLES
 from bitlower.ir.tasks import TEXT_GENERATION
 
 

@@ -1,8 +1,8 @@
 """Scalar and vector expressions that kernels share: codes, functions, ranges.
 
 Every function takes float32 expressions of any number of lanes. Division is a true division and rounding is half to
-even, as in :mod:`bitlower.ir.numerics`. The error function and the exponential are polynomials, which every target
-computes alike and in vectors.
+even, as in :mod:`bitlower.ir.quantization.numerics`. The error function and the exponential are polynomials, which
+every target computes alike and in vectors.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a kernel must compute, in float64: written from the semantics of the Program, and not from the kernels.
 
-``q = clamp(round_half_even(x / s) + z)`` and ``x̂ = (q − z)·s`` (:mod:`bitlower.ir.numerics`); ranges of dynamic
-quantizers as :meth:`bitlower.ir.Grid.qparams` has them, in float32 as there. A result with codes is given before the
-rounding, for a float32 kernel may round a value on the other side of a tie.
+``q = clamp(round_half_even(x / s) + z)`` and ``x̂ = (q − z)·s`` (:mod:`bitlower.ir.quantization.numerics`); ranges of
+dynamic quantizers as :meth:`bitlower.ir.Grid.qparams` has them, in float32 as there. A result with codes is given
+before the rounding, for a float32 kernel may round a value on the other side of a tie.
 """
 
 from __future__ import annotations

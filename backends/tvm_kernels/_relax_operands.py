@@ -13,7 +13,8 @@ from tvm import relax
 from bitlower.backends.tvm_kernels._relax_frame import Array, Frame, constant, product
 from bitlower.backends.tvm_kernels._relax_quantize import dequantized, quantized, token_rounded
 from bitlower.backends.tvm_kernels._spec import HALF, KernelSpec, static_scales
-from bitlower.ir import BitlowerError, Grid, QuantSpec, TensorType, kernels, numerics
+from bitlower.ir import BitlowerError, Grid, QuantSpec, TensorType, kernels
+from bitlower.ir.quantization import numerics
 
 
 @dataclass(frozen=True)

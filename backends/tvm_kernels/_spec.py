@@ -2,7 +2,7 @@
 
 A spec says everything that decides the code of a kernel, and nothing else: scales, zero points and biases are
 arguments. Equal specs share one compiled kernel. The quantizers are those of the Program
-(:class:`~bitlower.ir.QuantSpec`), with its numerics (:mod:`bitlower.ir.numerics`).
+(:class:`~bitlower.ir.QuantSpec`), with its numerics (:mod:`bitlower.ir.quantization.numerics`).
 """
 
 from __future__ import annotations

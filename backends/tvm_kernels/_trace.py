@@ -17,7 +17,8 @@ from bitlower.backends._rounding import Rounding
 from bitlower.backends.tvm_kernels._activations import VIEWS, half_values
 from bitlower.backends.tvm_kernels._agreement import FLOAT16, FLOAT16_RESULT, FLOAT32, Agreement, Limits
 from bitlower.backends.tvm_kernels._spec import HALF
-from bitlower.ir import Grid, Program, ValueSpec, kernels, numerics, ops
+from bitlower.ir import Grid, Program, ValueSpec, kernels, ops
+from bitlower.ir.quantization import numerics
 
 Tensors = Mapping[str, torch.Tensor]
 QPARAMS = ("scale", "zero_point")

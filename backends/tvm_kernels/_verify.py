@@ -19,8 +19,8 @@ import torch
 
 from bitlower.backends._outputs import Array, OutputComparison, OutputError
 from bitlower.backends._selftest import SelfTest, make_selftest, small_batch
-from bitlower.backends._steps import visible
 from bitlower.backends._unseen import Seen, Unseen, at, with_small_batch
+from bitlower.backends.decoding import visible
 from bitlower.backends.tvm_kernels._activations import typed
 from bitlower.backends.tvm_kernels._agreement import Agreement
 from bitlower.backends.tvm_kernels._files import load_library, processor

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from bitlower.ir import BitlowerError, nearest
+from bitlower.ir.diagnostics import BitlowerError, nearest
 from bitlower.ir.plugins import kinds
 from bitlower.ir.plugins.faults import blamed
 from bitlower.ir.plugins.process import kept_process

@@ -19,7 +19,7 @@ from typing import Any
 
 from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt, MaxLen, MinLen
 
-from bitlower.ir import BitlowerError
+from bitlower.ir.diagnostics import BitlowerError
 
 Bound = Gt | Ge | Lt | Le | MinLen | MaxLen
 

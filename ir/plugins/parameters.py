@@ -18,7 +18,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from bitlower.ir import BitlowerError, nearest, shorten
+from bitlower.ir.diagnostics import BitlowerError, nearest, shorten
 from bitlower.ir.json_files import parse_json
 from bitlower.ir.plugins.kinds import (
     describe_type,

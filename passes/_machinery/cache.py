@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
 from bitlower.ir import BitlowerError, Program
+from bitlower.ir.document import encode
 from bitlower.ir.files import read_checked, write_checked, write_whole
-from bitlower.ir.program import tensor_digest
-from bitlower.ir.serialize import decode, encode
+from bitlower.ir.serialize import decode
 from bitlower.ir.storage import ALIGNMENT, is_mapped, map_safetensors, to_safetensors
+from bitlower.ir.tensors import tensor_digest
 from bitlower.passes._machinery.digest import digest_tensor, tensor_of
 from bitlower.passes._machinery.results import Form
 

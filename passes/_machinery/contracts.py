@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program, describe, ops
+from bitlower.ir.document import encode
 from bitlower.ir.observe import observe, run
-from bitlower.ir.serialize import encode
 from bitlower.passes._machinery.base import Contract, Pass
 from bitlower.passes._machinery.digest import Fingerprint, fingerprint
 from bitlower.passes._machinery.registry import known_passes

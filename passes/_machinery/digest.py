@@ -14,9 +14,9 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from bitlower.ir import Batch, Program, get_tensor
-from bitlower.ir.program import tensor_digest
-from bitlower.ir.serialize import encode
+from bitlower.ir.document import encode
 from bitlower.ir.storage import release
+from bitlower.ir.tensors import tensor_digest
 from bitlower.ir.version import __version__
 
 Fingerprint = tuple[int, int, int]

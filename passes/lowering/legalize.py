@@ -13,8 +13,8 @@ from torch import fx
 
 from bitlower.ir import BitlowerError, Granularity, Level, Program, Quantizer, TensorType, ops, set_tensor
 from bitlower.ir.dataflow import VIEWS, activation_operand, linears, operand, weight_operand
+from bitlower.ir.quantization.scheme import ACTIVATION_ROLES
 from bitlower.ir.quantizer_node import is_open
-from bitlower.ir.scheme import ACTIVATION_ROLES
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.report import Record, counted, few
 from bitlower.passes.lowering._groups import Group, merge_groups, stored_groups

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import fx
 
-from bitlower.ir import BitlowerError, Level, Program, Quantizer, TensorType, get_tensor, numerics, ops, set_tensor
+from bitlower.ir import BitlowerError, Level, Program, Quantizer, TensorType, get_tensor, ops, set_tensor
 from bitlower.ir.dataflow import operand
+from bitlower.ir.quantization import numerics
 from bitlower.ir.storage import like, release
 from bitlower.passes._machinery.base import Context, Contract, Pass
 

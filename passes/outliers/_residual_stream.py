@@ -14,7 +14,7 @@ from torch import fx
 
 from bitlower.ir import BitlowerError, describe
 from bitlower.ir.dataflow import ADD, EMBEDDING, NORM, VIEWS, operand, parameter_of
-from bitlower.ir.domains import Domain
+from bitlower.ir.permutation.domains import Domain
 
 aten = torch.ops.aten
 LINEAR = aten.linear.default

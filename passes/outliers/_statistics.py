@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from bitlower.ir import Batch, Grid, numerics
+from bitlower.ir import Batch, Grid
+from bitlower.ir.quantization import numerics
 from bitlower.ir.tokens import token_mask
 
 _BLOCK = 2**14

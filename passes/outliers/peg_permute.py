@@ -12,9 +12,9 @@ from torch import fx
 
 from bitlower.ir import BitlowerError, Level, Program, get_tensor
 from bitlower.ir.dataflow import NORM, VIEWS, activations, operand, residual_sums
-from bitlower.ir.domains import Domain, Domains, domains
 from bitlower.ir.feed_forward import feed_forwards
-from bitlower.ir.reorder import insert_gather, reorder
+from bitlower.ir.permutation.domains import Domain, Domains, domains
+from bitlower.ir.permutation.reorder import insert_gather, reorder
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.patterns import Patterns
 from bitlower.passes._machinery.report import Record, counted, few

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from bitlower.ir import BitlowerError, Level, Program
-from bitlower.ir.domains import domains
+from bitlower.ir.permutation.domains import domains
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.report import Record, counted, few
 from bitlower.passes.outliers._hadamard import random_hadamard, random_orthogonal

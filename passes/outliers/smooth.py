@@ -10,9 +10,10 @@ import torch
 from annotated_types import Ge, Interval, Le
 from torch import fx
 
-from bitlower.ir import Batch, BitlowerError, Level, Program, TensorType, get_tensor, numerics, ops, set_tensor
+from bitlower.ir import Batch, BitlowerError, Level, Program, TensorType, get_tensor, ops, set_tensor
 from bitlower.ir.dataflow import NORM, QUANTIZER, operand, parameter_of, weight_operand
 from bitlower.ir.observe import observe
+from bitlower.ir.quantization import numerics
 from bitlower.ir.tokens import token_mask
 from bitlower.passes._machinery.base import Context, Contract, Pass
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from bitlower.ir import Batch, Program, Quantizer, QuantSpec, ops, set_tensor
 from bitlower.ir.dataflow import fusion_groups, operand, weight_operand
-from bitlower.ir.scheme import WEIGHT_ROLES
+from bitlower.ir.quantization.scheme import WEIGHT_ROLES
 from bitlower.passes._machinery.base import Context
 from bitlower.passes.precision._trials import Rounding
 from bitlower.passes.quantizers.calibrate import Calibrate

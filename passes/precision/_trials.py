@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from bitlower.ir import Batch, BitlowerError, Grid, Program, get_tensor, numerics
+from bitlower.ir import Batch, BitlowerError, Grid, Program, get_tensor
 from bitlower.ir.dataflow import operand
-from bitlower.ir.granularity import Granularity
 from bitlower.ir.observe import Track
+from bitlower.ir.quantization import numerics
+from bitlower.ir.quantization.granularity import Granularity
 from bitlower.ir.storage import is_mapped, release
 from bitlower.passes.precision._measures import Measure, Reference, Sums
 

@@ -11,8 +11,8 @@ from torch import fx
 
 from bitlower.ir import BitlowerError, Grid, Level, Program, QuantSpec, Scheme
 from bitlower.ir.plugins.parameters import plain_parameters
+from bitlower.ir.quantization.scheme import WEIGHT_ROLES
 from bitlower.ir.quantizer_node import require_closed
-from bitlower.ir.scheme import WEIGHT_ROLES
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.pipeline import parse_pipeline
 from bitlower.passes.precision._measures import Choice, Measure

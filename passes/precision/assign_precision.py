@@ -12,13 +12,13 @@ from torch import fx
 from bitlower.ir import BitlowerError, Level, Program
 from bitlower.ir.feed_forward import feed_forwards
 from bitlower.ir.quantizer_node import is_open
+from bitlower.ir.weight_ranges import WeightRanges
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes.precision._items import Item, is_weight, set_width
 from bitlower.passes.precision._report import PrecisionReport, PrecisionRow
 from bitlower.passes.precision._roofline import Roofline
 from bitlower.passes.precision._search import Budgets, SearchOptions, search
 from bitlower.passes.precision._trials import TRIALS
-from bitlower.passes.quantizers._weights import WeightRanges
 from bitlower.passes.quantizers.calibrate import Calibrate, Estimator
 from bitlower.passes.quantizers.quantize import PlacementReport
 

@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from bitlower.ir import BitlowerError, TensorType, describe
-from bitlower.ir.dataflow import ATTENTION, MATMUL, SOFTMAX, VIEWS
 from bitlower.ir.rewrite import call_like
 
 aten = torch.ops.aten
@@ -51,31 +50,6 @@ def expand_attention(node: fx.Node) -> None:
         context = call_like(node, aten.matmul.default, (probs, value), node.meta["type"])
     node.replace_all_uses_with(context)
     node.graph.erase_node(node)
-
-
-def is_scores(node: fx.Node) -> bool:
-    """Whether ``node`` is the product QKᵀ of an explicit attention: a matmul that reaches a softmax elementwise."""
-    if node.target not in MATMUL:
-        return False
-    elementwise = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.where.self, aten.masked_fill.Scalar} | VIEWS
-    frontier = list(node.users)
-    while frontier:
-        user = frontier.pop()
-        if user.target in SOFTMAX:
-            return True
-        if user.target in elementwise or "quantizer" in user.meta:
-            frontier += user.users
-    return False
-
-
-def is_context(node: fx.Node) -> bool:
-    """Whether ``node`` is the product of attention probabilities and values."""
-    if node.target in ATTENTION:
-        return True
-    first = node.args[0] if node.target in MATMUL else None
-    while isinstance(first, fx.Node) and (first.target in VIEWS or "quantizer" in first.meta):
-        first = first.all_input_nodes[0]
-    return isinstance(first, fx.Node) and first.target in SOFTMAX
 
 
 def _call(node: fx.Node) -> _Call:

@@ -18,7 +18,9 @@ from bitlower.ir.dataflow import (
     NORM,
     SOFTMAX,
     activation_operand,
+    is_context,
     is_float,
+    is_scores,
     linears,
     operand,
     parameter_of,
@@ -27,7 +29,6 @@ from bitlower.ir.dataflow import (
     value_uses,
     vocabularies,
 )
-from bitlower.passes.quantizers._expand_attention import is_context, is_scores
 
 aten = torch.ops.aten
 

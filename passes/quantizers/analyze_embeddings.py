@@ -11,14 +11,15 @@ from annotated_types import Interval
 from torch import fx
 from torch.nn import functional
 
-from bitlower.ir import BitlowerError, Level, Program, Quantizer, get_tensor, numerics
+from bitlower.ir import BitlowerError, Level, Program, Quantizer, get_tensor
 from bitlower.ir.dataflow import operand, vocabularies
+from bitlower.ir.quantization import numerics
 from bitlower.ir.quantizer_node import require_closed
 from bitlower.ir.storage import release
 from bitlower.ir.tokens import token_mask
+from bitlower.ir.weight_ranges import weight_range
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes.quantizers._embedding_report import BINS, EmbeddingReport, ModuleRange, Similarity
-from bitlower.passes.quantizers._weights import weight_range
 
 __all__ = ["AnalyzeEmbeddings", "EmbeddingReport", "analyze"]
 

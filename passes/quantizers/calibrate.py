@@ -13,12 +13,12 @@ from torch import fx
 from bitlower.ir import Batch, BitlowerError, Level, Program, describe, get_tensor
 from bitlower.ir.dataflow import operand
 from bitlower.ir.observe import observe
+from bitlower.ir.quantization.ranges import Histogram, cross_entropy_loss, search_golden, search_grid
 from bitlower.ir.quantizer_node import close, is_open
 from bitlower.ir.tokens import kept
+from bitlower.ir.weight_ranges import WeightRanges, close_weights, open_weights, require_finite, scale_rows
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes.quantizers._parts import Parts, choose_parts
-from bitlower.passes.quantizers._ranges import Histogram, cross_entropy_loss, search_golden, search_grid
-from bitlower.passes.quantizers._weights import WeightRanges, close_weights, open_weights, require_finite, scale_rows
 
 Estimator = Literal["minmax", "running-minmax", "percentile", "mse", "mse-golden", "mse-token"]
 _FROM_HISTOGRAM = ("percentile", "mse", "mse-golden", "mse-token")

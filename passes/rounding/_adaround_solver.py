@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from bitlower.ir import numerics
+from bitlower.ir.quantization import numerics
 
 STRETCH = (-0.1, 1.1)
 """γ and ζ: how far the sigmoid reaches beyond 0 and 1."""

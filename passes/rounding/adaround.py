@@ -12,20 +12,21 @@ from annotated_types import Ge, Gt, Interval
 from torch import fx
 from torch.nn import functional
 
-from bitlower.ir import BitlowerError, Level, Program, get_tensor, numerics, set_tensor
+from bitlower.ir import BitlowerError, Level, Program, get_tensor, set_tensor
 from bitlower.ir.dataflow import ACTIVATION, activation_operand, linears, operand, weight_operand
+from bitlower.ir.folding import without_quantizers
 from bitlower.ir.lockstep import Read, steps
+from bitlower.ir.quantization import numerics
 from bitlower.ir.quantizer_node import is_open
 from bitlower.ir.storage import like
+from bitlower.ir.token_weights import token_weights
 from bitlower.ir.tokens import token_rows
+from bitlower.ir.weight_ranges import WeightRanges, close_weights, open_weights
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.checkpoints import Stored, load_checkpoint, save_checkpoint
 from bitlower.passes._machinery.report import Record, counted, few
 from bitlower.passes._machinery.workload import Workload
-from bitlower.passes.quantizers._weights import WeightRanges, close_weights, open_weights
 from bitlower.passes.rounding._adaround_solver import Function, Layer, Options, Rounded, solve
-from bitlower.passes.rounding._float_twin import float_twin
-from bitlower.passes.rounding._hessian import token_weights
 
 LAYER_COPIES = 14
 """What the optimizer of a layer holds, in copies of its weight: measured on encoders of 6 and 12 layers."""
@@ -153,7 +154,7 @@ class Adaround(Pass):
         nearest = [node for node in open_weights(program.module) if node not in layers.values()]
         if layers and not context.calibration:
             raise BitlowerError("adaround needs calibration data", hint="give calibration batches, or use `rtn`")
-        twin, twins = float_twin(program)
+        twin, twins = without_quantizers(program)
         close_weights(program.module, nearest, self.ranges)
         options: dict[str, Any] = {"budget": self.memory // 2, "folder": context.work}
         stops = [twins[linear] for linear in layers]

@@ -13,13 +13,13 @@ from torch.nn import functional
 
 from bitlower.ir import BitlowerError, Level, Program, TensorType, get_tensor, ops, set_tensor
 from bitlower.ir.dataflow import activation_operand, linears, operand, weight_operand
+from bitlower.ir.folding import without_quantizers
 from bitlower.ir.lockstep import Read, steps
 from bitlower.ir.quantizer_node import is_open
+from bitlower.ir.token_weights import WEIGHTINGS
 from bitlower.ir.tokens import token_rows
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.report import Record, counted, few
-from bitlower.passes.rounding._float_twin import float_twin
-from bitlower.passes.rounding._hessian import WEIGHTINGS
 
 aten = torch.ops.aten
 
@@ -100,7 +100,7 @@ class CorrectBias(Pass):
         if self.add:
             for linear in layers:
                 _add_bias(program, linear)
-        twin, twins = float_twin(program)
+        twin, twins = without_quantizers(program)
         rows = []
         pairs = zip(
             steps(program, layers, context.calibration, budget=self.memory // 2, folder=context.work),

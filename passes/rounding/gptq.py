@@ -12,18 +12,19 @@ from annotated_types import Ge, Interval
 from torch import fx
 from torch.nn import functional
 
-from bitlower.ir import BitlowerError, Granularity, Level, Program, QuantSpec, get_tensor, numerics, set_tensor
+from bitlower.ir import BitlowerError, Granularity, Level, Program, QuantSpec, get_tensor, set_tensor
 from bitlower.ir.dataflow import activation_operand, linears, operand, weight_operand
+from bitlower.ir.folding import without_quantizers
 from bitlower.ir.lockstep import Read, walk
+from bitlower.ir.quantization import numerics
 from bitlower.ir.quantizer_node import is_open
 from bitlower.ir.storage import like, release, trim
 from bitlower.ir.tokens import token_mask
+from bitlower.ir.weight_ranges import close_weights, open_weights
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.checkpoints import Stored, load_checkpoint, save_checkpoint
 from bitlower.passes._machinery.report import Record, counted, few
 from bitlower.passes._machinery.workload import Workload
-from bitlower.passes.quantizers._weights import close_weights, open_weights
-from bitlower.passes.rounding._float_twin import float_twin
 from bitlower.passes.rounding._gptq_factor import Factor, factorize
 from bitlower.passes.rounding._gptq_solver import Options, Solution, solve
 from bitlower.passes.rounding._hessian import Hessian
@@ -170,7 +171,7 @@ class Gptq(Pass):
             raise BitlowerError("gptq needs calibration data", hint="give calibration batches, or use the pass `rtn`")
         walked = program
         if self.inputs == "float":
-            walked, twins = float_twin(program)
+            walked, twins = without_quantizers(program)
             groups = {twins[linear]: quantizers for linear, quantizers in groups.items()}
         close_weights(program.module, nearest, "minmax")
         if context.work is not None:

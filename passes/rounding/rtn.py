@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bitlower.ir import Level, Program
+from bitlower.ir.weight_ranges import WeightRanges, close_weights, open_weights
 from bitlower.passes._machinery.base import Context, Contract, Pass
-from bitlower.passes.quantizers._weights import WeightRanges, close_weights, open_weights
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from torch import nn
 
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.storage import release
+from bitlower.ir.token_weights import token_weights
 from bitlower.ir.tokens import kept
 from bitlower.passes._machinery.base import Context
-from bitlower.passes.rounding._hessian import token_weights
 from bitlower.passes.training._blocks import Step
 from bitlower.passes.training._part import Part
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bitlower.ir import numerics
 from bitlower.ir.learnable import LearnableQuantizer
+from bitlower.ir.quantization import numerics
 from bitlower.ir.trainable import TrainableModule
 from bitlower.passes.training._report import QuantizerRow
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from bitlower.ir import Batch, BitlowerError, describe
-from bitlower.ir.numerics import bfloat16_products
+from bitlower.ir.quantization.numerics import bfloat16_products
 from bitlower.ir.trainable import TrainableModule
 from bitlower.passes._machinery.base import Context
 from bitlower.passes._machinery.checkpoints import Stored, load_checkpoint, save_checkpoint

@@ -15,11 +15,19 @@ import torch
 from torch import fx
 
 from bitlower.ir import Batch, Program
-from bitlower.ir.dataflow import ATTENTION, LINEAR, activation_operand, ancestors, blocks, operand, value_root
+from bitlower.ir.dataflow import (
+    ATTENTION,
+    LINEAR,
+    activation_operand,
+    ancestors,
+    blocks,
+    is_scores,
+    operand,
+    value_root,
+)
 from bitlower.ir.subgraph import subgraph
 from bitlower.ir.tokens import token_mask
 from bitlower.passes._machinery.loss import Values
-from bitlower.passes.quantizers._expand_attention import is_scores
 
 LOGITS = "logits"
 _CHUNK = 1 << 24

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bitlower.ir import QuantSpec, numerics
+from bitlower.ir import QuantSpec
 from bitlower.ir.learnable import Groups
-from bitlower.ir.rounding import Clipping, round_to_grid
+from bitlower.ir.quantization import numerics
+from bitlower.ir.quantization.rounding import Clipping, round_to_grid
 
 SHIFT = 0.5
 """V lies in ±SHIFT: a code moves by one at most."""

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from bitlower.ir import Batch, BitlowerError, Program, get_tensor, numerics, ops
+from bitlower.ir import Batch, BitlowerError, Program, get_tensor, ops
 from bitlower.ir.dataflow import operand
-from bitlower.ir.program import copy_module
+from bitlower.ir.folding import without_quantizers
+from bitlower.ir.quantization import numerics
 from bitlower.ir.storage import release, spill
+from bitlower.ir.tensors import copy_module
 from bitlower.passes._machinery.base import Context
 from bitlower.passes._machinery.loss import Values
-from bitlower.passes.rounding._float_twin import float_twin
 from bitlower.passes.training._devices import move
 from bitlower.passes.training._forward import Forward, Taps
 
@@ -37,7 +38,7 @@ def float_reference(program: Program, context: Context) -> Program:
                 f"the float model is not known any more, and {operand(node, 0).target} is rounded already",
                 hint="run `quantize`, what rounds, and what trains in one pipeline",
             )
-    return float_twin(program)[0]
+    return without_quantizers(program)[0]
 
 
 def _is_rounded(program: Program, node: fx.Node) -> bool:

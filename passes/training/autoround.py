@@ -12,8 +12,8 @@ from torch import fx, nn
 from bitlower.ir import BitlowerError, Program, get_tensor
 from bitlower.ir.dataflow import operand
 from bitlower.ir.trainable import Trainable, make_trainable
+from bitlower.ir.weight_ranges import WeightRanges, close_weights, open_weights
 from bitlower.passes._machinery.base import Context
-from bitlower.passes.quantizers._weights import WeightRanges, close_weights, open_weights
 from bitlower.passes.training._block_data import BlockData, Split
 from bitlower.passes.training._block_loop import BlockReport, Outcome, learn
 from bitlower.passes.training._block_training import BlockTraining

@@ -12,7 +12,7 @@ from torch import nn
 
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.learnable import RangeSettings
-from bitlower.ir.program import get_tensor
+from bitlower.ir.tensors import get_tensor
 from bitlower.ir.tokens import token_mask
 from bitlower.ir.trainable import Trainable, identity, learnable, make_trainable
 from bitlower.passes._machinery.base import Context

@@ -19,13 +19,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitlower.backends.onnx_qdq import OnnxQdq
 from bitlower.backends import registry
 from bitlower.backends._manifest import check_artifact, check_if_artifact, is_artifact
 from bitlower.backends._outputs import OutputError
 from bitlower.backends._schema import parsed
 from bitlower.backends._selftest import SelfTest, make_selftest, run_selftest
 from bitlower.backends._unseen import Unseen
+from bitlower.backends.onnx_qdq import OnnxQdq
 from bitlower.backends.onnx_qdq._manifest import verify_artifact
 from bitlower.backends.onnx_qdq._verification import Verification
 from bitlower.ir import BitlowerError, CheckError

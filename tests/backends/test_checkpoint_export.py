@@ -13,7 +13,8 @@ import torch
 from safetensors.numpy import load_file
 
 from bitlower.backends.checkpoint import export, verify
-from bitlower.ir import Program, get_tensor, numerics
+from bitlower.ir import Program, get_tensor
+from bitlower.ir.quantization import numerics
 
 Lowered = Callable[..., Program]
 Array = np.ndarray[Any, Any]

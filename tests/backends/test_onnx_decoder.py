@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from bitlower.backends._steps import cached_steps, visible
+from bitlower.backends.decoding import cached_steps, visible
 from bitlower.backends.onnx_qdq import ExportReport, export, verify
 from bitlower.backends.onnx_qdq._lower import lower
 from bitlower.backends.onnx_qdq._session import Session

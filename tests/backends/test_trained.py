@@ -12,7 +12,7 @@ import torch
 
 from bitlower.backends import checkpoint, onnx_qdq, tvm_kernels
 from bitlower.ir import Batch, Program, get_tensor
-from bitlower.ir.numerics import values
+from bitlower.ir.quantization.numerics import values
 from bitlower.passes import Context, PassManager, make_pass, parse_pipeline
 from bitlower.passes.training._report import TrainReport
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from bitlower.frontends import load
-from bitlower.frontends._decoder import Signature, cache_argument, cache_of
+from bitlower.frontends.decoder import Signature, cache_argument, cache_of
 from bitlower.ir import BitlowerError, Program
 from bitlower.ir.verifier import verify
 

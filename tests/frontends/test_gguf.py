@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bitlower.frontends import _weights, load
+from bitlower.frontends import load
+from bitlower.frontends import weights as _weights
 from bitlower.frontends.gguf import load_gguf
 from bitlower.frontends.huggingface import trace_model
 from bitlower.frontends.locate import locate

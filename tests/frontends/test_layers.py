@@ -20,7 +20,8 @@ from torch import fx
 from torch.fx.node import map_arg
 from transformers.models.llama import modeling_llama
 
-from bitlower.frontends import _encoder, _instantiate, _trace_cache, huggingface, load
+from bitlower.frontends import _encoder, _instantiate, huggingface, load
+from bitlower.frontends import trace_cache as _trace_cache
 from bitlower.frontends._layers import representatives, shortened
 from bitlower.ir import BitlowerError, Program, get_tensor
 

@@ -12,7 +12,8 @@ import torch
 import transformers
 from transformers.models.llama import modeling_llama
 
-from bitlower.frontends import _encoder, _trace_cache, huggingface, load
+from bitlower.frontends import _encoder, huggingface, load
+from bitlower.frontends import trace_cache as _trace_cache
 from bitlower.ir import Program
 
 SIZES: dict[str, Any] = {

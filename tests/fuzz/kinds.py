@@ -20,8 +20,8 @@ from ruamel.yaml import YAML
 from bitlower.backends._manifest import describe_file
 from bitlower.backends.registry import verify_artifact
 from bitlower.frontends import batches, load
-from bitlower.frontends._weights import load_weights
 from bitlower.frontends.gguf import load_gguf
+from bitlower.frontends.weights import load_weights
 from bitlower.ir import Program, Scheme
 from bitlower.ir.storage import map_safetensors
 from bitlower.passes import parse_pipeline

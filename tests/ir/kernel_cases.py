@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from scipy.special import erf, expit
 
-from bitlower.ir import Granularity, Grid, numerics
+from bitlower.ir import Granularity, Grid
+from bitlower.ir.quantization import numerics
 
 GRIDS = {"u8": Grid(8, signed=False, symmetric=False), "s8": Grid(8), "s4": Grid(4), "u4": Grid(4, False, False)}
 

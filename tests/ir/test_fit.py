@@ -10,8 +10,9 @@ from torch import nn
 
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, CheckError, Length, Program
+from bitlower.ir.document import encode
 from bitlower.ir.observe import run
-from bitlower.ir.serialize import decode, encode
+from bitlower.ir.serialize import decode
 from bitlower.ir.verifier import verify
 from bitlower.passes import Context, PassManager, parse_pipeline
 

@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
-from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec, numerics
+from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec
 from bitlower.ir.learnable import FLOOR, LearnableQuantizer, RangeSettings
+from bitlower.ir.quantization import numerics
 
 S4, U8 = Grid(4), Grid(8, signed=False, symmetric=False)
 SPECS = {

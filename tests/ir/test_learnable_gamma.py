@@ -14,7 +14,7 @@ from scipy import stats
 
 from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec
 from bitlower.ir.learnable import LearnableQuantizer, RangeSettings
-from bitlower.passes.quantizers._ranges import exact_loss, search_golden
+from bitlower.ir.quantization.ranges import exact_loss, search_golden
 
 PER_TENSOR, PER_ROW = Granularity.per_tensor(), Granularity.per_channel(0)
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bitlower.ir import BitlowerError, Granularity, Grid, ScaleConvention, numerics, ops
+from bitlower.ir import BitlowerError, Granularity, Grid, ScaleConvention, ops
+from bitlower.ir.quantization import numerics
 
 LAYOUTS = [(), (1, 1, 1), (3, 1, 1), (1, 4, 1), (1, 1, 8), (1, 1, 2), (3, 2, 4), (3, 4, 8)]
 SHAPE = (3, 4, 8)

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from bitlower.ir import BitlowerError, Level, Program, TensorType, ValueSpec, copy_module, get_tensor, set_tensor
-from bitlower.ir.program import tensor_digest
+from bitlower.ir.tensors import tensor_digest
 
 ROOT = Path(__file__).parents[2]
 

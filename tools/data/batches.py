@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitlower.ir import Batch
-from bitlower.passes._machinery.digest import digest_batches
+from bitlower.passes import digest_batches
 
 
 @dataclass(frozen=True)

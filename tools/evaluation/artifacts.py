@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bitlower.backends.base import Model
-from bitlower.backends.onnx_qdq import OnnxModel
-from bitlower.backends.onnx_qdq._folder import MODEL
+from bitlower.backends.onnx_qdq import MODEL, OnnxModel
 from bitlower.backends.registry import answering, writer_of
 from bitlower.ir import BitlowerError, CheckError
 

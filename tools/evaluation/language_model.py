@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from bitlower.backends._folder import shell
-from bitlower.backends._steps import has_cache
+from bitlower.backends.artifact import shell
 from bitlower.backends.base import Model
+from bitlower.backends.decoding import has_cache
 from bitlower.backends.onnx_qdq import OnnxModel
 from bitlower.backends.tvm_kernels import Library
 from bitlower.frontends import load
-from bitlower.frontends._context import stated_length
-from bitlower.frontends._decoder import cache_argument, cache_of
-from bitlower.frontends._weights import quiet
+from bitlower.frontends.context import stated_length
+from bitlower.frontends.decoder import cache_argument, cache_of
 from bitlower.frontends.tokenize import positions
+from bitlower.frontends.weights import quiet
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.files import check_name, reason
 from bitlower.ir.folding import with_float_weights

@@ -31,9 +31,7 @@ from bitlower.ir import Level, Program, get_tensor
 from bitlower.ir.dataflow import activation_operand, linears, parameter_of, weight_operand
 from bitlower.ir.storage import is_mapped
 from bitlower.ir.tasks import TEXT_GENERATION
-from bitlower.passes import Contract, Pass
-from bitlower.passes._machinery.declared import data_runs, training_steps
-from bitlower.passes._machinery.workload import Workload
+from bitlower.passes import Contract, Pass, Workload, data_runs, training_steps
 from bitlower.tools.data.sources import HELD_OUT_TEXTS, HELD_OUT_WINDOWS, TEXTS, Amount
 from bitlower.tools.planning.training_costs import Lesson
 

@@ -25,11 +25,10 @@ from bitlower.backends.base import Backend
 from bitlower.backends.registry import make_backend
 from bitlower.backends.sizes import Sizes
 from bitlower.frontends import load
-from bitlower.frontends._trace_cache import is_kept
+from bitlower.frontends.trace_cache import is_kept
 from bitlower.ir import Program, get_tensor
 from bitlower.ir.tasks import TEXT_GENERATION
-from bitlower.passes import Context, Contract, Pass, PassManager, format_pipeline
-from bitlower.passes._machinery.declared import training_steps, trains
+from bitlower.passes import Context, Contract, Pass, PassManager, format_pipeline, training_steps, trains
 from bitlower.passes.quantizers.quantize import PlacementReport
 from bitlower.tools.data.sources import Amount
 from bitlower.tools.planning.costs import Costs, Load, unforeseen

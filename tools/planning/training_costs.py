@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from bitlower.ir import Batch, Program
 from bitlower.ir.dataflow import VIEWS, blocks
-from bitlower.passes._machinery.workload import BlockSchedule
+from bitlower.passes import BlockSchedule
 from bitlower.tools.data.batches import Data
 
 OWN_COPIES, CHECKPOINT_COPIES = 5, 4

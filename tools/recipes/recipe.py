@@ -26,9 +26,16 @@ from bitlower.backends.base import Backend
 from bitlower.backends.registry import make_backend
 from bitlower.ir import BitlowerError, Level, nearest, shorten
 from bitlower.ir.files import check_name
-from bitlower.passes import Pass, check_levels, load_plugin, make_pass, plain_parameters
-from bitlower.passes._machinery.declared import needs_calibration, trains
-from bitlower.passes._machinery.pipeline import PASSES
+from bitlower.passes import (
+    PASSES,
+    Pass,
+    check_levels,
+    load_plugin,
+    make_pass,
+    needs_calibration,
+    plain_parameters,
+    trains,
+)
 from bitlower.tools.recipes.places import Source, with_place
 from bitlower.tools.recipes.schema import passes_schema
 from bitlower.tools.recipes.yaml_reader import read_yaml

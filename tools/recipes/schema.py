@@ -12,8 +12,7 @@ from typing import Any
 from bitlower.ir.plugins.field_docs import field_docs
 from bitlower.ir.plugins.kinds import schema_bounds, split_bounds
 from bitlower.ir.plugins.parameters import plain
-from bitlower.passes import Pass, known_passes, parameter_types
-from bitlower.passes._machinery.losses import Losses, known_losses
+from bitlower.passes import Losses, Pass, known_losses, known_passes, parameter_types
 from bitlower.passes.training import Loss
 
 _SCALARS = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}

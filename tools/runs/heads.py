@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from bitlower.ir import Level, Program
 from bitlower.ir.dataflow import EMBEDDING, LINEAR
-from bitlower.ir.scheme import ACTIVATION_ROLES
+from bitlower.ir.quantization.scheme import ACTIVATION_ROLES
 from bitlower.passes import Context, Observer, Pass
 
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from bitlower.backends.base import Backend
 from bitlower.backends.registry import find_backend, known_backends, make_backend
 from bitlower.ir import BitlowerError, Level, Scheme, nearest
-from bitlower.ir.scheme import ACTIVATION_ROLES
+from bitlower.ir.quantization.scheme import ACTIVATION_ROLES
 from bitlower.passes import Pass, make_pass
 from bitlower.tools.data.texts import split_column
 from bitlower.tools.recipes.recipe import Recipe, steps_of

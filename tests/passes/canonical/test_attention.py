@@ -13,9 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program, TensorType
-from bitlower.ir.dataflow import ATTENTION, MATMUL, SOFTMAX, value_root
+from bitlower.ir.dataflow import ATTENTION, MATMUL, SOFTMAX, is_context, is_scores, value_root
 from bitlower.passes.canonical._attention import fold_attention, fold_repeated_heads
-from bitlower.passes.quantizers._expand_attention import expand_attention, is_context, is_scores
+from bitlower.passes.quantizers._expand_attention import expand_attention
 
 aten = torch.ops.aten
 Attend = Callable[..., torch.Tensor]

@@ -19,6 +19,7 @@ from bitlower.ir.dataflow import (
     blocks,
     cut_points,
     fusion_groups,
+    is_scores,
     linears,
     residual_sums,
     weight_operand,
@@ -27,7 +28,6 @@ from bitlower.ir.observe import observe
 from bitlower.passes import Context
 from bitlower.passes._machinery.manager import PassManager
 from bitlower.passes.canonical.clean import Clean
-from bitlower.passes.quantizers._expand_attention import is_scores
 from bitlower.passes.quantizers.calibrate import Calibrate
 from bitlower.passes.quantizers.quantize import PlacementReport, Quantize
 

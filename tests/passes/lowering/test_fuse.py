@@ -14,7 +14,8 @@ from torch import fx
 from bitlower.backends.onnx_qdq import OnnxQdq
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Level, Program, Scheme, get_tensor, kernels, ops
-from bitlower.ir.serialize import decode, encode
+from bitlower.ir.document import encode
+from bitlower.ir.serialize import decode
 from bitlower.ir.verifier import verify
 from bitlower.passes import Context, Contract, PassManager, check_levels, parse_pipeline
 from bitlower.passes.canonical.clean import Clean

@@ -245,7 +245,13 @@ def test_tensors_keep_their_layout_and_aliases(tmp_path: Path, tiny_program: Pro
 
 
 @pytest.mark.parametrize(
-    "file", ["ir/numerics.py", "passes/quantizers/_ranges.py", "passes/quantizers/calibrate.py", "passes/x/new.py"]
+    "file",
+    [
+        "ir/quantization/numerics.py",
+        "ir/quantization/ranges.py",
+        "passes/quantizers/calibrate.py",
+        "passes/x/new.py",
+    ],
 )
 def test_an_edit_anywhere_in_ir_or_passes_changes_the_code_of_each_pass(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

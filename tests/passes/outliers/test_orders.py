@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitlower.ir import Granularity, Grid, numerics
+from bitlower.ir import Granularity, Grid
+from bitlower.ir.quantization import numerics
 from bitlower.passes.outliers._channel_statistics import ChannelStatistics
 from bitlower.passes.outliers._orders import grouped_order, predicted_error, range_order
 

@@ -12,10 +12,10 @@ from torch import nn
 from bitlower.backends.checkpoint import export
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, CheckError, Program, get_tensor
-from bitlower.ir.domains import domains
 from bitlower.ir.feed_forward import feed_forwards
 from bitlower.ir.observe import observe
-from bitlower.ir.reorder import gathers
+from bitlower.ir.permutation.domains import domains
+from bitlower.ir.permutation.reorder import gathers
 from bitlower.ir.verifier import verify
 from bitlower.passes import Context, PassManager, parse_pipeline
 from bitlower.passes._machinery.results import decode_results, encode_results

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from bitlower.frontends import load
-from bitlower.ir import Batch, Granularity, Program, Scheme, get_tensor, numerics
+from bitlower.ir import Batch, Granularity, Program, Scheme, get_tensor
+from bitlower.ir.quantization import numerics
 from bitlower.passes import Context
 from bitlower.passes.quantizers.calibrate import Calibrate
 from bitlower.passes.quantizers.quantize import Quantize

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitlower.ir import Granularity, Grid, numerics
+from bitlower.ir import Granularity, Grid
+from bitlower.ir.quantization import numerics
 from bitlower.passes.quantizers._parts import Parts, choose_parts
 
 AFFINE = Grid(8, signed=False, symmetric=False)

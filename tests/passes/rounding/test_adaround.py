@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from bitlower.frontends import load
-from bitlower.ir import BitlowerError, Program, Scheme, get_tensor, numerics, ops, set_tensor
+from bitlower.ir import BitlowerError, Program, Scheme, get_tensor, ops, set_tensor
 from bitlower.ir.dataflow import ACTIVATION, activation_operand, linears, parameter_of, weight_operand
 from bitlower.ir.observe import observe
+from bitlower.ir.quantization import numerics
 from bitlower.ir.storage import is_mapped, spill
 from bitlower.passes import Context
 from bitlower.passes.canonical.clean import Clean

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from bitlower.ir import Granularity, Grid, numerics
+from bitlower.ir import Granularity, Grid
+from bitlower.ir.quantization import numerics
 from bitlower.passes.rounding import _adaround_solver as module
 from bitlower.passes.rounding._adaround_solver import Layer, Options, SoftWeight, exponent, solve
 

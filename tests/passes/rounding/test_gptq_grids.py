@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitlower.ir import Granularity, Grid, ScaleConvention, numerics
+from bitlower.ir import Granularity, Grid, ScaleConvention
+from bitlower.ir.quantization import numerics
 from bitlower.passes.rounding._gptq_grids import AROUND, SHRINK, Grids, round_columns
 
 GRIDS = [

@@ -10,7 +10,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from bitlower.ir import BitlowerError, Granularity, Grid, ScaleConvention, numerics
+from bitlower.ir import BitlowerError, Granularity, Grid, ScaleConvention
+from bitlower.ir.quantization import numerics
 from bitlower.passes.rounding._gptq_factor import factorize
 from bitlower.passes.rounding._gptq_grids import Grids
 from bitlower.passes.rounding._gptq_solver import Options, Solution, solve

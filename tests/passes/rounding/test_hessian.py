@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitlower.ir import BitlowerError
+from bitlower.ir.token_weights import WEIGHTINGS, token_weights
 from bitlower.passes.rounding import _hessian
-from bitlower.passes.rounding._hessian import WEIGHTINGS, Hessian, token_weights
+from bitlower.passes.rounding._hessian import Hessian
 
 
 def tokens(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:

@@ -19,11 +19,11 @@ from bitlower.ir import (
     QuantSpec,
     Scheme,
     get_tensor,
-    numerics,
     ops,
     serialize,
     set_tensor,
 )
+from bitlower.ir.quantization import numerics
 from bitlower.passes import Context, PassManager, parse_pipeline
 from bitlower.passes.lowering.lower_integer import LowerInteger
 from bitlower.passes.quantizers.calibrate import Calibrate

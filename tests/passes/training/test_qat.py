@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from bitlower.ir import BitlowerError, Program, get_tensor, numerics, ops, serialize, set_tensor
+from bitlower.ir import BitlowerError, Program, get_tensor, ops, serialize, set_tensor
 from bitlower.ir.dataflow import NORM
+from bitlower.ir.quantization import numerics
 from bitlower.passes import Context, PassManager, parse_pipeline
 from bitlower.passes._machinery.losses import Losses
 from bitlower.passes.training import LogitsLoss, Loss, _forward

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from bitlower.frontends import _encoder, _trace_cache
+from bitlower.frontends import _encoder
+from bitlower.frontends import trace_cache as _trace_cache
 from bitlower.ir import Program
 from bitlower.tools.planning.costs import TRACE_SECONDS, Load
 from bitlower.tools.planning.plan import KEPT, make_plan, plan_model

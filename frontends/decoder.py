@@ -1,0 +1,153 @@
+"""Causal language models: sample inputs with a KV cache, and the names of a decoder's inputs and outputs.
+
+The names are those of the ONNX ecosystem: ``past_key_values.{layer}.key`` comes in, ``present.{layer}.key`` goes out.
+The past and the tokens have lengths of their own, so one graph serves calibration (empty past), prefill and decoding.
+A model without a cache takes ``input_ids`` and ``attention_mask`` and gives ``logits``; each run is over all tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bitlower.frontends._tasks import state_refused
+from bitlower.frontends.weights import quiet
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+
+BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "past + sequence"
+_PARTS = ("key", "value")
+_CACHES = ("cache", "past_key_values")
+"""What transformers calls the cache, now and in earlier releases, among the arguments and among the results."""
+_STATES = ("state", "mems")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a causal language model takes and gives.
+
+    Args:
+        takes_positions: whether ``position_ids`` are among its inputs.
+        caches: of each layer, the sizes of keys and values: ``(heads, width)`` twice; none without a cache.
+        argument: what the model's ``forward`` calls the cache.
+    """
+
+    takes_positions: bool
+    caches: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    argument: str = _CACHES[0]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Signature:
+        """Run one token through ``model`` and look at the cache that it gives.
+
+        Raises:
+            BitlowerError: it carries something else than keys and values from token to token.
+        """
+        ids = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+        with torch.no_grad(), quiet():
+            outputs = model(input_ids=ids, **({"use_cache": True} if hasattr(model.config, "use_cache") else {}))
+        layers = getattr(cache_of(outputs), "layers", None) or []
+        if any(outputs.get(name) is not None for name in _STATES) or not all(map(_has_keys, layers)):
+            raise state_refused(type(model).__name__)
+        caches = tuple(
+            ((layer.keys.shape[1], layer.keys.shape[3]), (layer.values.shape[1], layer.values.shape[3]))
+            for layer in layers
+        )
+        takes_positions = bool(caches) and "position_ids" in inspect.signature(model.forward).parameters
+        return cls(takes_positions, caches, cache_argument(model))
+
+    def inputs(self) -> dict[str, tuple[int | str, ...]]:
+        """The inputs' shapes by name, in order."""
+        total = TOTAL if self.caches else SEQUENCE
+        given: dict[str, tuple[int | str, ...]] = {"input_ids": (BATCH, SEQUENCE), "attention_mask": (BATCH, total)}
+        if self.takes_positions:
+            given["position_ids"] = (BATCH, SEQUENCE)
+        return given | self._cache_shapes("past_key_values", PAST)
+
+    def outputs(self) -> list[str]:
+        """The outputs' names, in order."""
+        return ["logits", *self._cache_shapes("present", TOTAL)]
+
+    def _cache_shapes(self, name: str, length: str) -> dict[str, tuple[int | str, ...]]:
+        return {
+            f"{name}.{layer}.{part}": (BATCH, heads, length, width)
+            for layer, sizes in enumerate(self.caches)
+            for part, (heads, width) in zip(_PARTS, sizes, strict=True)
+        }
+
+    def sample(self, vocabulary: int, *, batch: int, past: int, sequence: int) -> dict[str, torch.Tensor]:
+        """Flat sample inputs from a fixed generator; the first row begins with padding if there is room.
+
+        Without a cache the past is part of the sequence.
+        """
+        generator = torch.Generator().manual_seed(0)
+        past, sequence = (past, sequence) if self.caches else (0, past + sequence)
+        sizes = {BATCH: batch, PAST: past, SEQUENCE: sequence, TOTAL: past + sequence}
+        mask = torch.ones((batch, past + sequence), dtype=torch.int64)
+        mask[0, : 2 if past + sequence > 3 else 0] = 0
+        given = {
+            "input_ids": torch.randint(0, vocabulary, (batch, sequence), generator=generator),
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, past:].contiguous(),
+        }
+        return {
+            name: given[name]
+            if name in given
+            else torch.randn([sizes[d] if isinstance(d, str) else d for d in shape], generator=generator)
+            for name, shape in self.inputs().items()
+        }
+
+    def arguments(self, flat: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """``flat`` as transformers' ``forward`` takes it: the cache in one object."""
+        given: dict[str, Any] = {name: value for name, value in flat.items() if "." not in name}
+        if not self.caches:
+            return given
+        return given | {self.argument: self._cache(flat), "use_cache": True}
+
+    def _cache(self, flat: Mapping[str, torch.Tensor]) -> DynamicCache:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for layer in range(len(self.caches)):
+            key, value = (flat[f"past_key_values.{layer}.{part}"] for part in _PARTS)
+            cache.update(key, value, layer)
+        return cache
+
+    def dynamic_shapes(self) -> dict[str, Any]:
+        """The dimensions that vary, as ``torch.export`` takes them."""
+        auto = torch.export.Dim.AUTO
+        dynamic = {
+            name: {axis: auto for axis, size in enumerate(shape) if isinstance(size, str)}
+            for name, shape in self.inputs().items()
+        }
+        plain: dict[str, Any] = {name: axes for name, axes in dynamic.items() if "." not in name}
+        if not self.caches:
+            return plain
+        return plain | {self.argument: [axes for name, axes in dynamic.items() if "." in name]}
+
+    def flatten(self, outputs: Any) -> dict[str, torch.Tensor]:
+        """What the model gives, by the names of :meth:`outputs`."""
+        layers = cache_of(outputs).layers if self.caches else []
+        caches = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        return dict(zip(self.outputs(), [outputs.logits, *caches], strict=True))
+
+
+def cache_argument(model: torch.nn.Module) -> str:
+    """What ``model.forward`` calls the cache of keys and values; the new name where it knows both."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in _CACHES if name in parameters), _CACHES[-1])
+
+
+def cache_of(outputs: Mapping[str, Any]) -> Any:
+    """The cache that a model of transformers gives, None without one."""
+    return next((outputs[name] for name in _CACHES if outputs.get(name) is not None), None)
+
+
+def _has_keys(layer: Any) -> bool:
+    """Whether a layer of a cache holds keys and values."""
+    return all(isinstance(getattr(layer, part, None), torch.Tensor) for part in ("keys", "values"))

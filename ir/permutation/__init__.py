@@ -1,0 +1,1 @@
+"""Permutation of channels: which axes share an order, and the graph with another order."""

@@ -1,0 +1,1 @@
+"""Quantization: grids, granularities, schemes, the numerics of scales, and packed codes."""
