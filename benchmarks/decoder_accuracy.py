@@ -33,7 +33,9 @@ from typing import Any
 import torch
 from _common import RESULTS, data_folder, show_table, write_result
 
-from bitlower import Context, PassManager, Program, load, parse_pipeline
+from bitlower import Backend, Context, PassManager, Program, load, parse_pipeline
+from bitlower.backends.checkpoint import Checkpoint
+from bitlower.backends.onnx_qdq import OnnxQdq
 from bitlower.frontends.tokenize import token_ids, windows
 from bitlower.ir.observe import run
 from bitlower.passes import format_pipeline
@@ -73,8 +75,8 @@ SWITCHES = {
     "columns in order, static groups": "order=none static-groups=true",
 }
 """Parameters of ``gptq``, by what they are called in the table."""
-CHECKPOINT: tuple[str, dict[str, Any]] = ("checkpoint", {})
-ONNX: tuple[str, dict[str, Any]] = ("onnx-qdq", {"form": "onnxruntime"})
+CHECKPOINT: Backend = Checkpoint()
+ONNX: Backend = OnnxQdq(form="onnxruntime")
 KEY_VALUE = '"re:.*[kv]_proj"'
 CALIBRATIONS = ((64, 512), (128, 512), (16, 1024))
 """More and longer calibration than ``SAMPLES`` windows of ``LENGTH``."""
@@ -109,7 +111,7 @@ class Bench:
     seed: int = 0
     counts: tuple[int, ...] = WINDOWS
     divergence: bool = False
-    target: tuple[str, dict[str, Any]] = CHECKPOINT
+    target: Backend = CHECKPOINT
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def measure(self, case: Case) -> dict[str, Any]:

@@ -106,7 +106,7 @@ TARGETS = {
     "passes/precision/_measures.py": "passes/precision/test_measures",
     "passes/outliers/_orders.py": "passes/outliers/test_orders passes/outliers/test_peg_permute",
     "passes/outliers/_statistics.py": "passes/outliers/test_outlier_statistics",
-    "ir/quantization/ranges.py": "ir/quantization/test_ranges passes/quantizers/test_calibrate_groups",
+    "ir/quantization/ranges.py": "passes/quantizers/test_ranges passes/quantizers/test_calibrate_groups",
     "passes/precision/_roofline.py": "passes/precision/test_roofline",
     "ir/token_weights.py": "passes/rounding/test_hessian",
     "ir/tokens.py": "ir/test_tokens",
