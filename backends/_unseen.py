@@ -143,7 +143,7 @@ def with_small_batch(
     Args:
         program: what the batches are for.
         batches: inputs by name.
-        outputs: gives the Program's outputs on a batch, for who has them already; None: it is run.
+        outputs: returns the Program's outputs on a batch, for who has them already; None: it is run.
     """
     for count, batch in enumerate(batches):
         if count == 0:

@@ -152,7 +152,7 @@ class _Change(Visitor):
         self.operator, self.left = _OPERATORS[operator], occurrence
 
     def visit(self, node: Any) -> Any:
-        """Give the node, changed if it is the one."""
+        """Return the node, changed if it is the one."""
         for index, _ in enumerate(self.operator.mutation_positions(node)):
             if self.left == 0:
                 node = self.operator.mutate(node, index)

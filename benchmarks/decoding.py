@@ -79,7 +79,7 @@ def build(folder: Path, data: Path, *, heads: bool) -> None:
 
 
 def last(model: Any) -> list[str]:
-    """The node that gives the logits, if it multiplies with a stored weight."""
+    """The node that returns the logits, if it multiplies with a stored weight."""
     return [node.name for node in model.graph.node if "logits" in node.output]
 
 

@@ -4,7 +4,7 @@
 
 W8A8, calibrated on a few sentences, as OpenCL (PoCL); W4A16-g32 with float16 between kernels, as CUDA source that g++
 compiles, a thread being a fiber and a matrix instruction a loop. Texts of 8 and of 96 tokens, so that linears go by
-warps and by tiles. Each kernel of the Program reads what the library's kernels gave before it, and what it gives is
+warps and by tiles. Each kernel of the Program reads what the library's kernels gave before it, and what it returns is
 compared: values by the largest error over the root mean square of a row (with float16 beyond 2⁻¹⁰ of themselves), codes
 by how many are unequal and how far, in steps, the farthest value lies from the code that was taken beyond half a step.
 Needs PoCL, g++, and the files of the tests that run device code.

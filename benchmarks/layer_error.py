@@ -3,7 +3,7 @@
     python benchmarks/layer_error.py --data DIR
 
 For 4, 3 and 2 bits, group size 128 and per channel: the error of each layer's output on its calibration inputs,
-``E H Eᵀ`` with the plain second moment H, of the weights that the pass `gptq` gives over those of `rtn`. Inputs are
+``E H Eᵀ`` with the plain second moment H, of the weights that the pass `gptq` returns over those of `rtn`. Inputs are
 those of the float model for both sides. DIR holds the STS benchmark as ``STS-B/sts-train.tsv``.
 """
 

@@ -27,7 +27,7 @@ HIDDEN, FFN, HEADS, KV_HEADS, VOCABULARY = 2048, 5632, 32, 4, 32000
 
 
 def write_model(folder: Path, layers: int) -> float:
-    """A random Llama in bf16, a shard a block; gives its size in gigabytes."""
+    """A random Llama in bf16, a shard a block; returns its size in gigabytes."""
     config = LlamaConfig(
         hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=layers, num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS, vocab_size=VOCABULARY, dtype="bfloat16", architectures=["LlamaForCausalLM"],

@@ -157,7 +157,7 @@ def _taken(length: Length, tokens: int) -> int:
 
 
 def _kept(exported: torch.export.ExportedProgram, task: str) -> Any:
-    """Which outputs are the task's: those that it names, if the model gives them; else all that have a name."""
+    """Which outputs are the task's: those that it names, if the model returns them; else all that have a name."""
     spec = exported.call_spec.out_spec
     keys = spec.context if spec is not None and isinstance(spec.context, list) else []
     wanted = [name for name in TASKS[task].outputs if name in keys]

@@ -29,7 +29,7 @@ def explain_failure(model: str) -> Iterator[None]:
     """Turn whatever tracing raises into one error that names the model's own line; torch's own reports are kept back.
 
     Raises:
-        BitlowerError: with model, line, cause and, where one is known, a mend.
+        BitlowerError: with model, line, cause and, where one is known, a fix.
     """
     try:
         with _silent():

@@ -204,7 +204,7 @@ class _Traced:
         return self.number.sub(r"\1", name)
 
     def given(self, node: fx.Node, layer: int) -> int:
-        """Which of the values that the layer before ``layer`` gives ``node`` is."""
+        """Which of the values that the layer before ``layer`` returns ``node`` is."""
         if self.label[node] != layer - 1 or node not in self.gives[layer - 1]:
             raise BitlowerError("a layer reads what is not of the one before it")
         return self.gives[layer - 1].index(node)

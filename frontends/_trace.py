@@ -129,7 +129,7 @@ def releasing(model: torch.nn.Module) -> Iterator[None]:
 def check_replay(
     program: Program, expected: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor], model: str
 ) -> None:
-    """Run the trace on inputs of another shape and compare it with what the model gives for them.
+    """Run the trace on inputs of another shape and compare it with what the model returns for them.
 
     Raises:
         CheckError: an output differs by more than 1e-4 of its own spread: the trace has a shape baked in.

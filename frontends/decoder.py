@@ -2,7 +2,7 @@
 
 The names are those of the ONNX ecosystem: ``past_key_values.{layer}.key`` comes in, ``present.{layer}.key`` goes out.
 The past and the tokens have lengths of their own, so one graph serves calibration (empty past), prefill and decoding.
-A model without a cache takes ``input_ids`` and ``attention_mask`` and gives ``logits``; each run is over all tokens.
+A model without a cache takes ``input_ids`` and ``attention_mask`` and returns ``logits``; each run is over all tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _STATES = ("state", "mems")
 
 @dataclass(frozen=True)
 class Signature:
-    """What a causal language model takes and gives.
+    """What a causal language model takes and returns.
 
     Args:
         takes_positions: whether ``position_ids`` are among its inputs.
@@ -43,7 +43,7 @@ class Signature:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Signature:
-        """Run one token through ``model`` and look at the cache that it gives.
+        """Run one token through ``model`` and look at the cache that it returns.
 
         Raises:
             BitlowerError: it carries something else than keys and values from token to token.
@@ -131,7 +131,7 @@ class Signature:
         return plain | {self.argument: [axes for name, axes in dynamic.items() if "." in name]}
 
     def flatten(self, outputs: Any) -> dict[str, torch.Tensor]:
-        """What the model gives, by the names of :meth:`outputs`."""
+        """What the model returns, by the names of :meth:`outputs`."""
         layers = cache_of(outputs).layers if self.caches else []
         caches = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
         return dict(zip(self.outputs(), [outputs.logits, *caches], strict=True))
@@ -144,7 +144,7 @@ def cache_argument(model: torch.nn.Module) -> str:
 
 
 def cache_of(outputs: Mapping[str, Any]) -> Any:
-    """The cache that a model of transformers gives, None without one."""
+    """The cache that a model of transformers returns, None without one."""
     return next((outputs[name] for name in _CACHES if outputs.get(name) is not None), None)
 
 

@@ -199,7 +199,7 @@ def random_windows(
 
 
 def check_tokenizer(program: Program, folder: Path) -> None:
-    """See that the tokenizer that a backend wrote into ``folder``, if it did, gives the tokens of the program's own.
+    """See that the tokenizer that a backend wrote into ``folder``, if it did, returns the tokens of the program's own.
 
     Raises:
         CheckError: it does not, for one of a few texts of many scripts, or it has another chat template.

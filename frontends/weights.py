@@ -70,8 +70,8 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in names:
         if not (folder / name).is_file():
             pickled = any(folder.glob("*.bin"))
-            mend = "convert the pickled weights to safetensors" if pickled else "fetch the model again"
-            raise BitlowerError(f"the weights {folder / name} are missing", hint=mend)
+            fix = "convert the pickled weights to safetensors" if pickled else "fetch the model again"
+            raise BitlowerError(f"the weights {folder / name} are missing", hint=fix)
     return [folder / name for name in names]
 
 

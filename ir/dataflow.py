@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from bitlower.ir import ops
+from bitlower.ir.activations import ACTIVATIONS
 from bitlower.ir.tensors import get_tensor
 
 aten = torch.ops.aten
@@ -27,10 +28,7 @@ SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax
 NORM = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.native_layer_norm.default})
 EMBEDDING = frozenset({aten.embedding.default})
 ADD = frozenset({aten.add.Tensor, aten.add_.Tensor})
-ACTIVATION = frozenset({
-    aten.gelu.default, aten.relu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default,
-    aten.leaky_relu.default, aten.hardswish.default, aten.elu.default, aten.mish.default,
-})  # fmt: skip
+ACTIVATION = frozenset(row.target for row in ACTIVATIONS)
 VIEWS = frozenset({
     aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.contiguous.default,
     aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default,
@@ -235,7 +233,7 @@ def _carriers(module: fx.GraphModule) -> set[fx.Node]:
 
 
 def _carries_floats(node: fx.Node) -> bool:
-    """Whether ``node`` is a float tensor, the codes of one, or gives several tensors."""
+    """Whether ``node`` is a float tensor, the codes of one, or returns several tensors."""
     if node.target is ops.quantize:
         return True
     if "type" in node.meta or not isinstance(node.target, torch._ops.OpOverload):

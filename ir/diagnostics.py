@@ -1,4 +1,4 @@
-"""Errors that people read: what went wrong, where in their model, and how to mend it."""
+"""Errors that people read: what went wrong, where in their model, and how to fix it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class BitlowerError(Exception):
 
     Args:
         message: names the thing and the place; what does not fit on a screen is cut out of its middle.
-        hint: the mend, if one is known; it is printed after the message.
+        hint: the fix, if one is known; it is printed after the message.
     """
 
     exit_code = 2

@@ -27,7 +27,7 @@ class ValueSpec:
 
 
 def fit(inputs: Batch, specs: Sequence[ValueSpec], lengths: Mapping[str, Length], pad_token: int | None) -> Batch:
-    """What :meth:`~bitlower.ir.Program.fitted` gives; what a runtime holds in tensors of its own stays as it is."""
+    """What :meth:`~bitlower.ir.Program.fitted` returns; what a runtime holds in tensors of its own stays as it is."""
     held = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     padded = padded_sizes(held, specs, lengths)
     changed = {}

@@ -17,7 +17,7 @@ def with_float_weights(program: Program, chosen: Collection[str] | None = None) 
     """A copy whose weights are rounded or dequantized once; it computes the same, bit for bit.
 
     Args:
-        program: closed.
+        program: calibrated.
         chosen: the parameters whose nodes are replaced, which then have their own names again; all if None.
     """
     copy = program.clone()

@@ -1,7 +1,7 @@
 """Run a Program over all batches at once, node by node: each node on every batch before the next node.
 
 Passes that change a layer and want later layers to see it (GPTQ, layer-wise distillation) need each layer's inputs from
-already changed predecessors. A walk in lockstep gives them in a single forward run: a visitor is called when a node's
+already changed predecessors. A walk in lockstep returns them in a single forward run: a visitor is called when a node's
 operands are known on all batches and its own weights have not been looked at yet. Memory holds the values that are
 still needed, on disk what exceeds the budget, and the weights of one node.
 """

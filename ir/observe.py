@@ -39,7 +39,7 @@ def observe(
         program: its graph ``model`` is run.
         nodes: of that graph, themselves or by name.
         batches: inputs by name; read once, so a generator will do.
-        callback: ``value`` is what the node gives: a tensor, a number or a tuple. What the callback returns, unless
+        callback: ``value`` is what the node returns: a tensor, a number or a tuple. What the callback returns, unless
             it is None, takes its place in the rest of the run.
         track: progress display, as in the pass context.
         label: what the display says.
@@ -74,7 +74,7 @@ def stream(program: Program, nodes: Collection[fx.Node | str], batch: Batch) -> 
 
 
 def run(program: Program, batch: Batch) -> dict[str, torch.Tensor]:
-    """What ``program(**batch)`` gives, without gradients and in bounded memory.
+    """What ``program(**batch)`` returns, without gradients and in bounded memory.
 
     Raises:
         BitlowerError: an input is missing or unknown.

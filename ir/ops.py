@@ -1,7 +1,7 @@
 """The low-bit operators of a Program, as torch custom ops with gradients and shape functions.
 
 ``scale`` and ``zero_point`` are float32 tensors laid out as :class:`~bitlower.ir.granularity.Granularity` says. A scale
-of zero means *open*: the quantizer is placed but has no range yet, and lets values through unchanged.
+of zero means *uncalibrated*: the quantizer is placed but has no range yet, and lets values through unchanged.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of :mod:`bitlower.ir.quantization.rounding`, clipping seen after rounding; an open quantizer: as is."""
+    """Gradients as in :mod:`~bitlower.ir.quantization.rounding`, clipping seen after rounding; uncalibrated: as is."""
     x, rounded, scale, zero = ctx.saved_tensors
     clipping, calibrated = Clipping(ctx.quant_min, ctx.quant_max, after_rounding=True), scale.any()
     found = fake_quantize_gradients(

@@ -12,7 +12,7 @@ from bitlower.ir.program import Program
 from bitlower.ir.tensors import get_tensor, set_tensor
 
 
-def is_open(module: fx.GraphModule, node: fx.Node) -> bool:
+def is_uncalibrated(module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether ``node`` is a quantizer that has no scale yet."""
     if node.target is not ops.fake_quantize:
         return False
@@ -20,19 +20,19 @@ def is_open(module: fx.GraphModule, node: fx.Node) -> bool:
     return scale.op == "get_attr" and not bool(get_tensor(module, str(scale.target)).any())
 
 
-def close(module: fx.GraphModule, node: fx.Node, low: torch.Tensor, high: torch.Tensor) -> None:
+def set_range(module: fx.GraphModule, node: fx.Node, low: torch.Tensor, high: torch.Tensor) -> None:
     """Give ``node`` the scale and zero point of a range; ``low`` and ``high`` have the shape of its scale."""
     values = node.meta["quantizer"].spec.grid.qparams(low, high)
     for position, value in zip((1, 2), values, strict=True):
         set_tensor(module, str(operand(node, position).target), value.contiguous())
 
 
-def require_closed(program: Program) -> None:
+def require_calibrated(program: Program) -> None:
     """See that every quantizer has a range.
 
     Raises:
         BitlowerError: one has none; it is named.
     """
     for node, quantizer in program.quantizers():
-        if is_open(program.module, node):
+        if is_uncalibrated(program.module, node):
             raise BitlowerError(f"the quantizer of {quantizer.tensor} has no range", hint="run `calibrate` first")

@@ -18,7 +18,7 @@ class Rule:
     Args:
         name: kebab-case.
         roots: the operators whose nodes it is tried on.
-        apply: rewrites around a node and gives what took its place, or says why it does not match; None where the
+        apply: rewrites around a node and returns what took its place, or says why it does not match; None where the
             node is of another kind altogether.
     """
 

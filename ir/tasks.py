@@ -12,7 +12,7 @@ class Task:
 
     Args:
         auto_class: the class of transformers that makes a model for it.
-        outputs: what the model gives for it; whatever it gives, if empty.
+        outputs: what the model returns for it; whatever it returns, if empty.
         whole: whether an encoder with a decoder behind it does the task in one run.
     """
 

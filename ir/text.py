@@ -72,7 +72,7 @@ def _format_range(module: fx.GraphModule, node: fx.Node, quantizer: Quantizer) -
         return "dynamic"
     scale, zero = get_tensor(module, str(scale_node.target)), get_tensor(module, str(zero_node.target))
     if not bool(scale.any()):
-        return "open"
+        return "uncalibrated"
     grid = quantizer.spec.grid
     low = ((grid.quant_min - zero) * scale).min().item()
     high = ((grid.quant_max - zero) * scale).max().item()

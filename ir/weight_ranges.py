@@ -1,4 +1,4 @@
-"""Open quantizers over weights, and what closes them: ranges from the weights themselves."""
+"""Uncalibrated quantizers over weights, and what calibrates them: ranges from the weights themselves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bitlower.ir.diagnostics import BitlowerError, describe
 from bitlower.ir.quantization.granularity import block
 from bitlower.ir.quantization.ranges import exact_loss, search_golden, search_grid
 from bitlower.ir.quantizer import Quantizer
-from bitlower.ir.quantizer_node import close, is_open
+from bitlower.ir.quantizer_node import is_uncalibrated, set_range
 from bitlower.ir.storage import release
 from bitlower.ir.tensors import get_tensor
 
@@ -22,19 +22,19 @@ WeightRanges = Literal["minmax", "mse", "mse-golden"]
 _CHUNK = 1 << 20
 
 
-def open_weights(module: fx.GraphModule) -> list[fx.Node]:
-    """The open quantizers over parameters, in graph order."""
-    return [n for n in module.graph.nodes if is_open(module, n) and operand(n, 0).op == "get_attr"]
+def uncalibrated_weights(module: fx.GraphModule) -> list[fx.Node]:
+    """The uncalibrated quantizers over parameters, in graph order."""
+    return [n for n in module.graph.nodes if is_uncalibrated(module, n) and operand(n, 0).op == "get_attr"]
 
 
-def close_weights(module: fx.GraphModule, nodes: Iterable[fx.Node], ranges: WeightRanges) -> None:
-    """Close the open weight quantizers ``nodes``; rounding to nearest on those grids is what they then do.
+def calibrate_weights(module: fx.GraphModule, nodes: Iterable[fx.Node], ranges: WeightRanges) -> None:
+    """Calibrate the uncalibrated weight quantizers ``nodes``; rounding to nearest on those grids is what they then do.
 
     Raises:
         BitlowerError: a weight holds NaN or Inf.
     """
     for node in nodes:
-        close(module, node, *weight_range(module, node, ranges))
+        set_range(module, node, *weight_range(module, node, ranges))
         release(get_tensor(module, str(operand(node, 0).target)))
 
 

@@ -28,7 +28,7 @@ def link_packages(root: Path, folder: Path) -> None:
 
 
 def main() -> int:
-    """Link, run mypy, and give its exit code."""
+    """Link, run mypy, and return its exit code."""
     folder = ROOT / "build" / "types"
     link_packages(ROOT, folder)
     return subprocess.call([sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml"], cwd=folder)

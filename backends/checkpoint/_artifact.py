@@ -55,7 +55,7 @@ def verify_artifact(folder: Path) -> ArtifactReport:
 
     Every file has the hash that the manifest says, and each packed layer, unpacked as ``config.json`` says, has the
     codes, scales and zero points that were compared with the Program. Then transformers loads the folder, where what it
-    needs is installed and the model is small enough, and gives what the Program gave.
+    needs is installed and the model is small enough, and returns what the Program gave.
 
     Raises:
         BitlowerError: there is no such folder.

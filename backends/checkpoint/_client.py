@@ -1,4 +1,4 @@
-"""A written folder in the hands of its client: transformers loads it, and must give what the Program gives.
+"""A written folder in the hands of its client: transformers loads it, and must give what the Program returns.
 
 Loading makes the model as its users make it, by the files' own configuration: it shows a class that cannot run packed,
 a name that the client reads otherwise, a weight that it leaves uninitialized. None of that can be seen in the files.
@@ -81,7 +81,7 @@ class Client:
             exact: whether the client computes with the very weights of the file.
 
         Raises:
-            CheckError: it does not run, or gives something else.
+            CheckError: it does not run, or returns something else.
         """
         outputs = self.run(batch)
         for name, value in expected.items():
@@ -91,7 +91,7 @@ class Client:
         """The cosine of each output to what was recorded at export, at the sizes of ``unseen``.
 
         Raises:
-            CheckError: it does not run, or gives something else.
+            CheckError: it does not run, or returns something else.
         """
         names = unseen.selftest.outputs if unseen.selftest else ()
 

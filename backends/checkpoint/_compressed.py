@@ -26,7 +26,7 @@ class CompressedTensors:
     readers = ("compressed_tensors", "accelerate")
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """That of the other weights: its decompressor gives weights in the type of the scales."""
+        """That of the other weights: its decompressor returns weights in the type of the scales."""
         return dtype
 
     def refusal(self, packed: Packed, shape: tuple[int, int], kind: str) -> str:

@@ -41,7 +41,7 @@ class Entry:
         name: in the file.
         dtype: of the tensor.
         shape: of the tensor.
-        make: gives it when its turn comes.
+        make: returns it when its turn comes.
     """
 
     name: str

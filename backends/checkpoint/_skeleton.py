@@ -72,7 +72,7 @@ class Skeleton:
 
         Args:
             batch: inputs by name.
-            weight: gives a weight by name, float32 and in the model's own orientation.
+            weight: returns a weight by name, float32 and in the model's own orientation.
             ties: names that it does not know, each with the one that it does.
         """
         handles = []

@@ -69,7 +69,7 @@ class Verification(Verified):
         client: what loaded the folder and gave the Program's outputs, or ``not run`` and why.
         versions: of what ran the model.
         unseen: the sizes that neither tracing nor the batches had, and a self-test of them that expects what the
-            Program gives with the weights of the file.
+            Program returns with the weights of the file.
     """
 
     format: str

@@ -194,7 +194,7 @@ class _Comparison:
         return first, _Run(sizes, other, kept)
 
     def run(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Compare one batch; what the Program gives with the stored weights."""
+        """Compare one batch; what the Program returns with the stored weights."""
         model = _run_model(self._skeleton, self._contents, self._stored, batch)
         trim()
         ours = _run_program(self._program, {}, batch, model)
@@ -328,7 +328,7 @@ def _run_program(program: Program, weights: Weights, batch: Batch, names: Collec
 
 
 def _run_model(skeleton: Skeleton, contents: Contents, stored: Stored, batch: Batch) -> dict[str, torch.Tensor]:
-    """What Hugging Face's model gives with the stored weights.
+    """What Hugging Face's model returns with the stored weights.
 
     Raises:
         CheckError: it does not run.

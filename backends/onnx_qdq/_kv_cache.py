@@ -11,7 +11,7 @@ _LENGTH = (2, -2)
 
 
 def keep_cache(editor: Editor, node: ir.Node) -> str | None:
-    """``Attention(q, repeat(Concat(past, k)), …)`` → ``Attention(q, k, …, past)``, which gives ``present`` as well.
+    """``Attention(q, repeat(Concat(past, k)), …)`` → ``Attention(q, k, …, past)``, which returns ``present`` as well.
 
     Keys and values of grouped-query attention are read by all their heads where they lie, and not copied for each.
     """

@@ -2,7 +2,7 @@
 
 An artifact is checked without the Program: every file has the size and the hash that the manifest says, onnxruntime
 loads the model and runs as many integer kernels as at export, and on the inputs kept in ``verification.json`` the model
-gives what it gave when it was compared with the Program.
+returns what it gave when it was compared with the Program.
 """
 
 from __future__ import annotations

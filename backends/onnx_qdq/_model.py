@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """A session, and a program without graphs that says what it takes and gives."""
+    """A session, and a program without graphs that says what it takes and returns."""
 
     session: InferenceSession
     program: Program

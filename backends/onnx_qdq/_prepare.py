@@ -51,7 +51,7 @@ def prepared(program: Program, known: Callable[[fx.Node], bool]) -> Program:
 
 
 def _changes_nothing(node: fx.Node) -> bool:
-    """Whether ``node`` gives its first operand as it is: a slice of all, a sum with 0, a cast to the same dtype."""
+    """Whether ``node`` returns its first operand as it is: a slice of all, a sum with 0, a cast to the same dtype."""
     source = node.args[0] if node.args else None
     if node.op != "call_function" or not isinstance(source, fx.Node) or not node.meta.get("type"):
         return False

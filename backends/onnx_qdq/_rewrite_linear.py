@@ -52,7 +52,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Linear:
-    """``x · weight + bias``: the matmul, what it reads, and the value that it gives."""
+    """``x · weight + bias``: the matmul, what it reads, and the value that it returns."""
 
     matmul: ir.Node
     x: ir.Value

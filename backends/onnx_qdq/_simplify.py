@@ -35,7 +35,7 @@ def simplify(model: ir.Model, opset: int) -> None:
 
 
 def _same(node: ir.Node) -> ir.Value | None:
-    """The value that ``node`` gives as it is: axes that keep their order, a size that is taken apart and put back."""
+    """The value that ``node`` returns as it is: axes that keep their order, a size that is taken apart and put back."""
     if is_op(node, "Transpose"):
         order = list(node.attributes["perm"].as_ints())
         return source(node) if order == sorted(order) else None

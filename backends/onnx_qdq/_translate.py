@@ -190,7 +190,7 @@ def _name_interface(model: ir.Model, program: Program) -> None:
 
 
 def _compute_constant_outputs(graph: ir.Graph) -> None:
-    """Let a node give each output that is a stored tensor: only what a node gives can have the Program's name."""
+    """Let a node give each output that is a stored tensor: only what a node returns can have the Program's name."""
     for place, made in enumerate(graph.outputs):
         if made.name in graph.initializers:
             node = ir.Node("", "Identity", [made])

@@ -153,7 +153,7 @@ class _Comparison:
         _require([*_code_problems(self.codes.rows()), *outputs])
 
     def run(self, batch: Batch) -> Mapping[str, Array]:
-        """Compare one batch; what the model gives. The first becomes the self-test."""
+        """Compare one batch; what the model returns. The first becomes the self-test."""
         given, batch = batch, self._program.complete(batch)
         deployed = self._session.run(batch)
         run, shown = self.codes.run(batch), visible(self._program, batch)

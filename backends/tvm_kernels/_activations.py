@@ -69,7 +69,7 @@ def activations_of(target: str, activations: str = AUTO) -> str:
 def half_values(program: Program) -> frozenset[fx.Node]:
     """The nodes of a fused program whose values are float16 where activations are.
 
-    What else a traced program gives beside its outputs (names that start with ``%``) changes nothing.
+    What else a traced program returns beside its outputs (names that start with ``%``) changes nothing.
     """
     shown = len([spec for spec in program.outputs if not spec.name.startswith("%")])
     found = {node for node in program.graph.nodes if _may_be(node)}

@@ -1,4 +1,4 @@
-"""Counting how well what a kernel of the library gave agrees with what the Program's gives of the same."""
+"""Counting how well what a kernel of the library gave agrees with what the Program's returns of the same."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SMALLEST = 0.01
 QPARAM = 1e-5
 """How far a scale that is computed at run time may be from the Program's, relatively; zero points: one step."""
 TURNED = 0.01
-"""The largest share of what a kernel gives that roundings inside of it, which nobody sees, may turn over."""
+"""The largest share of what a kernel returns that roundings inside of it, which nobody sees, may turn over."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What float arithmetic may make of what one kernel gives.
+    """What float arithmetic may make of what one kernel returns.
 
     Args:
         value: see :data:`VALUE`.
@@ -53,7 +53,7 @@ class Agreement:
 
     Args:
         node: of the Program.
-        hidden: the kernel rounds inside, where ties show in what it gives and cannot be told.
+        hidden: the kernel rounds inside, where ties show in what it returns and cannot be told.
         limits: what float arithmetic explains.
     """
 

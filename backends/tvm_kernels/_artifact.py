@@ -48,7 +48,7 @@ def verify_artifact(folder: Path) -> ArtifactReport:
 
     Raises:
         BitlowerError: TVM is not installed, there is no such folder, or the library is code for another processor.
-        CheckError: a file is missing or changed, the library does not load, or gives something else than it did.
+        CheckError: a file is missing or changed, the library does not load, or returns something else than it did.
     """
     require_tvm()
     from bitlower.backends.tvm_kernels._files import RESERVED, load_library

@@ -56,7 +56,7 @@ def finish(spec: LinearSpec, given: Tensors, y: Expr, i: Expr, j: Expr) -> Expr:
 
 
 def kept_value(spec: LinearSpec | NormSpec | ActivationSpec, given: Tensors, y: Expr, j: Expr) -> Expr:
-    """What a static kernel with codes gives as its float result."""
+    """What a static kernel with codes returns as its float result."""
     if spec.keep == "rounded" and spec.output is not None:
         columns = spec.outputs if isinstance(spec, LinearSpec) else spec.columns
         y = rounded(spec.output, given, "out", y, j, columns)

@@ -41,7 +41,7 @@ def norm_stages(spec: NormSpec, given: Tensors, rows: Any) -> Tensors:
 
 
 def activation_stages(spec: ActivationSpec, given: Tensors, rows: Any) -> Tensors:
-    """What an activation gives: values, codes, and their scales if these are dynamic."""
+    """What an activation returns: values, codes, and their scales if these are dynamic."""
     width = spec.columns * (2 if spec.gate == "halves" else 1)
 
     def read(i: Expr, j: Expr) -> Expr:
@@ -61,7 +61,7 @@ def activation_stages(spec: ActivationSpec, given: Tensors, rows: Any) -> Tensor
 
 
 def result_stages(spec: NormSpec | ActivationSpec, given: Tensors, y: Any, rows: Any) -> Tensors:
-    """What a kernel gives of the float32 rows ``y``: values, codes, and the scales of a dynamic quantizer."""
+    """What a kernel returns of the float32 rows ``y``: values, codes, and the scales of a dynamic quantizer."""
     shape, output, columns = (rows, _i64(spec.columns)), spec.output, spec.columns
     if output is None:
         return {"values": te.compute(shape, lambda i, j: y[i, j].astype(spec.dtype_of("values")), name="values")}

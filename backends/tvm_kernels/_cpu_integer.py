@@ -73,7 +73,7 @@ class IntegerPanel:
                 store(self.spec, self.buffers, self.panel, row + i64(line), column, get(total, line * COLUMNS + column))
 
     def _activation_group(self, tile: int, row: Expr, part: Expr, found: list[tuple[Segment, int]], total: Any) -> None:
-        """Add what one group of inputs with one activation scale gives."""
+        """Add what one group of inputs with one activation scale returns."""
         sums = local(tile * COLUMNS, "float32" if self.spec.grouped else "int32")
         if self.spec.grouped:
             fill(sums, "float32")

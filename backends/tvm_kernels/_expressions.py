@@ -93,8 +93,9 @@ def apply(function: str, x: Expr) -> Expr:
             return const(2.0, x) / (const(1.0, x) + exp(const(-2.0, x) * x)) - const(1.0, x)
         case "sigmoid":
             return const(1.0, x) / (const(1.0, x) + exp(const(0.0, x) - x))
-        case _:
+        case "":
             return x
+    raise NotImplementedError(f"{function} has no expression here: see docs/operators.md")
 
 
 def erf(x: Expr) -> Expr:

@@ -1,4 +1,4 @@
-"""The files of a library: the code with the weights, and what it takes, gives and runs on."""
+"""The files of a library: the code with the weights, and what it takes, returns and runs on."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ class _Threads:
         return self.line + i64(_SIDE * i), self.column + i64(_SIDE * j)
 
     def _activation_group(self, part: Expr, found: list[tuple[Segment, int]], total: Any) -> None:
-        """Add what one group of inputs with one activation scale gives."""
+        """Add what one group of inputs with one activation scale returns."""
         dtype = "float32" if self.spec.grouped else "int32"
         sums = _results(dtype)
         _clear(sums, dtype)

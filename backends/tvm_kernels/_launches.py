@@ -26,7 +26,7 @@ class Launch:
         name: of the function.
         count: device functions that it starts.
         read: bytes of all that it is given, each tensor once.
-        written: bytes of all that it gives.
+        written: bytes of all that it returns.
     """
 
     name: str

@@ -17,7 +17,7 @@ from bitlower.ir import BitlowerError, Program, ValueSpec
 from bitlower.ir.files import is_file
 
 LIBRARY, SIGNATURE = "library.so", "library.json"
-"""The code with the weights; what it takes, gives and runs on."""
+"""The code with the weights; what it takes, returns and runs on."""
 
 
 def is_library(folder: Path) -> bool:
@@ -90,7 +90,7 @@ class Library:
 
     @property
     def outputs(self) -> tuple[ValueSpec, ...]:
-        """What it gives."""
+        """What it returns."""
         return self.program.outputs
 
     def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:

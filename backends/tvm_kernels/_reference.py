@@ -106,8 +106,9 @@ def apply(function: str, y: Array) -> Array:
             return np.asarray(np.tanh(y))
         case "sigmoid":
             return np.asarray(expit(y))
-        case _:
+        case "":
             return y
+    raise NotImplementedError(f"{function} has no expression here: see docs/operators.md")
 
 
 def ratio(y: Array, scale: Array, zero_point: Array) -> Array:

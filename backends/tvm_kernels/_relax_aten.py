@@ -31,7 +31,7 @@ Converter = Callable[[Frame, fx.Node], Any]
 
 
 def convert_operator(frame: Frame, node: fx.Node) -> Any:
-    """What an operator gives.
+    """What an operator returns.
 
     Raises:
         BitlowerError: there is no converter for it.

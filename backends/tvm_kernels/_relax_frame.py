@@ -157,7 +157,7 @@ class Frame:
         return {a.name: self.emit(relax.TupleGetItem(found, at)) for at, a in enumerate(written)}
 
     def function(self, key: Hashable, name: str, make: Callable[[], Any]) -> Any:
-        """The function that ``make`` gives, once for each key; TVM does not fuse it with others."""
+        """The function that ``make`` returns, once for each key; TVM does not fuse it with others."""
         if key not in self._functions:
             self._functions[key] = self.builder.add_func(make().with_attr("op_pattern", _OPAQUE), name)
         return self._functions[key]

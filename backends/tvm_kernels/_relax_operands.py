@@ -36,22 +36,22 @@ class Call:
 
     @cached_property
     def names(self) -> list[str]:
-        """What each part of it gives."""
+        """What each part of it returns."""
         return str(self.given.get("outputs", "value")).split()
 
     @property
     def has_codes(self) -> bool:
-        """Whether anything that it gives is rounded."""
+        """Whether anything that it returns is rounded."""
         return any(name in self.names for name in ("codes", "rounded", "scale", "zero_point"))
 
     @property
     def keep(self) -> str:
-        """Which floats a kernel with codes gives, in the words of the specs."""
+        """Which floats a kernel with codes returns, in the words of the specs."""
         return "exact" if "value" in self.names else "rounded" if "rounded" in self.names else ""
 
     @property
     def dtype(self) -> str:
-        """The dtype of the value that it gives."""
+        """The dtype of the value that it returns."""
         read = kernels.read_outputs(self.node).items()
         return HALF if any(name == "value" and node in self.frame.halves for (_, name), node in read) else "float32"
 
@@ -136,11 +136,11 @@ class Call:
         return dequantized(self.frame, value, *scales)
 
     def kernel(self, spec: KernelSpec, given: dict[str, Any], rows: Any) -> list[Any]:
-        """Call a kernel of one part; what the node gives of its results."""
+        """Call a kernel of one part; what the node returns of its results."""
         return self.taken(self.frame.call(spec, given, rows, self.dtype), 0)
 
     def taken(self, found: dict[str, Any], part: int) -> list[Any]:
-        """What the node gives of the results ``values``, ``codes``, ``out_scale`` … of one part, in its types."""
+        """What the node returns of the results ``values``, ``codes``, ``out_scale`` … of one part, in its types."""
         held = {"sum": found.get("sum"), "codes": found.get("codes"), "value": found.get("values")}
         held |= {"scale": found.get("out_scale"), "zero_point": found.get("out_zero")}
         held["rounded"] = found.get("values") if self.keep == "rounded" else None
@@ -174,7 +174,7 @@ class Call:
         return np.ascontiguousarray(stored[..., start : start + rows[part]])
 
     def finished(self, value: Any, part: int = 0, total: Any = None) -> list[Any]:
-        """What the node gives of the ``value`` of a part, rounded by expressions of their own."""
+        """What the node returns of the ``value`` of a part, rounded by expressions of their own."""
         held = {"value": self.frame.in_dtype(value, self.dtype), "sum": total}
         if self.has_codes:
             grid = Grid.parse(self.given["out_grid"])

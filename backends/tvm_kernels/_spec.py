@@ -15,13 +15,14 @@ from itertools import pairwise
 from typing import Self
 
 from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec, ScaleConvention, nearest
+from bitlower.ir.activations import IN_KERNELS
 
-FUNCTIONS = ("", "relu", "gelu", "gelu-tanh", "silu", "tanh", "sigmoid")
+FUNCTIONS = ("", *IN_KERNELS)
 """Activation functions of an epilogue; the empty name is the identity."""
 HALF = "float16"
 FLOATS = ("float32", HALF)
 KEEP = ("", "exact", "rounded")
-"""Whether a kernel gives floats beside codes: none, the result before its rounding, or the values of its codes."""
+"""Whether a kernel returns floats beside codes: none, the result before its rounding, or the values of its codes."""
 _WEIGHT_KINDS = ("tensor", "channel", "row-group", "group")
 _STATIC_KINDS = ("tensor", "embedding", "embedding-group", "embedding-parts")
 

@@ -2,7 +2,7 @@
 
 Rounding turns a tiny difference of float arithmetic at a tie into a whole step, and later kernels carry it on, so that
 two right implementations differ in the end. Here each kernel of the Program reads what the *library* gave before it,
-and what it gives is compared with what the library gave: nothing is carried on.
+and what it returns is compared with what the library gave: nothing is carried on.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class _Runner(fx.Interpreter):
 
 
 def _is_seen(node: fx.Node) -> bool:
-    """Whether the value of ``node`` is that of a kernel, which the library gives, or a view of one."""
+    """Whether the value of ``node`` is that of a kernel, which the library returns, or a view of one."""
     while node.target in VIEWS:
         node = node.all_input_nodes[0]
     return kernels.output_of(node) is not None and _shown(node)
@@ -189,7 +189,7 @@ class _Call:
         )
 
     def results(self) -> list[dict[str, torch.Tensor]]:
-        """What the Program's kernel gives, layer by layer where several are merged, and the value before rounding."""
+        """What the Program's kernel returns, layer by layer where several are merged, and the value before rounding."""
         names = list(dict.fromkeys([*self.names, "value"]))
         found = self._operator(**self._given | {"outputs": " ".join(names)})
         return [dict(zip(names, found[at:], strict=False)) for at in range(0, len(found), len(names))]
@@ -237,7 +237,7 @@ class _Call:
                     agreement.add_qparam(name, ours[name], found)
 
     def _scale(self, kind: str, part: int, computed: torch.Tensor | None) -> torch.Tensor:
-        """The stored scale or zero point of what a layer gives, or the computed one."""
+        """The stored scale or zero point of what a layer returns, or the computed one."""
         stored: torch.Tensor | None = self._given.get(f"out_{kind}")
         rows = self._given.get("rows")
         if stored is None:

@@ -1,9 +1,9 @@
-"""Compare a written library with its Program: what every kernel gives, and the outputs.
+"""Compare a written library with its Program: what every kernel returns, and the outputs.
 
-- given inputs: a second library, which also gives the results of all kernels, is run, and each kernel of the Program
+- given inputs: a second library, which also returns the results of all kernels, is run, and each kernel of the Program
   reads what that library's kernels gave (:mod:`bitlower.backends.tvm_kernels._trace`). Values differ by the float
   arithmetic of one kernel, codes are equal but for ties, at any depth; and so are the outputs.
-- exposing: what was written gives the outputs of that second library.
+- exposing: what was written returns the outputs of that second library.
 - on its own: both run from the inputs. The errors of the outputs are what users see: ties turn codes over, which later
   layers carry on.
 """
@@ -160,7 +160,7 @@ class Comparison:
         return Unseen(sizes, make_selftest(batch, deployed))
 
     def run(self, batch: Batch, *, whole: bool = False) -> dict[str, Array]:
-        """Compare one batch; what the library gives. The first becomes the self-test.
+        """Compare one batch; what the library returns. The first becomes the self-test.
 
         Args:
             batch: inputs by name.
@@ -227,7 +227,7 @@ class Comparison:
 
 
 def _called(library: Library, batch: Batch) -> dict[str, torch.Tensor]:
-    """What a library gives.
+    """What a library returns.
 
     Raises:
         CheckError: it does not run.

@@ -11,7 +11,7 @@ from bitlower.backends.tvm_kernels._spec import LinearSpec
 
 
 def write(spec: LinearSpec, buffers: Buffers, row: Expr, at: Expr, y: Expr) -> None:
-    """Write what the kernel gives of the sum, or vector of sums, at ``at``."""
+    """Write what the kernel returns of the sum, or vector of sums, at ``at``."""
     y = T.Bind(finish(spec, buffers, y, row, at))
     if spec.output is None:
         T.buffer_store(buffers["values"], y, [row, at])

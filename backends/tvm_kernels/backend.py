@@ -64,7 +64,7 @@ class TvmKernels(Backend):
     the best of them that this processor runs, or ``cuda`` for NVIDIA GPUs."""
     unrun: bool = False
     """Write a library for GPUs on a machine that has none: it is compared with nothing. Its self-test expects what the
-    Program gives, so that ``verify`` compares where the GPU is."""
+    Program returns, so that ``verify`` compares where the GPU is."""
     activations: Activations = "auto"
     """``float16`` or ``float32``, what linears of floats multiply and what lies between kernels (see
     :mod:`bitlower.backends.tvm_kernels._activations`), or ``auto``: float16 for ``cuda``, which alone has it."""

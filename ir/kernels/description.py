@@ -52,7 +52,7 @@ KERNELS = frozenset(OPERANDS)
 
 
 class Output(NamedTuple):
-    """One of the tensors that a kernel gives."""
+    """One of the tensors that a kernel returns."""
 
     part: int
     """The layer, of those merged into it."""
@@ -83,7 +83,7 @@ def bind(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
 
 
 def outputs(node: fx.Node) -> list[Output]:
-    """What a kernel gives, in order."""
+    """What a kernel returns, in order."""
     given = arguments(node)
     names = str(given.get("outputs", "value")).split()
     codes = Grid.parse(given["out_grid"]).dtype if given.get("out_grid") else torch.float32

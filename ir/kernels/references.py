@@ -2,7 +2,7 @@
 
 Each stands for one kernel. It reads values that are float, or codes with a scale and a zero point (``x`` with
 ``x_scale`` and ``x_zero_point``, both in one shape, as :class:`~bitlower.ir.granularity.Granularity` lays it out), and
-gives a list of tensors, those that ``outputs`` names:
+returns a list of tensors, those that ``outputs`` names:
 
 - ``value``: the result, float32;
 - ``codes``: the result on the grid ``out_grid``, in that grid's dtype; with ``out_scale`` and ``out_zero_point`` as
@@ -16,28 +16,19 @@ The references compute in float32 exactly what the integer Program computes with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
 from torch.nn import functional
 
+from bitlower.ir.activations import IN_KERNELS
 from bitlower.ir.quantization import numerics
 from bitlower.ir.quantization.granularity import Granularity
 from bitlower.ir.quantization.grid import Grid
 
 aten = torch.ops.aten
 Tensors = Sequence[torch.Tensor]
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu": functional.gelu,
-    "gelu-tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "relu": functional.relu,
-    "silu": functional.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-}
-"""What a kernel may apply to its result."""
 
 
 def read(x: torch.Tensor, scale: torch.Tensor | None, zero_point: torch.Tensor | None) -> torch.Tensor:
@@ -76,7 +67,7 @@ def give(
 
 
 def like_outputs(x: torch.Tensor, shape: Sequence[int | torch.SymInt], outputs: str, grid: str) -> list[torch.Tensor]:
-    """Empty tensors of the dtypes and shapes that :func:`give` gives for a result of ``shape``."""
+    """Empty tensors of the dtypes and shapes that :func:`give` returns for a result of ``shape``."""
     dtypes = {"codes": Grid.parse(grid).dtype} if grid else {}
     made = []
     for name in outputs.split():
@@ -116,7 +107,7 @@ def _fused_linear(
     - ``weight_scale``: of the weight: rank 0, ``[N, 1]``, ``[divisor of N, 1]``, ``[N, groups]``.
     - ``bias``: float32 ``[N]``.
     - ``x_scale``: of x: rank 0, ``[…, 1]`` (per token), or rank of x with one entry an index or block of K (groups).
-    - ``activation``: one of :data:`ACTIVATIONS`, or none.
+    - ``activation``: one of :data:`~bitlower.ir.activations.IN_KERNELS`, or none.
     - ``rounded_scale``: of the grid ``rounded_grid``, to which the result is rounded before the residual is added.
     - ``residual``: ``[…, N]``, float32 or codes.
     - ``rows``: the sizes of the layers that were merged into this one, N in all; the outputs of each come after those
@@ -132,7 +123,7 @@ def _fused_linear(
         scales = [s if s.dim() == 0 or not rows else s[part] for s in (weight_scale, weight_zero_point)]
         matrix = numerics.values(weight[part] if rows else weight, *scales)
         y = _product(value, matrix, bias[part] if bias is not None and rows else bias, columns)
-        y = ACTIVATIONS[activation](y) if activation else y
+        y = IN_KERNELS[activation](y) if activation else y
         y = rounded(y, rounded_scale, rounded_zero_point, rounded_grid)
         if residual is not None:
             y = y + read(residual, residual_scale, residual_zero_point)
@@ -255,7 +246,7 @@ def _fused_pointwise(
         x: of any shape, float32 or codes.
         x_scale: of x.
         x_zero_point: of x.
-        activation: one of :data:`ACTIVATIONS`, or none.
+        activation: one of :data:`~bitlower.ir.activations.IN_KERNELS`, or none.
         factor: in the shape of x, float32 or codes: the other half of a gated feed-forward layer.
         factor_scale: of the factor.
         factor_zero_point: of the factor.
@@ -269,7 +260,7 @@ def _fused_pointwise(
         outputs: what is given: ``value``, ``codes``, ``scale``, ``zero_point``, ``rounded``.
     """
     y = read(x, x_scale, x_zero_point)
-    y = ACTIVATIONS[activation](y) if activation else y
+    y = IN_KERNELS[activation](y) if activation else y
     if factor is not None:
         y = y * read(factor, factor_scale, factor_zero_point)
     if residual is not None:

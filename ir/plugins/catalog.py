@@ -31,7 +31,7 @@ class Named(Protocol):
 
 T = TypeVar("T", bound=Named)
 Problem = tuple[str, str]
-"""What is wrong with a class, and the mend."""
+"""What is wrong with a class, and the fix."""
 _KEBAB = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
@@ -158,17 +158,17 @@ class Catalog(Generic[T]):
 
     def _class_problem(self, cls: type[T]) -> Problem | None:
         parameters = cls.__dict__.get("__dataclass_params__")
-        mended = f'write `name = "my-{self.what}"` without an annotation'
+        fixed = f'write `name = "my-{self.what}"` without an annotation'
         if parameters is None or not parameters.frozen:
             return "is not a frozen dataclass", "decorate it with @dataclass(frozen=True)"
         fields: Any = dataclasses.fields(cls)  # type: ignore[arg-type]  # it is a dataclass, as was seen
         if "name" in cls.__annotations__ and any(field.name == "name" for field in fields):
-            return "has `name` as a parameter", mended
+            return "has `name` as a parameter", fixed
         if not isinstance(cls.name, str) or not cls.name:
             return "has no name", f'set `name = "my-{self.what}"`'
         if not _KEBAB.fullmatch(cls.name):
-            mended = re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.name).lower()).strip("-")
-            return f"has the name {cls.name!r}, which is not kebab-case", f"for example {mended!r}"
+            fixed = re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.name).lower()).strip("-")
+            return f"has the name {cls.name!r}, which is not kebab-case", f"for example {fixed!r}"
         return None
 
     def _load_own(self, name: str, path: Path) -> type[T]:

@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from bitlower.ir import kernels, ops
+from bitlower.ir.activations import IN_KERNELS
 from bitlower.ir.dataflow import VIEWS
 from bitlower.ir.diagnostics import BitlowerError, nearest
-from bitlower.ir.kernels.references import ACTIVATIONS
 from bitlower.ir.program import Program
 from bitlower.ir.quantizer import Quantizer
 from bitlower.ir.tensors import get_tensor
@@ -67,8 +67,8 @@ def _check_outputs(node: fx.Node, given: dict[str, Any]) -> None:
 def _check_options(node: fx.Node, given: dict[str, Any]) -> None:
     """Words are of those that kernels know."""
     name = given.get("activation", "")
-    if name and name not in ACTIVATIONS:
-        fail(node, f"has the unknown activation {name!r}", hint=nearest(name, ACTIVATIONS))
+    if name and name not in IN_KERNELS:
+        fail(node, f"has the unknown activation {name!r}", hint=nearest(name, IN_KERNELS))
     if given.get("norm", "layer") not in ("layer", "rms"):
         fail(node, f"is the unknown norm {given['norm']!r}", hint="known: layer, rms")
     if given.get("explicit") and given.get("causal"):
@@ -174,7 +174,7 @@ def _check_operand(program: Program, module: fx.GraphModule, node: fx.Node, oper
 
 
 def check_source(module: fx.GraphModule, node: fx.Node, name: str, parts: tuple[fx.Node, Any, Any]) -> None:
-    """``parts``, codes with scale and zero point that ``node`` reads, are those that a node before it gives."""
+    """``parts``, codes with scale and zero point that ``node`` reads, are those that a node before it returns."""
     source, *given = parts
     while source.target in VIEWS:
         if type_of(module, given[0]).rank:

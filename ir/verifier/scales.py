@@ -52,7 +52,7 @@ def check_layout(
 
 
 def check_range(program: Program, node: fx.Node, grid: Grid, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
-    """Scales are finite and above zero (all zero: open, until integers are there), zero points are of the grid."""
+    """Scales are finite and above zero (all zero: uncalibrated, below level integer), zero points are of the grid."""
     if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
         fail(node, "has a scale that is negative or not finite")
     if not bool(scale.any()):
@@ -60,7 +60,9 @@ def check_range(program: Program, node: fx.Node, grid: Grid, scale: torch.Tensor
             fail(node, "has no range", hint="run `calibrate` before it is lowered")
         return
     if not bool(scale.all()):
-        fail(node, "is open in part: some of its scales are zero", hint="a quantizer has all of its scales or none")
+        fail(
+            node, "is calibrated in part: some of its scales are zero", hint="a quantizer has all of its scales or none"
+        )
     if not torch.equal(zero_point, torch.round(zero_point)):
         fail(node, "has a zero point that is no whole number")
     low, high = _zero_points(grid)

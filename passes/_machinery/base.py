@@ -99,12 +99,12 @@ class Pass:
     requires: ClassVar[frozenset[Level]] = frozenset(Level)
     """The levels that the pass takes."""
     ensures: ClassVar[Level | None] = None
-    """The level that it gives; None: the same."""
+    """The level that it returns; None: the same."""
     contract: ClassVar[Contract] = Contract.LOSSY
     preserves: ClassVar[frozenset[type]] = frozenset()
     """The facts about the program in the context that stay true although the pass changed it."""
     rewrites_weights: ClassVar[bool] = False
-    """Whether it gives weights other values, so that those before are held as well; for predictions of memory."""
+    """Whether it returns weights other values, so that those before are held as well; for predictions of memory."""
     keeps_sizes: ClassVar[bool] = False
     """Whether the artifact is as large as without it; for predictions."""
 
@@ -126,7 +126,7 @@ class Pass:
         """Edit ``program`` in place and say whether it changed.
 
         The pipeline hands over a clone and recompiles it afterwards. Raise
-        :class:`~bitlower.ir.diagnostics.BitlowerError` for what the user can mend.
+        :class:`~bitlower.ir.diagnostics.BitlowerError` for what the user can fix.
         """
         raise BitlowerError(f"{type(self).__name__} defines no `run`", hint="write `def run(self, program, context)`")
 
@@ -142,7 +142,7 @@ class Pass:
         return 0
 
     def sets_bits(self) -> bool:
-        """Whether :meth:`run` gives tensors quantizers, or quantizers other bits: backends are asked again then."""
+        """Whether :meth:`run` returns tensors quantizers, or quantizers other bits: backends are asked again then."""
         return self.ensures is Level.SIMULATED
 
     def runs_in_plan(self) -> bool:

@@ -15,7 +15,7 @@ _DECLARED = ("name", "requires", "ensures", "contract", "preserves")
 
 
 def declaration_problem(declared: Pass | type[Pass]) -> tuple[str, str] | None:
-    """What is wrong with what a pass, or a class of passes, declares, and the mend."""
+    """What is wrong with what a pass, or a class of passes, declares, and the fix."""
     if not isinstance(declared.contract, Contract):
         return f"has the contract {declared.contract!r}", "set it to one of Contract.ANALYSIS, EXACT, LOSSY"
     if not _is_set_of(declared.requires, Level) or not isinstance(declared.ensures, Level | None):

@@ -176,7 +176,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _values(program: Program, layers: Mapping[str, Any], batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
-    """Those of ``layers`` by name, and the float outputs by ``_OUTPUT`` and theirs, as one run gives them."""
+    """Those of ``layers`` by name, and the float outputs by ``_OUTPUT`` and theirs, as one run returns them."""
     returned = program.graph.output_node().args[0]
     assert isinstance(returned, tuple | list)
     names: dict[fx.Node, list[str]] = {node: [node.name] for node in program.graph.nodes if node.name in layers}

@@ -95,7 +95,7 @@ class Loss:
 class LogitsLoss(Loss):
     """A loss of each row of logits by itself, so that a large vocabulary can be taken in chunks of rows.
 
-    A row is a text for a model that gives one vector a text, and a token that is no padding for one that gives a
+    A row is a text for a model that returns one vector a text, and a token that is no padding for one that returns a
     vector a token.
     """
 

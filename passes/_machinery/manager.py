@@ -101,7 +101,7 @@ class PassManager:
             resume.store_rows(observer for observer in self.observers if isinstance(observer, Recorder))
 
     def _outcome(self, pass_: Pass, program: Program, context: Context, resume: Resume | None) -> tuple[Program, bool]:
-        """What the pass gives, from the cache if it is there; results in the context are as after the pass."""
+        """What the pass returns, from the cache if it is there; results in the context are as after the pass."""
         check_levels([pass_], program.level)
         before = dict(context.results)
         entry = resume.recall(pass_, program, context) if resume else None
@@ -146,7 +146,7 @@ def _fitted(program: Program, batches: Sequence[Batch]) -> Sequence[Batch]:
 
 
 def execute(pass_: Pass, program: Program, context: Context) -> tuple[Program, bool]:
-    """Run one pass on a clone and hold it to its contract; gives ``program`` itself if the pass changed nothing.
+    """Run one pass on a clone and hold it to its contract; returns ``program`` itself if the pass changed nothing.
 
     Raises:
         BitlowerError: the pass refuses its input, or it is a third party's and fails.

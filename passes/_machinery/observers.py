@@ -42,7 +42,7 @@ class Observer:
 
 
 class Recorder(Observer, abc.ABC):
-    """An observer whose record of a pass is kept in the cache, so that a resumed run gives the same record."""
+    """An observer whose record of a pass is kept in the cache, so that a resumed run returns the same record."""
 
     @abc.abstractmethod
     def key(self, context: Context) -> str:

@@ -89,7 +89,7 @@ class Reproducer(Observer):
 
 
 def replay(folder: str | Path) -> Program:
-    """Run the pass of a reproducer again, and give the program if it does not fail this time.
+    """Run the pass of a reproducer again, and return the program if it does not fail this time.
 
     Raises:
         BitlowerError: the folder is no reproducer, or is damaged; else what the pass raises.

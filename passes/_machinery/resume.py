@@ -38,7 +38,7 @@ class Resume:
 
     A key is made of the program before the pass, the pass as text, its code, the results in the context, and those of
     data, reference and seed that the pass was seen to read. What it reads can only depend on what it
-    has read, so a run that finds all of that unchanged would read and give the same.
+    has read, so a run that finds all of that unchanged would read and return the same.
     """
 
     def __init__(self, cache: Cache, context: Context) -> None:

@@ -14,7 +14,7 @@ def shape_problem(program: Program, before: Program) -> str:
     """What ``program``, which a pass made of ``before``, lacks to be a Program at all; empty if nothing.
 
     Its fields have their types, the graphs are those that were there, each with one output and tensors where the graph
-    reads some, and the model takes and gives values of the same names as before.
+    reads some, and the model takes and returns values of the same names as before.
     """
     return _field_problem(program) or _graph_problem(program, before) or _signature_problem(program, before)
 

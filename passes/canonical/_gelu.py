@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
-from torch.nn import functional
 
+from bitlower.ir.activations import ACTIVATIONS
 from bitlower.ir.dataflow import is_float
 from bitlower.ir.rewrite import Rule, call_like, sole_user
 
@@ -17,11 +17,6 @@ _POINTWISE = frozenset({
     aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, aten.neg.default,
     aten.pow.Tensor_Scalar, aten.square.default, aten.tanh.default, aten.erf.default, aten.sigmoid.default,
 })  # fmt: skip
-_FORMS: tuple[tuple[Callable[..., torch.Tensor], Any, dict[str, str]], ...] = (
-    (functional.gelu, aten.gelu.default, {"approximate": "tanh"}),
-    (functional.gelu, aten.gelu.default, {}),
-    (functional.silu, aten.silu.default, {}),
-)
 _POINTS = torch.linspace(-8, 8, 257, dtype=torch.float64)
 _TOLERANCE = 1e-7
 _DEPTH = 12
@@ -38,10 +33,11 @@ def fold_activation(module: fx.GraphModule, root: fx.Node) -> fx.Node | str:
             values = _evaluate(result, x)
             if values is None:
                 continue
-            for function, target, options in _FORMS:
-                if torch.allclose(values, function(_POINTS, **options), rtol=0, atol=_TOLERANCE):
+            for row in ACTIVATIONS:
+                known = row.function(_POINTS) if row.folded and row.function else None
+                if known is not None and torch.allclose(values, known, rtol=0, atol=_TOLERANCE):
                     with result.graph.inserting_before(result):
-                        folded = call_like(result, target, (x,), result.meta["type"], **options)
+                        folded = call_like(result, row.target, (x,), result.meta["type"], **row.options)
                     result.replace_all_uses_with(folded)
                     return folded
     return "the values around it are those of no known activation function"

@@ -2,7 +2,7 @@
 
 A :class:`Fusion` says which operators it starts at, how its kernel's operands are read (codes instead of the values
 that ``dequantize`` makes of them), and by which stages what follows is taken into the kernel. A stage that finds
-something of its kind but cannot take it gives the reason.
+something of its kind but cannot take it returns the reason.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Match:
 
 
 Stage = Callable[[Match], str]
-"""Takes what follows ``Match.value`` into the kernel, if it is of its kind; else gives a reason, or nothing."""
+"""Takes what follows ``Match.value`` into the kernel, if it is of its kind; else returns a reason, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Fusion:
         name: kebab-case.
         roots: the operators whose nodes it is tried on.
         kernel: the kernel operator.
-        start: reads the operands; gives a reason if it does not match, None where the node is of another kind.
+        start: reads the operands; returns a reason if it does not match, None where the node is of another kind.
         stages: what may follow, in this order; nothing may where several layers are merged.
         first: the names of the operands that the kernel has as arguments; the others are keyword arguments.
     """

@@ -98,7 +98,7 @@ def _output(linear: fx.Node) -> fx.Node | None:
 
 
 def _merge(match: Match, group: Sequence[fx.Node]) -> None:
-    """Let the kernel have the weights of ``group`` one below the other, and give the result of each."""
+    """Let the kernel have the weights of ``group`` one below the other, and return the result of each."""
     weights = [operand(linear, 1) for linear in group]
     sizes = [operand(weight, 0).meta["type"].shape[0] for weight in weights]
     stem = _stem([str(weight.meta["quantizer"].tensor) for weight in weights])

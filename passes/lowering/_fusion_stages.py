@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
 from bitlower.ir import ops
+from bitlower.ir.activations import activation_of
 from bitlower.ir.dataflow import ADD, is_float, operand
 from bitlower.ir.rewrite import sole_user
 from bitlower.passes.lowering._fusion import Match, is_static, round_trip
 
 aten = torch.ops.aten
 MULTIPLY = frozenset({aten.mul.Tensor})
-_ACTIVATIONS: dict[tuple[Any, str], str] = {
-    (aten.gelu.default, "none"): "gelu",
-    (aten.gelu.default, "tanh"): "gelu-tanh",
-    (aten.relu.default, ""): "relu",
-    (aten.silu.default, ""): "silu",
-    (aten.tanh.default, ""): "tanh",
-    (aten.sigmoid.default, ""): "sigmoid",
-}
 ROWS = "every token gets a scale of its own, and this kernel does not hold whole rows"
 
 
 def activation_name(node: fx.Node | None) -> str:
     """What kernels call the activation function that ``node`` is; empty if it is none of theirs."""
-    if node is None or len(node.args) != 1:
-        return ""
-    form = str(node.kwargs.get("approximate", "none")) if node.target is aten.gelu.default else ""
-    return _ACTIVATIONS.get((node.target, form), "") if set(node.kwargs) <= {"approximate"} else ""
+    row = activation_of(node)
+    return row.name if row else ""
 
 
 def is_per_token(value: fx.Node) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from bitlower.ir import kernels, ops
+from bitlower.ir.activations import ACTIVATIONS
 from bitlower.ir.dataflow import ADD, EMBEDDING, NORM, is_float, operand
 from bitlower.passes.lowering._fusion import Fusion, Match, round_trip, stored_codes
 from bitlower.passes.lowering._fusion_attention import ATTENTIONS, start_attention
@@ -25,9 +26,6 @@ from bitlower.passes.lowering._fusion_stages import (
 )
 
 aten = torch.ops.aten
-_ACTIVATIONS = frozenset({
-    aten.gelu.default, aten.relu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default,
-})  # fmt: skip
 
 
 def start_norm(match: Match) -> str | None:
@@ -187,7 +185,7 @@ FUSIONS = (
     Fusion("norm", NORM, kernels.fused_norm, start_norm, (take_any_quantize,), first=("x", "weight", "bias")),
     Fusion(
         "activation",
-        _ACTIVATIONS,
+        frozenset(row.target for row in ACTIVATIONS if row.name),
         kernels.fused_pointwise,
         start_activation,
         (take_factor, take_any_quantize),

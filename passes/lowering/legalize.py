@@ -14,7 +14,7 @@ from torch import fx
 from bitlower.ir import BitlowerError, Granularity, Level, Program, Quantizer, TensorType, ops, set_tensor
 from bitlower.ir.dataflow import VIEWS, activation_operand, linears, operand, weight_operand
 from bitlower.ir.quantization.scheme import ACTIVATION_ROLES
-from bitlower.ir.quantizer_node import is_open
+from bitlower.ir.quantizer_node import is_uncalibrated
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.report import Record, counted, few
 from bitlower.passes.lowering._groups import Group, merge_groups, stored_groups
@@ -124,7 +124,7 @@ def grouped(module: fx.GraphModule) -> list[fx.Node]:
         if operand(node, 0).op == "get_attr" or not granularity.kind.startswith("embedding"):
             continue
         for quantizer in (node, *(weight_operand(user) for user in node.users if user.target is aten.linear.default)):
-            if is_open(module, quantizer):
+            if is_uncalibrated(module, quantizer):
                 tensor = quantizer.meta["quantizer"].tensor
                 raise BitlowerError(f"the quantizer of {tensor} has no range", hint="run `calibrate` before `legalize`")
         found.append(node)

@@ -87,7 +87,7 @@ class AnalyzeOutliers(Pass):
 def analyze(
     program: Program, batches: Sequence[Batch], *, sigma: float = 6.0, track: Track | None = None
 ) -> OutlierReport:
-    """Give the report on ``program`` for ``batches``.
+    """Return the report on ``program`` for ``batches``.
 
     Raises:
         BitlowerError: there are no batches, or a tensor gets NaN or Inf.
@@ -150,7 +150,7 @@ class _Analysis:
         observe(self.program, self.outliers, self._stream(batches, track, "outliers"), look)
 
     def _stream(self, batches: Sequence[Batch], track: Track | None, label: str) -> Iterator[Batch]:
-        """Give the batches one by one and note which is under way."""
+        """Return the batches one by one and note which is under way."""
         self.sequences = self.token_count = 0
         for batch in track(batches, label) if track else batches:
             self.batch, self.tokens = batch, Tokens.of(batch, self.sequences)
@@ -164,7 +164,7 @@ class _Analysis:
         return next(iter(self.batch.values())).shape[0]
 
     def _rows(self, node: fx.Node, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Tokens | None]:
-        """Give the vectors of ``value`` that are no padding, the sequence of each, and the tokens if each is one."""
+        """Return the vectors of ``value`` that are no padding, the sequence of each, and the tokens if each is one."""
         rows = value.reshape(-1, value.shape[-1])
         if self.tokens is not None and has_tokens(node, value, self.tokens.mask, self.axes[0]):
             return self.tokens.select(rows), self.tokens.sequence, self.tokens

@@ -26,8 +26,8 @@ _BUDGET = 1 << 28
 class Smooth(Pass):
     """Scale migration (SmoothQuant, Xiao et al. 2023, eq. 3–4): ``X W = (X / s)(s W)``, so X/s has milder outliers.
 
-    It works on open static quantizers of linear inputs. The division goes into the norm before the linear if nothing
-    else reads the norm, and is one multiplication otherwise. Sites that gain too little are left alone.
+    It works on uncalibrated static quantizers of linear inputs. The division goes into the norm before the linear if
+    nothing else reads the norm, and is one multiplication otherwise. Sites that gain too little are left alone.
     """
 
     name: ClassVar[str] = "smooth"
@@ -70,7 +70,7 @@ class Smooth(Pass):
 
 @dataclass(frozen=True)
 class Site:
-    """An open quantizer and the linears that read it; nothing else does."""
+    """An uncalibrated quantizer and the linears that read it; nothing else does."""
 
     quantizer: fx.Node
     linears: tuple[fx.Node, ...]

@@ -121,7 +121,7 @@ def find_items(program: Program, weights: Sequence[int], activations: Sequence[i
 
 
 def set_width(node: fx.Node, width: int) -> None:
-    """Give the open or dynamic quantizer ``node`` another number of bits."""
+    """Return the uncalibrated or dynamic quantizer ``node`` another number of bits."""
     quantizer: Quantizer = node.meta["quantizer"]
     grid = replace(quantizer.spec.grid, bits=width)
     node.meta["quantizer"] = replace(quantizer, spec=replace(quantizer.spec, grid=grid))
@@ -135,7 +135,7 @@ def set_width(node: fx.Node, width: int) -> None:
 def roundings(
     program: Program, nodes: Collection[fx.Node], width: int | None, calibrate: Calibrate, batches: Sequence[Batch]
 ) -> dict[fx.Node, Rounding]:
-    """``nodes`` of a program with open quantizers, calibrated at ``width`` bits (None: those that they have).
+    """``nodes`` of a program with uncalibrated quantizers, calibrated at ``width`` bits (None: those that they have).
 
     Ranges of activations are those of the float model: neither weights nor other activations are rounded before them.
     """
@@ -162,8 +162,8 @@ def _calibrated(
     return {wanted[node.name]: Rounding.of(copy, node) for node, _ in copy.quantizers()}
 
 
-def close_with(program: Program, node: fx.Node, rounding: Rounding) -> None:
-    """Give the open quantizer ``node``, of the bits of ``rounding``, its scale and zero point."""
+def calibrate_with(program: Program, node: fx.Node, rounding: Rounding) -> None:
+    """Return the uncalibrated quantizer ``node``, of the bits of ``rounding``, its scale and zero point."""
     for position, value in ((1, rounding.scale), (2, rounding.zero_point)):
         if value is not None:
             set_tensor(program.module, str(operand(node, position).target), value)

@@ -62,7 +62,7 @@ class Measure:
         """The measure ``kind`` for ``program``; ``auto`` is ``kl`` on logits where there are some, else ``sqnr``.
 
         Raises:
-            BitlowerError: the program gives no such output, or no logits for a measure that needs some.
+            BitlowerError: the program returns no such output, or no logits for a measure that needs some.
         """
         known = [spec.name for spec in program.outputs if spec.type.is_float and not spec.name.startswith(_PAST)]
         for name in outputs:

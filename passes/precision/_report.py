@@ -53,7 +53,7 @@ class TimeEstimate:
     Args:
         target: its name.
         rows: that each linear reads.
-        before_us: microseconds, with the bits that the scheme gives.
+        before_us: microseconds, with the bits that the scheme returns.
         after_us: with those that were chosen.
     """
 

@@ -14,7 +14,7 @@ from bitlower.ir import BitlowerError, Program
 from bitlower.passes._machinery.base import Context
 from bitlower.passes.precision._items import (
     Item,
-    close_with,
+    calibrate_with,
     find_items,
     float_bytes,
     is_weight,
@@ -201,7 +201,7 @@ class Search:
         for node, _ in self.program.quantizers():
             if is_weight(node):
                 rounding = self.grids[node, chosen[node]] if node in chosen else self.fixed[node]
-                close_with(copy, names[node.name], rounding)
+                calibrate_with(copy, names[node.name], rounding)
         self.calibrate.run(copy, Context(calibration=self.batches))
         return {node: Rounding.of(copy, names[node.name]) for node, _ in self.program.quantizers()}
 

@@ -55,13 +55,13 @@ class Rounding:
         return None if self.zero_point is None else torch.round(self.zero_point)
 
     @cached_property
-    def is_open(self) -> bool:
+    def is_uncalibrated(self) -> bool:
         """Whether there is no range yet: values are let through."""
         return self.scale is not None and not bool(self.scale.any())
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` on the grid, as ``fake_quantize`` computes it, without the detour through torch's dispatcher."""
-        if self.is_open:
+        if self.is_uncalibrated:
             return x
         scale, zero = self.scale, self._whole_zero
         if scale is None or zero is None:
@@ -193,7 +193,7 @@ class _Plan:
         self.last |= dict.fromkeys(results, len(self.nodes))
 
     def compute(self, node: fx.Node, state: State | None, value: Callable[[fx.Node], Any]) -> Any:
-        """The value of ``node``, whose operands ``value`` gives; ``state`` is that of a quantizer."""
+        """The value of ``node``, whose operands ``value`` returns; ``state`` is that of a quantizer."""
         if node.op == "get_attr":
             return get_tensor(self.module, str(node.target))
         if state is not None:

@@ -12,7 +12,7 @@ from torch import fx
 from bitlower.ir import BitlowerError, Grid, Level, Program, QuantSpec, Scheme
 from bitlower.ir.plugins.parameters import plain_parameters
 from bitlower.ir.quantization.scheme import WEIGHT_ROLES
-from bitlower.ir.quantizer_node import require_closed
+from bitlower.ir.quantizer_node import require_calibrated
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.pipeline import parse_pipeline
 from bitlower.passes.precision._measures import Choice, Measure
@@ -71,13 +71,13 @@ class AnalyzeSensitivity(Pass):
 
 
 def analyze(program: Program, options: AnalyzeSensitivity, context: Context) -> SensitivityReport:
-    """Give the report on ``program``.
+    """Return the report on ``program``.
 
     Raises:
         BitlowerError: there is no calibration data, or a quantizer has no range.
     """
     groups = group_quantizers(program, options.by)
-    require_closed(program)
+    require_calibrated(program)
     measure = Measure.choose(program, options.measure, options.outputs)
     trials = Trials(program, context.calibration[: options.batches], measure)
     left_out = [dict.fromkeys(group.nodes, Switch.OFF) for group in groups]

@@ -11,7 +11,7 @@ from torch import fx
 
 from bitlower.ir import BitlowerError, Level, Program
 from bitlower.ir.feed_forward import feed_forwards
-from bitlower.ir.quantizer_node import is_open
+from bitlower.ir.quantizer_node import is_uncalibrated
 from bitlower.ir.weight_ranges import WeightRanges
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes.precision._items import Item, is_weight, set_width
@@ -29,9 +29,9 @@ _WIDE = 16
 
 @dataclass(frozen=True)
 class AssignPrecision(Pass):
-    """Give open quantizers other bits, before they are calibrated; leaves a :class:`PrecisionReport`.
+    """Give uncalibrated quantizers other bits, before they are calibrated; leaves a :class:`PrecisionReport`.
 
-    ``set: paper`` gives 16 bits to the input, the output and the residual sum of every feed-forward network
+    ``set: paper`` returns 16 bits to the input, the output and the residual sum of every feed-forward network
     (Bondarenko et al. §4, mixed-precision PTQ). Otherwise the loss of each quantizer at each number of bits is
     measured, all others off, on ranges as `calibrate` sets them at these bits; the assignment with the least sum of
     losses within the budgets is found as a multiple-choice knapsack, with a proof; and it is then refined by losses
@@ -107,7 +107,7 @@ class AssignPrecision(Pass):
             BitlowerError: a quantizer is calibrated already, there is no calibration data, or there is nothing to
                 choose.
         """
-        _require_open(program)
+        _require_uncalibrated(program)
         budgets = self._budgets()
         if self.set == "paper":
             items = [Item((node,), (_WIDE,)) for node in paper_set(program)]
@@ -127,9 +127,9 @@ class AssignPrecision(Pass):
         return Budgets(self.weight_bits, self.model_bytes, self.activation_bits, self.share_16, self.time)
 
 
-def _require_open(program: Program) -> None:
+def _require_uncalibrated(program: Program) -> None:
     for node, quantizer in program.quantizers():
-        if not (quantizer.spec.granularity.dynamic or is_open(program.module, node)):
+        if not (quantizer.spec.granularity.dynamic or is_uncalibrated(program.module, node)):
             raise BitlowerError(
                 f"the quantizer of {quantizer.tensor} has a range already",
                 hint="assign-precision stands before `calibrate`, `gptq` and `rtn`",
@@ -159,7 +159,7 @@ def _rows(items: list[Item]) -> tuple[PrecisionRow, ...]:
 
 
 def _apply(items: list[Item], choice: list[int]) -> dict[tuple[str, str], str]:
-    """Set the bits; gives the new specs by role and tensor of those that changed."""
+    """Set the bits; returns the new specs by role and tensor of those that changed."""
     changed = {}
     for item, chosen in zip(items, choice, strict=True):
         for node in item.nodes:

@@ -194,7 +194,7 @@ def input_sites(graph: fx.Graph) -> Iterator[Site]:
 
 
 def insert_quantizer(program: Program, site: Site, spec: QuantSpec) -> fx.Node:
-    """Put an open (or dynamic) quantizer on ``site``; all edges of the site then read the rounded value.
+    """Put an uncalibrated (or dynamic) quantizer on ``site``; all edges of the site then read the rounded value.
 
     Raises:
         BitlowerError: the granularity does not fit the tensor; the message names it.

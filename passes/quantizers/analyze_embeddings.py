@@ -14,7 +14,7 @@ from torch.nn import functional
 from bitlower.ir import BitlowerError, Level, Program, Quantizer, get_tensor
 from bitlower.ir.dataflow import operand, vocabularies
 from bitlower.ir.quantization import numerics
-from bitlower.ir.quantizer_node import require_closed
+from bitlower.ir.quantizer_node import require_calibrated
 from bitlower.ir.storage import release
 from bitlower.ir.tokens import token_mask
 from bitlower.ir.weight_ranges import weight_range
@@ -54,12 +54,12 @@ class AnalyzeEmbeddings(Pass):
 
 
 def analyze(program: Program, tokens: int, context: Context) -> EmbeddingReport:
-    """Give the report on ``program``.
+    """Return the report on ``program``.
 
     Raises:
         BitlowerError: there is no calibration data, a quantizer has no range, or token ids index no table.
     """
-    require_closed(program)
+    require_calibrated(program)
     table = next((node for node, _ in vocabularies(program.graph) if node.op == "get_attr"), None)
     if table is None:
         raise BitlowerError("no stored table is indexed by token ids", hint="leave out `analyze-embeddings`")

@@ -1,4 +1,4 @@
-"""Give open quantizers their ranges: weights from their values, activations from calibration batches."""
+"""Give uncalibrated quantizers their ranges: weights from their values, activations from calibration batches."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from bitlower.ir import Batch, BitlowerError, Level, Program, describe, get_tens
 from bitlower.ir.dataflow import operand
 from bitlower.ir.observe import observe
 from bitlower.ir.quantization.ranges import Histogram, cross_entropy_loss, search_golden, search_grid
-from bitlower.ir.quantizer_node import close, is_open
+from bitlower.ir.quantizer_node import is_uncalibrated, set_range
 from bitlower.ir.tokens import kept
-from bitlower.ir.weight_ranges import WeightRanges, close_weights, open_weights, require_finite, scale_rows
+from bitlower.ir.weight_ranges import WeightRanges, calibrate_weights, require_finite, scale_rows, uncalibrated_weights
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes.quantizers._parts import Parts, choose_parts
 
@@ -27,7 +27,7 @@ _LOGIT_ROWS = 4096
 
 @dataclass(frozen=True)
 class Calibrate(Pass):
-    """Set scale and zero point of every open static quantizer (Bondarenko et al. §2.1, algorithms of range setting).
+    """Set scale and zero point of every uncalibrated static quantizer (Bondarenko et al. §2.1).
 
     Batches are streamed: memory does not grow with their number. Padded positions never widen a range. Embedding groups
     that are to be chosen are chosen by the extremes of each index; each group then gets its range as all others do.
@@ -57,24 +57,24 @@ class Calibrate(Pass):
 
     def data_runs(self, program: Program) -> int:
         """For extremes, then for histograms; none without activation quantizers."""
-        return (2 if self.activations in _FROM_HISTOGRAM else 1) if _open_activations(program) else 0
+        return (2 if self.activations in _FROM_HISTOGRAM else 1) if _uncalibrated_activations(program) else 0
 
     def run(self, program: Program, context: Context) -> bool:
-        """Estimate and store all open ranges.
+        """Estimate and store all uncalibrated ranges.
 
         Raises:
             BitlowerError: no calibration batches, or a value that is not finite (the tensor is named).
         """
-        weights, activations = open_weights(program.module), _open_activations(program)
-        close_weights(program.module, context.track(weights, "weight ranges"), self.weights)
+        weights, activations = uncalibrated_weights(program.module), _uncalibrated_activations(program)
+        calibrate_weights(program.module, context.track(weights, "weight ranges"), self.weights)
         if activations:
             _calibrate_activations(program, activations, self, context)
         return bool(weights or activations)
 
 
-def _open_activations(program: Program) -> list[fx.Node]:
-    weights = set(open_weights(program.module))
-    return [node for node in program.graph.nodes if is_open(program.module, node) and node not in weights]
+def _uncalibrated_activations(program: Program) -> list[fx.Node]:
+    weights = set(uncalibrated_weights(program.module))
+    return [node for node in program.graph.nodes if is_uncalibrated(program.module, node) and node not in weights]
 
 
 def _calibrate_activations(program: Program, nodes: list[fx.Node], options: Calibrate, context: Context) -> None:
@@ -100,7 +100,7 @@ def _calibrate_activations(program: Program, nodes: list[fx.Node], options: Cali
     for node in nodes:
         shape = _scale(module, node).shape
         ends = (parts[node].spread(end) if node in parts else end for end in ranges[node])
-        close(module, node, *(end.reshape(shape) for end in ends))
+        set_range(module, node, *(end.reshape(shape) for end in ends))
 
 
 Ranges = dict[fx.Node, tuple[torch.Tensor, torch.Tensor]]

@@ -1,4 +1,4 @@
-"""Place quantizers: every tensor whose role the scheme names gets an open quantizer, for ``calibrate`` to close."""
+"""Place quantizers: every tensor whose role the scheme names gets one, uncalibrated until ``calibrate`` runs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class PlacementReport(Record):
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Insert fake-quantize nodes as a scheme says; they are open, so the numbers stay (but for dynamic ones).
+    """Insert fake-quantize nodes as a scheme says; they are uncalibrated, so the numbers stay (but for dynamic ones).
 
     What has a quantizer already keeps it, so several of these passes in a row give parts of the model schemes of their
     own: the first that takes a tensor decides.
@@ -102,7 +102,7 @@ def place(program: Program, scheme: Scheme, ignore: Patterns, targets: Patterns)
         BitlowerError: a pattern matches nothing, nothing at all is quantized, or a granularity does not fit a tensor.
     """
     if any(scheme.spec(role) for role in _INSIDE_ATTENTION):
-        _open_attention(program, ignore, targets)
+        _expand_attentions(program, ignore, targets)
     before = len(list(program.quantizers()))
     rows: list[PlacementRow] = []
     weights = list(weight_sites(program.graph))
@@ -144,7 +144,7 @@ def _without(site: Site, edges: set[fx.Node]) -> Site:
     return replace(site, edges=tuple(edge for edge, _ in kept), paths=tuple(path for _, path in kept))
 
 
-def _open_attention(program: Program, ignore: Patterns, targets: Patterns) -> None:
+def _expand_attentions(program: Program, ignore: Patterns, targets: Patterns) -> None:
     for node in list(program.graph.nodes):
         if node.target in ATTENTION:
             path = str(node.meta.get("path", ""))

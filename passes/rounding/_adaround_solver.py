@@ -51,7 +51,7 @@ class Layer:
         zero: its zero points.
         limits: the smallest and the largest code.
         inputs: ``[tokens, in]``, as the quantized layers before it give them.
-        targets: ``[tokens, out]``: what the float layer gives for float inputs, behind ``activation``.
+        targets: ``[tokens, out]``: what the float layer returns for float inputs, behind ``activation``.
         weights: ``[tokens]``: how much each token counts, 1 on average.
     """
 
@@ -70,7 +70,7 @@ class Layer:
         return numerics.blockwise(torch.ones_like(self.weight), part, part, lambda one, value, _: one * value)
 
     def output(self, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """What the layer gives with ``weight`` in the place of its own."""
+        """What the layer returns with ``weight`` in the place of its own."""
         return self.activation(functional.linear(inputs, weight, self.bias))
 
     def row_losses(self, weight: torch.Tensor) -> torch.Tensor:

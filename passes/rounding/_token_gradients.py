@@ -23,7 +23,7 @@ def token_gradients(
     one by one, forwards and backwards through the whole model.
 
     Raises:
-        BitlowerError: the program gives no logits over tokens.
+        BitlowerError: the program returns no logits over tokens.
     """
     if program.task != "text-generation":
         raise BitlowerError(

@@ -17,11 +17,11 @@ from bitlower.ir.dataflow import ACTIVATION, activation_operand, linears, operan
 from bitlower.ir.folding import without_quantizers
 from bitlower.ir.lockstep import Read, steps
 from bitlower.ir.quantization import numerics
-from bitlower.ir.quantizer_node import is_open
+from bitlower.ir.quantizer_node import is_uncalibrated
 from bitlower.ir.storage import like
 from bitlower.ir.token_weights import token_weights
 from bitlower.ir.tokens import token_rows
-from bitlower.ir.weight_ranges import WeightRanges, close_weights, open_weights
+from bitlower.ir.weight_ranges import WeightRanges, calibrate_weights, uncalibrated_weights
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.checkpoints import Stored, load_checkpoint, save_checkpoint
 from bitlower.passes._machinery.report import Record, counted, few
@@ -83,12 +83,12 @@ class AdaroundReport(Record):
 
 @dataclass(frozen=True)
 class Adaround(Pass):
-    """Rewrite the weights of linears that have an open quantizer to values on its grid, and close the quantizer.
+    """Rewrite the weights of linears with an uncalibrated quantizer to values on its grid, and set its range.
 
     Two walks side by side, on all calibration batches: each layer's inputs come from predecessors that are rewritten
     already, its targets from the float model (asymmetric reconstruction). Scales of any granularity are laid over the
-    weights first and stay. Tables and norm weights with open quantizers are rounded to nearest. Activation quantizers
-    stay as they are, open or not: `calibrate` closes the open ones, before or after this pass.
+    weights first and stay. Tables and norm weights with uncalibrated quantizers are rounded to nearest. Activation
+    quantizers stay as they are, calibrated or not: `calibrate` is for those that are not, before or after this pass.
     """
 
     name: ClassVar[str] = "adaround"
@@ -144,41 +144,41 @@ class Adaround(Pass):
         return True
 
     def run(self, program: Program, context: Context) -> bool:
-        """Rewrite all open weights and leave an :class:`AdaroundReport`.
+        """Rewrite all uncalibrated weights and leave an :class:`AdaroundReport`.
 
         Raises:
             BitlowerError: no calibration batches, a layer that no token reaches, or values
                 that are not finite; the layer is named.
         """
-        layers = open_linears(program)
-        nearest = [node for node in open_weights(program.module) if node not in layers.values()]
+        layers = uncalibrated_linears(program)
+        nearest = [node for node in uncalibrated_weights(program.module) if node not in layers.values()]
         if layers and not context.calibration:
             raise BitlowerError("adaround needs calibration data", hint="give calibration batches, or use `rtn`")
-        twin, twins = without_quantizers(program)
-        close_weights(program.module, nearest, self.ranges)
+        reference, references = without_quantizers(program)
+        calibrate_weights(program.module, nearest, self.ranges)
         options: dict[str, Any] = {"budget": self.memory // 2, "folder": context.work}
-        stops = [twins[linear] for linear in layers]
+        stops = [references[linear] for linear in layers]
         rows: list[AdaroundRow] = []
         with torch.no_grad():
             pairs = zip(
                 steps(program, list(layers), context.calibration, **options),
-                steps(twin, stops, context.calibration, **options),
+                steps(reference, stops, context.calibration, **options),
                 strict=True,
             )
             for (linear, read), (float_linear, read_float) in context.track(pairs, "adaround"):
-                close_weights(program.module, [layers[linear]], self.ranges)
+                calibrate_weights(program.module, [layers[linear]], self.ranges)
                 pair = _Pair(program.module, linear, layers[linear], float_linear, read, read_float)
                 rows.append(_rewrite(pair, self, context))
         context.put(AdaroundReport(tuple(rows)))
         return bool(layers or nearest)
 
 
-def open_linears(program: Program) -> dict[fx.Node, fx.Node]:
-    """The linears whose weights have an open quantizer, with it; of several with one weight the first."""
+def uncalibrated_linears(program: Program) -> dict[fx.Node, fx.Node]:
+    """The linears whose weights have an uncalibrated quantizer, with it; of several with one weight the first."""
     layers: dict[fx.Node, fx.Node] = {}
     for linear in linears(program.graph):
         quantizer = weight_operand(linear)
-        if quantizer in layers.values() or not is_open(program.module, quantizer):
+        if quantizer in layers.values() or not is_uncalibrated(program.module, quantizer):
             continue
         if quantizer.meta["quantizer"].role == "linear-weight":
             layers[linear] = quantizer
@@ -187,12 +187,12 @@ def open_linears(program: Program) -> dict[fx.Node, fx.Node]:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A linear, the quantizer of its weight, its twin in the float model, and what both read."""
+    """A linear, the quantizer of its weight, its node in the float model, and what both read."""
 
     module: fx.GraphModule
     linear: fx.Node
     quantizer: fx.Node
-    twin: fx.Node
+    reference: fx.Node
     read: Read
     read_float: Read
 
@@ -214,7 +214,7 @@ class _Pair:
     def tokens(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The inputs of each batch, quantized and float, ``[tokens, in]`` each; padding left out."""
         source = activation_operand(self.linear)
-        pairs = zip(self.read(source), self.read_float(activation_operand(self.twin)), strict=True)
+        pairs = zip(self.read(source), self.read_float(activation_operand(self.reference)), strict=True)
         for (quantized, batch), (float_, _) in pairs:
             shape = source.meta["type"].shape
             yield token_rows(quantized, shape, batch), token_rows(float_, shape, batch)

@@ -15,7 +15,7 @@ from bitlower.ir import BitlowerError, Level, Program, TensorType, get_tensor, o
 from bitlower.ir.dataflow import activation_operand, linears, operand, weight_operand
 from bitlower.ir.folding import without_quantizers
 from bitlower.ir.lockstep import Read, steps
-from bitlower.ir.quantizer_node import is_open
+from bitlower.ir.quantizer_node import is_uncalibrated
 from bitlower.ir.token_weights import WEIGHTINGS
 from bitlower.ir.tokens import token_rows
 from bitlower.passes._machinery.base import Context, Contract, Pass
@@ -72,9 +72,9 @@ class CorrectBias(Pass):
     keeps_sizes: ClassVar[bool] = True
     weighting: Literal["none", "unit-norm", "root-norm", "clipped-norm"] = "unit-norm"
     """How much a token counts in the mean, by the norm of its float output. ``none`` is the published mean: a few
-    tokens of huge norm may own it, and the bias that mends their error is added to all others."""
+    tokens of huge norm may own it, and the bias that fixes their error is added to all others."""
     add: bool = False
-    """Give a bias to linears that have none."""
+    """Return a bias to linears that have none."""
     memory: Annotated[int, Ge(0)] = 2 << 30
     """Bytes of activations that are held in memory; more go to disk."""
 
@@ -100,11 +100,17 @@ class CorrectBias(Pass):
         if self.add:
             for linear in layers:
                 _add_bias(program, linear)
-        twin, twins = without_quantizers(program)
+        reference, references = without_quantizers(program)
         rows = []
         pairs = zip(
             steps(program, layers, context.calibration, budget=self.memory // 2, folder=context.work),
-            steps(twin, [twins[n] for n in layers], context.calibration, budget=self.memory // 2, folder=context.work),
+            steps(
+                reference,
+                [references[n] for n in layers],
+                context.calibration,
+                budget=self.memory // 2,
+                folder=context.work,
+            ),
             strict=True,
         )
         with torch.no_grad():
@@ -203,7 +209,7 @@ def _add_bias(program: Program, linear: fx.Node) -> None:
 
 def _require_ranges(program: Program) -> None:
     for node, quantizer in program.quantizers():
-        if is_open(program.module, node):
+        if is_uncalibrated(program.module, node):
             raise BitlowerError(f"the quantizer of {quantizer.tensor} has no range", hint="run `calibrate` first")
 
 

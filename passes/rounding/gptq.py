@@ -17,10 +17,10 @@ from bitlower.ir.dataflow import activation_operand, linears, operand, weight_op
 from bitlower.ir.folding import without_quantizers
 from bitlower.ir.lockstep import Read, walk
 from bitlower.ir.quantization import numerics
-from bitlower.ir.quantizer_node import is_open
+from bitlower.ir.quantizer_node import is_uncalibrated
 from bitlower.ir.storage import like, release, trim
 from bitlower.ir.tokens import token_mask
-from bitlower.ir.weight_ranges import close_weights, open_weights
+from bitlower.ir.weight_ranges import calibrate_weights, uncalibrated_weights
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.checkpoints import Stored, load_checkpoint, save_checkpoint
 from bitlower.passes._machinery.report import Record, counted, few
@@ -86,13 +86,13 @@ class GptqReport(Record):
 
 @dataclass(frozen=True)
 class Gptq(Pass):
-    """Rewrite the weights of linears that have an open quantizer to values on its grid, and close the quantizer.
+    """Rewrite the weights of linears with an uncalibrated quantizer to values on its grid, and set its range.
 
     One walk through the model on all calibration batches at once: each layer's inputs come from predecessors that are
     rewritten already (the paper's true-sequential order) or from the float model, and layers that read the same
     activation share one Hessian.
-    Embedding tables and norm weights with open quantizers are rounded to nearest. Activation quantizers stay as they
-    are: run `calibrate` after this pass for those.
+    Embedding tables and norm weights with uncalibrated quantizers are rounded to nearest. Activation quantizers stay as
+    they are: run `calibrate` after this pass for those.
     """
 
     name: ClassVar[str] = "gptq"
@@ -159,21 +159,21 @@ class Gptq(Pass):
         return True
 
     def run(self, program: Program, context: Context) -> bool:
-        """Rewrite all open weights and leave a :class:`GptqReport`.
+        """Rewrite all uncalibrated weights and leave a :class:`GptqReport`.
 
         Raises:
             BitlowerError: no calibration batches, a layer that no token reaches, a Hessian or weight that is not
                 finite, or a granularity that error feedback cannot serve; the layer is named.
         """
-        groups = open_groups(program)
-        nearest = [n for n in open_weights(program.module) if not any(n in nodes for nodes in groups.values())]
+        groups = uncalibrated_groups(program)
+        nearest = [n for n in uncalibrated_weights(program.module) if not any(n in nodes for nodes in groups.values())]
         if groups and not context.calibration:
             raise BitlowerError("gptq needs calibration data", hint="give calibration batches, or use the pass `rtn`")
         walked = program
         if self.inputs == "float":
-            walked, twins = without_quantizers(program)
-            groups = {twins[linear]: quantizers for linear, quantizers in groups.items()}
-        close_weights(program.module, nearest, "minmax")
+            walked, references = without_quantizers(program)
+            groups = {references[linear]: quantizers for linear, quantizers in groups.items()}
+        calibrate_weights(program.module, nearest, "minmax")
         if context.work is not None:
             context.work.mkdir(parents=True, exist_ok=True)
         gradients = token_gradients(program, _all_readers(groups), context) if groups and self.gradient else {}
@@ -186,14 +186,14 @@ class Gptq(Pass):
         return bool(groups or nearest)
 
 
-def open_groups(program: Program) -> dict[fx.Node, list[fx.Node]]:
-    """The open quantizers over weights of linears, by the first linear of those that read the same activation."""
+def uncalibrated_groups(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    """The uncalibrated quantizers over weights, by the first linear of those that read the same activation."""
     first: dict[fx.Node, fx.Node] = {}
     groups: dict[fx.Node, list[fx.Node]] = {}
     seen: set[fx.Node] = set()
     for linear in linears(program.graph):
         quantizer = weight_operand(linear)
-        if quantizer in seen or not is_open(program.module, quantizer):
+        if quantizer in seen or not is_uncalibrated(program.module, quantizer):
             continue
         seen.add(quantizer)
         if quantizer.meta["quantizer"].role == "linear-weight":

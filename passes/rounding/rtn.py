@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bitlower.ir import Level, Program
-from bitlower.ir.weight_ranges import WeightRanges, close_weights, open_weights
+from bitlower.ir.weight_ranges import WeightRanges, calibrate_weights, uncalibrated_weights
 from bitlower.passes._machinery.base import Context, Contract, Pass
 
 
 @dataclass(frozen=True)
 class Rtn(Pass):
-    """Close all open weight quantizers with grids over the weights as they are; needs no data.
+    """Calibrate all uncalibrated weight quantizers with grids over the weights as they are; needs no data.
 
     Activation quantizers stay as they are: run `calibrate` after this pass for those.
     """
@@ -30,6 +30,6 @@ class Rtn(Pass):
         Raises:
             BitlowerError: a weight holds NaN or Inf.
         """
-        nodes = open_weights(program.module)
-        close_weights(program.module, context.track(nodes, "weight ranges"), self.ranges)
+        nodes = uncalibrated_weights(program.module)
+        calibrate_weights(program.module, context.track(nodes, "weight ranges"), self.ranges)
         return bool(nodes)

@@ -50,7 +50,7 @@ class Taps:
     Args:
         hidden: what leaves each block.
         attention: query, and key of an operator (``key``) or product of an explicit attention (``scores``).
-        head: what the linear layer that gives the logits reads; empty where the logits are those of whole texts.
+        head: what the linear layer that returns the logits reads; empty where the logits are those of whole texts.
     """
 
     hidden: tuple[str, ...] = ()
@@ -164,7 +164,7 @@ class Head:
     """The part of a model that makes logits of rows, and the values that it needs besides, computed once a step.
 
     Args:
-        weights: gives what depends on parameters alone, the quantized table above all.
+        weights: returns what depends on parameters alone, the quantized table above all.
         logits: from ``[1, rows, channels]`` and the values of ``weights`` to ``[1, rows, classes]``.
     """
 

@@ -165,7 +165,7 @@ def check_objective(program: Program, objective: Objective, batches: Sequence[Ba
     """See that the losses can be computed of this program on these data.
 
     Raises:
-        BitlowerError: there is no loss, the model gives no logits, or a loss needs labels that the data do not have
+        BitlowerError: there is no loss, the model returns no logits, or a loss needs labels that the data do not have
             or that do not fit the head.
     """
     if not objective.losses:

@@ -12,7 +12,7 @@ from torch import fx, nn
 from bitlower.ir import BitlowerError, Program, get_tensor
 from bitlower.ir.dataflow import operand
 from bitlower.ir.trainable import Trainable, make_trainable
-from bitlower.ir.weight_ranges import WeightRanges, close_weights, open_weights
+from bitlower.ir.weight_ranges import WeightRanges, calibrate_weights, uncalibrated_weights
 from bitlower.passes._machinery.base import Context
 from bitlower.passes.training._block_data import BlockData, Split
 from bitlower.passes.training._block_loop import BlockReport, Outcome, learn
@@ -32,15 +32,15 @@ class Autoround(BlockTraining):
 
     For each weight a shift V of what is rounded, and clip factors of the range of each group, are learned by the sign
     of the gradient of the block's error (Cheng et al. 2023: 200 steps of 8 sequences, rate 1/steps, falling linearly).
-    Open weight quantizers get grids first, so that the pass stands where `gptq` does; calibrated ones start from
-    theirs. Tables, heads and norm weights with open quantizers are rounded to nearest. Activation quantizers stay as
-    they are, open or not. Needs calibration data, part of which is held out: a block whose error there does not fall is
-    rounded to nearest.
+    Uncalibrated weight quantizers get grids first, so that the pass stands where `gptq` does; calibrated ones start
+    from theirs. Tables, heads and norm weights with uncalibrated quantizers are rounded to nearest. Activation
+    quantizers stay as they are, calibrated or not. Needs calibration data, part of which is held out: a block whose
+    error there does not fall is rounded to nearest.
     """
 
     name: ClassVar[str] = "autoround"
     ranges: WeightRanges = "minmax"
-    """How grids are laid over weights with open quantizers before anything is learned."""
+    """How grids are laid over weights with uncalibrated quantizers before anything is learned."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,8 +57,8 @@ class Autoround(BlockTraining):
         return True
 
     def prepare(self, program: Program, context: Context, data: Split) -> Split:
-        """Give open weight quantizers their grids."""
-        close_weights(program.module, open_weights(program.module), self.ranges)
+        """Give uncalibrated weight quantizers their grids."""
+        calibrate_weights(program.module, uncalibrated_weights(program.module), self.ranges)
         return data
 
     def improve(self, data: BlockData, generator: torch.Generator) -> tuple[Outcome, Mapping[str, torch.Tensor]]:

@@ -34,7 +34,7 @@ class LkdReport(BlockReport):
 
 @dataclass(frozen=True)
 class Lkd(BlockTraining):
-    """Train weights, norms, biases and ranges of one repeated block after another to give what the float block gives.
+    """Train weights, norms, biases and ranges of one repeated block after another to give what the float block returns.
 
     The published method (ZeroQuant §4 and its code) gives each block 100 steps of AdamW with 32 sequences of 128 tokens
     and the rate 5e-6 for encoders, 1600 steps of 8 sequences of 2048 tokens and 1e-6 to 5e-6 for decoders; the inputs

@@ -16,7 +16,7 @@ from bitlower.tools.cli.signals import Signals
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line on ``args`` (those of the process if None) and give the exit code."""
+    """Run the command line on ``args`` (those of the process if None) and return the exit code."""
     arguments = list(sys.argv[1:] if args is None else args)
     with Signals() as signals:
         try:

@@ -68,7 +68,7 @@ def options(
 
 
 def run(args: Sequence[str]) -> int:
-    """Run the command line on ``args`` and give the exit code.
+    """Run the command line on ``args`` and return the exit code.
 
     Raises:
         KeyboardInterrupt: the user stopped it.
@@ -87,7 +87,7 @@ def run(args: Sequence[str]) -> int:
 
 
 def fail(error: BaseException, arguments: Sequence[str]) -> int:
-    """Say what went wrong, in one line unless a traceback is asked for, and give the exit code."""
+    """Say what went wrong, in one line unless a traceback is asked for, and return the exit code."""
     machine = "--json" in arguments
     if isinstance(error, KeyboardInterrupt):
         return _report("interrupted", INTERRUPTED, machine=machine)

@@ -28,12 +28,12 @@ class Head:
 
     @classmethod
     def of(cls, program: Program) -> Head:
-        """The head of ``program``, which gives ``logits`` ``[batch, classes]``.
+        """The head of ``program``, which returns ``logits`` ``[batch, classes]``.
 
         One class is a value, unless the configuration's ``problem_type`` says otherwise; as transformers have it.
 
         Raises:
-            BitlowerError: the program gives other outputs, or a text may have several labels.
+            BitlowerError: the program returns other outputs, or a text may have several labels.
         """
         width = next((spec.type.shape[1] for spec in program.outputs if _is_row(spec.name, spec.type.shape)), None)
         source, problem = program.source or "the model", program.config.get("problem_type")

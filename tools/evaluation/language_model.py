@@ -44,7 +44,7 @@ class LanguageModel:
     Args:
         program: for its configuration, tokenizer and inputs; it has no graphs if something else computes.
         step: takes ``input_ids`` ``[batch, sequence]``, ``attention_mask`` ``[batch, past + sequence]`` and
-            ``position_ids``, and a cache (None: empty); gives logits ``[batch, sequence, vocabulary]`` in float32 and
+            ``position_ids``, and a cache (None: empty); returns logits ``[batch, sequence, vocabulary]`` in float32 and
             the cache with the new tokens in it.
         runtime: what computes.
     """

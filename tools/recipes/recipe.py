@@ -214,7 +214,7 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def validate_recipe(recipe: Recipe) -> tuple[Pass, ...]:
-    """Check what can be checked before the model is loaded, and give the passes.
+    """Check what can be checked before the model is loaded, and return the passes.
 
     Raises:
         BitlowerError: a pass or a parameter is unknown or wrong, the levels of the passes do not go together, a pass
@@ -268,7 +268,7 @@ def _require(path: Path, what: str) -> None:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, defaults left out: loading it gives an equal recipe."""
+    """The recipe as YAML, defaults left out: loading it returns an equal recipe."""
     return yaml_text(recipe.model_dump(exclude_defaults=True))
 
 

@@ -75,8 +75,8 @@ class Job:
     """What to run.
 
     Args:
-        load: gives the float program; takes the folder in which traces are kept, if any.
-        data: gives the batches for it.
+        load: returns the float program; takes the folder in which traces are kept, if any.
+        data: returns the batches for it.
         passes: in order.
         exports: backends; several write into folders of their names.
         recipe: goes into the artifact as ``recipe.yaml``, if it is not empty.
@@ -271,7 +271,7 @@ class FaultReproducer(Reproducer):
     """Leaves a reproducer for faults; input that a pass refuses needs none."""
 
     def failed(self, pass_: Pass, program: Program, context: Context, error: BaseException) -> None:
-        """Write the folder, unless the user can mend the input."""
+        """Write the folder, unless the user can fix the input."""
         if not isinstance(error, BitlowerError) or error.exit_code == 1 or error.__cause__ is not None:
             super().failed(pass_, program, context, error)
 

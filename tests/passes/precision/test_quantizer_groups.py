@@ -9,7 +9,7 @@ import torch
 
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program, Scheme
-from bitlower.ir.quantizer_node import require_closed
+from bitlower.ir.quantizer_node import require_calibrated
 from bitlower.passes.canonical.clean import Clean
 from bitlower.passes.precision._quantizer_groups import AFTER, BEFORE, exclusion, group_quantizers, layers_of_quantizers
 from bitlower.passes.quantizers.quantize import Quantize
@@ -95,4 +95,4 @@ def test_a_program_without_quantizers_has_no_groups(bert) -> None:
 
 def test_open_quantizers_are_named(full: Program) -> None:
     with pytest.raises(BitlowerError, match=r"quantizer of .* has no range"):
-        require_closed(full)
+        require_calibrated(full)
