@@ -1,4 +1,8 @@
-"""The text form of a Program: one line a node, stable from run to run, quantizers with bits, granularity and range."""
+"""The text form of a Program: one line for each tensor and node, stable from run to run, with bits and ranges.
+
+:func:`bitlower.ir.parse.parse` reads it. Left out are the values of tensors, lines of the model's source, and what the
+Program has beside its graphs (configuration, files, passes).
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,24 @@ def format_program(program: ProgramData) -> str:
     signature = f"({', '.join(map(str, program.inputs))}) -> ({', '.join(map(str, program.outputs))})"
     for name, module in program.graphs.items():
         lines.append(f"graph {name}{signature if name == 'model' else ''}:")
+        lines += [f"  {line}" for line in format_tensors(module)]
         lines += [f"  {line}" for node in module.graph.nodes if (line := format_node(module, node))]
     return "\n".join(lines) + "\n"
 
 
+def format_tensors(module: fx.GraphModule) -> list[str]:
+    """A line for each tensor that the graph reads: name, dtype and shape, and whether it is a parameter."""
+    names = sorted({str(node.target) for node in module.graph.nodes if node.op == "get_attr"})
+    lines = []
+    for name in names:
+        tensor = get_tensor(module, name)
+        kind = " parameter" if isinstance(tensor, torch.nn.Parameter) else ""
+        lines.append(f"@{name}: {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}{kind}")
+    return lines
+
+
 def format_node(module: fx.GraphModule, node: fx.Node) -> str:
-    """One line; empty for placeholders (they stand in the signature) and tensors (they stand where they are used)."""
+    """One line; empty for placeholders (they stand in the signature) and tensors (they have lines of their own)."""
     if node.op in ("placeholder", "get_attr"):
         return ""
     if node.op == "output":
@@ -34,17 +50,28 @@ def format_node(module: fx.GraphModule, node: fx.Node) -> str:
     line = f"%{node.name}{kind} = {_format_target(node)}({', '.join(arguments)})"
     notes = []
     if "quantizer" in node.meta:
-        notes.append(_format_quantizer(module, node, node.meta["quantizer"]))
-    notes += [f"{name} {quantizer.spec}" for name, quantizer in node.meta.get("quantizers", {}).items()]
+        quantizer: Quantizer = node.meta["quantizer"]
+        of = f" of {quantizer.tensor}" if quantizer.tensor != operand_name(node) else ""
+        notes.append(f"{quantizer.role} {quantizer.spec} {_format_range(module, node, quantizer)}{of}")
+    notes += [f"{name}: {q.role} {q.spec} of {q.tensor}" for name, q in node.meta.get("quantizers", {}).items()]
     if node.meta.get("path"):
         notes.append(node.meta["path"])
     return f"{line}  # {' · '.join(notes)}" if notes else line
 
 
+def operand_name(node: fx.Node) -> str:
+    """What the first operand of a quantizer is called: the name of a tensor, or of a node."""
+    value = node.args[0]
+    assert isinstance(value, fx.Node)
+    return str(value.target) if value.op == "get_attr" else value.name
+
+
 def _format_target(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target).removeprefix("aten.").removesuffix(".default")
-    return node.target if isinstance(node.target, str) else node.target.__name__
+    if isinstance(node.target, str):
+        return node.target
+    return f"{node.target.__module__.lstrip('_')}.{node.target.__name__}"
 
 
 def _format_arg(arg: Any) -> str:
@@ -54,15 +81,11 @@ def _format_arg(arg: Any) -> str:
         return f"({', '.join(map(_format_arg, arg))})"
     if isinstance(arg, list):
         return f"[{', '.join(map(_format_arg, arg))}]"
-    if isinstance(arg, float):
-        return f"{arg:.9g}"
+    if isinstance(arg, slice):
+        return f"slice({', '.join(map(_format_arg, (arg.start, arg.stop, arg.step)))})"
     if isinstance(arg, torch.dtype | torch.layout | torch.memory_format):
         return str(arg).removeprefix("torch.")
-    return repr(arg) if isinstance(arg, str) else str(arg)
-
-
-def _format_quantizer(module: fx.GraphModule, node: fx.Node, quantizer: Quantizer) -> str:
-    return f"{quantizer.role} {quantizer.spec} {_format_range(module, node, quantizer)}"
+    return repr(arg)
 
 
 def _format_range(module: fx.GraphModule, node: fx.Node, quantizer: Quantizer) -> str:

@@ -266,3 +266,8 @@ def test_kernels_for_low_bits_are_as_documented() -> None:
     assert stored == {2: [4, 2], 3: [4, 4], 4: [4, 4], 5: [None, 8], 6: [None, 8], 7: [None, 8], 8: [None, 8]}
     table = [row[0] for row in rows(section("onnx.md", "Weights alone: MatMulNBits"), "bits")]
     assert table == ["2", "3, 4", "5 to 8"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests" / "passes").glob("*/golden/*.txt")), ids=lambda file: file.stem)
+def test_what_a_pass_does_is_shown_before_and_after(file: Path) -> None:
+    assert f"```text golden\n{file.read_text(encoding='utf-8')}```" in section("passes.md", f"`{file.stem}`")

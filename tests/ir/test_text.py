@@ -52,9 +52,9 @@ def test_a_range_with_nan_shows():
 @pytest.mark.parametrize(
     ("argument", "text"),
     [
-        (1.0, "1"),
+        (1.0, "1.0"),
         (0.1, "0.1"),
-        (-3.4028234663852886e38, "-3.40282347e+38"),
+        (-3.4028234663852886e38, "-3.4028234663852886e+38"),
         (float("-inf"), "-inf"),
         (True, "True"),
         (None, "None"),
