@@ -1,8 +1,8 @@
-"""Each pass that changes a graph, before and after, in text: ``<family>/golden/<pass>.txt``, which docs/passes.md shows.
+"""Each pass that changes a graph, before and after, in text: ``<family>/golden/<pass>.txt``.
 
-A file has the step as pipeline text, the program before, and the program after, at most 50 lines in all. Values of tensors
-are small whole numbers that follow from their names, so that sums are exact on every processor; scales are 1, 2, … where
-the text before has a range.
+A file has the step as pipeline text, the program before, and the program after, at most 50 lines in all;
+docs/passes.md shows it. Values of tensors are small whole numbers that follow from their names, so that sums are exact
+on every processor; scales are 1, 2, … where the text before has a range.
 """
 
 from __future__ import annotations
@@ -54,14 +54,12 @@ def fill(text: str) -> Fill:
 
 
 def batch(program: Program) -> Batch:
-    """An input of two rows."""
-    sizes = {"batch": 2, "sequence": 4, "past": 0, "past + sequence": 4}
+    """An input of two rows, of four tokens where there are tokens."""
+    sizes = {"batch": 2, "sequence": 4}
     return {
-        spec.name: torch.ones(
-            [sizes.get(d, d) if isinstance(d, str) else d for d in spec.type.shape], dtype=torch.int64
-        )  # type: ignore[misc]
-        if spec.name == "attention_mask"
-        else value(spec.name, tuple(sizes[d] if isinstance(d, str) else d for d in spec.type.shape), spec.type.dtype)
+        spec.name: value(
+            spec.name, tuple(sizes[d] if isinstance(d, str) else d for d in spec.type.shape), spec.type.dtype
+        )
         for spec in program.inputs
     }
 
