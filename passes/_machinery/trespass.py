@@ -70,8 +70,12 @@ def _functions(owner: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _put_back(owner: Any, kept: dict[str, Any]) -> Iterator[str]:
-    """The names of functions that are others now, which are put back."""
+    """The names of functions that are others now, or that hide inherited ones, which are put back."""
     now = vars(owner)
+    added = [name for name, _ in _functions(owner) if name not in kept] if isinstance(owner, type) else []
+    for name in added:
+        delattr(owner, name)
+        yield f"{owner.__module__}.{owner.__name__}.{name}"
     for name, value in kept.items():
         if now.get(name) is not value:
             setattr(owner, name, value)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from bitlower.ir import Granularity, Grid
 from bitlower.ir.activations import IN_KERNELS as ACTIVATIONS
-from bitlower.ir.activations import fused_embedding, fused_linear, fused_norm, fused_pointwise
+from bitlower.ir.kernels.references import fused_embedding, fused_linear, fused_norm, fused_pointwise
 from bitlower.ir.quantization import numerics
 
 _CASES = runpy.run_path(str(Path(__file__).parents[1] / "kernel_cases.py"))

@@ -279,7 +279,7 @@ SIMULATED_FAULTS = {
     "partly open": (
         lambda p: get_tensor(p.module, "quantizers.weight.scale")[2].zero_(),
         "%weight_quantized (call_function fake_quantize.default) in encoder.dense at model.py:7: "
-        "self.dense(x): is open in part",
+        "self.dense(x): is calibrated in part",
     ),
     "fractional zero point": (
         lambda p: buffer(p, "quantizers.relu.zero_point", torch.tensor(2.5)),

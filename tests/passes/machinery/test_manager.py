@@ -28,6 +28,9 @@ class Count:
 class Told(Record):
     words: str
 
+    def summary(self) -> str:
+        return self.words
+
 
 @dataclass(frozen=True)
 class Tell(Pass):
