@@ -37,11 +37,11 @@ class Activation:
 
 
 ACTIVATIONS = (
+    Activation(aten.relu.default, "relu", {}, functional.relu),
+    Activation(aten.gelu.default, "gelu", {}, functional.gelu, folded=True),
     Activation(
         aten.gelu.default, "gelu-tanh", {"approximate": "tanh"}, lambda x: functional.gelu(x, approximate="tanh"), True
     ),
-    Activation(aten.gelu.default, "gelu", {}, functional.gelu, folded=True),
-    Activation(aten.relu.default, "relu", {}, functional.relu),
     Activation(aten.silu.default, "silu", {}, functional.silu, folded=True),
     Activation(aten.tanh.default, "tanh", {}, torch.tanh),
     Activation(aten.sigmoid.default, "sigmoid", {}, torch.sigmoid),
