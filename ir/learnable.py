@@ -47,7 +47,7 @@ class RangeSettings:
             share it (Esser et al. 2020, §2.2); ``plain`` leaves it (Bondarenko et al. 2021).
         clipped_gradient: what passes through a clipped value: nothing (``zero``), or all (``pass``).
         edge: whether a value is clipped is seen ``before-rounding`` or ``after-rounding``
-            (:class:`~bitlower.ir.rounding.Clipping`).
+            (:class:`~bitlower.ir.quantization.rounding.Clipping`).
     """
 
     ranges: Ranges = "learned"
@@ -219,7 +219,7 @@ class Groups:
     """Which stored scales are one group's: those at the same entry of ``owner`` along ``axis``; None: each its own.
 
     Groups whose size does not divide their axis are stored in blocks, and unequal parts once for each index
-    (:class:`~bitlower.ir.granularity.Granularity`): what is learned must stay equal within them.
+    (:class:`~bitlower.ir.quantization.granularity.Granularity`): what is learned must stay equal within them.
     """
 
     axis: int

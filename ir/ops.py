@@ -1,7 +1,8 @@
 """The low-bit operators of a Program, as torch custom ops with gradients and shape functions.
 
-``scale`` and ``zero_point`` are float32 tensors laid out as :class:`~bitlower.ir.granularity.Granularity` says. A scale
-of zero means *uncalibrated*: the quantizer is placed but has no range yet, and lets values through unchanged.
+``scale`` and ``zero_point`` are float32 tensors laid out as :class:`~bitlower.ir.quantization.granularity.Granularity`
+says. A scale of zero means *uncalibrated*: the quantizer is placed but has no range yet, and lets values through
+unchanged.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ class Quantizer:
     Kernels have several, by operand, in ``node.meta["quantizers"]``.
 
     Args:
-        role: one of :data:`~bitlower.ir.scheme.WEIGHT_ROLES` or :data:`~bitlower.ir.scheme.ACTIVATION_ROLES`.
-        spec: grid and granularity.
-        tensor: the quantized tensor: a parameter's name, or that of the node whose value it is.
+        role: one of :data:`~bitlower.ir.quantization.scheme.WEIGHT_ROLES` or
+        :data:`~bitlower.ir.quantization.scheme.ACTIVATION_ROLES`. spec: grid and granularity. tensor: the quantized
+        tensor: a parameter's name, or that of the node whose value it is.
     """
 
     role: str

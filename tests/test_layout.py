@@ -238,6 +238,29 @@ def test_every_module_says_what_it_is(path):
             assert node.end_lineno - node.lineno < 60, f"{path}:{node.lineno}: {node.name} has over 60 lines"
 
 
+def _resolves(name):
+    """Whether a dotted name leads to a module, or to something in one."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:length]))
+        except ImportError:
+            continue
+        try:
+            for part in parts[length:]:
+                found = getattr(found, part)
+        except AttributeError:
+            return False
+        return True
+    return False
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_what_docstrings_point_at_is_there(path):
+    for name in re.findall(r":(?:func|class|mod|data|meth|attr):`~?(bitlower\.[\w.]+)`", (ROOT / path).read_text()):
+        assert _resolves(name), f"{path} points at {name}"
+
+
 def test_no_file_is_over_400_lines():
     too_long = {str(path.relative_to(ROOT)): n for path in _files() if (n := path.read_text().count("\n")) > 400}
     assert not too_long

@@ -1,8 +1,8 @@
 """The kernel operators of a fused Program, as torch custom ops with reference implementations and shape functions.
 
 Each stands for one kernel. It reads values that are float, or codes with a scale and a zero point (``x`` with
-``x_scale`` and ``x_zero_point``, both in one shape, as :class:`~bitlower.ir.granularity.Granularity` lays it out), and
-returns a list of tensors, those that ``outputs`` names:
+``x_scale`` and ``x_zero_point``, both in one shape, as :class:`~bitlower.ir.quantization.granularity.Granularity` lays
+it out), and returns a list of tensors, those that ``outputs`` names:
 
 - ``value``: the result, float32;
 - ``codes``: the result on the grid ``out_grid``, in that grid's dtype; with ``out_scale`` and ``out_zero_point`` as

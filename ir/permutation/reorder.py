@@ -27,7 +27,7 @@ def reorder(module: fx.GraphModule, found: Domains, orders: Orders) -> int:
     Args:
         module: edited in place.
         found: its domains.
-        orders: see :data:`~bitlower.ir.domains.Orders`.
+        orders: see :data:`~bitlower.ir.permutation.domains.Orders`.
 
     Returns:
         How many gathers by a stored index are in the graph now.

@@ -1,4 +1,4 @@
-"""Gradients of fake quantization, and an autograd function whose forward pass is :func:`bitlower.ir.numerics.fake`.
+"""Gradients of fake quantization, and an autograd function: :func:`~bitlower.ir.quantization.numerics.fake` with them.
 
 With ``q = clamp(round(x/s) + z, quant_min, quant_max)`` and ``x̂ = s·(q − z)``:
 
@@ -65,8 +65,8 @@ def fake_quantize_gradients(
     Args:
         gradient: of ``rounded``.
         x: what was rounded.
-        rounded: what :func:`~bitlower.ir.numerics.fake` gave, in the shape of ``x``.
-        scale: in the shape of a stored scale (:class:`~bitlower.ir.granularity.Granularity`).
+        rounded: what :func:`~bitlower.ir.quantization.numerics.fake` gave, in the shape of ``x``.
+        scale: in the shape of a stored scale (:class:`~bitlower.ir.quantization.granularity.Granularity`).
         zero_point: whole numbers, in the shape of ``scale``.
         clipping: the range of codes and the rule at its ends.
         needed: of ``x``, ``scale`` and ``zero_point``.
@@ -123,7 +123,7 @@ def _blocked(
 
 
 class _Round(torch.autograd.Function):
-    """:func:`~bitlower.ir.numerics.fake` with the gradients above."""
+    """:func:`~bitlower.ir.quantization.numerics.fake` with the gradients above."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
 """What a run will give and take, before any work: the size of the artifact, peak memory, time, bits per tensor.
 
 The model is traced and the passes that place quantizers run on it (they need no data); nothing is calibrated. From the
-placed quantizers follow the bytes of every tensor (:mod:`bitlower.tools.planning.sizes`), and whether the target can
+placed quantizers follow the bytes of every tensor (:mod:`bitlower.backends.sizes`), and whether the target can
 hold it. Memory and time are foreseen by :mod:`bitlower.tools.planning.costs`. Sizes are::
 
     model file = Σ codes + Σ scales and zero points + Σ tensors that stay float + overhead of nodes and tensors

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bitlower.backends.base import Backend
-from bitlower.backends.registry import find_backend, known_backends, make_backend
+from bitlower.backends.registry import BACKENDS, find_backend, known_backends, make_backend
 from bitlower.ir import BitlowerError, Level, Scheme, nearest
 from bitlower.ir.quantization.scheme import ACTIVATION_ROLES
 from bitlower.passes import Pass, make_pass
@@ -110,18 +110,26 @@ def _of_kernels(formats: Sequence[str]) -> bool:
 
 
 def known_formats() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Names of artifacts: a backend's own, and others that backends have for it with some options."""
+    """Names of artifacts: a backend's own, and others that backends have for it with some options.
+
+    Of third parties' backends the names alone are known here, so that a broken one stands in nobody's way.
+    """
     found: dict[str, tuple[str, dict[str, Any]]] = {}
-    for backend in known_backends():
+    for backend, offers in BACKENDS.providers().items():
         found[backend] = (backend, {})
-        found |= {name: (backend, dict(options)) for name, options in find_backend(backend).formats.items()}
+        own = all(offer.entry_point is None for offer in offers)
+        more = find_backend(backend).formats if own else {}
+        found |= {name: (backend, dict(options)) for name, options in more.items()}
     return found
 
 
 def _format(name: str) -> tuple[type[Backend], dict[str, Any]]:
     formats = known_formats()
     if name not in formats:
-        raise BitlowerError(f"unknown format {name!r}", hint=nearest(name, formats))
+        others = [cls for backend in known_backends() if name in (cls := find_backend(backend)).formats]
+        if not others:
+            raise BitlowerError(f"unknown format {name!r}", hint=nearest(name, formats))
+        return others[0], dict(others[0].formats[name])
     backend, options = formats[name]
     return find_backend(backend), options
 

@@ -14,6 +14,7 @@ import torch
 
 from bitlower.ir import BitlowerError
 from bitlower.tools.runs.flow import quantize
+from bitlower.tools.runs.standard import standard_exports
 
 ROOT = str(Path(__file__).parents[3])
 PLUGINS = Path(__file__).parents[2] / "plugin_package"
@@ -116,3 +117,15 @@ def test_what_it_raises_names_it(
     with pytest.raises(BitlowerError, match="backend 'stored-program' failed: ZeroDivisionError"):
         quantize(str(bert), calibration=str(texts), formats=["stored-program"], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_one_that_cannot_be_imported_stands_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = tmp_path / "site" / "broken-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[bitlower.backends]\nbroken = no_such_module:Broken\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert standard_exports("W8A8", ["onnx-qdq"])[0].name == "onnx-qdq"
+    assert standard_exports("W4A16-g32", ["gptq-v2"])[0].name == "checkpoint"
+    with pytest.raises(BitlowerError, match=r"broken 1\.0 .*fails to import: ModuleNotFoundError"):
+        standard_exports("W8A8", ["broken"])
