@@ -24,7 +24,7 @@ LENGTH = 16
 VALUES = 64
 LEAST = 0.9
 """The least cosine of an output to the recorded one. The same runtime on the same processor gives 1; others round ties
-otherwise, and quantized models make that visible; a processor whose integer kernels saturate returns far less."""
+otherwise, and quantized models make that visible; a processor whose integer kernels saturate gives far less."""
 SIZE = 0.25
 """The largest difference of an output's root mean square to the recorded one, over that."""
 _MOST = 1 << 24

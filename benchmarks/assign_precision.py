@@ -3,7 +3,7 @@
     python benchmarks/assign_precision.py --data DIR [--part solver minilm smollm2]
 
 Weights alone, at an average of 3 and of 4 bits from 2, 3, 4, 6, 8 and 16 (SmolLM2: 2, 3, 4 and 6); linears that read
-one activation keep together. ``uniform`` returns each weight these bits; ``greedy`` starts with the bits of least loss
+one activation keep together. ``uniform`` gives each weight these bits; ``greedy`` starts with the bits of least loss
 and lowers, step by step, the weight that loses least for the bits that it saves; ``optimum`` has the least sum of the
 same losses (proved); ``refined`` goes on from there with losses measured around it on half of the batches, steps being
 kept where the other half gains too. Losses are measured on calibration

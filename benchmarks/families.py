@@ -33,9 +33,9 @@ from bitlower.backends.onnx_qdq import OnnxModel
 from bitlower.frontends import batches
 from bitlower.frontends._encoder import plain_outputs
 from bitlower.frontends.tokenize import token_ids, windows
-from bitlower.frontends.weights import quiet
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.quantization.scheme import WEIGHT_ROLES
+from bitlower.ir.quiet import quiet
 from bitlower.ir.tasks import auto_class
 
 SAMPLES, LENGTH, HELD_OUT = 16, 64, 4

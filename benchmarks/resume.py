@@ -2,7 +2,7 @@
 
     python benchmarks/resume.py
 
-A run with an empty cache returns the reference; a second undisturbed run, with another empty cache, must give the same
+A run with an empty cache is the reference; a second undisturbed run, with another empty cache, must give the same
 bytes. Then three times: a run with an empty cache is killed with SIGKILL at a random moment within the time the first
 one took (an earlier one if it was done before that), and started again with the same command.
 """

@@ -28,7 +28,7 @@ def collect(folder: Path, model: PreTrainedModel, task: str, source: str) -> tup
     """The files that go along with the model in ``folder``, and notes about them.
 
     Raises:
-        BitlowerError: the tokenizer returns tokens that the model's embedding has no row for.
+        BitlowerError: the tokenizer gives tokens that the model's embedding has no row for.
         CheckError: the tokenizer reads a file that is not among those that go along.
     """
     assets, notes = read_assets(folder), list[str]()

@@ -15,9 +15,9 @@ from bitlower.frontends._patches import open_sizes
 from bitlower.frontends._samples import layout, sample
 from bitlower.frontends._trace import check_replay, releasing, to_program, unchanged
 from bitlower.frontends.trace_cache import traced
-from bitlower.frontends.weights import quiet
 from bitlower.ir import BitlowerError, Length, Program
 from bitlower.ir.experts import experts_as_linears
+from bitlower.ir.quiet import quiet
 from bitlower.ir.tasks import TASKS
 
 if TYPE_CHECKING:

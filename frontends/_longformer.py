@@ -26,7 +26,7 @@ _QUESTION = (
 
 
 def classifier(original: Any, notes: list[str]) -> Any:
-    """A head that returns the first token global attention: a mask of one column."""
+    """A head that gives the first token global attention: a mask of one column."""
 
     def forward(self: Any, input_ids: Any = None, **given: Any) -> Any:
         if given.get("global_attention_mask") is None:
@@ -37,7 +37,7 @@ def classifier(original: Any, notes: list[str]) -> Any:
 
 
 def reader(original: Any, notes: list[str]) -> Any:
-    """A head for question answering, which returns the tokens before the first separator global attention."""
+    """A head for question answering, which gives the tokens before the first separator global attention."""
 
     def forward(self: Any, input_ids: Any = None, **given: Any) -> Any:
         if given.get("global_attention_mask") is None:

@@ -75,7 +75,7 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 
 def _ordinary_tokens(model: PreTrainedModel) -> torch.Tensor:
-    """The token ids that the configuration returns no meaning of their own; all where none is left."""
+    """The token ids that the configuration gives no meaning of their own; all where none is left."""
     keep = torch.ones(vocabulary(model), dtype=torch.bool)
     for key, value in model.config.to_dict().items():
         for token in value if isinstance(value, list) else [value]:

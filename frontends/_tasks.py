@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitlower.frontends.weights import quiet
 from bitlower.ir import BitlowerError, nearest
+from bitlower.ir.quiet import quiet
 from bitlower.ir.tasks import TASKS
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from bitlower.frontends.weights import quiet
 from bitlower.ir import BitlowerError, CheckError, Program
 from bitlower.ir.assets import is_tokenizer
+from bitlower.ir.quiet import quiet
 from bitlower.ir.scratch import scratch_folder
 
 PROBES = (

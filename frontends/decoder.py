@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitlower.frontends._tasks import state_refused
-from bitlower.frontends.weights import quiet
+from bitlower.ir.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel

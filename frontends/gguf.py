@@ -24,10 +24,11 @@ from bitlower.frontends._gguf_header import NotGgufError, read_gguf_header
 from bitlower.frontends._promises import Held, check_numbers, check_skeleton
 from bitlower.frontends._tokenizer import from_files
 from bitlower.frontends.huggingface import PreTrained
-from bitlower.frontends.weights import is_large, quiet
+from bitlower.frontends.weights import is_large
 from bitlower.ir import BitlowerError
 from bitlower.ir.assets import read_assets
 from bitlower.ir.files import reason
+from bitlower.ir.quiet import quiet
 from bitlower.ir.scratch import scratch_folder
 from bitlower.ir.storage import bound_heap, parts, settle
 

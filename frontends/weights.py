@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,7 @@ import torch
 from bitlower.frontends._promises import Held, check_numbers, check_skeleton
 from bitlower.ir import BitlowerError, json_files
 from bitlower.ir.files import reason
+from bitlower.ir.quiet import quiet
 from bitlower.ir.safetensors_header import read_header
 from bitlower.ir.storage import bound_heap, map_safetensors, parts, spill
 
@@ -191,21 +190,3 @@ def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def summary(error: Exception) -> str:
     """The text of a foreign error, in one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and its notes on tested versions out of our output."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -32,7 +32,7 @@ def experts_as_linears(model: PreTrainedModel) -> Iterator[int]:
     """Let the experts of ``model`` be linear layers for a while; returns how many layers have experts.
 
     The linears share the memory of the fused tensors. Afterwards the model has its own parameters and modules again;
-    the linears can still be reached by the names that a trace returns them (``get_parameter``).
+    the linears can still be reached by the names that a trace gives them (``get_parameter``).
     """
     layers = _layers(model)
     before = [(m, dict(m._parameters), dict(m._modules), m.config._experts_implementation) for m in layers]

@@ -1,7 +1,7 @@
 """Tensors that lie in files: mapped into memory, read when they are used, let go of when they are not.
 
 A mapped tensor is an ordinary ``torch.Tensor``. Its pages come from the file when something reads them and count as
-resident memory until :func:`release` returns them back, so a model far larger than memory can be walked through.
+resident memory until :func:`release` gives them back, so a model far larger than memory can be walked through.
 """
 
 from __future__ import annotations

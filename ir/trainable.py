@@ -180,7 +180,7 @@ def _with_taps(program: ProgramData, settings: RangeSettings, taps: Collection[s
 
 
 def make_trainable(module: fx.GraphModule, make: Make) -> Trainable:
-    """Return the graph ``module`` tensors of its own, and modules in place of its quantizers with stored scales.
+    """Give the graph ``module`` tensors of its own, and modules in place of its quantizers with stored scales.
 
     Quantizers with one scale become one module. Scales that are computed from values (per token) stay as they are.
 
@@ -215,7 +215,7 @@ def _finish(module: fx.GraphModule) -> None:
 
 
 def _own_tensors(module: fx.GraphModule) -> None:
-    """Return the graph copies of all its tensors; one tensor under two names stays one."""
+    """Give the graph copies of all its tensors; one tensor under two names stays one."""
     copies: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
     for target in _targets(module):
         old = get_tensor(module, target)

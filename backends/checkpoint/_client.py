@@ -1,4 +1,4 @@
-"""A written folder in the hands of its client: transformers loads it, and must give what the Program returns.
+"""A written folder in the hands of its client: transformers loads it, and must return what the Program returns.
 
 Loading makes the model as its users make it, by the files' own configuration: it shows a class that cannot run packed,
 a name that the client reads otherwise, a weight that it leaves uninitialized. None of that can be seen in the files.
@@ -18,8 +18,9 @@ import torch
 
 from bitlower.backends._outputs import Array, Sums, flat_parts
 from bitlower.backends._unseen import Unseen
-from bitlower.backends.checkpoint._skeleton import Skeleton, quiet
+from bitlower.backends.checkpoint._skeleton import Skeleton
 from bitlower.ir import Batch, CheckError
+from bitlower.ir.quiet import quiet
 
 CLIENT = "transformers"
 LIMIT = 2 << 30

@@ -7,7 +7,6 @@ weights brought in just before the module runs and dropped right after.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from torch import nn
 from bitlower.backends.checkpoint._experts import pieces_of_experts
 from bitlower.ir import Batch, BitlowerError, Program, nearest
 from bitlower.ir.experts import unfuse_experts
+from bitlower.ir.quiet import quiet
 from bitlower.ir.tasks import TASKS, auto_class
 
 LINEAR, CONV1D, EMBEDDING = "Linear", "Conv1D", "Embedding"
@@ -170,21 +170,3 @@ def _without_weights() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' remarks on configurations and its progress bars out of our output."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -11,7 +11,7 @@ _HEADS_OUT = [0, 2, 1, 3]
 
 
 def widen_mask(editor: Editor, node: ir.Node) -> str | None:
-    """Return a mask one row a query and one column a key: onnxruntime's Attention broadcasts no [batch, 1, 1, keys].
+    """Give a mask one row a query and one column a key: onnxruntime's Attention broadcasts no [batch, 1, 1, keys].
 
     Its kernel rejects a mask with one row for all queries; one with one column for all keys it may misread.
     """
@@ -33,7 +33,7 @@ def widen_mask(editor: Editor, node: ir.Node) -> str | None:
 
 
 def widen_rotary(editor: Editor, node: ir.Node) -> str | None:
-    """Return the tables of a rotary embedding one row a sequence; in torch the batch may share [1, length, half].
+    """Give the tables of a rotary embedding one row a sequence; in torch the batch may share [1, length, half].
 
     ONNX's RotaryEmbedding takes tables of the batch of its input, where it is given no positions.
     """

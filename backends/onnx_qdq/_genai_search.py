@@ -1,6 +1,6 @@
 """How a model generates by default, in onnxruntime-genai's words; what that runtime does not know is named.
 
-What goes over returns, without sampling, the tokens that ``generate`` of transformers returns.
+What goes over gives, without sampling, the tokens that ``generate`` of transformers returns.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def rewrite(
     accuracy_level: int = FLOAT_ACTIVATIONS,
     weight_signs: Signs = "auto",
 ) -> tuple[ir.Model, RuleLog]:
-    """Apply all rules to a translated model, in place, and return everything its final name.
+    """Apply all rules to a translated model, in place, and give everything its final name.
 
     Args:
         model: of :func:`~bitlower.backends.onnx_qdq._translate.translate`.

@@ -55,7 +55,7 @@ class Editor:
     def lazy(
         self, name: str, layout: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], Array]
     ) -> ir.Value:
-        """A large tensor that ``make`` returns when the file is written; 4-bit and 2-bit ones as packed bytes.
+        """A large tensor that ``make`` makes when the file is written; 4-bit and 2-bit ones as packed bytes.
 
         Asked for again with an equal name and ``layout``, it is the same tensor.
         """
@@ -128,7 +128,7 @@ class Editor:
         self._made = {value: name for value, name in self._made.items() if value.uses() or value.is_graph_output()}
 
     def finish(self) -> None:
-        """Register the tensors and return everything its final, unique name.
+        """Register the tensors and give everything its final, unique name.
 
         Nodes are called after their operator and first output.
         """

@@ -2,7 +2,7 @@
 
 torch broadcasts queries, keys and values over the batch and over the heads (multi-query attention, Shazeer 2019) and
 takes any number of axes before the last two; ONNX's operator, which came with opset 23, takes four axes of one batch.
-A query that may look at no key returns 0 in torch, and here too.
+A query that may look at no key gives 0 in torch, and here too.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def written_out(
 
 
 def safe_softmax(self: FLOAT, dim: int, dtype: int = 1) -> FLOAT:
-    """``aten._safe_softmax``: a row of −∞ returns zeros, and no NaN."""
+    """``aten._safe_softmax``: a row of −∞ gives zeros, and no NaN."""
     probs = opset18.Softmax(self, axis=dim)
     return opset18.Where(opset18.IsNaN(probs), opset18.Constant(value_float=0.0), probs)
 

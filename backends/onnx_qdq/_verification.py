@@ -31,7 +31,7 @@ class CodeError:
         excess: then, how far any value lies from the rounding interval of the runtime's code, in steps: 0 where codes
             are equal, and next to 0 at ties.
         tie: how much of that float arithmetic may explain.
-        exact: the share that ``round_half_even(x / scale) + zero_point`` returns on the runtime's own input; None where
+        exact: the share that ``round_half_even(x / scale) + zero_point`` gives on the runtime's own input; None where
             the runtime has no such input.
     """
 

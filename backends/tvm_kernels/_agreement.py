@@ -1,4 +1,4 @@
-"""Counting how well what a kernel of the library gave agrees with what the Program's returns of the same."""
+"""Counting how well what a kernel of the library gave agrees with what the Program's gives of the same."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def prefetch(buffer: Any, index: Sequence[Expr]) -> None:
 def tvm_target(target: Target) -> Any:
     """The TVM target of a CPU kernel: the processor that this is run on.
 
-    The generic target is told no processor, so that what it returns runs on all of its kind.
+    The generic target is told no processor, so that what it makes runs on all of its kind.
     """
     if target is Target.LLVM:
         return tvm.target.Target({"kind": "llvm"})

@@ -95,7 +95,7 @@ def apply(function: str, x: Expr) -> Expr:
             return const(1.0, x) / (const(1.0, x) + exp(const(0.0, x) - x))
         case "":
             return x
-    raise NotImplementedError(f"{function} has no expression here: see docs/operators.md")
+    raise ValueError(f"{function} has no expression here: see docs/operators.md")
 
 
 def erf(x: Expr) -> Expr:

@@ -13,7 +13,7 @@ from bitlower.backends.tvm_kernels._rows import activation_row, norm_row
 from bitlower.backends.tvm_kernels._spec import ActivationSpec, EmbeddingSpec, NormSpec
 
 _EACH = 4
-"""Columns that a thread has, as long as that returns enough threads to fill a block and not too many."""
+"""Columns that a thread has, as long as that gives enough threads to fill a block and not too many."""
 
 
 def threads_for(columns: int) -> int:

@@ -108,7 +108,7 @@ def apply(function: str, y: Array) -> Array:
             return np.asarray(expit(y))
         case "":
             return y
-    raise NotImplementedError(f"{function} has no expression here: see docs/operators.md")
+    raise ValueError(f"{function} has no expression here: see docs/operators.md")
 
 
 def ratio(y: Array, scale: Array, zero_point: Array) -> Array:

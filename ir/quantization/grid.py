@@ -86,7 +86,7 @@ class Grid:
     def qparams(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point for values in ``[low, high]``, elementwise.
 
-        Zero is always in the range; an all-zero range returns scale 1, and NaN gives NaN. Both results are float32 and
+        Zero is always in the range; an all-zero range gives scale 1, and NaN gives NaN. Both results are float32 and
         have the shape of ``low``; zero points are whole numbers.
         """
         low = low.float().clamp(max=0.0)

@@ -1,7 +1,7 @@
 """The one implementation of quantize and dequantize.
 
 ``q = clamp(round_half_even(x / scale) + zero_point, quant_min, quant_max)`` and ``x̂ = scale · (q − zero_point)``, in
-float32, with a true division: multiplying by ``1 / scale`` returns other codes at ties, and onnxruntime divides.
+float32, with a true division: multiplying by ``1 / scale`` gives other codes at ties, and onnxruntime divides.
 Scales of any :class:`~bitlower.ir.quantization.granularity.Granularity` are broadcast over blocks of consecutive
 elements.
 """

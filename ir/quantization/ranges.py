@@ -50,7 +50,7 @@ class Histogram:
         """With the values ``[rows, elements]`` added; ``zeros`` of each row are padding and are not counted.
 
         ``weights``, of the same shape, say how much each value counts; padding has the weight 0 then, and no ``zeros``.
-        ``owner`` returns the scale of each row; left out, there is a row for each scale.
+        ``owner`` is the scale of each row; left out, there is a row for each scale.
         """
         scales, bins = self.counts.shape
         owner = torch.arange(scales) if owner is None else owner

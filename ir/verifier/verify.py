@@ -183,7 +183,7 @@ def check_grid_arguments(program: Program, module: fx.GraphModule, node: fx.Node
 
 
 def check_quantizer_type(program: Program, module: fx.GraphModule, node: fx.Node) -> None:
-    """A quantizer returns the shape that it takes; only the dtype changes between codes and values."""
+    """A quantizer has the shape that it takes; only the dtype changes between codes and values."""
     if node.target not in QUANTIZER:
         return
     before, after = type_of(module, _operand(node)), node.meta["type"]

@@ -104,7 +104,7 @@ class Pass:
     preserves: ClassVar[frozenset[type]] = frozenset()
     """The facts about the program in the context that stay true although the pass changed it."""
     rewrites_weights: ClassVar[bool] = False
-    """Whether it returns weights other values, so that those before are held as well; for predictions of memory."""
+    """Whether it gives weights other values, so that those before are held as well; for predictions of memory."""
     keeps_sizes: ClassVar[bool] = False
     """Whether the artifact is as large as without it; for predictions."""
 
@@ -142,7 +142,7 @@ class Pass:
         return 0
 
     def sets_bits(self) -> bool:
-        """Whether :meth:`run` returns tensors quantizers, or quantizers other bits: backends are asked again then."""
+        """Whether :meth:`run` gives tensors quantizers, or quantizers other bits: backends are asked again then."""
         return self.ensures is Level.SIMULATED
 
     def runs_in_plan(self) -> bool:

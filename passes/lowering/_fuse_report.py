@@ -29,7 +29,7 @@ class KernelRow:
         node: its name in the graph.
         path: the module path of the operator that it started at.
         block: the number of the block; -1 outside of all.
-        returns: its outputs.
+        gives: its outputs.
         operators: what it does the work of.
     """
 
@@ -179,7 +179,7 @@ def _remaining(node: fx.Node, place: dict[fx.Node, int], said: dict[str, str]) -
 
 
 def _reason(node: fx.Node, said: dict[str, str]) -> str:
-    """Why no kernel took ``node``: what returns the value that it rounds, or what reads the value that it makes."""
+    """Why no kernel took ``node``: what makes the value that it rounds, or what reads the value that it makes."""
     around = list(node.users) if node.target is ops.dequantize else [operand(node, 0)]
     texts = []
     for other in around:

@@ -40,7 +40,7 @@ def merge_groups(groups: Sequence[Group], grid: Grid, ratio: float) -> list[Grou
     """The fewest groups in which no index has a step of more than ``ratio`` times its own.
 
     A merged group covers the union of the ranges. What holds for a run of groups holds for each part of it, so joining
-    from the left as long as possible returns the fewest.
+    from the left as long as possible gives the fewest.
     """
     if ratio <= 1:
         return list(groups)

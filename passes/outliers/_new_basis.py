@@ -183,7 +183,7 @@ def _add_to_bias(module: fx.GraphModule, linear: fx.Node, shift: torch.Tensor) -
 
 
 def _own(module: fx.GraphModule, linear: fx.Node, position: int) -> list[str]:
-    """Return the linear a parameter that nobody else reads; the name of the new one, if it has to be."""
+    """Give the linear a parameter that nobody else reads; the name of the new one, if it has to be."""
     node = operand(linear, position)
     if len(node.users) == 1:
         return []

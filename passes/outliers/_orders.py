@@ -25,7 +25,7 @@ def grouped_order(values: Sequence[ChannelStatistics], groups: int, bits: int) -
 
     Equal groups have a weakness: the last one is larger than the outliers are many, and the widest of the ordinary
     channels, which have the most to lose, are rounded with the outliers' scale. So the last group may take the
-    narrowest channels in their place. How many outliers it holds is what returns the smallest predicted error.
+    narrowest channels in their place. How many outliers it holds is what gives the smallest predicted error.
     """
     ascending = range_order(values)
     channels = ascending.numel()

@@ -150,7 +150,7 @@ class _Analysis:
         observe(self.program, self.outliers, self._stream(batches, track, "outliers"), look)
 
     def _stream(self, batches: Sequence[Batch], track: Track | None, label: str) -> Iterator[Batch]:
-        """Return the batches one by one and note which is under way."""
+        """Yield the batches one by one and note which is under way."""
         self.sequences = self.token_count = 0
         for batch in track(batches, label) if track else batches:
             self.batch, self.tokens = batch, Tokens.of(batch, self.sequences)

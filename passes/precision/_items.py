@@ -121,7 +121,7 @@ def find_items(program: Program, weights: Sequence[int], activations: Sequence[i
 
 
 def set_width(node: fx.Node, width: int) -> None:
-    """Return the uncalibrated or dynamic quantizer ``node`` another number of bits."""
+    """Give the uncalibrated or dynamic quantizer ``node`` another number of bits."""
     quantizer: Quantizer = node.meta["quantizer"]
     grid = replace(quantizer.spec.grid, bits=width)
     node.meta["quantizer"] = replace(quantizer, spec=replace(quantizer.spec, grid=grid))
@@ -163,7 +163,7 @@ def _calibrated(
 
 
 def calibrate_with(program: Program, node: fx.Node, rounding: Rounding) -> None:
-    """Return the uncalibrated quantizer ``node``, of the bits of ``rounding``, its scale and zero point."""
+    """Give the uncalibrated quantizer ``node``, of the bits of ``rounding``, its scale and zero point."""
     for position, value in ((1, rounding.scale), (2, rounding.zero_point)):
         if value is not None:
             set_tensor(program.module, str(operand(node, position).target), value)

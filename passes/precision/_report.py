@@ -53,7 +53,7 @@ class TimeEstimate:
     Args:
         target: its name.
         rows: that each linear reads.
-        before_us: microseconds, with the bits that the scheme returns.
+        before_us: microseconds, with the bits that the scheme gives.
         after_us: with those that were chosen.
     """
 

@@ -193,7 +193,7 @@ class _Plan:
         self.last |= dict.fromkeys(results, len(self.nodes))
 
     def compute(self, node: fx.Node, state: State | None, value: Callable[[fx.Node], Any]) -> Any:
-        """The value of ``node``, whose operands ``value`` returns; ``state`` is that of a quantizer."""
+        """The value of ``node``, whose operands ``value`` finds; ``state`` is that of a quantizer."""
         if node.op == "get_attr":
             return get_tensor(self.module, str(node.target))
         if state is not None:

@@ -31,7 +31,7 @@ _WIDE = 16
 class AssignPrecision(Pass):
     """Give uncalibrated quantizers other bits, before they are calibrated; leaves a :class:`PrecisionReport`.
 
-    ``set: paper`` returns 16 bits to the input, the output and the residual sum of every feed-forward network
+    ``set: paper`` gives 16 bits to the input, the output and the residual sum of every feed-forward network
     (Bondarenko et al. §4, mixed-precision PTQ). Otherwise the loss of each quantizer at each number of bits is
     measured, all others off, on ranges as `calibrate` sets them at these bits; the assignment with the least sum of
     losses within the budgets is found as a multiple-choice knapsack, with a proof; and it is then refined by losses

@@ -28,7 +28,7 @@ class _Call(NamedTuple):
 def expand_attention(node: fx.Node) -> None:
     """Replace one attention operator by QKᵀ, scaling, mask, softmax and the product with V.
 
-    Masked scores get −∞, and a row that is masked throughout returns 0, as in torch's operator: its softmax is
+    Masked scores get −∞, and a row that is masked throughout gives 0, as in torch's operator: its softmax is
     ``_safe_softmax``. A causal mask, which hides no row throughout, is made from the lengths at run time; keys and
     values of grouped queries are repeated.
 

@@ -18,7 +18,7 @@ _EPS = 1e-9
 
 @dataclass(frozen=True)
 class Parts:
-    """A partition of the indices of an axis: ``owner`` returns the group of each, int64 ``[indices]``, ascending."""
+    """A partition of the indices of an axis: ``owner`` is the group of each, int64 ``[indices]``, ascending."""
 
     owner: torch.Tensor
 

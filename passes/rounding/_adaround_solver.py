@@ -51,7 +51,7 @@ class Layer:
         zero: its zero points.
         limits: the smallest and the largest code.
         inputs: ``[tokens, in]``, as the quantized layers before it give them.
-        targets: ``[tokens, out]``: what the float layer returns for float inputs, behind ``activation``.
+        targets: ``[tokens, out]``: what the float layer gives for float inputs, behind ``activation``.
         weights: ``[tokens]``: how much each token counts, 1 on average.
     """
 

@@ -74,7 +74,7 @@ class CorrectBias(Pass):
     """How much a token counts in the mean, by the norm of its float output. ``none`` is the published mean: a few
     tokens of huge norm may own it, and the bias that fixes their error is added to all others."""
     add: bool = False
-    """Return a bias to linears that have none."""
+    """Give a bias to linears that have none."""
     memory: Annotated[int, Ge(0)] = 2 << 30
     """Bytes of activations that are held in memory; more go to disk."""
 

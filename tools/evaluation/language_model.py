@@ -21,11 +21,11 @@ from bitlower.frontends import load
 from bitlower.frontends.context import stated_length
 from bitlower.frontends.decoder import cache_argument, cache_of
 from bitlower.frontends.tokenize import positions
-from bitlower.frontends.weights import quiet
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.files import check_name, reason
 from bitlower.ir.folding import with_float_weights
 from bitlower.ir.json_files import read_json
+from bitlower.ir.quiet import quiet
 from bitlower.ir.tasks import TEXT_GENERATION
 from bitlower.tools.evaluation.artifacts import load_artifact
 

@@ -89,7 +89,7 @@ class Plan:
         float_bytes: of all tensors of the float model.
         peak_bytes: of resident memory.
         seconds: from start to end.
-        at_least: whether memory and time are no more than lower bounds, for the reason that a note returns.
+        at_least: whether memory and time are no more than lower bounds, for the reason that a note gives.
     """
 
     model: str

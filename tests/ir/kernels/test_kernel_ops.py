@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitlower.ir import Granularity, Grid
-from bitlower.ir.activations import IN_KERNELS as ACTIVATIONS
+from bitlower.ir.activations import IN_KERNELS
 from bitlower.ir.kernels.references import fused_embedding, fused_linear, fused_norm, fused_pointwise
 from bitlower.ir.quantization import numerics
 
@@ -68,7 +68,7 @@ def test_linear_of_all_granularities(x: str, weight: str) -> None:
     assert_values(found, values @ matrix.values().T)
 
 
-@pytest.mark.parametrize("name", ["", *ACTIVATIONS])
+@pytest.mark.parametrize("name", ["", *IN_KERNELS])
 @pytest.mark.parametrize("residual", ["", "float", "static"])
 def test_linear_epilogue(name: str, residual: str) -> None:
     arguments, values = operand("static", "x", 4, K)
@@ -237,7 +237,7 @@ def test_a_sum_of_rows_of_tables(table: str) -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(["float", "static", "token", "peg"]), st.sampled_from(sorted(WEIGHTS)),
-    st.sampled_from([*ACTIVATIONS, ""]), st.booleans(), st.sampled_from(["", "float", "static"]),
+    st.sampled_from([*IN_KERNELS, ""]), st.booleans(), st.sampled_from(["", "float", "static"]),
     st.integers(1, 5), st.integers(0, 9),
 )  # fmt: skip
 def test_any_linear(x, weight, name, bias, residual, rows, seed) -> None:
