@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx
 
 from bitlower.ir import Program, Quantizer, get_tensor, kernels, ops
+from bitlower.ir.quantizer_node import QuantizerNode
 
 
 def resolved_tensors(program: Program) -> list[dict[str, Any]]:
@@ -41,7 +42,7 @@ def _tensor_row(program: Program, node: fx.Node, quantizer: Quantizer) -> dict[s
 def _scale_arguments(node: fx.Node, quantizer: Quantizer) -> tuple[Any, Any]:
     """Scale and zero point of a quantizer among the arguments of its node."""
     if not kernels.is_kernel(node):
-        return node.args[1], node.args[2]
+        return QuantizerNode(node).scale, QuantizerNode(node).zero_point
     given = kernels.arguments(node)
     operand = next(name for name, held in node.meta["quantizers"].items() if held == quantizer)
     stem, _, index = operand.partition("_")  # table_0, rounded_1: an entry of a list

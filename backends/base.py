@@ -12,7 +12,6 @@ import torch
 
 from bitlower.backends.sizes import Sizes
 from bitlower.ir import Batch, BitlowerError, Level, Program, QuantSpec, Scheme
-from bitlower.ir.dataflow import operand
 from bitlower.ir.plugins.kinds import check_bounds
 from bitlower.ir.plugins.parameters import plain_parameters
 
@@ -166,7 +165,7 @@ class Backend(abc.ABC):
         """
         self.check_program(program)
         for node, quantizer in program.quantizers():
-            shape = operand(node, 0).meta["type"].shape
+            shape = node.all_input_nodes[0].meta["type"].shape
             if reason := self.supports(quantizer.spec, shape, quantizer.role):
                 raise BitlowerError(
                     f"{self.name} cannot hold {quantizer.tensor} ({quantizer.role}) as {quantizer.spec}: {reason}",

@@ -20,8 +20,9 @@ from _common import MODEL, data_folder, show_table, write_result
 from bitlower import Program, load
 from bitlower.frontends import batches
 from bitlower.ir import Batch, get_tensor
-from bitlower.ir.dataflow import activation_operand, linears, parameter_of, weight_operand
+from bitlower.ir.dataflow import linears, parameter_of
 from bitlower.ir.observe import observe
+from bitlower.ir.operators import LinearNode
 from bitlower.passes import Context, PassManager, parse_pipeline
 
 
@@ -30,8 +31,8 @@ def moments(program: Program, inputs: Sequence[Batch]) -> dict[str, torch.Tensor
     found: dict[str, torch.Tensor] = {}
     weights: dict[object, list[str]] = {}
     for node in linears(program.graph):
-        parameter = parameter_of(weight_operand(node))
-        weights.setdefault(activation_operand(node), []).append(str(parameter.target) if parameter else "")
+        parameter = parameter_of(LinearNode(node).weight)
+        weights.setdefault(LinearNode(node).x, []).append(str(parameter.target) if parameter else "")
 
     def add(node: object, value: torch.Tensor, batch: Batch) -> None:
         x = value[batch["attention_mask"].bool()].double() if value.dim() == 3 else value.double()

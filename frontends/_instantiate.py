@@ -21,6 +21,7 @@ from bitlower.frontends._trace import type_tensors
 from bitlower.frontends.weights import model_tensors
 from bitlower.ir import BitlowerError, Program, ValueSpec, get_tensor, set_tensor
 from bitlower.ir.experts import experts_as_linears
+from bitlower.ir.operators import graph_results, operand
 from bitlower.ir.tensors import tensor_digest
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class _Traced:
         self.of_first = {
             x for node in self.nodes for x in node.all_input_nodes if self.label[x] == 0 and (self.label[node] or 0) > 1
         }
-        given: Any = program.graph.output_node().args[0]
+        given = graph_results(program.graph)
         self.results = {x for spec, x in zip(program.outputs, given, strict=True) if not _CACHE.fullmatch(spec.name)}
         self.gives = [self._gives(layer) for layer in range(count)]
         if len({tuple(node.meta.get("type") for node in gives) for gives in self.gives}) != 1:
@@ -158,7 +159,7 @@ class _Traced:
 
     def is_size(self, node: fx.Node) -> bool:
         """Whether ``node`` belongs to no layer and reads a size of an input that does."""
-        return node.target is _SIZE and self.label[node] is None and node.args[0].op == "placeholder"  # type: ignore[union-attr]
+        return node.target is _SIZE and self.label[node] is None and operand(node, "self").op == "placeholder"
 
     def _check(self) -> None:
         """See that no layer reads what was computed from layers outside of them."""
@@ -308,7 +309,7 @@ class _Writer:
 
     def _outputs(self) -> tuple[tuple[ValueSpec, ...], tuple[fx.Node, ...]]:
         """Outputs of all layers, with the nodes that compute them."""
-        given: Any = self.traced.program.graph.output_node().args[0]
+        given = graph_results(self.traced.program.graph)
         specs, values = [], []
         for spec, node, layer in self._per_layer(list(zip(self.traced.program.outputs, given, strict=True))):
             specs.append(spec)

@@ -17,6 +17,7 @@ from bitlower.frontends._dimensions import Layout, found_lengths, named, symbol_
 from bitlower.frontends._failure import PYTHON_ROOTS
 from bitlower.ir import BitlowerError, CheckError, Level, Program, TensorType, ValueSpec, copy_module, get_tensor
 from bitlower.ir.observe import run
+from bitlower.ir.operators import set_graph_results
 from bitlower.ir.storage import release
 
 _REPLAY_TOLERANCE = 1e-4
@@ -54,7 +55,7 @@ def to_program(
     for node in list(graph.nodes):
         if _is_noise(node):
             if node.users:
-                node.replace_all_uses_with(node.args[0])
+                node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
         else:
             node.meta = _translate_meta(node, symbols)
@@ -198,14 +199,14 @@ def _name_inputs(graph: fx.Graph, names: Sequence[str] | None) -> tuple[ValueSpe
 
 def _name_outputs(graph: fx.Graph, names: Sequence[str], keep: Callable[[str], bool]) -> tuple[ValueSpec, ...]:
     """The outputs, in one tuple; what is not kept, and None, is dropped."""
-    flat, _ = torch.utils._pytree.tree_flatten(graph.output_node().args[0])
+    flat, _ = torch.utils._pytree.tree_flatten(graph.output_node().args)
     kept = {name: value for name, value in zip(names, flat, strict=True) if value is not None and keep(name)}
     for name, value in kept.items():
         if not isinstance(value, fx.Node) or "type" not in value.meta:
             raise BitlowerError(f"the output {name!r} is no tensor", hint="return tensors alone")
     if not kept:
         raise BitlowerError("the model returns no tensor")
-    graph.output_node().args = (tuple(kept.values()),)
+    set_graph_results(graph, list(kept.values()))
     return tuple(ValueSpec(name, value.meta["type"]) for name, value in kept.items())
 
 

@@ -17,17 +17,18 @@ from torch import fx
 
 from bitlower.ir import ops
 from bitlower.ir.activations import ACTIVATIONS
+from bitlower.ir.operators import BinaryNode, EmbeddingNode, LinearNode, argument, operand, operators_of
 from bitlower.ir.tensors import get_tensor
 
 aten = torch.ops.aten
 
-LINEAR = frozenset({aten.linear.default, aten.addmm.default})
-MATMUL = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
-ATTENTION = frozenset({aten.scaled_dot_product_attention.default})
-SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
-NORM = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.native_layer_norm.default})
-EMBEDDING = frozenset({aten.embedding.default})
-ADD = frozenset({aten.add.Tensor, aten.add_.Tensor})
+LINEAR = operators_of("linear")
+MATMUL = operators_of("product")
+ATTENTION = operators_of("attention")
+SOFTMAX = operators_of("softmax")
+NORM = operators_of("norm")
+EMBEDDING = operators_of("embedding")
+ADD = operators_of("sum")
 ACTIVATION = frozenset(row.target for row in ACTIVATIONS)
 VIEWS = frozenset({
     aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.contiguous.default,
@@ -59,13 +60,6 @@ class Block:
         return self.nodes[-1]
 
 
-def operand(node: fx.Node, position: int) -> fx.Node:
-    """The argument of ``node`` at ``position``, which must be a node too."""
-    value = node.args[position]
-    assert isinstance(value, fx.Node), f"argument {position} of %{node.name} is no node"
-    return value
-
-
 def value_graph(graph: fx.Graph) -> nx.DiGraph[fx.Node]:
     """The graph as networkx sees it: an edge from each node to each of its users."""
     view: nx.DiGraph[fx.Node] = nx.DiGraph()
@@ -95,23 +89,13 @@ def value_uses(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
 def _passes_on(node: fx.Node) -> bool:
     """Whether ``node`` moves values of its operand and computes none."""
     if node.target is operator.getitem:
-        return operand(node, 0).target in PARTS
+        return operand(node, "source").target in PARTS
     return node.target in VIEWS or node.target in PARTS
 
 
 def is_float(node: fx.Node) -> bool:
     """Whether ``node`` is a floating-point tensor."""
     return "type" in node.meta and node.meta["type"].is_float
-
-
-def activation_operand(linear: fx.Node) -> fx.Node:
-    """The activation that a linear multiplies with its weight."""
-    return operand(linear, 1 if linear.target is aten.addmm.default else 0)
-
-
-def weight_operand(linear: fx.Node) -> fx.Node:
-    """The weight of a linear: a parameter, or the quantizer over one."""
-    return operand(linear, 2 if linear.target is aten.addmm.default else 1)
 
 
 def parameter_of(node: fx.Node) -> fx.Node | None:
@@ -122,7 +106,7 @@ def parameter_of(node: fx.Node) -> fx.Node | None:
 
 def linears(graph: fx.Graph) -> list[fx.Node]:
     """The linear layers: an activation times a parameter."""
-    return [n for n in graph.nodes if n.target in LINEAR and parameter_of(weight_operand(n)) is not None]
+    return [n for n in graph.nodes if n.target in LINEAR and parameter_of(LinearNode(n).weight) is not None]
 
 
 def residual_sums(graph: fx.Graph) -> list[fx.Node]:
@@ -137,7 +121,8 @@ def residual_sums(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _joins_a_branch(node: fx.Node, position: dict[fx.Node, int]) -> bool:
-    operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and is_float(a) and a.op != "get_attr"]
+    terms = BinaryNode(node).left, BinaryNode(node).right
+    operands = [a for a in terms if isinstance(a, fx.Node) and is_float(a) and a.op != "get_attr"]
     if len(operands) != 2 or not is_float(node):
         return False
     if any(value.meta["type"].shape != node.meta["type"].shape for value in operands):
@@ -183,7 +168,7 @@ def fusion_groups(graph: fx.Graph) -> list[tuple[fx.Node, ...]]:
     """Linears that read the same activation (query/key/value, gate/up): runtimes fuse them, so they share a scheme."""
     groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in linears(graph):
-        value = activation_operand(node)
+        value = LinearNode(node).x
         while value.target in QUANTIZER:
             value = value.all_input_nodes[0]
         groups[value].append(node)
@@ -307,8 +292,8 @@ def _operators(nodes: Iterable[fx.Node]) -> list[str]:
 def vocabularies(graph: fx.Graph) -> Iterator[tuple[fx.Node, tuple[int | str, ...]]]:
     """The tables that token ids index, and their shapes."""
     for node in graph.nodes:
-        if node.target in EMBEDDING and value_root(operand(node, 1)).target == "input_ids":
-            table = operand(node, 0)
+        if node.target in EMBEDDING and value_root(EmbeddingNode(node).ids).target == "input_ids":
+            table = EmbeddingNode(node).table
             yield parameter_of(table) or table, table.meta["type"].shape
 
 
@@ -317,6 +302,27 @@ def unrounded(node: fx.Node) -> fx.Node:
     while node.target in QUANTIZER:
         node = node.all_input_nodes[0]
     return node
+
+
+def before_repeat(node: fx.Node) -> fx.Node | None:
+    """The keys or values ``[batch, groups, length, width]`` whose heads ``node`` repeats, each several times in a row.
+
+    None if it is no such repetition; models write one for grouped queries (Ainslie et al. 2023).
+    """
+    if node.target is aten.repeat_interleave.self_int:
+        plain = argument(node, "dim") in (1, -3) and argument(node, "output_size") is None
+        return operand(node, "self") if plain else None
+    if node.target not in (aten.reshape.default, aten.view.default, aten.flatten.using_ints):
+        return None
+    expanded = operand(node, "self")
+    added = operand(expanded, "self") if expanded.target is aten.expand.default else expanded
+    if added.target is not aten.unsqueeze.default or argument(added, "dim") not in (2, -3) or added is expanded:
+        return None
+    source = operand(added, "self")
+    before, wide, after = (n.meta["type"].shape for n in (source, expanded, node))
+    fits = len(before) == len(after) == 4 and len(wide) == 5
+    same = fits and (before[0], *before[2:]) == (after[0], *after[2:]) and wide[:2] == before[:2]
+    return source if same and wide[1] * wide[2] == after[1] and wide[3:] == before[2:] else None
 
 
 def is_scores(node: fx.Node) -> bool:
@@ -338,7 +344,7 @@ def is_context(node: fx.Node) -> bool:
     """Whether ``node`` is the product of attention probabilities and values."""
     if node.target in ATTENTION:
         return True
-    first = node.args[0] if node.target in MATMUL else None
-    while isinstance(first, fx.Node) and (first.target in VIEWS or "quantizer" in first.meta):
+    first = BinaryNode(node).left if node.target in MATMUL else None
+    while first is not None and (first.target in VIEWS or "quantizer" in first.meta):
         first = first.all_input_nodes[0]
-    return isinstance(first, fx.Node) and first.target in SOFTMAX
+    return first is not None and first.target in SOFTMAX

@@ -18,7 +18,7 @@ from bitlower.ir.program_data import ProgramData
 from bitlower.ir.quantizer import Quantizer
 from bitlower.ir.types import TensorType
 
-FORMAT = 4
+FORMAT = 5
 FUNCTIONS = {
     f"{function.__module__}:{function.__name__}": function
     for function in (

@@ -7,17 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from bitlower.ir.dataflow import (
-    ADD,
-    ATTENTION,
-    LINEAR,
-    MATMUL,
-    SOFTMAX,
-    activation_operand,
-    residual_sums,
-    unrounded,
-    value_root,
-)
+from bitlower.ir.dataflow import ADD, ATTENTION, LINEAR, MATMUL, SOFTMAX, residual_sums, unrounded, value_root
+from bitlower.ir.operators import LinearNode
 
 
 @dataclass(frozen=True)
@@ -67,13 +58,13 @@ def _input(output: fx.Node, stream: fx.Node, position: dict[fx.Node, int]) -> fx
     """The value that the first linear layers of the branch read, if it is one for all of them."""
     linears = [node for node in _behind(output, stream, position) if node.target in LINEAR]
     first = [node for node in linears if not any(other in linears for other in _behind(node, stream, position))]
-    entries = {unrounded(activation_operand(node)) for node in first}
+    entries = {unrounded(LinearNode(node).x) for node in first}
     return entries.pop() if len(entries) == 1 else None
 
 
 def _behind(linear: fx.Node, stream: fx.Node, position: dict[fx.Node, int]) -> list[fx.Node]:
     """What the input of ``linear`` is computed from, back to ``stream``."""
-    frontier, seen = [activation_operand(linear)], dict[fx.Node, None]()
+    frontier, seen = [LinearNode(linear).x], dict[fx.Node, None]()
     while frontier:
         node = frontier.pop()
         if node not in seen and position[node] > position[stream]:

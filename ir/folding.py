@@ -33,7 +33,7 @@ def with_float_weights(program: Program, chosen: Collection[str] | None = None) 
         if node.target is ops.dequantize:
             values = numerics.values(stored, scale, zero)
         else:
-            values = ops.fake_quantize(stored, scale, zero, *node.args[3:])
+            values = ops.fake_quantize(stored, scale, zero, *node.args[3:], **node.kwargs)
         target = f"folded.{node.name}" if chosen is None else parameter
         set_tensor(copy.module, target, like(values, stored))
         with copy.graph.inserting_before(node):

@@ -93,8 +93,6 @@ class LearnableQuantizer(nn.Module):
         shape: tuple[int | str, ...] = (),
     ) -> None:
         super().__init__()
-        if not bool(scale.all()):
-            raise BitlowerError("a quantizer without a range cannot be trained", hint="run `calibrate` first")
         grid = spec.grid
         self.spec, self.mode, self.activation_shape = spec, settings.ranges, shape
         self.is_weight, self.batch = weight is not None, {}

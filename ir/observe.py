@@ -12,6 +12,7 @@ from torch import fx
 from bitlower.ir.dataflow import ancestors, constants
 from bitlower.ir.diagnostics import BitlowerError, describe, nearest
 from bitlower.ir.fit import Batch
+from bitlower.ir.operators import graph_results
 from bitlower.ir.program import Program
 from bitlower.ir.storage import release
 
@@ -79,10 +80,10 @@ def run(program: Program, batch: Batch) -> dict[str, torch.Tensor]:
     Raises:
         BitlowerError: an input is missing or unknown.
     """
-    results = program.graph.output_node().args[0]
+    results = graph_results(program.graph)
     values: dict[fx.Node, torch.Tensor] = {}
-    observe(program, set(results), [batch], lambda node, value, _: values.update({node: value}))  # type: ignore[arg-type]
-    found = {spec.name: values[node] for spec, node in zip(program.outputs, results, strict=True)}  # type: ignore[arg-type]
+    observe(program, set(results), [batch], lambda node, value, _: values.update({node: value}))
+    found = {spec.name: values[node] for spec, node in zip(program.outputs, results, strict=True)}
     return program.cropped(found, batch)
 
 

@@ -1,8 +1,8 @@
 """The low-bit operators of a Program, as torch custom ops with gradients and shape functions.
 
 ``scale`` and ``zero_point`` are float32 tensors laid out as :class:`~bitlower.ir.quantization.granularity.Granularity`
-says. A scale of zero means *uncalibrated*: the quantizer is placed but has no range yet, and lets values through
-unchanged.
+says. A quantizer that is placed and has no range yet is not *calibrated*, which its last argument says, and lets
+values through unchanged, whatever its scale is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from bitlower.ir.diagnostics import BitlowerError
 from bitlower.ir.quantization import numerics
 from bitlower.ir.quantization.granularity import Granularity
 from bitlower.ir.quantization.grid import Grid, ScaleConvention
@@ -22,36 +21,43 @@ DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "uint1
 
 @torch.library.custom_op("bitlower::fake_quantize", mutates_args=())
 def _fake_quantize(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    quant_min: int,
+    quant_max: int,
+    calibrated: bool = True,
 ) -> torch.Tensor:
-    if not bool(scale.any()):
+    if not calibrated:
         return x.clone()
     return numerics.fake(x, scale, torch.round(zero_point), quant_min, quant_max)
 
 
 @_fake_quantize.register_fake
-def _(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int) -> torch.Tensor:
+def _(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    quant_min: int,
+    quant_max: int,
+    calibrated: bool = True,
+) -> torch.Tensor:
     return torch.empty_like(x)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, scale, zero_point, ctx.quant_min, ctx.quant_max = inputs
+    x, scale, zero_point, ctx.quant_min, ctx.quant_max, ctx.calibrated = inputs
     ctx.save_for_backward(x, output, scale, torch.round(zero_point))
 
 
 def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Gradients as in :mod:`~bitlower.ir.quantization.rounding`, clipping seen after rounding; uncalibrated: as is."""
+    if not ctx.calibrated:
+        return gradient, *(None,) * 5
     x, rounded, scale, zero = ctx.saved_tensors
-    clipping, calibrated = Clipping(ctx.quant_min, ctx.quant_max, after_rounding=True), scale.any()
-    found = fake_quantize_gradients(
-        gradient, x, rounded, scale, zero, clipping, ctx.needs_input_grad[:3], traceable=True
-    )
-    others = (gradient, torch.zeros_like(scale), torch.zeros_like(zero))
-    by = (
-        torch.where(calibrated, part, other) if part is not None else None
-        for part, other in zip(found, others, strict=True)
-    )
-    return *by, None, None
+    clipping = Clipping(ctx.quant_min, ctx.quant_max, after_rounding=True)
+    by = fake_quantize_gradients(gradient, x, rounded, scale, zero, clipping, ctx.needs_input_grad[:3], traceable=True)
+    return *by, None, None, None
 
 
 _fake_quantize.register_autograd(_gradients, setup_context=_save)
@@ -61,8 +67,6 @@ _fake_quantize.register_autograd(_gradients, setup_context=_save)
 def _quantize(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int, dtype: str
 ) -> torch.Tensor:
-    if not bool(scale.any()):
-        raise BitlowerError("a quantizer without a range cannot give codes", hint="run `calibrate` first")
     return numerics.codes(x, scale, zero_point, quant_min, quant_max).to(DTYPES[dtype])
 
 

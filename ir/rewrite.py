@@ -62,6 +62,12 @@ def call_like(like: fx.Node, target: Any, args: tuple[Any, ...], kind: TensorTyp
     return node
 
 
+def call_again(node: fx.Node, source: fx.Node, kind: TensorType) -> fx.Node:
+    """The call ``node`` once more, on ``source`` in place of its first argument; ``kind`` is the result's type."""
+    _, *others = node.args
+    return call_like(node, node.target, (source, *others), kind, **node.kwargs)
+
+
 def replace(node: fx.Node, target: Any, args: tuple[Any, ...], kind: TensorType, **options: Any) -> fx.Node:
     """Put a new call in the place of ``node``, which stays behind without users."""
     with node.graph.inserting_before(node):

@@ -13,6 +13,7 @@ from torch import fx
 
 from bitlower.ir.program_data import ProgramData
 from bitlower.ir.quantizer import Quantizer
+from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.tensors import get_tensor
 
 
@@ -52,7 +53,7 @@ def format_node(module: fx.GraphModule, node: fx.Node) -> str:
     if "quantizer" in node.meta:
         quantizer: Quantizer = node.meta["quantizer"]
         of = f" of {quantizer.tensor}" if quantizer.tensor != operand_name(node) else ""
-        notes.append(f"{quantizer.role} {quantizer.spec} {_format_range(module, node, quantizer)}{of}")
+        notes.append(f"{quantizer.role} {quantizer.spec} {_format_range(module, node)}{of}")
     notes += [f"{name}: {q.role} {q.spec} of {q.tensor}" for name, q in node.meta.get("quantizers", {}).items()]
     if node.meta.get("path"):
         notes.append(node.meta["path"])
@@ -88,15 +89,14 @@ def _format_arg(arg: Any) -> str:
     return repr(arg)
 
 
-def _format_range(module: fx.GraphModule, node: fx.Node, quantizer: Quantizer) -> str:
+def _format_range(module: fx.GraphModule, node: fx.Node) -> str:
     """The smallest and the largest value of the grid, over all its scales."""
-    scale_node, zero_node = node.args[1], node.args[2]
-    if not isinstance(scale_node, fx.Node) or not isinstance(zero_node, fx.Node) or scale_node.op != "get_attr":
+    view = QuantizerNode(node)
+    if not view.is_static:
         return "dynamic"
-    scale, zero = get_tensor(module, str(scale_node.target)), get_tensor(module, str(zero_node.target))
-    if not bool(scale.any()):
+    if not view.is_calibrated:
         return "uncalibrated"
-    grid = quantizer.spec.grid
+    grid, (scale, zero) = view.spec.grid, view.range(module)
     low = ((grid.quant_min - zero) * scale).min().item()
     high = ((grid.quant_max - zero) * scale).max().item()
     return f"[{low:.6g}, {high:.6g}]"

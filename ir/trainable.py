@@ -10,10 +10,11 @@ import torch
 from torch import fx, nn
 
 from bitlower.ir import ops
-from bitlower.ir.dataflow import operand
 from bitlower.ir.diagnostics import BitlowerError, describe, nearest
 from bitlower.ir.learnable import LearnableQuantizer, RangeSettings
+from bitlower.ir.operators import graph_results, set_graph_results
 from bitlower.ir.program_data import ProgramData
+from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.storage import like
 from bitlower.ir.tensors import copy_module, get_tensor, set_tensor
 from bitlower.ir.types import Level
@@ -173,8 +174,7 @@ def _with_taps(program: ProgramData, settings: RangeSettings, taps: Collection[s
         if tap not in known:
             raise BitlowerError(f"the graph has no node %{tap}", hint=nearest(tap, known))
     made = make_trainable(copy_module(program.module), lambda module, node: learnable(module, node, settings))
-    output = made.model.graph.output_node()
-    output.args = ((*output.args[0], *(made.nodes[tap] for tap in taps)),)  # type: ignore[misc]
+    set_graph_results(made.model.graph, [*graph_results(made.model.graph), *(made.nodes[tap] for tap in taps)])
     _finish(made.model)
     return made
 
@@ -199,9 +199,10 @@ def make_trainable(module: fx.GraphModule, make: Make) -> Trainable:
                 module.set_submodule(name, new)
         if modules[name] is None:
             continue
-        made.stored[name] = (str(operand(node, 1).target), str(operand(node, 2).target))
-        if operand(node, 0).op == "get_attr":
-            made.weights[name] = str(operand(node, 0).target)
+        view = QuantizerNode(node)
+        made.stored[name] = view.stored
+        if view.rounds_parameter:
+            made.weights[name] = view.parameter
         made.nodes.update(_replace(module.graph, node, name))
     _finish(module)
     return made
@@ -238,13 +239,12 @@ def identity(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
 def static_quantizers(module: fx.GraphModule) -> list[fx.Node]:
     """The ``fake_quantize`` nodes whose scales are stored."""
     nodes = module.graph.find_nodes(op="call_function", target=ops.fake_quantize)
-    return [n for n in nodes if isinstance(n.args[1], fx.Node) and n.args[1].op == "get_attr"]
+    return [node for node in nodes if QuantizerNode(node).is_static]
 
 
 def _quantizer_name(node: fx.Node) -> str:
     """Where the quantizer's module lies: where its scale is stored, so that nodes with one scale are one quantizer."""
-    scale = node.args[1]
-    assert isinstance(scale, fx.Node)
+    scale = QuantizerNode(node).scale
     place = str(scale.target).rpartition(".")[0]
     return place if place.startswith(_QUANTIZERS) else f"{_QUANTIZERS}{scale.name}"
 
@@ -255,24 +255,31 @@ def learnable(module: fx.GraphModule, node: fx.Node, settings: RangeSettings) ->
     Raises:
         BitlowerError: it is not calibrated; it is named.
     """
-    source, *stored = node.args[:3]
-    scale, zero = (get_tensor(module, str(part.target)) for part in stored if isinstance(part, fx.Node))
-    assert isinstance(source, fx.Node)
-    weight = get_tensor(module, str(source.target)).detach() if source.op == "get_attr" else None
+    view = QuantizerNode(node)
+    if not view.is_calibrated:
+        raise BitlowerError(
+            f"{describe(node)}: a quantizer without a range cannot be trained", hint="run `calibrate` first"
+        )
+    weight = view.weight(module) if view.rounds_parameter else None
     shape = node.meta["type"].shape if "type" in node.meta else ()
     try:
-        return LearnableQuantizer(node.meta["quantizer"].spec, scale, zero, settings, weight, shape)
+        return LearnableQuantizer(view.spec, *view.range(module), settings, weight, shape)
     except BitlowerError as error:
         raise BitlowerError(f"{describe(node)}: {error.message}", hint=error.hint) from None
 
 
 def _replace(graph: fx.Graph, node: fx.Node, name: str) -> dict[str, fx.Node]:
     """Put calls of the quantizer's module in place of ``node``; embeddings round only the rows that they take."""
-    source, users = node.args[0], list(node.users)
-    tables = isinstance(source, fx.Node) and source.op == "get_attr"
-    if users and tables and all(u.target is aten.embedding.default and len(u.args) <= 3 for u in users):
-        return {user.name: _call(graph, user, name, (source, *user.args[1:])) for user in users}
+    source, users = QuantizerNode(node).value, list(node.users)
+    lookups = all(user.target is aten.embedding.default and len(user.args) <= 3 for user in users)
+    if users and lookups and source.op == "get_attr":
+        return {user.name: _call(graph, user, name, (source, *_ids_and_padding(user))) for user in users}
     return {node.name: _call(graph, node, name, (source,))}
+
+
+def _ids_and_padding(lookup: fx.Node) -> tuple[fx.node.Argument, ...]:
+    _, *others = lookup.args
+    return tuple(others)
 
 
 def _call(graph: fx.Graph, node: fx.Node, name: str, arguments: tuple[fx.node.Argument, ...]) -> fx.Node:

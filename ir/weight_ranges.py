@@ -9,14 +9,11 @@ from typing import Literal
 import torch
 from torch import fx
 
-from bitlower.ir.dataflow import operand
 from bitlower.ir.diagnostics import BitlowerError, describe
 from bitlower.ir.quantization.granularity import block
 from bitlower.ir.quantization.ranges import exact_loss, search_golden, search_grid
-from bitlower.ir.quantizer import Quantizer
-from bitlower.ir.quantizer_node import is_uncalibrated, set_range
+from bitlower.ir.quantizer_node import QuantizerNode, is_uncalibrated, set_range
 from bitlower.ir.storage import release
-from bitlower.ir.tensors import get_tensor
 
 WeightRanges = Literal["minmax", "mse", "mse-golden"]
 _CHUNK = 1 << 20
@@ -24,7 +21,7 @@ _CHUNK = 1 << 20
 
 def uncalibrated_weights(module: fx.GraphModule) -> list[fx.Node]:
     """The uncalibrated quantizers over parameters, in graph order."""
-    return [n for n in module.graph.nodes if is_uncalibrated(module, n) and operand(n, 0).op == "get_attr"]
+    return [n for n in module.graph.nodes if is_uncalibrated(n) and QuantizerNode(n).rounds_parameter]
 
 
 def calibrate_weights(module: fx.GraphModule, nodes: Iterable[fx.Node], ranges: WeightRanges) -> None:
@@ -35,7 +32,7 @@ def calibrate_weights(module: fx.GraphModule, nodes: Iterable[fx.Node], ranges: 
     """
     for node in nodes:
         set_range(module, node, *weight_range(module, node, ranges))
-        release(get_tensor(module, str(operand(node, 0).target)))
+        release(QuantizerNode(node).weight(module))
 
 
 def weight_range(module: fx.GraphModule, node: fx.Node, ranges: WeightRanges) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,10 +41,9 @@ def weight_range(module: fx.GraphModule, node: fx.Node, ranges: WeightRanges) ->
     Raises:
         BitlowerError: the weight holds NaN or Inf.
     """
-    quantizer: Quantizer = node.meta["quantizer"]
-    weight = get_tensor(module, str(operand(node, 0).target)).detach()
-    shape = get_tensor(module, str(operand(node, 1).target)).shape
-    granularity, extent = quantizer.spec.granularity, weight.shape[-1]
+    view = QuantizerNode(node)
+    weight, shape = view.weight(module), view.range(module)[0].shape
+    granularity, extent = view.spec.granularity, weight.shape[-1]
     if granularity.kind == "group":
         weight = granularity.pad_groups(weight)
         shape = torch.Size((*shape[:-1], weight.shape[-1] // min(granularity.size, extent)))
@@ -55,7 +51,7 @@ def weight_range(module: fx.GraphModule, node: fx.Node, ranges: WeightRanges) ->
     low, high = rows.aminmax(dim=1)
     require_finite(node, low, high)
     if ranges != "minmax":
-        grid = quantizer.spec.grid
+        grid = view.spec.grid
         search = search_grid if ranges == "mse" else search_golden
         step = max(1, _CHUNK // rows.shape[1])
         parts = [
@@ -81,6 +77,6 @@ def scale_rows(x: torch.Tensor, scale_shape: Sequence[int]) -> torch.Tensor:
 def require_finite(node: fx.Node, low: torch.Tensor, high: torch.Tensor) -> None:
     """Raise BitlowerError if what the quantizer ``node`` rounds is not finite."""
     if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-        tensor = node.meta["quantizer"].tensor
-        kind = "weight" if operand(node, 0).op == "get_attr" else "activation"
-        raise BitlowerError(f"the {kind} {tensor} holds NaN or Inf: {describe(operand(node, 0))}")
+        view = QuantizerNode(node)
+        kind = "weight" if view.rounds_parameter else "activation"
+        raise BitlowerError(f"the {kind} {view.quantizer.tensor} holds NaN or Inf: {describe(view.value)}")

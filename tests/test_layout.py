@@ -173,6 +173,28 @@ def test_tools_know_no_pass_and_no_backend_by_name(path):
 IMPORTED_AS = {"apache-tvm": "tvm", "apache-tvm-ffi": "tvm-ffi"}
 
 
+def _by_place(path):
+    """Where a file reads an argument of a node by its place: ``.args[…]``, ``operand(node, 1)``, a literal number."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute) and node.value.attr == "args":
+            yield f"{path}:{node.lineno}"
+        if (
+            isinstance(node, ast.Call)
+            and getattr(node.func, "id", "") in ("operand", "argument")
+            and len(node.args) > 1
+        ):
+            place = node.args[1]
+            if isinstance(place, ast.Constant) and isinstance(place.value, int):
+                yield f"{path}:{node.lineno}"
+
+
+def test_outside_the_ir_arguments_of_nodes_have_names():
+    outside = [path for path in SOURCES if path.parts[0] != "ir"]
+    assert not [place for path in outside for place in _by_place(path)], (
+        "use argument, operand or a view (docs/operators.md)"
+    )
+
+
 def test_every_import_is_a_declared_dependency():
     extras = PROJECT["project"]["optional-dependencies"]
     optional = [line for extra in extras if extra not in ("test", "dev") for line in extras[extra]]

@@ -10,6 +10,8 @@ from torch import fx
 
 from bitlower.backends.checkpoint._skeleton import CONV1D, LINEAR, Skeleton
 from bitlower.ir import BitlowerError, Program, QuantSpec, ScaleConvention, get_tensor, ops, packing
+from bitlower.ir.operators import LinearNode, operand
+from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.storage import release
 
 SHARED = "no client ties quantized weights"
@@ -38,23 +40,21 @@ class Layer:
     module: fx.GraphModule
     piece: tuple[int, int] = (0, 1)
 
-    def _part(self, position: int) -> torch.Tensor:
-        source = self.node.args[position]
-        assert isinstance(source, fx.Node)
-        tensor = get_tensor(self.module, str(source.target)).detach()
+    def _part(self, name: str) -> torch.Tensor:
+        tensor = get_tensor(self.module, str(operand(self.node, name).target)).detach()
         index, count = self.piece
         return tensor.chunk(count)[index] if count > 1 and tensor.dim() and len(tensor) > 1 else tensor
 
     @property
     def shape(self) -> tuple[int, int]:
         """Outputs and inputs; entries and width of an embedding."""
-        rows, columns = self._part(0).shape
+        rows, columns = self._part("code").shape
         return rows, columns
 
     @property
     def groups(self) -> int:
         """How many scales a row has."""
-        scale = self._part(1)
+        scale = self._part("scale")
         return scale.shape[1] if scale.dim() == 2 else 1
 
     @property
@@ -74,20 +74,20 @@ class Layer:
 
     def codes(self) -> torch.Tensor:
         """Unsigned, uint8 [rows, columns]."""
-        return packing.unsigned(self._part(0), self.bits)
+        return packing.unsigned(self._part("code"), self.bits)
 
     def scales(self) -> torch.Tensor:
         """One for each row and group, float32 [rows, groups]."""
-        return self._spread(self._part(1)).float()
+        return self._spread(self._part("scale")).float()
 
     def zeros(self) -> torch.Tensor:
         """The zero points of the unsigned codes, uint8 [rows, groups]."""
         offset = 1 << (self.bits - 1) if self.spec.grid.signed else 0
-        return (self._spread(self._part(2)) + offset).to(torch.uint8)
+        return (self._spread(self._part("zero_point")) + offset).to(torch.uint8)
 
     def release(self) -> None:
         """Let go of the codes if they lie in a file."""
-        release(self._part(0))
+        release(self._part("code"))
 
     def _spread(self, part: torch.Tensor) -> torch.Tensor:
         """One entry for each row and group, of a tensor laid out as the granularity says."""
@@ -201,9 +201,9 @@ def _check_graphs(program: Program) -> None:
 
 def _layers(program: Program, skeleton: Skeleton) -> Iterator[Layer]:
     for node, quantizer in program.quantizers():
-        codes, path = node.args[0], str(node.meta.get("path", ""))
+        path = str(node.meta.get("path", ""))
         where = f"{quantizer.tensor} ({quantizer.role}{f' of {path}' if path else ''})"
-        if node.target is not ops.dequantize or not isinstance(codes, fx.Node) or codes.op != "get_attr":
+        if node.target is not ops.dequantize or not QuantizerNode(node).rounds_parameter:
             raise BitlowerError(
                 f"{where} is quantized when the model runs, and a checkpoint holds weights only",
                 hint="use a weight-only scheme such as W4A16-g128, or the backend `onnx-qdq`",
@@ -248,7 +248,7 @@ def _float_weights(program: Program, skeleton: Skeleton) -> Iterator[tuple[str, 
 
 
 def _float(name: str, node: fx.Node, module: fx.GraphModule, skeleton: Skeleton) -> Float:
-    across = any(user.target is _LINEAR and user.args[1] is node for user in node.users)
+    across = any(user.target is _LINEAR and LinearNode(user).weight is node for user in node.users)
     entry = Float(name, str(node.target), across and skeleton.kinds.get(name.rpartition(".")[0]) == CONV1D, module)
     if tuple(entry.value().shape) != skeleton.shapes[name]:
         shapes = list(entry.value().shape), list(skeleton.shapes[name])

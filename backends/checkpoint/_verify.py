@@ -37,6 +37,7 @@ from bitlower.backends.checkpoint._skeleton import CONV1D, Skeleton
 from bitlower.backends.checkpoint._verification import LayerCheck, Verification
 from bitlower.ir import Batch, BitlowerError, CheckError, Program
 from bitlower.ir.observe import observe
+from bitlower.ir.operators import graph_results
 from bitlower.ir.quantization import numerics
 from bitlower.ir.storage import parts, spill, trim
 from bitlower.ir.tensors import tensor_digest
@@ -311,10 +312,8 @@ def _weights(program: Program, contents: Contents, stored: Stored, skeleton: Ske
 
 def _run_program(program: Program, weights: Weights, batch: Batch, names: Collection[str]) -> dict[str, torch.Tensor]:
     """Those of the Program's outputs that are among ``names``, with ``weights`` in place of its own."""
-    outputs = program.graph.output_node().args[0]
-    assert isinstance(outputs, tuple | list)
-    pairs = zip(program.outputs, outputs, strict=True)
-    results = {node: spec.name for spec, node in pairs if spec.name in names and isinstance(node, fx.Node)}
+    pairs = zip(program.outputs, graph_results(program.graph), strict=True)
+    results = {node: spec.name for spec, node in pairs if spec.name in names}
     found: dict[str, torch.Tensor] = {}
 
     def visit(node: fx.Node, value: torch.Tensor, batch: Batch) -> torch.Tensor | None:

@@ -16,7 +16,9 @@ from bitlower.backends.onnx_qdq._tally import Tally
 from bitlower.backends.onnx_qdq._verification import CodeError
 from bitlower.ir import Batch, CheckError, Program, Quantizer, get_tensor, ops
 from bitlower.ir.observe import observe
+from bitlower.ir.operators import argument, graph_results
 from bitlower.ir.quantization import numerics
+from bitlower.ir.quantizer_node import QuantizerNode
 
 SCALE = 1e-5
 """How far a scale that is computed at run time may be from the Program's, relatively."""
@@ -77,10 +79,11 @@ class CodeComparison:
         for node, source in self._sources.items():
             if source is None:
                 continue
-            for argument, value in ((node.args[1], source.scale), (node.args[2], source.zero_point)):
-                computed = isinstance(argument, fx.Node) and argument.op != "get_attr" and constant(value) is None
-                if computed and isinstance(argument, fx.Node) and value is not None and value.name:
-                    found[argument] = value.name
+            view = QuantizerNode(node)
+            for ours, theirs in ((view.scale, source.scale), (view.zero_point, source.zero_point)):
+                computed = ours.op != "get_attr" and constant(theirs) is None
+                if computed and theirs is not None and theirs.name:
+                    found[ours] = theirs.name
         return found
 
     def run(self, batch: Batch) -> CodeRun:
@@ -124,8 +127,7 @@ class CodeComparison:
         results = output_nodes(self._program)
         given = {node: to_tensor(runtime[name]) for node, name in self._computed_parameters().items()}
         given |= {node: to_tensor(runtime[node.name]) for node in self._nodes}
-        arguments = {argument for node in self._nodes for argument in node.args[:3] if isinstance(argument, fx.Node)}
-        last = {argument: node for node in self._nodes for argument in node.args[:3]}
+        last = {operand: node for node in self._nodes for operand in node.all_input_nodes}
         kept: dict[fx.Node, torch.Tensor] = {}
 
         def look(node: fx.Node, value: torch.Tensor, batch: Batch) -> torch.Tensor | None:
@@ -139,28 +141,27 @@ class CodeComparison:
             elif replacement is not None:
                 replacement = replacement.expand_as(value)
                 _check_parameter(node, value, replacement)
-            if node in arguments or node in results.values():
+            if node in last or node in results.values():
                 kept[node] = value if replacement is None else replacement
             return replacement
 
-        observe(self._program, {*given, *arguments, *results.values()}, [batch], look)
+        observe(self._program, {*given, *last, *results.values()}, [batch], look)
         return {name: kept[node] for name, node in results.items()}
 
     def _compare_exactly(self, runtime: Mapping[str, Array]) -> None:
         """Round the runtime's own float inputs and compare with its codes."""
         computed = self._computed_parameters()
         for node, source in self._sources.items():
-            scale, zero = (self._parameter(argument, runtime, computed) for argument in node.args[1:3])
+            view = QuantizerNode(node)
+            scale, zero = (self._parameter(part, runtime, computed) for part in (view.scale, view.zero_point))
             if source is not None and source.x.name and scale is not None and zero is not None:
                 x = to_tensor(runtime[source.x.name])
                 codes = numerics.codes(x, scale, zero, *grid_limits(node))
                 self._tallies[node].add_exact(codes, to_tensor(runtime[node.name]))
 
     def _parameter(
-        self, argument: object, runtime: Mapping[str, Array], computed: Mapping[fx.Node, str]
+        self, argument: fx.Node, runtime: Mapping[str, Array], computed: Mapping[fx.Node, str]
     ) -> torch.Tensor | None:
-        if not isinstance(argument, fx.Node):
-            return None
         if argument.op == "get_attr":
             return get_tensor(self._program.module, str(argument.target))
         if argument in computed:
@@ -170,7 +171,7 @@ class CodeComparison:
     def _fixed_zero(self, argument: fx.Node) -> torch.Tensor | None:
         """The zero point of a symmetric grid, which the model may leave out or hold as a constant."""
         for node, source in self._sources.items():
-            if node.args[2] is argument and source is not None:
+            if QuantizerNode(node).zero_point is argument and source is not None:
                 value = constant(source.zero_point) if source.zero_point is not None else None
                 return to_tensor(value).float() if value is not None else torch.zeros(())
         return None
@@ -178,17 +179,12 @@ class CodeComparison:
 
 def output_nodes(program: Program) -> dict[str, fx.Node]:
     """The nodes that give the outputs, by the outputs' names."""
-    results = program.graph.output_node().args[0]
-    nodes = results if isinstance(results, tuple | list) else (results,)
-    return {spec.name: node for spec, node in zip(program.outputs, nodes, strict=True) if isinstance(node, fx.Node)}
+    return {spec.name: node for spec, node in zip(program.outputs, graph_results(program.graph), strict=True)}
 
 
 def grid_limits(node: fx.Node) -> tuple[int, int]:
     """The smallest and the largest code of a ``quantize`` node."""
-    low, high = node.args[3:5]
-    assert isinstance(low, int)
-    assert isinstance(high, int)
-    return low, high
+    return argument(node, "quant_min"), argument(node, "quant_max")
 
 
 def _check_parameter(node: fx.Node, ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -198,7 +194,7 @@ def _check_parameter(node: fx.Node, ours: torch.Tensor, theirs: torch.Tensor) ->
         CheckError: they do not.
     """
     worst = ((theirs - ours).abs() - SCALE * ours.abs()).max().item()
-    allowed = 0.0 if node.args[1] == 0 else 1.0
-    if not worst <= allowed:
-        kind = "scale" if node.args[1] == 0 else "zero point"
+    is_scale = argument(node, "index") == 0
+    if not worst <= (0.0 if is_scale else 1.0):
+        kind = "scale" if is_scale else "zero point"
         raise CheckError(f"the {kind} %{node.name} that the runtime computes is not the program's ({worst:.3g} off)")

@@ -23,6 +23,8 @@ from bitlower.backends.onnx_qdq._session import Array, named_values
 from bitlower.backends.onnx_qdq._structure import constant, quantizer_inputs, readers
 from bitlower.ir import Program, Quantizer, get_tensor, ops
 from bitlower.ir.dataflow import EMBEDDING, LINEAR
+from bitlower.ir.operators import argument
+from bitlower.ir.quantizer_node import QuantizerNode
 
 _PARAMETERS: dict[str, tuple[tuple[int, int | None, int | None], ...]] = {
     "DequantizeLinear": ((0, 1, 2),),
@@ -57,7 +59,7 @@ def check_constants(program: Program, model: ir.Model) -> Constants:
         tensors, codes = tensors + 1, codes + expected.size
         multiplied, gathered = packed.get(name, []), tables.get(name, [])
         for linear in multiplied:
-            problems += check_packed(linear, name, expected, *(_tensor(program, part) for part in node.args[1:3]))
+            problems += check_packed(linear, name, expected, *_range(program, node))
         for gather in gathered:
             problems += _check_table(program, node, name, expected, gather, stored.values)
         unfolded = any(gather.attributes.get_int("axis", 0) == -1 for gather in gathered)
@@ -81,19 +83,20 @@ def weights(program: Program) -> Iterator[tuple[fx.Node, str, Array]]:
     Codes that are read in slices of their inputs are stored so, and given slice by slice.
     """
     for node in program.graph.find_nodes(op="call_function", target=ops.dequantize):
-        codes = _tensor(program, node.args[0])
-        if codes is None or not isinstance(node.args[0], fx.Node):
+        view = QuantizerNode(node)
+        codes = _tensor(program, view.value)
+        if codes is None:
             continue
-        name, slices = str(node.args[0].target), {_slice(user) for user in node.users}
+        name, slices = view.parameter, {_slice(user) for user in node.users}
         for ends in sorted(slices, key=lambda ends: ends or (0, 0)):
             yield (node, f"{name}{part_name(*ends)}", codes[:, slice(*ends)]) if ends else (node, name, codes)
 
 
 def _slice(user: fx.Node) -> tuple[int, int] | None:
     """Which inputs ``user`` takes of a weight; None if it reads all of it."""
-    if user.target is not torch.ops.aten.slice.Tensor or user.args[1] != 1:
+    if user.target is not torch.ops.aten.slice.Tensor or argument(user, "dim") != 1:
         return None
-    start, stop = user.args[2:4]
+    start, stop = argument(user, "start"), argument(user, "end")
     return (start, stop) if isinstance(start, int) and isinstance(stop, int) else None
 
 
@@ -151,7 +154,7 @@ def _check_table(
     bits = node.meta["quantizer"].spec.grid.bits
     problems = check_rows(gather, name, codes, bits)
     if gather.op_type != "Gather":
-        return problems + check_blocks(gather, name, codes, *(_tensor(program, part) for part in node.args[1:3]))
+        return problems + check_blocks(gather, name, codes, *_range(program, node))
     return problems + _check_weight(program, node, name, gather.outputs[0], values, added=offset(codes, bits))
 
 
@@ -170,7 +173,7 @@ def _check_weight(
     ``added`` is what the stored codes, and so their zero points, are above the program's; ``signed`` codes of 8 bits
     may be read as unsigned ones.
     """
-    scale, zero = (_tensor(program, part) for part in node.args[1:3])
+    scale, zero = _range(program, node)
     problems, count = [], 0
     for reader, at_codes, at_scale, at_zero in _parameters(codes):
         count += 1
@@ -196,7 +199,7 @@ def _is_unsigned(codes: ir.Value | None) -> bool:
 
 def _check_activation(program: Program, node: fx.Node, codes: ir.Value) -> list[str]:
     """Whether the static quantizer ``node`` has the program's scale and zero point, where it rounds and is read."""
-    scale, zero = _tensor(program, node.args[1]), _tensor(program, node.args[2])
+    scale, zero = _range(program, node)
     source = quantizer_inputs(codes)
     if scale is None or source is None:
         return []
@@ -240,6 +243,12 @@ def _compare(found: Array | None, expected: Array | None, what: str) -> list[str
         if any(np.array_equal(np.repeat(view.ravel(), longer // stored.size), spread) for view in (stored, stored.T)):
             return []
     return [f"{what} is not the program's: {stored.ravel()[0]:.9g} in place of {wanted[0]:.9g}"]
+
+
+def _range(program: Program, node: fx.Node) -> tuple[Array | None, Array | None]:
+    """Scale and zero point of a quantizer; None where they are computed."""
+    view = QuantizerNode(node)
+    return _tensor(program, view.scale), _tensor(program, view.zero_point)
 
 
 def _tensor(program: Program, node: object) -> Array | None:

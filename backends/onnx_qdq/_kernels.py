@@ -17,7 +17,9 @@ from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS, ROUNDS_ACTIVA
 from bitlower.backends.onnx_qdq._session import Session, read_model
 from bitlower.backends.onnx_qdq._structure import MOVES
 from bitlower.ir import CheckError, Program, Quantizer, get_tensor, ops
-from bitlower.ir.dataflow import LINEAR, MATMUL, VIEWS, activation_operand, weight_operand
+from bitlower.ir.dataflow import LINEAR, MATMUL, VIEWS
+from bitlower.ir.operators import BinaryNode, LinearNode
+from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.scratch import scratch_folder
 
 INTEGER = frozenset({
@@ -199,11 +201,9 @@ def multiplications(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
     """The operands of each linear and matmul."""
     for node in graph.nodes:
         if node.target in LINEAR:
-            yield activation_operand(node), weight_operand(node)
+            yield LinearNode(node).x, LinearNode(node).weight
         elif node.target in MATMUL:
-            left, right = node.args[:2]
-            if isinstance(left, fx.Node) and isinstance(right, fx.Node):
-                yield left, right
+            yield BinaryNode(node).left, BinaryNode(node).right
 
 
 def float_reason(left: fx.Node, right: fx.Node) -> str:
@@ -214,7 +214,7 @@ def float_reason(left: fx.Node, right: fx.Node) -> str:
         if operand.target is not ops.dequantize:
             return "the weight is float" if operand.op == "get_attr" else "an operand is float"
         quantizer: Quantizer = operand.meta["quantizer"]
-        stored = isinstance(operand.args[0], fx.Node) and operand.args[0].op == "get_attr"
+        stored = QuantizerNode(operand).rounds_parameter
         what = "weight" if stored else "activation"
         if quantizer.spec.grid.bits > 8:
             return f"the {what} has {quantizer.spec.grid.bits} bits"
@@ -227,7 +227,7 @@ def float_reason(left: fx.Node, right: fx.Node) -> str:
 def _codes_of(weight: fx.Node) -> str:
     """The name of the stored codes that ``weight`` is computed from; empty if it is not."""
     node = _moved(weight)
-    codes = node.args[0] if node.target is ops.dequantize else None
+    codes = QuantizerNode(node).value if node.target is ops.dequantize else None
     return str(codes.target) if isinstance(codes, fx.Node) and codes.op == "get_attr" else ""
 
 

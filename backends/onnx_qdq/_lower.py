@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
-from torch import fx
 
 from bitlower.backends.onnx_qdq._attention import flatten_attention, widen_mask, widen_rotary
 from bitlower.backends.onnx_qdq._kv_cache import keep_cache
@@ -32,6 +31,7 @@ from bitlower.backends.onnx_qdq._rewrite_quantizers import (
 from bitlower.backends.onnx_qdq._rewrite_tables import table_rules
 from bitlower.backends.onnx_qdq._translate import translate
 from bitlower.ir import Program, QuantSpec, ops
+from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.version import __version__
 
 
@@ -91,18 +91,18 @@ def rewrite(
 def weight_specs(program: Program) -> dict[str, QuantSpec]:
     """The spec of each quantized weight, by the name of its codes."""
     return {
-        str(codes.target): quantizer.spec
+        QuantizerNode(node).parameter: quantizer.spec
         for node, quantizer in program.quantizers()
-        if node.target is ops.dequantize and isinstance(codes := node.args[0], fx.Node) and codes.op == "get_attr"
+        if node.target is ops.dequantize and QuantizerNode(node).rounds_parameter
     }
 
 
 def head_codes(program: Program) -> set[str]:
     """The names of the codes that an output head may multiply with: those of embedding tables, by their role."""
     return {
-        str(codes.target)
+        QuantizerNode(node).parameter
         for node, quantizer in program.quantizers()
-        if quantizer.role == "embedding-table" and isinstance(codes := node.args[0], fx.Node) and codes.op == "get_attr"
+        if quantizer.role == "embedding-table" and QuantizerNode(node).rounds_parameter
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from bitlower.ir import Program, TensorType, get_tensor, set_tensor
+from bitlower.ir.operators import argument
 
 aten = torch.ops.aten
 _SIZES = (34, 38, 46, 58, 62, 74, 82)
@@ -45,23 +47,22 @@ def prepared(program: Program, known: Callable[[fx.Node], bool]) -> Program:
             promote(node)
     for node in list(copy.graph.nodes):
         if _changes_nothing(node):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
             copy.graph.erase_node(node)
     return copy
 
 
 def _changes_nothing(node: fx.Node) -> bool:
     """Whether ``node`` returns its first operand as it is: a slice of all, a sum with 0, a cast to the same dtype."""
-    source = node.args[0] if node.args else None
+    source = next(iter(node.args), None)
     if node.op != "call_function" or not isinstance(source, fx.Node) or not node.meta.get("type"):
         return False
     if source.meta.get("type") != node.meta["type"]:
         return False
     neutral = _NEUTRAL.get(node.target)
     if neutral is not None:
-        return node.args[1:] == (neutral,) and not node.kwargs
-    steps = node.args[4:] if node.target is aten.slice.Tensor else ()
-    return node.target in _SAME and steps in ((), (1,))
+        return bool(argument(node, "other") == neutral) and not node.kwargs
+    return node.target in _SAME and (node.target is not aten.slice.Tensor or argument(node, "step") == 1)
 
 
 def promote(node: fx.Node) -> None:
@@ -102,7 +103,7 @@ def _promoted_dtype(node: fx.Node) -> torch.dtype | None:
         return result
     if target._opname.startswith("logical_"):
         return torch.bool
-    operands = [_stand_in(operand) for operand in node.args[:2]]
+    operands = [_stand_in(operand) for operand in islice(node.args, 2)]
     return torch.result_type(*operands) if len(operands) == 2 else None  # a comparison
 
 
@@ -135,7 +136,7 @@ def decompose(program: Program, node: fx.Node) -> None:
             elif inner.op == "call_function":
                 made[inner] = node.graph.node_copy(inner, made.__getitem__)
                 made[inner].meta = _meta(inner, names)
-    results, _ = torch.utils._pytree.tree_flatten(part.graph.output_node().args[0])
+    results, _ = torch.utils._pytree.tree_flatten(part.graph.output_node().args)
     _replace(node, [made[result] for result in results])
 
 
@@ -145,7 +146,7 @@ def _replace(node: fx.Node, results: list[fx.Node]) -> None:
         node.replace_all_uses_with(results[0])
     else:
         for user in list(node.users):  # ``getitem`` of an operator with several results
-            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+            user.replace_all_uses_with(results[argument(user, "index")])
             user.graph.erase_node(user)
     node.graph.erase_node(node)
 

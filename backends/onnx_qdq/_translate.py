@@ -26,6 +26,7 @@ from bitlower.backends.onnx_qdq._simplify import simplify
 from bitlower.backends.onnx_qdq._torchlib import TORCH_OPSET, Translation, onnx_dtype, record, translation, value
 from bitlower.backends.onnx_qdq._translations import DOMAIN, translations
 from bitlower.ir import BitlowerError, Program, get_tensor, ops
+from bitlower.ir.operators import argument, graph_results
 
 LARGE = 256
 """Tensors of more entries are kept from constant folding."""
@@ -126,7 +127,7 @@ class _Translator:
 
     def output(self, node: fx.Node) -> None:
         """The outputs, in order."""
-        self.model.graph.outputs.extend(self._argument(node.args[0]))
+        self.model.graph.outputs.extend(self._argument(graph_results(node.graph)))
 
     def put_back(self) -> None:
         """Turn the inputs that stand for large tensors into initializers that read the Program's storage."""
@@ -160,7 +161,7 @@ def _describe(node: fx.Node, result: Any, made: set[ir.Node]) -> None:
             part.name = f"{node.name}_{place}"
         for user in node.users:
             if "type" in user.meta:
-                _describe(user, result[user.args[1]], made)  # type: ignore[index]
+                _describe(user, result[argument(user, "index")], made)
         return
     if result.producer() not in made:
         return

@@ -20,6 +20,7 @@ from torch import fx
 from bitlower.backends.tvm_kernels._spec import FLOATS, HALF, Target
 from bitlower.ir import Batch, BitlowerError, Program, ValueSpec, kernels, nearest
 from bitlower.ir.observe import observe
+from bitlower.ir.operators import AttentionNode, LinearNode, NormNode, argument, graph_results
 
 aten = torch.ops.aten
 AUTO = "auto"
@@ -115,23 +116,18 @@ def _together(node: fx.Node) -> Iterable[fx.Node]:
 
 def _past(node: fx.Node) -> list[fx.Node]:
     """The cache that a concatenation of two values goes on from."""
-    values = node.args[0]
-    assert isinstance(values, list | tuple), f"%{node.name} has no operands"
+    values = argument(node, "tensors")
     return [source for source in node.all_input_nodes if source.op == "placeholder" and len(values) == 2]
 
 
 def _source(node: fx.Node) -> fx.Node:
-    found = node.args[0]
-    assert isinstance(found, fx.Node), f"%{node.name} has no operand"
-    return found
+    return node.all_input_nodes[0]
 
 
 def _takes(user: fx.Node, node: fx.Node, found: set[fx.Node], shown: int) -> bool:
     """Whether ``user`` reads ``node`` as float16."""
     if user.op == "output":
-        outputs = user.args[0]
-        assert isinstance(outputs, list | tuple)
-        return node not in outputs[:shown] or (node.target is aten.cat.default and bool(_past(node)))
+        return node not in graph_results(user.graph)[:shown] or (node.target is aten.cat.default and bool(_past(node)))
     if user.target in VIEWS | PARTS:
         return user in found
     if user.target is operator.getitem or user.target is aten.cat.default:
@@ -139,11 +135,12 @@ def _takes(user: fx.Node, node: fx.Node, found: set[fx.Node], shown: int) -> boo
     if user.target is aten.sym_size.int:
         return True
     if user.target is aten.linear.default:
-        return user.args[0] is node
+        return LinearNode(user).x is node
     if user.target is _ATTENTION:
-        return node in user.args[:3] and node not in user.args[3:] and node not in user.kwargs.values()
+        call = AttentionNode(user)
+        return node in (call.query, call.key, call.value) and node is not call.mask
     if user.target in _NORMS:
-        return user.args[0] is node
+        return NormNode(user).x is node
     return user.target in _READ and _taken_by_kernel(user, node)
 
 
@@ -169,8 +166,7 @@ def typed(program: Program, activations: str) -> Program:
     """The program with the types that its inputs and outputs have where activations are of this dtype."""
     halves = half_values(program) if activations == HALF else frozenset()
     places = program.graph.find_nodes(op="placeholder")
-    outputs = program.graph.output_node().args[0]
-    assert isinstance(outputs, list | tuple)
+    outputs = graph_results(program.graph)
     return replace(
         program,
         inputs=tuple(_narrow(spec, node in halves) for spec, node in zip(program.inputs, places, strict=True)),
@@ -188,9 +184,9 @@ def check_range(program: Program, batches: Iterable[Batch]) -> None:
     Raises:
         BitlowerError: it does not; the value and its module are named.
     """
-    read = {node.args[0] for node in program.graph.nodes if node.target is aten.linear.default}
+    read = {LinearNode(node).x for node in program.graph.nodes if node.target is aten.linear.default}
     read |= {kernels.arguments(node)["x"] for node in program.graph.nodes if node.target is kernels.fused_linear}
-    observe(program, half_values(program) | {node for node in read if isinstance(node, fx.Node)}, batches, _fits)
+    observe(program, half_values(program) | read, batches, _fits)
 
 
 def _fits(node: fx.Node, value: Any, batch: Batch) -> None:

@@ -57,8 +57,8 @@ def launches_of(
 
 
 def _launch(module: Any, call: Any, sizes: Mapping[str, int]) -> Launch:
-    read = sum(_bytes(argument.ty, sizes) for argument in set(call.args[1]))
-    function = call.args[0]
+    function, given, *_ = call.args
+    read = sum(_bytes(argument.ty, sizes) for argument in set(given))
     return Launch(function.name_hint, launches(module[function]), read, _bytes(call.ty, sizes))
 
 

@@ -30,6 +30,7 @@ from bitlower.backends.tvm_kernels._relax_rows import (
 )
 from bitlower.backends.tvm_kernels._spec import HALF, Target
 from bitlower.ir import BitlowerError, Level, Program, TensorType, ValueSpec, kernels
+from bitlower.ir.operators import graph_results
 
 _KERNELS: dict[Any, Callable[[Call], list[Any]]] = {
     kernels.fused_linear: convert_linear,
@@ -90,7 +91,7 @@ def _convert(frame: Frame, graph: fx.Graph, variables: list[Any]) -> list[Any]:
         elif node.op == "call_function":
             convert = _KERNELS.get(node.target)
             frame.values[node] = convert(Call(frame, node)) if convert else convert_operator(frame, node)
-    return list(frame.value(graph.output_node().args[0]))
+    return list(frame.value(graph_results(graph)))
 
 
 @variables_in_order()

@@ -25,6 +25,8 @@ from bitlower.backends.tvm_kernels._relax_quantize import dequantized, is_number
 from bitlower.backends.tvm_kernels._relax_rows import convert_float_embedding, convert_float_norm
 from bitlower.backends.tvm_kernels._relax_views import Strip, heads_of, read_heads, strip_of, swaps_heads
 from bitlower.ir import BitlowerError, Grid, ScaleConvention, TensorType, ops
+from bitlower.ir.operators import argument, operand
+from bitlower.ir.quantizer_node import QuantizerNode
 
 aten = torch.ops.aten
 Converter = Callable[[Frame, fx.Node], Any]
@@ -81,9 +83,9 @@ def _imported(frame: Frame, node: fx.Node) -> Any:
     name = _name(node)
     if name not in importer.convert_map or node.kwargs.get("alpha", 1) != 1:
         raise _unknown(node)
-    for argument in node.all_input_nodes:
-        value = frame.value(argument)
-        importer.env[argument] = _as_tensor(frame, value) if name.endswith((".Tensor", ".Scalar")) else value
+    for source in node.all_input_nodes:
+        value = frame.value(source)
+        importer.env[source] = _as_tensor(frame, value) if name.endswith((".Tensor", ".Scalar")) else value
     try:
         return frame.cast(_of_dtype(frame, importer.convert_map[name](node), node), frame.kind_of(node))
     except Exception as error:  # TVM raises many kinds
@@ -130,25 +132,26 @@ def _getitem(frame: Frame, node: fx.Node) -> Any:
 
 
 def _same(frame: Frame, node: fx.Node) -> Any:
-    return frame.value(node.args[0])
+    return frame.value(node.all_input_nodes[0])
 
 
 def _reshape(frame: Frame, node: fx.Node) -> Any:
-    return frame.reshape(frame.value(node.args[0]), frame.shape(node.meta["type"]))
+    return frame.reshape(frame.value(operand(node, "self")), frame.shape(node.meta["type"]))
 
 
 def _expand(frame: Frame, node: fx.Node) -> Any:
     shape = relax.ShapeExpr(frame.shape(node.meta["type"]))
-    return frame.emit(relax.op.broadcast_to(frame.value(node.args[0]), shape))
+    return frame.emit(relax.op.broadcast_to(frame.value(operand(node, "self")), shape))
 
 
 def _to(frame: Frame, node: fx.Node) -> Any:
-    return frame.emit(relax.op.astype(frame.value(node.args[0]), dtype_name(node.meta["type"])))
+    return frame.emit(relax.op.astype(frame.value(operand(node, "self")), dtype_name(node.meta["type"])))
 
 
 def _transpose(frame: Frame, node: fx.Node) -> Any:
-    if node.args[0] in frame.joined and swaps_heads(node):
-        return frame.reshape(frame.joined[node.args[0]], frame.shape(node.meta["type"]))  # type: ignore[index]
+    x = operand(node, "self")
+    if x in frame.joined and swaps_heads(node):
+        return frame.reshape(frame.joined[x], frame.shape(node.meta["type"]))
     strip = heads_of(frame, node)
     return _imported(frame, node) if strip is None else read_heads(frame, node, strip)
 
@@ -211,13 +214,13 @@ def _parts(frame: Frame, node: fx.Node) -> list[Any]:
 
 def _note_strips(frame: Frame, node: fx.Node, axis: int, starts: list[int]) -> None:
     """Note where the parts of rows lie, for what can read them there."""
-    x = node.args[0]
+    x = operand(node, "self")
     whole = strip_of(frame, x)
     if whole is None or axis != 2:
         return
     for user in node.users:
         if user.target is operator.getitem:
-            start = starts[_int(user.args[1])]
+            start = starts[argument(user, "index")]
             frame.strips[user] = Strip(whole.value, whole.columns, whole.start + start)
 
 
@@ -325,20 +328,18 @@ def _quantize(frame: Frame, node: fx.Node) -> Any:
     chosen = _chosen(node)
     if chosen is not None and chosen[0] == grid:
         return frame.value(chosen[1])[2]
-    x, scale, zero = (frame.value(part) for part in node.args[:3])
-    return quantized(frame, x, scale, zero, grid)
+    view = QuantizerNode(node)
+    x, scale, zero_point = map(frame.value, (view.value, view.scale, view.zero_point))
+    return quantized(frame, x, scale, zero_point, grid)
 
 
 def _chosen(node: fx.Node) -> tuple[Grid, fx.Node] | None:
     """The ``choose_qparams`` that a quantize of the same value has scale and zero point from, and its grid."""
-    x, scale, zero = node.args[:3]
-    taken = [
-        part.args if isinstance(part, fx.Node) and part.target is operator.getitem else () for part in (scale, zero)
-    ]
-    choice = taken[0][0] if taken[0] else None
-    if not isinstance(choice, fx.Node) or choice.target is not ops.choose_qparams or choice.args[0] is not x:
-        return None
-    return (_grid(choice), choice) if taken == [(choice, 0), (choice, 1)] else None
+    own = QuantizerNode(node)
+    choice = operand(own.scale, "source") if own.scale.target is operator.getitem else own.scale
+    pair = own.scale.args == (choice, 0) and own.zero_point.args == (choice, 1)
+    chosen = pair and choice.target is ops.choose_qparams and operand(choice, "x") is own.value
+    return (_grid(choice), choice) if chosen else None
 
 
 def _dequantize(frame: Frame, node: fx.Node) -> Any:
@@ -347,8 +348,7 @@ def _dequantize(frame: Frame, node: fx.Node) -> Any:
 
 def _choose(frame: Frame, node: fx.Node) -> Any:
     """Scale and zero point, and the codes, which quantizing the same value takes."""
-    x = node.args[0]
-    assert isinstance(x, fx.Node), f"%{node.name} has no operand"
+    x = operand(node, "x")
     codes, scale, zero = token_rounded(frame, frame.value(x), x.meta["type"], _grid(node))
     return [scale, zero, codes]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from bitlower.backends.tvm_kernels._relax_frame import Frame, constant, dtype_na
 from bitlower.backends.tvm_kernels._relax_operands import Call
 from bitlower.backends.tvm_kernels._relax_views import heads_of, joins_heads, swaps_heads
 from bitlower.ir import Grid, TensorType
+from bitlower.ir.operators import AttentionNode
 from bitlower.ir.types import Dim
 
 
@@ -46,14 +46,11 @@ def convert_attention(call: Call) -> list[Any]:
 
 def convert_float_attention(frame: Frame, node: fx.Node) -> Any:
     """``scaled_dot_product_attention`` between floats."""
-    names = ("query", "key", "value", "mask", "dropout", "causal")
-    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    given["mask"] = given.get("mask", given.get("attn_mask"))
-    scale = given.get("scale")
-    factor = 1 / math.sqrt(_number(_type(given["query"]).shape[-1])) if scale is None else float(scale)
+    view = AttentionNode(node)
+    given: dict[str, Any] = {"query": view.query, "key": view.key, "value": view.value, "mask": view.mask}
+    assert view.scale is not None, f"%{node.name} has heads of a symbolic width"
     joined = bool(node.users) and all(swaps_heads(user) or joins_heads(user) for user in node.users)
-    causal = bool(given.get("causal", given.get("is_causal")))
-    what = _attention(frame, given, factor=factor, causal=causal, joined=joined)
+    what = _attention(frame, given, factor=view.scale, causal=view.is_causal, joined=joined)
     what = replace(what, result=dtype_name(frame.kind_of(node)))
     found = _emit(frame, what, given, _inputs(frame, what, given))
     if joined:

@@ -19,6 +19,7 @@ from bitlower.backends.tvm_kernels._relax_quantize import spread
 from bitlower.backends.tvm_kernels._relax_views import strip_of
 from bitlower.backends.tvm_kernels._spec import ActivationSpec, EmbeddingSpec, LinearSpec, NormSpec
 from bitlower.ir import BitlowerError, Grid, TensorType
+from bitlower.ir.operators import EmbeddingNode
 
 _EPSILON = float(np.finfo(np.float32).eps)
 
@@ -232,8 +233,7 @@ def _embedding_body(specs: list[LinearSpec], names: list[list[str]], rounded: li
 
 def convert_float_embedding(frame: Frame, node: fx.Node) -> Any:
     """Rows of a table of floats, which is stored as the weights of float linears are."""
-    source, ids = node.args[0], frame.value(node.args[1])
-    assert isinstance(source, fx.Node), f"%{node.name} has no table"
+    source, ids = EmbeddingNode(node).table, frame.value(EmbeddingNode(node).ids)
     stored = source.op == "get_attr"
     table = constant(frame.tensor(source).astype(frame.dtype)) if stored else frame.value(source)
     rows = _count(source.meta["type"].shape[0])

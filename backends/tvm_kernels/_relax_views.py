@@ -12,6 +12,7 @@ from tvm import te
 from bitlower.backends.tvm_kernels._frame import i64
 from bitlower.backends.tvm_kernels._relax_frame import Frame
 from bitlower.ir import TensorType, kernels
+from bitlower.ir.operators import argument, operand, swapped_axes
 
 aten = torch.ops.aten
 _VIEWS = (aten.reshape.default, aten.view.default, aten.unflatten.int)
@@ -48,11 +49,11 @@ def heads_of(frame: Frame, node: Any) -> Strip | None:
     """Where the value ``[batch, heads, length, width]`` of a node lies, head after head, before it was transposed."""
     if not isinstance(node, fx.Node) or not swaps_heads(node):
         return None
-    view = node.args[0]
-    if not isinstance(view, fx.Node) or view.target not in _VIEWS:
+    view = operand(node, "self")
+    if view.target not in _VIEWS:
         return None
-    source, kind = view.args[0], view.meta["type"]
-    if not isinstance(source, fx.Node) or kind.rank != 4 or source.meta["type"].rank != 3:
+    source, kind = operand(view, "self"), view.meta["type"]
+    if kind.rank != 4 or source.meta["type"].rank != 3:
         return None
     same = source.meta["type"].shape[:2] == kind.shape[:2]
     return strip_of(frame, source) if same and all(isinstance(size, int) for size in kind.shape[2:]) else None
@@ -61,9 +62,8 @@ def heads_of(frame: Frame, node: Any) -> Strip | None:
 def swaps_heads(node: fx.Node) -> bool:
     """Whether ``node`` is ``[batch, heads, length, width]`` with heads and length in each other's place."""
     if node.target is aten.transpose.int:
-        axes = [axis % 4 for axis in node.args[1:] if isinstance(axis, int)]
-        return sorted(axes) == [1, 2] and node.meta["type"].rank == 4
-    return node.target is aten.permute.default and list(node.args[1]) == [0, 2, 1, 3]  # type: ignore[arg-type]
+        return swapped_axes(node) == {1, 2} and bool(node.meta["type"].rank == 4)
+    return node.target is aten.permute.default and list(argument(node, "dims")) == [0, 2, 1, 3]
 
 
 def joins_heads(node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ and what it returns is compared with what the library gave: nothing is carried o
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from bitlower.backends.tvm_kernels._activations import VIEWS, half_values
 from bitlower.backends.tvm_kernels._agreement import FLOAT16, FLOAT16_RESULT, FLOAT32, Agreement, Limits
 from bitlower.backends.tvm_kernels._spec import HALF
 from bitlower.ir import Grid, Program, ValueSpec, kernels, ops
+from bitlower.ir.operators import argument, graph_results, operand, set_graph_results
 from bitlower.ir.quantization import numerics
 
 Tensors = Mapping[str, torch.Tensor]
@@ -32,10 +34,7 @@ def trace(program: Program) -> Program:
     """
     traced = program.clone()
     nodes = [node for node in traced.graph.nodes if _shown(node)]
-    output = traced.graph.output_node()
-    given = output.args[0]
-    assert isinstance(given, tuple | list)
-    output.args = ((*given, *nodes),)
+    set_graph_results(traced.graph, [*graph_results(traced.graph), *nodes])
     traced.outputs = (*program.outputs, *(ValueSpec(_name(node), node.meta["type"]) for node in nodes))
     traced.recompile()
     return traced
@@ -57,8 +56,7 @@ def _shown(node: fx.Node) -> bool:
 
 def _is_qparam(node: fx.Node) -> bool:
     """Whether ``node`` is a scale or zero point that is computed outside kernels."""
-    source = node.args[0] if node.args else None
-    return isinstance(source, fx.Node) and source.target is ops.choose_qparams
+    return node.target is operator.getitem and operand(node, "source").target is ops.choose_qparams
 
 
 def _name(node: fx.Node) -> str:
@@ -118,10 +116,11 @@ class _Runner(fx.Interpreter):
             return self._kernel(n)
         value = super().run_node(n)
         if n.target is ops.quantize:
-            given: Any = self.map_nodes_to_values(n.args[:5], n)
-            self._agreement(n).add_codes([Rounding(*given)], self._theirs[_name(n)])
+            given: Any = self.map_nodes_to_values(n.args, n)
+            *rounding, _ = given
+            self._agreement(n).add_codes([Rounding(*rounding)], self._theirs[_name(n)])
         elif _is_qparam(n):
-            self._agreement(n).add_qparam(QPARAMS[n.args[1]], value, self._theirs[_name(n)])  # type: ignore[index]
+            self._agreement(n).add_qparam(QPARAMS[argument(n, "index")], value, self._theirs[_name(n)])
         else:
             table = self._narrow and n.target is torch.ops.aten.embedding.default
             return _rounded(value) if table or n in self._halves else value

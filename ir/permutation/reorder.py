@@ -8,7 +8,7 @@ from itertools import count
 import torch
 from torch import fx
 
-from bitlower.ir.dataflow import operand
+from bitlower.ir.operators import argument, operand
 from bitlower.ir.permutation.domains import Domains, Orders
 from bitlower.ir.permutation.relations import storage_key
 from bitlower.ir.storage import like, release
@@ -107,21 +107,21 @@ def insert_gather(module: fx.GraphModule, node: fx.Node, axis: int, index: torch
 def gathers(graph: fx.Graph) -> list[fx.Node]:
     """The gathers by a stored index."""
     found = graph.find_nodes(op="call_function", target=aten.index_select.default)
-    return [node for node in found if operand(node, 2).op == "get_attr"]
+    return [node for node in found if operand(node, "index").op == "get_attr"]
 
 
 def _remaining_gathers(module: fx.GraphModule) -> int:
     """Make one of two gathers in a row, remove those that do nothing, and count the others."""
     for node in gathers(module.graph):
-        source = operand(node, 0)
-        index = get_tensor(module, str(operand(node, 2).target))
-        if source in gathers(module.graph) and source.args[1] == node.args[1]:
+        source, axis = operand(node, "self"), argument(node, "dim")
+        index = get_tensor(module, str(operand(node, "index").target))
+        if source in gathers(module.graph) and argument(source, "dim") == axis:
             with module.graph.inserting_before(node):
-                first = get_tensor(module, str(operand(source, 2).target))
-                both = insert_gather(module, operand(source, 0), int(str(node.args[1])), index := first[index])
+                first = get_tensor(module, str(operand(source, "index").target))
+                both = insert_gather(module, operand(source, "self"), axis, index := first[index])
             node.replace_all_uses_with(both)
             module.graph.erase_node(node)
-            node, source = both, operand(both, 0)
+            node, source = both, operand(both, "self")
         if _is_identity(index) and node.meta["type"] == source.meta["type"]:
             node.replace_all_uses_with(source)
             module.graph.erase_node(node)

@@ -15,9 +15,11 @@ import torch
 from torch import fx
 
 from bitlower.ir import ops
-from bitlower.ir.dataflow import ATTENTION, EMBEDDING, MATMUL, NORM, PARTS, QUANTIZER, SOFTMAX, operand
+from bitlower.ir.dataflow import ATTENTION, EMBEDDING, LINEAR, MATMUL, NORM, PARTS, QUANTIZER, SOFTMAX
+from bitlower.ir.operators import AttentionNode, BinaryNode, EmbeddingNode, LinearNode, argument, operand
 from bitlower.ir.permutation.order import Order, concatenation, product, unify
 from bitlower.ir.permutation.relations import Axes, Axis, reason, shape_of, storage_key
+from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.tensors import get_tensor
 from bitlower.ir.types import Dim
 
@@ -51,16 +53,7 @@ def apply_rule(axes: Axes, node: fx.Node) -> None:
     rule = RULES.get(node.target)
     if rule is None and _is_elementwise(node.target):
         rule = _elementwise
-    if rule is None or not _is_positional(node):
-        rule = _unknown
-    rule(axes, node)
-
-
-def _is_positional(node: fx.Node) -> bool:
-    """Whether each argument is where the rules look for it, as ``torch.export`` has it."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return True
-    return set(node.kwargs) <= {argument.name for argument in node.target._schema.arguments if argument.kwarg_only}
+    (rule or _unknown)(axes, node)
 
 
 def _is_elementwise(target: Any) -> bool:
@@ -72,16 +65,12 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
     return [source for source in node.all_input_nodes if "type" in source.meta]
 
 
-def _argument(node: fx.Node, position: int, default: Any = None) -> Any:
-    return node.args[position] if len(node.args) > position else default
-
-
 def _dim(value: Any, rank: int) -> int:
     return int(value) % rank if rank else 0
 
 
 def _unknown(axes: Axes, node: fx.Node) -> None:
-    if node.target is operator.getitem and operand(node, 0).target in PARTS | {ops.choose_qparams}:
+    if node.target is operator.getitem and operand(node, "source").target in PARTS | {ops.choose_qparams}:
         return
     for tensor in (*_tensors(node), node):
         axes.freeze(tensor, f"{reason(node)} depends on its order")
@@ -97,30 +86,23 @@ def _elementwise(axes: Axes, node: fx.Node) -> None:
 
 
 def _linear(axes: Axes, node: fx.Node) -> None:
-    x, weight, bias = node.args[0], node.args[1], _argument(node, 2)
-    _product(axes, node, x, axes.of(weight)[0], axes.of(weight)[1], bias)  # type: ignore[arg-type]
-
-
-def _addmm(axes: Axes, node: fx.Node) -> None:
-    bias, x, weight = node.args[:3]
-    _product(axes, node, x, axes.of(weight)[1], axes.of(weight)[0], bias)  # type: ignore[arg-type]
-
-
-def _product(axes: Axes, node: fx.Node, x: Any, rows: Axis, columns: Axis, bias: Any) -> None:
-    """A linear layer with ``rows`` outputs and ``columns`` inputs."""
-    *leading, inputs = axes.of(x)
+    view = LinearNode(node)
+    rows, columns = axes.of(view.weight)
+    if node.target is aten.addmm.default:
+        rows, columns = columns, rows
+    *leading, inputs = axes.of(view.x)
     *others, outputs = axes.of(node)
     for first, second in zip(leading, others, strict=True):
         axes.same(first, second, node)
     axes.same(inputs, columns, node)
     axes.same(outputs, rows, node)
-    if isinstance(bias, fx.Node):
-        axes.broadcast(node, axes.of(bias), axes.of(node))
+    if view.bias is not None:
+        axes.broadcast(node, axes.of(view.bias), axes.of(node))
 
 
 def _matmul(axes: Axes, node: fx.Node) -> None:
-    left, right = node.args[:2]
-    first, second, result = (axes.of(part) for part in (left, right, node))  # type: ignore[arg-type]
+    view = BinaryNode(node)
+    first, second, result = (axes.of(part) for part in (view.left, view.right, node))
     if len(first) < 2 or len(second) < 2:
         return _unknown(axes, node)
     axes.same(first[-1], second[-2], node)
@@ -133,8 +115,8 @@ def _matmul(axes: Axes, node: fx.Node) -> None:
 
 def _attention(axes: Axes, node: fx.Node) -> None:
     """Softmax(QKᵀ)V; several query heads may share one head of keys and values (grouped queries)."""
-    query, key, value, mask = (_argument(node, i) for i in range(4))
-    q, k, v, result = (axes.of(part) for part in (query, key, value, node))
+    view = AttentionNode(node)
+    q, k, v, result = (axes.of(part) for part in (view.query, view.key, view.value, node))
     axes.same(q[-1], k[-1], node)
     axes.same(v[-1], result[-1], node)
     axes.same(q[-2], result[-2], node)
@@ -145,8 +127,8 @@ def _attention(axes: Axes, node: fx.Node) -> None:
         axes.same(q[-3], result[-3], node)
         for heads in (k[-3], v[-3]):
             axes.same(_repeated(q[-3], heads), q[-3], node)
-    if isinstance(mask, fx.Node):
-        axes.broadcast(node, axes.of(mask), [*result[:-1], k[-2]])
+    if view.mask is not None:
+        axes.broadcast(node, axes.of(view.mask), [*result[:-1], k[-2]])
 
 
 def _repeated(heads: Axis, shared: Axis) -> Axis:
@@ -163,31 +145,30 @@ def _norm(axes: Axes, node: fx.Node) -> None:
 
 
 def _embedding(axes: Axes, node: fx.Node) -> None:
-    table, index = node.args[:2]
     *places, width = axes.of(node)
-    axes.same(axes.of(table)[1], width, node)  # type: ignore[arg-type]
-    rows = axes.of(table)[0]  # type: ignore[arg-type]
+    rows, columns = axes.of(EmbeddingNode(node).table)
+    axes.same(columns, width, node)
     if rows is not None:
         rows.freeze(f"{reason(node)} looks its rows up by number")
-    for first, second in zip(axes.of(index), places, strict=True):  # type: ignore[arg-type]
+    for first, second in zip(axes.of(EmbeddingNode(node).ids), places, strict=True):
         axes.same(first, second, node)
 
 
 def _permute(axes: Axes, node: fx.Node) -> None:
-    source = node.args[0]
     rank = len(shape_of(node))
     if node.target is aten.permute.default:
-        order = [_dim(axis, rank) for axis in node.args[1]]  # type: ignore[union-attr]
+        order = [_dim(axis, rank) for axis in argument(node, "dims")]
     else:
         order = list(range(rank))
-        first, second = (_dim(a, rank) for a in node.args[1:3]) if len(node.args) > 2 else (0, rank - 1)
+        given = (argument(node, "dim0"), argument(node, "dim1")) if node.target is aten.transpose.int else (0, -1)
+        first, second = (_dim(axis, rank) for axis in given)
         order[first], order[second] = order[second], order[first]
-    axes.carry(node, source, [(axis, place) for place, axis in enumerate(order)])  # type: ignore[arg-type]
+    axes.carry(node, operand(node, "self"), [(axis, place) for place, axis in enumerate(order)])
 
 
 def _reshape(axes: Axes, node: fx.Node) -> None:
     """Equal axes at both ends are themselves; those between are split and merged, from the last one on."""
-    left, right = _sized(axes, node.args[0]), _sized(axes, node)
+    left, right = _sized(axes, operand(node, "self")), _sized(axes, node)
     for end in (0, -1):
         while left and right and left[end][0] == right[end][0]:
             axes.same(left.pop(end)[1], right.pop(end)[1], node)
@@ -201,7 +182,7 @@ def _reshape(axes: Axes, node: fx.Node) -> None:
             order.freeze(f"{reason(node)} merges it with an axis of the input's length")
 
 
-def _sized(axes: Axes, node: Any) -> list[tuple[Dim, Axis]]:
+def _sized(axes: Axes, node: fx.Node) -> list[tuple[Dim, Axis]]:
     return list(zip(shape_of(node), axes.of(node), strict=True))
 
 
@@ -227,12 +208,12 @@ def _take(axes: list[tuple[Dim, Axis]], count: int) -> list[Order]:
 
 
 def _slice(axes: Axes, node: fx.Node) -> None:
-    source: Any = node.args[0]
+    source = operand(node, "self")
     rank = len(shape_of(node))
-    axis = _dim(_argument(node, 1, 0), rank)
+    axis = _dim(argument(node, "dim"), rank)
     axes.carry(node, source, [(i, i) for i in range(rank) if i != axis])
     whole, part = axes.of(source)[axis], axes.of(node)[axis]
-    start, step = _argument(node, 2, 0) or 0, _argument(node, 4, 1)
+    start, step = argument(node, "start") or 0, argument(node, "step")
     if whole is None or part is None or step != 1 or not isinstance(start, int):
         for order in (whole, part):
             if order is not None:
@@ -244,9 +225,9 @@ def _slice(axes: Axes, node: fx.Node) -> None:
 
 
 def _select(axes: Axes, node: fx.Node) -> None:
-    source: Any = node.args[0]
+    source = operand(node, "self")
     rank = len(shape_of(source))
-    axis = _dim(node.args[1], rank)
+    axis = _dim(argument(node, "dim"), rank)
     order = axes.of(source)[axis]
     if order is not None:
         order.freeze(f"{reason(node)} takes out an entry of it")
@@ -255,10 +236,10 @@ def _select(axes: Axes, node: fx.Node) -> None:
 
 def _split(axes: Axes, node: fx.Node) -> None:
     """Parts along an axis, each taken out by ``getitem``."""
-    source: Any = node.args[0]
-    parts = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+    source = operand(node, "self")
+    parts = {argument(user, "index"): user for user in node.users if user.target is operator.getitem}
     rank = len(shape_of(source))
-    axis = _dim(_argument(node, 2, 0), rank)
+    axis = _dim(argument(node, "dim"), rank)
     whole = axes.of(source)[axis]
     sizes = _part_sizes(node, whole)
     pieces: list[Order] = []
@@ -275,17 +256,19 @@ def _part_sizes(node: fx.Node, whole: Axis) -> list[int]:
     """How many entries each part has; none where the axis is symbolic."""
     if whole is None:
         return []
-    sizes: Any = node.args[1]
     if node.target is aten.split_with_sizes.default:
-        return list(sizes)
-    size = -(-whole.size // sizes) if node.target is aten.chunk.default else sizes
+        return list(argument(node, "split_sizes"))
+    if node.target is aten.chunk.default:
+        size = -(-whole.size // argument(node, "chunks"))
+    else:
+        size = argument(node, "split_size")
     return [min(size, whole.size - start) for start in range(0, whole.size, size)]
 
 
 def _unbind(axes: Axes, node: fx.Node) -> None:
-    source: Any = node.args[0]
+    source = operand(node, "self")
     rank = len(shape_of(source))
-    axis = _dim(_argument(node, 1, 0), rank)
+    axis = _dim(argument(node, "dim"), rank)
     order = axes.of(source)[axis]
     if order is not None:
         order.freeze(f"{reason(node)} takes its entries out")
@@ -294,9 +277,9 @@ def _unbind(axes: Axes, node: fx.Node) -> None:
 
 
 def _cat(axes: Axes, node: fx.Node) -> None:
-    sources: Any = node.args[0]
+    sources: list[fx.Node] = argument(node, "tensors")
     rank = len(shape_of(node))
-    axis = _dim(_argument(node, 1, 0), rank)
+    axis = _dim(argument(node, "dim"), rank)
     for source in sources:
         axes.carry(node, source, [(i, i) for i in range(rank) if i != axis])
     pieces = [axes.of(source)[axis] for source in sources]
@@ -311,13 +294,12 @@ def _cat(axes: Axes, node: fx.Node) -> None:
 
 
 def _repeat_interleave(axes: Axes, node: fx.Node) -> None:
-    source, repeats = node.args[:2]
-    axis = _argument(node, 2)
+    source, repeats, axis = operand(node, "self"), argument(node, "repeats"), argument(node, "dim")
     if axis is None or not isinstance(repeats, int):
         return _unknown(axes, node)
     rank = len(shape_of(node))
-    axes.carry(node, source, [(i, i) for i in range(rank) if i != _dim(axis, rank)])  # type: ignore[arg-type]
-    order = axes.of(source)[_dim(axis, rank)]  # type: ignore[arg-type]
+    axes.carry(node, source, [(i, i) for i in range(rank) if i != _dim(axis, rank)])
+    order = axes.of(source)[_dim(axis, rank)]
     repeated = product([order, Order(repeats)]) if order is not None else None
     axes.same(repeated, axes.of(node)[_dim(axis, rank)], node)
     return None
@@ -325,14 +307,14 @@ def _repeat_interleave(axes: Axes, node: fx.Node) -> None:
 
 def _index_select(axes: Axes, node: fx.Node) -> None:
     """A gather by a stored index: the index adapts to the order of what it points into."""
-    source, axis, index = node.args[:3]
-    if not isinstance(index, fx.Node) or index.op != "get_attr":
+    source, index = operand(node, "self"), operand(node, "index")
+    if index.op != "get_attr":
         return _unknown(axes, node)
     rank = len(shape_of(node))
-    place = _dim(axis, rank)
-    axes.carry(node, source, [(i, i) for i in range(rank) if i != place])  # type: ignore[arg-type]
+    place = _dim(argument(node, "dim"), rank)
+    axes.carry(node, source, [(i, i) for i in range(rank) if i != place])
     axes.same(axes.of(index)[0], axes.of(node)[place], node)
-    order = axes.of(source)[place]  # type: ignore[arg-type]
+    order = axes.of(source)[place]
     if order is not None:
         key = storage_key(get_tensor(axes.module, str(index.target)))
         unify(order, axes.lookups.setdefault(key, order), reason(node))
@@ -341,10 +323,8 @@ def _index_select(axes: Axes, node: fx.Node) -> None:
 
 def _reduction(axes: Axes, node: fx.Node) -> None:
     """Sums and the like: the result does not depend on the order of the axes that go."""
-    source: Any = node.args[0]
+    source, dims = operand(node, "self"), argument(node, "dim")
     rank = len(shape_of(source))
-    position = 2 if node.target is aten.linalg_vector_norm.default else 1
-    dims = _argument(node, position)
     reduced = {_dim(d, rank) for d in ([dims] if isinstance(dims, int) else dims or range(rank))}
     kept = [axis for axis in range(rank) if axis not in reduced]
     places = kept if len(shape_of(node)) == rank else range(len(kept))
@@ -353,9 +333,9 @@ def _reduction(axes: Axes, node: fx.Node) -> None:
 
 def _quantizer(axes: Axes, node: fx.Node) -> None:
     """Rounding: a scale an entry has the entries' order; one a block lets blocks move, and entries alike in each."""
-    source, *parameters = (part for part in node.args if isinstance(part, fx.Node))
-    axes.broadcast(node, axes.of(source), axes.of(node))
-    for parameter in parameters:
+    view = QuantizerNode(node)
+    axes.broadcast(node, axes.of(view.value), axes.of(node))
+    for parameter in (view.scale, view.zero_point):
         for scales, values in zip(reversed(axes.of(parameter)), reversed(axes.of(node)), strict=False):
             if scales is not None and values is not None and 1 < scales.size < values.size:
                 scales = product([scales, Order(values.size // scales.size)])
@@ -364,14 +344,13 @@ def _quantizer(axes: Axes, node: fx.Node) -> None:
 
 
 def _choose_qparams(axes: Axes, node: fx.Node) -> None:
-    source: Any = node.args[0]
+    source = operand(node, "x")
     for part in node.users:
         axes.carry(part, source, [(i, i) for i in range(len(shape_of(source)) - 1)])
 
 
 RULES: dict[Any, Rule] = {
-    aten.linear.default: _linear,
-    aten.addmm.default: _addmm,
+    **dict.fromkeys(LINEAR, _linear),
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.split.Tensor: _split,

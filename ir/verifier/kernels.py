@@ -137,7 +137,7 @@ def _check_rounding(program: Program, module: fx.GraphModule, node: fx.Node, rou
         return
     tensors = _stored(module, node, (scale, zero_point))
     check_layout(node, quantizer.spec.granularity, _result(node), *tensors)
-    check_range(program, node, quantizer.spec.grid, *tensors)
+    check_range(node, quantizer.spec.grid, *tensors)
 
 
 def _stored(module: fx.GraphModule, node: fx.Node, parts: Sequence[Any]) -> list[torch.Tensor]:
@@ -167,7 +167,7 @@ def _check_operand(program: Program, module: fx.GraphModule, node: fx.Node, oper
     if value.op == "get_attr":
         tensors = _stored(module, node, (scale, zero_point))
         check_layout(node, quantizer.spec.granularity, kind, *tensors)
-        check_range(program, node, grid, *tensors)
+        check_range(node, grid, *tensors)
         check_stored_codes(module, node, value, grid)
     else:
         check_source(module, node, name, (value, scale, zero_point))

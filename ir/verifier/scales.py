@@ -8,12 +8,11 @@ import torch
 from torch import fx
 
 from bitlower.ir.diagnostics import BitlowerError, CheckError, describe
-from bitlower.ir.program import Program
 from bitlower.ir.quantization.granularity import Granularity
 from bitlower.ir.quantization.grid import Grid, ScaleConvention
 from bitlower.ir.storage import release
 from bitlower.ir.tensors import get_tensor
-from bitlower.ir.types import Level, TensorType
+from bitlower.ir.types import TensorType
 
 
 def fail(node: fx.Node, message: str, *, hint: str = "") -> NoReturn:
@@ -51,18 +50,12 @@ def check_layout(
             fail(node, f"its {what} is {found}, {granularity} of {kind} takes {TensorType(torch.float32, expected)}")
 
 
-def check_range(program: Program, node: fx.Node, grid: Grid, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
-    """Scales are finite and above zero (all zero: uncalibrated, below level integer), zero points are of the grid."""
+def check_range(node: fx.Node, grid: Grid, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
+    """Scales are finite and above zero, zero points are whole numbers that the grid allows."""
     if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
         fail(node, "has a scale that is negative or not finite")
-    if not bool(scale.any()):
-        if program.level in (Level.INTEGER, Level.FUSED):
-            fail(node, "has no range", hint="run `calibrate` before it is lowered")
-        return
     if not bool(scale.all()):
-        fail(
-            node, "is calibrated in part: some of its scales are zero", hint="a quantizer has all of its scales or none"
-        )
+        fail(node, "has a scale of zero", hint="run `calibrate` before it is lowered")
     if not torch.equal(zero_point, torch.round(zero_point)):
         fail(node, "has a zero point that is no whole number")
     low, high = _zero_points(grid)

@@ -19,6 +19,7 @@ from bitlower.ir.kernels import KERNELS, is_kernel, output_of
 from bitlower.ir.program import Program
 from bitlower.ir.quantization.scheme import ACTIVATION_ROLES, WEIGHT_ROLES
 from bitlower.ir.quantizer import Quantizer
+from bitlower.ir.quantizer_node import is_uncalibrated
 from bitlower.ir.storage import parts
 from bitlower.ir.tensors import get_tensor
 from bitlower.ir.types import Level, TensorType
@@ -208,7 +209,8 @@ def check_scale(program: Program, module: fx.GraphModule, node: fx.Node) -> None
     else:
         stored = get_tensor(module, str(scale.target)), get_tensor(module, str(zero_point.target))
         check_layout(node, quantizer.spec.granularity, type_of(module, _operand(node)), *stored)
-        check_range(program, node, quantizer.spec.grid, *stored)
+        if not is_uncalibrated(node):
+            check_range(node, quantizer.spec.grid, *stored)
 
 
 def _check_dynamic(node: fx.Node, quantizer: Quantizer, scale: fx.Node, zero_point: fx.Node) -> None:

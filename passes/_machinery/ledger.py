@@ -14,6 +14,7 @@ from torch import fx
 from bitlower.ir import Batch, Program
 from bitlower.ir.dataflow import linears, residual_sums
 from bitlower.ir.observe import stream
+from bitlower.ir.operators import graph_results
 from bitlower.ir.tokens import token_mask
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.digest import digest_batches, digest_program
@@ -177,11 +178,9 @@ def _rounded(value: float | None) -> float | None:
 
 def _values(program: Program, layers: Mapping[str, Any], batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
     """Those of ``layers`` by name, and the float outputs by ``_OUTPUT`` and theirs, as one run returns them."""
-    returned = program.graph.output_node().args[0]
-    assert isinstance(returned, tuple | list)
     names: dict[fx.Node, list[str]] = {node: [node.name] for node in program.graph.nodes if node.name in layers}
-    for spec, node in zip(program.outputs, returned, strict=True):
-        if spec.type.is_float and isinstance(node, fx.Node):
+    for spec, node in zip(program.outputs, graph_results(program.graph), strict=True):
+        if spec.type.is_float:
             names.setdefault(node, []).append(f"{_OUTPUT}{spec.name}")
     for node, value in stream(program, names, batch):
         for name in names[node]:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from bitlower.ir import TensorType, get_tensor, set_tensor
-from bitlower.ir.dataflow import operand
+from bitlower.ir.operators import argument, operand
 from bitlower.ir.rewrite import Rule, call_like
 
 aten = torch.ops.aten
@@ -26,13 +26,11 @@ def fold_pointwise(module: fx.GraphModule, node: fx.Node) -> fx.Node | str:
     The weight is stored as ``[out, in]`` under its own name; that of ``groups`` as one matrix a group, called after it
     with the group's number.
     """
-    given = dict(zip(("bias", "stride", "padding", "dilation", "groups"), node.args[2:], strict=False))
-    weight, bias, groups = operand(node, 1), given.get("bias"), given.get("groups", 1)
-    reason = _refusal(module, node, given)
+    reason = _refusal(module, node)
     if reason:
         return reason
-    assert isinstance(groups, int)
-    x, kind = operand(node, 0), node.meta["type"]
+    weight, bias, groups = operand(node, "weight"), argument(node, "bias"), argument(node, "groups")
+    x, kind = operand(node, "input"), node.meta["type"]
     last = [0, *range(2, kind.rank), 1]
     weights, biases = _split(module, weight, groups), _split(module, bias, groups)
     with node.graph.inserting_before(node):
@@ -53,15 +51,15 @@ def fold_pointwise(module: fx.GraphModule, node: fx.Node) -> fx.Node | str:
     return result
 
 
-def _refusal(module: fx.GraphModule, node: fx.Node, given: dict[str, Any]) -> str:
+def _refusal(module: fx.GraphModule, node: fx.Node) -> str:
     """Why a convolution is no linear layer, or is not made one; empty if it is."""
-    weight, bias = operand(node, 1), given.get("bias")
+    weight, bias = operand(node, "weight"), argument(node, "bias")
     shape = weight.meta["type"].shape
     if node.kwargs or any(size != 1 for size in shape[2:]):
         return f"its kernel has the size {'×'.join(map(str, shape[2:]))}"
-    if operand(node, 0).meta["type"].rank != len(shape):
+    if operand(node, "input").meta["type"].rank != len(shape):
         return "its input has no batch"
-    if set(given.get("stride", (1,))) != {1} or not _is_unpadded(given.get("padding", 0)):
+    if set(argument(node, "stride")) != {1} or not _is_unpadded(argument(node, "padding")):
         return "it has a stride or a padding"
     parameters = [part for part in (weight, bias) if part is not None]
     if any(not isinstance(part, fx.Node) or part.op != "get_attr" for part in parameters):
@@ -69,7 +67,7 @@ def _refusal(module: fx.GraphModule, node: fx.Node, given: dict[str, Any]) -> st
     readers = [user for holder in module.graph.find_nodes(op="get_attr", target=weight.target) for user in holder.users]
     if readers != [node]:
         return "its weight is read elsewhere too"
-    groups = given.get("groups", 1)
+    groups = argument(node, "groups")
     if groups > _GROUPS or (groups > 1 and shape[1] == 1):
         return f"its {groups} groups are too many for linear layers of their own"
     return ""
@@ -105,7 +103,7 @@ def _split(module: fx.GraphModule, parameter: Any, groups: int) -> list[fx.Node]
 def _moved(like: fx.Node, value: fx.Node, order: list[int]) -> fx.Node:
     """``value`` with its axes in another order; what ``value`` was before it was moved the other way, if it was."""
     if value.target in _PERMUTES:
-        before = operand(value, 0)
+        before = operand(value, "self")
         if [_order(value)[axis] for axis in order] == list(range(len(order))):
             return before
     kind = value.meta["type"]
@@ -117,9 +115,9 @@ def _order(node: fx.Node) -> list[int]:
     """The order that a transpose or permutation puts the axes in."""
     rank = node.meta["type"].rank
     if node.target is aten.permute.default:
-        return [int(str(axis)) % rank for axis in node.args[1]]  # type: ignore[union-attr]
+        return [axis % rank for axis in argument(node, "dims")]
     order = list(range(rank))
-    first, second = (int(str(axis)) % rank for axis in node.args[1:3])
+    first, second = (argument(node, name) % rank for name in ("dim0", "dim1"))
     order[first], order[second] = second, first
     return order
 
@@ -132,14 +130,14 @@ def _part(like: fx.Node, rows: fx.Node, start: int, stop: int) -> fx.Node:
 
 def undo_permutation(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """Drop a transpose or permutation that takes back the one before it."""
-    inner = operand(node, 0)
+    inner = operand(node, "self")
     if inner.target not in _PERMUTES:
         return None
     first, second = _order(inner), _order(node)
     if [first[axis] for axis in second] != list(range(len(first))):
         return None
-    node.replace_all_uses_with(operand(inner, 0))
-    return operand(inner, 0)
+    node.replace_all_uses_with(operand(inner, "self"))
+    return operand(inner, "self")
 
 
 RULES = (

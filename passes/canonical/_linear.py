@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from bitlower.ir import TensorType, get_tensor, set_tensor
-from bitlower.ir.dataflow import ACTIVATION, NORM, operand
+from bitlower.ir.dataflow import ACTIVATION, NORM
+from bitlower.ir.operators import BinaryNode, LinearNode, argument, operand, swapped_axes, value_operands
 from bitlower.ir.rewrite import Rule, call_like, replace
 
 aten = torch.ops.aten
@@ -44,16 +45,16 @@ def orient_linear(module: fx.GraphModule, node: fx.Node) -> fx.Node | str | None
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, Any] | str | None:
     """Activation, matrix and bias of a product; why it is no linear layer; None where it multiplies with no matrix."""
-    values = [a for a in node.args if isinstance(a, fx.Node)]
     if node.target is aten.addmm.default:
-        bias, x, matrix = values
+        x, matrix, bias = LinearNode(node).x, LinearNode(node).weight, operand(node, "self")
         if set(node.kwargs.values()) - {1}:
             return "it scales the product or what it adds"
         return (x, matrix, bias) if bias.meta["type"].rank == 1 else "what it adds is no vector"
-    x, matrix = values[:2]
+    linear = LinearNode(node) if node.target is aten.linear.default else None
+    x, matrix = (linear.x, linear.weight) if linear else (BinaryNode(node).left, BinaryNode(node).right)
     if matrix.meta["type"].rank != 2 or x.meta["type"].rank < 2:
         return None
-    return x, matrix, node.args[2] if len(node.args) > 2 else None
+    return x, matrix, linear.bias if linear else None
 
 
 def _product(node: fx.Node) -> tuple[fx.Node, fx.Node, Any] | None:
@@ -64,17 +65,17 @@ def _product(node: fx.Node) -> tuple[fx.Node, fx.Node, Any] | None:
 
 def _stored(matrix: fx.Node) -> fx.Node | None:
     """The stored tensor that ``matrix`` is, or is the transpose of."""
-    source = matrix.args[0] if _is_transpose(matrix) else matrix
-    return source if isinstance(source, fx.Node) and source.op == "get_attr" else None
+    source = operand(matrix, "self") if _is_transpose(matrix) else matrix
+    return source if source.op == "get_attr" else None
 
 
 def _is_transpose(node: fx.Node) -> bool:
     """Whether ``node`` swaps the two axes of a matrix."""
     if node.target is aten.transpose.int:
-        return node.meta["type"].rank == 2 and node.args[1] != node.args[2]
+        return bool(node.meta["type"].rank == 2) and len(swapped_axes(node)) == 2
     if node.target is aten.numpy_T.default:
         return bool(node.meta["type"].rank == 2)
-    return node.target is aten.t.default or (node.target is aten.permute.default and node.args[1] == [1, 0])
+    return node.target is aten.t.default or (node.target is aten.permute.default and argument(node, "dims") == [1, 0])
 
 
 def _is_across(node: fx.Node, matrix: fx.Node) -> bool:
@@ -118,7 +119,7 @@ def lift_rows(module: fx.GraphModule, node: fx.Node) -> fx.Node | str | None:
     The view moves behind the operator, and so from one to the next, until it meets the view that takes it back.
     """
     binary = node.target in _BINARY
-    values = [a for a in node.args[: 2 if binary else 1] if isinstance(a, fx.Node)]
+    values = value_operands(node) if binary else node.all_input_nodes[:1]
     sources = {a: _unflattened(a) for a in values if not binary or _rank(a) > 1}
     found = [source for source in sources.values() if source is not None]
     if not found:
@@ -127,7 +128,7 @@ def lift_rows(module: fx.GraphModule, node: fx.Node) -> fx.Node | str | None:
     kind = node.meta["type"]
     if len(found) < len(sources) or any(source.meta["type"].shape[:-1] != lead for source in found):
         return "its operands are not views of one layout"
-    if node.target in NORM and node.args[1] != [kind.shape[-1]]:
+    if node.target in NORM and argument(node, "normalized_shape") != [kind.shape[-1]]:
         return "it normalizes rows together"
     args = tuple(sources.get(a) or a if isinstance(a, fx.Node) else a for a in node.args)
     with node.graph.inserting_before(node):
@@ -146,7 +147,7 @@ def _unflattened(node: fx.Node) -> fx.Node | None:
     """What ``node`` is a view ``[rows, channels]`` of, if that has more axes."""
     if node.target is not aten.reshape.default or _rank(node) != 2:
         return None
-    source = operand(node, 0)
+    source = operand(node, "self")
     shape, flat = source.meta["type"].shape, node.meta["type"].shape
     return source if len(shape) > 2 and isinstance(flat[-1], int) and shape[-1] == flat[-1] else None
 
@@ -159,11 +160,11 @@ def free_view(module: fx.GraphModule, node: fx.Node) -> fx.Node:
 
 def undo_view(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """Drop a view that takes back the one before it."""
-    inner = operand(node, 0)
-    if inner.target is not aten.reshape.default or operand(inner, 0).meta["type"] != node.meta["type"]:
+    inner = operand(node, "self")
+    if inner.target is not aten.reshape.default or operand(inner, "self").meta["type"] != node.meta["type"]:
         return None
-    node.replace_all_uses_with(operand(inner, 0))
-    return operand(inner, 0)
+    node.replace_all_uses_with(operand(inner, "self"))
+    return operand(inner, "self")
 
 
 RULES = (

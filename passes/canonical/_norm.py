@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from bitlower.ir.dataflow import operand
+from bitlower.ir.operators import argument, operand, value_operands
 from bitlower.ir.rewrite import Rule, call_like, sole_user
 
 aten = torch.ops.aten
@@ -18,9 +18,9 @@ def fold_rms_norm(module: fx.GraphModule, root: fx.Node) -> fx.Node | str | None
     that the parameter remains as the model stores it. Without a weight (or with something else after the
     normalization) the plain form is used.
     """
-    if root.target is aten.pow.Tensor_Scalar and root.args[1] != -0.5:
+    if root.target is aten.pow.Tensor_Scalar and argument(root, "exponent") != -0.5:
         return None
-    found = _square_mean(operand(root, 0))
+    found = _square_mean(operand(root, "self"))
     if isinstance(found, str):
         return found
     x, epsilon = found
@@ -45,27 +45,27 @@ def _square_mean(value: fx.Node) -> tuple[fx.Node, float] | str:
     """What ``mean(x²) + ε`` is taken of, and ε."""
     epsilon: object = 0.0
     if value.target is aten.add.Tensor:
-        epsilon = value.args[1]
-        value = operand(value, 0)
+        epsilon = argument(value, "other")
+        value = operand(value, "self")
     if not isinstance(epsilon, int | float):
         return "what is added to the mean is no number"
-    if value.target is not aten.mean.dim or value.args[2:] != (True,):
+    if value.target is not aten.mean.dim or not argument(value, "keepdim") or value.kwargs:
         return "it is not taken of a mean that keeps its axis"
-    if value.args[1] not in ([-1], [value.meta["type"].rank - 1]):
+    if argument(value, "dim") not in ([-1], [value.meta["type"].rank - 1]):
         return "the mean is not over the last axis alone"
-    square = operand(value, 0)
-    is_power = square.target is aten.pow.Tensor_Scalar and square.args[1] == 2
-    is_product = square.target is aten.mul.Tensor and square.args[0] is square.args[1]
+    square = operand(value, "self")
+    is_power = square.target is aten.pow.Tensor_Scalar and argument(square, "exponent") == 2
+    is_product = square.target is aten.mul.Tensor and argument(square, "self") is argument(square, "other")
     if not (is_power or is_product or square.target is aten.square.default):
         return "the mean is not of squares"
-    return operand(square, 0), float(epsilon)
+    return operand(square, "self"), float(epsilon)
 
 
 def _weight(node: fx.Node, normalized: fx.Node, width: int) -> fx.Node | None:
     """The vector that ``node`` multiplies ``normalized`` with; None if it does something else."""
     if node.target is not aten.mul.Tensor or node.meta["type"] != normalized.meta["type"]:
         return None
-    others = [a for a in node.args if isinstance(a, fx.Node) and a is not normalized]
+    others = [factor for factor in value_operands(node) if factor is not normalized]
     fits = len(others) == 1 and others[0].meta["type"].shape == (width,)
     return others[0] if fits else None
 

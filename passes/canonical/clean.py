@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from bitlower.ir import Level, Program, get_tensor
+from bitlower.ir.operators import argument
 from bitlower.ir.rewrite import Miss, apply_rules
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.report import Record, counted, few
@@ -94,19 +95,19 @@ def _drop_no_ops(graph: fx.Graph) -> bool:
     changed = False
     for node in list(graph.nodes):
         if node.op == "call_function" and "type" in node.meta and _is_no_op(node):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
             changed = True
     return changed
 
 
 def _is_no_op(node: fx.Node) -> bool:
-    source = node.args[0] if node.args else None
+    source = next(iter(node.args), None)
     if not isinstance(source, fx.Node) or source.meta.get("type") != node.meta["type"]:
         return False
     if node.target in _NO_OPS_OF_ONE_TYPE:
         return True
-    return node.target in _NEUTRAL and len(node.args) == 2 and bool(node.args[1] == _NEUTRAL[node.target])
+    return node.target in _NEUTRAL and bool(argument(node, "other") == _NEUTRAL[node.target])
 
 
 def _merge_equal(graph: fx.Graph) -> bool:

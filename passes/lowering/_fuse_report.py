@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from bitlower.ir import kernels, ops
-from bitlower.ir.dataflow import PARTS, VIEWS, Block, blocks, constants, operand
+from bitlower.ir.dataflow import PARTS, VIEWS, Block, blocks, constants
 from bitlower.ir.rewrite import Miss
 from bitlower.passes._machinery.report import Record
 from bitlower.passes.lowering._fusion import Fused
@@ -172,7 +172,7 @@ def _row(fused: Fused, place: dict[fx.Node, int]) -> KernelRow:
 
 def _remaining(node: fx.Node, place: dict[fx.Node, int], said: dict[str, str]) -> RemainingRow:
     quantizer = node.meta.get("quantizer")
-    tensor = quantizer.tensor if quantizer else operand(node, 0).name
+    tensor = quantizer.tensor if quantizer else node.all_input_nodes[0].name
     name = str(node.target).removeprefix("bitlower.").removesuffix(".default")
     path = str(node.meta.get("path", ""))
     return RemainingRow(node.name, name, tensor, path, place.get(node, -1), _reason(node, said))
@@ -180,7 +180,7 @@ def _remaining(node: fx.Node, place: dict[fx.Node, int], said: dict[str, str]) -
 
 def _reason(node: fx.Node, said: dict[str, str]) -> str:
     """Why no kernel took ``node``: what makes the value that it rounds, or what reads the value that it makes."""
-    around = list(node.users) if node.target is ops.dequantize else [operand(node, 0)]
+    around = list(node.users) if node.target is ops.dequantize else node.all_input_nodes[:1]
     texts = []
     for other in around:
         taken = kernels.output_of(other)

@@ -16,8 +16,10 @@ import torch
 from torch import fx
 
 from bitlower.ir import Quantizer, TensorType, kernels, ops
-from bitlower.ir.dataflow import VIEWS, operand
-from bitlower.ir.rewrite import Miss, call_like, sole_user
+from bitlower.ir.dataflow import VIEWS
+from bitlower.ir.operators import operand, set_argument
+from bitlower.ir.quantizer_node import QuantizerNode
+from bitlower.ir.rewrite import Miss, call_again, call_like, sole_user
 
 aten = torch.ops.aten
 
@@ -60,12 +62,13 @@ class Match:
             self.arguments[name] = node
             return
         dequantize, views = codes
-        source, scale, zero = (operand(dequantize, position) for position in range(3))
+        trip = QuantizerNode(dequantize)
+        source = trip.value
         with self.root.graph.inserting_before(self.at):
             for view in views:
                 kind = view.meta["type"].with_dtype(source.meta["type"].dtype)
-                source = call_like(view, view.target, (source, *view.args[1:]), kind, **view.kwargs)
-        self.arguments |= {name: source, f"{name}_scale": scale, f"{name}_zero_point": zero}
+                source = call_again(view, source, kind)
+        self.arguments |= {name: source, f"{name}_scale": trip.scale, f"{name}_zero_point": trip.zero_point}
         self.quantizers[name] = dequantize.meta["quantizer"]
         self.taken.append(dequantize)
 
@@ -74,8 +77,9 @@ class Match:
         quantizer: Quantizer = quantize.meta["quantizer"]
         self.arguments[f"{name}_grid"] = str(quantizer.spec.grid)
         self.quantizers[name] = quantizer
-        if is_static(quantize):
-            self.arguments |= {f"{name}_scale": quantize.args[1], f"{name}_zero_point": quantize.args[2]}
+        view = QuantizerNode(quantize)
+        if view.is_static:
+            self.arguments |= {f"{name}_scale": view.scale, f"{name}_zero_point": view.zero_point}
 
 
 Stage = Callable[[Match], str]
@@ -200,7 +204,7 @@ def _trim(found: Iterable[Fused], gone: set[fx.Node]) -> None:
         order = [(output.part, output.name) for output in kernels.outputs(node)]
         for key, taken in results.items():
             if key in order:
-                taken.args = (node, order.index(key))
+                set_argument(taken, "index", order.index(key))
             if not taken.users:
                 node.graph.erase_node(taken)
 
@@ -219,11 +223,6 @@ def erase_dead(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return gone
 
 
-def is_static(quantize: fx.Node) -> bool:
-    """Whether the scale of a quantizer is stored."""
-    return operand(quantize, 1).op == "get_attr"
-
-
 def codes_of(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
     """The ``dequantize`` that ``node`` comes from and the views between, in order; None if it comes from elsewhere.
 
@@ -232,10 +231,10 @@ def codes_of(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
     views: list[fx.Node] = []
     while node.target in VIEWS:
         views.insert(0, node)
-        node = operand(node, 0)
+        node = operand(node, "self")
     if node.target is not ops.dequantize:
         return None
-    scale = operand(node, 1).meta.get("type")
+    scale = QuantizerNode(node).scale.meta.get("type")
     plain = isinstance(scale, TensorType) and scale.rank == 0
     return (node, views) if plain or not views else None
 
@@ -244,13 +243,13 @@ def stored_codes(node: object) -> fx.Node | None:
     """The ``dequantize`` of a stored tensor that ``node`` is, if it is one."""
     if not isinstance(node, fx.Node) or node.target is not ops.dequantize:
         return None
-    return node if operand(node, 0).op == "get_attr" else None
+    return node if QuantizerNode(node).rounds_parameter else None
 
 
 def round_trip(value: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The static ``quantize`` and ``dequantize`` that everything reads ``value`` through, if there are such."""
     quantize = sole_user(value)
-    if quantize is None or quantize.target is not ops.quantize or not is_static(quantize):
+    if quantize is None or quantize.target is not ops.quantize or not QuantizerNode(quantize).is_static:
         return None
     dequantize = sole_user(quantize)
     return (quantize, dequantize) if dequantize is not None and dequantize.target is ops.dequantize else None

@@ -11,9 +11,11 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from bitlower.ir import Granularity, Quantizer, TensorType, get_tensor, ops, set_tensor
-from bitlower.ir.dataflow import ADD, operand
-from bitlower.ir.rewrite import Miss, call_like, sole_user
+from bitlower.ir import Granularity, Quantizer, TensorType, ops, set_tensor
+from bitlower.ir.dataflow import ADD
+from bitlower.ir.operators import BinaryNode, LinearNode, argument, operand, set_argument
+from bitlower.ir.quantizer_node import QuantizerNode
+from bitlower.ir.rewrite import Miss, call_again, call_like, sole_user
 from bitlower.passes.lowering._fusion import erase_dead, round_trip
 
 aten = torch.ops.aten
@@ -48,14 +50,12 @@ def regroup(module: fx.GraphModule) -> tuple[dict[fx.Node, fx.Node], list[Miss]]
 
 def _parts(split: fx.Node) -> list[tuple[fx.Node, fx.Node]] | None:
     """The ``quantize`` and ``dequantize`` of every slice of the last axis; None if they have no scale each."""
-    value, sizes, *axis = split.args
-    assert isinstance(value, fx.Node)
-    assert isinstance(sizes, list)
-    taken = {user.args[1]: round_trip(user) for user in split.users if user.target is operator.getitem}
-    if axis not in ([-1], [value.meta["type"].rank - 1]) or sorted(taken) != list(range(len(sizes))):  # type: ignore[type-var]
+    sizes, last = argument(split, "split_sizes"), operand(split, "self").meta["type"].rank - 1
+    taken = {argument(user, "index"): round_trip(user) for user in split.users if user.target is operator.getitem}
+    if argument(split, "dim") not in (-1, last) or sorted(taken) != list(range(len(sizes))):
         return None
     trips = [taken[index] for index in range(len(sizes))]
-    found = [trip for trip in trips if trip is not None and operand(trip[0], 1).meta["type"].rank == 0]
+    found = [trip for trip in trips if trip is not None and QuantizerNode(trip[0]).scale.meta["type"].rank == 0]
     specs = {trip[0].meta["quantizer"].spec for trip in found}
     return found if len(found) == len(sizes) and len(specs) == 1 else None
 
@@ -64,18 +64,18 @@ def _sum(first: fx.Node, trips: list[tuple[fx.Node, fx.Node]]) -> tuple[fx.Node,
     """The linear on the first slice and the last of the additions of those on the others, in order."""
     if not _reads_slice(first, trips[0][1]):
         return None
-    weight, start, total = operand(operand(first, 1), 0), 0, first
+    weight, start, total = operand(LinearNode(first).weight, "self"), 0, first
     for _, value in trips:
         end = start + value.meta["type"].shape[-1]
         if total is not first or start:
             user = sole_user(total)
-            if user is None or user.target not in ADD or user.kwargs or user.args[0] is not total:
+            if user is None or user.target not in ADD or user.kwargs or BinaryNode(user).left is not total:
                 return None
-            product = operand(user, 1)
+            product = operand(user, "other")
             total = user
         else:
             product = first
-        if not _reads_slice(product, value) or operand(product, 1).args != (weight, 1, start, end):
+        if not _reads_slice(product, value) or LinearNode(product).weight.args != (weight, 1, start, end):
             return None
         start = end
     return first, total
@@ -83,10 +83,10 @@ def _sum(first: fx.Node, trips: list[tuple[fx.Node, fx.Node]]) -> tuple[fx.Node,
 
 def _reads_slice(linear: fx.Node, value: fx.Node) -> bool:
     """Whether ``linear`` multiplies ``value`` with columns of a quantized weight."""
-    if linear.target is not aten.linear.default or linear.args[0] is not value:
+    if linear.target is not aten.linear.default or LinearNode(linear).x is not value:
         return False
-    columns = operand(linear, 1)
-    return columns.target is aten.slice.Tensor and operand(columns, 0).target is ops.dequantize
+    columns = LinearNode(linear).weight
+    return columns.target is aten.slice.Tensor and operand(columns, "self").target is ops.dequantize
 
 
 def _is_whole(user: fx.Node, trips: list[tuple[fx.Node, fx.Node]]) -> bool:
@@ -96,7 +96,7 @@ def _is_whole(user: fx.Node, trips: list[tuple[fx.Node, fx.Node]]) -> bool:
 
 def _joined(module: fx.GraphModule, split: fx.Node, trips: list[tuple[fx.Node, fx.Node]]) -> fx.Node:
     """The whole value, rounded in groups."""
-    value, first = operand(split, 0), trips[0][0]
+    value, first = operand(split, "self"), trips[0][0]
     sizes = [part.meta["type"].shape[-1] for _, part in trips]
     equal = len(set(sizes)) == 1
     make = Granularity.per_embedding_group if equal else Granularity.per_embedding_parts
@@ -105,16 +105,16 @@ def _joined(module: fx.GraphModule, split: fx.Node, trips: list[tuple[fx.Node, f
     kind: TensorType = value.meta["type"]
     with split.graph.inserting_before(split):
         scales = []
-        for name, place in (("scale", 1), ("zero_point", 2)):
-            parts = [get_tensor(module, str(operand(trip[0], place).target)) for trip in trips]
+        ranges = zip(*(QuantizerNode(trip[0]).range(module) for trip in trips), strict=True)
+        for name, parts in zip(("scale", "zero_point"), ranges, strict=True):
             spread = [part.expand(1 if equal else size) for part, size in zip(parts, sizes, strict=True)]
             stored = torch.cat(spread).reshape(*(1,) * (kind.rank - 1), -1)
             set_tensor(module, f"quantizers.{value.name}.{name}", stored)
             scales.append(split.graph.get_attr(f"quantizers.{value.name}.{name}"))
             scales[-1].meta["type"] = TensorType(stored.dtype, tuple(stored.shape))
-        codes = call_like(
-            first, ops.quantize, (value, *scales, *first.args[3:]), kind.with_dtype(first.meta["type"].dtype)
-        )
+        codes = call_again(first, value, kind.with_dtype(first.meta["type"].dtype))
+        for name, node in zip(("scale", "zero_point"), scales, strict=True):
+            set_argument(codes, name, node)
         values = call_like(first, ops.dequantize, (codes, *scales), kind)
     for node in (codes, values):
         node.meta["quantizer"] = quantizer
@@ -123,9 +123,10 @@ def _joined(module: fx.GraphModule, split: fx.Node, trips: list[tuple[fx.Node, f
 
 def _linear(first: fx.Node, last: fx.Node, value: fx.Node, split: fx.Node) -> fx.Node:
     """One linear in the place of the additions up to ``last``."""
-    args = (value, operand(operand(first, 1), 0), *first.args[2:])
+    weight, bias = operand(LinearNode(first).weight, "self"), LinearNode(first).bias
+    args = (value, weight) if bias is None else (value, weight, bias)
     with last.graph.inserting_before(last):
         linear = call_like(last, aten.linear.default, args, last.meta["type"])
-    linear.meta[COLUMNS] = list(split.args[1])  # type: ignore[arg-type]
+    linear.meta[COLUMNS] = list(argument(split, "split_sizes"))
     last.replace_all_uses_with(linear)
     return linear

@@ -10,10 +10,12 @@ import torch
 from torch import fx
 
 from bitlower.ir import Granularity, Quantizer, TensorType, get_tensor, ops, set_tensor
-from bitlower.ir.dataflow import ADD, operand
+from bitlower.ir.dataflow import ADD
+from bitlower.ir.operators import LinearNode
+from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.rewrite import sole_user
 from bitlower.ir.storage import like
-from bitlower.passes.lowering._fusion import Match, is_static, stored_codes
+from bitlower.passes.lowering._fusion import Match, stored_codes
 from bitlower.passes.lowering._fusion_groups import COLUMNS
 from bitlower.passes.lowering._fusion_stages import ROWS, activation_name, gated, is_per_token
 
@@ -23,13 +25,13 @@ aten = torch.ops.aten
 def start_linear(match: Match) -> str | None:
     """A linear over stored codes, merged with those after it that read the same value where they agree."""
     linear = match.root
-    weight = stored_codes(linear.args[1])
+    weight = stored_codes(LinearNode(linear).weight)
     if weight is None:
         return "its weight is not stored as codes of its own"
     group, reason = mergeable(linear)
     if reason:
         match.reasons.append(f"not merged with what reads the same value: {reason}")
-    match.read("x", operand(linear, 0))
+    match.read("x", LinearNode(linear).x)
     if COLUMNS in linear.meta:
         match.arguments["columns"] = linear.meta[COLUMNS]
     if len(group) > 1:
@@ -38,13 +40,13 @@ def start_linear(match: Match) -> str | None:
         _merge(match, group)
         return ""
     match.read("weight", weight)
-    match.arguments["bias"] = linear.args[2] if len(linear.args) > 2 else None
+    match.arguments["bias"] = LinearNode(linear).bias
     return ""
 
 
 def mergeable(linear: fx.Node) -> tuple[list[fx.Node], str]:
     """The linears that can be merged into one, ``linear`` being the first of them, or why not all others can."""
-    readers = [user for user in operand(linear, 0).users if user.target is aten.linear.default]
+    readers = [user for user in LinearNode(linear).x.users if user.target is aten.linear.default]
     group, reasons = [linear], list[str]()
     for other in readers:
         if other is not linear:
@@ -58,14 +60,14 @@ def mergeable(linear: fx.Node) -> tuple[list[fx.Node], str]:
 
 def _why_apart(first: fx.Node, other: fx.Node, readers: Sequence[fx.Node]) -> str:
     """Why two linears that read one value are not merged; empty if they are."""
-    weights = [stored_codes(linear.args[1]) for linear in (first, other)]
+    weights = [stored_codes(LinearNode(linear).weight) for linear in (first, other)]
     if weights[0] is None or weights[1] is None:
         return "one has no codes of its own"
     if any(len(readers_of(weight)) > 1 for weight in weights if weight is not None):
         return "a weight is shared with another layer"
     if weights[0].meta["quantizer"].spec != weights[1].meta["quantizer"].spec:
         return "their weights have different grids"
-    if (len(first.args) > 2) != (len(other.args) > 2):
+    if (LinearNode(first).bias is None) != (LinearNode(other).bias is None):
         return "one has no bias"
     if any(_goes_on(linear, readers) for linear in (first, other)):
         return "what follows one of them goes into its own kernel"
@@ -76,7 +78,7 @@ def _why_apart(first: fx.Node, other: fx.Node, readers: Sequence[fx.Node]) -> st
 
 def readers_of(weight: fx.Node) -> list[fx.Node]:
     """All nodes that read the codes behind ``weight``, under whatever name of the node."""
-    target = operand(weight, 0).target
+    target = QuantizerNode(weight).value.target
     graph = weight.graph
     nodes = [node for node in graph.find_nodes(op="get_attr") if node.target == target]
     return [reader for node in nodes for user in node.users for reader in (user.users or (user,))]
@@ -94,13 +96,14 @@ def _goes_on(linear: fx.Node, readers: Sequence[fx.Node]) -> bool:
 def _output(linear: fx.Node) -> fx.Node | None:
     """What quantizes the result of ``linear`` with a stored scale, if that is all that reads it."""
     user = sole_user(linear)
-    return user if user is not None and user.target is ops.quantize and is_static(user) else None
+    return user if user is not None and user.target is ops.quantize and QuantizerNode(user).is_static else None
 
 
 def _merge(match: Match, group: Sequence[fx.Node]) -> None:
     """Let the kernel have the weights of ``group`` one below the other, and return the result of each."""
-    weights = [operand(linear, 1) for linear in group]
-    sizes = [operand(weight, 0).meta["type"].shape[0] for weight in weights]
+    weights = [LinearNode(linear).weight for linear in group]
+    views = [QuantizerNode(weight) for weight in weights]
+    sizes = [view.value.meta["type"].shape[0] for view in views]
     stem = _stem([str(weight.meta["quantizer"].tensor) for weight in weights])
     quantizer: Quantizer = weights[0].meta["quantizer"]
     kind = quantizer.spec.granularity.kind
@@ -108,17 +111,17 @@ def _merge(match: Match, group: Sequence[fx.Node]) -> None:
     match.quantizers["weight"] = replace(
         quantizer, spec=replace(quantizer.spec, granularity=granularity), tensor=f"{stem}.weight"
     )
-    parts = [[_tensor(match, operand(weight, place)) for place in range(3)] for weight in weights]
-    rows = [[_by_row(scale, codes.shape[0]) for scale in scales] for codes, *scales in parts]
+    codes = [view.weight(match.module) for view in views]
+    rows = [[_by_row(part, size) for part in view.range(match.module)] for view, size in zip(views, sizes, strict=True)]
     flat = f"quantizers.{stem.replace('.', '_')}_weight"
     match.arguments |= {
-        "weight": _store(match, f"{stem}.weight_codes", [codes for codes, *_ in parts]),
+        "weight": _store(match, f"{stem}.weight_codes", codes),
         "weight_scale": _store(match, f"{flat}.scale", [scale for scale, _ in rows]),
         "weight_zero_point": _store(match, f"{flat}.zero_point", [zero for _, zero in rows]),
         "rows": sizes,
     }
-    if len(group[0].args) > 2:
-        biases = [_tensor(match, operand(linear, 2)) for linear in group]
+    if LinearNode(group[0]).bias is not None:
+        biases = [get_tensor(match.module, str(LinearNode(linear).stored_bias)).detach() for linear in group]
         match.arguments["bias"] = _store(match, f"{stem}.bias", biases, parameter=True)
     match.results = [{"value": linear} for linear in group]
     match.taken += [node for pair in zip(group, weights, strict=True) for node in pair if node is not match.root]
@@ -137,19 +140,13 @@ def _merge_outputs(match: Match, group: Sequence[fx.Node], sizes: Sequence[int],
         match.quantizers["out"], spec=spec, tensor="_".join(linear.name for linear in group)
     )
     rank = group[0].meta["type"].rank
-    for name, place in (("scale", 1), ("zero_point", 2)):
-        values = [
-            _by_column(_tensor(match, operand(quantize, place)), size, rank)
-            for quantize, size in zip(quantizers, sizes, strict=True)
-        ]
+    ranges = [QuantizerNode(quantize).range(match.module) for quantize in quantizers]
+    for name, parts in zip(("scale", "zero_point"), zip(*ranges, strict=True), strict=True):
+        values = [_by_column(part, size, rank) for part, size in zip(parts, sizes, strict=True)]
         match.arguments[f"out_{name}"] = _store(match, f"{stem}.{name}", values, axis=-1)
     for part, linear, quantize in zip(match.results, group, quantizers, strict=True):
         part |= {"value": linear, "codes": quantize}
         match.taken.append(quantize)
-
-
-def _tensor(match: Match, node: fx.Node) -> torch.Tensor:
-    return get_tensor(match.module, str(node.target)).detach()
 
 
 def _by_row(scale: torch.Tensor, rows: int) -> torch.Tensor:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from bitlower.ir.dataflow import ADD, operand
+from bitlower.ir.dataflow import ADD
+from bitlower.ir.operators import argument, operand, value_operands
 from bitlower.ir.rewrite import sole_user
 from bitlower.passes.lowering._fusion import Match
 from bitlower.passes.lowering._fusion_stages import MULTIPLY
@@ -27,13 +28,13 @@ class _Turn(NamedTuple):
 def start_rotary(match: Match) -> str | None:
     """The product with the cosine, if the rest follows; nothing is said where it does not, for products are many."""
     product, total = match.root, sole_user(match.root)
-    if total is None or total.target not in ADD or total.kwargs or total.args[0] is not product:
+    if total is None or total.target not in ADD or total.kwargs:
         return None
-    x, cos = product.args
-    other = total.args[1]
-    if not isinstance(x, fx.Node) or not isinstance(cos, fx.Node) or not isinstance(other, fx.Node):
+    factors, summands = value_operands(product), value_operands(total)
+    if len(factors) != 2 or len(summands) != 2 or summands[0] is not product:
         return None
-    turn = _turn(other, x)
+    x, cos = factors
+    turn = _turn(summands[1], x)
     if turn is None or total.meta["type"] != x.meta["type"]:
         return None
     match.at = total
@@ -45,17 +46,18 @@ def start_rotary(match: Match) -> str | None:
 
 def _turn(product: fx.Node, x: fx.Node) -> _Turn | None:
     """The steps that lead from ``x`` to ``product``, if they turn its halves and nothing else reads them."""
-    if product.target not in MULTIPLY or not all(isinstance(arg, fx.Node) for arg in product.args):
+    factors = value_operands(product) if product.target in MULTIPLY else []
+    if len(factors) != 2:
         return None
-    whole, sin = operand(product, 0), operand(product, 1)
-    if whole.target is not aten.cat.default or whole.args[1] not in (-1, x.meta["type"].rank - 1):
+    whole, sin = factors
+    if whole.target is not aten.cat.default or argument(whole, "dim") not in (-1, x.meta["type"].rank - 1):
         return None
-    parts = whole.args[0]
-    if not isinstance(parts, list) or len(parts) != 2 or parts[0].target is not aten.neg.default:
+    parts = argument(whole, "tensors")
+    if len(parts) != 2 or parts[0].target is not aten.neg.default:
         return None
     minus, width = parts[0], x.meta["type"].shape[-1]
     halves = isinstance(width, int) and width % 2 == 0 and all(
-        _is_half(half, x, start, width // 2) for half, start in ((parts[1], 0), (operand(minus, 0), width // 2))
+        _is_half(half, x, start, width // 2) for half, start in ((parts[1], 0), (operand(minus, "self"), width // 2))
     )  # fmt: skip
     alone = all(len(node.users) == 1 for node in (product, whole, minus))
     return _Turn(product, sin, whole, minus) if halves and alone else None
@@ -63,8 +65,7 @@ def _turn(product: fx.Node, x: fx.Node) -> _Turn | None:
 
 def _is_half(node: fx.Node, x: fx.Node, start: int, size: int) -> bool:
     """Whether ``node`` is the half of the last axis of ``x`` from ``start`` on."""
-    if node.target is not aten.slice.Tensor or node.args[0] is not x or len(node.args) > 4:
+    if node.target is not aten.slice.Tensor or operand(node, "self") is not x or argument(node, "step") != 1:
         return False
-    kind = x.meta["type"]
-    axis, begin, found = *node.args[1:3], node.meta["type"].shape[-1]
-    return bool(axis in (-1, kind.rank - 1) and begin == start and found == size)
+    last = argument(node, "dim") in (-1, x.meta["type"].rank - 1)
+    return bool(last and argument(node, "start") == start and node.meta["type"].shape[-1] == size)

@@ -7,9 +7,11 @@ from torch import fx
 
 from bitlower.ir import ops
 from bitlower.ir.activations import activation_of
-from bitlower.ir.dataflow import ADD, is_float, operand
+from bitlower.ir.dataflow import ADD, is_float
+from bitlower.ir.operators import operand, set_argument, swapped_axes, value_operands
+from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.rewrite import sole_user
-from bitlower.passes.lowering._fusion import Match, is_static, round_trip
+from bitlower.passes.lowering._fusion import Match, round_trip
 
 aten = torch.ops.aten
 MULTIPLY = frozenset({aten.mul.Tensor})
@@ -39,10 +41,10 @@ def added(value: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 def _joined_with(value: fx.Node, targets: frozenset[object]) -> tuple[fx.Node, fx.Node] | None:
     user = sole_user(value)
-    if user is None or user.target not in targets or user.kwargs or len(user.args) != 2:
+    if user is None or user.target not in targets or user.kwargs:
         return None
-    others = [arg for arg in user.args if arg is not value]
-    if len(others) != 1 or not isinstance(others[0], fx.Node) or others[0].op == "get_attr":
+    others = [other for other in value_operands(user) if other is not value]
+    if len(others) != 1 or others[0].op == "get_attr":
         return None
     kinds = {node.meta.get("type") for node in (value, others[0], user)}
     return (user, others[0]) if len(kinds) == 1 and is_float(user) else None
@@ -105,9 +107,7 @@ def take_heads(match: Match) -> str:
 def joining(value: fx.Node) -> list[fx.Node]:
     """The views that alone read ``[batch, heads, length, width]`` and make ``[batch, length, heads · width]`` of it."""
     turned = sole_user(value)
-    if turned is None or turned.target is not aten.transpose.int or value.meta["type"].rank != 4:
-        return []
-    if {axis % 4 for axis in turned.args[1:] if isinstance(axis, int)} != {1, 2}:
+    if turned is None or value.meta["type"].rank != 4 or swapped_axes(turned) != {1, 2}:
         return []
     chain, last = [turned], sole_user(turned)
     if last is not None and last.target in (aten.contiguous.default, aten.clone.default):
@@ -124,7 +124,7 @@ def joining(value: fx.Node) -> list[fx.Node]:
 def sink_rounding(value: fx.Node) -> None:
     """Put the ``quantize`` and ``dequantize`` of ``value``, with one scale, behind the joining of heads."""
     trip = round_trip(value)
-    if trip is None or operand(trip[0], 1).meta["type"].rank:
+    if trip is None or QuantizerNode(trip[0]).scale.meta["type"].rank:
         return
     chain = joining(trip[1])
     if not chain:
@@ -132,10 +132,10 @@ def sink_rounding(value: fx.Node) -> None:
     quantize, dequantize = trip
     last = chain[-1]
     readers = list(last.users)
-    chain[0].args = (value, *chain[0].args[1:])
+    chain[0].replace_input_with(dequantize, value)
     last.append(quantize)
     quantize.append(dequantize)
-    quantize.args = (last, *quantize.args[1:])
+    set_argument(quantize, "x", last)
     for node, source in ((quantize, last), (dequantize, last)):
         node.meta["type"] = source.meta["type"].with_dtype(node.meta["type"].dtype)
     for reader in readers:
@@ -147,7 +147,7 @@ def take_quantize(match: Match) -> str:
     quantize, reason = _quantizer(match.value)
     if quantize is None or reason:
         return reason
-    if not is_static(quantize):
+    if not QuantizerNode(quantize).is_static:
         return f"its result is quantized outside: {ROWS}"
     _round_result(match, quantize)
     return ""
@@ -158,10 +158,10 @@ def take_any_quantize(match: Match) -> str:
     quantize, reason = _quantizer(match.value)
     if quantize is None or reason:
         return reason
-    if not is_static(quantize):
-        scale, zero_point = operand(quantize, 1), operand(quantize, 2)
-        match.results[0] |= {"scale": scale, "zero_point": zero_point}
-        match.taken.append(operand(scale, 0))
+    view = QuantizerNode(quantize)
+    if not view.is_static:
+        match.results[0] |= {"scale": view.scale, "zero_point": view.zero_point}
+        match.taken.append(operand(view.scale, "source"))
     _round_result(match, quantize)
     return ""
 

@@ -7,7 +7,8 @@ from torch import fx
 
 from bitlower.ir import kernels, ops
 from bitlower.ir.activations import ACTIVATIONS
-from bitlower.ir.dataflow import ADD, EMBEDDING, NORM, is_float, operand
+from bitlower.ir.dataflow import ADD, EMBEDDING, NORM, is_float
+from bitlower.ir.operators import EmbeddingNode, NormNode, argument, operand, value_operands
 from bitlower.passes.lowering._fusion import Fusion, Match, round_trip, stored_codes
 from bitlower.passes.lowering._fusion_attention import ATTENTIONS, start_attention
 from bitlower.passes.lowering._fusion_merge import start_linear
@@ -33,18 +34,15 @@ def start_norm(match: Match) -> str | None:
     node = match.root
     if node.target is aten.native_layer_norm.default:
         return "it gives mean and deviation too"
-    if len(node.args[1]) != 1:  # type: ignore[arg-type]
+    if len(argument(node, "normalized_shape")) != 1:
         return "it is over several axes"
-    layer = node.target is aten.layer_norm.default
-    parts = dict(zip(("weight", "bias", "eps") if layer else ("weight", "eps"), node.args[2:], strict=False))
-    weight = parts.get("weight")
-    if stored_codes(weight):
-        match.read("weight", weight)  # type: ignore[arg-type]
+    norm = NormNode(node)
+    if norm.weight is not None and stored_codes(norm.weight):
+        match.read("weight", norm.weight)
     else:
-        match.arguments["weight"] = weight
-    eps = parts.get("eps", 1e-5 if layer else None)
-    match.arguments |= {"bias": parts.get("bias"), "norm": "layer" if layer else "rms", "eps": eps}
-    total = operand(node, 0)
+        match.arguments["weight"] = norm.weight
+    match.arguments |= {"bias": norm.bias, "norm": "rms" if norm.is_rms else "layer", "eps": norm.epsilon}
+    total = norm.x
     terms = _terms(total)
     if terms is not None and any(user < node for user in total.users):
         match.reasons.append("the sum is not added in the same kernel: something between reads it")
@@ -59,8 +57,10 @@ def start_norm(match: Match) -> str | None:
 
 def _terms(total: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The two values of one type whose sum ``total`` is, if it is such a sum."""
-    terms = [arg for arg in total.args if isinstance(arg, fx.Node) and is_float(arg) and arg.op != "get_attr"]
-    if total.target not in ADD or total.kwargs or len(terms) != 2 or len(total.args) != 2:
+    if total.target not in ADD or total.kwargs:
+        return None
+    terms = [term for term in value_operands(total) if is_float(term) and term.op != "get_attr"]
+    if len(terms) != 2:
         return None
     return (terms[0], terms[1]) if all(term.meta["type"] == total.meta["type"] for term in terms) else None
 
@@ -71,7 +71,7 @@ def start_activation(match: Match) -> str | None:
     if not name:
         return "kernels have no such form of it"
     match.arguments["activation"] = name
-    match.read("x", operand(match.root, 0))
+    match.read("x", operand(match.root, "self"))
     return ""
 
 
@@ -87,7 +87,7 @@ def start_sum(match: Match) -> str | None:
 
 def start_joining(match: Match) -> str | None:
     """Heads that no attention has joined."""
-    source = operand(match.root, 0)
+    source = operand(match.root, "self")
     chain = joining(source)
     if not chain or chain[0] is not match.root:
         return None
@@ -133,7 +133,7 @@ def added_rows(value: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     user = next(iter(value.users)) if len(value.users) == 1 else None
     if user is None or user.target not in ADD or user.kwargs or user.meta.get("type") != value.meta["type"]:
         return None
-    others = [arg for arg in user.args if isinstance(arg, fx.Node) and arg is not value]
+    others = [other for other in value_operands(user) if other is not value]
     return (user, others[0]) if len(others) == 1 and is_float(others[0]) else None
 
 
@@ -141,15 +141,16 @@ def _lookup(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The ``dequantize`` of the table and the ids of an embedding in codes."""
     if node.target not in EMBEDDING:
         return None
-    table = stored_codes(node.args[0])
-    return (table, operand(node, 1)) if table is not None else None
+    lookup = EmbeddingNode(node)
+    table = stored_codes(lookup.table)
+    return (table, lookup.ids) if table is not None else None
 
 
 def _tables(match: Match, found: list[tuple[fx.Node, fx.Node]], rounded: list[fx.Node]) -> None:
-    match.arguments |= {"ids": [ids for _, ids in found], "tables": [operand(table, 0) for table, _ in found]}
-    for name, position in (("scales", 1), ("zero_points", 2)):
-        match.arguments[f"table_{name}"] = [operand(table, position) for table, _ in found]
-        match.arguments[f"rounded_{name}"] = [operand(node, position) for node in rounded]
+    match.arguments |= {"ids": [ids for _, ids in found], "tables": [operand(table, "code") for table, _ in found]}
+    for name in ("scale", "zero_point"):
+        match.arguments[f"table_{name}s"] = [operand(table, name) for table, _ in found]
+        match.arguments[f"rounded_{name}s"] = [operand(node, name) for node in rounded]
     match.quantizers |= {f"table_{i}": table.meta["quantizer"] for i, (table, _) in enumerate(found)}
     match.quantizers |= {f"rounded_{i}": node.meta["quantizer"] for i, node in enumerate(rounded)}
     match.taken += [table for table, _ in found]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from bitlower.ir import Grid, get_tensor
-from bitlower.ir.dataflow import operand
+from bitlower.ir import Grid
+from bitlower.ir.quantizer_node import QuantizerNode
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Group:
 
 def stored_groups(module: fx.GraphModule, node: fx.Node) -> list[Group]:
     """The runs of equal scale and zero point along the last axis of what the quantizer ``node`` rounds."""
-    extent = operand(node, 0).meta["type"].shape[-1]
-    scales, zeros = (get_tensor(module, str(operand(node, position).target)).reshape(-1) for position in (1, 2))
+    view = QuantizerNode(node)
+    extent = view.value.meta["type"].shape[-1]
+    scales, zeros = (part.reshape(-1) for part in view.range(module))
     width = extent // scales.numel()
     groups: list[Group] = []
     for index, (scale, zero) in enumerate(zip(scales, zeros, strict=True)):

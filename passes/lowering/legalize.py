@@ -12,9 +12,10 @@ from annotated_types import Ge
 from torch import fx
 
 from bitlower.ir import BitlowerError, Granularity, Level, Program, Quantizer, TensorType, ops, set_tensor
-from bitlower.ir.dataflow import VIEWS, activation_operand, linears, operand, weight_operand
+from bitlower.ir.dataflow import VIEWS, linears
+from bitlower.ir.operators import LinearNode
 from bitlower.ir.quantization.scheme import ACTIVATION_ROLES
-from bitlower.ir.quantizer_node import is_uncalibrated
+from bitlower.ir.quantizer_node import QuantizerNode, is_uncalibrated
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.report import Record, counted, few
 from bitlower.passes.lowering._groups import Group, merge_groups, stored_groups
@@ -94,7 +95,7 @@ class Legalize(Pass):
     def unforeseen(self, program: Program) -> Iterable[str]:
         """How many slices are made depends on data."""
         rounded = {n: q.spec.granularity for n, q in program.quantizers() if q.role in ACTIVATION_ROLES}
-        cut = [_most_slices(rounded.get(activation_operand(node))) for node in linears(program.graph)]
+        cut = [_most_slices(rounded.get(LinearNode(node).x)) for node in linears(program.graph)]
         if sum(cut) > len(cut):
             yield (
                 f"it makes up to {sum(cut):,} products of {len(cut):,}, each a node to trace, to write and to check;"
@@ -121,10 +122,11 @@ def grouped(module: fx.GraphModule) -> list[fx.Node]:
     found = []
     for node in module.graph.find_nodes(op="call_function", target=ops.fake_quantize):
         granularity = node.meta["quantizer"].spec.granularity
-        if operand(node, 0).op == "get_attr" or not granularity.kind.startswith("embedding"):
+        if QuantizerNode(node).rounds_parameter or not granularity.kind.startswith("embedding"):
             continue
-        for quantizer in (node, *(weight_operand(user) for user in node.users if user.target is aten.linear.default)):
-            if is_uncalibrated(module, quantizer):
+        readers = [LinearNode(user) for user in node.users if user.target is aten.linear.default]
+        for quantizer in (node, *(reader.weight for reader in readers)):
+            if is_uncalibrated(quantizer):
                 tensor = quantizer.meta["quantizer"].tensor
                 raise BitlowerError(f"the quantizer of {tensor} has no range", hint="run `calibrate` before `legalize`")
         found.append(node)
@@ -177,7 +179,7 @@ def _views(node: fx.Node) -> list[fx.Node]:
 
 def _refusal(linear: fx.Node) -> str:
     """Why an integer kernel could not compute slices of ``linear``; empty if it could."""
-    weight = weight_operand(linear)
+    weight = LinearNode(linear).weight
     if "quantizer" not in weight.meta:
         return "the weight is float"
     spec = weight.meta["quantizer"].spec
@@ -186,13 +188,14 @@ def _refusal(linear: fx.Node) -> str:
     )
     if not across:
         return "the weight has scales along its input axis"
-    wide = max(spec.grid.bits, operand(linear, 0).meta["quantizer"].spec.grid.bits)
+    wide = max(spec.grid.bits, LinearNode(linear).x.meta["quantizer"].spec.grid.bits)
     return f"{wide} bits have no integer kernel" if wide > _BITS else ""
 
 
 def _quantize_parts(program: Program, node: fx.Node, groups: Sequence[Group]) -> list[fx.Node]:
     """The quantized slices of what ``node`` rounds, each with its own scale; the whole value where there is one."""
-    value, quantizer = operand(node, 0), node.meta["quantizer"]
+    value, quantizer = QuantizerNode(node).value, node.meta["quantizer"]
+    grid = quantizer.spec.grid
     spec = replace(quantizer.spec, granularity=Granularity.per_tensor())
     sizes = [group.stop - group.start for group in groups]
     found = []
@@ -206,7 +209,7 @@ def _quantize_parts(program: Program, node: fx.Node, groups: Sequence[Group]) ->
                 name = f"{value.name}_part_{index}"
                 part = node.graph.create_node("call_function", operator.getitem, (whole, index), name=name)
                 part.meta = _place(node) | {"type": _narrowed(value, sizes[index])}
-            args = (part, *_stored(program, node, part.name, group), *node.args[3:])
+            args = (part, *_stored(program, node, part.name, group), grid.quant_min, grid.quant_max)
             rounded = node.graph.create_node("call_function", ops.fake_quantize, args, name=f"{part.name}_quantized")
             rounded.meta = dict(node.meta) | {
                 "type": part.meta["type"],
@@ -230,7 +233,7 @@ def _stored(program: Program, node: fx.Node, stem: str, group: Group) -> tuple[f
 
 def _cut_linear(linear: fx.Node, parts: Sequence[fx.Node], groups: Sequence[Group]) -> None:
     """Let ``linear`` become the last addition of the products of the slices; the bias goes with the first."""
-    weight, bias = weight_operand(linear), linear.args[2] if len(linear.args) > 2 else None
+    weight, bias = LinearNode(linear).weight, LinearNode(linear).bias
     kind: dict[str, object] = _place(linear) | {"type": linear.meta["type"]}
     total: fx.Node | None = None
     with linear.graph.inserting_before(linear):

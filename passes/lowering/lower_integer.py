@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import fx
 
-from bitlower.ir import BitlowerError, Level, Program, Quantizer, TensorType, get_tensor, ops, set_tensor
-from bitlower.ir.dataflow import operand
+from bitlower.ir import BitlowerError, Level, Program, TensorType, ops, set_tensor
 from bitlower.ir.quantization import numerics
+from bitlower.ir.quantizer_node import QuantizerNode, is_uncalibrated
 from bitlower.ir.storage import like, release
 from bitlower.passes._machinery.base import Context, Contract, Pass
 
@@ -38,35 +38,32 @@ class LowerInteger(Pass):
 
 def lower(module: fx.GraphModule, node: fx.Node) -> None:
     """Replace one fake-quantize node."""
-    value, scale, zero = (operand(node, position) for position in range(3))
-    quantizer: Quantizer = node.meta["quantizer"]
-    if scale.op == "get_attr" and not bool(get_tensor(module, str(scale.target)).any()):
-        raise BitlowerError(f"the quantizer of {quantizer.tensor} has no range", hint="run `calibrate` first")
+    view = QuantizerNode(node)
+    if is_uncalibrated(node):
+        raise BitlowerError(f"the quantizer of {view.quantizer.tensor} has no range", hint="run `calibrate` first")
     with node.graph.inserting_before(node):
-        code = _weight_codes(module, node) if value.op == "get_attr" else _activation_codes(node, quantizer)
-        real = node.graph.call_function(ops.dequantize, (code, scale, zero))
+        code = _weight_codes(module, view) if view.rounds_parameter else _activation_codes(view)
+        real = node.graph.call_function(ops.dequantize, (code, view.scale, view.zero_point))
     real.meta = dict(node.meta)
     node.replace_all_uses_with(real)
     node.graph.erase_node(node)
 
 
-def _weight_codes(module: fx.GraphModule, node: fx.Node) -> fx.Node:
-    value, scale, zero = (operand(node, position) for position in range(3))
-    grid = node.meta["quantizer"].spec.grid
-    weight = get_tensor(module, str(value.target)).detach()
-    scales, zeros = (get_tensor(module, str(part.target)) for part in (scale, zero))
-    codes = like(numerics.codes(weight, scales, zeros, grid.quant_min, grid.quant_max).to(grid.dtype), weight)
+def _weight_codes(module: fx.GraphModule, view: QuantizerNode) -> fx.Node:
+    grid, weight = view.spec.grid, view.weight(module)
+    codes = like(numerics.codes(weight, *view.range(module), grid.quant_min, grid.quant_max).to(grid.dtype), weight)
     release(weight)
-    target = f"{value.target}_codes"
+    target = f"{view.parameter}_codes"
     set_tensor(module, target, codes)
-    attribute = node.graph.get_attr(target)
+    attribute = view.node.graph.get_attr(target)
     attribute.meta = {"type": TensorType(codes.dtype, tuple(codes.shape))}
     return attribute
 
 
-def _activation_codes(node: fx.Node, quantizer: Quantizer) -> fx.Node:
-    grid = quantizer.spec.grid
+def _activation_codes(view: QuantizerNode) -> fx.Node:
+    grid, node = view.spec.grid, view.node
     dtype = str(grid.dtype).removeprefix("torch.")
-    code = node.graph.call_function(ops.quantize, (*node.args, dtype))
+    args = (view.value, view.scale, view.zero_point, grid.quant_min, grid.quant_max, dtype)
+    code = node.graph.call_function(ops.quantize, args)
     code.meta = dict(node.meta) | {"type": node.meta["type"].with_dtype(grid.dtype)}
     return code

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import count
-from typing import Any
 
 import torch
 from torch import fx
 
 from bitlower.ir import TensorType, get_tensor, set_tensor
-from bitlower.ir.dataflow import ADD, operand
+from bitlower.ir.dataflow import ADD
+from bitlower.ir.operators import BinaryNode, EmbeddingNode, LinearNode, NormNode, argument
 from bitlower.ir.storage import like, release
 from bitlower.passes.outliers._residual_stream import LINEAR, Stream, refuse
 
@@ -48,10 +48,10 @@ def fold_norms(module: fx.GraphModule, stream: Stream) -> tuple[list[str], list[
         if beta is None and bool((gamma == gamma[0]).all()):
             continue
         for linear in stream.norms[norm]:
-            untied += _own(module, linear, 1)
+            untied += _own(module, linear, "weight")
             if beta is not None:
                 _add_to_bias(module, linear, _weight(module, linear).double() @ beta)
-            _along(module, str(operand(linear, 1).target), 1, gamma.mul)
+            _along(module, _weight_name(linear), 1, gamma.mul)
         _reset(module, norm)
         folded.append(str(norm.meta.get("path", norm.name)))
     return folded, untied
@@ -74,9 +74,8 @@ def centre(module: fx.GraphModule, stream: Stream) -> bool:
     for name, axis in _stored(stream, writing=True):
         _along(module, name, axis, lambda rows: rows - rows.mean(-1, keepdim=True))
     for norm in layer_norms:
-        weight = norm.args[2] if len(norm.args) > 2 else None
-        epsilon = norm.args[4] if len(norm.args) > 4 else 1e-5
-        norm.target, norm.args = aten.rms_norm.default, (norm.args[0], norm.args[1], weight, epsilon)
+        view, shape = NormNode(norm), argument(norm, "normalized_shape")
+        norm.target, norm.args = aten.rms_norm.default, (view.x, shape, view.weight, view.epsilon)
     return True
 
 
@@ -90,14 +89,14 @@ def _stored(stream: Stream, *, writing: bool) -> Iterator[tuple[str, int]]:
     """The parameters along the stream, each with the axis of its channels: those that write it, or that read it."""
     if not writing:
         for linear in (*stream.readers, *(linear for linears in stream.norms.values() for linear in linears)):
-            yield str(operand(linear, 1).target), 1
+            yield _weight_name(linear), 1
         return
     for table in stream.tables:
-        yield str(operand(table, 0).target), 1
+        yield str(EmbeddingNode(table).table.target), 1
     for linear in stream.writers:
-        yield str(operand(linear, 1).target), 0
-        if _bias(linear) is not None:
-            yield str(operand(linear, 2).target), 0
+        yield _weight_name(linear), 0
+        if LinearNode(linear).bias is not None:
+            yield str(LinearNode(linear).stored_bias), 0
     for vector in stream.vectors:
         yield str(vector.target), -1
 
@@ -119,27 +118,29 @@ def _set(module: fx.GraphModule, name: str, new: torch.Tensor) -> None:
 
 def _gamma(module: fx.GraphModule, norm: fx.Node, width: int) -> torch.Tensor:
     """What the norm multiplies with, float64 ``[channels]``: a parameter, or that and a number (Gemma's 1 + w)."""
-    weight = norm.args[2] if len(norm.args) > 2 else None
+    weight = NormNode(norm).weight
     if weight is None:
         return torch.ones(width, dtype=torch.float64)
-    if isinstance(weight, fx.Node) and weight.op == "get_attr":
+    if weight.op == "get_attr":
         return get_tensor(module, str(weight.target)).detach().double()
     shift = _shift(weight)
     if shift is None:
         refuse(norm, "its weight is computed")
-    return get_tensor(module, str(operand(weight, 0).target)).detach().double() + shift  # type: ignore[arg-type]
+    return get_tensor(module, str(BinaryNode(weight).left.target)).detach().double() + shift
 
 
-def _shift(weight: Any) -> float | None:
+def _shift(weight: fx.Node) -> float | None:
     """The number that is added to a parameter to make ``weight``; None if it is made otherwise."""
-    simple = isinstance(weight, fx.Node) and weight.target in ADD and operand(weight, 0).op == "get_attr"
-    return float(weight.args[1]) if simple and isinstance(weight.args[1], int | float) else None
+    if weight.target not in ADD or BinaryNode(weight).left.op != "get_attr":
+        return None
+    number = BinaryNode(weight).right
+    return float(number) if isinstance(number, int | float) else None
 
 
 def _beta(module: fx.GraphModule, norm: fx.Node) -> torch.Tensor | None:
     """What the norm adds, float64 ``[channels]``; None if that is nothing."""
-    shift = norm.args[3] if norm.target is not aten.rms_norm.default and len(norm.args) > 3 else None
-    if not isinstance(shift, fx.Node):
+    shift = NormNode(norm).bias
+    if shift is None:
         return None
     if shift.op != "get_attr":
         refuse(norm, "its bias is computed")
@@ -149,49 +150,52 @@ def _beta(module: fx.GraphModule, norm: fx.Node) -> torch.Tensor | None:
 
 def _reset(module: fx.GraphModule, norm: fx.Node) -> None:
     """Let the norm multiply with 1; a parameter of an RMSNorm stays where it is, so that the model keeps its form."""
-    weight: Any = norm.args[2]
-    if norm.target is not aten.rms_norm.default:
-        norm.args = (*norm.args[:2], None, None, *norm.args[4:])
+    view = NormNode(norm)
+    weight = view.weight
+    if not view.is_rms:
+        view.set("weight", None)
+        view.set("bias", None)
+        return
+    if weight is None:
         return
     shift = _shift(weight)
-    parameter = weight if shift is None else operand(weight, 0)
+    parameter = weight if shift is None else BinaryNode(weight).left
     if len(weight.users) == len(parameter.users) == 1:
         _along(module, str(parameter.target), -1, lambda rows: torch.full_like(rows, 1 - (shift or 0.0)))
     else:
-        norm.update_arg(2, None)
+        view.set("weight", None)
 
 
 def _weight(module: fx.GraphModule, linear: fx.Node) -> torch.Tensor:
-    return get_tensor(module, str(operand(linear, 1).target)).detach()
+    return get_tensor(module, _weight_name(linear)).detach()
 
 
-def _bias(linear: fx.Node) -> fx.Node | None:
-    bias = linear.args[2] if len(linear.args) > 2 else None
-    return bias if isinstance(bias, fx.Node) else None
+def _weight_name(linear: fx.Node) -> str:
+    return str(LinearNode(linear).weight.target)
 
 
 def _add_to_bias(module: fx.GraphModule, linear: fx.Node, shift: torch.Tensor) -> None:
     """Add ``shift``, float64 ``[outputs]``, to the bias of a linear, which gets one if it has none."""
-    if _bias(linear) is None:
-        name = _free_name(module, f"{str(operand(linear, 1).target).removesuffix('.weight')}.bias")
+    if LinearNode(linear).bias is None:
+        name = _free_name(module, f"{_weight_name(linear).removesuffix('.weight')}.bias")
         set_tensor(module, name, torch.nn.Parameter(shift.to(_weight(module, linear).dtype)))
         with linear.graph.inserting_before(linear):
-            linear.args = (*linear.args[:2], _get(module, name))
+            LinearNode(linear).set("bias", _get(module, name))
         return
-    _own(module, linear, 2)
-    _along(module, str(operand(linear, 2).target), -1, shift.add)
+    _own(module, linear, "bias")
+    _along(module, str(LinearNode(linear).stored_bias), -1, shift.add)
 
 
-def _own(module: fx.GraphModule, linear: fx.Node, position: int) -> list[str]:
-    """Give the linear a parameter that nobody else reads; the name of the new one, if it has to be."""
-    node = operand(linear, position)
+def _own(module: fx.GraphModule, linear: fx.Node, which: str) -> list[str]:
+    """Give the linear a weight or bias that nobody else reads; the name of the new one, if it has to be."""
+    node = LinearNode(linear).operand(which)
     if len(node.users) == 1:
         return []
     leaf = str(node.target).rpartition(".")[2]
     name = _free_name(module, f"{linear.meta.get('path') or linear.name}.{leaf}")
     set_tensor(module, name, get_tensor(module, str(node.target)))
     with linear.graph.inserting_before(linear):
-        linear.update_arg(position, _get(module, name))
+        LinearNode(linear).set(which, _get(module, name))
     return [name]
 
 

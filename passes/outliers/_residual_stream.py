@@ -7,13 +7,14 @@ Another basis is exact where all that touches the stream is linear in it, up to 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import fx
 
 from bitlower.ir import BitlowerError, describe
-from bitlower.ir.dataflow import ADD, EMBEDDING, NORM, VIEWS, operand, parameter_of
+from bitlower.ir.dataflow import ADD, EMBEDDING, NORM, VIEWS, parameter_of
+from bitlower.ir.operators import LinearNode, NormNode, argument
 from bitlower.ir.permutation.domains import Domain
 
 aten = torch.ops.aten
@@ -74,8 +75,8 @@ class _Tracer:
         """Note what reads the channels."""
         if node.op == "output":
             self.stream.ends = [(n, self.origin[n]) for n in node.all_input_nodes if n in self.origin]
-        elif node.target is LINEAR and node.args[0] in self.origin:
-            norm = self.origin[operand(node, 0)]
+        elif node.target is LINEAR and LinearNode(node).x in self.origin:
+            norm = self.origin[LinearNode(node).x]
             (self.stream.readers if norm is None else self.stream.norms[norm]).append(node)
         elif not inside and "type" in node.meta and any(n in self.origin for n in node.all_input_nodes):
             refuse(node, "it reads the channels and is no linear layer")
@@ -99,8 +100,7 @@ class _Tracer:
         refuse(node, "it is not linear in the channels")
 
     def _norm(self, node: fx.Node) -> fx.Node:
-        source: Any = node.args[0]
-        if self.origin.get(source, node) is not None:
+        if self.origin.get(NormNode(node).x, node) is not None:
             refuse(node, "it normalizes what another norm gives")
         self.stream.norms[node] = []
         return node
@@ -134,7 +134,7 @@ def _is_fed(node: fx.Node) -> bool:
 
 def _by_number(node: fx.Node) -> bool:
     """Whether the second factor is a number, or a tensor of one entry."""
-    other: Any = node.args[1]
+    other = argument(node, "other")
     return not isinstance(other, fx.Node) or other.meta["type"].shape in ((), (1,))
 
 

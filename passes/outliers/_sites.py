@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bitlower.ir import BitlowerError, Program, get_tensor, ops
+from bitlower.ir import BitlowerError, Program, ops
 from bitlower.ir.dataflow import (
     ATTENTION,
     MATMUL,
@@ -19,7 +19,6 @@ from bitlower.ir.dataflow import (
     QUANTIZER,
     SOFTMAX,
     VIEWS,
-    activation_operand,
     linears,
     parameter_of,
     residual_sums,
@@ -27,6 +26,8 @@ from bitlower.ir.dataflow import (
     value_root,
 )
 from bitlower.ir.json_files import parse_json
+from bitlower.ir.operators import AttentionNode, BinaryNode, LinearNode
+from bitlower.ir.quantizer_node import QuantizerNode, is_uncalibrated
 
 aten = torch.ops.aten
 _CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default})
@@ -57,7 +58,7 @@ def tensor_roles(graph: fx.Graph) -> dict[fx.Node, tuple[str, ...]]:
     roles: dict[fx.Node, set[str]] = defaultdict(set)
     for node in linears(graph):
         roles[node].add("linear-output")
-        roles[unrounded(activation_operand(node))].add("linear-input")
+        roles[unrounded(LinearNode(node).x)].add("linear-input")
     for node in residual_sums(graph):
         roles[node].add("residual")
     for node in graph.nodes:
@@ -90,32 +91,23 @@ def attentions(graph: fx.Graph) -> list[Attention]:
         if node.target in ATTENTION:
             found.append(_operator(node))
         elif node.target in MATMUL and node.meta["type"].rank == 4:
-            probs, value = node.args
-            if isinstance(probs, fx.Node) and isinstance(value, fx.Node) and value_root(probs).target in SOFTMAX:
+            probs, value = BinaryNode(node).left, BinaryNode(node).right
+            if value_root(probs).target in SOFTMAX:
                 found.append(Attention(node, value, probs))
     return found
 
 
 def _operator(node: fx.Node) -> Attention:
-    """Take the arguments of ``scaled_dot_product_attention`` by place or by name."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    call = AttentionNode(node)
     return Attention(
-        node,
-        given["value"],
-        query=given["query"],
-        key=given["key"],
-        mask=given.get("attn_mask"),
-        causal=bool(given.get("is_causal")),
-        scale=given.get("scale"),
+        node, call.value, query=call.query, key=call.key, mask=call.mask, causal=call.is_causal, scale=call.scale
     )
 
 
 def calibrated(program: Program) -> Iterator[fx.Node]:
     """The quantizers of a simulated program that have a stored range."""
     for node in program.graph.find_nodes(op="call_function", target=ops.fake_quantize):
-        scale = node.args[1]
-        if scale.op == "get_attr" and bool(get_tensor(program.module, str(scale.target)).any()):
+        if QuantizerNode(node).is_static and not is_uncalibrated(node):
             yield node
 
 

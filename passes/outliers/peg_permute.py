@@ -11,8 +11,9 @@ from annotated_types import Ge, Interval
 from torch import fx
 
 from bitlower.ir import BitlowerError, Level, Program, get_tensor
-from bitlower.ir.dataflow import NORM, VIEWS, activations, operand, residual_sums
+from bitlower.ir.dataflow import NORM, VIEWS, activations, residual_sums
 from bitlower.ir.feed_forward import feed_forwards
+from bitlower.ir.operators import NormNode
 from bitlower.ir.permutation.domains import Domain, Domains, domains
 from bitlower.ir.permutation.reorder import insert_gather, reorder
 from bitlower.passes._machinery.base import Context, Contract, Pass
@@ -152,8 +153,8 @@ def cut_layers(module: fx.GraphModule) -> None:
         return
     for part in parts[1:]:
         enters = part.stream
-        if enters.target in NORM and len(operand(enters, 0).users) == 1:
-            enters = operand(enters, 0)  # post-norm: what the norm gives has the layer's order already
+        if enters.target in NORM and len(NormNode(enters).x.users) == 1:
+            enters = NormNode(enters).x  # post-norm: what the norm gives has the layer's order already
         _cut(module, enters)
     found = domains(module)
     first, last = (found.at(part.output, _last_axis(part.output)) for part in (parts[0], parts[-1]))

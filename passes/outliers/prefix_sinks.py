@@ -10,8 +10,9 @@ from annotated_types import Ge
 from torch import fx
 
 from bitlower.ir import BitlowerError, Level, Program, TensorType, set_tensor
-from bitlower.ir.dataflow import ATTENTION, operand, residual_sums
+from bitlower.ir.dataflow import ATTENTION, residual_sums
 from bitlower.ir.observe import observe
+from bitlower.ir.operators import AttentionNode
 from bitlower.ir.rewrite import call_like
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.report import Record, counted
@@ -77,13 +78,14 @@ class PrefixSinks(Pass):
         cache = _cache_of(program, attentions, tokens)
         replaced: dict[fx.Node, fx.Node] = {}
         for node in attentions:
-            for position in (1, 2, 3):
-                value = operand(node, position)
+            view = AttentionNode(node)
+            for name in ("key", "value", "mask"):
+                value = view.operand(name)
                 if value not in replaced:
-                    mask = position == 3
+                    mask = name == "mask"
                     longer = _widen(node, value, len(tokens)) if mask else _join(program, node, value, cache[value])
                     replaced[value] = longer
-                node.update_arg(position, replaced[value])
+                view.set(name, replaced[value])
         _shift_positions(program, len(tokens))
         if program.context_length is not None:
             program.context_length -= len(tokens)
@@ -119,8 +121,7 @@ def _attentions(program: Program, tokens: tuple[int, ...]) -> list[fx.Node]:
         raise BitlowerError(f"prefix-sinks: the vocabulary of {vocabulary} has no token {wrong[0]}")
     found = [node for node in program.graph.nodes if node.target in ATTENTION]
     for node in found:
-        mask = node.args[3] if len(node.args) > 3 else None
-        if not isinstance(mask, fx.Node) or node.kwargs.get("is_causal"):
+        if AttentionNode(node).mask is None or AttentionNode(node).is_causal:
             path = node.meta.get("path", node.name)
             raise BitlowerError(f"prefix-sinks: the attention {path} has no explicit mask to widen")
     if not found:
@@ -134,7 +135,7 @@ def _cache_of(program: Program, attentions: list[fx.Node], tokens: tuple[int, ..
     ids = torch.tensor([tokens])
     positions = torch.arange(len(tokens))[None]
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
-    nodes = {operand(node, position) for node in attentions for position in (1, 2)}
+    nodes = {value for node in map(AttentionNode, attentions) for value in (node.key, node.value)}
     observe(program, nodes, [batch], lambda node, value, _: found.update({node: value.clone()}))
     return found
 

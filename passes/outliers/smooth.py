@@ -11,9 +11,11 @@ from annotated_types import Ge, Interval, Le
 from torch import fx
 
 from bitlower.ir import Batch, BitlowerError, Level, Program, TensorType, get_tensor, ops, set_tensor
-from bitlower.ir.dataflow import NORM, QUANTIZER, operand, parameter_of, weight_operand
+from bitlower.ir.dataflow import NORM, QUANTIZER, parameter_of
 from bitlower.ir.observe import observe
+from bitlower.ir.operators import LinearNode, NormNode
 from bitlower.ir.quantization import numerics
+from bitlower.ir.quantizer_node import QuantizerNode, is_uncalibrated
 from bitlower.ir.tokens import token_mask
 from bitlower.passes._machinery.base import Context, Contract, Pass
 
@@ -101,22 +103,21 @@ class Sample:
 def smoothing_sites(module: fx.GraphModule) -> Iterator[Site]:
     """Open per-tensor activation quantizers that linears alone read, whose weights nobody else reads."""
     for node in module.graph.find_nodes(op="call_function", target=ops.fake_quantize):
-        scale = node.args[1]
-        spec = node.meta["quantizer"].spec
-        if node.all_input_nodes[0].op == "get_attr" or spec.granularity.kind != "tensor" or scale.op != "get_attr":
+        view = QuantizerNode(node)
+        if view.rounds_parameter or view.spec.granularity.kind != "tensor" or not view.is_static:
             continue
         users = tuple(node.users)
         owned = all(user.target is aten.linear.default and _owns_weight(user) for user in users)
-        if users and owned and not bool(get_tensor(module, str(scale.target)).any()):
+        if users and owned and is_uncalibrated(node):
             yield Site(node, users)
 
 
 def _owns_weight(linear: fx.Node) -> bool:
     """Whether the weight is a parameter as it is, behind a quantizer at most, and ``linear`` alone reads it."""
-    value = weight_operand(linear)
+    value = LinearNode(linear).weight
     owned = len(value.users) == 1
     if value.target in QUANTIZER:
-        value = operand(value, 0)
+        value = QuantizerNode(value).value
     return owned and value.op == "get_attr" and len(value.users) == 1
 
 
@@ -171,7 +172,7 @@ def site_error(sample: Sample, weights: Sequence[torch.Tensor], scale: torch.Ten
 
 
 def _rounded_weight(linear: fx.Node, weight: torch.Tensor) -> torch.Tensor:
-    value = weight_operand(linear)
+    value = LinearNode(linear).weight
     if "quantizer" not in value.meta:
         return weight
     spec = value.meta["quantizer"].spec
@@ -203,20 +204,24 @@ def _is_foldable(site: Site) -> bool:
     norm = site.value
     if norm.target not in NORM or list(norm.users) != [site.quantizer]:
         return False
-    own = [node for node in norm.args[2:4] if isinstance(node, fx.Node)]
-    has_weight = len(norm.args) > 2 and isinstance(norm.args[2], fx.Node)
+    own = _norm_parameters(norm)
+    has_weight = NormNode(norm).weight is not None
     return has_weight and all(node.op == "get_attr" and len(node.users) == 1 for node in own)
 
 
+def _norm_parameters(norm: fx.Node) -> list[fx.Node]:
+    view = NormNode(norm)
+    return [node for node in (view.weight, view.bias) if node is not None]
+
+
 def _fold_into_norm(module: fx.GraphModule, norm: fx.Node, scale: torch.Tensor) -> None:
-    for parameter in norm.args[2:4]:
-        if isinstance(parameter, fx.Node):
-            name = str(parameter.target)
-            set_tensor(module, name, torch.nn.Parameter(get_tensor(module, name).detach() / scale))
+    for parameter in _norm_parameters(norm):
+        name = str(parameter.target)
+        set_tensor(module, name, torch.nn.Parameter(get_tensor(module, name).detach() / scale))
 
 
 def _parameter(linear: fx.Node) -> str:
-    parameter = parameter_of(weight_operand(linear))
+    parameter = parameter_of(LinearNode(linear).weight)
     assert parameter is not None
     return str(parameter.target)
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from bitlower.ir import Batch, Program, Quantizer, QuantSpec, ops, set_tensor
-from bitlower.ir.dataflow import fusion_groups, operand, weight_operand
+from bitlower.ir import Batch, Program, Quantizer, QuantSpec
+from bitlower.ir.dataflow import fusion_groups
+from bitlower.ir.operators import LinearNode, operand, set_argument
 from bitlower.ir.quantization.scheme import WEIGHT_ROLES
+from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.passes._machinery.base import Context
 from bitlower.passes.precision._trials import Rounding
 from bitlower.passes.quantizers.calibrate import Calibrate
@@ -80,7 +82,7 @@ def stored_bytes(node: fx.Node, width: int) -> int:
 
 def float_bytes(program: Program) -> int:
     """Bytes of the parameters that no quantizer rounds."""
-    rounded = {str(operand(node, 0).target) for node, _ in program.quantizers() if is_weight(node)}
+    rounded = {QuantizerNode(node).parameter for node, _ in program.quantizers() if is_weight(node)}
     total = 0
     for name, tensor in program.tensors():
         target = name.partition("/")[2]
@@ -104,7 +106,7 @@ def find_items(program: Program, weights: Sequence[int], activations: Sequence[i
     group: dict[fx.Node, tuple[fx.Node, bool]] = {}
     for linears in fusion_groups(program.graph):
         for linear in linears:
-            group[weight_operand(linear)] = (linears[0], True)
+            group[LinearNode(linear).weight] = (linears[0], True)
             group |= {user: (linears[0], False) for user in linear.users if "quantizer" in user.meta}
     together: dict[object, list[fx.Node]] = {}
     for node, _ in program.quantizers():
@@ -125,11 +127,10 @@ def set_width(node: fx.Node, width: int) -> None:
     quantizer: Quantizer = node.meta["quantizer"]
     grid = replace(quantizer.spec.grid, bits=width)
     node.meta["quantizer"] = replace(quantizer, spec=replace(quantizer.spec, grid=grid))
-    node.args = (*node.args[:3], grid.quant_min, grid.quant_max)
+    set_argument(node, "quant_min", grid.quant_min)
+    set_argument(node, "quant_max", grid.quant_max)
     if quantizer.spec.granularity.dynamic:
-        chooser = operand(operand(node, 1), 0)
-        assert chooser.target is ops.choose_qparams
-        chooser.args = (chooser.args[0], width, *chooser.args[2:])
+        set_argument(operand(QuantizerNode(node).scale, "source"), "bits", width)
 
 
 def roundings(
@@ -153,7 +154,7 @@ def _calibrated(
     copy = program.clone()
     for node in list(copy.graph.nodes):
         if "quantizer" in node.meta and node.name not in wanted:
-            node.replace_all_uses_with(operand(node, 0))
+            node.replace_all_uses_with(QuantizerNode(node).value)
             copy.graph.erase_node(node)
         elif node.name in wanted and width is not None:
             set_width(node, width)
@@ -164,6 +165,5 @@ def _calibrated(
 
 def calibrate_with(program: Program, node: fx.Node, rounding: Rounding) -> None:
     """Give the uncalibrated quantizer ``node``, of the bits of ``rounding``, its scale and zero point."""
-    for position, value in ((1, rounding.scale), (2, rounding.zero_point)):
-        if value is not None:
-            set_tensor(program.module, str(operand(node, position).target), value)
+    if rounding.scale is not None and rounding.zero_point is not None:
+        QuantizerNode(node).set_range(program.module, rounding.scale, rounding.zero_point)

@@ -10,7 +10,8 @@ import numpy as np
 from torch import fx
 
 from bitlower.ir import Program
-from bitlower.ir.dataflow import LINEAR, QUANTIZER, activation_operand, linears, value_uses, weight_operand
+from bitlower.ir.dataflow import LINEAR, QUANTIZER, linears, value_uses
+from bitlower.ir.operators import LinearNode
 from bitlower.passes.precision._items import Item, is_weight
 from bitlower.passes.precision._knapsack import Limit, Pair
 from bitlower.passes.precision._report import TIME
@@ -49,8 +50,8 @@ def products(program: Program) -> list[Product]:
             rounded |= {reader: node for value, reader in value_uses(node) if _reads(reader, value)}
     found = []
     for node in linears(program.graph):
-        inputs = int(activation_operand(node).meta["type"].shape[-1])
-        weight = weight_operand(node)
+        inputs = int(LinearNode(node).x.meta["type"].shape[-1])
+        weight = LinearNode(node).weight
         shape = tuple(int(size) for size in weight.meta["type"].shape)
         outputs = math.prod(shape) // inputs
         if weight.target not in QUANTIZER:
@@ -63,7 +64,7 @@ def products(program: Program) -> list[Product]:
 
 
 def _reads(node: fx.Node, value: fx.Node) -> bool:
-    return node.target in LINEAR and activation_operand(node) is value
+    return node.target in LINEAR and LinearNode(node).x is value
 
 
 def time_of(program: Program, items: Sequence[Item], target: Roofline, rows: int, share: float) -> Time:

@@ -23,10 +23,11 @@ import torch
 from torch import fx
 
 from bitlower.ir import Batch, BitlowerError, Grid, Program, get_tensor
-from bitlower.ir.dataflow import operand
 from bitlower.ir.observe import Track
+from bitlower.ir.operators import graph_results
 from bitlower.ir.quantization import numerics
 from bitlower.ir.quantization.granularity import Granularity
+from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.storage import is_mapped, release
 from bitlower.passes.precision._measures import Measure, Reference, Sums
 
@@ -43,25 +44,24 @@ class Switch(enum.Enum):
 
 @dataclass(frozen=True, eq=False)
 class Rounding:
-    """A quantizer on another grid; scale and zero point are None where they are computed per token at run time."""
+    """A quantizer on another grid; scale and zero point are None where they are computed per token at run time.
+
+    One that is not calibrated lets values through.
+    """
 
     grid: Grid
     scale: torch.Tensor | None = None
     zero_point: torch.Tensor | None = None
+    calibrated: bool = True
 
     @cached_property
     def _whole_zero(self) -> torch.Tensor | None:
         """The zero point as ``fake_quantize`` takes it."""
         return None if self.zero_point is None else torch.round(self.zero_point)
 
-    @cached_property
-    def is_uncalibrated(self) -> bool:
-        """Whether there is no range yet: values are let through."""
-        return self.scale is not None and not bool(self.scale.any())
-
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` on the grid, as ``fake_quantize`` computes it, without the detour through torch's dispatcher."""
-        if self.is_uncalibrated:
+        if not self.calibrated:
             return x
         scale, zero = self.scale, self._whole_zero
         if scale is None or zero is None:
@@ -73,10 +73,8 @@ class Rounding:
     def of(cls, program: Program, node: fx.Node) -> Rounding:
         """What the quantizer ``node`` of a simulated program does."""
         grid = node.meta["quantizer"].spec.grid
-        scale, zero_point = operand(node, 1), operand(node, 2)
-        if scale.op != "get_attr":
-            return cls(grid)
-        return cls(grid, *(get_tensor(program.module, str(part.target)) for part in (scale, zero_point)))
+        view = QuantizerNode(node)
+        return cls(grid, *view.range(program.module), view.is_calibrated) if view.is_static else cls(grid)
 
 
 State = Switch | Rounding
@@ -100,7 +98,7 @@ class Trials:
         if not batches:
             raise BitlowerError("trials need calibration data", hint="give calibration batches")
         self.program, self.batches, self.measure, self.budget = program, tuple(batches), measure, budget
-        returned: Any = program.graph.output_node().args[0]
+        returned = graph_results(program.graph)
         results = {spec.name: node for spec, node in zip(program.outputs, returned, strict=True)}
         self.results: list[fx.Node] = [results[name] for name in measure.outputs]
         self.quantizers = [node for node, _ in program.quantizers()]
@@ -197,7 +195,7 @@ class _Plan:
         if node.op == "get_attr":
             return get_tensor(self.module, str(node.target))
         if state is not None:
-            x = value(operand(node, 0))
+            x = value(QuantizerNode(node).value)
             rounding = state if isinstance(state, Rounding) else self.stored[node]
             result = x if state is Switch.OFF else rounding.apply(x)
             return result if result is not x or x.is_contiguous() else x.clone()
@@ -207,7 +205,7 @@ class _Plan:
 
     def operands(self, node: fx.Node, state: State | None) -> list[fx.Node]:
         """What ``node`` is computed from in that state."""
-        return node.all_input_nodes if state is None else [operand(node, 0)]
+        return node.all_input_nodes if state is None else [QuantizerNode(node).value]
 
     def release(self, node: fx.Node) -> None:
         """Let go of mapped parameters that ``node`` has read."""

@@ -129,7 +129,7 @@ class AssignPrecision(Pass):
 
 def _require_uncalibrated(program: Program) -> None:
     for node, quantizer in program.quantizers():
-        if not (quantizer.spec.granularity.dynamic or is_uncalibrated(program.module, node)):
+        if not (quantizer.spec.granularity.dynamic or is_uncalibrated(node)):
             raise BitlowerError(
                 f"the quantizer of {quantizer.tensor} has a range already",
                 hint="assign-precision stands before `calibrate`, `gptq` and `rtn`",

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx
 
 from bitlower.ir import BitlowerError, TensorType, describe
+from bitlower.ir.operators import AttentionNode
 from bitlower.ir.rewrite import call_like
 
 aten = torch.ops.aten
-
-
-class _Call(NamedTuple):
-    """What an attention operator is called with."""
-
-    query: fx.Node
-    key: fx.Node
-    value: fx.Node
-    mask: fx.Node | None
-    scale: float
-    is_causal: bool
 
 
 def expand_attention(node: fx.Node) -> None:
@@ -35,14 +25,14 @@ def expand_attention(node: fx.Node) -> None:
     Raises:
         BitlowerError: the attention has dropout, no fixed scale, or heads that do not divide.
     """
-    call = _call(node)
+    call, scale = AttentionNode(node), _scale(node)
     kind, keys = call.query.meta["type"], call.key.meta["type"]
     scores_type = TensorType(kind.dtype, (*kind.shape[:-1], keys.shape[-2]))
     with node.graph.inserting_before(node):
         key, value = (_repeated(node, part, kind.shape[-3:-2]) for part in (call.key, call.value))
         turned = call_like(node, aten.transpose.int, (key, -2, -1), _swap(key.meta["type"]))
         scores = call_like(node, aten.matmul.default, (call.query, turned), scores_type)
-        scaled = call_like(node, aten.mul.Tensor, (scores, call.scale), scores_type)
+        scaled = call_like(node, aten.mul.Tensor, (scores, scale), scores_type)
         mask = _causal_mask(node, call) if call.is_causal else call.mask
         masked = _masked(node, scaled, mask, scores_type) if mask is not None else scaled
         softmax = aten.softmax.int if call.mask is None else aten._safe_softmax.default
@@ -52,17 +42,15 @@ def expand_attention(node: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def _call(node: fx.Node) -> _Call:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    if given.get("dropout_p"):
+def _scale(node: fx.Node) -> float:
+    """What scores are multiplied with."""
+    call = AttentionNode(node)
+    if call.has_dropout:
         raise BitlowerError(f"attention with dropout cannot be quantized inside: {describe(node)}")
-    width, scale = given["query"].meta["type"].shape[-1], given.get("scale")
-    if scale is None and not isinstance(width, int):
+    if call.scale is None:
+        width = call.query.meta["type"].shape[-1]
         raise BitlowerError(f"attention over heads of the symbolic width {width} has no fixed scale: {describe(node)}")
-    factor = float(scale) if scale is not None else 1 / math.sqrt(width)
-    query, key, value, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
-    return _Call(query, key, value, mask, factor, bool(given.get("is_causal")))
+    return call.scale
 
 
 def _repeated(node: fx.Node, part: fx.Node, heads: tuple[Any, ...]) -> fx.Node:
@@ -82,7 +70,7 @@ def _repeated(node: fx.Node, part: fx.Node, heads: tuple[Any, ...]) -> fx.Node:
     return call_like(node, aten.flatten.using_ints, (wide, 1, 2), result)
 
 
-def _causal_mask(node: fx.Node, call: _Call) -> fx.Node:
+def _causal_mask(node: fx.Node, call: AttentionNode) -> fx.Node:
     """``[queries, keys]``, true where the key is not later than the query, both counted from the start."""
     lengths = [call.query.meta["type"].shape[-2], call.key.meta["type"].shape[-2]]
     queries, keys = (

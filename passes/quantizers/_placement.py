@@ -17,18 +17,17 @@ from bitlower.ir.dataflow import (
     LINEAR,
     NORM,
     SOFTMAX,
-    activation_operand,
     is_context,
     is_float,
     is_scores,
     linears,
-    operand,
     parameter_of,
     residual_sums,
     value_root,
     value_uses,
     vocabularies,
 )
+from bitlower.ir.operators import ROWS, LinearNode, NodeView, operand, value_operands
 
 aten = torch.ops.aten
 
@@ -98,7 +97,7 @@ def _ends_the_graph(node: fx.Node) -> bool:
 
 def routing(graph: fx.Graph) -> set[fx.Node]:
     """What chooses experts: all that the ``topk`` of a mixture of experts is computed from, back to linear layers."""
-    frontier = [operand(node, 0) for node in graph.nodes if node.target is aten.topk.default]
+    frontier = [operand(node, "self") for node in graph.nodes if node.target is aten.topk.default]
     seen: set[fx.Node] = set()
     while frontier:
         node = frontier.pop()
@@ -112,21 +111,15 @@ def routing(graph: fx.Graph) -> set[fx.Node]:
 
 def _parameters(node: fx.Node) -> list[tuple[str, fx.Node, fx.Node]]:
     """The role of the parameter that ``node`` computes with, the parameter, and what reads it: ``node`` or a view."""
-    if node.target in LINEAR:
-        position, role = (2 if node.target is aten.addmm.default else 1), "linear-weight"
-    elif node.target in EMBEDDING:
-        position, role = 0, "embedding-table"
-    elif node.target in NORM:
-        position, role = 2, "norm-weight"
-    else:
+    row = ROWS.get(node.target)
+    if row is None or not row.role:
         return []
-    value = node.args[position] if len(node.args) > position else None
+    value, reader = NodeView(node).argument(row.parameter), node
     if not isinstance(value, fx.Node) or parameter_of(value) is None:
         return []
-    reader = node
     while value.op != "get_attr":
-        reader, value = value, operand(value, 0)
-    return [(role, value, reader)]
+        reader, value = value, value.all_input_nodes[0]
+    return [(row.role, value, reader)]
 
 
 def value_sites(graph: fx.Graph) -> Iterator[Site]:
@@ -168,14 +161,14 @@ def _role(node: fx.Node, sums: set[fx.Node], embedded: set[fx.Node], outputs: se
 
 
 def _sums_embeddings(node: fx.Node, embedded: set[fx.Node]) -> bool:
-    operands = [value_root(a) for a in node.args[:2] if isinstance(a, fx.Node)]
+    operands = [value_root(term) for term in value_operands(node)]
     return len(operands) == 2 and all(o.target in EMBEDDING or o in embedded for o in operands)
 
 
 def _is_gate(node: fx.Node) -> bool:
     """The product of an activation function and another linear's output (gated feed-forward)."""
-    operands = [value_root(a) for a in node.args[:2] if isinstance(a, fx.Node)]
-    if node.target is not aten.mul.Tensor or len(operands) != 2:
+    operands = [value_root(factor) for factor in value_operands(node)] if node.target is aten.mul.Tensor else []
+    if len(operands) != 2:
         return False
     return any(a.target in ACTIVATION and b.target in LINEAR for a, b in (operands, operands[::-1]))
 
@@ -188,7 +181,7 @@ def input_sites(graph: fx.Graph) -> Iterator[Site]:
     """The activations that linears read, one site for all linears that read the same."""
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in linears(graph):
-        readers.setdefault(activation_operand(node), []).append(node)
+        readers.setdefault(LinearNode(node).x, []).append(node)
     for value, nodes in readers.items():
         yield Site("linear-input", value, tuple(nodes), tuple(_path(node) for node in nodes))
 
@@ -208,7 +201,8 @@ def insert_quantizer(program: Program, site: Site, spec: QuantSpec) -> fx.Node:
             last, scale, zero = value, *_stored_qparams(program, site, spec, kind)
     with graph.inserting_after(last if spec.granularity.dynamic else zero):
         args = (value, scale, zero, spec.grid.quant_min, spec.grid.quant_max)
-        node = graph.create_node("call_function", ops.fake_quantize, args, name=f"{value.name}_quantized")
+        state: dict[str, fx.node.Argument] = {} if spec.granularity.dynamic else {"calibrated": False}
+        node = graph.create_node("call_function", ops.fake_quantize, args, state, name=f"{value.name}_quantized")
     node.meta = _meta(site, value) | {"type": kind, "quantizer": Quantizer(site.role, spec, site.tensor)}
     own = {
         node,

@@ -12,9 +12,9 @@ from torch import fx
 from torch.nn import functional
 
 from bitlower.ir import BitlowerError, Level, Program, Quantizer, get_tensor
-from bitlower.ir.dataflow import operand, vocabularies
+from bitlower.ir.dataflow import vocabularies
 from bitlower.ir.quantization import numerics
-from bitlower.ir.quantizer_node import require_calibrated
+from bitlower.ir.quantizer_node import QuantizerNode, require_calibrated
 from bitlower.ir.storage import release
 from bitlower.ir.tokens import token_mask
 from bitlower.ir.weight_ranges import weight_range
@@ -121,26 +121,23 @@ def _in_reference(context: Context, name: str, own: torch.Tensor) -> torch.Tenso
 
 
 def _rounded(program: Program, quantizer: fx.Node, ids: torch.Tensor) -> torch.Tensor:
-    weight, scale, zero = (_stored(program, operand(quantizer, position)) for position in range(3))
-    grid = quantizer.meta["quantizer"].spec.grid
-    return numerics.fake(weight, scale, zero, grid.quant_min, grid.quant_max)[ids]
-
-
-def _stored(program: Program, node: fx.Node) -> torch.Tensor:
-    return get_tensor(program.module, str(node.target)).detach()
+    view = QuantizerNode(quantizer)
+    grid = view.spec.grid
+    weight, (scale, zero_point) = view.weight(program.module), view.range(program.module)
+    return numerics.fake(weight, scale, zero_point, grid.quant_min, grid.quant_max)[ids]
 
 
 def _modules(program: Program) -> Iterator[ModuleRange]:
     """How each quantized weight is clipped, in graph order."""
     for node, quantizer in program.quantizers():
-        if operand(node, 0).op == "get_attr":
-            weight = _stored(program, operand(node, 0))
+        if QuantizerNode(node).rounds_parameter:
+            weight = QuantizerNode(node).weight(program.module)
             yield _module(program, node, quantizer, weight)
             release(weight)
 
 
 def _module(program: Program, node: fx.Node, quantizer: Quantizer, weight: torch.Tensor) -> ModuleRange:
-    grid, scale = quantizer.spec.grid, _stored(program, operand(node, 1))
+    grid, scale = quantizer.spec.grid, QuantizerNode(node).range(program.module)[0]
     low, high = weight_range(program.module, node, "minmax")
     low, high = low.clamp(max=0), high.clamp(min=0)
     if grid.symmetric:

@@ -10,11 +10,10 @@ import torch
 from annotated_types import Interval
 from torch import fx
 
-from bitlower.ir import Batch, BitlowerError, Level, Program, describe, get_tensor
-from bitlower.ir.dataflow import operand
+from bitlower.ir import Batch, BitlowerError, Level, Program, describe
 from bitlower.ir.observe import observe
 from bitlower.ir.quantization.ranges import Histogram, cross_entropy_loss, search_golden, search_grid
-from bitlower.ir.quantizer_node import is_uncalibrated, set_range
+from bitlower.ir.quantizer_node import QuantizerNode, is_uncalibrated, set_range
 from bitlower.ir.tokens import kept
 from bitlower.ir.weight_ranges import WeightRanges, calibrate_weights, require_finite, scale_rows, uncalibrated_weights
 from bitlower.passes._machinery.base import Context, Contract, Pass
@@ -74,7 +73,7 @@ class Calibrate(Pass):
 
 def _uncalibrated_activations(program: Program) -> list[fx.Node]:
     weights = set(uncalibrated_weights(program.module))
-    return [node for node in program.graph.nodes if is_uncalibrated(program.module, node) and node not in weights]
+    return [node for node in program.graph.nodes if is_uncalibrated(node) and node not in weights]
 
 
 def _calibrate_activations(program: Program, nodes: list[fx.Node], options: Calibrate, context: Context) -> None:
@@ -227,8 +226,8 @@ def _without_padding(node: fx.Node, value: torch.Tensor, batch: Batch) -> tuple[
 
 
 def _source(node: fx.Node) -> fx.Node:
-    return operand(node, 0)
+    return QuantizerNode(node).value
 
 
 def _scale(module: fx.GraphModule, node: fx.Node) -> torch.Tensor:
-    return get_tensor(module, str(operand(node, 1).target))
+    return QuantizerNode(node).range(module)[0]

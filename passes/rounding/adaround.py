@@ -13,11 +13,12 @@ from torch import fx
 from torch.nn import functional
 
 from bitlower.ir import BitlowerError, Level, Program, get_tensor, set_tensor
-from bitlower.ir.dataflow import ACTIVATION, activation_operand, linears, operand, weight_operand
+from bitlower.ir.dataflow import ACTIVATION, linears
 from bitlower.ir.folding import without_quantizers
 from bitlower.ir.lockstep import Read, steps
+from bitlower.ir.operators import LinearNode
 from bitlower.ir.quantization import numerics
-from bitlower.ir.quantizer_node import is_uncalibrated
+from bitlower.ir.quantizer_node import QuantizerNode, is_uncalibrated
 from bitlower.ir.storage import like
 from bitlower.ir.token_weights import token_weights
 from bitlower.ir.tokens import token_rows
@@ -177,8 +178,8 @@ def uncalibrated_linears(program: Program) -> dict[fx.Node, fx.Node]:
     """The linears whose weights have an uncalibrated quantizer, with it; of several with one weight the first."""
     layers: dict[fx.Node, fx.Node] = {}
     for linear in linears(program.graph):
-        quantizer = weight_operand(linear)
-        if quantizer in layers.values() or not is_uncalibrated(program.module, quantizer):
+        quantizer = LinearNode(linear).weight
+        if quantizer in layers.values() or not is_uncalibrated(quantizer):
             continue
         if quantizer.meta["quantizer"].role == "linear-weight":
             layers[linear] = quantizer
@@ -199,22 +200,27 @@ class _Pair:
     @property
     def name(self) -> str:
         """The weight's."""
-        return str(operand(self.quantizer, 0).target)
+        return QuantizerNode(self.quantizer).parameter
 
-    def tensor(self, position: int) -> torch.Tensor:
-        """Weight, scale or zero point."""
-        return get_tensor(self.module, str(operand(self.quantizer, position).target)).detach()
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight."""
+        return QuantizerNode(self.quantizer).weight(self.module)
+
+    @property
+    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point."""
+        return QuantizerNode(self.quantizer).range(self.module)
 
     def bias(self) -> torch.Tensor | None:
         """The linear's; None if it has none, or one that is computed."""
-        node = self.linear.args[2] if len(self.linear.args) > 2 else None
-        stored = isinstance(node, fx.Node) and node.op == "get_attr"
-        return get_tensor(self.module, str(node.target)).detach() if stored and isinstance(node, fx.Node) else None
+        name = LinearNode(self.linear).stored_bias
+        return get_tensor(self.module, name).detach() if name else None
 
     def tokens(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The inputs of each batch, quantized and float, ``[tokens, in]`` each; padding left out."""
-        source = activation_operand(self.linear)
-        pairs = zip(self.read(source), self.read_float(activation_operand(self.reference)), strict=True)
+        source = LinearNode(self.linear).x
+        pairs = zip(self.read(source), self.read_float(LinearNode(self.reference).x), strict=True)
         for (quantized, batch), (float_, _) in pairs:
             shape = source.meta["type"].shape
             yield token_rows(quantized, shape, batch), token_rows(float_, shape, batch)
@@ -227,7 +233,7 @@ def _rewrite(pair: _Pair, options: Adaround, context: Context) -> AdaroundRow:
         stored = _learn(pair, options, context)
         save_checkpoint(context.work, pair.name, stored)
     old = get_tensor(pair.module, pair.name)
-    weight = like(numerics.values(stored.tensors["codes"], pair.tensor(1), pair.tensor(2)), old)
+    weight = like(numerics.values(stored.tensors["codes"], *pair.range), old)
     set_tensor(pair.module, pair.name, torch.nn.Parameter(weight, requires_grad=old.requires_grad))
     [row] = stored.rows
     return AdaroundRow(**row | {"notes": tuple(row["notes"])})
@@ -236,13 +242,13 @@ def _rewrite(pair: _Pair, options: Adaround, context: Context) -> AdaroundRow:
 def _learn(pair: _Pair, options: Adaround, context: Context) -> Stored:
     generator = context.generator(f"adaround/{pair.name}")
     spec = pair.quantizer.meta["quantizer"].spec
-    weight = pair.tensor(0).float()
+    weight = pair.weight.float()
     activation = following_activation(pair.linear) if options.activation else _identity
     inputs, floats = _sample(pair, max(1, options.tokens // len(context.calibration)), generator)
     parts = [activation(functional.linear(part, weight, pair.bias())) for part in torch.split(floats, options.batch)]
     targets = torch.cat(parts)
     layer = Layer(
-        weight, pair.bias(), activation, pair.tensor(1), pair.tensor(2), (spec.grid.quant_min, spec.grid.quant_max),
+        weight, pair.bias(), activation, *pair.range, (spec.grid.quant_min, spec.grid.quant_max),
         inputs, targets, token_weights(targets.square().sum(1), options.weighting),
     )  # fmt: skip
     settings = Options(options.iterations, options.learning_rate, options.batch, options.regularization, options.warmup)
@@ -277,7 +283,13 @@ def following_activation(linear: fx.Node) -> Function:
         return _identity
     [user] = users
     function: Any = user.target
-    return lambda x: function(x, *user.args[1:], **user.kwargs)
+    return lambda x: function(x, *_further(user), **user.kwargs)
+
+
+def _further(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments behind the first."""
+    _, *others = node.args
+    return tuple(others)
 
 
 def _identity(x: torch.Tensor) -> torch.Tensor:

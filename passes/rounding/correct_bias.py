@@ -12,10 +12,11 @@ from torch import fx
 from torch.nn import functional
 
 from bitlower.ir import BitlowerError, Level, Program, TensorType, get_tensor, ops, set_tensor
-from bitlower.ir.dataflow import activation_operand, linears, operand, weight_operand
+from bitlower.ir.dataflow import linears
 from bitlower.ir.folding import without_quantizers
 from bitlower.ir.lockstep import Read, steps
-from bitlower.ir.quantizer_node import is_uncalibrated
+from bitlower.ir.operators import LinearNode
+from bitlower.ir.quantizer_node import require_calibrated
 from bitlower.ir.token_weights import WEIGHTINGS
 from bitlower.ir.tokens import token_rows
 from bitlower.passes._machinery.base import Context, Contract, Pass
@@ -93,7 +94,7 @@ class CorrectBias(Pass):
             BitlowerError: a quantizer without a range, no calibration batches, or a layer that no token reaches or
                 whose inputs are not finite; it is named.
         """
-        _require_ranges(program)
+        require_calibrated(program)
         layers = quantized_linears(program.graph)
         if layers and not context.calibration:
             raise BitlowerError("correct-bias needs calibration data", hint="give calibration batches")
@@ -127,7 +128,7 @@ def quantized_linears(graph: fx.Graph) -> list[fx.Node]:
         node
         for node in linears(graph)
         if node.target is aten.linear.default
-        and ops.fake_quantize in (weight_operand(node).target, activation_operand(node).target)
+        and ops.fake_quantize in (LinearNode(node).weight.target, LinearNode(node).x.target)
     ]
 
 
@@ -141,9 +142,9 @@ class _Error:
 
 def _mean_error(program: Program, pair: tuple[fx.Node, fx.Node], reads: tuple[Read, Read], weighting: str) -> _Error:
     """The weighted mean of what quantization adds to the outputs of a linear: ``Ŵ E[x̂] − W E[x]``."""
-    sources = [activation_operand(linear) for linear in pair]
+    sources = [LinearNode(linear).x for linear in pair]
     shape, bias = sources[0].meta["type"].shape, _stored_bias(program, pair[0])
-    exact_weight = next(reads[1](weight_operand(pair[1])))[0]
+    exact_weight = next(reads[1](LinearNode(pair[1]).weight))[0]
     sums, total, tokens = torch.zeros(2, int(shape[-1]), dtype=torch.float64), 0.0, 0
     for (quantized, batch), (exact, _) in zip(reads[0](sources[0]), reads[1](sources[1]), strict=True):
         rows = [token_rows(value, shape, batch) for value in (quantized, exact)]
@@ -161,7 +162,7 @@ def _mean_error(program: Program, pair: tuple[fx.Node, fx.Node], reads: tuple[Re
             f"{_path(pair[0])}: its calibration inputs hold NaN or Inf",
             hint="run the float model on the calibration data by itself",
         )
-    rounded_weight = next(reads[0](weight_operand(pair[0])))[0]
+    rounded_weight = next(reads[0](LinearNode(pair[0]).weight))[0]
     means = sums / total
     return _Error(rounded_weight.double() @ means[0] - exact_weight.double() @ means[1], tokens)
 
@@ -173,19 +174,18 @@ def _weights(norms: torch.Tensor, weighting: str) -> torch.Tensor:
 
 
 def _stored_bias(program: Program, linear: fx.Node) -> torch.Tensor | None:
-    node = linear.args[2] if len(linear.args) > 2 else None
-    stored = isinstance(node, fx.Node) and node.op == "get_attr"
-    return get_tensor(program.module, str(node.target)).detach() if stored and isinstance(node, fx.Node) else None
+    name = LinearNode(linear).stored_bias
+    return get_tensor(program.module, name).detach() if name else None
 
 
 def _correct(program: Program, linear: fx.Node, found: _Error) -> BiasRow:
     """Write the corrected bias of one linear."""
     error = found.mean
-    bias = linear.args[2] if len(linear.args) > 2 else None
+    bias = LinearNode(linear).bias
     skipped = ""
     if bias is None:
         skipped = "it has no bias"
-    elif isinstance(bias, fx.Node) and bias.op == "get_attr" and set(bias.users) == {linear}:
+    elif bias.op == "get_attr" and set(bias.users) == {linear}:
         name = str(bias.target)
         old = get_tensor(program.module, name)
         set_tensor(program.module, name, torch.nn.Parameter((old.detach() - error).to(old.dtype), old.requires_grad))
@@ -196,7 +196,7 @@ def _correct(program: Program, linear: fx.Node, found: _Error) -> BiasRow:
 
 def _add_bias(program: Program, linear: fx.Node) -> None:
     """Give ``linear`` a bias of zeros if it has none."""
-    if len(linear.args) > 2 and linear.args[2] is not None:
+    if LinearNode(linear).bias is not None:
         return
     target = f"bias_correction.{linear.name}"
     bias = torch.zeros(int(linear.meta["type"].shape[-1]))
@@ -204,14 +204,8 @@ def _add_bias(program: Program, linear: fx.Node) -> None:
     with linear.graph.inserting_before(linear):
         node = linear.graph.get_attr(target)
     node.meta = {"type": TensorType(torch.float32, tuple(bias.shape))}
-    linear.args = (*linear.args[:2], node)
-
-
-def _require_ranges(program: Program) -> None:
-    for node, quantizer in program.quantizers():
-        if is_uncalibrated(program.module, node):
-            raise BitlowerError(f"the quantizer of {quantizer.tensor} has no range", hint="run `calibrate` first")
+    LinearNode(linear).set("bias", node)
 
 
 def _path(linear: fx.Node) -> str:
-    return str(linear.meta.get("path") or operand(linear, 1).name)
+    return str(linear.meta.get("path") or LinearNode(linear).weight.name)

@@ -13,11 +13,12 @@ from torch import fx
 from torch.nn import functional
 
 from bitlower.ir import BitlowerError, Granularity, Level, Program, QuantSpec, get_tensor, set_tensor
-from bitlower.ir.dataflow import activation_operand, linears, operand, weight_operand
+from bitlower.ir.dataflow import linears
 from bitlower.ir.folding import without_quantizers
 from bitlower.ir.lockstep import Read, walk
+from bitlower.ir.operators import LinearNode
 from bitlower.ir.quantization import numerics
-from bitlower.ir.quantizer_node import is_uncalibrated
+from bitlower.ir.quantizer_node import QuantizerNode, is_uncalibrated
 from bitlower.ir.storage import like, release, trim
 from bitlower.ir.tokens import token_mask
 from bitlower.ir.weight_ranges import calibrate_weights, uncalibrated_weights
@@ -192,12 +193,12 @@ def uncalibrated_groups(program: Program) -> dict[fx.Node, list[fx.Node]]:
     groups: dict[fx.Node, list[fx.Node]] = {}
     seen: set[fx.Node] = set()
     for linear in linears(program.graph):
-        quantizer = weight_operand(linear)
-        if quantizer in seen or not is_uncalibrated(program.module, quantizer):
+        quantizer = LinearNode(linear).weight
+        if quantizer in seen or not is_uncalibrated(quantizer):
             continue
         seen.add(quantizer)
         if quantizer.meta["quantizer"].role == "linear-weight":
-            groups.setdefault(first.setdefault(activation_operand(linear), linear), []).append(quantizer)
+            groups.setdefault(first.setdefault(LinearNode(linear).x, linear), []).append(quantizer)
     return groups
 
 
@@ -256,7 +257,7 @@ class _Rewriter:
         self, linear: fx.Node, quantizers: Sequence[fx.Node], read: Read
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The tokens of each batch, ``[tokens, columns]``, and by what their weights are multiplied, ``[tokens]``."""
-        for index, (x, batch) in enumerate(read(activation_operand(linear))):
+        for index, (x, batch) in enumerate(read(LinearNode(linear).x)):
             rows, weights = x.reshape(-1, x.shape[-1]), torch.ones(x.shape[:-1].numel())
             mask = token_mask(batch)
             if mask is not None and mask.numel() == len(rows):
@@ -299,12 +300,11 @@ class _Rewriter:
 
     def _write(self, node: fx.Node, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> None:
         """The weight on its grid takes the place of the old one, and the quantizer gets scale and zero point."""
-        source = operand(node, 0)
-        old = get_tensor(self.module, str(source.target))
+        view = QuantizerNode(node)
+        old = get_tensor(self.module, view.parameter)
         weight = like(numerics.values(codes, scale, zero), old)
-        set_tensor(self.module, str(source.target), torch.nn.Parameter(weight, requires_grad=old.requires_grad))
-        for position, tensor in ((1, scale), (2, zero)):
-            set_tensor(self.module, str(operand(node, position).target), tensor)
+        set_tensor(self.module, view.parameter, torch.nn.Parameter(weight, requires_grad=old.requires_grad))
+        view.set_range(self.module, scale, zero)
 
 
 def _row(
@@ -357,8 +357,8 @@ def _by_spec(quantizers: Sequence[fx.Node]) -> dict[QuantSpec, list[fx.Node]]:
 
 
 def _weight_name(quantizer: fx.Node) -> str:
-    return str(operand(quantizer, 0).target)
+    return QuantizerNode(quantizer).parameter
 
 
 def _columns(linear: fx.Node) -> int:
-    return int(activation_operand(linear).meta["type"].shape[-1])
+    return int(LinearNode(linear).x.meta["type"].shape[-1])

@@ -15,16 +15,8 @@ import torch
 from torch import fx
 
 from bitlower.ir import Batch, Program
-from bitlower.ir.dataflow import (
-    ATTENTION,
-    LINEAR,
-    activation_operand,
-    ancestors,
-    blocks,
-    is_scores,
-    operand,
-    value_root,
-)
+from bitlower.ir.dataflow import ATTENTION, LINEAR, ancestors, blocks, is_scores, value_root
+from bitlower.ir.operators import AttentionNode, BinaryNode, LinearNode, graph_results
 from bitlower.ir.subgraph import subgraph
 from bitlower.ir.tokens import token_mask
 from bitlower.passes._machinery.loss import Values
@@ -75,9 +67,9 @@ class Taps:
 def _attention(graph: fx.Graph) -> Iterator[AttentionTap]:
     for node in graph.nodes:
         if node.target in ATTENTION:
-            yield AttentionTap(operand(node, 0).name, key=operand(node, 1).name)
+            yield AttentionTap(AttentionNode(node).query.name, key=AttentionNode(node).key.name)
         elif is_scores(node):
-            yield AttentionTap(operand(node, 0).name, scores=node.name)
+            yield AttentionTap(BinaryNode(node).left.name, scores=node.name)
 
 
 def _head_input(program: Program) -> str:
@@ -85,8 +77,8 @@ def _head_input(program: Program) -> str:
     place = [spec.name for spec in program.outputs].index(LOGITS) if _gives_logits(program) else None
     if place is None or program.outputs[place].type.rank != 3:
         return ""
-    head = value_root(program.graph.output_node().args[0][place])  # type: ignore[index,arg-type]
-    return activation_operand(head).name if head.target in LINEAR else ""
+    head = value_root(graph_results(program.graph)[place])
+    return LinearNode(head).x.name if head.target in LINEAR else ""
 
 
 def _gives_logits(program: Program) -> bool:
@@ -106,7 +98,7 @@ class Forward:
     def __init__(self, program: Program, module: fx.GraphModule, taps: Taps, *, logits: bool) -> None:
         self.program, self.taps = program, taps
         names = [*(spec.name for spec in program.outputs), *taps.names]
-        nodes: dict[str, fx.Node] = dict(zip(names, module.graph.output_node().args[0], strict=True))  # type: ignore[arg-type]
+        nodes = dict(zip(names, graph_results(module.graph), strict=True))
         wanted = [name for name in taps.names if name != taps.head]
         self.head: Head | None = None
         if logits and taps.head:

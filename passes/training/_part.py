@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from bitlower.ir import Batch, Program, get_tensor
-from bitlower.ir.dataflow import QUANTIZER, blocks, constants, linears, operand
+from bitlower.ir.dataflow import QUANTIZER, blocks, constants, linears
+from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.storage import release
 from bitlower.ir.subgraph import needed, subgraph
 from bitlower.ir.trainable import identity
@@ -99,7 +100,7 @@ def parts(program: Program) -> list[Part]:
 def _before_rounding(node: fx.Node) -> fx.Node:
     """The value that ``node`` is, before it is rounded."""
     while node.target in QUANTIZER:
-        node = operand(node, 0)
+        node = QuantizerNode(node).value
     return node
 
 

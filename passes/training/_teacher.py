@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from bitlower.ir import Batch, BitlowerError, Program, get_tensor, ops
-from bitlower.ir.dataflow import operand
+from bitlower.ir import Batch, BitlowerError, Program, ops
 from bitlower.ir.folding import without_quantizers
+from bitlower.ir.operators import graph_results, set_graph_results
 from bitlower.ir.quantization import numerics
+from bitlower.ir.quantizer_node import QuantizerNode, is_uncalibrated
 from bitlower.ir.storage import release, spill
 from bitlower.ir.tensors import copy_module
 from bitlower.passes._machinery.base import Context
@@ -33,20 +34,21 @@ def float_reference(program: Program, context: Context) -> Program:
     if context.reference is not None:
         return context.reference
     for node in program.graph.find_nodes(op="call_function", target=ops.fake_quantize):
-        if operand(node, 0).op == "get_attr" and _is_rounded(program, node):
+        view = QuantizerNode(node)
+        if view.rounds_parameter and _is_rounded(program, view):
             raise BitlowerError(
-                f"the float model is not known any more, and {operand(node, 0).target} is rounded already",
+                f"the float model is not known any more, and {view.parameter} is rounded already",
                 hint="run `quantize`, what rounds, and what trains in one pipeline",
             )
     return without_quantizers(program)[0]
 
 
-def _is_rounded(program: Program, node: fx.Node) -> bool:
+def _is_rounded(program: Program, view: QuantizerNode) -> bool:
     """Whether the weight under a quantizer that has its range lies on the grid, and is not all zeros."""
-    weight, scale, zero = (get_tensor(program.module, str(operand(node, i).target)).detach() for i in range(3))
-    if not bool(scale.any()):
+    if is_uncalibrated(view.node):
         return False
-    same = numerics.fake(weight, scale, zero, *node.args[3:5]).equal(weight)  # type: ignore[arg-type]
+    weight, grid = view.weight(program.module), view.spec.grid
+    same = numerics.fake(weight, *view.range(program.module), grid.quant_min, grid.quant_max).equal(weight)
     found = same and bool(weight.any())
     release(weight)
     return found
@@ -108,8 +110,7 @@ def _tapped(program: Program, taps: Taps, device: torch.device) -> fx.GraphModul
         module = copy.deepcopy(module)
         move(module, device)
     named = {node.name: node for node in module.graph.nodes}
-    output = module.graph.output_node()
-    output.args = ((*output.args[0], *(named[name] for name in taps.names)),)  # type: ignore[misc]
+    set_graph_results(module.graph, [*graph_results(module.graph), *(named[name] for name in taps.names)])
     return module
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from bitlower.ir import BitlowerError, Program, get_tensor
-from bitlower.ir.dataflow import operand
+from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.trainable import Trainable, make_trainable
 from bitlower.ir.weight_ranges import WeightRanges, calibrate_weights, uncalibrated_weights
 from bitlower.passes._machinery.base import Context
@@ -84,13 +84,12 @@ def rounding_block(part: Part) -> Trainable:
     shared = part.shared()
 
     def make(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-        if node.meta["quantizer"].role != "linear-weight" or operand(node, 0).op != "get_attr":
+        view = QuantizerNode(node)
+        if view.quantizer.role != "linear-weight" or not view.rounds_parameter:
             return None
-        names = [str(operand(node, position).target) for position in range(3)]
-        if shared.intersection(names):
+        if shared.intersection((view.parameter, *view.stored)):
             return None
-        weight, scale, zero = (get_tensor(module, name).detach() for name in names)
-        return SignRound(node.meta["quantizer"].spec, weight, scale, zero)
+        return SignRound(view.spec, view.weight(module), *view.range(module))
 
     block = make_trainable(part.module(), make)
     for name, parameter in block.model.named_parameters():

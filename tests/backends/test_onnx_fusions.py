@@ -15,8 +15,9 @@ from bitlower.backends.onnx_qdq._folder import write_model
 from bitlower.backends.onnx_qdq._lower import lower
 from bitlower.backends.onnx_qdq._verify import verify_export
 from bitlower.frontends import load
-from bitlower.ir import CheckError, Granularity, Grid, Level, Program, QuantSpec, set_tensor
+from bitlower.ir import CheckError, Granularity, Grid, Level, Program, QuantSpec
 from bitlower.ir.dataflow import QUANTIZER
+from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.passes import Context
 from bitlower.passes.lowering.lower_integer import LowerInteger
 from bitlower.passes.quantizers._placement import Site, insert_quantizer
@@ -72,10 +73,8 @@ def rounded(program: Program, spec: QuantSpec, values: list[fx.Node]) -> Program
         (node,) = (user for user in value.users if user.target in QUANTIZER)
         kind = next((step for name, step in SPREAD.items() if name in value.name), 0.0171)
         scale = (0.0312345, 0.0271828)[place] if place < 2 else kind
-        for argument, number in zip(
-            node.args[1:3], (scale, 7.0 + spec.grid.quant_min + 110 * (place < 2)), strict=True
-        ):
-            set_tensor(program.module, str(argument.target), torch.tensor(number))
+        zero_point = 7.0 + spec.grid.quant_min + 110 * (place < 2)
+        QuantizerNode(node).set_range(program.module, torch.tensor(scale), torch.tensor(zero_point))
     program.level = Level.SIMULATED
     program.recompile()
     LowerInteger().run(program, Context())

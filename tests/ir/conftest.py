@@ -93,14 +93,14 @@ def _name_twice(program: Program) -> None:
 
 @pytest.fixture
 def quantized() -> Program:
-    """A linear layer at level ``integer`` with a static, an open and a dynamic quantizer, built by hand."""
+    """A linear layer at level ``integer`` with a static, an uncalibrated and a dynamic quantizer, built by hand."""
     root = fx.GraphModule(nn.Module(), fx.Graph())
     set_tensor(root, "dense.weight_codes", torch.tensor([[-127, 3], [64, 127], [1, 0]], dtype=torch.int8))
     set_tensor(root, "dense.bias", nn.Parameter(torch.tensor([0.5, -0.5, 0.0])))
     for name, scale, zero in [
         ("weight", torch.tensor([[0.5], [0.25], [2.0]]), torch.zeros(3, 1)),
         ("act", torch.tensor(0.125), torch.tensor(100.0)),
-        ("open", torch.tensor(0.0), torch.tensor(0.0)),
+        ("later", torch.tensor(0.0), torch.tensor(0.0)),
     ]:
         set_tensor(root, f"quantizers.{name}.scale", scale)
         set_tensor(root, f"quantizers.{name}.zero_point", zero)
@@ -137,13 +137,14 @@ def _build(graph: fx.Graph) -> fx.Graph:
     linear = call("linear", torch.ops.aten.linear.default, values, weight, graph.get_attr("dense.bias"))
     linear.meta = {"path": "dense", "source": "model.py:3: y = dense(x)", "type": TensorType(FLOAT, ("batch", 3))}
     quantizer = Quantizer("linear-output", act, "linear")
-    opened = call("out", ops.fake_quantize, linear, *parameters("open"), 0, 255, quantizer=quantizer)
-    opened.meta["type"] = linear.meta["type"]
+    uncalibrated = call("out", ops.fake_quantize, linear, *parameters("later"), 0, 255, quantizer=quantizer)
+    uncalibrated.kwargs = {"calibrated": False}
+    uncalibrated.meta["type"] = linear.meta["type"]
     pair = call("pair", ops.choose_qparams, x, 8, True, True, False, "qmax")
     del pair.meta["type"]
     scale, zero = call("scale", operator.getitem, pair, 0), call("zero", operator.getitem, pair, 1)
     scale.meta["type"] = zero.meta["type"] = TensorType(FLOAT, ("batch", 1))
     quantizer = Quantizer("residual", token, "x")
     dynamic = call("x_rounded", ops.fake_quantize, x, scale, zero, -128, 127, quantizer=quantizer)
-    graph.output((opened, dynamic))
+    graph.output((uncalibrated, dynamic))
     return graph

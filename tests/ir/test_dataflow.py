@@ -14,22 +14,21 @@ from bitlower.ir import Program, Scheme, ops
 from bitlower.ir.dataflow import (
     ATTENTION,
     LINEAR,
-    activation_operand,
     activations,
     blocks,
     cut_points,
     fusion_groups,
     linears,
     liveness,
-    operand,
     parameter_of,
     residual_sums,
     value_graph,
     value_root,
     value_uses,
-    weight_operand,
 )
 from bitlower.ir.observe import observe
+from bitlower.ir.operators import LinearNode, operand, value_operands
+from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.passes import Context
 from bitlower.passes.lowering.lower_integer import LowerInteger
 from bitlower.passes.quantizers.quantize import Quantize
@@ -180,14 +179,14 @@ def test_positions_masks_and_biases_are_no_residual_sums(programs, name: str) ->
     found = residual_sums(graph)
     assert paths(found) == [f"layers.{i}" for i in range(LAYERS) for _ in range(2)]
     assert len(additions) > len(found)
-    assert all({value_root(operand(n, 0)), value_root(operand(n, 1))} & set(found) for n in found[1:])
+    assert all({value_root(term) for term in value_operands(n)} & set(found) for n in found[1:])
 
 
 def test_residual_sum_of_an_mlp(programs) -> None:
     """``x + down(…)`` is one, the parameter that is added to it is none."""
     (found,) = residual_sums(programs["mlp"].graph)
     assert found.args[0].op == "placeholder"
-    assert value_root(operand(found, 1)).target is aten.linear.default
+    assert value_root(operand(found, "other")).target is aten.linear.default
 
 
 def test_residual_sums_are_found_behind_quantizers(programs) -> None:
@@ -223,11 +222,11 @@ def levels(program: Program, scheme: str) -> dict[str, Program]:
     Quantize(Scheme.parse(scheme)).run(simulated, Context())
     simulated.recompile()
     integer = simulated.clone()
-    for node in integer.graph.find_nodes(op="get_attr"):
-        if str(node.target).endswith(".scale"):
-            owner, _, leaf = str(node.target).rpartition(".")
-            module = integer.module.get_submodule(owner)
-            setattr(module, leaf, torch.ones_like(getattr(module, leaf)))
+    for node in integer.graph.find_nodes(op="call_function", target=ops.fake_quantize):
+        view = QuantizerNode(node)
+        if view.is_static:
+            scale, zero_point = view.range(integer.module)
+            view.set_range(integer.module, torch.ones_like(scale), zero_point)
     LowerInteger().run(integer, Context())
     integer.recompile()
     return {"float": program, "simulated": simulated, "integer": integer}
@@ -350,10 +349,10 @@ def test_value_root_looks_through_views_and_quantizers() -> None:
 
 def test_parameter_of_finds_weights_only(programs) -> None:
     for node in linears(programs["gpt"].graph):
-        parameter = parameter_of(weight_operand(node))
+        parameter = parameter_of(LinearNode(node).weight)
         assert parameter is not None
         assert str(parameter.target) == f"{node.meta['path']}.weight"
-        assert parameter_of(activation_operand(node)) is None
+        assert parameter_of(LinearNode(node).x) is None
 
 
 def test_addmm_has_its_operands_elsewhere() -> None:
@@ -367,20 +366,14 @@ def test_addmm_has_its_operands_elsewhere() -> None:
 
     program = load(Conv1d(), example_inputs={"x": torch.randn(3, 4)})
     (node,) = linears(program.graph)
-    assert activation_operand(node).op == "placeholder"
-    assert parameter_of(weight_operand(node)).target == "weight"
+    assert LinearNode(node).x.op == "placeholder"
+    assert parameter_of(LinearNode(node).weight).target == "weight"
 
 
 def test_a_product_of_activations_is_no_linear(programs) -> None:
     graph = programs["eager"].graph
     assert len(linears(graph)) == 6 * LAYERS + 1
     assert sum(n.target in ATTENTION for n in programs["sdpa"].graph.nodes) == LAYERS
-
-
-def test_operand_names_the_node_that_has_none(programs) -> None:
-    node = next(n for n in programs["sdpa"].graph.nodes if n.target is aten.transpose.int)
-    with pytest.raises(AssertionError, match=f"argument 1 of %{node.name}"):
-        operand(node, 1)
 
 
 def test_value_graph_has_the_edges_of_the_graph(programs) -> None:

@@ -10,8 +10,9 @@ from torch import nn
 
 from bitlower.frontends import load
 from bitlower.ir import Program
-from bitlower.ir.dataflow import LINEAR, activation_operand, residual_sums, value_root
+from bitlower.ir.dataflow import LINEAR, residual_sums, value_root
 from bitlower.ir.feed_forward import feed_forwards
+from bitlower.ir.operators import LinearNode
 from bitlower.passes import Context, PassManager, parse_pipeline
 
 ENDS = {
@@ -38,7 +39,7 @@ def check(program: Program, name: str) -> None:
         assert part.output is last
         assert part.sum is sums[(index + 1) * per_layer - 1]
         assert part.input is not None
-        assert part.input in (activation_operand(first), *activation_operand(first).all_input_nodes)
+        assert part.input in (LinearNode(first).x, *LinearNode(first).x.all_input_nodes)
         assert part.stream in [value_root(node) for node in part.sum.all_input_nodes[:2]]
 
 

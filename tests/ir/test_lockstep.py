@@ -4,9 +4,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program, get_tensor, lockstep, set_tensor
-from bitlower.ir.dataflow import activation_operand, linears, weight_operand
+from bitlower.ir.dataflow import linears
 from bitlower.ir.lockstep import steps, walk
 from bitlower.ir.observe import observe
+from bitlower.ir.operators import LinearNode
 from bitlower.ir.storage import spill
 
 
@@ -37,7 +38,7 @@ def operands(program: Program, batches: list[dict[str, torch.Tensor]], **options
     seen: dict[str, list] = {}
 
     def visit(node, read) -> None:
-        seen[node.name] = [value.clone() for value, _ in read(activation_operand(node))]
+        seen[node.name] = [value.clone() for value, _ in read(LinearNode(node).x)]
 
     walk(program, linears(program.graph), batches, visit, **options)
     return seen
@@ -49,10 +50,10 @@ def test_operands_are_those_of_batchwise_runs(program: Program, batches) -> None
 
     def keep(node, value, batch) -> None:
         for linear in nodes:
-            if activation_operand(linear) is node:
+            if LinearNode(linear).x is node:
                 expected.setdefault(linear.name, []).append(value.clone())
 
-    observe(program, {activation_operand(node) for node in nodes}, batches, keep)
+    observe(program, {LinearNode(node).x for node in nodes}, batches, keep)
     found = operands(program, batches)
     assert list(found) == [node.name for node in nodes]
     for name, values in found.items():
@@ -65,9 +66,9 @@ def test_later_nodes_see_what_a_visit_writes(program: Program, batches) -> None:
     seen: dict[str, torch.Tensor] = {}
 
     def visit(node, read) -> None:
-        seen[node.name] = next(read(activation_operand(node)))[0].clone()
+        seen[node.name] = next(read(LinearNode(node).x))[0].clone()
         if node is first:
-            target = str(weight_operand(node).target)
+            target = str(LinearNode(node).weight.target)
             set_tensor(changed.module, target, torch.nn.Parameter(get_tensor(changed.module, target) * 3))
 
     walk(changed, linears(changed.graph), batches, visit)
@@ -90,10 +91,10 @@ def test_two_programs_are_walked_side_by_side(program: Program, batches) -> None
         assert torch.is_grad_enabled()
         assert node.name == other.name
         sides = ((read, node), (read_other, other))
-        values = [[value.clone() for value, _ in each(activation_operand(linear))] for each, linear in sides]
+        values = [[value.clone() for value, _ in each(LinearNode(linear).x)] for each, linear in sides]
         assert all(torch.equal(a, b) for a, b in zip(values[1], expected[node.name], strict=True)), node.name
         seen[node.name] = values[0]
-        target = str(weight_operand(node).target)
+        target = str(LinearNode(node).weight.target)
         set_tensor(changed.module, target, torch.nn.Parameter(get_tensor(changed.module, target).detach() * 2))
     changed.recompile()
     doubled = operands(changed, batches)

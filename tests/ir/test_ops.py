@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bitlower.ir import BitlowerError, Granularity, Grid, ScaleConvention, ops
+from bitlower.ir import Granularity, Grid, ScaleConvention, ops
 from bitlower.ir.quantization import numerics
 
 LAYOUTS = [(), (1, 1, 1), (3, 1, 1), (1, 4, 1), (1, 1, 8), (1, 1, 2), (3, 2, 4), (3, 4, 8)]
@@ -83,21 +83,17 @@ def test_dequantize_gradients(layout):
 
 
 @pytest.mark.parametrize("layout", [(), (3, 1, 1)], ids=str)
-def test_an_open_quantizer_lets_values_and_gradients_through(layout):
+@pytest.mark.parametrize("fill", [0.0, 0.1])
+def test_an_uncalibrated_quantizer_lets_values_and_gradients_through(layout, fill):
     x = torch.randn(SHAPE, requires_grad=True)
-    y = ops.fake_quantize(x, torch.zeros(layout), torch.zeros(layout), 0, 255)
+    y = ops.fake_quantize(x, torch.full(layout, fill), torch.zeros(layout), 0, 255, calibrated=False)
     assert torch.equal(y, x)
     assert y.data_ptr() != x.data_ptr()
     y.backward(torch.full(SHAPE, 2.0))
     assert torch.equal(x.grad, torch.full(SHAPE, 2.0))
 
 
-def test_an_open_quantizer_gives_no_codes():
-    with pytest.raises(BitlowerError, match="without a range"):
-        ops.quantize(torch.ones(2), torch.tensor(0.0), torch.tensor(0.0), 0, 255, "uint8")
-
-
-def test_a_scale_of_nan_is_not_open():
+def test_a_scale_of_nan_gives_nan():
     nan = torch.tensor(float("nan"))
     assert ops.fake_quantize(torch.ones(2), nan, torch.tensor(0.0), 0, 255).isnan().all()
 

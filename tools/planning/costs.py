@@ -28,7 +28,8 @@ from torch import fx
 
 from bitlower.backends.base import Backend
 from bitlower.ir import Level, Program, get_tensor
-from bitlower.ir.dataflow import activation_operand, linears, parameter_of, weight_operand
+from bitlower.ir.dataflow import linears, parameter_of
+from bitlower.ir.operators import LinearNode
 from bitlower.ir.storage import is_mapped
 from bitlower.ir.tasks import TEXT_GENERATION
 from bitlower.passes import Contract, Pass, Workload, data_runs, training_steps
@@ -209,7 +210,7 @@ class Costs:
 
     def _widths(self) -> list[int]:
         """The widths of the activations that linears read, each activation once."""
-        inputs = dict.fromkeys(activation_operand(node) for node in linears(self.program.graph))
+        inputs = dict.fromkeys(LinearNode(node).x for node in linears(self.program.graph))
         return [int(node.meta["type"].shape[-1]) for node in inputs]
 
     def _shapes(self) -> list[tuple[int, int]]:
@@ -217,7 +218,7 @@ class Costs:
 
     def _weights(self) -> list[torch.Tensor]:
         """The parameters of linears."""
-        nodes: list[fx.Node | None] = [parameter_of(weight_operand(node)) for node in linears(self.program.graph)]
+        nodes: list[fx.Node | None] = [parameter_of(LinearNode(node).weight) for node in linears(self.program.graph)]
         found = [get_tensor(self.program.module, str(node.target)) for node in nodes if node is not None]
         return [tensor for tensor in found if tensor.dim() == 2]
 

@@ -27,6 +27,7 @@ from bitlower.backends.sizes import Sizes
 from bitlower.frontends import load
 from bitlower.frontends.trace_cache import is_kept
 from bitlower.ir import Program, get_tensor
+from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.tasks import TEXT_GENERATION
 from bitlower.passes import Context, Contract, Pass, PassManager, format_pipeline, training_steps, trains
 from bitlower.passes.quantizers.quantize import PlacementReport
@@ -246,7 +247,7 @@ def _tensor_plans(program: Program, reasons: dict[str, str], target: Sizes) -> t
     for name, readers in users.items():
         tensor = get_tensor(program.module, name)
         quantizers = [n for n in readers if "quantizer" in n.meta]
-        if any(getattr(n.args[0], "target", None) != name for n in quantizers) or tensor.data_ptr() in seen:
+        if any(QuantizerNode(n).value.target != name for n in quantizers) or tensor.data_ptr() in seen:
             continue
         seen.add(tensor.data_ptr())
         plans.append(_tensor_plan(name, tensor, quantizers, readers, reasons.get(name, ""), target))

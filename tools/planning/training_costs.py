@@ -23,11 +23,11 @@ and hold three values between blocks for each token, of hidden channels each::
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bitlower.ir import Batch, Program
 from bitlower.ir.dataflow import VIEWS, blocks
+from bitlower.ir.operators import graph_results
 from bitlower.passes import BlockSchedule
 from bitlower.tools.data.batches import Data
 
@@ -108,8 +108,7 @@ class Lesson:
     def _values(self, placed: Program) -> int:
         """Bytes of the values of a batch; of the logits of tokens no more are there than a chunk of them."""
         token_wise = {spec.name for spec in placed.outputs if spec.name == "logits" and spec.type.rank == 3}
-        results: Sequence[object] = placed.graph.output_node().args[0]  # type: ignore[assignment]
-        outputs = dict(zip(results, (spec.name for spec in placed.outputs), strict=True))
+        outputs = dict(zip(graph_results(placed.graph), (spec.name for spec in placed.outputs), strict=True))
         total = 0
         for node in placed.graph.nodes:
             kind = node.meta.get("type")

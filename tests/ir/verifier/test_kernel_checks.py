@@ -251,7 +251,7 @@ FAULTS = {
     ),
     "a scale of another shape": (scale("act.scale", [0.1, 0.2]), "its scale is"),
     "a negative scale": (scale("inner.scale", -1.0), "negative or not finite"),
-    "an open scale": (scale("inner.scale", 0.0), "has no range"),
+    "a scale of zero": (scale("inner.scale", 0.0), "has a scale of zero"),
     "half a zero point": (scale("inner.zero_point", 0.5), "no whole number"),
     "a zero point outside": (scale("act.zero_point", 300.0), r"outside \[0, 255\]"),
     "weight scales of another shape": (scale("weight.scale", [[0.1]] * 5), "per-channel"),

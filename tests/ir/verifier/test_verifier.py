@@ -276,10 +276,10 @@ SIMULATED_FAULTS = {
     "number for a value": (lambda p: set_arg(p, "relu_quantized", 0, 0.5), "its first argument is 0.5"),
     "NaN scale": (lambda p: buffer(p, "quantizers.relu.scale", torch.tensor(float("nan"))), "negative or not finite"),
     "negative scale": (lambda p: buffer(p, "quantizers.relu.scale", torch.tensor(-0.1)), "negative or not finite"),
-    "partly open": (
+    "a scale of zero": (
         lambda p: get_tensor(p.module, "quantizers.weight.scale")[2].zero_(),
         "%weight_quantized (call_function fake_quantize.default) in encoder.dense at model.py:7: "
-        "self.dense(x): is calibrated in part",
+        "self.dense(x): has a scale of zero",
     ),
     "fractional zero point": (
         lambda p: buffer(p, "quantizers.relu.zero_point", torch.tensor(2.5)),
@@ -316,7 +316,7 @@ INTEGER_FAULTS = {
         lambda p: add_before_output(p, ops.fake_quantize, (node(p, "relu"),) * 3),
         "does not belong into a program at level integer",
     ),
-    "open": (lambda p: buffer(p, "quantizers.relu.scale", torch.tensor(0.0)), "has no range; run `calibrate`"),
+    "no scale": (lambda p: buffer(p, "quantizers.relu.scale", torch.tensor(0.0)), "scale of zero; run `calibrate`"),
     "codes read as numbers": (
         lambda p: set_arg(p, "linear", 0, node(p, "relu_codes")),
         "reads the codes of %relu_codes; only dequantize may",
@@ -380,8 +380,9 @@ def test_a_name_that_two_nodes_have_is_found():
         verify(program)
 
 
-def test_an_open_quantizer_passes_at_level_simulated():
+def test_an_uncalibrated_quantizer_passes_at_level_simulated():
     program = build(Level.SIMULATED)
+    node(program, "relu_quantized").kwargs = {"calibrated": False}
     buffer(program, "quantizers.relu.scale", torch.tensor(0.0))
     buffer(program, "quantizers.relu.zero_point", torch.tensor(0.0))
     verify(program)

@@ -22,9 +22,9 @@ from bitlower.ir.dataflow import (
     is_scores,
     linears,
     residual_sums,
-    weight_operand,
 )
 from bitlower.ir.observe import observe
+from bitlower.ir.operators import LinearNode
 from bitlower.passes import Context
 from bitlower.passes._machinery.manager import PassManager
 from bitlower.passes.canonical.clean import Clean
@@ -232,11 +232,11 @@ def test_a_tied_head_goes_with_its_table(name: str, scheme: str, role: str) -> N
     program = PassManager([Quantize(Scheme.parse(scheme))]).run(cleaned(name), context)
     (embedding, *_) = program.graph.find_nodes(op="call_function", target=aten.embedding.default)
     head = linears(program.graph)[-1]
-    assert weight_operand(head) is embedding.args[0]
+    assert LinearNode(head).weight is embedding.args[0]
     assert embedding.args[0].meta["quantizer"].role == role if role else embedding.args[0].op == "get_attr"
     assert ("quantizer" in head.args[0].meta) == bool(role)
     others = linears(program.graph)[:-1]
-    assert all("quantizer" in weight_operand(node).meta for node in others)
+    assert all("quantizer" in LinearNode(node).weight.meta for node in others)
 
 
 def test_gpt2_s_matrices_are_turned_and_noted() -> None:

@@ -37,20 +37,20 @@ def report(calibrated) -> SensitivityReport:
 
 
 def loss_without(program: Program, data: list[Batch], role: str) -> float:
-    """The KL divergence of the program's logits with the quantizers of ``role`` opened, by full runs."""
+    """The KL divergence of the program's logits with the quantizers of ``role`` off, by full runs."""
 
-    def opened(roles: set[str]) -> Program:
+    def off(roles: set[str]) -> Program:
         copy = program.clone()
         for node in copy.graph.find_nodes(op="call_function", target=ops.fake_quantize):
             if node.meta["quantizer"].role in roles:
-                for argument in node.args[1:3]:
-                    set_tensor(copy.module, argument.target, torch.zeros_like(get_tensor(copy.module, argument.target)))
+                node.kwargs = {"calibrated": False}
+        copy.recompile()
         return copy
 
     everything = {quantizer.role for _, quantizer in program.quantizers()}
     measure = Measure("kl", ("logits",))
     with torch.no_grad():
-        pairs = [[opened(roles)(**batch)["logits"] for roles in (everything, {role})] for batch in data]
+        pairs = [[off(roles)(**batch)["logits"] for roles in (everything, {role})] for batch in data]
     return measure.total([measure.compare([a], [b], batch) for (a, b), batch in zip(pairs, data, strict=True)])
 
 

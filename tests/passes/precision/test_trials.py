@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from bitlower.frontends import load
-from bitlower.ir import Batch, BitlowerError, Program, Scheme, get_tensor, set_tensor
+from bitlower.ir import Batch, BitlowerError, Program, Scheme, get_tensor
+from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.passes import Context
 from bitlower.passes.canonical.clean import Clean
 from bitlower.passes.precision import _trials as trials_module
@@ -59,11 +60,8 @@ def naive(
         state = named.get(node.name)
         if isinstance(state, Rounding):
             set_width(node, state.grid.bits)
-            for part, value in ((1, state.scale), (2, state.zero_point)):
-                if value is not None:
-                    set_tensor(copy.module, node.args[part].target, value)
-        elif state is Switch.OFF and node.args[1].op == "get_attr":
-            set_tensor(copy.module, node.args[1].target, torch.zeros_like(get_tensor(copy.module, node.args[1].target)))
+            if state.scale is not None:
+                QuantizerNode(node).set_range(copy.module, state.scale, state.zero_point)
         elif state is Switch.OFF:
             node.replace_all_uses_with(node.args[0])
             node.graph.erase_node(node)

@@ -10,7 +10,8 @@ from torch import fx, nn
 
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Granularity, Grid, Program, QuantSpec, Scheme, get_tensor, ops
-from bitlower.ir.dataflow import LINEAR, VIEWS, activation_operand, linears, weight_operand
+from bitlower.ir.dataflow import LINEAR, VIEWS, linears
+from bitlower.ir.operators import LinearNode
 from bitlower.ir.verifier import verify
 from bitlower.passes import Context
 from bitlower.passes.canonical.clean import Clean
@@ -94,8 +95,8 @@ def test_the_linear_placement(bert, scheme: str, weights: int, activations: dict
     assert Counter(roles(result, weights=False)) == activations
     for node in linears(program.graph):
         twin = next(n for n in result.graph.nodes if n.name == node.name)
-        assert (activation_operand(twin).target is ops.fake_quantize) == bool(activations)
-        assert (weight_operand(twin).target is ops.fake_quantize) == bool(weights)
+        assert (LinearNode(twin).x.target is ops.fake_quantize) == bool(activations)
+        assert (LinearNode(twin).weight.target is ops.fake_quantize) == bool(weights)
 
 
 class Tied(nn.Module):
@@ -128,7 +129,7 @@ def test_one_reader_of_a_tied_parameter_can_be_left_out(tied: Program) -> None:
     (node,) = [n for n, _ in result.quantizers()]
     assert [user.target for user in node.users] == [torch.ops.aten.embedding.default]
     (head,) = linears(result.graph)
-    assert weight_operand(head).op == "get_attr"
+    assert LinearNode(head).weight.op == "get_attr"
 
 
 def test_a_weight_behind_a_view_is_quantized() -> None:
@@ -144,7 +145,7 @@ def test_a_weight_behind_a_view_is_quantized() -> None:
     result, _ = quantize(program, "W8A8")
     assert roles(result, weights=True) == ["linear-weight"]
     (linear,) = linears(result.graph)
-    assert weight_operand(linear).args[0].target is ops.fake_quantize
+    assert LinearNode(linear).weight.args[0].target is ops.fake_quantize
 
 
 def test_a_quantizer_over_an_input_belongs_to_its_reader() -> None:
@@ -171,7 +172,7 @@ def test_a_quantizer_over_an_input_belongs_to_its_reader() -> None:
 def test_ignored_linears_keep_float_weights(bert, pattern: str, left: set[str]) -> None:
     _, program = bert()
     result, report = quantize(program, "W8A8", ignore=(pattern,))
-    float_weights = {n.meta["path"] for n in linears(result.graph) if weight_operand(n).op == "get_attr"}
+    float_weights = {n.meta["path"] for n in linears(result.graph) if LinearNode(n).weight.op == "get_attr"}
     assert float_weights == left
     reasons = {row.reason for row in report.rows if row.role == "linear-weight" and row.path in left}
     assert reasons == {"ignored by a pattern"}
@@ -182,7 +183,7 @@ def test_an_ignored_reader_reads_the_float_value(bert) -> None:
     _, program = bert(layers=1)
     result, _ = quantize(program, "W8A8", ignore=("*.query",))
     by_path = {n.meta["path"].rpartition(".")[2]: n for n in linears(result.graph)}
-    key, query = activation_operand(by_path["key"]), activation_operand(by_path["query"])
+    key, query = LinearNode(by_path["key"]).x, LinearNode(by_path["query"]).x
     assert key.target is ops.fake_quantize
     assert key.args[0] is query
 
@@ -255,7 +256,7 @@ def test_a_view_of_a_rounded_value_is_not_rounded_again(bert) -> None:
     _, program = bert(layers=1)
     result, report = quantize(program, scheme)
     linear = next(n for n in linears(result.graph) if n.meta["path"].endswith("attention.output.dense"))
-    value, views = activation_operand(linear), 0
+    value, views = LinearNode(linear).x, 0
     while value.target in VIEWS:
         value, views = value.args[0], views + 1
     assert views >= 2
@@ -291,7 +292,7 @@ def test_open_scales_have_the_shape_of_their_granularity(bert, scheme: str, weig
     _, program = bert(layers=1)
     result, _ = quantize(program, scheme)
     linear = next(n for n in linears(result.graph) if n.meta["path"].endswith("intermediate.dense"))
-    for node, shape in ((weight_operand(linear), weight), (activation_operand(linear), value)):
+    for node, shape in ((LinearNode(linear).weight, weight), (LinearNode(linear).x, value)):
         for part in node.args[1:3]:
             assert get_tensor(result.module, part.target).shape == shape
             assert not get_tensor(result.module, part.target).any()

@@ -7,8 +7,9 @@ import torch
 
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program, Scheme, get_tensor, ops, set_tensor
-from bitlower.ir.dataflow import ACTIVATION, activation_operand, linears, parameter_of, weight_operand
+from bitlower.ir.dataflow import ACTIVATION, linears, parameter_of
 from bitlower.ir.observe import observe
+from bitlower.ir.operators import LinearNode
 from bitlower.ir.quantization import numerics
 from bitlower.ir.storage import is_mapped, spill
 from bitlower.passes import Context
@@ -30,7 +31,7 @@ def weights_of(program: Program) -> dict[str, torch.Tensor]:
 
 def values_at(program: Program, path: str, data) -> torch.Tensor:
     """What the linear at ``path`` reads, without padding, as :mod:`bitlower.ir.observe` sees it."""
-    source = activation_operand(next(n for n in linears(program.graph) if n.meta["path"] == path))
+    source = LinearNode(next(n for n in linears(program.graph) if n.meta["path"] == path)).x
     found: list[torch.Tensor] = []
     observe(program, [source], data, lambda _, value, batch: found.append(value[batch["attention_mask"].bool()]))
     return torch.cat(found)
@@ -67,7 +68,7 @@ def test_the_error_of_each_layer_of_a_decoder_falls(decoder, run, scheme: str) -
     assert len(rows) == 14
     sums = {"learned": 0.0, "nearest": 0.0}
     for linear in linears(result.graph):
-        name = str(parameter_of(weight_operand(linear)).target)
+        name = str(parameter_of(LinearNode(linear).weight).target)
         if name not in rows:  # the head
             continue
         path = linear.meta["path"]
@@ -143,7 +144,7 @@ def test_the_report_is_of_what_was_written(bert, batches, run) -> None:
     rows = {row.weight: row for row in context[AdaroundReport].rows}
     assert len(rows) == len(linears(result.graph))
     for linear in linears(result.graph):
-        quantizer = weight_operand(linear)
+        quantizer = LinearNode(linear).weight
         row = rows[str(quantizer.args[0].target)]
         assert row.loss <= row.nearest_loss
         before = get_tensor(placed.module, row.weight).detach()

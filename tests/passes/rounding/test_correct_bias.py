@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program, Scheme, get_tensor
-from bitlower.ir.dataflow import activation_operand, linears, operand, weight_operand
+from bitlower.ir.dataflow import linears
 from bitlower.ir.observe import observe
+from bitlower.ir.operators import LinearNode, operand
 from bitlower.passes import Context
 from bitlower.passes.canonical.clean import Clean
 from bitlower.passes.lowering.lower_integer import LowerInteger
@@ -27,7 +28,7 @@ def outputs(program: Program, batches, *, operands: bool = False) -> dict[str, n
     """The outputs of each linear (or what it reads) for all tokens, ``[tokens, channels]`` float64, by path."""
     nodes: dict[object, list[str]] = {}
     for n in linears(program.graph):
-        nodes.setdefault(activation_operand(n) if operands else n, []).append(n.meta["path"])
+        nodes.setdefault(LinearNode(n).x if operands else n, []).append(n.meta["path"])
     found: dict[str, list[np.ndarray]] = {}
 
     def add(node, value, batch) -> None:
@@ -69,9 +70,9 @@ def test_a_bias_is_the_paper_s_formula_in_float64(bert, batches, run) -> None:
     rows = {row.layer: row for row in context[BiasReport].rows}
     for linear in linears(corrected.graph):
         path = linear.meta["path"]
-        weight, scale, zero = (get_tensor(corrected.module, str(a.target)) for a in weight_operand(linear).args[:3])
+        weight, scale, zero = (get_tensor(corrected.module, str(a.target)) for a in LinearNode(linear).weight.args[:3])
         weight, scale, zero = (part.detach().double().numpy() for part in (weight, scale, zero))
-        low, high = weight_operand(linear).args[3:]
+        low, high = LinearNode(linear).weight.args[3:]
         rounded = (np.clip(np.rint(weight / scale) + zero, low, high) - zero) * scale
         error = rounded @ quantized[path] - weight @ exact[path]
         np.testing.assert_allclose(biases(corrected)[path], biases(clean)[path] - error, atol=5e-6)
@@ -144,7 +145,7 @@ def test_a_bias_that_two_layers_share_stays(bert, batches, run) -> None:
     data = batches()
     simulated = run(bert()[1], Clean(), Quantize(Scheme.parse("W4A16")), Calibrate(), context=Context(data))
     first, second = linears(simulated.graph)[:2]
-    second.replace_input_with(operand(second, 2), operand(first, 2))
+    second.replace_input_with(operand(second, "bias"), operand(first, "bias"))
     simulated.recompile()
     context = Context(data)
     run(simulated, CorrectBias(weighting="none"), context=context)

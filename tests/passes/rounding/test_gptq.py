@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program, Scheme, get_tensor, ops, set_tensor
-from bitlower.ir.dataflow import activation_operand, linears
+from bitlower.ir.dataflow import linears
 from bitlower.ir.observe import observe
+from bitlower.ir.operators import LinearNode
 from bitlower.ir.storage import is_mapped, spill
 from bitlower.passes import Context
 from bitlower.passes.canonical.clean import Clean
@@ -122,7 +123,7 @@ def test_later_layers_see_rewritten_predecessors(llama, run, monkeypatch) -> Non
     result = run(program, Clean(), W4, Gptq(precision="float32"), context=Context(batches))
     last = next(n for n in linears(result.graph) if n.meta["path"] == "model.layers.1.mlp.down_proj")
     expected: list[torch.Tensor] = []
-    observe(result, [activation_operand(last)], batches, lambda node, value, batch: expected.append(value.clone()))
+    observe(result, [LinearNode(last).x], batches, lambda node, value, batch: expected.append(value.clone()))
     found = torch.cat(seen["model.layers.1.mlp.down_proj.weight"])
     assert torch.equal(found, torch.cat([value.reshape(-1, 48) for value in expected]))
     assert len(seen) == 8  # two blocks: q/k/v, o, gate/up, down share one Hessian each
@@ -131,7 +132,7 @@ def test_later_layers_see_rewritten_predecessors(llama, run, monkeypatch) -> Non
 def inputs_of(program: Program, linear, batches) -> np.ndarray:
     """What ``linear`` reads, ``[tokens, columns]`` float64."""
     parts: list[np.ndarray] = []
-    observe(program, [activation_operand(linear)], batches, lambda _, value, batch: parts.append(value.numpy()))
+    observe(program, [LinearNode(linear).x], batches, lambda _, value, batch: parts.append(value.numpy()))
     return np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts]).astype(np.float64)
 
 

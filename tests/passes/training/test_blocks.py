@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program, Scheme, get_tensor, set_tensor
-from bitlower.ir.dataflow import blocks, linears, parameter_of, weight_operand
+from bitlower.ir.dataflow import blocks, linears, parameter_of
 from bitlower.ir.observe import observe
+from bitlower.ir.operators import LinearNode
 from bitlower.ir.storage import is_mapped
 from bitlower.passes import Context
 from bitlower.passes.canonical.clean import Clean
@@ -135,7 +136,7 @@ class _Products(TorchDispatchMode):
 def test_the_float_blocks_run_once_on_each_batch(pass_, family, simulated, texts, run) -> None:
     program, reference = simulated("llama", "W4A16"), family("llama")
     weights = [
-        get_tensor(reference.module, str(parameter_of(weight_operand(node)).target))
+        get_tensor(reference.module, str(parameter_of(LinearNode(node).weight).target))
         for node in linears(reference.graph)
         if node.meta["path"] != "lm_head"
     ]

@@ -1,0 +1,283 @@
+"""Operators with names: the table of those that passes work on, and typed views of their nodes.
+
+An argument is found by its name in the operator's schema, wherever it stands; one that is left out is what the schema
+takes for it. A view gives the operands of one kind of operator the same names, whatever each schema calls them. To let
+another operator count as a linear layer, a norm, a product … add a row to :data:`OPERATORS` (see docs/operators.md).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A row of the table.
+
+    Args:
+        target: the operator.
+        kind: ``linear``, ``product``, ``attention``, ``softmax``, ``norm``, ``embedding`` or ``sum``.
+        operands: what the schema calls each operand of the kind's view.
+        parameter: the operand that is a parameter; empty if none is.
+        role: the role of that parameter, of :data:`~bitlower.ir.quantization.scheme.WEIGHT_ROLES`.
+    """
+
+    target: Any
+    kind: str
+    operands: Mapping[str, str] = field(default_factory=dict)
+    parameter: str = ""
+    role: str = ""
+
+
+_NORM = {"x": "input", "weight": "weight", "bias": "bias", "epsilon": "eps"}
+_LINEAR, _TABLE, _GAMMA = ("weight", "linear-weight"), ("table", "embedding-table"), ("weight", "norm-weight")
+OPERATORS = (
+    Operator(aten.linear.default, "linear", {"x": "input", "weight": "weight", "bias": "bias"}, *_LINEAR),
+    Operator(aten.addmm.default, "linear", {"x": "mat1", "weight": "mat2", "bias": "self"}, *_LINEAR),
+    Operator(aten.embedding.default, "embedding", {"table": "weight", "ids": "indices"}, *_TABLE),
+    Operator(aten.layer_norm.default, "norm", _NORM, *_GAMMA),
+    Operator(aten.native_layer_norm.default, "norm", _NORM, *_GAMMA),
+    Operator(aten.rms_norm.default, "norm", {"x": "input", "weight": "weight", "epsilon": "eps"}, *_GAMMA),
+    Operator(aten.matmul.default, "product", {"left": "self", "right": "other"}),
+    Operator(aten.bmm.default, "product", {"left": "self", "right": "mat2"}),
+    Operator(aten.mm.default, "product", {"left": "self", "right": "mat2"}),
+    Operator(
+        aten.scaled_dot_product_attention.default,
+        "attention",
+        {"query": "query", "key": "key", "value": "value", "mask": "attn_mask"},
+    ),
+    Operator(aten.softmax.int, "softmax", {"x": "self"}),
+    Operator(aten._softmax.default, "softmax", {"x": "self"}),
+    Operator(aten._safe_softmax.default, "softmax", {"x": "self"}),
+    Operator(aten.add.Tensor, "sum", {"left": "self", "right": "other"}),
+    Operator(aten.add_.Tensor, "sum", {"left": "self", "right": "other"}),
+)
+ROWS = {row.target: row for row in OPERATORS}
+"""The rows by operator."""
+_WITHOUT_SCHEMA: dict[Any, dict[str, tuple[int, Any]]] = {operator.getitem: {"source": (0, None), "index": (1, None)}}
+
+
+def operators_of(kind: str) -> frozenset[Any]:
+    """The operators of a kind."""
+    return frozenset(row.target for row in OPERATORS if row.kind == kind)
+
+
+@functools.cache
+def parameters(target: Any) -> dict[str, tuple[int, Any]]:
+    """The arguments that ``target`` takes, in order: name, place, and what it is if it is left out."""
+    if target in _WITHOUT_SCHEMA:
+        return _WITHOUT_SCHEMA[target]
+    arguments = target._schema.arguments
+    return {argument.name: (place, argument.default_value) for place, argument in enumerate(arguments)}
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """The argument ``name`` of a call; what the operator takes for it where it is left out.
+
+    Raises:
+        KeyError: the operator has no such argument.
+    """
+    place, default = parameters(node.target)[name]
+    if place < len(node.args):
+        return node.args[place]
+    return node.kwargs.get(name, default)
+
+
+def operand(node: fx.Node, name: str) -> fx.Node:
+    """The argument ``name`` of a call, which must be a node too."""
+    value = argument(node, name)
+    assert isinstance(value, fx.Node), f"the argument {name} of %{node.name} is no node"
+    return value
+
+
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    """Give a call another argument; those before it that were left out are written down."""
+    known = parameters(node.target)
+    place = known[name][0]
+    if name in node.kwargs:
+        node.update_kwarg(name, value)
+        return
+    given = [argument(node, other) for other, (at, _) in known.items() if at < max(place, len(node.args))]
+    node.args = (*given[:place], value, *given[place + 1 :])
+
+
+def value_operands(node: fx.Node) -> list[fx.Node]:
+    """The values that an elementwise operator of two operands joins; a number or a size is none of them."""
+    joined = (argument(node, name) for name in ("self", "other"))
+    return [value for value in joined if isinstance(value, fx.Node)]
+
+
+def swapped_axes(node: fx.Node) -> frozenset[int]:
+    """The two axes that a transpose swaps, counted from the first; none where ``node`` is no transpose."""
+    if node.target is not aten.transpose.int:
+        return frozenset()
+    return frozenset(argument(node, name) % node.meta["type"].rank for name in ("dim0", "dim1"))
+
+
+def graph_results(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """What ``graph`` gives out, in order."""
+    given: Any = graph.output_node().args[0]
+    return tuple(given)
+
+
+def set_graph_results(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
+    """Let ``graph`` give out ``nodes``."""
+    graph.output_node().args = (tuple(nodes),)
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """A node of one kind of operator; its operands are properties."""
+
+    node: fx.Node
+
+    def argument(self, name: str) -> Any:
+        """The operand ``name`` of the view; None if the operator has none such, or it is left out."""
+        names = ROWS[self.node.target].operands
+        return argument(self.node, names[name]) if name in names else None
+
+    def operand(self, name: str) -> fx.Node:
+        """The operand ``name`` of the view, which must be a node."""
+        return operand(self.node, ROWS[self.node.target].operands[name])
+
+    def set(self, name: str, value: fx.Node | None) -> None:
+        """Give the node another operand ``name``."""
+        set_argument(self.node, ROWS[self.node.target].operands[name], value)
+
+
+class LinearNode(NodeView):
+    """A linear layer: ``x · weightᵀ + bias``, or ``x · weight + bias`` for ``addmm``."""
+
+    @property
+    def x(self) -> fx.Node:
+        """The activation."""
+        return self.operand("x")
+
+    @property
+    def weight(self) -> fx.Node:
+        """The weight: a parameter, or the quantizer over one."""
+        return self.operand("weight")
+
+    @property
+    def bias(self) -> fx.Node | None:
+        """The bias; None if there is none."""
+        value = self.argument("bias")
+        return value if isinstance(value, fx.Node) else None
+
+    @property
+    def stored_bias(self) -> str | None:
+        """The name of the tensor that is the bias; None if there is none, or one that is computed."""
+        return str(self.bias.target) if self.bias is not None and self.bias.op == "get_attr" else None
+
+
+class EmbeddingNode(NodeView):
+    """A lookup of rows of a table."""
+
+    @property
+    def table(self) -> fx.Node:
+        """The table: a parameter, or the quantizer over one."""
+        return self.operand("table")
+
+    @property
+    def ids(self) -> fx.Node:
+        """The numbers of the rows."""
+        return self.operand("ids")
+
+
+class NormNode(NodeView):
+    """LayerNorm or RMSNorm."""
+
+    @property
+    def x(self) -> fx.Node:
+        """The value that is normalized."""
+        return self.operand("x")
+
+    @property
+    def weight(self) -> fx.Node | None:
+        """What the normalized value is multiplied with; None if nothing."""
+        value = self.argument("weight")
+        return value if isinstance(value, fx.Node) else None
+
+    @property
+    def bias(self) -> fx.Node | None:
+        """What is added then; None if nothing."""
+        value = self.argument("bias")
+        return value if isinstance(value, fx.Node) else None
+
+    @property
+    def epsilon(self) -> float | None:
+        """What is added to the variance or mean square; None: the smallest number of the dtype."""
+        value: float | None = self.argument("epsilon")
+        return value
+
+    @property
+    def is_rms(self) -> bool:
+        """Whether it takes no mean off."""
+        return self.node.target is aten.rms_norm.default
+
+
+class BinaryNode(NodeView):
+    """A product of matrices, or a sum of values."""
+
+    @property
+    def left(self) -> fx.Node:
+        """The first operand."""
+        return self.operand("left")
+
+    @property
+    def right(self) -> Any:
+        """The second operand: a node, or the number of a sum."""
+        return self.argument("right")
+
+
+class AttentionNode(NodeView):
+    """``softmax(scale · QKᵀ + mask) V`` as one operator, over ``[batch, heads, length, width]``."""
+
+    @property
+    def query(self) -> fx.Node:
+        """Q."""
+        return self.operand("query")
+
+    @property
+    def key(self) -> fx.Node:
+        """K; with ``enable_gqa`` it may have fewer heads than Q."""
+        return self.operand("key")
+
+    @property
+    def value(self) -> fx.Node:
+        """V."""
+        return self.operand("value")
+
+    @property
+    def mask(self) -> fx.Node | None:
+        """The mask, bool or added to scores; None if there is none."""
+        value = self.argument("mask")
+        return value if isinstance(value, fx.Node) else None
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether probabilities are dropped at random."""
+        return bool(argument(self.node, "dropout_p"))
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no query sees a later key."""
+        return bool(argument(self.node, "is_causal"))
+
+    @property
+    def scale(self) -> float | None:
+        """What scores are multiplied with; None where it depends on a symbolic width."""
+        given, width = argument(self.node, "scale"), self.query.meta["type"].shape[-1]
+        if given is not None:
+            return float(given)
+        return 1 / math.sqrt(width) if isinstance(width, int) else None
