@@ -235,7 +235,7 @@ class Groups:
             return cls(-1, functional.pad(change, (1, 0)).cumsum(0))
         if granularity.kind == "group" and weight is not None:
             extent, blocks = weight.shape[axis], scale.shape[axis]
-            owner = torch.arange(blocks) * (extent // blocks) // min(granularity.size, extent)
+            owner = torch.arange(blocks) * (extent // blocks) // min(granularity.group_size, extent)
             return cls(axis, owner if int(owner[-1]) + 1 < blocks else None)
         return cls(axis)
 

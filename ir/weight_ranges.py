@@ -46,7 +46,7 @@ def weight_range(module: fx.GraphModule, node: fx.Node, ranges: WeightRanges) ->
     granularity, extent = view.spec.granularity, weight.shape[-1]
     if granularity.kind == "group":
         weight = granularity.pad_groups(weight)
-        shape = torch.Size((*shape[:-1], weight.shape[-1] // min(granularity.size, extent)))
+        shape = torch.Size((*shape[:-1], weight.shape[-1] // min(granularity.group_size, extent)))
     rows = scale_rows(weight, shape)
     low, high = rows.aminmax(dim=1)
     require_finite(node, low, high)

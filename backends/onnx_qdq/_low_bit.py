@@ -58,7 +58,7 @@ def container(
         return f"{bits}-bit codes have no fast kernel at accuracy level {accuracy_level}"
     depth, columns = shape[1], scale_shape[1] if len(scale_shape) == 2 else 1
     along_inputs = spec.granularity.kind == "group" and columns < depth
-    group = spec.granularity.size if along_inputs else depth // columns
+    group = spec.granularity.group_size if along_inputs else depth // columns
     block = min(_ROW, 1 << (depth.bit_length() - 1)) if columns == 1 else min(group & -group, _LARGEST)
     if block < SMALLEST_BLOCK:
         return f"groups of {group} inputs are no multiple of {SMALLEST_BLOCK}"

@@ -16,8 +16,8 @@ from bitlower.ir.types import Dim
 _SMALLEST_BLOCK = 8
 _TOO_LARGE = 1 << 31
 KINDS = ("tensor", "channel", "group", "row-group", "token", "embedding", "embedding-group", "embedding-parts")
-SIZED = ("group", "row-group", "embedding-group", "embedding-parts")
-"""The kinds that need the size of a group, or the number of groups."""
+COUNTED = ("row-group", "embedding-group", "embedding-parts")
+"""The kinds that need the number of groups; ``group`` needs the size of one."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,26 @@ class Granularity:
 
     A scale tensor has the rank of the tensor it belongs to. Each of its dimensions is 1 (shared), the tensor's own size
     (one scale an index), or a divisor of it (one scale a block of consecutive indices); per-tensor scales have rank 0.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        axis: along which scales differ.
+        group_size: of the kind ``group``: how many consecutive entries share a scale.
+        num_groups: of the kinds of :data:`COUNTED`: how many groups there are.
     """
 
     kind: str
     axis: int = 0
-    size: int = 0
+    group_size: int = 0
+    num_groups: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise BitlowerError(f"unknown granularity {self.kind!r}", hint=f"known: {', '.join(KINDS)}")
-        if self.kind in SIZED and not 1 <= self.size < _TOO_LARGE:
-            raise BitlowerError(f"granularity {self.kind} needs a size of at least 1, not {self.size}")
+        if self.kind == "group" and not 1 <= self.group_size < _TOO_LARGE:
+            raise BitlowerError(f"granularity group needs a group_size of at least 1, not {self.group_size}")
+        if self.kind in COUNTED and not 1 <= self.num_groups < _TOO_LARGE:
+            raise BitlowerError(f"granularity {self.kind} needs num_groups of at least 1, not {self.num_groups}")
 
     @classmethod
     def per_tensor(cls) -> Granularity:
@@ -60,7 +69,7 @@ class Granularity:
     @classmethod
     def row_group(cls, groups: int) -> Granularity:
         """``groups`` blocks of whole rows (ZeroQuant): the scale factors out of an integer matmul."""
-        return cls("row-group", 0, groups)
+        return cls("row-group", 0, num_groups=groups)
 
     @classmethod
     def per_token(cls) -> Granularity:
@@ -75,7 +84,7 @@ class Granularity:
     @classmethod
     def per_embedding_group(cls, groups: int) -> Granularity:
         """``groups`` equal blocks of the last axis (Bondarenko et al. §4, PEG)."""
-        return cls("embedding-group", -1, groups)
+        return cls("embedding-group", -1, num_groups=groups)
 
     @classmethod
     def per_embedding_parts(cls, groups: int) -> Granularity:
@@ -84,7 +93,7 @@ class Granularity:
         Unequal groups isolate outlier dimensions, which equal ones (Bondarenko et al. §4) mix with others. Scales are
         stored for each index; those of one group are equal.
         """
-        return cls("embedding-parts", -1, groups)
+        return cls("embedding-parts", -1, num_groups=groups)
 
     @property
     def dynamic(self) -> bool:
@@ -115,8 +124,8 @@ class Granularity:
             raise BitlowerError(f"{self}: axis {self.axis} has the symbolic size {extent!r}, a static one is needed")
         if self.kind == "group":
             return _replace(tuple(_static(self, d) for d in shape), self.axis, extent // self.block_size(extent))
-        each = self.size == 0 or self.chosen
-        count = extent if each else self._divide(extent, self.size)
+        each = self.num_groups == 0 or self.chosen
+        count = extent if each else self._divide(extent, self.num_groups)
         return _replace((1,) * rank, self.axis, count)
 
     def _divide(self, extent: int, count: int) -> int:
@@ -132,8 +141,8 @@ class Granularity:
         Raises:
             BitlowerError: the group size and the axis have too little in common.
         """
-        block = extent if self.size >= extent else math.gcd(self.size, extent)
-        if block < min(self.size, extent, _SMALLEST_BLOCK):
+        block = extent if self.group_size >= extent else math.gcd(self.group_size, extent)
+        if block < min(self.group_size, extent, _SMALLEST_BLOCK):
             raise BitlowerError(
                 f"{self} and an axis of {extent} have only blocks of {block} in common",
                 hint="choose a divisor, or exclude the tensor",
@@ -142,12 +151,12 @@ class Granularity:
 
     def pad_groups(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` with zeros after its last axis, so that its groups are all whole."""
-        return functional.pad(x, (0, -x.shape[-1] % min(self.size, x.shape[-1])))
+        return functional.pad(x, (0, -x.shape[-1] % min(self.group_size, x.shape[-1])))
 
     def to_blocks(self, values: torch.Tensor, extent: int) -> torch.Tensor:
         """One value for each group along the last axis as one for each stored block of an axis of ``extent``."""
         block = self.block_size(extent)
-        repeated = values.repeat_interleave(min(self.size, extent) // block, -1)
+        repeated = values.repeat_interleave(min(self.group_size, extent) // block, -1)
         return repeated[..., : extent // block].contiguous()
 
     def range_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,7 +172,7 @@ class Granularity:
             return blocked.amin(inner).reshape(shape), blocked.amax(inner).reshape(shape)
         extent = x.shape[self.axis]
         padded = self.pad_groups(x.movedim(self.axis, -1))
-        parts = padded.reshape(*padded.shape[:-1], -1, min(self.size, extent))
+        parts = padded.reshape(*padded.shape[:-1], -1, min(self.group_size, extent))
         low, high = (self.to_blocks(part, extent) for part in (parts.amin(-1), parts.amax(-1)))
         return low.movedim(-1, self.axis), high.movedim(-1, self.axis)
 
@@ -172,9 +181,10 @@ class Granularity:
             case "channel":
                 return f"per-channel({self.axis})"
             case "group":
-                return f"per-group({self.size})" if self.axis == -1 else f"per-group({self.size}, axis={self.axis})"
+                along = "" if self.axis == -1 else f", axis={self.axis}"
+                return f"per-group({self.group_size}{along})"
             case "row-group" | "embedding-group" | "embedding-parts":
-                return f"{'' if self.kind == 'row-group' else 'per-'}{self.kind}({self.size})"
+                return f"{'' if self.kind == 'row-group' else 'per-'}{self.kind}({self.num_groups})"
             case _:
                 return f"per-{self.kind}"
 

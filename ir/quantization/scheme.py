@@ -1,7 +1,7 @@
 """Schemes: which numbers are quantized to what, by the names people know (``W8A8``, ``W4A16-g128``) and in long form.
 
 The long form uses the argument names of compressed-tensors (``num_bits``, ``type``, ``symmetric``, ``strategy``,
-``group_size``, ``dynamic``), with three of ours: ``axis``, ``restricted`` and ``scale_convention``.
+``group_size``, ``dynamic``), with four of ours: ``num_groups``, ``axis``, ``restricted`` and ``scale_convention``.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from bitlower.ir.diagnostics import BitlowerError, nearest, shorten
-from bitlower.ir.quantization.granularity import SIZED, Granularity
+from bitlower.ir.quantization.granularity import COUNTED, Granularity
 from bitlower.ir.quantization.grid import Grid, ScaleConvention
 
 _ARGUMENTS = (
     *("num_bits", "type", "symmetric", "strategy", "dynamic", "group_size"),
-    *("axis", "restricted", "scale_convention"),
+    *("num_groups", "axis", "restricted", "scale_convention"),
 )
 T = TypeVar("T")
 
@@ -69,8 +69,9 @@ class QuantSpec:
             "strategy": strategy,
             "dynamic": self.granularity.dynamic,
         }
-        if self.granularity.size:
-            form["group_size"] = self.granularity.size
+        for name in ("group_size", "num_groups"):
+            if number := getattr(self.granularity, name):
+                form[name] = number
         if self.granularity.kind in ("channel", "group"):
             form["axis"] = self.granularity.axis
         if self.grid.restricted:
@@ -132,11 +133,18 @@ def _granularity(form: Mapping[str, Any]) -> Granularity:
     strategy = _choice(form, "strategy", tuple(_STRATEGIES))
     kind = _STRATEGIES[strategy]
     axis = _argument(form, "axis", 0 if kind in ("channel", "row-group", "tensor") else -1)
-    granularity = Granularity(kind, axis, _argument(form, "group_size", 0))
+    size, number = _argument(form, "group_size", 0), _argument(form, "num_groups", 0)
+    if size and kind in COUNTED:
+        raise BitlowerError(
+            f"strategy {strategy!r} takes num_groups, the number of groups, and no group_size",
+            hint=f"write num_groups: {size}",
+        )
+    granularity = Granularity(kind, axis, size, number)
     if form.get("axis") is not None and kind not in ("channel", "group"):
         raise BitlowerError(f"strategy {strategy!r} takes no axis")
-    if granularity.size and kind not in SIZED:
-        raise BitlowerError(f"strategy {strategy!r} takes no group_size")
+    for name, given, takes in (("group_size", size, kind == "group"), ("num_groups", number, kind in COUNTED)):
+        if given and not takes:
+            raise BitlowerError(f"strategy {strategy!r} takes no {name}")
     if _argument(form, "dynamic", granularity.dynamic) != granularity.dynamic:
         raise BitlowerError(
             f"strategy {strategy!r} with dynamic: {form['dynamic']} is not supported",
@@ -373,7 +381,7 @@ def _candidate_names(scheme: Scheme) -> list[str]:
         return []
     base = f"W{bits[0]}A{bits[2]}"
     if weights and weights.granularity.kind == "group":
-        base += f"-g{weights.granularity.size}"
+        base += f"-g{weights.granularity.group_size}"
     if weights and weights.granularity.kind == "tensor":
         base += "-tensor"
     if weights and not weights.grid.symmetric:
@@ -381,8 +389,8 @@ def _candidate_names(scheme: Scheme) -> list[str]:
     if activations and activations.granularity.kind == "token":
         base += "-token"
     if activations and activations.granularity.kind == "embedding-group":
-        base += f"-peg{activations.granularity.size}"
+        base += f"-peg{activations.granularity.num_groups}"
     if activations and activations.granularity.chosen:
-        base += f"-upeg{activations.granularity.size}"
+        base += f"-upeg{activations.granularity.num_groups}"
     names = [base, f"{base}-e{bits[1]}"]
     return [*names, *(f"{name}-full" for name in names)]

@@ -273,4 +273,4 @@ def _place(node: fx.Node) -> dict[str, object]:
 
 
 def _most_slices(granularity: Granularity | None) -> int:
-    return granularity.size if granularity and granularity.kind in ("embedding-group", "embedding-parts") else 1
+    return granularity.num_groups if granularity and granularity.kind in ("embedding-group", "embedding-parts") else 1

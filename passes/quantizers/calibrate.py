@@ -108,7 +108,7 @@ Ranges = dict[fx.Node, tuple[torch.Tensor, torch.Tensor]]
 def _parts(node: fx.Node, low: torch.Tensor, high: torch.Tensor) -> Parts | None:
     """The groups of ``node`` if it leaves them to be chosen; ``low`` and ``high`` are the extremes of each index."""
     spec = node.meta["quantizer"].spec
-    return choose_parts(low, high, spec.grid, spec.granularity.size) if spec.granularity.chosen else None
+    return choose_parts(low, high, spec.grid, spec.granularity.num_groups) if spec.granularity.chosen else None
 
 
 def _extremes(

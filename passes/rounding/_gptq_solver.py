@@ -240,7 +240,7 @@ def _group_size(weight: torch.Tensor, granularity: Granularity, name: str) -> in
             f"{name}: error feedback needs a scale of its own for every row, not {granularity}",
             hint="use a per-channel or per-group scheme, or round to nearest",
         )
-    group = weight.shape[1] if rows_alone else granularity.size
+    group = weight.shape[1] if rows_alone else granularity.group_size
     if weight.shape[1] % group:
         raise BitlowerError(
             f"{name}: groups of {group} do not divide its {weight.shape[1]} columns",

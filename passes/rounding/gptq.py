@@ -245,7 +245,7 @@ class _Rewriter:
         stored, columns = Stored({}, []), hessian.columns
         factors: dict[int, Factor] = {}
         for spec, nodes in _by_spec(quantizers).items():
-            group = min(spec.granularity.size, columns) if spec.granularity.kind == "group" else columns
+            group = min(spec.granularity.group_size, columns) if spec.granularity.kind == "group" else columns
             if group not in factors:
                 width = columns + -columns % group
                 matrix = _padded(_padded(hessian.matrix(), width).T, width)

@@ -38,16 +38,15 @@ def _pieces(granularity, shape):
         case "channel" | "embedding" | "embedding-parts":
             return [np.s_[:, j] for j in range(columns)]
         case "group":
-            return [
-                np.s_[i, j : j + granularity.size] for i in range(rows) for j in range(0, columns, granularity.size)
-            ]
+            size = granularity.group_size
+            return [np.s_[i, j : j + size] for i in range(rows) for j in range(0, columns, size)]
         case "row-group":
-            height = rows // granularity.size
+            height = rows // granularity.num_groups
             return [np.s_[i : i + height, :] for i in range(0, rows, height)]
         case "token":
             return [np.s_[i, :] for i in range(rows)]
         case "embedding-group":
-            width = columns // granularity.size
+            width = columns // granularity.num_groups
             return [np.s_[:, j : j + width] for j in range(0, columns, width)]
 
 

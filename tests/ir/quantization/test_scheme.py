@@ -279,7 +279,14 @@ def test_parse_fails_only_with_its_own_error(name):
         ({"strategy": "chanel"}, "unknown strategy 'chanel'; did you mean 'channel'"),
         ({"strategy": ["tensor"]}, "'strategy' is of type str"),
         ({"strategy": "group"}, "size of at least 1"),
-        ({"strategy": "group", "group_size": -1}, "size of at least 1"),
+        ({"strategy": "group", "group_size": -1}, "group_size of at least 1"),
+        ({"strategy": "row_group", "num_groups": 0}, "num_groups of at least 1"),
+        (
+            {"strategy": "embedding_group", "group_size": 6},
+            "takes num_groups, the number.*write num_groups: 6",
+        ),
+        ({"strategy": "tensor", "num_groups": 6}, "takes no num_groups"),
+        ({"strategy": "group", "group_size": 8, "num_groups": 6}, "takes no num_groups"),
         ({"strategy": "group", "group_size": "128"}, "'group_size' is of type int"),
         ({"strategy": "tensor", "group_size": 128}, "takes no group_size"),
         ({"strategy": "tensor", "axis": 1}, "takes no axis"),
@@ -326,7 +333,7 @@ def test_roles_without_an_embedding_axis_are_per_tensor(name):
 
 
 def test_chosen_groups_have_a_long_form_and_are_for_activations():
-    form = {"num_bits": 8, "type": "uint", "symmetric": False, "strategy": "embedding_parts", "group_size": 6}
+    form = {"num_bits": 8, "type": "uint", "symmetric": False, "strategy": "embedding_parts", "num_groups": 6}
     spec = QuantSpec.from_dict(form)
     assert spec.granularity == Granularity.per_embedding_parts(6)
     assert spec == Scheme.parse("W8A8-upeg6").activations

@@ -242,10 +242,11 @@ def test_each_embedding_group_has_its_own_range(bert, batches, run, granularity:
         found = scales(run(program, Quantize(scheme), Calibrate(activations=kind), context=Context(calibration=data)))
         for path, parts in observed(model, data).items():
             if path.endswith("LayerNorm"):
-                values = np.concatenate(parts).reshape(-1, granularity.size or 32, 32 // (granularity.size or 32))
+                count = granularity.num_groups or 32
+                values = np.concatenate(parts).reshape(-1, count, 32 // count)
                 low, high = values.min((0, 2)), values.max((0, 2))
                 scale = found[f"norm {path}"][0]
-                assert scale.shape == (1, 1, granularity.size or 32)
+                assert scale.shape == (1, 1, count)
                 if kind == "minmax":
                     check(found[f"norm {path}"], low, high)
                 assert (scale.reshape(-1).numpy() <= (np.maximum(high, 0) - np.minimum(low, 0)) / 255 * 1.0001).all()
