@@ -42,7 +42,7 @@ from bitlower.frontends.tokenize import token_ids, windows
 from bitlower.ir import Batch
 from bitlower.passes.precision._items import find_items, set_width
 from bitlower.passes.precision._knapsack import Limit, Pair, greedy, least, solve, total
-from bitlower.passes.precision._measures import Measure, Reference
+from bitlower.passes.precision._measures import Measure, ReferenceOutputs
 from bitlower.passes.precision._roofline import TARGETS, Linear
 from bitlower.passes.precision._search import Budgets, Search, lines_of, refine
 from bitlower.passes.precision.assign_precision import AssignPrecision
@@ -85,7 +85,7 @@ class Case:
         return PassManager([found.calibrate], verify=False).run(result, Context(self.calibration))
 
     @cached_property
-    def references(self) -> list[Reference]:
+    def references(self) -> list[ReferenceOutputs]:
         """What the float model returns for held-out data."""
         measure = Measure.choose(self.program, self.options.loss, self.options.outputs)
         with torch.no_grad():

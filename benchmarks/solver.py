@@ -21,17 +21,17 @@ from _common import RESULTS, show_table, write_result
 
 from bitlower.ir import Granularity, Grid
 from bitlower.passes.rounding._gptq_factor import cholesky_, factorize
-from bitlower.passes.rounding._gptq_solver import Options, solve
+from bitlower.passes.rounding._gptq_solver import GptqOptions, solve
 from bitlower.passes.rounding._hessian import Hessian
 
 SHAPES = ((576, 1536), (768, 3072), (2048, 8192))
 GRID = Grid(4, signed=False, symmetric=False)
 GROUP = 128
 OURS = {
-    "bitlower": Options(guard=False),
-    "bitlower, guard": Options(),
-    "bitlower, act-order": Options(guard=False, order="full"),
-    "bitlower, all options": Options(order="full", ranges="weighted-mse", refine=1, rescale=True),
+    "bitlower": GptqOptions(guard=False),
+    "bitlower, guard": GptqOptions(),
+    "bitlower, act-order": GptqOptions(guard=False, order="full"),
+    "bitlower, all options": GptqOptions(order="full", ranges="weighted-mse", refine=1, rescale=True),
 }
 Layer = tuple[torch.Tensor, torch.Tensor]
 
@@ -95,7 +95,7 @@ def take_turns(sides: dict[str, Callable[[], Any]], runs: int) -> dict[str, list
     return times
 
 
-def ours(case: Layer, options: Options) -> torch.Tensor:
+def ours(case: Layer, options: GptqOptions) -> torch.Tensor:
     weight, hessian = case
     return solve(weight, hessian, GRID, Granularity.per_group(GROUP), options).weight
 
@@ -125,10 +125,10 @@ def compare(shapes: Sequence[tuple[int, int]], runs: int) -> list[dict[str, Any]
 def scaling(runs: int, quick: bool) -> list[dict[str, Any]]:
     """How our time grows: rows and columns doubled, the block halved; all else as in the first shape."""
     sizes = (256, 512, 1024) if quick else (256, 512, 1024, 2048, 4096)
-    cases = [("rows", size, layer(size, 1536), Options(guard=False)) for size in sizes]
-    cases += [("columns", size, layer(576, size), Options(guard=False)) for size in sizes]
+    cases = [("rows", size, layer(size, 1536), GptqOptions(guard=False)) for size in sizes]
+    cases += [("columns", size, layer(576, size), GptqOptions(guard=False)) for size in sizes]
     shared = layer(768, 1536)
-    cases += [("block", b, shared, Options(guard=False, block=b)) for b in (8, 16, 32, 64, 128)]
+    cases += [("block", b, shared, GptqOptions(guard=False, block=b)) for b in (8, 16, 32, 64, 128)]
     sides = {f"{what} {n}": (lambda case=case, o=o: ours(case, o)) for what, n, case, o in cases}
     times = take_turns(sides, runs)
     return [

@@ -121,14 +121,14 @@ def test_reports_and_rules_are_documented() -> None:
     from bitlower.passes.canonical._rules import RULES
     from bitlower.passes.rounding.adaround import AdaroundRow
     from bitlower.passes.rounding.gptq import GptqRow
-    from bitlower.passes.training._block_loop import BlockRow
+    from bitlower.passes.training._block_loop import TrainedBlockRow
 
     assert set(names(rows(section("passes.md", "`gptq`"), "field"))) == {field.name for field in fields(GptqRow)}
     assert set(names(rows(section("passes.md", "`adaround`"), "field"))) == {
         field.name for field in fields(AdaroundRow)
     }
     assert set(names(rows(section("passes.md", "`autoround`", "The error of a block"), "field"))) == {
-        field.name for field in fields(BlockRow)
+        field.name for field in fields(TrainedBlockRow)
     }
     assert f"fewer than {SMALL:,} codes" in section("onnx.md", "Few bits beside quantized activations")
     assert sorted(names(rows(section("passes.md", "`clean`"), "rule"))) == sorted(rule.name for rule in RULES)

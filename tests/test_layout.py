@@ -195,6 +195,39 @@ def test_outside_the_ir_arguments_of_nodes_have_names():
     )
 
 
+def test_no_two_classes_have_one_name():
+    """Where a name is searched for, one thing is found; losses have the names of their files."""
+    homes = {}
+    for path in SOURCES:
+        if path.parts[0] != "backends" and path not in LOSS_FILES:
+            for node in ast.parse((ROOT / path).read_text()).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    homes.setdefault(node.name, []).append(str(path))
+    assert {name: places for name, places in homes.items() if len(places) > 1} == {}
+
+
+RETIRED = {"artefact", "closed", "door", "mend", "mended", "opened", "twin"}
+"""Words that identifiers had before they got those of the field: artifact, calibrated, fix, uncalibrated, reference."""
+
+
+def _names(tree):
+    """Every name that a module defines: functions, classes, parameters, variables, attributes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_identifiers_are_free_of_retired_words(path):
+    for name in _names(ast.parse((ROOT / path).read_text())):
+        words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+        assert not RETIRED & set(words), f"{path}: {name}"
+
+
 def test_every_import_is_a_declared_dependency():
     extras = PROJECT["project"]["optional-dependencies"]
     optional = [line for extra in extras if extra not in ("test", "dev") for line in extras[extra]]

@@ -63,7 +63,7 @@ class RemainingRow:
 
 
 @dataclass(frozen=True)
-class BlockRow:
+class FusedBlockRow:
     """A repeated block of the model.
 
     Args:
@@ -86,7 +86,7 @@ class FuseReport(Record):
     kernels: tuple[KernelRow, ...]
     remaining: tuple[RemainingRow, ...]
     misses: tuple[Miss, ...]
-    blocks: tuple[BlockRow, ...]
+    blocks: tuple[FusedBlockRow, ...]
 
     def summary(self) -> str:
         """One line for people."""
@@ -153,7 +153,7 @@ def report(module: fx.GraphModule, before: Launches, found: Sequence[Fused], mis
         tuple(rows),
         tuple(remaining),
         tuple(misses),
-        tuple(BlockRow(index, *count) for index, count in enumerate(counts)),
+        tuple(FusedBlockRow(index, *count) for index, count in enumerate(counts)),
     )
 
 

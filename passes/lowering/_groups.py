@@ -13,7 +13,7 @@ from bitlower.ir.quantizer_node import QuantizerNode
 
 
 @dataclass(frozen=True)
-class Group:
+class ScaleGroup:
     """Indices ``start`` to ``stop`` (excluded) of the last axis; scale and zero point are float32 of rank 0."""
 
     start: int
@@ -22,22 +22,22 @@ class Group:
     zero_point: torch.Tensor
 
 
-def stored_groups(module: fx.GraphModule, node: fx.Node) -> list[Group]:
+def stored_groups(module: fx.GraphModule, node: fx.Node) -> list[ScaleGroup]:
     """The runs of equal scale and zero point along the last axis of what the quantizer ``node`` rounds."""
     view = QuantizerNode(node)
     extent = view.value.meta["type"].shape[-1]
     scales, zeros = (part.reshape(-1) for part in view.range(module))
     width = extent // scales.numel()
-    groups: list[Group] = []
+    groups: list[ScaleGroup] = []
     for index, (scale, zero) in enumerate(zip(scales, zeros, strict=True)):
         start, stop = index * width, (index + 1) * width
         if groups and torch.equal(groups[-1].scale, scale) and torch.equal(groups[-1].zero_point, zero):
             start = groups.pop().start
-        groups.append(Group(start, stop, scale, zero))
+        groups.append(ScaleGroup(start, stop, scale, zero))
     return groups
 
 
-def merge_groups(groups: Sequence[Group], grid: Grid, ratio: float) -> list[Group]:
+def merge_groups(groups: Sequence[ScaleGroup], grid: Grid, ratio: float) -> list[ScaleGroup]:
     """The fewest groups in which no index has a step of more than ``ratio`` times its own.
 
     A merged group covers the union of the ranges. What holds for a run of groups holds for each part of it, so joining
@@ -45,7 +45,7 @@ def merge_groups(groups: Sequence[Group], grid: Grid, ratio: float) -> list[Grou
     """
     if ratio <= 1:
         return list(groups)
-    merged: list[Group] = []
+    merged: list[ScaleGroup] = []
     least = torch.tensor(torch.inf)
     for group in groups:
         joined = _union(merged[-1], group, grid) if merged else group
@@ -58,7 +58,7 @@ def merge_groups(groups: Sequence[Group], grid: Grid, ratio: float) -> list[Grou
     return merged
 
 
-def _union(left: Group, right: Group, grid: Grid) -> Group:
+def _union(left: ScaleGroup, right: ScaleGroup, grid: Grid) -> ScaleGroup:
     """One group over both ranges; a range that covers the other is kept as it is, bit for bit."""
     lows, highs = (
         [(limit - group.zero_point) * group.scale for group in (left, right)]
@@ -67,5 +67,5 @@ def _union(left: Group, right: Group, grid: Grid) -> Group:
     low, high = torch.minimum(*lows), torch.maximum(*highs)
     for group, own_low, own_high in zip((left, right), lows, highs, strict=True):
         if bool(own_low == low) and bool(own_high == high):
-            return Group(left.start, right.stop, group.scale, group.zero_point)
-    return Group(left.start, right.stop, *grid.qparams(low, high))
+            return ScaleGroup(left.start, right.stop, group.scale, group.zero_point)
+    return ScaleGroup(left.start, right.stop, *grid.qparams(low, high))

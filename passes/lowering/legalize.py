@@ -18,7 +18,7 @@ from bitlower.ir.quantization.scheme import ACTIVATION_ROLES
 from bitlower.ir.quantizer_node import QuantizerNode, is_uncalibrated
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.report import Record, counted, few
-from bitlower.passes.lowering._groups import Group, merge_groups, stored_groups
+from bitlower.passes.lowering._groups import ScaleGroup, merge_groups, stored_groups
 
 aten = torch.ops.aten
 _ELEMENTWISE = 8
@@ -192,7 +192,7 @@ def _refusal(linear: fx.Node) -> str:
     return f"{wide} bits have no integer kernel" if wide > _BITS else ""
 
 
-def _quantize_parts(program: Program, node: fx.Node, groups: Sequence[Group]) -> list[fx.Node]:
+def _quantize_parts(program: Program, node: fx.Node, groups: Sequence[ScaleGroup]) -> list[fx.Node]:
     """The quantized slices of what ``node`` rounds, each with its own scale; the whole value where there is one."""
     value, quantizer = QuantizerNode(node).value, node.meta["quantizer"]
     grid = quantizer.spec.grid
@@ -219,7 +219,7 @@ def _quantize_parts(program: Program, node: fx.Node, groups: Sequence[Group]) ->
     return found
 
 
-def _stored(program: Program, node: fx.Node, stem: str, group: Group) -> tuple[fx.Node, fx.Node]:
+def _stored(program: Program, node: fx.Node, stem: str, group: ScaleGroup) -> tuple[fx.Node, fx.Node]:
     """Scale and zero point of ``group`` as tensors of the program."""
     nodes = []
     for name, value in (("scale", group.scale), ("zero_point", group.zero_point)):
@@ -231,7 +231,7 @@ def _stored(program: Program, node: fx.Node, stem: str, group: Group) -> tuple[f
     return nodes[0], nodes[1]
 
 
-def _cut_linear(linear: fx.Node, parts: Sequence[fx.Node], groups: Sequence[Group]) -> None:
+def _cut_linear(linear: fx.Node, parts: Sequence[fx.Node], groups: Sequence[ScaleGroup]) -> None:
     """Let ``linear`` become the last addition of the products of the slices; the bias goes with the first."""
     weight, bias = LinearNode(linear).weight, LinearNode(linear).bias
     kind: dict[str, object] = _place(linear) | {"type": linear.meta["type"]}

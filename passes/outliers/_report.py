@@ -94,7 +94,7 @@ class TensorRange:
 
 
 @dataclass(frozen=True)
-class FeedForward:
+class FeedForwardOutliers:
     """The tensors around one feed-forward network, by node: input x, output h, residual sum y (Bondarenko et al. §3).
 
     ``output_ratio`` and ``sum_ratio`` are their widths over that of the input.
@@ -161,7 +161,7 @@ class OutlierReport(Report):
     sequences: int
     tokens: int
     tensors: tuple[TensorRange, ...]
-    feed_forwards: tuple[FeedForward, ...]
+    feed_forwards: tuple[FeedForwardOutliers, ...]
     heads: tuple[HeadAttention, ...]
     clamps: tuple[ClampRate, ...]
 

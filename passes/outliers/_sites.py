@@ -35,7 +35,7 @@ _SEPARATORS = ("[SEP]", "</s>")
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionSite:
     """One attention: the operator with query, key and mask, or the matmul of explicit probabilities and values."""
 
     node: fx.Node
@@ -84,7 +84,7 @@ def _before_casts(node: fx.Node) -> fx.Node:
     return node
 
 
-def attentions(graph: fx.Graph) -> list[Attention]:
+def attentions(graph: fx.Graph) -> list[AttentionSite]:
     """Every attention of ``[batch, heads, tokens, …]`` tensors, as one operator or written out."""
     found = []
     for node in graph.nodes:
@@ -93,13 +93,13 @@ def attentions(graph: fx.Graph) -> list[Attention]:
         elif node.target in MATMUL and node.meta["type"].rank == 4:
             probs, value = BinaryNode(node).left, BinaryNode(node).right
             if value_root(probs).target in SOFTMAX:
-                found.append(Attention(node, value, probs))
+                found.append(AttentionSite(node, value, probs))
     return found
 
 
-def _operator(node: fx.Node) -> Attention:
+def _operator(node: fx.Node) -> AttentionSite:
     call = AttentionNode(node)
-    return Attention(
+    return AttentionSite(
         node, call.value, query=call.query, key=call.key, mask=call.mask, causal=call.is_causal, scale=call.scale
     )
 

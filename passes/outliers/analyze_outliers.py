@@ -19,7 +19,7 @@ from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes.outliers._report import (
     ClampRate,
     DimensionCount,
-    FeedForward,
+    FeedForwardOutliers,
     HeadAttention,
     OutlierReport,
     PositionCount,
@@ -255,9 +255,9 @@ def _path(node: fx.Node) -> str:
     return str(node.meta.get("path", ""))
 
 
-def _feed_forward(x: TensorRange, h: TensorRange, y: TensorRange) -> FeedForward:
+def _feed_forward(x: TensorRange, h: TensorRange, y: TensorRange) -> FeedForwardOutliers:
     ratios = [tensor.width / x.width if x.width else 0.0 for tensor in (h, y)]
-    return FeedForward(h.path, x.node, h.node, y.node, *ratios)
+    return FeedForwardOutliers(h.path, x.node, h.node, y.node, *ratios)
 
 
 def _clamp_rate(node: fx.Node, count: ClampCount) -> ClampRate:

@@ -71,7 +71,7 @@ class Smooth(Pass):
 
 
 @dataclass(frozen=True)
-class Site:
+class SmoothingSite:
     """An uncalibrated quantizer and the linears that read it; nothing else does."""
 
     quantizer: fx.Node
@@ -91,16 +91,16 @@ class Site:
 
 
 @dataclass
-class Sample:
+class SmoothingSample:
     """What was seen at a site: each channel's extremes over all tokens ``[channels]``, tokens ``[rows, channels]``."""
 
-    site: Site
+    site: SmoothingSite
     low: torch.Tensor
     high: torch.Tensor
     rows: torch.Tensor
 
 
-def smoothing_sites(module: fx.GraphModule) -> Iterator[Site]:
+def smoothing_sites(module: fx.GraphModule) -> Iterator[SmoothingSite]:
     """Open per-tensor activation quantizers that linears alone read, whose weights nobody else reads."""
     for node in module.graph.find_nodes(op="call_function", target=ops.fake_quantize):
         view = QuantizerNode(node)
@@ -109,7 +109,7 @@ def smoothing_sites(module: fx.GraphModule) -> Iterator[Site]:
         users = tuple(node.users)
         owned = all(user.target is aten.linear.default and _owns_weight(user) for user in users)
         if users and owned and is_uncalibrated(node):
-            yield Site(node, users)
+            yield SmoothingSite(node, users)
 
 
 def _owns_weight(linear: fx.Node) -> bool:
@@ -121,9 +121,9 @@ def _owns_weight(linear: fx.Node) -> bool:
     return owned and value.op == "get_attr" and len(value.users) == 1
 
 
-def collect(program: Program, sites: Sequence[Site], context: Context, rows: int) -> list[Sample]:
-    """Run the calibration batches once and gather what :class:`Sample` holds; padded tokens are left out."""
-    samples = {site.value: Sample(site, *_nothing(site.width)) for site in sites}
+def collect(program: Program, sites: Sequence[SmoothingSite], context: Context, rows: int) -> list[SmoothingSample]:
+    """Run the calibration batches once and gather what :class:`SmoothingSample` holds; padded tokens are left out."""
+    samples = {site.value: SmoothingSample(site, *_nothing(site.width)) for site in sites}
     share = max(1, rows // max(1, len(context.calibration)))
     generator = context.generator("smooth")
 
@@ -143,7 +143,7 @@ def collect(program: Program, sites: Sequence[Site], context: Context, rows: int
     return list(samples.values())
 
 
-def smoothing_scale(module: fx.GraphModule, sample: Sample, alpha: float, gain: float) -> torch.Tensor | None:
+def smoothing_scale(module: fx.GraphModule, sample: SmoothingSample, alpha: float, gain: float) -> torch.Tensor | None:
     """The vector s ``[channels]``, or None if it does not save the share ``gain`` of the site's error."""
     weights = [get_tensor(module, _parameter(linear)).detach() for linear in sample.site.linears]
     reach = torch.maximum(-sample.low, sample.high).clamp(min=_FLOOR)
@@ -154,7 +154,7 @@ def smoothing_scale(module: fx.GraphModule, sample: Sample, alpha: float, gain: 
     return scale if site_error(sample, weights, scale) <= (1 - gain) * before else None
 
 
-def site_error(sample: Sample, weights: Sequence[torch.Tensor], scale: torch.Tensor) -> float:
+def site_error(sample: SmoothingSample, weights: Sequence[torch.Tensor], scale: torch.Tensor) -> float:
     """The mean over tokens of the squared error of the linears' outputs, relative to the token's own energy.
 
     Both inputs and weights are rounded. Plain mean squared error would be owned by the few tokens of huge norm.
@@ -180,7 +180,7 @@ def _rounded_weight(linear: fx.Node, weight: torch.Tensor) -> torch.Tensor:
     return numerics.fake(weight, scale, zero, spec.grid.quant_min, spec.grid.quant_max)
 
 
-def apply(module: fx.GraphModule, site: Site, scale: torch.Tensor) -> None:
+def apply(module: fx.GraphModule, site: SmoothingSite, scale: torch.Tensor) -> None:
     """Divide the value by ``scale`` and multiply the weights by it."""
     for linear in site.linears:
         name = _parameter(linear)
@@ -199,7 +199,7 @@ def apply(module: fx.GraphModule, site: Site, scale: torch.Tensor) -> None:
     site.quantizer.replace_input_with(norm, product)
 
 
-def _is_foldable(site: Site) -> bool:
+def _is_foldable(site: SmoothingSite) -> bool:
     """Whether the site alone reads a norm that has a weight, and that norm alone reads its parameters."""
     norm = site.value
     if norm.target not in NORM or list(norm.users) != [site.quantizer]:
@@ -230,9 +230,9 @@ def _nothing(width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.zeros(width), torch.zeros(width), torch.zeros(0, width)
 
 
-def _within_budget(sites: Sequence[Site], rows: int) -> Iterator[list[Site]]:
+def _within_budget(sites: Sequence[SmoothingSite], rows: int) -> Iterator[list[SmoothingSite]]:
     """The sites in groups whose kept tokens fill at most 256 MiB."""
-    group: list[Site] = []
+    group: list[SmoothingSite] = []
     for site in sites:
         if group and sum(s.width for s in [*group, site]) * rows * 4 > _BUDGET:
             yield group

@@ -71,7 +71,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Solution:
+class KnapsackSolution:
     """What was chosen.
 
     Args:
@@ -89,7 +89,7 @@ class Solution:
     status: str
 
 
-def solve(losses: Sequence[Sequence[float]], limits: Sequence[Limit]) -> Solution:
+def solve(losses: Sequence[Sequence[float]], limits: Sequence[Limit]) -> KnapsackSolution:
     """The choice with the least loss.
 
     Items may have different numbers of choices. Losses are not negative; a choice of infinite loss is never taken.
@@ -112,7 +112,7 @@ def solve(losses: Sequence[Sequence[float]], limits: Sequence[Limit]) -> Solutio
     choice, bound, status = program.solve(values, ceiling if np.isfinite(ceiling) else max(values.values(), default=0))
     loss = total(losses, choice)
     bound = min(max(bound, 0.0), loss)
-    return Solution(choice, loss, bound, (loss - bound) / loss if loss else 0.0, status)
+    return KnapsackSolution(choice, loss, bound, (loss - bound) / loss if loss else 0.0, status)
 
 
 def least(limit: Limit, others: Sequence[Limit]) -> int:

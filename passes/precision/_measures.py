@@ -33,7 +33,7 @@ class _Side:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceOutputs:
     """The outputs of the reference on a batch, made ready for many comparisons."""
 
     batch: Batch
@@ -82,12 +82,12 @@ class Measure:
         """What the numbers are, in words."""
         return {"kl": "nats", "sqnr": "noise/signal", "disagreement": "share"}[self.kind]
 
-    def reference(self, expected: Sequence[torch.Tensor], batch: Batch) -> Reference:
+    def reference(self, expected: Sequence[torch.Tensor], batch: Batch) -> ReferenceOutputs:
         """The outputs on one batch, in the order of ``outputs``, as what others are compared with."""
         prepare, _ = _SUMS[self.kind]
-        return Reference(batch, tuple(prepare(_vectors(value, batch)) for value in expected))
+        return ReferenceOutputs(batch, tuple(prepare(_vectors(value, batch)) for value in expected))
 
-    def against(self, reference: Reference, found: Sequence[torch.Tensor]) -> Sums:
+    def against(self, reference: ReferenceOutputs, found: Sequence[torch.Tensor]) -> Sums:
         """Outputs on one batch against those of the reference."""
         _, compare = _SUMS[self.kind]
         pairs = zip(reference.sides, found, strict=True)

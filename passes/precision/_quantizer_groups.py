@@ -17,7 +17,7 @@ BEFORE, AFTER = "(before the layers)", "(after the layers)"
 
 
 @dataclass(frozen=True)
-class Group:
+class QuantizerGroup:
     """Quantizers that belong together.
 
     Args:
@@ -38,7 +38,7 @@ class Group:
         return f"{self.role} of {self.layer}" if self.role and self.layer else self.role or self.layer
 
 
-def group_quantizers(program: Program, by: Sequence[By]) -> list[Group]:
+def group_quantizers(program: Program, by: Sequence[By]) -> list[QuantizerGroup]:
     """The quantizers in groups of each kind that ``by`` names; groups stand in the order of their first quantizer.
 
     Raises:
@@ -52,7 +52,7 @@ def group_quantizers(program: Program, by: Sequence[By]) -> list[Group]:
         for node, layer in layers.items():
             role = node.meta["quantizer"].role if kind != "layer" else ""
             groups.setdefault((kind, role, layer if kind != "role" else ""), []).append(node)
-    return [Group(kind, role, layer, tuple(nodes)) for (kind, role, layer), nodes in groups.items()]
+    return [QuantizerGroup(kind, role, layer, tuple(nodes)) for (kind, role, layer), nodes in groups.items()]
 
 
 def layers_of_quantizers(program: Program) -> dict[fx.Node, str]:
@@ -85,7 +85,7 @@ def _common_path(nodes: Iterable[fx.Node]) -> str:
     return ".".join(common)
 
 
-def exclusion(program: Program, group: Group) -> tuple[str, ...]:
+def exclusion(program: Program, group: QuantizerGroup) -> tuple[str, ...]:
     """Patterns for ``ignore`` that leave the quantizers of a layer float and no others; empty where none do."""
     own = set(group.nodes)
     for patterns in ((group.layer,), tuple(sorted({path for node in own for path in site_paths(node)}))):

@@ -21,7 +21,7 @@ from bitlower.passes.precision._items import (
     roundings,
     set_width,
 )
-from bitlower.passes.precision._knapsack import Limit, Solution, greedy, least, solve, spent, total
+from bitlower.passes.precision._knapsack import KnapsackSolution, Limit, greedy, least, solve, spent, total
 from bitlower.passes.precision._measures import Measure
 from bitlower.passes.precision._report import (
     TIME,
@@ -357,7 +357,7 @@ def _front(found: Search, losses: Losses, lines: Sequence[Line], count: int, mea
     free = solve(losses, [first.at(first.limit.ceiling).limit, *others])
     low, high = least(first.limit, others), spent(first.limit, free.choice)
     values = sorted({round(low + (high - low) * i / max(1, count - 1)) for i in range(count)})
-    points: list[tuple[Line, Solution]] = []
+    points: list[tuple[Line, KnapsackSolution]] = []
     for value in values:
         line = first.at(value)
         points.append((line, solve(losses, [line.limit, *others])))

@@ -29,7 +29,7 @@ from bitlower.ir.quantization import numerics
 from bitlower.ir.quantization.granularity import Granularity
 from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.storage import is_mapped, release
-from bitlower.passes.precision._measures import Measure, Reference, Sums
+from bitlower.passes.precision._measures import Measure, ReferenceOutputs, Sums
 
 TRIALS = "it runs the model as often as there is something to try; the time is as without it"
 """What predictions of a run with trials say."""
@@ -105,7 +105,7 @@ class Trials:
         self.runs = 0
         """Trials that were run, equal ones counted once."""
         self.plan = _Plan(program, self.results)
-        self._references: dict[int, Reference] = {}
+        self._references: dict[int, ReferenceOutputs] = {}
 
     @property
     def off(self) -> Setting:

@@ -16,7 +16,7 @@ from bitlower.ir.quantizer_node import require_calibrated
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.pipeline import parse_pipeline
 from bitlower.passes.precision._measures import Choice, Measure
-from bitlower.passes.precision._quantizer_groups import AFTER, BEFORE, By, Group, exclusion, group_quantizers
+from bitlower.passes.precision._quantizer_groups import AFTER, BEFORE, By, QuantizerGroup, exclusion, group_quantizers
 from bitlower.passes.precision._sensitivity_report import GroupSensitivity, SensitivityReport, recipe_text
 from bitlower.passes.precision._trials import TRIALS, Switch, Trials
 from bitlower.passes.quantizers.quantize import Quantize
@@ -111,10 +111,10 @@ def analyze(program: Program, options: AnalyzeSensitivity, context: Context) -> 
 def _choose(
     program: Program,
     trials: Trials,
-    measured: Sequence[tuple[Group, GroupSensitivity]],
+    measured: Sequence[tuple[QuantizerGroup, GroupSensitivity]],
     full: float,
     options: AnalyzeSensitivity,
-) -> tuple[list[Group], float]:
+) -> tuple[list[QuantizerGroup], float]:
     """Roles to raise and layers to exclude, and the loss without them.
 
     Candidates are lined up by what leaving them out gains a quantizer, and by what they cost alone a quantizer; of all
@@ -127,7 +127,7 @@ def _choose(
         if group.by == "role" or (group.by == "layer" and group.layer not in (BEFORE, AFTER))
     ]
     candidates = [(g, r) for g, r in candidates if g.by == "role" or exclusion(program, g)]
-    beginnings: list[list[Group]] = []
+    beginnings: list[list[QuantizerGroup]] = []
     for value in ("gain", "one_in"):
         line = sorted(candidates, key=lambda pair: (-getattr(pair[1], value) / pair[1].quantizers, pair[1].name))
         for count in range(1, len(line) + 1):
@@ -143,7 +143,7 @@ def _choose(
     return (best, loss) if loss < full else ([], full)
 
 
-def _union(groups: Sequence[Group]) -> set[fx.Node]:
+def _union(groups: Sequence[QuantizerGroup]) -> set[fx.Node]:
     return {node for group in groups for node in group.nodes}
 
 

@@ -17,7 +17,7 @@ _EPS = 1e-9
 
 
 @dataclass(frozen=True)
-class Parts:
+class ChannelPartition:
     """A partition of the indices of an axis: ``owner`` is the group of each, int64 ``[indices]``, ascending."""
 
     owner: torch.Tensor
@@ -37,7 +37,7 @@ class Parts:
         return values[self.owner]
 
 
-def choose_parts(low: torch.Tensor, high: torch.Tensor, grid: Grid, groups: int) -> Parts:
+def choose_parts(low: torch.Tensor, high: torch.Tensor, grid: Grid, groups: int) -> ChannelPartition:
     """The partition into at most ``groups`` groups that has the least error, of all that are contiguous.
 
     Found by dynamic programming over the costs of all runs. Where fewer groups do as well, there are fewer. On an axis
@@ -50,9 +50,9 @@ def choose_parts(low: torch.Tensor, high: torch.Tensor, grid: Grid, groups: int)
         groups: how many at most.
     """
     if groups >= low.numel():
-        return Parts(torch.arange(low.numel()))
+        return ChannelPartition(torch.arange(low.numel()))
     width = -(-low.numel() // _MOST)
-    blocks = Parts(torch.arange(low.numel()) // width)
+    blocks = ChannelPartition(torch.arange(low.numel()) // width)
     cost = run_costs(*blocks.join(low, high), grid)
     best, starts = cost[0], list[torch.Tensor]()
     for _ in range(min(groups, blocks.count) - 1):
@@ -66,7 +66,7 @@ def choose_parts(low: torch.Tensor, high: torch.Tensor, grid: Grid, groups: int)
         begin = int(start[end])
         if begin:
             first[begin], end = 1, begin - 1
-    return Parts(blocks.spread(first.cumsum(0)))
+    return ChannelPartition(blocks.spread(first.cumsum(0)))
 
 
 def run_costs(low: torch.Tensor, high: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -33,7 +33,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Site:
+class QuantizationSite:
     """A tensor that may be quantized.
 
     Args:
@@ -58,7 +58,7 @@ class Site:
         return str(self.value.target) if self.value.op == "get_attr" else self.value.name
 
 
-def weight_sites(graph: fx.Graph) -> Iterator[Site]:
+def weight_sites(graph: fx.Graph) -> Iterator[QuantizationSite]:
     """The parameters of linears, embeddings and norms; a tied one is one site, its users read the same codes.
 
     The output head of a language model has the role of the table that it is tied to, or could be: ``embedding-table``.
@@ -81,7 +81,7 @@ def weight_sites(graph: fx.Graph) -> Iterator[Site]:
         readers, paths = tuple(reader for _, reader, _ in found), tuple(path for _, _, path in found)
         goes_along = parameter in tables and parameter.meta["type"].shape in shapes
         positions = parameter not in tables and all(role == "embedding-table" for role, _, _ in found)
-        yield Site(role, parameter, readers, paths, parameter in heads or goes_along, positions)
+        yield QuantizationSite(role, parameter, readers, paths, parameter in heads or goes_along, positions)
 
 
 def _ends_the_graph(node: fx.Node) -> bool:
@@ -122,7 +122,7 @@ def _parameters(node: fx.Node) -> list[tuple[str, fx.Node, fx.Node]]:
     return [(row.role, value, reader)]
 
 
-def value_sites(graph: fx.Graph) -> Iterator[Site]:
+def value_sites(graph: fx.Graph) -> Iterator[QuantizationSite]:
     """The activations that have a role of their own, in execution order (Bondarenko et al. §3, figure 1)."""
     sums = set(residual_sums(graph))
     outputs = set(graph.output_node().all_input_nodes)
@@ -134,7 +134,7 @@ def value_sites(graph: fx.Graph) -> Iterator[Site]:
         if role == "embedding-sum":
             embedded.add(node)
         if role:
-            yield Site(role, node, (), (_path(node),))
+            yield QuantizationSite(role, node, (), (_path(node),))
 
 
 def _role(node: fx.Node, sums: set[fx.Node], embedded: set[fx.Node], outputs: set[fx.Node]) -> str:
@@ -177,16 +177,16 @@ def _views_of(node: fx.Node) -> set[fx.Node]:
     return {source for source, _ in value_uses(node)}
 
 
-def input_sites(graph: fx.Graph) -> Iterator[Site]:
+def input_sites(graph: fx.Graph) -> Iterator[QuantizationSite]:
     """The activations that linears read, one site for all linears that read the same."""
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in linears(graph):
         readers.setdefault(LinearNode(node).x, []).append(node)
     for value, nodes in readers.items():
-        yield Site("linear-input", value, tuple(nodes), tuple(_path(node) for node in nodes))
+        yield QuantizationSite("linear-input", value, tuple(nodes), tuple(_path(node) for node in nodes))
 
 
-def insert_quantizer(program: Program, site: Site, spec: QuantSpec) -> fx.Node:
+def insert_quantizer(program: Program, site: QuantizationSite, spec: QuantSpec) -> fx.Node:
     """Put an uncalibrated (or dynamic) quantizer on ``site``; all edges of the site then read the rounded value.
 
     Raises:
@@ -214,7 +214,9 @@ def insert_quantizer(program: Program, site: Site, spec: QuantSpec) -> fx.Node:
     return node
 
 
-def _stored_qparams(program: Program, site: Site, spec: QuantSpec, kind: TensorType) -> tuple[fx.Node, fx.Node]:
+def _stored_qparams(
+    program: Program, site: QuantizationSite, spec: QuantSpec, kind: TensorType
+) -> tuple[fx.Node, fx.Node]:
     try:
         shape = spec.granularity.scale_shape(kind.shape)
     except BitlowerError as error:
@@ -245,7 +247,7 @@ def _dynamic_qparams(value: fx.Node, spec: QuantSpec, kind: TensorType) -> tuple
     return parts[1], parts[0], parts[1]
 
 
-def _meta(site: Site, value: fx.Node) -> dict[str, object]:
+def _meta(site: QuantizationSite, value: fx.Node) -> dict[str, object]:
     """What a pass inserts inherits the path of the value, or of the first reader of a parameter or input."""
     like = site.edges[0] if site.edges and value.op != "call_function" else value
     return {key: like.meta[key] for key in ("path", "source") if key in like.meta}

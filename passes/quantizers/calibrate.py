@@ -17,7 +17,7 @@ from bitlower.ir.quantizer_node import QuantizerNode, is_uncalibrated, set_range
 from bitlower.ir.tokens import kept
 from bitlower.ir.weight_ranges import WeightRanges, calibrate_weights, require_finite, scale_rows, uncalibrated_weights
 from bitlower.passes._machinery.base import Context, Contract, Pass
-from bitlower.passes.quantizers._parts import Parts, choose_parts
+from bitlower.passes.quantizers._parts import ChannelPartition, choose_parts
 
 Estimator = Literal["minmax", "running-minmax", "percentile", "mse", "mse-golden", "mse-token"]
 _FROM_HISTOGRAM = ("percentile", "mse", "mse-golden", "mse-token")
@@ -105,7 +105,7 @@ def _calibrate_activations(program: Program, nodes: list[fx.Node], options: Cali
 Ranges = dict[fx.Node, tuple[torch.Tensor, torch.Tensor]]
 
 
-def _parts(node: fx.Node, low: torch.Tensor, high: torch.Tensor) -> Parts | None:
+def _parts(node: fx.Node, low: torch.Tensor, high: torch.Tensor) -> ChannelPartition | None:
     """The groups of ``node`` if it leaves them to be chosen; ``low`` and ``high`` are the extremes of each index."""
     spec = node.meta["quantizer"].spec
     return choose_parts(low, high, spec.grid, spec.granularity.num_groups) if spec.granularity.chosen else None
@@ -116,7 +116,7 @@ def _extremes(
     nodes: Sequence[fx.Node],
     context: Context,
     momentum: float | None,
-    parts: Mapping[fx.Node, Parts] | None = None,
+    parts: Mapping[fx.Node, ChannelPartition] | None = None,
 ) -> Ranges:
     """Smallest and largest values over all batches, or their exponential average; ``[scales]`` each.
 
@@ -148,7 +148,7 @@ def _histograms(
     program: Program,
     nodes: Sequence[fx.Node],
     ranges: Ranges,
-    parts: Mapping[fx.Node, Parts],
+    parts: Mapping[fx.Node, ChannelPartition],
     context: Context,
     options: Calibrate,
 ) -> dict[fx.Node, Histogram]:

@@ -16,7 +16,7 @@ from bitlower.passes._machinery.patterns import Patterns
 from bitlower.passes._machinery.report import Record, counted, few
 from bitlower.passes.quantizers._expand_attention import expand_attention
 from bitlower.passes.quantizers._placement import (
-    Site,
+    QuantizationSite,
     input_sites,
     insert_quantizer,
     routing,
@@ -138,7 +138,7 @@ def place(program: Program, scheme: Scheme, ignore: Patterns, targets: Patterns)
     return PlacementReport(tuple(rows))
 
 
-def _without(site: Site, edges: set[fx.Node]) -> Site:
+def _without(site: QuantizationSite, edges: set[fx.Node]) -> QuantizationSite:
     """``site`` for its other readers."""
     kept = [pair for pair in zip(site.edges, site.paths, strict=True) if pair[0] not in edges]
     return replace(site, edges=tuple(edge for edge, _ in kept), paths=tuple(path for _, path in kept))
@@ -152,7 +152,7 @@ def _expand_attentions(program: Program, ignore: Patterns, targets: Patterns) ->
                 expand_attention(node)
 
 
-def _spec(program: Program, site: Site, scheme: Scheme, total: int) -> tuple[QuantSpec | None, str]:
+def _spec(program: Program, site: QuantizationSite, scheme: Scheme, total: int) -> tuple[QuantSpec | None, str]:
     """What ``scheme`` says for ``site`` in a model of ``total`` weights, and why if it stays float."""
     role = "position-table" if site.positions else site.role
     spec = scheme.spec(role)
@@ -165,7 +165,7 @@ def _spec(program: Program, site: Site, scheme: Scheme, total: int) -> tuple[Qua
 
 
 def _place_site(
-    program: Program, site: Site, chosen: tuple[QuantSpec | None, str], ignore: Patterns, targets: Patterns
+    program: Program, site: QuantizationSite, chosen: tuple[QuantSpec | None, str], ignore: Patterns, targets: Patterns
 ) -> PlacementRow:
     paths = site.paths or ("",)
     own = _quantizer_of(site)
@@ -184,7 +184,7 @@ def _place_site(
     return PlacementRow(site.tensor, site.role, paths[0], "" if reason else str(spec), reason)
 
 
-def _quantizer_of(site: Site) -> Quantizer | None:
+def _quantizer_of(site: QuantizationSite) -> Quantizer | None:
     """The quantizer that an earlier pass put on ``site``; its role may differ, for quantizers change what is found."""
     if site.role == "linear-input":
         return None

@@ -29,7 +29,7 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Options:
+class AdaroundOptions:
     """How rounding is learned; see :class:`~bitlower.passes.rounding.adaround.Adaround`."""
 
     iterations: int
@@ -40,7 +40,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Layer:
+class AdaroundLayer:
     """One layer's rounding problem.
 
     Args:
@@ -104,7 +104,7 @@ class Rounded:
 class SoftWeight:
     """A weight whose rounding is open: what is learned is α, ``[out, in]``."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: AdaroundLayer) -> None:
         self._scale, self._zero = layer.spread(layer.scale), layer.spread(layer.zero)
         self._limits = layer.limits
         ratio = layer.weight / self._scale
@@ -133,7 +133,7 @@ class SoftWeight:
         return (codes - self._zero) * self._scale
 
 
-def solve(layer: Layer, options: Options, generator: torch.Generator) -> Rounded:
+def solve(layer: AdaroundLayer, options: AdaroundOptions, generator: torch.Generator) -> Rounded:
     """Learn the rounding of ``layer``.
 
     The best hard-rounded weight that was seen is kept, output by output (outputs do not depend on one another);
@@ -161,7 +161,7 @@ def solve(layer: Layer, options: Options, generator: torch.Generator) -> Rounded
     return Rounded(best, loss, nearest_loss, int(moved.sum()), int((~moved.any(1)).sum()))
 
 
-def exponent(step: int, options: Options) -> float | None:
+def exponent(step: int, options: AdaroundOptions) -> float | None:
     """The regularizer's exponent β, which falls as a cosine from 20 to 2; None before the warm-up's end."""
     start = options.warmup * options.iterations
     if step < start:
@@ -171,7 +171,7 @@ def exponent(step: int, options: Options) -> float | None:
 
 
 def _objective(
-    layer: Layer, soft: SoftWeight, index: torch.Tensor, unit: float, beta: float | None, regularization: float
+    layer: AdaroundLayer, soft: SoftWeight, index: torch.Tensor, unit: float, beta: float | None, regularization: float
 ) -> torch.Tensor:
     """Squared error in units, summed over outputs, mean over tokens, and ``λ · Σ (1 − |2h − 1|^β)`` (eq. 25)."""
     share = soft.share()

@@ -23,7 +23,7 @@ SEARCHED: tuple[Ranges, ...] = ("minmax", "weighted-mse")
 
 
 @dataclass(frozen=True)
-class Options:
+class GptqOptions:
     """How to solve; the defaults are the published algorithm with a guard."""
 
     damping: float = 0.01
@@ -45,7 +45,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Solution:
+class GptqSolution:
     """A solved layer.
 
     Args:
@@ -76,10 +76,10 @@ def solve(
     hessian: torch.Tensor | Factor,
     grid: Grid,
     granularity: Granularity,
-    options: Options | None = None,
+    options: GptqOptions | None = None,
     *,
     name: str = "a layer",
-) -> Solution:
+) -> GptqSolution:
     """Round ``weight``, ``[rows, columns]``, to ``grid`` with a small error under ``hessian``.
 
     Layers that share an input may be stacked along rows, or share a :class:`Factor` (made with the same ``order`` and
@@ -89,7 +89,7 @@ def solve(
         BitlowerError: the granularity is not per channel (axis 0) or per group (last axis), a group size does not
             divide the columns, shapes do not fit, or the weight or H is unfit; ``name`` is in the message.
     """
-    options = options or Options()
+    options = options or GptqOptions()
     group = _group_size(weight, granularity, name)
     if not isinstance(hessian, Factor):
         hessian = factorize(hessian, damping=options.damping, order=options.order, group=group, name=name)
@@ -116,7 +116,7 @@ class _Layer:
     factor: Factor
     grid: Grid
     group: int
-    options: Options
+    options: GptqOptions
 
     def grids(self, ranges: Ranges) -> Grids:
         """Grids that are laid over the weights as they were."""
@@ -140,12 +140,12 @@ class _Rounding:
         self.grids.take(rows, other.grids)
         return rows
 
-    def solution(self, rtn_loss: torch.Tensor | None, kept: torch.Tensor, factor: Factor) -> Solution:
+    def solution(self, rtn_loss: torch.Tensor | None, kept: torch.Tensor, factor: Factor) -> GptqSolution:
         """As the caller wants it: rows first."""
         weight, codes = self.grids.values(self.centred), self.grids.codes(self.centred)
         parts = [part.T.contiguous() for part in (weight, codes, self.grids.scale, self.grids.zero)]
         notes = (factor.note,) if factor.note else ()
-        return Solution(parts[0], parts[1], parts[2], parts[3], self.loss, rtn_loss, kept, factor.damping, notes)
+        return GptqSolution(parts[0], parts[1], parts[2], parts[3], self.loss, rtn_loss, kept, factor.damping, notes)
 
 
 def _nearest(layer: _Layer) -> _Rounding:
@@ -249,7 +249,7 @@ def _group_size(weight: torch.Tensor, granularity: Granularity, name: str) -> in
     return group
 
 
-def _check(weight: torch.Tensor, factor: Factor, group: int, options: Options, name: str) -> None:
+def _check(weight: torch.Tensor, factor: Factor, group: int, options: GptqOptions, name: str) -> None:
     if weight.shape[1] != factor.columns:
         raise BitlowerError(f"{name}: {weight.shape[1]} columns do not fit a Hessian of {factor.columns}")
     if factor.order != options.order or (factor.order == "grouped" and factor.group != group):

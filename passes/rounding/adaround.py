@@ -27,7 +27,7 @@ from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.checkpoints import Stored, load_checkpoint, save_checkpoint
 from bitlower.passes._machinery.report import Record, counted, few
 from bitlower.passes._machinery.workload import Workload
-from bitlower.passes.rounding._adaround_solver import Function, Layer, Options, Rounded, solve
+from bitlower.passes.rounding._adaround_solver import AdaroundLayer, AdaroundOptions, Function, Rounded, solve
 
 LAYER_COPIES = 14
 """What the optimizer of a layer holds, in copies of its weight: measured on encoders of 6 and 12 layers."""
@@ -247,11 +247,13 @@ def _learn(pair: _Pair, options: Adaround, context: Context) -> Stored:
     inputs, floats = _sample(pair, max(1, options.tokens // len(context.calibration)), generator)
     parts = [activation(functional.linear(part, weight, pair.bias())) for part in torch.split(floats, options.batch)]
     targets = torch.cat(parts)
-    layer = Layer(
+    layer = AdaroundLayer(
         weight, pair.bias(), activation, *pair.range, (spec.grid.quant_min, spec.grid.quant_max),
         inputs, targets, token_weights(targets.square().sum(1), options.weighting),
     )  # fmt: skip
-    settings = Options(options.iterations, options.learning_rate, options.batch, options.regularization, options.warmup)
+    settings = AdaroundOptions(
+        options.iterations, options.learning_rate, options.batch, options.regularization, options.warmup
+    )
     rounded = solve(layer, settings, generator)
     return Stored({"codes": rounded.codes.to(spec.grid.dtype)}, [_row(pair.name, str(spec), rounded, inputs)])
 

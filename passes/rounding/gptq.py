@@ -27,7 +27,7 @@ from bitlower.passes._machinery.checkpoints import Stored, load_checkpoint, save
 from bitlower.passes._machinery.report import Record, counted, few
 from bitlower.passes._machinery.workload import Workload
 from bitlower.passes.rounding._gptq_factor import Factor, factorize
-from bitlower.passes.rounding._gptq_solver import Options, Solution, solve
+from bitlower.passes.rounding._gptq_solver import GptqOptions, GptqSolution, solve
 from bitlower.passes.rounding._hessian import Hessian
 from bitlower.passes.rounding._token_gradients import token_gradients
 
@@ -216,7 +216,7 @@ class _Rewriter:
         self.module, self.options, self.context, self.groups = program.module, options, context, groups
         self.gradients = gradients
         self.rows: list[GptqRow] = []
-        self.solver = Options(
+        self.solver = GptqOptions(
             damping=options.damping, order=options.order, static_groups=options.static_groups, ranges=options.ranges,
             guard=options.guard, refine=options.refine, rescale=options.rescale,
         )  # fmt: skip
@@ -308,7 +308,7 @@ class _Rewriter:
 
 
 def _row(
-    name: str, spec: QuantSpec, solutions: Sequence[Solution], part: slice, columns: int, tokens: int
+    name: str, spec: QuantSpec, solutions: Sequence[GptqSolution], part: slice, columns: int, tokens: int
 ) -> dict[str, Any]:
     """The report's row of the rows ``part`` of what was solved together."""
     nearest = [solution.rtn_loss for solution in solutions if solution.rtn_loss is not None]

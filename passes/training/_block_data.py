@@ -14,7 +14,7 @@ from bitlower.ir.storage import release
 from bitlower.ir.token_weights import token_weights
 from bitlower.ir.tokens import kept
 from bitlower.passes._machinery.base import Context
-from bitlower.passes.training._blocks import Step
+from bitlower.passes.training._blocks import BlockStep
 from bitlower.passes.training._part import Part
 
 TOKENS = 4096
@@ -25,7 +25,7 @@ Unit = tuple[int, int | None]
 
 
 @dataclass(frozen=True)
-class Split:
+class BlockSplit:
     """Batches to learn on and then held-out ones.
 
     Args:
@@ -45,7 +45,7 @@ class Split:
         return learned, [(index, None) for index in range(self.learned, len(rows))]
 
 
-def chosen_data(program: Program, context: Context, share: float, name: str) -> Split:
+def chosen_data(program: Program, context: Context, share: float, name: str) -> BlockSplit:
     """What the pass ``name`` learns on and what it holds out: training data if there are, else calibration data.
 
     Raises:
@@ -54,7 +54,7 @@ def chosen_data(program: Program, context: Context, share: float, name: str) -> 
     batches = [_inputs(batch) for batch in context.training or context.calibration]
     cut = all(spec.type.shape and spec.type.shape[0] == "batch" for spec in program.inputs)
     if context.training and context.held_out:
-        return Split([*batches, *map(_inputs, context.held_out)], len(batches), cut)
+        return BlockSplit([*batches, *map(_inputs, context.held_out)], len(batches), cut)
     return split(batches, share, cut=cut, name=name)
 
 
@@ -63,7 +63,7 @@ def _inputs(batch: Batch) -> Batch:
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-def split(batches: Sequence[Batch], share: float, *, cut: bool, name: str) -> Split:
+def split(batches: Sequence[Batch], share: float, *, cut: bool, name: str) -> BlockSplit:
     """Hold out a share of the sequences, evenly over the data, at least one and not all.
 
     Raises:
@@ -87,7 +87,7 @@ def split(batches: Sequence[Batch], share: float, *, cut: bool, name: str) -> Sp
         for group, mask in ((learned, ~chosen), (held_out, chosen)):
             if bool(mask.any()):
                 group.append({name: value[mask] for name, value in batch.items()} if cut else batch)
-    return Split(learned + held_out, len(learned), cut)
+    return BlockSplit(learned + held_out, len(learned), cut)
 
 
 def _rows(batch: Batch) -> int:
@@ -116,8 +116,8 @@ class BlockData:
         weighting: how much a token counts, by ``‖y‖²``.
     """
 
-    step: Step
-    data: Split
+    step: BlockStep
+    data: BlockSplit
     weighting: str
     learned: list[Unit] = field(init=False)
     held_out: list[Unit] = field(init=False)

@@ -15,7 +15,7 @@ from bitlower.ir.trainable import write_tensors
 from bitlower.passes._machinery.base import Context
 from bitlower.passes._machinery.checkpoints import Stored, load_checkpoint, save_checkpoint
 from bitlower.passes._machinery.report import Record, few
-from bitlower.passes.training._block_data import BlockData, Split
+from bitlower.passes.training._block_data import BlockData, BlockSplit
 from bitlower.passes.training._blocks import Walk
 from bitlower.passes.training._part import Part
 
@@ -24,7 +24,7 @@ EVALUATIONS = 20
 
 
 @dataclass(frozen=True)
-class BlockRow:
+class TrainedBlockRow:
     """What became of one block.
 
     Args:
@@ -49,7 +49,7 @@ class BlockRow:
 class BlockReport(Record):
     """Every block, in order."""
 
-    rows: tuple[BlockRow, ...]
+    rows: tuple[TrainedBlockRow, ...]
 
     def summary(self) -> str:
         """The mean error before and after."""
@@ -138,8 +138,8 @@ Improve = Callable[[BlockData, torch.Generator], tuple[Outcome, Mapping[str, tor
 
 
 def improve_blocks(
-    program: Program, context: Context, walk: Walk, data: Split, weighting: str, name: str, improve: Improve
-) -> tuple[BlockRow, ...]:
+    program: Program, context: Context, walk: Walk, data: BlockSplit, weighting: str, name: str, improve: Improve
+) -> tuple[TrainedBlockRow, ...]:
     """Improve one block after another, or read what became of it from a checkpoint, and write it into ``program``.
 
     Args:
@@ -163,7 +163,7 @@ def improve_blocks(
             del block
         write_tensors(program.module, stored.tensors)
         [row] = stored.rows
-        rows.append(BlockRow(**row | {"notes": tuple(row["notes"])}))
+        rows.append(TrainedBlockRow(**row | {"notes": tuple(row["notes"])}))
         step.part.release()
     return tuple(rows)
 

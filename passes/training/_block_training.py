@@ -13,8 +13,8 @@ from annotated_types import Ge, Interval
 from bitlower.ir import Level, Program
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.workload import BlockSchedule
-from bitlower.passes.training._block_data import TOKENS, BlockData, Split, chosen_data
-from bitlower.passes.training._block_loop import EVALUATIONS, BlockRow, Outcome, Schedule, improve_blocks
+from bitlower.passes.training._block_data import TOKENS, BlockData, BlockSplit, chosen_data
+from bitlower.passes.training._block_loop import EVALUATIONS, Outcome, Schedule, TrainedBlockRow, improve_blocks
 from bitlower.passes.training._blocks import Walk, pairs
 from bitlower.passes.training._teacher import float_reference
 
@@ -73,7 +73,7 @@ class BlockTraining(Pass, abc.ABC):
         """The learning rate of the first step."""
         return 1 / self.iterations if self.learning_rate is None else self.learning_rate
 
-    def prepare(self, program: Program, context: Context, data: Split) -> Split:
+    def prepare(self, program: Program, context: Context, data: BlockSplit) -> BlockSplit:
         """What is done before the first block, and the data that blocks learn on."""
         return data
 
@@ -81,7 +81,7 @@ class BlockTraining(Pass, abc.ABC):
     def improve(self, data: BlockData, generator: torch.Generator) -> tuple[Outcome, Mapping[str, torch.Tensor]]:
         """Let a block learn; which tensors of the program change, by name."""
 
-    def train(self, program: Program, context: Context) -> tuple[BlockRow, ...]:
+    def train(self, program: Program, context: Context) -> tuple[TrainedBlockRow, ...]:
         """Train the blocks.
 
         Raises:

@@ -38,7 +38,7 @@ def pairs(program: Program, reference: Program, name: str) -> list[tuple[Part, P
 
 
 @dataclass(frozen=True)
-class Step:
+class BlockStep:
     """One block, and what goes in and should come out of it, a value for each batch."""
 
     index: int
@@ -51,8 +51,8 @@ class Step:
 class Walk:
     """Both programs side by side, from block to block: each float block runs once on each batch.
 
-    Iterating gives a :class:`Step` for each block. What is written to the tensors of the program meanwhile counts from
-    the next step on.
+    Iterating gives a :class:`BlockStep` for each block. What is written to the tensors of the program meanwhile counts
+    from the next step on.
 
     Args:
         pairs: of blocks, quantized and float.
@@ -71,13 +71,13 @@ class Walk:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[BlockStep]:
         (student, teacher), quantized = self.pairs[0], self.inputs == "quantized"
         targets = self._sources(teacher)
         inputs = self._sources(student) if quantized else targets
         for index, (student, teacher) in enumerate(self.pairs):
             targets = self._advance(teacher, targets, keep=not quantized)
-            yield Step(index, student, inputs, targets)
+            yield BlockStep(index, student, inputs, targets)
             last = index + 1 == len(self.pairs)
             inputs = targets if not quantized else inputs if last else self._advance(student, inputs, keep=False)
 

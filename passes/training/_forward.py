@@ -100,9 +100,9 @@ class Forward:
         names = [*(spec.name for spec in program.outputs), *taps.names]
         nodes = dict(zip(names, graph_results(module.graph), strict=True))
         wanted = [name for name in taps.names if name != taps.head]
-        self.head: Head | None = None
+        self.head: LogitsHead | None = None
         if logits and taps.head:
-            self.head = Head.of(module, nodes[taps.head], nodes[LOGITS])
+            self.head = LogitsHead.of(module, nodes[taps.head], nodes[LOGITS])
         if logits:
             wanted.append(taps.head if self.head else LOGITS)
         self._names, self._causal = wanted, program.task == "text-generation"
@@ -152,7 +152,7 @@ def _scores(tap: AttentionTap, found: dict[str, torch.Tensor], *, causal: bool) 
     return scores.masked_fill(later, -math.inf)
 
 
-class Head:
+class LogitsHead:
     """The part of a model that makes logits of rows, and the values that it needs besides, computed once a step.
 
     Args:
@@ -164,7 +164,7 @@ class Head:
         self.weights, self.logits = weights, logits
 
     @classmethod
-    def of(cls, module: fx.GraphModule, source: fx.Node, logits: fx.Node) -> Head | None:
+    def of(cls, module: fx.GraphModule, source: fx.Node, logits: fx.Node) -> LogitsHead | None:
         """The head between two nodes; None if it reads anything else of the model."""
         after = _after(source, logits)
         fixed = _fixed(module.graph)

@@ -15,7 +15,7 @@ from bitlower.ir.trainable import TrainableModule
 from bitlower.passes._machinery.base import Context
 from bitlower.passes._machinery.loss import LogitsLoss, Loss, Memories, Objective, Step, Values
 from bitlower.passes.training._devices import Devices
-from bitlower.passes.training._forward import Forward, Head, Taps, real_tokens
+from bitlower.passes.training._forward import Forward, LogitsHead, Taps, real_tokens
 from bitlower.passes.training._teacher import Key, Teacher, tensors_of
 
 TEACHER, LABELS = "teacher", "labels"
@@ -204,7 +204,7 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _chunks(
-    head: Head | None, rows: torch.Tensor, weights: Sequence[torch.Tensor]
+    head: LogitsHead | None, rows: torch.Tensor, weights: Sequence[torch.Tensor]
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     if head is None:
         yield slice(0, len(rows)), rows.float()

@@ -14,7 +14,7 @@ from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.trainable import Trainable, make_trainable
 from bitlower.ir.weight_ranges import WeightRanges, calibrate_weights, uncalibrated_weights
 from bitlower.passes._machinery.base import Context
-from bitlower.passes.training._block_data import BlockData, Split
+from bitlower.passes.training._block_data import BlockData, BlockSplit
 from bitlower.passes.training._block_loop import BlockReport, Outcome, learn
 from bitlower.passes.training._block_training import BlockTraining
 from bitlower.passes.training._part import Part
@@ -56,7 +56,7 @@ class Autoround(BlockTraining):
         context.put(AutoroundReport(self.train(program, context)))
         return True
 
-    def prepare(self, program: Program, context: Context, data: Split) -> Split:
+    def prepare(self, program: Program, context: Context, data: BlockSplit) -> BlockSplit:
         """Give uncalibrated weight quantizers their grids."""
         calibrate_weights(program.module, uncalibrated_weights(program.module), self.ranges)
         return data

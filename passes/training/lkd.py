@@ -16,7 +16,7 @@ from bitlower.ir.tensors import get_tensor
 from bitlower.ir.tokens import token_mask
 from bitlower.ir.trainable import Trainable, identity, learnable, make_trainable
 from bitlower.passes._machinery.base import Context
-from bitlower.passes.training._block_data import BlockData, Split
+from bitlower.passes.training._block_data import BlockData, BlockSplit
 from bitlower.passes.training._block_loop import BlockReport, Outcome, learn
 from bitlower.passes.training._block_training import BlockTraining
 from bitlower.passes.training._part import Part
@@ -71,7 +71,7 @@ class Lkd(BlockTraining):
         context.put(LkdReport(rows))
         return any(row.step for row in rows)
 
-    def prepare(self, program: Program, context: Context, data: Split) -> Split:
+    def prepare(self, program: Program, context: Context, data: BlockSplit) -> BlockSplit:
         """Draw random tokens, if those are asked for."""
         return random_tokens(program, data, context.generator("lkd/tokens")) if self.data == "random" else data
 
@@ -121,7 +121,7 @@ def parameter_groups(block: Trainable, part: Part, rate: float, scale_rate: floa
     return found
 
 
-def random_tokens(program: Program, data: Split, generator: torch.Generator) -> Split:
+def random_tokens(program: Program, data: BlockSplit, generator: torch.Generator) -> BlockSplit:
     """``data`` with random tokens of the vocabulary where it is learned on; held-out batches stay.
 
     Padding stays, and the first token where all sequences begin with the same.
@@ -137,7 +137,7 @@ def random_tokens(program: Program, data: Split, generator: torch.Generator) -> 
     learned = data.batches[: data.learned]
     first = {int(token) for batch in learned for token in _first_tokens(batch)}
     replaced = [_randomized(batch, size, len(first) == 1, generator) for batch in learned]
-    return Split(replaced + data.batches[data.learned :], data.learned, data.cut)
+    return BlockSplit(replaced + data.batches[data.learned :], data.learned, data.cut)
 
 
 def _first_tokens(batch: Batch) -> Sequence[int]:

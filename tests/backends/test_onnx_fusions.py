@@ -20,7 +20,7 @@ from bitlower.ir.dataflow import QUANTIZER
 from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.passes import Context
 from bitlower.passes.lowering.lower_integer import LowerInteger
-from bitlower.passes.quantizers._placement import Site, insert_quantizer
+from bitlower.passes.quantizers._placement import QuantizationSite, insert_quantizer
 
 UNSIGNED = QuantSpec(Grid(8, signed=False, symmetric=False), Granularity.per_tensor())
 SIGNED = QuantSpec(Grid(8, symmetric=False), Granularity.per_tensor())
@@ -69,7 +69,7 @@ def quantized(spec: QuantSpec) -> Program:
 def rounded(program: Program, spec: QuantSpec, values: list[fx.Node]) -> Program:
     """The integer program that rounds two inputs and what is made of them."""
     for place, value in enumerate(values):
-        insert_quantizer(program, Site("activation", value), spec)
+        insert_quantizer(program, QuantizationSite("activation", value), spec)
         (node,) = (user for user in value.users if user.target in QUANTIZER)
         kind = next((step for name, step in SPREAD.items() if name in value.name), 0.0171)
         scale = (0.0312345, 0.0271828)[place] if place < 2 else kind

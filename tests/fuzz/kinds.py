@@ -25,7 +25,7 @@ from bitlower.frontends.weights import load_weights
 from bitlower.ir import Program, Scheme
 from bitlower.ir.storage import map_safetensors
 from bitlower.passes import parse_pipeline
-from bitlower.tools.data.labels import Head
+from bitlower.tools.data.labels import ClassifierHead
 from bitlower.tools.data.texts import read_text, split_texts
 from bitlower.tools.data.training import read_examples
 from bitlower.tools.evaluation.evaluate import open_runner
@@ -139,7 +139,7 @@ class Kinds:
             if path.suffix != ".txt":
                 rows = tuple(read_examples(path, None, "label"))
                 for regression in (False, True):
-                    Head({"good": 1}, 2, regression).tensor(path, rows)
+                    ClassifierHead({"good": 1}, 2, regression).tensor(path, rows)
             return read_text(path), split_texts(path, samples=None)
 
         return Kind(write, attempt)

@@ -11,7 +11,7 @@ import pytest
 
 from bitlower.ir import Program
 from bitlower.tools.data.batches import Data
-from bitlower.tools.data.sources import Source
+from bitlower.tools.data.sources import DataSource
 from bitlower.tools.data.training import with_training
 from bitlower.tools.recipes.recipe import Recipe
 
@@ -38,7 +38,7 @@ def rows(count: int = 50, seed: int = 0) -> list[tuple[str, str, str]]:
 
 def made(program: Program, training: dict[str, Any], *, decoder: bool = False, bos: str = "auto") -> Data:
     form = {"model": {"path": "x", "bos": bos}, "passes": ["clean"], "export": ["onnx-qdq"], "training": training}
-    return with_training(Source(lambda program: Data()), Recipe.model_validate(form), decoder).batches(program)
+    return with_training(DataSource(lambda program: Data()), Recipe.model_validate(form), decoder).batches(program)
 
 
 def lines(batches: Any, *names: str) -> list[tuple[Any, ...]]:

@@ -13,7 +13,7 @@ from bitlower.tools.cli.settings import Settings, settings_of
 
 if TYPE_CHECKING:
     from bitlower.tools.recipes.recipe import Recipe
-    from bitlower.tools.runs.flow import Options
+    from bitlower.tools.runs.flow import RunOptions
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or package:NAME.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="The artifact's folder; it must not exist yet.")]
@@ -224,14 +224,14 @@ def replay(
     settings.display().text(done, f"{program.passes[-1] if program.passes else folder}: this time it did not fail")
 
 
-def _options(settings: Settings, cache: Path | None, no_cache: bool, overwrite: bool) -> Options:
+def _options(settings: Settings, cache: Path | None, no_cache: bool, overwrite: bool) -> RunOptions:
     from bitlower.ir import BitlowerError
-    from bitlower.tools.runs.flow import Options
+    from bitlower.tools.runs.flow import RunOptions
 
     if cache and no_cache:
         raise BitlowerError("--cache and --no-cache exclude each other")
     options: dict[str, Any] = {"cache": None} if no_cache else {"cache": cache} if cache else {}
-    return Options(
+    return RunOptions(
         overwrite=overwrite,
         verify=settings.verify,
         print_after_change=settings.print_after_change,
@@ -240,7 +240,7 @@ def _options(settings: Settings, cache: Path | None, no_cache: bool, overwrite: 
     )
 
 
-def _run(settings: Settings, recipe: Recipe, output: Path, options: Options) -> None:
+def _run(settings: Settings, recipe: Recipe, output: Path, options: RunOptions) -> None:
     from bitlower.tools.runs.flow import run_recipe
 
     summary = run_recipe(recipe, output, options)

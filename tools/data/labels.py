@@ -13,7 +13,7 @@ from bitlower.tools.data.tables import Row, number
 
 
 @dataclass(frozen=True)
-class Head:
+class ClassifierHead:
     """What a model says of a text.
 
     Args:
@@ -27,7 +27,7 @@ class Head:
     regression: bool = False
 
     @classmethod
-    def of(cls, program: Program) -> Head:
+    def of(cls, program: Program) -> ClassifierHead:
         """The head of ``program``, which returns ``logits`` ``[batch, classes]``.
 
         One class is a value, unless the configuration's ``problem_type`` says otherwise; as transformers have it.

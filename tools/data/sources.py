@@ -27,7 +27,7 @@ from bitlower.frontends import batches
 from bitlower.frontends.tokenize import BOS, check_length, text_ids, window_lead, windows
 from bitlower.ir import Batch, BitlowerError, Program, nearest
 from bitlower.tools.data.batches import Data
-from bitlower.tools.data.texts import PARAGRAPH, Split, read_text, read_texts, split_texts, split_windows
+from bitlower.tools.data.texts import PARAGRAPH, TextSplit, read_text, read_texts, split_texts, split_windows
 from bitlower.tools.recipes.recipe import DataSection, Recipe
 
 Calibration = str | os.PathLike[str] | Sequence[str] | Sequence[Batch]
@@ -69,21 +69,23 @@ class Amount:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """Data that have been read: ``batches`` makes a Program's input of them; ``samples`` says how many there are."""
 
     batches: Callable[[Program], Data]
     samples: int | None = None
 
 
-def recipe_source(recipe: Recipe, decoder: bool) -> Source:
+def recipe_source(recipe: Recipe, decoder: bool) -> DataSource:
     """The data of a recipe, which may have none; its files are read here.
 
     Raises:
         BitlowerError: a file is missing, damaged or too short, or a rule for windows is given for another model.
     """
     check_bos(recipe.model.bos, decoder)
-    source = _section_source(recipe, recipe.calibration, decoder) if recipe.calibration else Source(lambda _: Data())
+    source = (
+        _section_source(recipe, recipe.calibration, decoder) if recipe.calibration else DataSource(lambda _: Data())
+    )
     if recipe.evaluation is None:
         return source
     held_out = _evaluation(recipe, recipe.evaluation, decoder)
@@ -112,7 +114,7 @@ def python_source(
     max_length: int | None,
     decoder: bool,
     bos: str = "auto",
-) -> Source:
+) -> DataSource:
     """The data that a caller has: a file, texts, or batches as they are.
 
     Raises:
@@ -120,29 +122,29 @@ def python_source(
     """
     check_bos(bos, decoder)
     if calibration is None:
-        return Source(lambda program: Data())
+        return DataSource(lambda program: Data())
     if not isinstance(calibration, str | os.PathLike):
         if not calibration:
             raise BitlowerError("the calibration data are empty")
         if isinstance(calibration[0], Mapping):
             given, cut = cast(Sequence[Batch], calibration), len(calibration) - len(calibration) // 8
-            return Source(lambda program: Data(given[:cut], given[cut:]))
+            return DataSource(lambda program: Data(given[:cut], given[cut:]))
     texts = cast("str | os.PathLike[str] | Sequence[str]", calibration)
     amount = Amount.make(samples, max_length, decoder)
     if not decoder:
         return _texts(split_texts(texts, samples=samples, seed=seed), amount, amount)
     text = read_text(texts, limit=LONGEST_TEXT) if isinstance(texts, str | os.PathLike) else PARAGRAPH.join(texts)
-    return Source(lambda program: _windows(program, text, amount, seed, bos), amount.samples)
+    return DataSource(lambda program: _windows(program, text, amount, seed, bos), amount.samples)
 
 
-def _section_source(recipe: Recipe, section: DataSection, decoder: bool) -> Source:
+def _section_source(recipe: Recipe, section: DataSection, decoder: bool) -> DataSource:
     """What a section asks for to calibrate on, and what it leaves over to hold out."""
     path, amount = recipe.resolve(section.data), Amount.of(section, decoder)
     if not decoder:
         texts = split_texts(path, samples=section.samples, seed=section.seed, column=section.column)
         return _texts(texts, amount, amount)
     text = read_text(path, column=section.column, limit=LONGEST_TEXT)
-    return Source(lambda program: _windows(program, text, amount, section.seed, recipe.model.bos), amount.samples)
+    return DataSource(lambda program: _windows(program, text, amount, section.seed, recipe.model.bos), amount.samples)
 
 
 def _evaluation(recipe: Recipe, section: DataSection, decoder: bool) -> Callable[[Program], Sequence[Batch]]:
@@ -156,11 +158,11 @@ def _evaluation(recipe: Recipe, section: DataSection, decoder: bool) -> Callable
     return lambda program: _windows(program, text, amount, section.seed, recipe.model.bos).calibration
 
 
-def _texts(texts: Split, amount: Amount, held_out: Amount) -> Source:
+def _texts(texts: TextSplit, amount: Amount, held_out: Amount) -> DataSource:
     def made(program: Program) -> Data:
         return Data(_rows(program, texts.calibration, amount), _rows(program, texts.held_out, held_out))
 
-    return Source(made, len(texts.calibration))
+    return DataSource(made, len(texts.calibration))
 
 
 def _rows(program: Program, texts: Sequence[str], amount: Amount) -> Sequence[Batch]:

@@ -16,7 +16,7 @@ from bitlower.tools.data.tables import TABLES, Row, header, joined, number, read
 
 __all__ = [
     "Row",
-    "Split",
+    "TextSplit",
     "check_finite",
     "check_windows",
     "draw",
@@ -66,7 +66,7 @@ def read_texts(
 
 
 @dataclass(frozen=True)
-class Split:
+class TextSplit:
     """Texts to calibrate on, and others that are held out."""
 
     calibration: tuple[str, ...]
@@ -75,7 +75,7 @@ class Split:
 
 def split_texts(
     data: str | os.PathLike[str] | Sequence[str], *, samples: int | None, seed: int = 0, column: str | None = None
-) -> Split:
+) -> TextSplit:
     """Calibration texts and up to ``HELD_OUT`` further ones, drawn in one pass, both in the file's order.
 
     Args:
@@ -97,7 +97,7 @@ def split_texts(
     order = list(range(len(kept)))
     random.Random(f"{seed}/split").shuffle(order)
     calibration, held_out = sorted(order[:count]), sorted(order[count : count + HELD_OUT])
-    return Split(tuple(kept[place][1] for place in calibration), tuple(kept[place][1] for place in held_out))
+    return TextSplit(tuple(kept[place][1] for place in calibration), tuple(kept[place][1] for place in held_out))
 
 
 def read_text(

@@ -29,14 +29,14 @@ from bitlower.frontends import batches
 from bitlower.frontends.tokenize import check_length, text_ids, window_lead
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.tools.data.batches import Data
-from bitlower.tools.data.labels import Head
+from bitlower.tools.data.labels import ClassifierHead
 from bitlower.tools.data.sources import (
     LONGEST_TEXT,
     TEXT_LENGTH,
     WINDOW_BATCH,
     Amount,
     Calibration,
-    Source,
+    DataSource,
     check_bos,
     window_batches,
 )
@@ -80,7 +80,7 @@ class Examples:
         Raises:
             BitlowerError: a label does not fit the model's head, or the texts are none for its tokenizer.
         """
-        labels = Head.of(program).tensor(self.path, self.rows) if self.labelled else None
+        labels = ClassifierHead.of(program).tensor(self.path, self.rows) if self.labelled else None
         columns = list(zip(*(row.values for row in self.rows), strict=True))
         texts, *pairs = columns[:-1] if self.labelled else columns
         pair = pairs[0] if pairs else None
@@ -90,7 +90,7 @@ class Examples:
         return [{**batch, "labels": part} for batch, part in zip(made, torch.split(labels, batch_size), strict=True)]
 
 
-def with_training(source: Source, recipe: Recipe, decoder: bool) -> Source:
+def with_training(source: DataSource, recipe: Recipe, decoder: bool) -> DataSource:
     """``source`` with what the recipe's section ``training`` asks for; the section's files are read here.
 
     Raises:
@@ -107,8 +107,14 @@ def with_training(source: Source, recipe: Recipe, decoder: bool) -> Source:
 
 
 def python_training(
-    source: Source, training: Calibration | None, *, seed: int, max_length: int | None, decoder: bool, bos: str = "auto"
-) -> Source:
+    source: DataSource,
+    training: Calibration | None,
+    *,
+    seed: int,
+    max_length: int | None,
+    decoder: bool,
+    bos: str = "auto",
+) -> DataSource:
     """``source`` with the training data that a caller has: a file, texts, or batches as they are.
 
     The last tenth of the batches is held out.
@@ -227,7 +233,7 @@ def _windows(program: Program, texts: Sequence[str], section: TrainingSection, b
     return Data(lead=lead, training=training, held_out=kept)
 
 
-def _adding(source: Source, make: Make) -> Source:
+def _adding(source: DataSource, make: Make) -> DataSource:
     def both(program: Program) -> Data:
         trained, data = make(program), source.batches(program)
         return replace(data, training=trained.training, held_out=trained.held_out, lead=data.lead or trained.lead)

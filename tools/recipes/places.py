@@ -14,7 +14,7 @@ Place = tuple[str | int, ...]
 """The keys and indices that lead to a part."""
 
 
-class Source:
+class RecipeSource:
     """Where a recipe came from: its file, and the YAML nodes with their lines."""
 
     def __init__(self, path: Path, root: Node | None) -> None:
@@ -42,7 +42,7 @@ def _child(node: Node | None, part: str | int) -> tuple[Node, Node] | None:
     return None
 
 
-def with_place(source: Source | None, place: Place, function: Any, *arguments: Any) -> Any:
+def with_place(source: RecipeSource | None, place: Place, function: Any, *arguments: Any) -> Any:
     """``function(*arguments)``, whose BitlowerError gets file and line in front.
 
     Raises:

@@ -36,7 +36,7 @@ from bitlower.passes import (
     plain_parameters,
     trains,
 )
-from bitlower.tools.recipes.places import Source, with_place
+from bitlower.tools.recipes.places import RecipeSource, with_place
 from bitlower.tools.recipes.schema import passes_schema
 from bitlower.tools.recipes.yaml_reader import read_yaml
 from bitlower.tools.recipes.yaml_writer import yaml_text
@@ -115,7 +115,7 @@ class TrainingSection(Section):
     seed: Seed = 0
 
 
-class Step(Section):
+class PassStep(Section):
     """A pass or an export: a name, or a name with parameters; in YAML ``name`` or ``name: {parameters}``."""
 
     name: str
@@ -147,10 +147,10 @@ class Recipe(Section):
     evaluation: EvaluationSection | None = None
     training: TrainingSection | None = None
     plugins: list[str] = Field(default_factory=list, max_length=PASSES)
-    passes: list[Step] = Field(max_length=PASSES)
-    export: list[Step] = Field(min_length=1, max_length=PASSES)
+    passes: list[PassStep] = Field(max_length=PASSES)
+    export: list[PassStep] = Field(min_length=1, max_length=PASSES)
 
-    _source: Source | None = PrivateAttr(None)
+    _source: RecipeSource | None = PrivateAttr(None)
 
     def __eq__(self, other: object) -> bool:
         """Equal contents, from whatever file."""
@@ -204,7 +204,7 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path)
     root, data = read_yaml(path)
-    source = Source(path, root)
+    source = RecipeSource(path, root)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -272,12 +272,12 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml_text(recipe.model_dump(exclude_defaults=True))
 
 
-def step_of(pass_: Pass) -> Step:
+def step_of(pass_: Pass) -> PassStep:
     """The recipe's form of a pass."""
-    return Step(name=pass_.name, params=plain_parameters(pass_))
+    return PassStep(name=pass_.name, params=plain_parameters(pass_))
 
 
-def steps_of(passes: Iterable[Pass]) -> list[Step]:
+def steps_of(passes: Iterable[Pass]) -> list[PassStep]:
     """The recipe's form of a pipeline."""
     return [step_of(pass_) for pass_ in passes]
 
@@ -286,7 +286,7 @@ def recipe_schema() -> dict[str, Any]:
     """The JSON schema of recipes, with the parameters of all own passes, for editors."""
     schema = Recipe.model_json_schema(mode="validation")
     step = {"anyOf": [{"type": "string"}, {"type": "object", "maxProperties": 1, "minProperties": 1}]}
-    schema["$defs"]["Step"] = {"description": (Step.__doc__ or "").strip(), **step}
+    schema["$defs"]["Step"] = {"description": (PassStep.__doc__ or "").strip(), **step}
     schema["properties"]["passes"]["items"] = passes_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
@@ -313,14 +313,14 @@ export:
 """
 
 
-def _problems(source: Source, details: Sequence[Any]) -> str:
+def _problems(source: RecipeSource, details: Sequence[Any]) -> str:
     """A line for each mistake, as far as they fit on a screen."""
     lines = [_problem(source, detail) for detail in details[:_MISTAKES]]
     more = [f"… and {len(details) - _MISTAKES} more mistakes"] if len(details) > _MISTAKES else []
     return "\n".join([*lines, *more])
 
 
-def _problem(source: Source, detail: Any) -> str:
+def _problem(source: RecipeSource, detail: Any) -> str:
     """One mistake that pydantic found, in our words."""
     place = tuple(part for part in detail["loc"] if not (isinstance(part, str) and part.startswith("function-")))
     where, name = source.locate(place), ".".join(map(str, place))

@@ -19,11 +19,11 @@ from bitlower.tools.data.sources import Calibration, python_source, recipe_sourc
 from bitlower.tools.data.training import python_training, with_training
 from bitlower.tools.recipes.recipe import Recipe, Section, dump_recipe, validate_recipe
 from bitlower.tools.render import Display
-from bitlower.tools.runs.job import Job, Options, run_job
+from bitlower.tools.runs.job import Job, RunOptions, run_job
 from bitlower.tools.runs.standard import standard_exports, standard_passes, standard_recipe
 from bitlower.tools.runs.summary import RunSummary
 
-__all__ = ["Options", "Quantized", "RunSummary", "quantize", "run_recipe", "standard_passes", "standard_recipe"]
+__all__ = ["Quantized", "RunOptions", "RunSummary", "quantize", "run_recipe", "standard_passes", "standard_recipe"]
 
 S = TypeVar("S", bound=Section)
 
@@ -37,7 +37,7 @@ class Quantized:
     summary: RunSummary
 
 
-def run_recipe(recipe: Recipe, output: Path, options: Options | None = None) -> RunSummary:
+def run_recipe(recipe: Recipe, output: Path, options: RunOptions | None = None) -> RunSummary:
     """Do what ``recipe`` says and write the artifact to ``output``.
 
     Raises:
@@ -45,7 +45,7 @@ def run_recipe(recipe: Recipe, output: Path, options: Options | None = None) -> 
         CheckError: a check failed; nothing is left behind.
     """
     job = recipe_job(recipe)
-    return run_job(job, output, options or Options())[1]
+    return run_job(job, output, options or RunOptions())[1]
 
 
 def recipe_job(recipe: Recipe) -> Job:
@@ -127,7 +127,7 @@ def quantize(
         job = _python_job(model, scheme, calibration, training, example_inputs, **how)
     else:
         job = recipe_job(standard_recipe(os.fspath(model), scheme, calibration, training=training, **how))
-    program, summary = run_job(job, _path(output), Options(cache=_path(cache), overwrite=overwrite))
+    program, summary = run_job(job, _path(output), RunOptions(cache=_path(cache), overwrite=overwrite))
     return Quantized(program, summary.output, summary)
 
 

@@ -52,7 +52,7 @@ def traces_in(cache: Path | None) -> Path | None:
 
 
 @dataclass(frozen=True)
-class Options:
+class RunOptions:
     """How to run.
 
     Args:
@@ -106,7 +106,7 @@ class Job:
             raise BitlowerError("an export is named twice", hint="each backend writes once")
 
 
-def run_job(job: Job, output: Path | None, options: Options) -> tuple[Program, RunSummary]:
+def run_job(job: Job, output: Path | None, options: RunOptions) -> tuple[Program, RunSummary]:
     """Load, run the passes, and write the artifact if there is an ``output``.
 
     Raises:
@@ -127,7 +127,7 @@ def run_job(job: Job, output: Path | None, options: Options) -> tuple[Program, R
 class _Run:
     """The state of one run: its observers and what the stages took."""
 
-    def __init__(self, job: Job, options: Options) -> None:
+    def __init__(self, job: Job, options: RunOptions) -> None:
         self.job, self.options = job, options
         self.timing, self.ledger = Timing(), Ledger()
         self.reports = Reports(options.display.note)

@@ -8,20 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitlower.ir import Grid
-from bitlower.passes.lowering._groups import Group, merge_groups
+from bitlower.passes.lowering._groups import ScaleGroup, merge_groups
 
 GRID = Grid(8, signed=False, symmetric=False)
 ends = st.tuples(st.floats(-9, -0.01), st.floats(0.01, 9))
 
 
-def groups(ranges: list[tuple[float, float]]) -> list[Group]:
+def groups(ranges: list[tuple[float, float]]) -> list[ScaleGroup]:
     return [
-        Group(2 * i, 2 * i + 2, *GRID.qparams(torch.tensor(low), torch.tensor(high)))
+        ScaleGroup(2 * i, 2 * i + 2, *GRID.qparams(torch.tensor(low), torch.tensor(high)))
         for i, (low, high) in enumerate(ranges)
     ]
 
 
-def joined(run: list[Group]) -> float:
+def joined(run: list[ScaleGroup]) -> float:
     """The step of a grid over all ranges of ``run``."""
     low = min(float((0 - g.zero_point) * g.scale) for g in run)
     high = max(float((255 - g.zero_point) * g.scale) for g in run)

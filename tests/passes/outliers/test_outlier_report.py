@@ -4,7 +4,7 @@ from pydantic import TypeAdapter
 from bitlower.passes.outliers._report import (
     ClampRate,
     DimensionCount,
-    FeedForward,
+    FeedForwardOutliers,
     HeadAttention,
     OutlierReport,
     PositionCount,
@@ -29,7 +29,10 @@ def report() -> OutlierReport:
         8,
         90,
         (tensor("x", -1.0, 2.0, 1.0), tensor("h", -50.0, 2.0, 1.0), tensor("y", -20.0, 4.0, 1.0)),
-        (FeedForward("layer.0", "x", "h", "y", 52 / 3, 8.0), FeedForward("layer.1", "x", "y", "h", 8.0, 99.0)),
+        (
+            FeedForwardOutliers("layer.0", "x", "h", "y", 52 / 3, 8.0),
+            FeedForwardOutliers("layer.1", "x", "y", "h", 8.0, 99.0),
+        ),
         (HeadAttention("sdpa", "layer.0", 0, 0.2, 1.0), HeadAttention("sdpa", "layer.0", 1, 0.95, 0.01)),
         (ClampRate("q", "layer.0", "norm", "x", 0.001), ClampRate("r", "layer.1", "residual", "y", 0.25)),
     )

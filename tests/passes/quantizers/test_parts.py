@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bitlower.ir import Granularity, Grid
 from bitlower.ir.quantization import numerics
-from bitlower.passes.quantizers._parts import Parts, choose_parts
+from bitlower.passes.quantizers._parts import ChannelPartition, choose_parts
 
 AFFINE = Grid(8, signed=False, symmetric=False)
 
@@ -51,7 +51,7 @@ def test_no_partition_is_better(sizes, seed, groups, grid):
 
 
 def test_join_and_spread():
-    parts = Parts(torch.tensor([0, 0, 1]))
+    parts = ChannelPartition(torch.tensor([0, 0, 1]))
     low, high = parts.join(torch.tensor([-1.0, -3.0, 0.0]), torch.tensor([2.0, 0.0, 5.0]))
     assert low.tolist() == [-3.0, 0.0]
     assert high.tolist() == [2.0, 5.0]

@@ -12,15 +12,15 @@ import torch
 from bitlower.ir import Granularity, Grid
 from bitlower.ir.quantization import numerics
 from bitlower.passes.rounding import _adaround_solver as module
-from bitlower.passes.rounding._adaround_solver import Layer, Options, SoftWeight, exponent, solve
+from bitlower.passes.rounding._adaround_solver import AdaroundLayer, AdaroundOptions, SoftWeight, exponent, solve
 
-OPTIONS = Options(iterations=400, learning_rate=0.02, batch=64, regularization=3.0, warmup=0.2)
+OPTIONS = AdaroundOptions(iterations=400, learning_rate=0.02, batch=64, regularization=3.0, warmup=0.2)
 GRANULARITIES = (Granularity.per_tensor(), Granularity.per_channel(0), Granularity.per_group(4))
 
 
 def layer(
     grid: Grid, granularity: Granularity, rows: int = 6, columns: int = 12, tokens: int = 200, activation=lambda y: y
-) -> Layer:
+) -> AdaroundLayer:
     """Correlated inputs; targets are those of inputs that differ a little, as behind float predecessors."""
     generator = torch.Generator().manual_seed(rows)
     weight = torch.randn(rows, columns, generator=generator)
@@ -30,15 +30,17 @@ def layer(
     scale, zero = grid.qparams(*granularity.range_of(weight))
     targets = activation(torch.nn.functional.linear(floats, weight, bias))
     weights = 2 * torch.rand(tokens, generator=generator)
-    return Layer(weight, bias, activation, scale, zero, (grid.quant_min, grid.quant_max), inputs, targets, weights)
+    return AdaroundLayer(
+        weight, bias, activation, scale, zero, (grid.quant_min, grid.quant_max), inputs, targets, weights
+    )
 
 
-def float64(layer: Layer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def float64(layer: AdaroundLayer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     parts = (layer.weight, layer.spread(layer.scale), layer.spread(layer.zero))
     return tuple(part.numpy().astype(np.float64) for part in parts)
 
 
-def losses(layer: Layer, weight: np.ndarray) -> np.ndarray:
+def losses(layer: AdaroundLayer, weight: np.ndarray) -> np.ndarray:
     """Of each output, float64."""
     output = layer.inputs.double().numpy() @ weight.T + layer.bias.double().numpy()
     return (layer.weights.double().numpy()[:, None] * (output - layer.targets.double().numpy()) ** 2).mean(0)

@@ -14,7 +14,7 @@ from bitlower.ir import Granularity, Grid
 from bitlower.passes.rounding._gptq_factor import Factor, factorize
 from bitlower.passes.rounding._gptq_grids import Grids
 from bitlower.passes.rounding._gptq_refine import descend, rescale
-from bitlower.passes.rounding._gptq_solver import Options, solve
+from bitlower.passes.rounding._gptq_solver import GptqOptions, solve
 
 U4 = Grid(4, signed=False, symmetric=False)
 
@@ -109,10 +109,10 @@ def test_solve_refines(order: str) -> None:
     losses = [
         solve(columns.T, factor.hessian, U4, Granularity.per_group(8), options).loss.sum().item()
         for options in (
-            Options(order=order),
-            Options(order=order, refine=1),
-            Options(order=order, refine=3),
-            Options(order=order, refine=3, rescale=True),
+            GptqOptions(order=order),
+            GptqOptions(order=order, refine=1),
+            GptqOptions(order=order, refine=3),
+            GptqOptions(order=order, refine=3, rescale=True),
         )
     ]
     assert losses == sorted(losses, reverse=True)

@@ -14,7 +14,7 @@ from bitlower.ir import BitlowerError, Granularity, Grid, ScaleConvention
 from bitlower.ir.quantization import numerics
 from bitlower.passes.rounding._gptq_factor import factorize
 from bitlower.passes.rounding._gptq_grids import Grids
-from bitlower.passes.rounding._gptq_solver import Options, Solution, solve
+from bitlower.passes.rounding._gptq_solver import GptqOptions, GptqSolution, solve
 
 CHANNEL = Granularity.per_channel()
 U4 = Grid(4, signed=False, symmetric=False)
@@ -27,7 +27,7 @@ GRIDS = [
     Grid(4, convention=ScaleConvention.HALF_RANGE),
     Grid(4, signed=False, convention=ScaleConvention.OFFSET),
 ]
-PLAIN = Options(guard=False)
+PLAIN = GptqOptions(guard=False)
 
 
 def layer(rows: int = 12, columns: int = 96, tokens: int = 300, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +87,7 @@ def rtn(weight: torch.Tensor, grid: Grid, granularity: Granularity) -> torch.Ten
     return numerics.fake(weight, scale, zero, grid.quant_min, grid.quant_max)
 
 
-def check_layout(solution: Solution, weight: torch.Tensor, grid: Grid, granularity: Granularity) -> None:
+def check_layout(solution: GptqSolution, weight: torch.Tensor, grid: Grid, granularity: Granularity) -> None:
     """Shapes, dtypes, and the weight as exactly what the codes say; the same fake quantizer gives it back."""
     assert solution.scale.shape == solution.zero_point.shape == granularity.scale_shape(tuple(weight.shape))
     assert solution.codes.dtype == grid.dtype
@@ -136,7 +136,7 @@ def test_the_loss_is_that_of_the_outputs(damping: float, order: str) -> None:
     """½ Σ e² of the paper, that of the loop here and ‖(W − Q)X‖² are one number, each computed its own way."""
     weight, inputs = layer()
     hessian = moment(inputs)
-    solution = solve(weight, hessian, U4, CHANNEL, Options(damping=damping, order=order))
+    solution = solve(weight, hessian, U4, CHANNEL, GptqOptions(damping=damping, order=order))
     np.testing.assert_allclose(solution.loss, exact_loss(weight, solution.weight, inputs), rtol=1e-3)
     assert solution.rtn_loss is not None
     np.testing.assert_allclose(solution.rtn_loss, exact_loss(weight, rtn(weight, U4, CHANNEL), inputs), rtol=1e-3)
@@ -152,7 +152,7 @@ def test_the_block_size_does_not_matter(order: str, group: int) -> None:
     weight, inputs = layer()
     granularity = Granularity.per_group(group)
     results = [
-        solve(weight, moment(inputs), U4, granularity, Options(order=order, block=block)).codes.float()
+        solve(weight, moment(inputs), U4, granularity, GptqOptions(order=order, block=block)).codes.float()
         for block in (32, 1, 7, 128)
     ]
     for other in results[1:]:
@@ -179,8 +179,8 @@ def test_act_order_is_a_permutation_by_hand() -> None:
     assert torch.equal(ordered.codes[:, shuffle], shuffled.codes)
 
 
-@pytest.mark.parametrize("options", [Options(order="full"), Options(order="grouped", static_groups=True)])
-def test_static_groups_keep_every_column_on_the_grid_of_its_group(options: Options) -> None:
+@pytest.mark.parametrize("options", [GptqOptions(order="full"), GptqOptions(order="grouped", static_groups=True)])
+def test_static_groups_keep_every_column_on_the_grid_of_its_group(options: GptqOptions) -> None:
     weight, inputs = layer()
     granularity = Granularity.per_group(16)
     solution = solve(weight, moment(inputs), U4, granularity, options)
@@ -210,7 +210,7 @@ def test_no_row_is_worse_than_rounding_it_to_nearest(seed: int, columns: int, gr
     inputs = torch.randn(50, len(directions), generator=g) @ directions + 1e-3 * torch.randn(50, columns, generator=g)
     weight = torch.randn(30, columns, generator=g)
     granularity = Granularity.per_group(group)
-    guarded = solve(weight, moment(inputs), grid, granularity, Options(damping=1e-4))
+    guarded = solve(weight, moment(inputs), grid, granularity, GptqOptions(damping=1e-4))
     nearest = exact_loss(weight, rtn(weight, grid, granularity), inputs)
     ours = exact_loss(weight, guarded.weight, inputs)
     assert (ours <= nearest * 1.01 + 1e-6 * nearest.max()).all()
@@ -253,10 +253,12 @@ def test_dead_columns_become_zero_and_the_outputs_stay() -> None:
     alive[[0, 17, 95]] = 0
     inputs = inputs * alive
     for order in ("none", "full", "grouped"):
-        solution = solve(weight, moment(inputs), U4, Granularity.per_group(16), Options(order=order, refine=1))
+        solution = solve(weight, moment(inputs), U4, Granularity.per_group(16), GptqOptions(order=order, refine=1))
         assert not solution.weight[:, alive == 0].any()
         assert solution.weight[:, 1].any()
-        without = solve(weight * alive, moment(inputs), U4, Granularity.per_group(16), Options(order=order, refine=1))
+        without = solve(
+            weight * alive, moment(inputs), U4, Granularity.per_group(16), GptqOptions(order=order, refine=1)
+        )
         assert torch.equal(solution.codes, without.codes)
         np.testing.assert_allclose(solution.loss, exact_loss(weight, solution.weight, inputs), rtol=1e-3)
 
@@ -291,10 +293,10 @@ def test_axes_count_from_either_end_and_groups_bind_their_own_order_alone() -> N
     for order, fits in (("none", True), ("full", True), ("grouped", False)):
         factor = factorize(hessian, order=order, group=32)
         if fits:
-            solve(weight, factor, U4, CHANNEL, Options(order=order))
+            solve(weight, factor, U4, CHANNEL, GptqOptions(order=order))
         else:
             with pytest.raises(BitlowerError, match=r"factored for order grouped and groups of 32, not for .* of 96"):
-                solve(weight, factor, U4, CHANNEL, Options(order=order))
+                solve(weight, factor, U4, CHANNEL, GptqOptions(order=order))
 
 
 def test_a_short_calibration_gives_a_result() -> None:
@@ -362,9 +364,12 @@ def broken(value: float) -> torch.Tensor:
             "dense: groups of 36 do not divide its 96",
         ),
         ((layer()[0][0], torch.eye(96), U4, CHANNEL), "dense: a weight has rows and columns"),
-        ((layer()[0], torch.eye(96), U4, CHANNEL, Options(block=0)), "dense: a block has at least one column"),
+        ((layer()[0], torch.eye(96), U4, CHANNEL, GptqOptions(block=0)), "dense: a block has at least one column"),
         ((layer()[0], torch.zeros(96, 96), U4, CHANNEL), "dense was never reached by calibration data"),
-        ((layer()[0], factorize(torch.eye(96)), U4, CHANNEL, Options(order="full")), "dense: its Hessian was factored"),
+        (
+            (layer()[0], factorize(torch.eye(96)), U4, CHANNEL, GptqOptions(order="full")),
+            "dense: its Hessian was factored",
+        ),
     ],
 )
 def test_what_cannot_be_solved_is_named(arguments: tuple[object, ...], message: str) -> None:

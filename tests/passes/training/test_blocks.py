@@ -28,7 +28,7 @@ from bitlower.passes.rounding.rtn import Rtn
 from bitlower.passes.training import _block_data as data_module
 from bitlower.passes.training import _block_loop as loop_module
 from bitlower.passes.training._block_data import BlockData, chosen_data, split
-from bitlower.passes.training._block_loop import BlockReport, BlockRow
+from bitlower.passes.training._block_loop import BlockReport, TrainedBlockRow
 from bitlower.passes.training._blocks import Walk, pairs
 from bitlower.passes.training._part import parts
 from bitlower.passes.training._teacher import float_reference
@@ -315,7 +315,10 @@ def test_what_is_held_does_not_grow_with_the_number_of_blocks(pass_, run, monkey
 
 
 def test_the_summary_names_what_stayed() -> None:
-    rows = (BlockRow("layer.0", 8, 0.5, 0.25, 3, ()), BlockRow("layer.1", 8, 0.5, 0.5, 0, ("layer.1: odd",)))
+    rows = (
+        TrainedBlockRow("layer.0", 8, 0.5, 0.25, 3, ()),
+        TrainedBlockRow("layer.1", 8, 0.5, 0.5, 0, ("layer.1: odd",)),
+    )
     assert BlockReport(rows).text().splitlines() == [
         "error of block outputs 0.5 → 0.375 (held-out, mean of 2 blocks)",
         "  unchanged: layer.1",

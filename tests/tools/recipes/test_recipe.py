@@ -14,8 +14,8 @@ from bitlower.passes import known_passes, make_pass
 from bitlower.passes._machinery import registry
 from bitlower.passes._machinery.declared import needs_calibration
 from bitlower.tools.recipes.recipe import (
+    PassStep,
     Recipe,
-    Step,
     dump_recipe,
     load_recipe,
     recipe_schema,
@@ -64,7 +64,7 @@ def test_a_recipe_has_typed_sections_and_defaults(folder: Path) -> None:
     }  # fmt: skip
     assert recipe.evaluation is not None
     assert (recipe.evaluation.samples, recipe.evaluation.column) == (None, "sentence")
-    assert recipe.export == [Step(name="onnx-qdq", params={"opset": 21})]
+    assert recipe.export == [PassStep(name="onnx-qdq", params={"opset": 21})]
     assert recipe.resolve(recipe.calibration.data).read_text() == "sentence\na text\n"
 
 

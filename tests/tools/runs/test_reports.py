@@ -15,7 +15,7 @@ from bitlower.passes import Context, Report, known_passes, make_pass
 from bitlower.passes._machinery.report import MOST_LINES, few
 from bitlower.passes.quantizers.quantize import PlacementReport, PlacementRow
 from bitlower.tools.planning.plan import KEPT, plan_recipe
-from bitlower.tools.recipes.recipe import Recipe, Step, load_recipe
+from bitlower.tools.recipes.recipe import PassStep, Recipe, load_recipe
 from bitlower.tools.render import Display
 from bitlower.tools.runs.flow import Options, run_recipe, standard_recipe
 from bitlower.tools.runs.reports import Reports
@@ -31,7 +31,7 @@ PASSES = (
 
 
 def recipe_with(bert: Path, texts: Path, passes: tuple[object, ...]) -> Recipe:
-    steps = [Step(name=p, params={}) if isinstance(p, str) else Step(name=p[0], params=p[1]) for p in passes]
+    steps = [PassStep(name=p, params={}) if isinstance(p, str) else PassStep(name=p[0], params=p[1]) for p in passes]
     return standard_recipe(str(bert), "W8A8", str(texts)).model_copy(update={"passes": steps})
 
 
