@@ -6,7 +6,13 @@ from bitlower.ir.plugins.parameters import plain_parameters
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.cache import Cache
 from bitlower.passes._machinery.contracts import check_levels
-from bitlower.passes._machinery.declared import data_runs, needs_calibration, training_steps, trains
+from bitlower.passes._machinery.declared import (
+    data_runs,
+    needs_calibration,
+    training_evaluations,
+    training_steps,
+    trains,
+)
 from bitlower.passes._machinery.digest import digest_batches
 from bitlower.passes._machinery.ledger import Ledger
 from bitlower.passes._machinery.losses import Losses, known_losses
@@ -64,6 +70,7 @@ __all__ = [
     "plain_parameters",
     "providers",
     "replay",
+    "training_evaluations",
     "training_steps",
     "trains",
 ]

@@ -177,6 +177,10 @@ class Pass:
         """
         return 0
 
+    def training_evaluations(self, batches: int) -> int:
+        """How often :meth:`run` evaluates all held-out data while it trains, for predictions; ``batches`` as above."""
+        return 0
+
     def block_schedule(self) -> BlockSchedule | None:
         """How :meth:`run` trains one block after another, for predictions; None: it does not."""
         return None

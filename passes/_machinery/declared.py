@@ -64,6 +64,16 @@ def training_steps(pass_: Pass, batches: int) -> int:
     return _count(pass_, "how long it trains", "number of steps", lambda: pass_.training_steps(batches))
 
 
+def training_evaluations(pass_: Pass, batches: int) -> int:
+    """How often ``pass_`` says that it evaluates the held-out data while it trains on ``batches``.
+
+    Raises:
+        BitlowerError: it cannot say, or says nonsense.
+    """
+    asked = "how often it evaluates"
+    return _count(pass_, asked, "number of evaluations", lambda: pass_.training_evaluations(batches))
+
+
 def trains(pass_: Pass) -> bool:
     """Whether ``pass_`` says that it trains on data.
 

@@ -158,6 +158,10 @@ class Qat(Pass):
         loop = self.loop(batches)
         return loop.steps * loop.accumulate
 
+    def training_evaluations(self, batches: int) -> int:
+        """At the start, after every ``evaluate_every`` steps, and at the end."""
+        return 1 + math.ceil(self.loop(batches).steps / self.evaluate_every)
+
     @property
     def objective(self) -> Objective:
         """The losses."""

@@ -32,7 +32,7 @@ from bitlower.ir.dataflow import linears, parameter_of
 from bitlower.ir.operators import LinearNode
 from bitlower.ir.storage import is_mapped
 from bitlower.ir.tasks import TEXT_GENERATION
-from bitlower.passes import Contract, Pass, Workload, data_runs, training_steps
+from bitlower.passes import Contract, Pass, Workload, data_runs, training_evaluations, training_steps
 from bitlower.tools.data.sources import HELD_OUT_TEXTS, HELD_OUT_WINDOWS, TEXTS, Amount
 from bitlower.tools.planning.training_costs import Lesson
 
@@ -174,7 +174,7 @@ class Costs:
             if schedule := pass_.block_schedule():
                 found += lesson.block_tokens(schedule)
             elif steps := training_steps(pass_, lesson.batches):
-                found += lesson.tokens_of(steps)
+                found += lesson.tokens_of(steps, training_evaluations(pass_, lesson.batches))
         return found
 
     def _trained_bytes(self) -> int:

@@ -10,8 +10,7 @@ OWN_COPIES are the tensors that learn, their gradients, two moments of the optim
 batch are the rounded weights, and CHECKPOINT_COPIES what goes into a file: tensors, moments, the best state. The values
 of a batch are those of all nodes that compute, which the backward pass reads. A step is a forward pass, two for going
 backward, and one for rounding and the optimizer (`python benchmarks/qat_step.py`). The teacher reads each
-batch once, for what it gives is kept; held-out data are evaluated at the start, every EVALUATED_EVERY steps and at the
-end.
+batch once, for what it gives is kept; how often held-out data are evaluated, passes say.
 
 Passes that train one block after another have the copies and the values of one block, with B the bytes of its linears,
 and hold three values between blocks for each token, of hidden channels each::
@@ -33,7 +32,6 @@ from bitlower.tools.data.batches import Data
 
 OWN_COPIES, CHECKPOINT_COPIES = 5, 4
 STEP_RUNS = 4
-EVALUATED_EVERY = 100
 _LOGITS_AT_ONCE = 1 << 24
 
 
@@ -70,9 +68,8 @@ class Lesson:
         rows, length = (max(numbers) for numbers in zip(*sizes, strict=True))
         return cls(len(sizes), rows, length, tokens / len(sizes), held_out_tokens, kept)
 
-    def tokens_of(self, steps: int) -> float:
-        """Tokens of as many forward passes as ``steps`` take, the teacher and evaluations among them."""
-        evaluations = 1 + math.ceil(steps / EVALUATED_EVERY)
+    def tokens_of(self, steps: int, evaluations: int) -> float:
+        """Tokens of as many forward passes as ``steps`` and ``evaluations`` take, the teacher's among them."""
         teacher = min(steps, self.batches) * self.tokens + self.held_out_tokens
         return STEP_RUNS * steps * self.tokens + teacher + evaluations * self.held_out_tokens
 

@@ -19,7 +19,13 @@ import torch
 from bitlower.ir import BitlowerError, Program, TensorType, get_tensor, set_tensor, verifier
 from bitlower.passes import Context, Ledger, Pass, PassManager, load_plugin, make_pass, parse_pipeline
 from bitlower.passes._machinery import registry
-from bitlower.passes._machinery.declared import data_runs, needs_calibration, training_steps, trains
+from bitlower.passes._machinery.declared import (
+    data_runs,
+    needs_calibration,
+    training_evaluations,
+    training_steps,
+    trains,
+)
 
 Run = Callable[[Program, Context], Any]
 
@@ -285,6 +291,11 @@ def test_a_pass_that_cannot_count_its_runs_is_named(
     [
         ("training_steps", lambda *_: 1.5, r"pass 'bad' cannot say how long it trains: 1\.5 is no number of steps"),
         ("training_steps", raising(KeyError("x")), r"pass 'bad' cannot say how long it trains: KeyError: 'x' at"),
+        (
+            "training_evaluations",
+            lambda *_: -1,
+            r"pass 'bad' cannot say how often it evaluates: -1 is no number of evaluations",
+        ),
         ("trains", lambda *_: 1, r"pass 'bad' cannot say whether it trains: 1 is neither True nor False"),
         (
             "needs_calibration",
@@ -300,7 +311,7 @@ def test_a_pass_that_cannot_say_how_it_trains_is_named(
     assert (trains(Bad()), training_steps(Bad(), 8), needs_calibration(Bad())) == (False, 0, False)
     monkeypatch.setattr(Bad, method, answer)
     with pytest.raises(BitlowerError, match=message):
-        trains(Bad()), training_steps(Bad(), 8), needs_calibration(Bad())
+        trains(Bad()), training_steps(Bad(), 8), training_evaluations(Bad(), 8), needs_calibration(Bad())
 
 
 PLUGIN = """

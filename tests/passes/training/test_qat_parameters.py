@@ -27,3 +27,6 @@ def test_parameters_print_and_parse():
     assert pass_.training_steps(7) == 14
     assert replace(pass_, accumulate=2).training_steps(7) == 14
     assert Qat(steps=5, accumulate=3).training_steps(7) == 15
+    assert Qat(steps=250).training_evaluations(7) == 4
+    assert Qat(steps=250, evaluate_every=25).training_evaluations(7) == 11
+    assert Qat(epochs=2, evaluate_every=7).training_evaluations(7) == 3

@@ -31,12 +31,16 @@ class Learn(Pass):
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     steps: int = 0
     epochs: int = 0
+    evaluations: int = 0
 
     def trains(self) -> bool:
         return True
 
     def training_steps(self, batches: int) -> int:
         return self.steps or self.epochs * batches
+
+    def training_evaluations(self, batches: int) -> int:
+        return self.evaluations
 
     def run(self, program: Program, context: Context) -> bool:
         return False
@@ -65,7 +69,7 @@ def test_a_lesson_is_counted_from_its_batches(bert_program: Program) -> None:
     assert Lesson.of(Data()) is None
 
 
-@pytest.mark.parametrize(("pass_", "steps"), [(Learn(steps=250), 250), (Learn(epochs=3), 12)])
+@pytest.mark.parametrize(("pass_", "steps"), [(Learn(steps=250, evaluations=4), 250), (Learn(epochs=3), 12)])
 def test_the_time_of_steps_by_hand(
     bert_program: Program, bert: Path, monkeypatch: pytest.MonkeyPatch, pass_: Learn, steps: int
 ) -> None:
@@ -74,8 +78,7 @@ def test_the_time_of_steps_by_hand(
     monkeypatch.setattr(costs, "_flop_rate", lambda: 1e6)
     lesson = lesson_of(bert_program, 6)
     weights = [m.weight.numel() for m in AutoModel.from_pretrained(bert).modules() if isinstance(m, torch.nn.Linear)]
-    evaluations = {250: 4, 12: 2}[steps]  # before step 0, 100, 200 and at the end
-    tokens = 4 * steps * 144 + (4 * 144 + 144) + evaluations * 144
+    tokens = 4 * steps * 144 + (4 * 144 + 144) + pass_.evaluations * 144
     still = plan(bert_program, Learn(), lesson).seconds
     assert plan(bert_program, pass_, lesson).seconds - still == pytest.approx(2 * sum(weights) * tokens / 0.7e6)
 
