@@ -4,9 +4,9 @@
 
 A room is a file of the folder, or a folder in it with all that it holds; an arrow leads from a room to another that it
 imports, for types alone too; a circle is a set of rooms that reach each other; floors are the levels of the rooms, each
-above all that it imports. ``modules`` and ``circles of modules`` are the same file by file. ``closure`` is how many
-pass modules ``lower_integer.py`` pulls in, itself among them. Of another checkout the numbers of folders are printed
-alone.
+above all that it imports. ``modules`` and ``circles of modules`` are the same file by file. ``by place`` counts where
+an argument of a node is read by its number: ``.args[…]`` and ``operand(node, 1)``. ``closure`` is how many pass modules
+``lower_integer.py`` pulls in, itself among them. Of another checkout the numbers of folders are printed alone.
 """
 
 from __future__ import annotations
@@ -61,6 +61,17 @@ def circles(graph: nx.DiGraph) -> list[list[str]]:
     return [sorted(part) for part in nx.strongly_connected_components(graph) if len(part) > 1]
 
 
+def by_place(path: Path) -> int:
+    """How often a file reads an argument of a node by its number."""
+    count = 0
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute):
+            count += node.value.attr == "args"
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "operand" and len(node.args) > 1:
+            count += isinstance(node.args[1], ast.Constant) and isinstance(node.args[1].value, int)
+    return count
+
+
 def measure(folder: str, root: Path) -> dict[str, int]:
     """The numbers of one folder, its own ``__init__.py`` left out: it only names what is public."""
     files = graph_of(folder, root)
@@ -71,7 +82,7 @@ def measure(folder: str, root: Path) -> dict[str, int]:
     return {
         "modules": len(files), "circles of modules": len(circles(files)), "rooms": len(rooms),
         "floors": nx.dag_longest_path_length(nx.condensation(rooms)) + 1, "arrows": rooms.number_of_edges(),
-        "circles": len(circles(rooms)),
+        "circles": len(circles(rooms)), "by place": sum(map(by_place, modules(folder, root).values())),
     }  # fmt: skip
 
 
