@@ -18,6 +18,7 @@ BATCH, SEQUENCE = "batch", "sequence"
 _ASSUMED = 2
 """The lower bound that torch sets for every size; only a larger one was found in the model."""
 _UNBOUNDED = 1 << 31
+"""Bounds beyond are those that torch writes where there is none."""
 Layout = Mapping[str, Sequence[int | str]]
 """Names of inputs, in order, and of their dimensions."""
 

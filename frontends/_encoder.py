@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROWS = 2
+"""A batch of one would be taken for a constant."""
 _LENGTHS = (10, 64, 512)
 """Tokens to trace with: the first of these that the model takes."""
 _REPLAYS = ((1, 7), (3, 13))
+"""Rows and tokens of the batches that a trace is held against: odd sizes that it was not made with."""
 _FLAGS: dict[str, Any] = {
     "use_cache": False,
     "use_mems_eval": False,

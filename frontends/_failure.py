@@ -18,6 +18,7 @@ from bitlower.ir import BitlowerError
 
 PYTHON_ROOTS = tuple(str(Path(p).resolve()) for p in torch.__path__)
 _LONGEST = 300
+"""Characters of another library's error that are passed on."""
 _DATA_DEPENDENT = ("data-dependent", "data dependent")
 _ADVICE = re.compile(
     r"(For more information|For extended logs|For more debugging|Suggested fixes|consider using).*", re.S

@@ -18,11 +18,16 @@ from bitlower.ir.files import open_regular
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
+"""Of the format; version 1 has lengths of 32 bits."""
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+"""Types of values, by the numbers of the format."""
 _LONGEST_ARRAY = 4_000_000
+"""Entries; the largest vocabularies have a quarter of a million, merges as many."""
 _DIMENSIONS = 4
+"""The most that the format allows."""
 _ALIGNMENT = 32
+"""What the format says where a file says nothing."""
 
 
 class NotGgufError(ValueError):

@@ -24,9 +24,11 @@ _UNBOUND = re.compile(
 _LARGE = 1_000_000
 """A number up to this costs nothing, whatever it counts."""
 _POSITIONS = 100_000
+"""Positions up to which a configuration is taken at its word."""
 _EPSILON = re.compile(r"eps(ilon)?(_|$)", re.IGNORECASE)
 _POSITIVE = re.compile(r"theta|freq_base|rotary_emb_base|^rotary_base|^factor$", re.IGNORECASE)
 _BUFFERS = 1 << 30
+"""Entries of all tables that a model's code makes: 4 GB in float32."""
 _HINT = "the configuration and the weights are of different models, or one of them is damaged"
 
 

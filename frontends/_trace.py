@@ -21,6 +21,7 @@ from bitlower.ir.operators import set_graph_results
 from bitlower.ir.storage import release
 
 _REPLAY_TOLERANCE = 1e-4
+"""Of the spread of an output: what float32 sums in another order may differ by."""
 
 
 def to_program(

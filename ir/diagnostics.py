@@ -13,9 +13,13 @@ LINES = 20
 CHARACTERS = 1800
 """its characters: what a screen shows."""
 _VALUE = 200
+"""Characters of a value that a message quotes: more than a path or a pattern has, less than fills a screen."""
 _LONGEST_NAME = 100
+"""Characters of a name that is listed, or compared with others: nobody mistypes a longer one."""
 _LISTED = 60
+"""Names in a list of what is known; a model has more layers than anybody reads."""
 _COMPARED = 20_000
+"""Names that a mistyped one is compared with: a vocabulary of 150,000 would take seconds."""
 
 
 def shorten(text: str, limit: int = _VALUE) -> str:

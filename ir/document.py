@@ -19,6 +19,7 @@ from bitlower.ir.quantizer import Quantizer
 from bitlower.ir.types import TensorType
 
 FORMAT = 5
+"""Of the document; one version reads one format."""
 FUNCTIONS = {
     f"{function.__module__}:{function.__name__}": function
     for function in (

@@ -28,7 +28,9 @@ FOR_WEIGHTS = ("gamma", "pact", "laq")
 FLOOR = 1e-3
 """A learned scale never falls below this share of its first value; one that is there is called dead."""
 _MOMENTUM = 0.9
+"""The weight of the old range where ranges follow the batches (Jacob et al. 2018, §3.1: close to 1)."""
 _LAQ_SWEEPS = 10
+"""Turns between codes and scale at a step of LAQ; each ends where the one before it left off."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,9 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 ALIGNMENT = 64
 """Bytes of whose multiple torch makes the address of a tensor; matrix kernels may round otherwise elsewhere."""
 _CHUNK = 1 << 22
+"""Elements that are read or written at a time: 16 MB in float32 beside the tensor."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Options of glibc's ``mallopt``, by the numbers of malloc.h."""
 _MAPS: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
 """Living maps by their address; a map lives as long as a tensor over it."""
 _PRIVATE: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()

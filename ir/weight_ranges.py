@@ -17,6 +17,7 @@ from bitlower.ir.storage import release
 
 WeightRanges = Literal["minmax", "mse", "mse-golden"]
 _CHUNK = 1 << 20
+"""Weights whose ranges are searched at a time: 4 MB in float32, which stay in the cache over all steps."""
 
 
 def uncalibrated_weights(module: fx.GraphModule) -> list[fx.Node]:

@@ -195,6 +195,30 @@ def test_outside_the_ir_arguments_of_nodes_have_names():
     )
 
 
+def _is_number(value):
+    if isinstance(value, ast.Tuple):
+        return all(map(_is_number, value.elts))
+    if isinstance(value, ast.BinOp):
+        return _is_number(value.left) and _is_number(value.right)
+    value = value.operand if isinstance(value, ast.UnaryOp) else value
+    return isinstance(value, ast.Constant) and type(value.value) in (int, float)
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.parts[0] != "backends"], ids=str)
+def test_a_number_with_a_name_says_what_it_is(path):
+    """A docstring below it or a comment, its own or that of the lines around it without an empty one between."""
+    text = (ROOT / path).read_text()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper() and _is_number(node.value):
+            lines = text.splitlines()
+            start, stop = node.lineno - 1, node.end_lineno
+            while start and lines[start - 1]:
+                start -= 1
+            while stop < len(lines) and lines[stop]:
+                stop += 1
+            assert re.search(r'^"""|#', "\n".join(lines[start:stop]), re.MULTILINE), f"{path}:{node.lineno}"
+
+
 def test_no_two_classes_have_one_name():
     """Where a name is searched for, one thing is found; losses have the names of their files."""
     homes = {}

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import TextIO
 
 STDOUT, STDERR = 1, 2
+"""The descriptors of POSIX."""
 _results: TextIO | None = None
 
 

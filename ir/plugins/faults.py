@@ -11,6 +11,7 @@ from pathlib import Path
 from bitlower.ir.diagnostics import BitlowerError, shorten
 
 EXIT_CODES = (1, 2)
+"""Those of failures that bitlower has itself: a fault, and bad input."""
 
 
 @contextmanager

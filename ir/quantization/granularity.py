@@ -14,7 +14,9 @@ from bitlower.ir.diagnostics import BitlowerError, shorten
 from bitlower.ir.types import Dim
 
 _SMALLEST_BLOCK = 8
+"""Entries that a stored scale must serve: of fewer, scales take more room than codes save."""
 _TOO_LARGE = 1 << 31
+"""No axis of a tensor has so many entries; sizes beyond are mistakes, and int32 does not hold them."""
 KINDS = ("tensor", "channel", "group", "row-group", "token", "embedding", "embedding-group", "embedding-parts")
 COUNTED = ("row-group", "embedding-group", "embedding-parts")
 """The kinds that need the number of groups; ``group`` needs the size of one."""

@@ -29,6 +29,7 @@ class ScaleConvention(enum.StrEnum):
 
 
 _EPS = 5e-6
+"""As in DeepSpeed's inference kernels."""
 _TEXT = re.compile(r"([su])(\d{1,2})( asymmetric)?( restricted)?(?: (half-range|half-range-eps|offset))?")
 
 

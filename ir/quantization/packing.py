@@ -19,6 +19,7 @@ from bitlower.ir.diagnostics import BitlowerError
 WORD = 32
 """Bits of a word."""
 GPTQ_VERSIONS = (1, 2)
+"""Version 1 stores zero points less one (AutoGPTQ), version 2 as they are."""
 
 
 def unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:

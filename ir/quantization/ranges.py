@@ -15,9 +15,13 @@ from bitlower.ir.quantization import numerics
 from bitlower.ir.quantization.grid import Grid
 
 GRID_STEPS = 100
+"""Ranges that the search over a grid tries: shares of the widest, one per cent apart."""
 GOLDEN_STEPS = 14
+"""Each takes 0.618 of the interval: 14 leave a thousandth of it."""
 _GOLDEN = (5**0.5 - 1) / 2
+"""The golden section: one of two points serves the next step again."""
 _SMALLEST = 0.01
+"""The share of the min–max range that the search goes down to."""
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From the low and high ends, ``[scales]`` each, to the loss, ``[scales]``."""

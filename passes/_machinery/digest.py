@@ -21,6 +21,7 @@ from bitlower.ir.version import __version__
 
 Fingerprint = tuple[int, int, int]
 _SAMPLES = 4096
+"""Elements of a tensor that are looked at to see that nobody wrote to it; all would take as long as the pass."""
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 

@@ -24,6 +24,7 @@ aten = torch.ops.aten
 _ELEMENTWISE = 8
 """Operations of a runtime that rounds with one scale an index: divide, round, shift, clip, to codes; and three back."""
 _BITS = 8
+"""What integer kernels of runtimes multiply."""
 
 
 @dataclass(frozen=True)

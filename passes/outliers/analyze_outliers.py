@@ -49,6 +49,7 @@ from bitlower.passes.outliers._statistics import (
 __all__ = ["AnalyzeOutliers", "OutlierReport", "analyze"]
 
 _LISTED = 16
+"""Rows of the lists of a report, of dimensions, tokens and positions: outliers are few (Bondarenko et al. 2021, §3)."""
 
 
 @dataclass(frozen=True)

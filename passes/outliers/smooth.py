@@ -21,7 +21,9 @@ from bitlower.passes._machinery.base import Context, Contract, Pass
 
 aten = torch.ops.aten
 _FLOOR = 1e-5
+"""As in SmoothQuant's published code: channels that are zero keep a scale."""
 _BUDGET = 1 << 28
+"""Bytes of sampled tokens that are held at a time."""
 
 
 @dataclass(frozen=True)

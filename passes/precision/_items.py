@@ -19,6 +19,7 @@ from bitlower.passes.precision._trials import Rounding
 from bitlower.passes.quantizers.calibrate import Calibrate
 
 SCALE_BYTES = 4
+"""Scales are float32."""
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,11 @@ from bitlower.ir import BitlowerError, CheckError
 
 Floats = NDArray[np.float64]
 _GAP = 1e-9
+"""Relative: below it the solver counts a choice as the best."""
 _SCALE = 1e3
+"""The largest number that the solver sees, whose tolerances are absolute (1e-6)."""
 _CUTS = 100
+"""Choices within the solver's tolerance that break a limit: each is forbidden, and the next asked for."""
 
 
 @dataclass(frozen=True)

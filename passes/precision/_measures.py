@@ -21,6 +21,7 @@ Choice = Literal["auto", "kl", "sqnr", "disagreement"]
 Sums = tuple[tuple[float, float], ...]
 """Numerator and denominator of each output."""
 _ROWS = 1 << 22
+"""Entries of logits that are float64 at a time: 32 MB."""
 _PAST = "present."
 
 

@@ -11,6 +11,7 @@ from bitlower.passes._machinery.report import Record, Table
 TIME = "time"
 """The budget whose use is calculated, and not counted."""
 _WIDTH, _HEIGHT, _MARGIN = 640, 400, 60
+"""Of the picture, in its units."""
 
 
 @dataclass(frozen=True)

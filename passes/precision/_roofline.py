@@ -25,10 +25,14 @@ INTEGER, FLOAT = "W8A8", "W16A16"
 PRODUCTS = (INTEGER, *("W4A8", "W3A8", "W2A8"), *("W8A16", "W4A16", "W3A16", "W2A16"), FLOAT)
 """Products with rates of their own: stored bits of the weight and of the activation; 16 means floats."""
 _PACKED = (2, 3, 4)
+"""Bits that runtimes store packed; others take whole bytes."""
 _KEYS = ("name", "bandwidth", "float-bytes", "rates")
 _FLOAT_SIZES = (2, 4)
+"""Bytes of half and single precision."""
 _SCALE_BYTES = 4
+"""Scales are float32."""
 _PICO = 1e12
+"""Picoseconds a second: times are whole numbers, so that budgets add up exactly."""
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from bitlower.passes.quantizers.calibrate import Calibrate
 Losses = list[list[float]]
 Choice = tuple[int, ...]
 _WIDE = 16
+"""Bits of the activations that MP-PTQ leaves wide (Bondarenko et al. 2021, §4)."""
 _TRUST = 0.25
 """The share of the predicted gain that a step of refinement has to bring (a trust region's, Conn et al. 2000, §6.1)."""
 

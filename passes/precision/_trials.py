@@ -82,6 +82,7 @@ Setting = Mapping[fx.Node, State]
 """Quantizer nodes and what they do; those that are left out do what the baseline says."""
 Values = dict[fx.Node, Any]
 _BUDGET = 2 << 30
+"""Bytes of values that are held between trials."""
 
 
 class Trials:

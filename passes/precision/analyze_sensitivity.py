@@ -24,6 +24,7 @@ from bitlower.passes.quantizers.quantize import Quantize
 __all__ = ["AnalyzeSensitivity", "SensitivityReport", "analyze"]
 
 _WIDE, _WIDE_WEIGHT = 16, 8
+"""Bits at which a quantizer counts as harmless: of activations (Bondarenko et al. 2021, §4), and of narrow weights."""
 
 
 @dataclass(frozen=True)

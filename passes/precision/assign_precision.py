@@ -25,6 +25,7 @@ from bitlower.passes.quantizers.quantize import PlacementReport
 __all__ = ["AssignPrecision", "PrecisionReport", "paper_set"]
 
 _WIDE = 16
+"""Bits of the published set (Bondarenko et al. 2021, §4)."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from bitlower.passes._machinery.report import Report, Table
 BINS = 40
 """Of the histogram of cosines, from −1 to 1."""
 _WIDTH, _HEIGHT, _MARGIN = 640, 280, 40
+"""Of the picture, in its units."""
 
 
 @dataclass(frozen=True)

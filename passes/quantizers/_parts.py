@@ -13,7 +13,9 @@ import torch
 from bitlower.ir import Grid
 
 _MOST = 2048
+"""Indices that ends of groups may fall on: the search takes the square of it."""
 _EPS = 1e-9
+"""A gain below this share is rounding, and no reason for one group more."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from bitlower.passes.quantizers._parts import ChannelPartition, choose_parts
 Estimator = Literal["minmax", "running-minmax", "percentile", "mse", "mse-golden", "mse-token"]
 _FROM_HISTOGRAM = ("percentile", "mse", "mse-golden", "mse-token")
 _LOGIT_ROWS = 4096
+"""Rows of logits that the range of a head is searched on."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ BETAS = (20.0, 2.0)
 CHECKS = 10
 """How often the hard-rounded weight is looked at on all tokens."""
 _CHUNK = 4096
+"""Tokens whose outputs are computed at a time where all are looked at."""
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 

@@ -19,8 +19,11 @@ from bitlower.ir import BitlowerError
 Order = Literal["none", "full", "grouped"]
 
 _PANEL = 128
+"""Columns of a blocked Cholesky step: one product of matrices does the rest."""
 _LARGEST_DAMPING = 1.0
+"""The share of the mean diagonal at which the Hessian counts for no more than the damping."""
 _SMALLEST_DAMPING = 1e-4
+"""Where damping that failed is none: the first that is tried; each further is ten times it."""
 # Least share of a diagonal entry that a pivot may be; below it, it is rounding error of the precision or of H itself.
 _LEAST_PIVOT = {torch.float32: 1e-5, torch.float64: 1e-8}
 

@@ -17,6 +17,7 @@ Ranges = Literal["minmax", "mse", "weighted-mse"]
 """How a grid is laid over weights: their extremes, the least squared error, or the least squared error with each column
 weighted by what an error in it costs once the columns after it have made up for it (the pivots of H)."""
 SHRINK = (0.9, 0.8, 0.7, 0.6, 0.5)
+"""Shares of the min–max range that a search for the least error tries."""
 AROUND = (0.85, 0.92, 1.06)
 """By what a search for the least error moves the ends of the range: both, and then around what was best."""
 

@@ -12,6 +12,7 @@ from bitlower.passes.rounding._gptq_factor import Factor
 from bitlower.passes.rounding._gptq_grids import Grids, round_columns
 
 _BLOCK = 32
+"""Columns whose codes are revisited before the products with the others are brought up to date."""
 
 
 def descend(columns: torch.Tensor, centred: torch.Tensor, grids: Grids, factor: Factor) -> None:

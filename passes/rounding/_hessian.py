@@ -16,7 +16,9 @@ from bitlower.ir.quantization.numerics import bfloat16_products
 from bitlower.ir.token_weights import WEIGHTINGS
 
 _TILE = 256
+"""Columns of a tile of H: only tiles on and above the diagonal are computed."""
 _CHUNK = 1 << 22
+"""Entries of tokens that are multiplied at a time: 16 MB in float32."""
 _TINY = torch.finfo(torch.float32).tiny
 
 Precision = Literal["float32", "bfloat16"]

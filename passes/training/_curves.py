@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 360, 60
+"""Of the picture, in its units."""
 _COLORS = ("steelblue", "firebrick", "darkgreen", "darkorange")
 
 Curve = Sequence[tuple[float, float]]

@@ -20,6 +20,7 @@ from bitlower.passes.training._teacher import Key, Teacher, tensors_of
 
 TEACHER, LABELS = "teacher", "labels"
 NO_LABEL = -100
+"""What torch's cross entropy leaves out, and what labels of transformers say."""
 Terms = dict[str, float]
 
 

@@ -22,6 +22,7 @@ from bitlower.tools.cli.settings import Settings, hoist
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 INTERRUPTED = 130
+"""What shells give for a process that SIGINT ended: 128 + 2."""
 
 app = typer.Typer(
     name="bitlower",

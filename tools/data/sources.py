@@ -32,7 +32,9 @@ from bitlower.tools.recipes.recipe import DataSection, Recipe
 
 Calibration = str | os.PathLike[str] | Sequence[str] | Sequence[Batch]
 TEXTS, TEXT_LENGTH, TEXT_BATCH, HELD_OUT_TEXTS = 128, 128, 8, 32
+"""Texts, tokens of each, texts of a batch and held-out texts, where a recipe does not say."""
 WINDOWS, WINDOW_LENGTH, WINDOW_BATCH, HELD_OUT_WINDOWS = 32, 512, 1, 2
+"""The same of windows of a long text, for language models; the authors of GPTQ take 128 of 2,048 tokens."""
 LONGEST_TEXT = 1 << 24
 """Characters of a long text that are read at most."""
 

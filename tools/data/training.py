@@ -56,9 +56,11 @@ from bitlower.tools.recipes.places import with_place
 from bitlower.tools.recipes.recipe import Recipe, TrainingSection
 
 TEXT_BATCH = 32
+"""Texts of a step where a recipe does not say."""
 SHARE = 0.1
 """Of texts or windows are held out where nobody says how many, but at most so many:"""
 MOST_TEXTS, MOST_WINDOWS = 512, 32
+"""How much is held out at most: an evaluation should not outweigh the steps between two."""
 T = TypeVar("T")
 Make = Callable[[Program], Data]
 

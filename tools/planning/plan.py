@@ -43,6 +43,7 @@ from bitlower.tools.runs.standard import DEFAULT, standard_exports, standard_pas
 
 KEPT = "the trace of the model is in the cache: the run reads its weights alone"
 FOLDER_BYTES = 4_000
+"""Files of an artifact that hardly depend on the model, and those that have a row for each quantizer: measured."""
 ROW_BYTES = 1_100
 
 

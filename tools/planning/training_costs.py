@@ -31,8 +31,11 @@ from bitlower.passes import BlockSchedule
 from bitlower.tools.data.batches import Data
 
 OWN_COPIES, CHECKPOINT_COPIES = 5, 4
+"""See the formulas above."""
 STEP_RUNS = 4
+"""See the formulas above."""
 _LOGITS_AT_ONCE = 1 << 24
+"""Entries of logits that training computes at a time."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ _LEARNED = ("adaround", "gptq")
 DEFAULT = "onnx-qdq"
 """The format if nobody says."""
 _FULL_WIDTH = 8
+"""Bits of weights from which rounding to nearest is the default."""
 
 
 def as_scheme(scheme: str | Scheme) -> Scheme:
