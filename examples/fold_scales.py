@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from bitlower.ir import Program, get_tensor, set_tensor
+from bitlower.ir.operators import LinearNode, argument
 from bitlower.passes import Contract, Pass
 
 
@@ -19,12 +20,13 @@ class FoldScales(Pass):
     def run(self, program: Program) -> bool:
         """Rewrite ``linear(x * s, w)`` to ``linear(x, w * s)``."""
         changed = False
-        for linear in program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
-            product, weight = linear.args[:2]
-            scale = product.args[1] if product.target is torch.ops.aten.mul.Tensor else None
+        for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+            linear = LinearNode(node)
+            product, weight = linear.x, linear.weight
+            scale = argument(product, "other") if product.target is torch.ops.aten.mul.Tensor else None
             if isinstance(scale, float) and abs(scale) <= self.max_ratio and len(weight.users) == 1:
                 folded = get_tensor(program.module, weight.target).detach() * scale
                 set_tensor(program.module, weight.target, torch.nn.Parameter(folded))
-                linear.replace_input_with(product, product.args[0])
+                linear.set("x", argument(product, "self"))
                 changed = True
         return changed

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from bitlower.ir import Program, get_tensor, set_tensor
+from bitlower.ir.operators import LinearNode, argument
 from bitlower.passes import Contract, Pass
 
 aten = torch.ops.aten
@@ -21,13 +22,14 @@ class FoldScales(Pass):
     def run(self, program: Program) -> bool:
         """Rewrite ``linear(x * s, w)`` to ``linear(x, w * s)``."""
         linears = [n for n in program.graph.nodes if n.target is aten.linear.default]
-        found = [n for n in linears if n.args[0].target is aten.mul.Tensor and self._is_small(n.args[0].args[1])]
+        found = [linear for linear in map(LinearNode, linears) if self._is_small(linear.x)]
         for linear in found:
-            product, weight = linear.args[:2]
-            scaled = get_tensor(program.module, weight.target).detach() * product.args[1]
+            product, weight = linear.x, linear.weight
+            scaled = get_tensor(program.module, weight.target).detach() * argument(product, "other")
             set_tensor(program.module, weight.target, torch.nn.Parameter(scaled))
-            linear.replace_input_with(product, product.args[0])
+            linear.set("x", argument(product, "self"))
         return bool(found)
 
-    def _is_small(self, scale: object) -> bool:
+    def _is_small(self, product: torch.fx.Node) -> bool:
+        scale = argument(product, "other") if product.target is aten.mul.Tensor else None
         return isinstance(scale, float) and abs(scale) <= self.max_ratio
