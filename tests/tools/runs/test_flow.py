@@ -22,7 +22,7 @@ from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program
 from bitlower.passes import PassManager, format_pipeline
 from bitlower.tools.recipes.recipe import Recipe, load_recipe
 from bitlower.tools.render import Display
-from bitlower.tools.runs.flow import Options, quantize, recipe_job, run_recipe, standard_passes, standard_recipe
+from bitlower.tools.runs.flow import RunOptions, quantize, recipe_job, run_recipe, standard_passes, standard_recipe
 
 
 def listing(folder: Path) -> list[str]:
@@ -65,7 +65,7 @@ def test_what_the_frontend_notes_is_shown_and_said_in_the_summary(
 ) -> None:
     noted = replace(bert_program, notes=("the weights were widened",))
     monkeypatch.setattr("bitlower.tools.runs.flow.load", lambda *arguments, **options: noted.clone())
-    summary = run_recipe(recipe_of(bert, texts), tmp_path / "out", Options(cache=None, display=Display()))
+    summary = run_recipe(recipe_of(bert, texts), tmp_path / "out", RunOptions(cache=None, display=Display()))
     assert summary.to_dict()["notes"] == ["the weights were widened"]
     assert "the weights were widened" in capsys.readouterr().err.splitlines()
 
@@ -86,7 +86,7 @@ def test_runs_are_byte_identical_with_and_without_the_cache(
     bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace
 ) -> None:
     recipe = recipe_of(bert, texts)
-    for name, options in {"a": Options(cache=None), "b": Options(), "c": Options()}.items():
+    for name, options in {"a": RunOptions(cache=None), "b": RunOptions(), "c": RunOptions()}.items():
         run_recipe(recipe, tmp_path / name, options)
     assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
 
@@ -307,7 +307,7 @@ def test_the_program_is_verified_between_passes_unless_told_otherwise(
 
     monkeypatch.setattr(PassManager, "__init__", spy)
     run_recipe(recipe_of(bert, texts), tmp_path / "a")
-    run_recipe(recipe_of(bert, texts), tmp_path / "b", Options(verify=False))
+    run_recipe(recipe_of(bert, texts), tmp_path / "b", RunOptions(verify=False))
     assert seen == [True, False]
 
 
@@ -354,7 +354,7 @@ def test_adaround_of_a_decoder(llama: Path, story: Path, tmp_path: Path) -> None
     form = recipe.model_dump(exclude_unset=True)
     place = next(i for i, step in enumerate(form["passes"]) if step == "adaround")
     form["passes"][place] = {"adaround": {"iterations": 10}}
-    summary = run_recipe(Recipe.model_validate(form), tmp_path / "out", Options(cache=None))
+    summary = run_recipe(Recipe.model_validate(form), tmp_path / "out", RunOptions(cache=None))
     assert "adaround" in summary.pipeline
     assert verify_artifact(tmp_path / "out")
 
@@ -367,7 +367,7 @@ def test_without_data_weights_are_rounded(llama: Path) -> None:
 def test_artifacts_need_no_data_where_no_pass_does(llama: Path, story: Path, tmp_path: Path) -> None:
     recipe = standard_recipe(str(llama), "W4A16-g16", None)
     assert recipe.calibration is None
-    run_recipe(recipe, tmp_path / "a", Options(cache=None))
+    run_recipe(recipe, tmp_path / "a", RunOptions(cache=None))
     again = load_recipe(tmp_path / "a" / "recipe.yaml")
     assert again.calibration is None
     assert [step.name for step in again.passes] == ["clean", "quantize", "rtn", "lower-integer"]

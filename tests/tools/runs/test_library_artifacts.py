@@ -22,7 +22,7 @@ from bitlower.tools.evaluation.generation import generate
 from bitlower.tools.evaluation.perplexity import perplexity
 from bitlower.tools.planning.plan import plan_model
 from bitlower.tools.recipes.recipe import load_recipe
-from bitlower.tools.runs.flow import Options, quantize, run_recipe
+from bitlower.tools.runs.flow import RunOptions, quantize, run_recipe
 from bitlower.tools.runs.standard import standard_passes
 
 RECIPE = """\
@@ -59,7 +59,7 @@ def decoder(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Prog
 
 def test_a_recipe_ends_in_a_library(recipe: Path, bert: Path, tmp_path: Path) -> None:
     pytest.importorskip("tvm", reason="the extra tvm is not installed")
-    summary = run_recipe(load_recipe(recipe), tmp_path / "out", Options(cache=None))
+    summary = run_recipe(load_recipe(recipe), tmp_path / "out", RunOptions(cache=None))
     assert summary.reports["tvm-kernels"]["operators"]["fused_norm"] == 4
     figures = summary.reports["tvm-kernels"]["verification"]["summary"]
     assert figures["kernel_error"] < 1e-4
@@ -138,7 +138,7 @@ def test_recipes_that_do_not_fit_are_refused_before_the_model_is_read(
     monkeypatch.setattr("bitlower.tools.runs.flow.load", lambda *_, **__: pytest.fail("the model was read"))
     recipe.write_text(recipe.read_text().replace(old, new))
     with pytest.raises(BitlowerError, match=message):
-        run_recipe(load_recipe(recipe), tmp_path / "out", Options(cache=None))
+        run_recipe(load_recipe(recipe), tmp_path / "out", RunOptions(cache=None))
 
 
 def test_without_tvm_one_line_says_so_before_the_model_is_read(
@@ -177,4 +177,4 @@ def test_an_operator_without_converter_is_refused_before_calibration(
     monkeypatch.setattr("bitlower.tools.runs.flow.load", odd)
     monkeypatch.setattr(Calibrate, "run", lambda *_: pytest.fail("it calibrates"))
     with pytest.raises(BitlowerError, match=r"%tanh in pooler\S*: there is no converter for aten\.erfinv"):
-        run_recipe(load_recipe(recipe), tmp_path / "out", Options(cache=None))
+        run_recipe(load_recipe(recipe), tmp_path / "out", RunOptions(cache=None))

@@ -17,7 +17,7 @@ from bitlower.passes.quantizers.quantize import PlacementReport, PlacementRow
 from bitlower.tools.planning.plan import KEPT, plan_recipe
 from bitlower.tools.recipes.recipe import PassStep, Recipe, load_recipe
 from bitlower.tools.render import Display
-from bitlower.tools.runs.flow import Options, run_recipe, standard_recipe
+from bitlower.tools.runs.flow import RunOptions, run_recipe, standard_recipe
 from bitlower.tools.runs.reports import Reports
 
 PASSES = (
@@ -39,7 +39,7 @@ def test_results_are_told_and_written(
     bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = recipe_with(bert, texts, PASSES)
-    run_recipe(recipe, tmp_path / "out", Options(cache=tmp_path / "cache", display=Display()))
+    run_recipe(recipe, tmp_path / "out", RunOptions(cache=tmp_path / "cache", display=Display()))
     told = capsys.readouterr().err
     assert "assign-precision: " in told
     assert "share-16" in told
@@ -56,7 +56,7 @@ def test_results_are_told_and_written(
     assert (folder / "assign-precision.svg").read_text().startswith("<svg")
     assert json.loads((folder / "assign-precision.json").read_text())["budgets"][0]["name"] == "share-16"
 
-    run_recipe(recipe, tmp_path / "second", Options(cache=tmp_path / "cache", display=Display()))  # from the cache
+    run_recipe(recipe, tmp_path / "second", RunOptions(cache=tmp_path / "cache", display=Display()))  # from the cache
     for name in ("assign-precision.json", "assign-precision.svg", "analyze-sensitivity.json"):
         first, second = (tmp_path / folder / "reports" / name for folder in ("out", "second"))
         assert second.read_bytes() == first.read_bytes()
@@ -70,7 +70,7 @@ def test_every_pass_that_leaves_a_report_writes_a_file(
         ("adaround", {"iterations": 2}), ("calibrate", {"activations": "minmax"}), "correct-bias", "legalize",
         "lower-integer", "fuse",
     )  # fmt: skip
-    options = Options(cache=tmp_path / "cache", display=Display())
+    options = RunOptions(cache=tmp_path / "cache", display=Display())
     run_recipe(recipe_with(bert, texts, passes), tmp_path / "out", options)
     told, folder = capsys.readouterr().err, tmp_path / "out" / "reports"
     expected = {"clean", "analyze-outliers", "peg-permute", "quantize", "adaround", "correct-bias", "legalize", "fuse"}
@@ -132,7 +132,7 @@ def test_backends_are_asked_again_when_bits_change(
 
     backend.replace(check_fits=check)
     steps = (*PASSES[:2], ("assign-precision", {"set": "paper"}), "calibrate", "lower-integer")
-    run_recipe(recipe_with(bert, texts, steps), tmp_path / "out", Options(cache=None))
+    run_recipe(recipe_with(bert, texts, steps), tmp_path / "out", RunOptions(cache=None))
     assert asked == [{6, 8}, {6, 8, 16}]
 
 

@@ -12,7 +12,7 @@ from bitlower.frontends import trace_cache as _trace_cache
 from bitlower.ir import Program
 from bitlower.tools.planning.costs import TRACE_SECONDS, Load
 from bitlower.tools.planning.plan import KEPT, make_plan, plan_model
-from bitlower.tools.runs.flow import Options, run_recipe, standard_recipe
+from bitlower.tools.runs.flow import RunOptions, run_recipe, standard_recipe
 from bitlower.tools.runs.standard import standard_passes
 
 
@@ -30,13 +30,13 @@ def test_a_run_keeps_its_trace_in_the_cache_unless_there_is_none(
 ) -> None:
     cache = tmp_path / "home" / "bitlower"
     recipe = standard_recipe(str(own_bert), "W8A8", str(texts))
-    run_recipe(recipe, tmp_path / "a", Options(cache=cache))
+    run_recipe(recipe, tmp_path / "a", RunOptions(cache=cache))
     assert len(list((cache / "traces").iterdir())) == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
-    run_recipe(recipe, tmp_path / "b", Options(cache=None))
+    run_recipe(recipe, tmp_path / "b", RunOptions(cache=None))
     assert not (tmp_path / "none").exists()
     monkeypatch.setattr(_encoder, "export", None)
-    run_recipe(recipe, tmp_path / "c", Options(cache=cache))
+    run_recipe(recipe, tmp_path / "c", RunOptions(cache=cache))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     assert KEPT in plan_model(str(own_bert), "W8A8").notes
     assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")

@@ -19,7 +19,7 @@ from bitlower.passes._machinery import registry
 from bitlower.passes._machinery.digest import digest_batches
 from bitlower.passes.training.qat import Qat
 from bitlower.tools.recipes.recipe import TrainingSection, load_recipe
-from bitlower.tools.runs.flow import Options, quantize, recipe_job, run_recipe
+from bitlower.tools.runs.flow import RunOptions, quantize, recipe_job, run_recipe
 
 _CASES = runpy.run_path(str(Path(__file__).parents[1] / "training_cases.py"))
 rows, made, lines, table = (_CASES[name] for name in ("rows", "made", "lines", "table"))
@@ -79,7 +79,7 @@ def test_a_run_hands_the_data_to_passes_and_says_so_in_the_artifact(
 
     backend.replace(export=export)
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    summary = run_recipe(recipe, tmp_path / "out", Options(cache=None))
+    summary = run_recipe(recipe, tmp_path / "out", RunOptions(cache=None))
     ((training, others),) = sys.modules[find_pass("learn").__module__].SEEN
     expected = recipe_job(recipe).data(load(str(classifier)))
     assert said == {
