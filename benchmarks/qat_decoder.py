@@ -51,7 +51,7 @@ def measure(program: Program, tokens: dict[str, torch.Tensor], bits: int, argume
     seconds, report = time.perf_counter() - start, context[TrainReport]
     after = judged(learned, program, tokens, LENGTH, WINDOWS)
     return {
-        **{f"{key}_before": value for key, value in before.items()}, **after, "steps": report.steps, "rate": rate,
+        **{f"{key}_before": value for key, value in before.items()}, **after, "steps": report.steps,
         "best_step": report.best_step, "seconds": round(seconds), "tokens": trained.numel(),
         "curve": [round(point.held_out or 0.0, 5) for point in report.curve],
         "flipped": round(max(row.flipped or 0.0 for row in report.quantizers), 4),
@@ -70,7 +70,7 @@ def main() -> None:
     program = PassManager(parse_pipeline("clean"), verify=False).run(load(MODEL), Context())
     tokens = read_tokens(program, data_folder(arguments.data))
     for bits in arguments.bits:
-        key = {"bits": bits, "seed": arguments.seed, "steps": arguments.steps}
+        key = {"bits": bits, "seed": arguments.seed, "steps": arguments.steps, "rate": arguments.rate}
         row = key | measure(program, tokens, bits, arguments)
         rows = json.loads(path.read_text())["rows"] if path.is_file() else []
         rows = [other for other in rows if not key.items() <= other.items()] + [row]

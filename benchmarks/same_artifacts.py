@@ -23,10 +23,12 @@ from typing import Any
 from _common import show_table, write_result
 
 ROOT = Path(__file__).parents[1]
-COMMAND = "python benchmarks/same_artifacts.py --before CHECKOUT"
+COMMAND = "python benchmarks/same_artifacts.py --before CHECKOUT --text FILE"
 RECIPES = ("minilm-w8a8.yaml", "smollm2-w4.yaml")
 PASSING = ("seconds", "time", "version", "memory", "created", "sha256", "platform", "_bytes")
 """Keys whose values follow from the moment, the release or another file; each has one of these in its name."""
+ALONE = "times, versions and the like"
+"""What is said of a JSON file in which nothing else differs."""
 
 
 def run(checkout: Path, recipe: str, folder: Path, text: Path | None) -> Path:
@@ -34,10 +36,10 @@ def run(checkout: Path, recipe: str, folder: Path, text: Path | None) -> Path:
     shutil.copytree(ROOT / "examples", folder)
     if text:
         shutil.copy(text, folder / "wiki.valid.txt")
-    command = [sys.executable, "-m", "bitlower.tools.cli", "--quiet", "run", recipe, "--no-cache", "-o", "made"]
+    start = [sys.executable, "-c", "from bitlower.tools.cli import command; command()"]
     environment = {**os.environ, "PYTHONPATH": str(checkout), "BITLOWER_TRACES": ""}
-    program = f"import sys; from bitlower.tools.cli import command; sys.argv = {command[2:]!r}; command()"
-    subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, check=True)
+    options = ["--quiet", "run", recipe, "--no-cache", "-o", "made"]
+    subprocess.run([*start, *options], cwd=folder, env=environment, check=True)
     return folder / "made"
 
 
@@ -62,7 +64,7 @@ def compare(before: Path, after: Path) -> str:
         return ""
     if before.suffix != ".json":
         return "bytes"
-    return ", ".join(differing(json.loads(before.read_text()), json.loads(after.read_text())))
+    return ", ".join(differing(json.loads(before.read_text()), json.loads(after.read_text()))) or ALONE
 
 
 def main() -> None:
@@ -83,7 +85,7 @@ def main() -> None:
                 what = compare(*paths) if all(paths) else "only after" if paths[1] else "only before"
                 rows.append({"recipe": recipe, "file": name, "differs": what})
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=arguments.before, capture_output=True, text=True
+        ["git", "rev-parse", "--short", "HEAD"], cwd=arguments.before, capture_output=True, text=True, check=True
     )
     write_result("same_artifacts", COMMAND, {"before": commit.stdout.strip(), "rows": rows})
     show_table(("recipe", "file", "differs"), [list(row.values()) for row in rows])

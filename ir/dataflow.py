@@ -315,8 +315,10 @@ def before_repeat(node: fx.Node) -> fx.Node | None:
     if node.target not in (aten.reshape.default, aten.view.default, aten.flatten.using_ints):
         return None
     expanded = operand(node, "self")
-    added = operand(expanded, "self") if expanded.target is aten.expand.default else expanded
-    if added.target is not aten.unsqueeze.default or argument(added, "dim") not in (2, -3) or added is expanded:
+    if expanded.target is not aten.expand.default:
+        return None
+    added = operand(expanded, "self")
+    if added.target is not aten.unsqueeze.default or argument(added, "dim") not in (2, -3):
         return None
     source = operand(added, "self")
     before, wide, after = (n.meta["type"].shape for n in (source, expanded, node))

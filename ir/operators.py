@@ -111,8 +111,14 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
     node.args = (*given[:place], value, *given[place + 1 :])
 
 
+def further_arguments(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments of a call that stand behind the first."""
+    _, *others = node.args
+    return tuple(others)
+
+
 def value_operands(node: fx.Node) -> list[fx.Node]:
-    """The values that an elementwise operator of two operands joins; a number or a size is none of them."""
+    """The nodes that an elementwise operator of two operands joins; a number is none of them."""
     joined = (argument(node, name) for name in ("self", "other"))
     return [value for value in joined if isinstance(value, fx.Node)]
 
@@ -150,6 +156,11 @@ class NodeView:
         """The operand ``name`` of the view, which must be a node."""
         return operand(self.node, ROWS[self.node.target].operands[name])
 
+    def optional(self, name: str) -> fx.Node | None:
+        """The operand ``name`` of the view if it is a node; None if it is left out."""
+        value = self.argument(name)
+        return value if isinstance(value, fx.Node) else None
+
     def set(self, name: str, value: fx.Node | None) -> None:
         """Give the node another operand ``name``."""
         set_argument(self.node, ROWS[self.node.target].operands[name], value)
@@ -171,8 +182,7 @@ class LinearNode(NodeView):
     @property
     def bias(self) -> fx.Node | None:
         """The bias; None if there is none."""
-        value = self.argument("bias")
-        return value if isinstance(value, fx.Node) else None
+        return self.optional("bias")
 
     @property
     def stored_bias(self) -> str | None:
@@ -205,14 +215,12 @@ class NormNode(NodeView):
     @property
     def weight(self) -> fx.Node | None:
         """What the normalized value is multiplied with; None if nothing."""
-        value = self.argument("weight")
-        return value if isinstance(value, fx.Node) else None
+        return self.optional("weight")
 
     @property
     def bias(self) -> fx.Node | None:
         """What is added then; None if nothing."""
-        value = self.argument("bias")
-        return value if isinstance(value, fx.Node) else None
+        return self.optional("bias")
 
     @property
     def epsilon(self) -> float | None:
@@ -261,8 +269,7 @@ class AttentionNode(NodeView):
     @property
     def mask(self) -> fx.Node | None:
         """The mask, bool or added to scores; None if there is none."""
-        value = self.argument("mask")
-        return value if isinstance(value, fx.Node) else None
+        return self.optional("mask")
 
     @property
     def has_dropout(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from bitlower.ir.operators import further_arguments
 from bitlower.ir.types import TensorType
 
 
@@ -64,8 +65,7 @@ def call_like(like: fx.Node, target: Any, args: tuple[Any, ...], kind: TensorTyp
 
 def call_again(node: fx.Node, source: fx.Node, kind: TensorType) -> fx.Node:
     """The call ``node`` once more, on ``source`` in place of its first argument; ``kind`` is the result's type."""
-    _, *others = node.args
-    return call_like(node, node.target, (source, *others), kind, **node.kwargs)
+    return call_like(node, node.target, (source, *further_arguments(node)), kind, **node.kwargs)
 
 
 def replace(node: fx.Node, target: Any, args: tuple[Any, ...], kind: TensorType, **options: Any) -> fx.Node:

@@ -12,7 +12,7 @@ from torch import fx, nn
 from bitlower.ir import ops
 from bitlower.ir.diagnostics import BitlowerError, describe, nearest
 from bitlower.ir.learnable import LearnableQuantizer, RangeSettings
-from bitlower.ir.operators import graph_results, set_graph_results
+from bitlower.ir.operators import further_arguments, graph_results, set_graph_results
 from bitlower.ir.program_data import ProgramData
 from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.storage import like
@@ -273,13 +273,8 @@ def _replace(graph: fx.Graph, node: fx.Node, name: str) -> dict[str, fx.Node]:
     source, users = QuantizerNode(node).value, list(node.users)
     lookups = all(user.target is aten.embedding.default and len(user.args) <= 3 for user in users)
     if users and lookups and source.op == "get_attr":
-        return {user.name: _call(graph, user, name, (source, *_ids_and_padding(user))) for user in users}
+        return {user.name: _call(graph, user, name, (source, *further_arguments(user))) for user in users}
     return {node.name: _call(graph, node, name, (source,))}
-
-
-def _ids_and_padding(lookup: fx.Node) -> tuple[fx.node.Argument, ...]:
-    _, *others = lookup.args
-    return tuple(others)
 
 
 def _call(graph: fx.Graph, node: fx.Node, name: str, arguments: tuple[fx.node.Argument, ...]) -> fx.Node:

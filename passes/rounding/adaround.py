@@ -16,7 +16,7 @@ from bitlower.ir import BitlowerError, Level, Program, get_tensor, set_tensor
 from bitlower.ir.dataflow import ACTIVATION, linears
 from bitlower.ir.folding import without_quantizers
 from bitlower.ir.lockstep import Read, steps
-from bitlower.ir.operators import LinearNode
+from bitlower.ir.operators import LinearNode, further_arguments
 from bitlower.ir.quantization import numerics
 from bitlower.ir.quantizer_node import QuantizerNode, is_uncalibrated
 from bitlower.ir.storage import like
@@ -285,13 +285,7 @@ def following_activation(linear: fx.Node) -> Function:
         return _identity
     [user] = users
     function: Any = user.target
-    return lambda x: function(x, *_further(user), **user.kwargs)
-
-
-def _further(node: fx.Node) -> tuple[Any, ...]:
-    """The arguments behind the first."""
-    _, *others = node.args
-    return tuple(others)
+    return lambda x: function(x, *further_arguments(user), **user.kwargs)
 
 
 def _identity(x: torch.Tensor) -> torch.Tensor:

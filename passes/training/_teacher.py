@@ -12,7 +12,7 @@ from bitlower.ir import Batch, BitlowerError, Program, ops
 from bitlower.ir.folding import without_quantizers
 from bitlower.ir.operators import graph_results, set_graph_results
 from bitlower.ir.quantization import numerics
-from bitlower.ir.quantizer_node import QuantizerNode, is_uncalibrated
+from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.storage import release, spill
 from bitlower.ir.tensors import copy_module
 from bitlower.passes._machinery.base import Context
@@ -45,7 +45,7 @@ def float_reference(program: Program, context: Context) -> Program:
 
 def _is_rounded(program: Program, view: QuantizerNode) -> bool:
     """Whether the weight under a quantizer that has its range lies on the grid, and is not all zeros."""
-    if is_uncalibrated(view.node):
+    if not view.is_calibrated:
         return False
     weight, grid = view.weight(program.module), view.spec.grid
     same = numerics.fake(weight, *view.range(program.module), grid.quant_min, grid.quant_max).equal(weight)
