@@ -8,7 +8,7 @@ anew for each seed. Figures: perplexity on windows of 512 tokens of WikiText-2 t
 another kind, and the mean KL divergence from the float model there. Each row has the seconds of its passes, so that
 methods can be compared at equal time as well as at equal bytes (all rows of a scheme have the same). Rows that are in
 the results file already are kept, unless ``--fresh``; ``--methods``, ``--schemes`` and ``--seeds`` choose what is run;
-``--samples``, ``--length`` and ``--windows`` make it small.
+``--samples``, ``--length``, ``--windows``, ``--iterations`` and ``--batch`` make it small.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ SCHEMES = tuple(f"W{bits}A16-g128-asym-e16" for bits in (4, 3, 2))
 METHODS = {
     "rtn": "rtn",
     "gptq": "gptq",
-    "autoround": "autoround{iterations=100 batch=4}",
-    "autoround, float inputs": "autoround{iterations=100 batch=4 inputs=float}",
-    "autoround, plain error": "autoround{iterations=100 batch=4 weighting=none}",
-    "lkd": "rtn{ranges=mse-golden},lkd{iterations=100 batch=4}",
-    "lkd, random tokens": "rtn{ranges=mse-golden},lkd{iterations=100 batch=4 data=random}",
-    "lkd, other text": "rtn{ranges=mse-golden},lkd{iterations=100 batch=4}",
-    "lkd, float inputs": "rtn{ranges=mse-golden},lkd{iterations=100 batch=4 inputs=float}",
-    "gptq, then lkd": "gptq,lkd{iterations=100 batch=4}",
-    "gptq, then lkd and ranges": "gptq,lkd{iterations=100 batch=4},qat{preset=ranges steps=50 evaluate-every=25}",
+    "autoround": "autoround{LEARNING}",
+    "autoround, float inputs": "autoround{LEARNING inputs=float}",
+    "autoround, plain error": "autoround{LEARNING weighting=none}",
+    "lkd": "rtn{ranges=mse-golden},lkd{LEARNING}",
+    "lkd, random tokens": "rtn{ranges=mse-golden},lkd{LEARNING data=random}",
+    "lkd, other text": "rtn{ranges=mse-golden},lkd{LEARNING}",
+    "lkd, float inputs": "rtn{ranges=mse-golden},lkd{LEARNING inputs=float}",
+    "gptq, then lkd": "gptq,lkd{LEARNING}",
+    "gptq, then lkd and ranges": "gptq,lkd{LEARNING},qat{preset=ranges steps=50 evaluate-every=25}",
 }
-"""The passes after ``quantize``, by what they are called in the table; ``other text`` is learned from articles."""
+"""The passes after ``quantize``, by what they are called in the table, ``LEARNING`` being steps and batch; ``other text`` is learned from articles."""
 PLACED = {"W4/8A8-token": "quantize{scheme=W4A8-token-e16 ignore=[*.self_attn.*]},quantize{scheme=W8A8-token-e16}"}
 """What is no single scheme: ZeroQuant's W4/8A8 has 4 bits in the feed-forward layers, and 8 in attention."""
 
@@ -75,11 +75,12 @@ def measure(
 def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What the command line asks for."""
     sizes = {key: getattr(arguments, key) for key in ("samples", "length", "windows")}
+    learning = f"iterations={arguments.iterations} batch={arguments.batch}"
     for scheme in arguments.schemes:
         for method in arguments.methods:
             for seed in arguments.seeds:
                 label = {"method": method, "scheme": scheme, "seed": seed}
-                yield {**label, "passes": METHODS.get(method, method), **sizes}
+                yield {**label, "passes": METHODS.get(method, method).replace("LEARNING", learning), **sizes}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -92,6 +93,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the windows and of learning")
     parser.add_argument("--samples", type=int, default=32, help="windows to learn on")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--iterations", type=int, default=100, help="steps a block, of the methods with a name")
+    parser.add_argument("--batch", type=int, default=4, help="windows a step, of the methods with a name")
     parser.add_argument("--windows", type=int, default=12, help="windows of each text to judge by")
     parser.add_argument("--name", default=NAME, help="of the results file")
     parser.add_argument("--fresh", action="store_true", help="measure rows again that are in the results file")

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -13,6 +13,7 @@ from bitlower.ir import Level, Program, TensorType, ValueSpec, get_tensor, set_t
 from bitlower.ir.document import encode
 from bitlower.ir.serialize import decode
 from bitlower.passes import Context
+from bitlower.passes._machinery.registry import LOSSES, PASSES
 from bitlower.passes.canonical.clean import Clean
 
 ACTIVATION, LOGITS = TensorType(torch.float32, ("batch", 16)), TensorType(torch.float32, ("batch", 4))
@@ -31,6 +32,15 @@ class TinyModel(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = self.norm(x + self.down(torch.nn.functional.gelu(self.up(x))))
         return hidden, self.head(hidden)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_plugins() -> Iterator[None]:
+    """What a module's tests load of loose files is unknown to the next module's."""
+    before = [(catalog, dict(catalog.loose)) for catalog in (PASSES, LOSSES)]
+    yield
+    for catalog, loose in before:
+        catalog.loose = loose
 
 
 @pytest.fixture
