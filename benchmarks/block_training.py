@@ -44,7 +44,7 @@ METHODS = {
     "gptq, then lkd": "gptq,lkd{LEARNING}",
     "gptq, then lkd and ranges": "gptq,lkd{LEARNING},qat{preset=ranges steps=50 evaluate-every=25}",
 }
-"""The passes after ``quantize``, by what they are called in the table, ``LEARNING`` being steps and batch; ``other text`` is learned from articles."""
+"""The passes after ``quantize``; ``LEARNING`` is steps and batch, ``other text`` is learned from articles."""
 PLACED = {"W4/8A8-token": "quantize{scheme=W4A8-token-e16 ignore=[*.self_attn.*]},quantize{scheme=W8A8-token-e16}"}
 """What is no single scheme: ZeroQuant's W4/8A8 has 4 bits in the feed-forward layers, and 8 in attention."""
 

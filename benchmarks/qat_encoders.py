@@ -1,6 +1,7 @@
 """Quantization-aware training of encoders: what it wins back of float accuracy, and what the files weigh.
 
     python benchmarks/qat_encoders.py TASK FOLDER [FOLDER ...] --data DIR [--cases NAME ...] [--steps N] [--seed S]
+        [--rate X] [--opset N]
 
 TASK is sst-2, mrpc or cola, FOLDER a model as ``finetune.py`` leaves it; or ``sts-b`` with ``package:NAME`` of a model
 of sentence embeddings, which learns from its own sentences without labels. Each case is the GLUE metric (Spearman for
@@ -83,17 +84,19 @@ def score(program: Program, task: Task, data: Path) -> float:
     return float(found[task.metric])
 
 
-def megabytes(program: Program, batch: Batch) -> float:
+def megabytes(program: Program, batch: Batch, opset: int) -> float:
     """The ONNX file of a program."""
     lowered = PassManager(parse_pipeline("lower-integer")).run(program, Context([batch]))
     with tempfile.TemporaryDirectory() as folder:
-        export(lowered, Path(folder), batches=[batch])
+        export(lowered, Path(folder), batches=[batch], opset=opset)
         return size(Path(folder)) / 1e6
 
 
-def measure(program: Program, task: Task, data: Path, case: str, steps: int, seed: int) -> dict[str, Any]:
+def measure(program: Program, task: Task, data: Path, case: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """A row of the results."""
+    steps, seed = arguments.steps, arguments.seed
     pipeline, rates = CASES[case]
+    rates = {group: rate if group == "zero-points" else rate * arguments.rate for group, rate in rates.items()}
     parts = batches(program, task, data, seed, steps * BATCH)
     context = Context(**parts, seed=seed)
     placed = PassManager(parse_pipeline(pipeline)).run(program, context)
@@ -105,11 +108,11 @@ def measure(program: Program, task: Task, data: Path, case: str, steps: int, see
     seconds = time.perf_counter() - start
     report = context[TrainReport]
     held_out = [round(point.held_out, 6) for point in report.curve if point.held_out is not None]
-    after, weight = score(trained, task, data), megabytes(trained, parts["calibration"][0])
+    after, weight = score(trained, task, data), megabytes(trained, parts["calibration"][0], arguments.opset)
     return {
         "before": round(before, 2), "after": round(after, 2), "mb": round(weight, 2),
-        "smaller": round(program.size_bytes() / weight / 1e6, 2), "steps": steps, "best_step": report.best_step,
-        "seconds": round(seconds), "curve": held_out, "seed": seed,
+        "smaller": round(program.size_bytes() / weight / 1e6, 2), "best_step": report.best_step,
+        "seconds": round(seconds), "curve": held_out, "opset": arguments.opset,
     }  # fmt: skip
 
 
@@ -121,6 +124,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=1, help="times the learning rates of the case")
+    parser.add_argument("--opset", type=int, default=23, help="of the ONNX file; from 25 on 2-bit weights are 2 bits")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     data, task = data_folder(arguments.data), ALL_TASKS[arguments.task]
@@ -129,8 +134,9 @@ def main() -> None:
         program = PassManager(parse_pipeline("clean")).run(bitlower.load(folder), Context())
         reference = round(score(program, task, data), 2)
         for case in arguments.cases:
-            key = {"task": arguments.task, "model": Path(folder).name, "case": case, "seed": arguments.seed}
-            row = key | {"float": reference} | measure(program, task, data, case, arguments.steps, arguments.seed)
+            key = {"task": arguments.task, "model": Path(folder).name, "case": case}
+            key |= {"seed": arguments.seed, "steps": arguments.steps, "rate": arguments.rate}
+            row = key | {"float": reference} | measure(program, task, data, case, arguments)
             rows = json.loads(path.read_text())["rows"] if path.is_file() else []
             rows = [other for other in rows if not key.items() <= other.items()] + [row]
             write_result("qat_encoders", COMMAND, {"rows": rows})
