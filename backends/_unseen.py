@@ -13,7 +13,7 @@ import torch
 
 from bitlower.backends._selftest import LENGTH, MASK, Run, SelfTest, keep_ends, run_selftest, small_batch
 from bitlower.backends.decoding import cached_steps
-from bitlower.ir import Batch, BitlowerError, CheckError, Program
+from bitlower.ir import Batch, BitlowerError, CheckError, Program, TensorType
 
 _ROWS = (3, 4, 5, 7)
 _LENGTHS = (7, 5, 9, 11, 13, 15, 17, 19, 23, 29)
@@ -150,17 +150,22 @@ def with_small_batch(
             small = small_batch(program, batch)
             yield small
             yield from cached_steps(program, small, outputs)
-        yield _within(program, batch)
+        yield within(program, batch, [spec.type for spec in program.outputs], LARGEST_OUTPUTS)
 
 
-def _within(program: Program, batch: Batch) -> Batch:
-    """``batch``, or so many tokens of each of its rows that the outputs are no larger than ``LARGEST_OUTPUTS``."""
+def within(program: Program, batch: Batch, types: Iterable[TensorType], limit: int) -> Batch:
+    """``batch``, or so many tokens of each of its rows that values of ``types`` take no more than ``limit`` bytes."""
     sizes = _sizes(program, batch)
-    shapes = [[d if isinstance(d, int) else _wanted(d, sizes) or 1 for d in s.type.shape] for s in program.outputs]
-    size, longest = 4 * sum(map(math.prod, shapes)), max(sizes.values(), default=0)
-    if size <= LARGEST_OUTPUTS:
+    size = sum(kind.dtype.itemsize * math.prod(_size(dim, sizes) for dim in kind.shape) for kind in types)
+    longest = max(sizes.values(), default=0)
+    if size <= limit:
         return batch
-    return small_batch(program, batch, longest, max(LENGTH, longest * LARGEST_OUTPUTS // size))
+    return small_batch(program, batch, longest, max(LENGTH, longest * limit // size))
+
+
+def _size(dim: int | str, sizes: Mapping[str, int]) -> int:
+    """A dimension in a batch of ``sizes``; 1 where none of them says it."""
+    return dim if isinstance(dim, int) else _wanted(dim, sizes) or 1
 
 
 def _pads_before(batch: Batch) -> bool:

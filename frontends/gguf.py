@@ -11,7 +11,7 @@ import importlib.util
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from bitlower.ir.assets import read_assets
 from bitlower.ir.files import reason
 from bitlower.ir.quiet import quiet
 from bitlower.ir.scratch import scratch_folder
-from bitlower.ir.storage import bound_heap, parts, settle
+from bitlower.ir.storage import bound_heap, is_mapped, parts, settle, spill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,8 +61,9 @@ def load_gguf(path: Path, task: str | None = None, *, mapped: bool | None = None
                 f"reading {path.name} needs the package {name}", hint="install it: pip install bitlower[gguf]"
             )
     held = _check_header(path)
+    mapped = is_large(held) if mapped is None else mapped
     try:
-        with quiet(), redirect_stderr(io.StringIO()), _read_once(path):  # it draws a bar of its own
+        with quiet(), redirect_stderr(io.StringIO()), _read_once(path), _to_files(mapped):  # it draws a bar of its own
             model = _load_model(path, held)
             assets = _tokenizer_files(path, model)
     except BitlowerError:
@@ -73,7 +74,7 @@ def load_gguf(path: Path, task: str | None = None, *, mapped: bool | None = None
             hint="fetch the file again, or convert it to safetensors",
         ) from None
     _check_weights(path, model)
-    _settle(model, mapped=is_large(held) if mapped is None else mapped)
+    _settle(model, mapped=mapped)
     tokenizer = from_files(tuple(sorted(assets.items())), json.dumps(plain_config(model)), str(path))
     notes = check_tokens(tokenizer, model, _TASK, str(path)) + check_generation(assets, model, str(path))
     return PreTrained(model, _TASK, assets, str(path), tuple(notes))
@@ -118,6 +119,50 @@ def _read_once(path: Path) -> Iterator[None]:
         yield
     finally:
         gguf.GGUFReader, gguf.get_tensor_name_map = before
+
+
+@contextmanager
+def _to_files(wanted: bool) -> Iterator[None]:
+    """Where ``wanted``, move each weight to a file before the next is dequantized; transformers holds all of them."""
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    if not wanted:
+        yield
+        return
+    bound_heap()
+    before = reading.TENSOR_PROCESSORS
+    reading.TENSOR_PROCESSORS = _Spilling(before, reading.TensorProcessor)
+    try:
+        yield
+    finally:
+        reading.TENSOR_PROCESSORS = before
+
+
+class _Spilling(dict[str, type[Any]]):
+    """Processors of tensors by architecture, each of which first moves what was read before it."""
+
+    def __init__(self, processors: Mapping[str, type[Any]], general: type[Any]) -> None:
+        super().__init__({name: self._spilling(kind) for name, kind in processors.items()})
+        self._general = self._spilling(general)
+
+    def get(self, architecture: str, default: object = None) -> type[Any]:  # type: ignore[override]
+        return super().get(architecture, self._general)
+
+    @staticmethod
+    def _spilling(kind: type[Any]) -> type[Any]:
+        class Processor(kind):  # type: ignore[misc]
+            def process(self, weights: np.ndarray[Any, Any], name: str, **options: Any) -> Any:
+                _spill(options["parsed_parameters"]["tensors"])
+                return super().process(weights, name, **options)
+
+        return Processor
+
+
+def _spill(tensors: dict[str, torch.Tensor]) -> None:
+    """Move those that are in memory to files."""
+    for name, tensor in tensors.items():
+        if not is_mapped(tensor):
+            tensors[name] = spill(tensor)
 
 
 def _load_model(path: Path, held: Held) -> PreTrainedModel:
@@ -170,7 +215,5 @@ def _check_weights(path: Path, model: PreTrainedModel) -> None:
 
 def _settle(model: PreTrainedModel, *, mapped: bool) -> None:
     """Put the weights one by one where they are to lie, so that none is held twice for long."""
-    if mapped:
-        bound_heap()
     for parameter in model.parameters():
         parameter.data = settle(parameter.data, mapped=mapped)

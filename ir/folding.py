@@ -9,16 +9,17 @@ from torch import fx
 from bitlower.ir import ops
 from bitlower.ir.program import Program
 from bitlower.ir.quantization import numerics
-from bitlower.ir.storage import like
+from bitlower.ir.storage import like, spill
 from bitlower.ir.tensors import get_tensor, set_tensor
 
 
-def with_float_weights(program: Program, chosen: Collection[str] | None = None) -> Program:
+def with_float_weights(program: Program, chosen: Collection[str] | None = None, *, mapped: bool = False) -> Program:
     """A copy whose weights are rounded or dequantized once; it computes the same, bit for bit.
 
     Args:
         program: calibrated.
         chosen: the parameters whose nodes are replaced, which then have their own names again; all if None.
+        mapped: whether all that is computed lies in files; otherwise what is computed from tensors that do.
     """
     copy = program.clone()
     for node in list(copy.graph.nodes):
@@ -35,7 +36,7 @@ def with_float_weights(program: Program, chosen: Collection[str] | None = None) 
         else:
             values = ops.fake_quantize(stored, scale, zero, *node.args[3:], **node.kwargs)
         target = f"folded.{node.name}" if chosen is None else parameter
-        set_tensor(copy.module, target, like(values, stored))
+        set_tensor(copy.module, target, spill(values) if mapped else like(values, stored))
         with copy.graph.inserting_before(node):
             weight = copy.graph.get_attr(target)
         weight.meta = {key: value for key, value in node.meta.items() if key != "quantizer"}

@@ -179,7 +179,7 @@ def is_mapped(tensor: torch.Tensor) -> bool:
 def settle(tensor: torch.Tensor, *, mapped: bool) -> torch.Tensor:
     """``tensor`` where a model's weights lie: in a file, or at an address that torch could give it."""
     if mapped:
-        return spill(tensor)
+        return tensor if is_mapped(tensor) else spill(tensor)
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 

@@ -10,7 +10,16 @@ import torch
 from torch import fx
 
 from bitlower.backends._rounding import Rounding
-from bitlower.backends.onnx_qdq._session import Array, Session, exposed, named_values, read_model, to_tensor
+from bitlower.backends._unseen import within
+from bitlower.backends.onnx_qdq._session import (
+    Array,
+    Session,
+    exposed,
+    named_values,
+    read_model,
+    to_tensor,
+    with_data_beside,
+)
 from bitlower.backends.onnx_qdq._structure import constant, quantizer_inputs
 from bitlower.backends.onnx_qdq._tally import Tally
 from bitlower.backends.onnx_qdq._verification import CodeError
@@ -22,6 +31,8 @@ from bitlower.ir.quantizer_node import QuantizerNode
 
 SCALE = 1e-5
 """How far a scale that is computed at run time may be from the Program's, relatively."""
+LARGEST_VALUES = 256 << 20
+"""Bytes of float values and their codes that are read from the runtime at once, to round the values."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +56,22 @@ class CodeComparison:
     Args:
         program: each of its quantizers is in the model.
         path: the model.
-        optimized: what the runtime makes of it; its tensors are read now, not later.
+        optimized: what the runtime makes of it, in a folder for temporary files that lasts as long as the comparison.
         config: session configuration entries.
     """
 
     def __init__(self, program: Program, path: Path, optimized: Path, config: Mapping[str, str]) -> None:
         self._program = program
         self._nodes = list(program.graph.find_nodes(op="call_function", target=ops.quantize))
+        path = with_data_beside(path, optimized.parent) if self._nodes else path
         values = named_values(read_model(path).graph) if self._nodes else {}
         self._sources = {node: quantizer_inputs(values[node.name]) for node in self._nodes}
         self.names = list(dict.fromkeys([*(n.name for n in self._nodes), *self._computed_parameters().values()]))
         floats = [source.x.name or "" for source in self._sources.values() if source is not None]
         self._session = self._open_deployed(optimized, config) or self._open(path, self.names, config)
         self._float_session = self._open(path, list(dict.fromkeys([*self.names, *floats])), config)
+        read = {node for codes in self._nodes for node in (codes, QuantizerNode(codes).value)}
+        self._exact_types = [node.meta["type"] for node in read]
         self._tallies = {node: Tally() for node in self._nodes}
 
     def _open_deployed(self, optimized: Path, config: Mapping[str, str]) -> Session | None:
@@ -97,7 +111,7 @@ class CodeComparison:
         if self._float_session is None:
             return CodeRun(alone, alone, {})
         given = self._compare_given_codes(batch, runtime)
-        self._compare_exactly(self._float_session.run(batch))
+        self._compare_exactly(self._float_session.run(within(self._program, batch, self._exact_types, LARGEST_VALUES)))
         return CodeRun(alone, given, {name: runtime[name] for name in given})
 
     def rows(self) -> tuple[CodeError, ...]:

@@ -15,6 +15,8 @@ from bitlower.ir import Batch, CheckError
 
 PROVIDER = "CPUExecutionProvider"
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+_SMALL = 4096
+"""Bytes; a tensor of fewer stays in the file of the graph."""
 _NARROW = {ir.DataType.INT2: ir.DataType.INT8, ir.DataType.UINT2: ir.DataType.UINT8} | {
     ir.DataType.INT4: ir.DataType.INT8,
     ir.DataType.UINT4: ir.DataType.UINT8,
@@ -90,7 +92,7 @@ def _options(
         options.optimized_model_filepath = str(optimized)
         entry = "session.optimized_model_external_initializers_"
         options.add_session_config_entry(f"{entry}file_name", f"{optimized.name}.data")
-        options.add_session_config_entry(f"{entry}min_size_in_bytes", "4096")
+        options.add_session_config_entry(f"{entry}min_size_in_bytes", str(_SMALL))
     if folder is not None:
         options.add_session_config_entry(_EXTERNAL_FOLDER, str(folder))
     return options
@@ -133,6 +135,20 @@ def exposed(path: Path, names: Collection[str]) -> bytes:
     return data
 
 
+def with_data_beside(path: Path, folder: Path) -> Path:
+    """``path``, or a copy in ``folder`` with its tensors in a file of their own, which sessions and graphs only map.
+
+    Raises:
+        CheckError: see :func:`read_model`.
+    """
+    model = read_model(path)
+    if any(isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values()):
+        return path
+    copy = folder / path.name
+    ir.save(model, copy, external_data=f"{path.name}.data", size_threshold_bytes=_SMALL)
+    return copy
+
+
 def named_values(graph: ir.Graph) -> dict[str, ir.Value]:
     """Every input, initializer and node output of ``graph`` by name."""
     values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
@@ -140,8 +156,9 @@ def named_values(graph: ir.Graph) -> dict[str, ir.Value]:
 
 
 def to_tensor(array: Array) -> torch.Tensor:
-    """A tensor with the array's contents; types that torch computes little with become int32."""
-    return torch.from_numpy(array.astype(np.int32) if array.dtype in (np.uint16, np.uint32) else np.array(array))
+    """The array as a tensor, uncopied if it can be written; types that torch computes little with become int32."""
+    wide = array.astype(np.int32) if array.dtype in (np.uint16, np.uint32) else array
+    return torch.from_numpy(np.require(wide, requirements="W"))
 
 
 def _readable(graph: ir.Graph, value: ir.Value) -> ir.Value:

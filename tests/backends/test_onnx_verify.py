@@ -14,6 +14,7 @@ import torch
 from onnx import helper, numpy_helper
 
 from bitlower.backends._rounding import Rounding
+from bitlower.backends.onnx_qdq import _codes, _verify
 from bitlower.backends.onnx_qdq._codes import CodeComparison
 from bitlower.backends.onnx_qdq._kernels import optimized_model
 from bitlower.backends.onnx_qdq._lower import lower
@@ -142,6 +143,17 @@ def test_a_right_model_passes_with_all_figures(handmade, tmp_path: Path):
     assert result.exposing == 0
     assert (result.kernels.expected, result.kernels.found) == (2, 2)
     assert result.runtime["provider"] == "CPUExecutionProvider"
+
+
+def test_what_takes_much_memory_is_looked_at_in_parts(handmade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Weights in files, and a part of each batch read with its inputs: the figures are the same, a fault is found."""
+    whole = verify_export(handmade.program, handmade.write(tmp_path / "right"), handmade.batches)
+    monkeypatch.setattr(_verify, "HELD_BYTES", 1)
+    monkeypatch.setattr(_codes, "LARGEST_VALUES", 1)
+    assert verify_export(handmade.program, tmp_path / "right", handmade.batches) == whole
+    edit, message = BROKEN["narrow clip"]
+    with pytest.raises(CheckError, match=message):
+        verify_export(handmade.program, handmade.write(tmp_path / "wrong", edit), handmade.batches)
 
 
 def test_figures_are_those_of_numpy(handmade, tmp_path: Path):

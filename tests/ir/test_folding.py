@@ -26,10 +26,14 @@ def lowered(request) -> tuple[Program, dict[str, torch.Tensor]]:
     return PassManager(passes).run(program, Context([batch])), batch
 
 
-def test_the_copy_computes_the_same_and_leaves_the_program_alone(lowered) -> None:
+@pytest.mark.parametrize("mapped", [False, True])
+def test_the_copy_computes_the_same_and_leaves_the_program_alone(lowered, mapped: bool) -> None:
     program, batch = lowered
     text = str(program)
-    copy = with_float_weights(program)
+    copy = with_float_weights(program, mapped=mapped)
+    targets = {str(node.target) for node in copy.graph.find_nodes(op="get_attr")}
+    folded = [get_tensor(copy.module, target) for target in targets if target.startswith("folded.")]
+    assert {is_mapped(tensor) for tensor in folded} == {mapped}
     with torch.no_grad():
         expected, found = program(**batch), copy(**batch)
     assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -129,7 +129,7 @@ class _Run:
 
     def __init__(self, job: Job, options: RunOptions) -> None:
         self.job, self.options = job, options
-        self.timing, self.ledger = Timing(), Ledger()
+        self.timing = Timing()
         self.reports = Reports(options.display.note)
         self.stages: list[PassTime] = []
         self.notes: tuple[str, ...] = ()
@@ -139,14 +139,13 @@ class _Run:
         """All stages; the artifact goes into ``folder`` if there is one."""
         program, data = self.load()
         float_bytes = program.size_bytes()
-        program = self.lower(program, data, folder)
+        program, ledger = self.lower(program, data, folder)
         before_export = [*self.stages, *self.timing.rows]
         self.stages.clear()
-        reports = self.export(program, data, folder) if folder else {}
+        reports = self.export(program, data, ledger, folder) if folder else {}
         files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in _files(folder)} if folder else {}
         pipeline = format_pipeline(self.job.passes)
         stages = (*before_export, *self.stages)
-        ledger = self.ledger.to_dict()
         return program, RunSummary(
             pipeline, None, stages, peak_bytes(), float_bytes, files, ledger, reports, self.notes, float_parts(program)
         )
@@ -168,22 +167,27 @@ class _Run:
                 self.say(_amount(data))
         return program, data
 
-    def lower(self, program: Program, data: Data, folder: Path | None) -> Program:
-        """Run the passes, which have no business in ``folder``."""
+    def lower(self, program: Program, data: Data, folder: Path | None) -> tuple[Program, dict[str, Any]]:
+        """Run the passes, which have no business in ``folder``; the rows of the ledger, whose float program goes."""
+        ledger = Ledger()
         context = Context(
             data.calibration, data.evaluation, seed=self.job.seed, track=self.options.display.track,
             training=data.training, held_out=data.held_out,
         )  # fmt: skip
         cache = self.open_cache()
-        manager = PassManager(self.job.passes, self.observers(cache, folder), cache, verify=self.options.verify)
+        observers = self.observers(ledger, cache, folder)
+        manager = PassManager(self.job.passes, observers, cache, verify=self.options.verify)
         result = manager.run(program, context)
         self.say(*self.heads.notes)
-        return result
+        return result, ledger.to_dict()
 
-    def export(self, program: Program, data: Data, folder: Path) -> dict[str, dict[str, Any]]:
+    def export(self, program: Program, data: Data, ledger: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
         """Write the files that all artifacts have, then what every backend makes of the program beside them."""
-        ledger = json.dumps(self.ledger.to_dict(), indent=1, sort_keys=True)
-        texts = {"ledger.json": f"{ledger}\n", "recipe.yaml": self.job.recipe, **self.reports.files}
+        texts = {
+            "ledger.json": f"{json.dumps(ledger, indent=1, sort_keys=True)}\n",
+            "recipe.yaml": self.job.recipe,
+            **self.reports.files,
+        }
         reports = {}
         batches = data.evaluation or data.calibration[:2] or random_windows(program, seed=self.job.seed)
         provenance = {"seed": self.job.seed, **data.provenance()}
@@ -208,9 +212,9 @@ class _Run:
         for note in notes:
             self.options.display.note(note)
 
-    def observers(self, cache: Cache | None, folder: Path | None) -> list[Observer]:
+    def observers(self, ledger: Ledger, cache: Cache | None, folder: Path | None) -> list[Observer]:
         """Timing comes first, so that it leaves out the others."""
-        observers: list[Observer] = [self.timing, TargetCheck(self.job.exports), self.heads, self.ledger, self.reports]
+        observers: list[Observer] = [self.timing, TargetCheck(self.job.exports), self.heads, ledger, self.reports]
         if folder is not None:
             observers.append(FolderCheck(folder))
         display = self.options.display
