@@ -172,10 +172,10 @@ def check_generation(assets: Mapping[str, bytes], model: PreTrainedModel, owner:
         form = object_of(parse_json(assets[GENERATION], finite=False))
     except ValueError as error:
         raise BitlowerError(f"{owner}: {GENERATION} cannot be read: {error}", hint="fetch the file again") from None
-    found = []
+    tokens = []
     for key in _ENDS:
         named = form.get(key)
         for number in named if isinstance(named, list) else [named]:
             if isinstance(number, int) and number >= rows:
-                found.append(f"{key} {number}")
-    return [f"{GENERATION} names tokens beyond the {rows} rows of the embedding: {_listed(found)}"] if found else []
+                tokens.append(f"{key} {number}")
+    return [f"{GENERATION} names tokens beyond the {rows} rows of the embedding: {_listed(tokens)}"] if tokens else []

@@ -88,7 +88,7 @@ def _varies(size: int | torch.SymInt) -> bool:
 def found_lengths(exported: ExportedProgram, names: Mapping[str, str]) -> dict[str, Length]:
     """The sizes that the trace holds for, by the dimension's name: bounds that torch found, and multiples."""
     equalities = _equalities(exported)
-    found: dict[str, Length] = {}
+    lengths: dict[str, Length] = {}
     for symbol, bounds in exported.range_constraints.items():
         name = names.get(str(symbol))
         if name is None:
@@ -99,8 +99,8 @@ def found_lengths(exported: ExportedProgram, names: Mapping[str, str]) -> dict[s
         if traced is not None:
             step = equalities.step(symbol, traced, upper)
             length = Length(length.minimum, upper, step) if step else Length(traced, traced)
-        found[name] = _both(found[name], length) if name in found else length
-    return {name: length for name, length in sorted(found.items()) if length != Length()}
+        lengths[name] = _both(lengths[name], length) if name in lengths else length
+    return {name: length for name, length in sorted(lengths.items()) if length != Length()}
 
 
 def _number(bound: Any) -> int | None:

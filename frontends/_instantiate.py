@@ -110,20 +110,20 @@ class _Traced:
         self.of_first = {
             x for node in self.nodes for x in node.all_input_nodes if self.label[x] == 0 and (self.label[node] or 0) > 1
         }
-        given = graph_results(program.graph)
-        self.results = {x for spec, x in zip(program.outputs, given, strict=True) if not _CACHE.fullmatch(spec.name)}
-        self.gives = [self._gives(layer) for layer in range(count)]
-        if len({tuple(node.meta.get("type") for node in gives) for gives in self.gives}) != 1:
+        results = graph_results(program.graph)
+        self.results = {x for spec, x in zip(program.outputs, results, strict=True) if not _CACHE.fullmatch(spec.name)}
+        self.layer_outputs = [self._outputs_of(layer) for layer in range(count)]
+        if len({tuple(node.meta.get("type") for node in values) for values in self.layer_outputs}) != 1:
             raise BitlowerError("the layers do not give one kind of value to each other")
         self._check()
 
     def _layer(self, name: str | None, node: fx.Node) -> int | None:
         if name is not None:
-            found = _CACHE.fullmatch(name)
-            return int(found[2]) if found else None
+            match = _CACHE.fullmatch(name)
+            return int(match[2]) if match else None
         path = str(node.target) if node.op == "get_attr" else node.meta.get("path", "")
-        found = self.number.match(path)
-        return int(found[2]) if found else None
+        match = self.number.match(path)
+        return int(match[2]) if match else None
 
     def _is_shared_size(self, node: fx.Node) -> bool:
         """Whether a layer computes a size from sizes outside of it that a later layer reads too."""
@@ -147,7 +147,7 @@ class _Traced:
         if run:
             yield run
 
-    def _gives(self, layer: int) -> list[fx.Node]:
+    def _outputs_of(self, layer: int) -> list[fx.Node]:
         """What others read of a layer: the next one, what comes after the last, or the caller."""
 
         def is_given(node: fx.Node) -> bool:
@@ -183,7 +183,7 @@ class _Traced:
                 return "own", self.place[x]
             if x in self.of_first or self.label[x] is None:
                 return ("shared", x.name) if x.op != "get_attr" else ("tensor", self._tensor(x))
-            return "given", self.given(x, layer)
+            return "given", self.output_index(x, layer)
 
         target = node.target
         if node.op == "placeholder":
@@ -204,11 +204,11 @@ class _Traced:
         """A path, a parameter's name or an input's without the layer in it."""
         return self.number.sub(r"\1", name)
 
-    def given(self, node: fx.Node, layer: int) -> int:
+    def output_index(self, node: fx.Node, layer: int) -> int:
         """Which of the values that the layer before ``layer`` returns ``node`` is."""
-        if self.label[node] != layer - 1 or node not in self.gives[layer - 1]:
+        if self.label[node] != layer - 1 or node not in self.layer_outputs[layer - 1]:
             raise BitlowerError("a layer reads what is not of the one before it")
-        return self.gives[layer - 1].index(node)
+        return self.layer_outputs[layer - 1].index(node)
 
 
 class _Writer:
@@ -276,12 +276,14 @@ class _Writer:
                 return self.own[layer][x]
             if x in self.traced.of_first:
                 return self.own[0][x]
-            return self._given(layer - 1, self.traced.given(x, order)) if x not in self.shared else self.shared[x]
+            if x in self.shared:
+                return self.shared[x]
+            return self._layer_output(layer - 1, self.traced.output_index(x, order))
 
         return operand
 
-    def _given(self, layer: int, place: int) -> fx.Node:
-        return self.own[layer][self.traced.gives[self.layers.stands_for[layer]][place]]
+    def _layer_output(self, layer: int, place: int) -> fx.Node:
+        return self.own[layer][self.traced.layer_outputs[self.layers.stands_for[layer]][place]]
 
     def _outside(self, node: fx.Node | None) -> Callable[[fx.Node], fx.Node]:
         """What stands for an operand of a node that belongs to no layer, or for an output."""
@@ -294,14 +296,14 @@ class _Writer:
             if node is not None and self.traced.is_size(node):
                 layer = self.last if order == count - 1 else self.layers.traced[order or 0]
                 return self.graph_input(x, layer)
-            return self._given(self.last, self.traced.given(x, count))
+            return self._layer_output(self.last, self.traced.output_index(x, count))
 
         return operand
 
     def graph_input(self, node: fx.Node, layer: int) -> fx.Node:
         """The input of ``layer`` that is called as ``node`` but for the number."""
         name = self._numbered(str(node.target), layer)
-        return next(found for found in self.own[layer].values() if found.op == "placeholder" and found.target == name)
+        return next(other for other in self.own[layer].values() if other.op == "placeholder" and other.target == name)
 
     def _specs(self, specs: tuple[ValueSpec, ...]) -> tuple[ValueSpec, ...]:
         """Inputs of all layers."""
@@ -309,9 +311,9 @@ class _Writer:
 
     def _outputs(self) -> tuple[tuple[ValueSpec, ...], tuple[fx.Node, ...]]:
         """Outputs of all layers, with the nodes that compute them."""
-        given = graph_results(self.traced.program.graph)
+        result_nodes = graph_results(self.traced.program.graph)
         specs, values = [], []
-        for spec, node, layer in self._per_layer(list(zip(self.traced.program.outputs, given, strict=True))):
+        for spec, node, layer in self._per_layer(list(zip(self.traced.program.outputs, result_nodes, strict=True))):
             specs.append(spec)
             values.append(self._outside(None)(node) if layer is None else self._inside(layer)(node))
         return tuple(specs), tuple(values)
@@ -320,8 +322,8 @@ class _Writer:
         """Each entry that belongs to no layer, and where the first of a layer stands, those of all layers."""
         by_layer: dict[int, list[tuple[ValueSpec, Any, Any]]] = {}
         for spec, value in entries:
-            if found := _CACHE.fullmatch(spec.name):
-                by_layer.setdefault(int(found[2]), []).append((spec, value, found))
+            if match := _CACHE.fullmatch(spec.name):
+                by_layer.setdefault(int(match[2]), []).append((spec, value, match))
         if by_layer and sorted(by_layer) != list(range(self.traced.count)):
             raise BitlowerError("not every layer has a cache of its own")
         written = False
@@ -331,5 +333,5 @@ class _Writer:
             elif not written:
                 written = True
                 for layer, order in enumerate(self.layers.stands_for):
-                    for own, node, found in by_layer[order]:
-                        yield ValueSpec(f"{found[1]}{layer}{found[3]}", own.type), node, layer
+                    for own, node, match in by_layer[order]:
+                        yield ValueSpec(f"{match[1]}{layer}{match[3]}", own.type), node, layer

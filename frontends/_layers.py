@@ -49,14 +49,14 @@ class Layers:
 def representatives(model: PreTrainedModel) -> Layers | None:
     """The layers to trace; None where they do not repeat, or less than half of the work would be saved."""
     count = getattr(model.config.get_text_config(), _COUNT, None)
-    found = [
+    candidates = [
         (path, module)
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
-    if len(found) != 1 or any(map(is_changed, model.modules())):
+    if len(candidates) != 1 or any(map(is_changed, model.modules())):
         return None
-    path, layers = found[0]
+    path, layers = candidates[0]
     kinds = _kinds(model, layers)
     alike = {kind: [i for i, other in enumerate(kinds) if i and other == kind][:_ALIKE] for kind in set(kinds)}
     traced = sorted({0, *(place for places in alike.values() for place in places)})
@@ -79,7 +79,7 @@ def shortened(model: PreTrainedModel, layers: Layers) -> Iterator[None]:
     owner = model.get_submodule(parent)
     whole = owner.get_submodule(name)
     assert isinstance(whole, nn.ModuleList)
-    kept = [whole[place] for place in layers.traced]
+    traced_layers = [whole[place] for place in layers.traced]
     before: list[tuple[Any, str, Any]] = []
 
     def put(holder: Any, attribute: str, value: Any) -> None:
@@ -91,11 +91,11 @@ def shortened(model: PreTrainedModel, layers: Layers) -> Iterator[None]:
         for config in _configurations(model, len(whole)):
             for key, value in _lists(config, len(whole)).items():
                 put(config, key, type(value)(value[place] for place in layers.traced))
-            put(config, _COUNT, len(kept))
+            put(config, _COUNT, len(traced_layers))
         for part, attribute in _numbers(whole):
-            for place, layer in enumerate(kept):
+            for place, layer in enumerate(traced_layers):
                 put(layer.get_submodule(part), attribute, place)
-        owner._modules[name] = nn.ModuleList(kept)
+        owner._modules[name] = nn.ModuleList(traced_layers)
         yield
     finally:
         owner._modules[name] = whole
@@ -134,7 +134,7 @@ def _shown(value: Any) -> Any:
 
 def _numbers(layers: nn.ModuleList) -> set[tuple[str, str]]:
     """The attributes in which each layer holds its own place, by module and name."""
-    found: set[tuple[str, str]] | None = None
+    attributes: set[tuple[str, str]] | None = None
     for place, layer in enumerate(layers):
         here = {
             (name, key)
@@ -142,14 +142,14 @@ def _numbers(layers: nn.ModuleList) -> set[tuple[str, str]]:
             for key, value in vars(module).items()
             if type(value) is int and value == place
         }
-        found = here if found is None else found & here
-    return found or set()
+        attributes = here if attributes is None else attributes & here
+    return attributes or set()
 
 
 def _configurations(model: PreTrainedModel, count: int) -> list[PreTrainedConfig]:
     """Each configuration that a module holds and that speaks of so many layers."""
-    held = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), _COUNT)]
-    distinct = {id(config): config for config in held}
+    configs = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), _COUNT)]
+    distinct = {id(config): config for config in configs}
     return [config for config in distinct.values() if getattr(config, _COUNT) == count]
 
 

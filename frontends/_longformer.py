@@ -28,10 +28,10 @@ _QUESTION = (
 def classifier(original: Any, notes: list[str]) -> Any:
     """A head that gives the first token global attention: a mask of one column."""
 
-    def forward(self: Any, input_ids: Any = None, **given: Any) -> Any:
-        if given.get("global_attention_mask") is None:
-            given["global_attention_mask"] = torch.ones_like(input_ids[:, :1])
-        return original(self, input_ids, **given)
+    def forward(self: Any, input_ids: Any = None, **arguments: Any) -> Any:
+        if arguments.get("global_attention_mask") is None:
+            arguments["global_attention_mask"] = torch.ones_like(input_ids[:, :1])
+        return original(self, input_ids, **arguments)
 
     return forward
 
@@ -39,12 +39,12 @@ def classifier(original: Any, notes: list[str]) -> Any:
 def reader(original: Any, notes: list[str]) -> Any:
     """A head for question answering, which gives the tokens before the first separator global attention."""
 
-    def forward(self: Any, input_ids: Any = None, **given: Any) -> Any:
-        if given.get("global_attention_mask") is None:
+    def forward(self: Any, input_ids: Any = None, **arguments: Any) -> Any:
+        if arguments.get("global_attention_mask") is None:
             notes.append(_QUESTION)
             separators = (input_ids == self.config.sep_token_id).long()
-            given["global_attention_mask"] = (separators.cumsum(1) == 0).long()
-        return original(self, input_ids, **given)
+            arguments["global_attention_mask"] = (separators.cumsum(1) == 0).long()
+        return original(self, input_ids, **arguments)
 
     return forward
 
@@ -161,9 +161,9 @@ def _near(parts: list[torch.Tensor], tokens: _Tokens, window: int, heads: tuple[
     if tokens.dense:
         return _attend(parts, tokens.mask(window), heads)
     keys, values = (_keys(part, window, part[:, : tokens.first] if tokens.first else None) for part in (key, value))
-    found = _attend([_queries(query, window), keys, values], tokens.mask(window), heads)
+    context = _attend([_queries(query, window), keys, values], tokens.mask(window), heads)
     rows, length, width = query.shape
-    return found.view(rows, _count(length, window) * window, width)[:, :length]
+    return context.view(rows, _count(length, window) * window, width)[:, :length]
 
 
 def _attend(parts: list[torch.Tensor], mask: torch.Tensor, heads: tuple[int, int]) -> torch.Tensor:

@@ -78,15 +78,15 @@ def _funnel_positions(original: Any, notes: list[str]) -> Any:
         frequencies = 1 / (10000 ** (half / (config.d_model // 2)))
         embed = partial(_sinusoids, frequencies)
         keys = _Positions(0, 0, 1, seq_len)
-        found = []
+        embeddings = []
         for block in range(config.num_blocks):
             pooling, queries = None, keys
             if block:
                 queries = keys.pooled(block, separate=config.separate_cls, truncate=config.truncate_seq)
                 pooling = embed(keys.distances(queries, 2 ** (block - 1), 2))
-            found.append([embed(queries.distances(queries, 2**block, 1)), pooling])
+            embeddings.append([embed(queries.distances(queries, 2**block, 1)), pooling])
             keys = queries
-        return found
+        return embeddings
 
     return get_position_embeds
 

@@ -18,9 +18,9 @@ def in_float32(module: M) -> tuple[M, tuple[str, ...]]:
     others = Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values() if _other(t))
     if not others:
         return module, ()
-    held = ", ".join(f"{count} in {dtype}" for dtype, count in sorted(others.items()))
+    dtype_counts = ", ".join(f"{count} in {dtype}" for dtype, count in sorted(others.items()))
     return copy.deepcopy(module).float(), (
-        f"{type(module).__name__} has tensors of other floats ({held}): cast to float32",
+        f"{type(module).__name__} has tensors of other floats ({dtype_counts}): cast to float32",
     )
 
 

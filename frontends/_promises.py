@@ -51,12 +51,12 @@ class Held:
         return max((shape[0] for shape in tables if len(shape) == 2), default=0)
 
 
-def check_numbers(form: Mapping[str, Any], held: Held, where: str) -> None:
+def check_numbers(form: Mapping[str, Any], contents: Held, where: str) -> None:
     """See that the numbers of a configuration make sense beside the weights.
 
     Args:
         form: the configuration as plain data.
-        held: what the files hold.
+        contents: what the files hold.
         where: the configuration's file, for messages.
 
     Raises:
@@ -72,10 +72,10 @@ def check_numbers(form: Mapping[str, Any], held: Held, where: str) -> None:
             raise BitlowerError(shown, hint="an epsilon is from 0 to below 1")
         if _POSITIVE.search(name) and not (0 < value < math.inf):
             raise BitlowerError(shown, hint="the base and the factor of rotary positions are finite and above 0")
-        if isinstance(value, int) and not _UNBOUND.search(name) and value > max(_LARGE, held.largest):
-            raise BitlowerError(f"{shown}, and the largest dimension of the weights is {held.largest}", hint=_HINT)
-        if "position" in name and held.positions and value > max(_POSITIONS, 2 * held.positions):
-            raise BitlowerError(f"{shown}, and the weights hold {held.positions} positions", hint=_HINT)
+        if isinstance(value, int) and not _UNBOUND.search(name) and value > max(_LARGE, contents.largest):
+            raise BitlowerError(f"{shown}, and the largest dimension of the weights is {contents.largest}", hint=_HINT)
+        if "position" in name and contents.positions and value > max(_POSITIONS, 2 * contents.positions):
+            raise BitlowerError(f"{shown}, and the weights hold {contents.positions} positions", hint=_HINT)
 
 
 def _numbers(form: Any, path: str) -> Iterator[tuple[str, int | float]]:
@@ -86,18 +86,18 @@ def _numbers(form: Any, path: str) -> Iterator[tuple[str, int | float]]:
         yield path, form
 
 
-def check_skeleton(make: Callable[[], torch.nn.Module], held: Held, where: str) -> None:
+def check_skeleton(make: Callable[[], torch.nn.Module], contents: Held, where: str) -> None:
     """Build a model without memory and see that it has about as many numbers as the files hold.
 
     Args:
         make: builds the model.
-        held: what the files hold.
+        contents: what the files hold.
         where: the configuration's file, for messages.
 
     Raises:
         BitlowerError: it registers far more tensors, or has far more numbers; else what ``make`` raises.
     """
-    budget = _Budget(held, where)
+    budget = _Budget(contents, where)
     handles = [
         registry.register_module_parameter_registration_hook(budget.take_parameter),
         registry.register_module_buffer_registration_hook(budget.take_buffer),
@@ -113,10 +113,10 @@ def check_skeleton(make: Callable[[], torch.nn.Module], held: Held, where: str) 
 class _Budget:
     """What a model may register; the bounds leave room for heads that the files lack and for tensors that are split."""
 
-    def __init__(self, held: Held, where: str) -> None:
-        self._held, self._where = held, where
-        self._tensors = 8 * len(held.shapes) + 1000
-        self._numbers = 2 * held.numbers + _LARGE
+    def __init__(self, contents: Held, where: str) -> None:
+        self._contents, self._where = contents, where
+        self._tensors = 8 * len(contents.shapes) + 1000
+        self._numbers = 2 * contents.numbers + _LARGE
         self._buffers = _BUFFERS
         self._taken: dict[int, torch.Tensor] = {}
 
@@ -127,11 +127,11 @@ class _Budget:
         self._tensors -= 1
         self._numbers -= tensor.numel()
         if self._tensors < 0:
-            raise self._refusal(f"more layers than the {len(self._held.shapes)} tensors of the weights can fill")
+            raise self._refusal(f"more layers than the {len(self._contents.shapes)} tensors of the weights can fill")
         if self._numbers < 0:
             shape = list(tensor.shape)
             raise self._refusal(
-                f"far more than the {self._held.numbers} numbers that the weights hold: "
+                f"far more than the {self._contents.numbers} numbers that the weights hold: "
                 f"at {type(module).__name__}.{name} of shape {shape}"
             )
 

@@ -58,13 +58,13 @@ def sample(model: PreTrainedModel, names: Mapping[str, Any], rows: int, length: 
         ids[each, last] = ends
     ids = torch.where(mask.bool(), ids, _token(model, "pad_token_id") or 0)
     corners = torch.randint(0, 500, (rows, length, 2), generator=generator)
-    given = {
+    inputs = {
         "input_ids": ids,
         "attention_mask": mask,
         "token_type_ids": torch.zeros_like(ids),
         "bbox": torch.cat([corners, corners + torch.randint(0, 500, corners.shape, generator=generator)], -1),
     }
-    return {name: given[name] for name in names}
+    return {name: inputs[name] for name in names}
 
 
 def vocabulary(model: PreTrainedModel) -> int:

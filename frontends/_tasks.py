@@ -49,7 +49,7 @@ def task_of(architectures: Sequence[str], where: str) -> str:
                 return task
         if architecture in _names("MODEL_MAPPING_NAMES"):
             return "feature-extraction"
-    other = next((found for name in architectures if (found := _other(name))), "")
+    other = next((purpose for name in architectures if (purpose := _other(name))), "")
     raise BitlowerError(
         f"{where}the architecture {', '.join(architectures) or '(none given)'} "
         + (f"is for {other}, which is not supported" if other else "fits no task"),
@@ -137,8 +137,8 @@ def refuse_rope(name: str, config: Mapping[str, Any]) -> None:
         BitlowerError: the configuration asks for them.
     """
     for key in ("rope_parameters", "rope_scaling"):
-        given = config.get(key)
-        groups = [given, *given.values()] if isinstance(given, Mapping) else []
+        parameters = config.get(key)
+        groups = [parameters, *parameters.values()] if isinstance(parameters, Mapping) else []
         for group in groups:
             kind = (group.get("rope_type") or group.get("type")) if isinstance(group, Mapping) else None
             if isinstance(kind, str) and "dynamic" in kind:

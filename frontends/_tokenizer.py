@@ -75,17 +75,17 @@ def from_files(files: tuple[tuple[str, bytes], ...], config: str, owner: str, pa
     return tokenizer
 
 
-def check_same_tokens(found: Any, expected: Any, what: str) -> None:
+def check_same_tokens(candidate: Any, expected: Any, what: str) -> None:
     """See that two tokenizers give the same tokens, and the same chat template.
 
     Raises:
         CheckError: they do not, for one of :data:`PROBES`.
     """
     for text in PROBES:
-        ids, wanted = (tokenizer(text, verbose=False)["input_ids"] for tokenizer in (found, expected))
+        ids, wanted = (tokenizer(text, verbose=False)["input_ids"] for tokenizer in (candidate, expected))
         if ids != wanted:
             raise CheckError(f"{what} gives other tokens for {text!r}: {ids[:8]}…, not {wanted[:8]}…")
-    if found.chat_template != expected.chat_template:
+    if candidate.chat_template != expected.chat_template:
         raise CheckError(f"{what} has another chat template than the model's")
 
 

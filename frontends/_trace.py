@@ -103,13 +103,13 @@ def unchanged(model: torch.nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, attributes, held in before:
+        for module, attributes, members in before:
             vars(module).clear()
             vars(module).update(attributes)
-            for part, values in held.items():
-                kept = getattr(module, part)
-                kept.clear()
-                kept.update(values)
+            for part, values in members.items():
+                table = getattr(module, part)
+                table.clear()
+                table.update(values)
 
 
 @contextmanager
@@ -201,14 +201,14 @@ def _name_inputs(graph: fx.Graph, names: Sequence[str] | None) -> tuple[ValueSpe
 def _name_outputs(graph: fx.Graph, names: Sequence[str], keep: Callable[[str], bool]) -> tuple[ValueSpec, ...]:
     """The outputs, in one tuple; what is not kept, and None, is dropped."""
     flat, _ = torch.utils._pytree.tree_flatten(graph.output_node().args)
-    kept = {name: value for name, value in zip(names, flat, strict=True) if value is not None and keep(name)}
-    for name, value in kept.items():
+    outputs = {name: value for name, value in zip(names, flat, strict=True) if value is not None and keep(name)}
+    for name, value in outputs.items():
         if not isinstance(value, fx.Node) or "type" not in value.meta:
             raise BitlowerError(f"the output {name!r} is no tensor", hint="return tensors alone")
-    if not kept:
+    if not outputs:
         raise BitlowerError("the model returns no tensor")
-    set_graph_results(graph, list(kept.values()))
-    return tuple(ValueSpec(name, value.meta["type"]) for name, value in kept.items())
+    set_graph_results(graph, list(outputs.values()))
+    return tuple(ValueSpec(name, value.meta["type"]) for name, value in outputs.items())
 
 
 def _translate_meta(node: fx.Node, symbols: Mapping[str, str]) -> dict[str, Any]:

@@ -70,14 +70,14 @@ def context_length(program: Program, stated: int | None) -> int | None:
 def _takes(program: Program, length: int) -> bool:
     """Whether no index points outside of its table and all shapes fit at ``length`` tokens."""
     sizes = {"batch": 2, "sequence": length, "past": 0, "past + sequence": length}
-    given = []
+    examples = []
     for spec in program.inputs:
         if any(isinstance(dim, str) and dim not in sizes for dim in spec.type.shape):
             return True  # it reads something whose sizes have no names
         shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.type.shape]
-        given.append(_example(spec.name, shape, spec.type.dtype))
+        examples.append(_example(spec.name, shape, spec.type.dtype))
     try:
-        _Shapes(program.module).run(*given, enable_io_processing=False)
+        _Shapes(program.module).run(*examples, enable_io_processing=False)
     except Exception:  # whatever torch raises on what does not fit
         return False
     return True

@@ -64,10 +64,10 @@ class Signature:
     def inputs(self) -> dict[str, tuple[int | str, ...]]:
         """The inputs' shapes by name, in order."""
         total = TOTAL if self.caches else SEQUENCE
-        given: dict[str, tuple[int | str, ...]] = {"input_ids": (BATCH, SEQUENCE), "attention_mask": (BATCH, total)}
+        shapes: dict[str, tuple[int | str, ...]] = {"input_ids": (BATCH, SEQUENCE), "attention_mask": (BATCH, total)}
         if self.takes_positions:
-            given["position_ids"] = (BATCH, SEQUENCE)
-        return given | self._cache_shapes("past_key_values", PAST)
+            shapes["position_ids"] = (BATCH, SEQUENCE)
+        return shapes | self._cache_shapes("past_key_values", PAST)
 
     def outputs(self) -> list[str]:
         """The outputs' names, in order."""
@@ -90,24 +90,24 @@ class Signature:
         sizes = {BATCH: batch, PAST: past, SEQUENCE: sequence, TOTAL: past + sequence}
         mask = torch.ones((batch, past + sequence), dtype=torch.int64)
         mask[0, : 2 if past + sequence > 3 else 0] = 0
-        given = {
+        tensors = {
             "input_ids": torch.randint(0, vocabulary, (batch, sequence), generator=generator),
             "attention_mask": mask,
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, past:].contiguous(),
         }
         return {
-            name: given[name]
-            if name in given
+            name: tensors[name]
+            if name in tensors
             else torch.randn([sizes[d] if isinstance(d, str) else d for d in shape], generator=generator)
             for name, shape in self.inputs().items()
         }
 
     def arguments(self, flat: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """``flat`` as transformers' ``forward`` takes it: the cache in one object."""
-        given: dict[str, Any] = {name: value for name, value in flat.items() if "." not in name}
+        keywords: dict[str, Any] = {name: value for name, value in flat.items() if "." not in name}
         if not self.caches:
-            return given
-        return given | {self.argument: self._cache(flat), "use_cache": True}
+            return keywords
+        return keywords | {self.argument: self._cache(flat), "use_cache": True}
 
     def _cache(self, flat: Mapping[str, torch.Tensor]) -> DynamicCache:
         from transformers import DynamicCache

@@ -60,11 +60,11 @@ def load_gguf(path: Path, task: str | None = None, *, mapped: bool | None = None
             raise BitlowerError(
                 f"reading {path.name} needs the package {name}", hint="install it: pip install bitlower[gguf]"
             )
-    held = _check_header(path)
-    mapped = is_large(held) if mapped is None else mapped
+    contents = _check_header(path)
+    mapped = is_large(contents) if mapped is None else mapped
     try:
         with quiet(), redirect_stderr(io.StringIO()), _read_once(path), _to_files(mapped):  # it draws a bar of its own
-            model = _load_model(path, held)
+            model = _load_model(path, contents)
             assets = _tokenizer_files(path, model)
     except BitlowerError:
         raise
@@ -90,9 +90,9 @@ def _check_header(path: Path) -> Held:
         raise BitlowerError(f"{path} is no GGUF file", hint="fetch the file again") from None
     except ValueError as error:
         raise BitlowerError(f"{path} cannot be read: {error}", hint="fetch the file again") from None
-    held = Held(header.shapes, sum(map(math.prod, header.shapes.values())))
-    check_numbers(header.values, held, str(path))
-    return held
+    contents = Held(header.shapes, sum(map(math.prod, header.shapes.values())))
+    check_numbers(header.values, contents, str(path))
+    return contents
 
 
 @contextmanager
@@ -145,7 +145,7 @@ class _Spilling(dict[str, type[Any]]):
         super().__init__({name: self._spilling(kind) for name, kind in processors.items()})
         self._general = self._spilling(general)
 
-    def get(self, architecture: str, default: object = None) -> type[Any]:  # type: ignore[override]
+    def get(self, architecture: str, default: object = None) -> type[Any]:
         return super().get(architecture, self._general)
 
     @staticmethod
@@ -165,12 +165,12 @@ def _spill(tensors: dict[str, torch.Tensor]) -> None:
             tensors[name] = spill(tensor)
 
 
-def _load_model(path: Path, held: Held) -> PreTrainedModel:
+def _load_model(path: Path, contents: Held) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     place: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     config = AutoConfig.from_pretrained(path.parent, **place)
-    check_skeleton(lambda: AutoModelForCausalLM.from_config(config), held, str(path))
+    check_skeleton(lambda: AutoModelForCausalLM.from_config(config), contents, str(path))
     model, info = AutoModelForCausalLM.from_pretrained(
         path.parent, config=config, dtype=torch.float32, output_loading_info=True, **place
     )

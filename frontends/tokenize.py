@@ -135,9 +135,9 @@ def window_lead(program: Program, bos: str = "auto") -> tuple[int, ...]:
     if bos == "never":
         return ()
     tokenizer = tokenizer_of(program)
-    found = leading_tokens(tokenizer)
-    if found or bos == "auto":
-        return tuple(found)
+    tokens = leading_tokens(tokenizer)
+    if tokens or bos == "auto":
+        return tuple(tokens)
     if tokenizer.bos_token_id is None:
         raise BitlowerError(
             f"the tokenizer of {program.source or 'the model'} has no token that begins a text",

@@ -65,9 +65,9 @@ def traced(
     """
     place = folder or (Path(named) if (named := os.environ.get(VARIABLE)) else None)
     path = place / f"{_key(model, kind)}.json" if place and not any(map(is_changed, model.modules())) else None
-    kept = _read(path, model) if path else None
-    if kept is not None and _holds(kept, check):
-        return kept
+    cached_program = _read(path, model) if path else None
+    if cached_program is not None and _holds(cached_program, check):
+        return cached_program
     program = trace_by_layers(model, trace, check)
     if path:
         _write(path, program, model)
@@ -92,8 +92,8 @@ def _read(path: Path, model: PreTrainedModel) -> Program | None:
     """The trace in ``path`` with the weights of ``model``; None if there is none, or it is damaged."""
     try:
         form = json.loads(read_checked(path))
-        held = model_tensors(model)
-        values = {name: held[name.removeprefix(_GRAPH)] for name in form["tensors"]}
+        weights = model_tensors(model)
+        values = {name: weights[name.removeprefix(_GRAPH)] for name in form["tensors"]}
         values |= safetensors.load(base64.b64decode(form["constants"]))
         program = decode(form["document"], {name: tensor.detach() for name, tensor in values.items()})
         program.notes = tuple(form["notes"])
@@ -109,9 +109,9 @@ def _write(path: Path, program: Program, model: PreTrainedModel) -> None:
         document, tensors = encode(program)
     except BitlowerError:
         return  # a plugin's operator, whose name says nothing here
-    held = model_tensors(model)
-    storages = {tensor.untyped_storage().data_ptr() for tensor in held.values()}
-    own = {name for name, tensor in tensors.items() if _is(tensor, held.get(name.removeprefix(_GRAPH)))}
+    weights = model_tensors(model)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in weights.values()}
+    own = {name for name, tensor in tensors.items() if _is(tensor, weights.get(name.removeprefix(_GRAPH)))}
     others = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in own}
     if any(tensor.untyped_storage().data_ptr() in storages for tensor in others.values()):
         return
@@ -125,8 +125,8 @@ def _write(path: Path, program: Program, model: PreTrainedModel) -> None:
     }
     try:
         write_checked(path, json.dumps(form).encode())
-        kept = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
-        for oldest in kept[:-_MOST]:
+        files = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
+        for oldest in files[:-_MOST]:
             oldest.unlink(missing_ok=True)
     except OSError:
         return  # a full disk, or a folder that is not ours: the trace is good all the same

@@ -25,9 +25,9 @@ IN_MEMORY = 768 << 20
 """Bytes of weights in float32 that are held in memory; more are left in files and read when they are used."""
 
 
-def is_large(held: Held) -> bool:
+def is_large(contents: Held) -> bool:
     """Whether the weights of a file are more than :data:`IN_MEMORY`."""
-    return 4 * sum(map(math.prod, held.shapes.values())) > IN_MEMORY
+    return 4 * sum(map(math.prod, contents.shapes.values())) > IN_MEMORY
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -89,14 +89,14 @@ def load_weights(folder: Path, task: str, auto_class: str, *, mapped: bool | Non
     """
     import transformers
 
-    held = _held(folder)
-    check_numbers(read_json(folder / "config.json"), held, f"{folder / 'config.json'}")
+    contents = _held(folder)
+    check_numbers(read_json(folder / "config.json"), contents, f"{folder / 'config.json'}")
     loader = getattr(transformers, auto_class)
     if mapped is None:
-        mapped = is_large(held)
+        mapped = is_large(contents)
     try:
         with quiet():
-            check_skeleton(lambda: _skeleton(folder, loader), held, f"{folder / 'config.json'}")
+            check_skeleton(lambda: _skeleton(folder, loader), contents, f"{folder / 'config.json'}")
             check_weights(folder)
             model, info = (_load_mapped if mapped else _load)(folder, loader)
     except BitlowerError:

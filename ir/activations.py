@@ -58,6 +58,6 @@ def activation_of(node: fx.Node | None) -> Activation | None:
     """The row of the table that ``node`` is; None for another operator, or for one with arguments of its own."""
     if node is None or len(node.args) != 1:
         return None
-    given = {key: value for key, value in node.kwargs.items() if value != "none"}  # gelu's own default
-    rows = [row for row in ACTIVATIONS if row.target is node.target and dict(row.options) == given]
+    options = {key: value for key, value in node.kwargs.items() if value != "none"}  # gelu's own default
+    rows = [row for row in ACTIVATIONS if row.target is node.target and dict(row.options) == options]
     return rows[0] if rows else None

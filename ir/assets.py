@@ -62,15 +62,15 @@ def read_assets(folder: Path, others: Collection[str] = ()) -> dict[str, bytes]:
         BitlowerError: ``modules.json`` is damaged, or names a folder that is not inside its own or not there.
     """
     root = modules_root(folder)
-    found = _read(folder, {name for name in _names(folder) if _belongs(name) or name in others})
+    files = _read(folder, {name for name in _names(folder) if _belongs(name) or name in others})
     if root is None:
-        return found
+        return files
     if root != folder:
-        found |= _read(root, {name for name in _names(root) if _belongs(name)})
-        found[MODULES] = _beside_transformer(root / MODULES)
+        files |= _read(root, {name for name in _names(root) if _belongs(name)})
+        files[MODULES] = _beside_transformer(root / MODULES)
     followers = (place for place, kind in _places(root / MODULES) if place and kind != TRANSFORMER)
-    found |= _read(root, {name for place in followers for name in _files_below(root, place)})
-    return dict(sorted(found.items()))
+    files |= _read(root, {name for place in followers for name in _files_below(root, place)})
+    return dict(sorted(files.items()))
 
 
 def modules_root(folder: Path) -> Path | None:
@@ -113,9 +113,9 @@ def is_inside(name: str) -> bool:
     )  # fmt: skip
 
 
-def left_behind(folder: Path, taken: Collection[str]) -> list[str]:
-    """Files and folders beside the model that are neither ``taken`` nor the model, and not only about it."""
-    tops = {name.partition("/")[0] for name in taken}
+def left_behind(folder: Path, assets: Collection[str]) -> list[str]:
+    """Files and folders beside the model that are neither among ``assets`` nor the model, and not only about it."""
+    tops = {name.partition("/")[0] for name in assets}
     entries = sorted(entry.name for entry in folder.iterdir() if entry.exists())
     return [
         name
@@ -145,7 +145,7 @@ def _names(folder: Path) -> Iterator[str]:
 
 def _places(path: Path) -> list[tuple[str, str]]:
     """The folder and the kind of each module of a sentence-transformers model, as ``modules.json`` at ``path`` says."""
-    found = []
+    places = []
     for module in _modules(path):
         place, kind = module.get("path"), module.get("type")
         if not isinstance(place, str) or not isinstance(kind, str):
@@ -155,8 +155,8 @@ def _places(path: Path) -> list[tuple[str, str]]:
             raise BitlowerError(f"{path} names a folder outside of the model's: {place!r}")
         if place and kind != _NORMALIZE and not (path.parent / place).is_dir():  # which has no files
             raise BitlowerError(f"{path} names the folder {place!r}, which is missing", hint="fetch the model again")
-        found.append((place, kind))
-    return found
+        places.append((place, kind))
+    return places
 
 
 def _beside_transformer(path: Path) -> bytes:

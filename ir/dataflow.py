@@ -148,20 +148,20 @@ def _computes_from(branch: fx.Node, stream: fx.Node, position: dict[fx.Node, int
 
 def ancestors(graph: fx.Graph, nodes: Collection[fx.Node]) -> set[fx.Node]:
     """What ``nodes`` depend on."""
-    found: set[fx.Node] = set()
+    sources: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if node in nodes or node in found:
-            found.update(node.all_input_nodes)
-    return found
+        if node in nodes or node in sources:
+            sources.update(node.all_input_nodes)
+    return sources
 
 
 def constants(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that depend on no input: parameters, and what is computed from them alone."""
-    found: set[fx.Node] = set()
+    constant_nodes: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "get_attr" or (node.op == "call_function" and found.issuperset(node.all_input_nodes)):
-            found.add(node)
-    return found
+        if node.op == "get_attr" or (node.op == "call_function" and constant_nodes.issuperset(node.all_input_nodes)):
+            constant_nodes.add(node)
+    return constant_nodes
 
 
 def fusion_groups(graph: fx.Graph) -> list[tuple[fx.Node, ...]]:

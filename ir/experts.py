@@ -101,9 +101,9 @@ def _dense(
         module = layer._modules[str(expert)]
         inner = getattr(module, _first(layer))(routed)
         inner = layer._apply_gate(inner) if layer.has_gate else layer.act_fn(inner)
-        found = module.down_proj(inner)
+        expert_output = module.down_proj(inner)
         if layer.has_post_expert_norm:
-            found = layer.post_expert_norm(found)
+            expert_output = layer.post_expert_norm(expert_output)
         weight = (top_k_weights * chosen.to(top_k_weights.dtype)).sum(dim=-1, keepdim=True)
-        total = total + found * weight
+        total = total + expert_output * weight
     return total.to(hidden_states.dtype)

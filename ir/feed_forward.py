@@ -31,13 +31,13 @@ class FeedForward:
 def feed_forwards(graph: fx.Graph) -> list[FeedForward]:
     """The feed-forward part of every layer, in order; also where attention runs side by side with it (GPT-NeoX)."""
     position = {node: i for i, node in enumerate(graph.nodes)}
-    found = []
+    parts = []
     for total in residual_sums(graph):
         stream, branch = sorted(map(value_root, total.all_input_nodes[:2]), key=position.__getitem__)
         plain = [node for node in _writers(branch, stream) if not _attends(node, stream, position)]
         if plain:
-            found.append(FeedForward(stream, _input(plain[-1], stream, position), plain[-1], total))
-    return found
+            parts.append(FeedForward(stream, _input(plain[-1], stream, position), plain[-1], total))
+    return parts
 
 
 def _writers(branch: fx.Node, stream: fx.Node) -> Iterator[fx.Node]:

@@ -28,11 +28,11 @@ class ValueSpec:
 
 def fit(inputs: Batch, specs: Sequence[ValueSpec], lengths: Mapping[str, Length], pad_token: int | None) -> Batch:
     """What :meth:`~bitlower.ir.Program.fitted` returns; what a runtime holds in tensors of its own stays as it is."""
-    held = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    padded = padded_sizes(held, specs, lengths)
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    padded = padded_sizes(tensors, specs, lengths)
     changed = {}
     for spec in specs:
-        tensor = held.get(spec.name)
+        tensor = tensors.get(spec.name)
         if tensor is None:
             continue
         fitted = _cast(tensor, spec.type.dtype)
@@ -53,7 +53,7 @@ def padded_sizes(
     Raises:
         BitlowerError: a dimension is longer than the model takes.
     """
-    found: dict[str | int, tuple[int, int]] = {}
+    sizes: dict[str | int, tuple[int, int]] = {}
     for spec in specs if lengths else ():
         tensor = inputs.get(spec.name)
         for axis, dim in enumerate(spec.type.shape):
@@ -65,8 +65,8 @@ def padded_sizes(
                 raise BitlowerError(
                     f"the input {spec.name!r} has {size} in the dimension {dim!r}, the model takes {length}"
                 )
-            found[dim] = size, wanted
-    return found
+            sizes[dim] = size, wanted
+    return sizes
 
 
 def crop(

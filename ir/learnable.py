@@ -16,7 +16,7 @@ from bitlower.ir.quantization import numerics
 from bitlower.ir.quantization.granularity import Granularity
 from bitlower.ir.quantization.rounding import Clipping, round_to_grid
 from bitlower.ir.quantization.scheme import QuantSpec
-from bitlower.ir.tokens import kept
+from bitlower.ir.tokens import value_mask
 
 Ranges = Literal["fixed", "learned", "observed"]
 Parametrization = Literal["amax", "scale", "log", "gamma", "pact", "laq"]
@@ -192,7 +192,7 @@ class LearnableQuantizer(nn.Module):
         return total * (self.scale.numel() / weight.numel())
 
     def _observe(self, x: torch.Tensor) -> None:
-        keep = None if self.is_weight else kept(self.activation_shape, self.batch)
+        keep = None if self.is_weight else value_mask(self.activation_shape, self.batch)
         low, high = self.spec.granularity.range_of(x if keep is None else x.masked_fill(~keep, 0.0))
         if not self.is_weight:
             grid = self.spec.grid
@@ -209,8 +209,8 @@ class LearnableQuantizer(nn.Module):
         for _ in range(_LAQ_SWEEPS):
             codes = numerics.codes(weight, scale, zero, self.clipping.quant_min, self.clipping.quant_max)
             energy = numerics.sum_like_scale(codes.square(), scale)
-            found = numerics.sum_like_scale(codes * weight, scale) / energy
-            scale = torch.where(energy > 0, found, scale)
+            optimum = numerics.sum_like_scale(codes * weight, scale) / energy
+            scale = torch.where(energy > 0, optimum, scale)
         return scale
 
 
@@ -267,13 +267,13 @@ def _rows(
     weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, rows: torch.Tensor, padding: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Some rows of a weight, and their scales and zero points, laid out for the shape of what comes out."""
-    taken = functional.embedding(rows, weight, padding if padding >= 0 else None)
+    values = functional.embedding(rows, weight, padding if padding >= 0 else None)
     if not scale.dim():
-        return taken, scale, zero
+        return values, scale, zero
     index = rows // (weight.shape[0] // scale.shape[0])
-    return taken, _at(scale, index), _at(zero, index)
+    return values, _at(scale, index), _at(zero, index)
 
 
 def _at(ranges: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    taken: Sequence[int] = (*index.shape, *ranges.shape[1:])
-    return ranges.index_select(0, index.reshape(-1)).reshape(taken)
+    shape: Sequence[int] = (*index.shape, *ranges.shape[1:])
+    return ranges.index_select(0, index.reshape(-1)).reshape(shape)

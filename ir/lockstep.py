@@ -140,13 +140,13 @@ class _Walker:
         for source in node.all_input_nodes:
             if source in self._constant:
                 self._evaluate(source, constants)
-        held, results = self._held(), []
+        memory, results = self._held(), []
         for index in range(len(self.batches)):
             known = {n: self._values[n][index] for n in node.all_input_nodes if n not in self._constant} | constants
             value = self._call(node, known)
             if isinstance(value, torch.Tensor) and not any(_shares(value, operand) for operand in known.values()):
-                held += value.untyped_storage().nbytes()
-                value = spill(value, folder=self._folder) if held > self._budget else value
+                memory += value.untyped_storage().nbytes()
+                value = spill(value, folder=self._folder) if memory > self._budget else value
             results.append(value)
             for operand in known.values():
                 if isinstance(operand, torch.Tensor):

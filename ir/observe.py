@@ -83,8 +83,8 @@ def run(program: Program, batch: Batch) -> dict[str, torch.Tensor]:
     results = graph_results(program.graph)
     values: dict[fx.Node, torch.Tensor] = {}
     observe(program, set(results), [batch], lambda node, value, _: values.update({node: value}))
-    found = {spec.name: values[node] for spec, node in zip(program.outputs, results, strict=True)}
-    return program.cropped(found, batch)
+    outputs = {spec.name: values[node] for spec, node in zip(program.outputs, results, strict=True)}
+    return program.cropped(outputs, batch)
 
 
 def _resolve(graph: fx.Graph, nodes: Collection[fx.Node | str]) -> set[fx.Node]:

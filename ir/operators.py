@@ -107,8 +107,8 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
     if name in node.kwargs:
         node.update_kwarg(name, value)
         return
-    given = [argument(node, other) for other, (at, _) in known.items() if at < max(place, len(node.args))]
-    node.args = (*given[:place], value, *given[place + 1 :])
+    args = [argument(node, other) for other, (at, _) in known.items() if at < max(place, len(node.args))]
+    node.args = (*args[:place], value, *args[place + 1 :])
 
 
 def further_arguments(node: fx.Node) -> tuple[Any, ...]:
@@ -132,8 +132,8 @@ def swapped_axes(node: fx.Node) -> frozenset[int]:
 
 def graph_results(graph: fx.Graph) -> tuple[fx.Node, ...]:
     """What ``graph`` gives out, in order."""
-    given: Any = graph.output_node().args[0]
-    return tuple(given)
+    results: Any = graph.output_node().args[0]
+    return tuple(results)
 
 
 def set_graph_results(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
@@ -284,7 +284,7 @@ class AttentionNode(NodeView):
     @property
     def scale(self) -> float | None:
         """What scores are multiplied with; None where it depends on a symbolic width."""
-        given, width = argument(self.node, "scale"), self.query.meta["type"].shape[-1]
-        if given is not None:
-            return float(given)
+        factor, width = argument(self.node, "scale"), self.query.meta["type"].shape[-1]
+        if factor is not None:
+            return float(factor)
         return 1 / math.sqrt(width) if isinstance(width, int) else None

@@ -262,11 +262,11 @@ def _target(name: str) -> Any:
             return FUNCTIONS[f"{prefix}{module}:{function}"]
     for full in (f"aten.{name}", f"aten.{name}.default", name, f"{name}.default"):
         try:
-            found = reduce(getattr, full.split("."), torch.ops)
+            candidate = reduce(getattr, full.split("."), torch.ops)
         except AttributeError:
             continue
-        if isinstance(found, torch._ops.OpOverload):
-            return found
+        if isinstance(candidate, torch._ops.OpOverload):
+            return candidate
     raise BitlowerError(f"unknown operator {name!r}", hint="load the plugin that defines it")
 
 

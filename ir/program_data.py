@@ -86,11 +86,11 @@ class ProgramData:
         for name in inputs:
             if name not in names:
                 raise BitlowerError(f"the model has no input {name!r}", hint=nearest(name, names))
-        given = self.complete(inputs)
+        values = self.complete(inputs)
         for name in names:
-            if name not in given:
+            if name not in values:
                 raise BitlowerError(f"the input {name!r} is missing", hint=f"the model takes {', '.join(names)}")
-        return [given[name] for name in names]
+        return [values[name] for name in names]
 
     def complete(self, inputs: Batch) -> dict[str, torch.Tensor]:
         """``inputs`` as :meth:`fitted`; each input with a dimension ``past`` that is not among them is empty.

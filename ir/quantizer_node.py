@@ -40,8 +40,8 @@ class QuantizerNode:
     @property
     def quantizer(self) -> Quantizer:
         """What it stands for."""
-        found: Quantizer = self.node.meta["quantizer"]
-        return found
+        node_quantizer: Quantizer = self.node.meta["quantizer"]
+        return node_quantizer
 
     @property
     def spec(self) -> QuantSpec:

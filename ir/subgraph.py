@@ -33,10 +33,10 @@ def subgraph(module: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequenc
 
 def needed(inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> set[fx.Node]:
     """The nodes between ``inputs`` and ``outputs``, the latter among them."""
-    found, frontier = set[fx.Node](), [node for node in outputs if node not in inputs]
+    nodes, frontier = set[fx.Node](), [node for node in outputs if node not in inputs]
     while frontier:
         node = frontier.pop()
-        if node not in found:
-            found.add(node)
+        if node not in nodes:
+            nodes.add(node)
             frontier += [source for source in node.all_input_nodes if source not in inputs]
-    return found
+    return nodes

@@ -21,7 +21,7 @@ def token_mask(batch: Batch) -> torch.Tensor | None:
     return mask[:, mask.shape[1] - length :].bool()
 
 
-def kept(shape: tuple[int | str, ...], batch: Batch) -> torch.Tensor | None:
+def value_mask(shape: tuple[int | str, ...], batch: Batch) -> torch.Tensor | None:
     """Which elements of a value of this type belong to tokens that are no padding; it broadcasts over the value.
 
     Tokens lie along every axis called ``sequence`` (or ``past + sequence``), or along a first axis that is
@@ -44,5 +44,5 @@ def kept(shape: tuple[int | str, ...], batch: Batch) -> torch.Tensor | None:
 
 def token_rows(value: torch.Tensor, shape: tuple[int | str, ...], batch: Batch) -> torch.Tensor:
     """``value``, of this type, as ``[tokens, channels]`` without padding."""
-    rows, keep = value.reshape(-1, value.shape[-1]), kept(shape, batch)
+    rows, keep = value.reshape(-1, value.shape[-1]), value_mask(shape, batch)
     return rows if keep is None else rows[keep.expand(*value.shape[:-1], 1).reshape(-1)]

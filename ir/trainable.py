@@ -52,15 +52,15 @@ class Trainable:
 
     def changed(self, module: fx.GraphModule) -> dict[str, torch.Tensor]:
         """Parameters and ranges that are no longer those of ``module``, of which (or of a part of which) this is."""
-        found = {
+        tensors = {
             target: get_tensor(self.model, target).detach()
             for target in _targets(self.model)
             if isinstance(get_tensor(self.model, target), nn.Parameter)
         }
         for name, quantizer in self.quantizers().items():
             ranges = quantizer.qparams(self.weight_of(name))
-            found |= dict(zip(self.stored[name], (part.contiguous() for part in ranges), strict=True))
-        return {name: value for name, value in found.items() if not torch.equal(value, get_tensor(module, name))}
+            tensors |= dict(zip(self.stored[name], (part.contiguous() for part in ranges), strict=True))
+        return {name: value for name, value in tensors.items() if not torch.equal(value, get_tensor(module, name))}
 
 
 class TrainableModule(nn.Module):

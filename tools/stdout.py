@@ -26,18 +26,18 @@ def results_alone() -> Iterator[None]:
     code sees closes neither. Where standard output is another stream, put there by whoever called us, results go to it.
     """
     global _results
-    kept = sys.stdout
-    real = _descriptor(kept) == STDOUT
+    original = sys.stdout
+    real = _descriptor(original) == STDOUT
     copy, other = _duplicate(STDOUT), _duplicate(STDERR)
-    _results = _stream(os.dup(copy), kept) if real else kept
-    sys.stdout = _stream(os.dup(other), kept) if real else sys.stderr
+    _results = _stream(os.dup(copy), original) if real else original
+    sys.stdout = _stream(os.dup(other), original) if real else sys.stderr
     try:
-        kept.flush()
+        original.flush()
         os.dup2(other, STDOUT)
         yield
     finally:
-        given, lent, _results, sys.stdout = _results, sys.stdout, None, kept
-        for stream in (given, lent) if real else ():
+        results, lent, _results, sys.stdout = _results, sys.stdout, None, original
+        for stream in (results, lent) if real else ():
             with suppress(OSError, ValueError):
                 stream.close()
         with suppress(OSError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from bitlower.ir.kernels.references import give, join_heads, like_outputs, read, rounded
+from bitlower.ir.kernels.references import join_heads, like_outputs, output_tensors, read, rounded
 
 aten = torch.ops.aten
 
@@ -72,7 +72,7 @@ def _fused_attention(
     else:
         attend = aten.scaled_dot_product_attention.default
         context = attend(q, k, v, mask, 0.0, causal, scale=factor, enable_gqa=grouped)
-    return give(join_heads(context) if heads else context, outputs, out_scale, out_zero_point, out_grid)
+    return output_tensors(join_heads(context) if heads else context, outputs, out_scale, out_zero_point, out_grid)
 
 
 def _masked(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -84,31 +84,31 @@ def bind(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
 
 def outputs(node: fx.Node) -> list[Output]:
     """What a kernel returns, in order."""
-    given = arguments(node)
-    names = str(given.get("outputs", "value")).split()
-    codes = Grid.parse(given["out_grid"]).dtype if given.get("out_grid") else torch.float32
-    found = []
-    for part, shape in enumerate(_shapes(node, given)):
+    node_arguments = arguments(node)
+    names = str(node_arguments.get("outputs", "value")).split()
+    codes = Grid.parse(node_arguments["out_grid"]).dtype if node_arguments.get("out_grid") else torch.float32
+    results = []
+    for part, shape in enumerate(_shapes(node, node_arguments)):
         for name in names:
             size = (*shape[:-1], 1) if name in ("scale", "zero_point") else shape
-            found.append(Output(part, name, TensorType(codes if name == "codes" else torch.float32, size)))
-    return found
+            results.append(Output(part, name, TensorType(codes if name == "codes" else torch.float32, size)))
+    return results
 
 
-def _shapes(node: fx.Node, given: dict[str, Any]) -> Iterator[tuple[Dim, ...]]:
+def _shapes(node: fx.Node, node_arguments: dict[str, Any]) -> Iterator[tuple[Dim, ...]]:
     """The shape of the result of each part."""
     if node.target is fused_linear:
-        sizes = given.get("rows") or (_shape(given["weight"])[0],)
-        yield from ((*_shape(given["x"])[:-1], size) for size in sizes)
+        sizes = node_arguments.get("rows") or (_shape(node_arguments["weight"])[0],)
+        yield from ((*_shape(node_arguments["x"])[:-1], size) for size in sizes)
     elif node.target is fused_embedding:
-        shapes = [_shape(ids) for ids in given["ids"]]
-        yield (*_broadcast(shapes), _shape(given["tables"][0])[-1])
+        shapes = [_shape(ids) for ids in node_arguments["ids"]]
+        yield (*_broadcast(shapes), _shape(node_arguments["tables"][0])[-1])
     elif node.target is fused_attention:
-        shape = (*_shape(given["query"])[:-1], _shape(given["value"])[-1])
-        yield _joined(shape) if given.get("heads") else shape
+        shape = (*_shape(node_arguments["query"])[:-1], _shape(node_arguments["value"])[-1])
+        yield _joined(shape) if node_arguments.get("heads") else shape
     else:
-        shape = _shape(given["x"])
-        yield _joined(shape) if given.get("heads") else shape
+        shape = _shape(node_arguments["x"])
+        yield _joined(shape) if node_arguments.get("heads") else shape
 
 
 def _shape(node: fx.Node) -> tuple[Dim, ...]:
@@ -138,15 +138,15 @@ def output_of(node: fx.Node) -> tuple[fx.Node, Output] | None:
     kernel, index = node.args
     if not isinstance(kernel, fx.Node) or not is_kernel(kernel) or not isinstance(index, int):
         return None
-    found = outputs(kernel)
-    return (kernel, found[index]) if 0 <= index < len(found) else None
+    results = outputs(kernel)
+    return (kernel, results[index]) if 0 <= index < len(results) else None
 
 
 def read_outputs(kernel: fx.Node) -> dict[tuple[int, str], fx.Node]:
     """The ``getitem`` nodes of a kernel by part and name."""
-    found = {}
+    nodes = {}
     for user in kernel.users:
-        taken = output_of(user)
-        if taken:
-            found[taken[1].part, taken[1].name] = user
-    return found
+        origin = output_of(user)
+        if origin:
+            nodes[origin[1].part, origin[1].name] = user
+    return nodes

@@ -46,7 +46,7 @@ def rounded(x: torch.Tensor, scale: torch.Tensor | None, zero_point: torch.Tenso
     return numerics.fake(x, scale, zero_point, parsed.quant_min, parsed.quant_max)
 
 
-def give(
+def output_tensors(
     value: torch.Tensor,
     outputs: str,
     scale: torch.Tensor | None = None,
@@ -55,19 +55,19 @@ def give(
     **others: torch.Tensor,
 ) -> list[torch.Tensor]:
     """The tensors that ``outputs`` names, of the result ``value``; ``others`` are further ones by name."""
-    found = {"value": value, **others}
+    tensors = {"value": value, **others}
     if grid:
         parsed = Grid.parse(grid)
         if scale is None or zero_point is None:
             scale, zero_point = parsed.qparams(*Granularity.per_token().range_of(value))
-            found |= {"scale": scale, "zero_point": zero_point}
+            tensors |= {"scale": scale, "zero_point": zero_point}
         codes = numerics.codes(value, scale, zero_point, parsed.quant_min, parsed.quant_max).to(parsed.dtype)
-        found |= {"codes": codes, "rounded": numerics.values(codes, scale, zero_point)}
-    return [found[name] for name in outputs.split()]
+        tensors |= {"codes": codes, "rounded": numerics.values(codes, scale, zero_point)}
+    return [tensors[name] for name in outputs.split()]
 
 
 def like_outputs(x: torch.Tensor, shape: Sequence[int | torch.SymInt], outputs: str, grid: str) -> list[torch.Tensor]:
-    """Empty tensors of the dtypes and shapes that :func:`give` returns for a result of ``shape``."""
+    """Empty tensors of the dtypes and shapes that :func:`output_tensors` returns for a result of ``shape``."""
     dtypes = {"codes": Grid.parse(grid).dtype} if grid else {}
     made = []
     for name in outputs.split():
@@ -117,7 +117,7 @@ def _fused_linear(
     - ``out_grid``: the grid of the result.
     - ``outputs``: what is given of each layer: ``value``, ``codes``, ``rounded``.
     """
-    value, found, start = read(x, x_scale, x_zero_point), list[torch.Tensor](), 0
+    value, tensors, start = read(x, x_scale, x_zero_point), list[torch.Tensor](), 0
     for size in rows or (weight.shape[0],):
         part = slice(start, start + size)
         scales = [s if s.dim() == 0 or not rows else s[part] for s in (weight_scale, weight_zero_point)]
@@ -128,9 +128,9 @@ def _fused_linear(
         if residual is not None:
             y = y + read(residual, residual_scale, residual_zero_point)
         stored = [s[..., part] if rows and s is not None and s.dim() else s for s in (out_scale, out_zero_point)]
-        found += give(y, outputs, stored[0], stored[1], out_grid)
+        tensors += output_tensors(y, outputs, stored[0], stored[1], out_grid)
         start += size
-    return found
+    return tensors
 
 
 def _product(
@@ -211,7 +211,7 @@ def _fused_norm(
         y = aten.layer_norm.default(value, [value.shape[-1]], gain, bias, eps, False)
     else:
         y = aten.rms_norm.default(value, [value.shape[-1]], gain, eps)
-    return give(y, outputs, out_scale, out_zero_point, out_grid, **others)
+    return output_tensors(y, outputs, out_scale, out_zero_point, out_grid, **others)
 
 
 @_fused_norm.register_fake
@@ -267,7 +267,7 @@ def _fused_pointwise(
         y = y + read(residual, residual_scale, residual_zero_point)
     if heads:
         y = join_heads(y)
-    return give(y, outputs, out_scale, out_zero_point, out_grid)
+    return output_tensors(y, outputs, out_scale, out_zero_point, out_grid)
 
 
 def join_heads(x: torch.Tensor) -> torch.Tensor:
@@ -324,7 +324,7 @@ def _fused_embedding(
         total = total + row
         if index < len(rounded_scales):
             total = rounded(total, rounded_scales[index], rounded_zero_points[index], rounded_grid)
-    return give(total, outputs, out_scale, out_zero_point, out_grid)
+    return output_tensors(total, outputs, out_scale, out_zero_point, out_grid)
 
 
 def _rows(ids: torch.Tensor, table: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:

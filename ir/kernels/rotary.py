@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from bitlower.ir.kernels.references import give, like_outputs, read
+from bitlower.ir.kernels.references import like_outputs, output_tensors, read
 
 
 @torch.library.custom_op("bitlower::fused_rotary", mutates_args=())
@@ -39,7 +39,7 @@ def _fused_rotary(
     value = read(x, x_scale, x_zero_point)
     first, second = value.chunk(2, -1)
     turned = torch.cat([-second, first], -1)
-    return give(value * cos + turned * sin, outputs, out_scale, out_zero_point, out_grid)
+    return output_tensors(value * cos + turned * sin, outputs, out_scale, out_zero_point, out_grid)
 
 
 @_fused_rotary.register_fake

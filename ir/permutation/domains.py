@@ -69,14 +69,14 @@ class Domains(Sequence[Domain]):
     """The domains of a graph, in the order in which the graph first touches them.
 
     Args:
-        found: the domains, each with the leaf that stands for it.
+        leaf_domains: the domains, each with the leaf that stands for it.
         axes: what they were found with.
     """
 
-    def __init__(self, found: Mapping[Order, Domain], axes: Axes) -> None:
-        self._found, self._axes = dict(found), axes
-        self._domains = tuple(found.values())
-        self._leaf = {domain: leaf for leaf, domain in found.items()}
+    def __init__(self, leaf_domains: Mapping[Order, Domain], axes: Axes) -> None:
+        self._leaf_domains, self._axes = dict(leaf_domains), axes
+        self._domains = tuple(leaf_domains.values())
+        self._leaf = {domain: leaf for leaf, domain in leaf_domains.items()}
         self._stored = {str(node.target): orders for node, orders in axes.orders.items() if node.op == "get_attr"}
 
     def __getitem__(self, index: int) -> Domain:  # type: ignore[override]
@@ -92,7 +92,7 @@ class Domains(Sequence[Domain]):
         """The domains that make up an axis of a value (a node) or a parameter (its name), outermost first."""
         order = self._order(place, axis)
         leaves = dict.fromkeys(order.leaves()) if order is not None else {}
-        return tuple(self._found[leaf] for leaf in leaves if leaf in self._found)
+        return tuple(self._leaf_domains[leaf] for leaf in leaves if leaf in self._leaf_domains)
 
     def spread(self, place: fx.Node | str, axis: int, orders: Orders) -> torch.Tensor:
         """The permutation of a whole axis, int64, that follows from ``orders``; its size must be known."""
@@ -140,15 +140,15 @@ def _collect(axes: Axes, graph: fx.Graph) -> dict[Order, Domain]:
     return {
         leaf: Domain(
             size=leaf.size,
-            values=tuple(place for place in found if place[0].op != "get_attr"),
-            parameters=tuple(dict.fromkeys((str(n.target), axis) for n, axis in found if n.op == "get_attr")),
-            inputs=tuple(place for place in found if place[0].op == "placeholder"),
-            outputs=tuple(place for place in found if place[0] in ends),
+            values=tuple(place for place in occurrences if place[0].op != "get_attr"),
+            parameters=tuple(dict.fromkeys((str(n.target), axis) for n, axis in occurrences if n.op == "get_attr")),
+            inputs=tuple(place for place in occurrences if place[0].op == "placeholder"),
+            outputs=tuple(place for place in occurrences if place[0] in ends),
             whole=frozenset(whole[leaf]),
             frozen=leaf.frozen,
-            residual=any(place in sums for place in found),
+            residual=any(place in sums for place in occurrences),
         )
-        for leaf, found in places.items()
+        for leaf, occurrences in places.items()
         if leaf.size > 1
     }
 

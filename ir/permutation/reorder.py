@@ -18,7 +18,7 @@ from bitlower.ir.types import TensorType
 aten = torch.ops.aten
 
 
-def reorder(module: fx.GraphModule, found: Domains, orders: Orders) -> int:
+def reorder(module: fx.GraphModule, domains: Domains, orders: Orders) -> int:
     """Apply a permutation to each domain of ``orders``; the graph computes the same function as before.
 
     Parameters are replaced, a tied one once; indices that point into a reordered axis follow it. What comes in and goes
@@ -26,40 +26,40 @@ def reorder(module: fx.GraphModule, found: Domains, orders: Orders) -> int:
 
     Args:
         module: edited in place.
-        found: its domains.
+        domains: all of the graph.
         orders: see :data:`~bitlower.ir.permutation.domains.Orders`.
 
     Returns:
         How many gathers by a stored index are in the graph now.
     """
-    moved = {domain: order for domain, order in orders.items() if not _is_identity(order)}
-    assert not any(domain.frozen for domain in moved), "a frozen domain keeps its order"
-    _reorder_stored(module, found, moved)
-    for node, axes in _by_node(place for domain in moved for place in domain.inputs).items():
-        _gather_input(module, node, [(axis, found.spread(node, axis, moved)) for axis in axes])
-    for node, axes in _by_node(place for domain in moved for place in domain.outputs).items():
-        _gather_output(module, node, [(axis, found.spread(node, axis, moved).argsort()) for axis in axes])
+    permutations = {domain: order for domain, order in orders.items() if not _is_identity(order)}
+    assert not any(domain.frozen for domain in permutations), "a frozen domain keeps its order"
+    _reorder_stored(module, domains, permutations)
+    for node, axes in _by_node(place for domain in permutations for place in domain.inputs).items():
+        _gather_input(module, node, [(axis, domains.spread(node, axis, permutations)) for axis in axes])
+    for node, axes in _by_node(place for domain in permutations for place in domain.outputs).items():
+        _gather_output(module, node, [(axis, domains.spread(node, axis, permutations).argsort()) for axis in axes])
     return _remaining_gathers(module)
 
 
-def _reorder_stored(module: fx.GraphModule, found: Domains, orders: Orders) -> None:
+def _reorder_stored(module: fx.GraphModule, domains: Domains, orders: Orders) -> None:
     """Replace what is stored along the reordered axes, and the indices that point into them."""
     done: dict[tuple[object, ...], torch.Tensor] = {}
     for name in dict.fromkeys(str(node.target) for node in module.graph.find_nodes(op="get_attr")):
         old = get_tensor(module, name)
-        axes = [a for a in range(old.dim()) if any(domain in orders for domain in found.at(name, a))]
-        target = found.lookup(old, orders)
+        axes = [a for a in range(old.dim()) if any(domain in orders for domain in domains.at(name, a))]
+        target = domains.lookup(old, orders)
         if not axes and target is None:
             continue
         key = storage_key(old)
         if key not in done:
             new = old.detach()
             for axis in axes:
-                new = new.index_select(axis, found.spread(name, axis, orders))
+                new = new.index_select(axis, domains.spread(name, axis, orders))
             done[key] = like(new if target is None else target.argsort()[new], old)
             release(old)
-        kept = isinstance(old, torch.nn.Parameter)
-        set_tensor(module, name, torch.nn.Parameter(done[key], old.requires_grad) if kept else done[key])
+        is_parameter = isinstance(old, torch.nn.Parameter)
+        set_tensor(module, name, torch.nn.Parameter(done[key], old.requires_grad) if is_parameter else done[key])
 
 
 def _by_node(places: Iterable[tuple[fx.Node, int]]) -> dict[fx.Node, list[int]]:
@@ -106,8 +106,8 @@ def insert_gather(module: fx.GraphModule, node: fx.Node, axis: int, index: torch
 
 def gathers(graph: fx.Graph) -> list[fx.Node]:
     """The gathers by a stored index."""
-    found = graph.find_nodes(op="call_function", target=aten.index_select.default)
-    return [node for node in found if operand(node, "index").op == "get_attr"]
+    selections = graph.find_nodes(op="call_function", target=aten.index_select.default)
+    return [node for node in selections if operand(node, "index").op == "get_attr"]
 
 
 def _remaining_gathers(module: fx.GraphModule) -> int:
@@ -130,8 +130,8 @@ def _remaining_gathers(module: fx.GraphModule) -> int:
 
 
 def _unused_name(module: fx.GraphModule, name: str) -> str:
-    taken = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
-    return next(free for i in count() if (free := f"{name}_{i}" if i else name) not in taken)
+    names = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
+    return next(free for i in count() if (free := f"{name}_{i}" if i else name) not in names)
 
 
 def _is_identity(order: torch.Tensor) -> bool:

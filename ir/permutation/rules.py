@@ -160,8 +160,8 @@ def _permute(axes: Axes, node: fx.Node) -> None:
         order = [_dim(axis, rank) for axis in argument(node, "dims")]
     else:
         order = list(range(rank))
-        given = (argument(node, "dim0"), argument(node, "dim1")) if node.target is aten.transpose.int else (0, -1)
-        first, second = (_dim(axis, rank) for axis in given)
+        dims = (argument(node, "dim0"), argument(node, "dim1")) if node.target is aten.transpose.int else (0, -1)
+        first, second = (_dim(axis, rank) for axis in dims)
         order[first], order[second] = order[second], order[first]
     axes.carry(node, operand(node, "self"), [(axis, place) for place, axis in enumerate(order)])
 
@@ -173,10 +173,10 @@ def _reshape(axes: Axes, node: fx.Node) -> None:
         while left and right and left[end][0] == right[end][0]:
             axes.same(left.pop(end)[1], right.pop(end)[1], node)
     while left and right:
-        taken = _last_block(left, right)
-        if taken is None:
+        block = _last_block(left, right)
+        if block is None:
             break
-        unify(product(taken[0]), product(taken[1]), reason(node))
+        unify(product(block[0]), product(block[1]), reason(node))
     for _, order in (*left, *right):
         if order is not None and order.size != 1:
             order.freeze(f"{reason(node)} merges it with an axis of the input's length")
@@ -202,9 +202,9 @@ def _last_block(left: list[tuple[Dim, Axis]], right: list[tuple[Dim, Axis]]) -> 
 
 def _take(axes: list[tuple[Dim, Axis]], count: int) -> list[Order]:
     """Take the last ``count`` axes off, whose sizes are known."""
-    taken = [order for _, order in axes[len(axes) - count :] if order is not None]
+    orders = [order for _, order in axes[len(axes) - count :] if order is not None]
     del axes[len(axes) - count :]
-    return taken
+    return orders
 
 
 def _slice(axes: Axes, node: fx.Node) -> None:
@@ -326,9 +326,9 @@ def _reduction(axes: Axes, node: fx.Node) -> None:
     source, dims = operand(node, "self"), argument(node, "dim")
     rank = len(shape_of(source))
     reduced = {_dim(d, rank) for d in ([dims] if isinstance(dims, int) else dims or range(rank))}
-    kept = [axis for axis in range(rank) if axis not in reduced]
-    places = kept if len(shape_of(node)) == rank else range(len(kept))
-    axes.carry(node, source, list(zip(kept, places, strict=True)))
+    remaining_axes = [axis for axis in range(rank) if axis not in reduced]
+    places = remaining_axes if len(shape_of(node)) == rank else range(len(remaining_axes))
+    axes.carry(node, source, list(zip(remaining_axes, places, strict=True)))
 
 
 def _quantizer(axes: Axes, node: fx.Node) -> None:

@@ -177,9 +177,9 @@ class Catalog(Generic[T]):
         module = importlib.import_module(".".join([self.package, *place.with_suffix("").parts]))
         classes = self.defined_in(module)
         if len(classes) != 1 or classes[0].name != name:
-            found = ", ".join(f"{cls.__name__} ({cls.name!r})" for cls in classes) or "none"
+            names = ", ".join(f"{cls.__name__} ({cls.name!r})" for cls in classes) or "none"
             raise BitlowerError(
-                f"{shown} must define exactly one {self.what}, called {name!r}; found: {found}",
+                f"{shown} must define exactly one {self.what}, called {name!r}; found: {names}",
                 hint=f"one file holds one {self.what} of its name; what it needs besides goes into a module with an "
                 "underscore",
             )

@@ -94,25 +94,25 @@ class _Lent(io.TextIOBase):
 
 @contextmanager
 def _kept_streams() -> Iterator[None]:
-    kept = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Lent(stream) if stream is not None else stream for stream in kept)
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_Lent(stream) if stream is not None else stream for stream in streams)
     try:
         yield
     finally:
-        sys.stdout, sys.stderr = kept
+        sys.stdout, sys.stderr = streams
 
 
 @contextmanager
 def _kept_descriptors() -> Iterator[None]:
     """Standard input, output and error as the system knows them."""
-    kept = {}
+    copies = {}
     for descriptor in (0, 1, 2):
         with suppress(OSError):
-            kept[descriptor] = os.dup(descriptor)
+            copies[descriptor] = os.dup(descriptor)
     try:
         yield
     finally:
-        for descriptor, copy in kept.items():
+        for descriptor, copy in copies.items():
             os.dup2(copy, descriptor)
             os.close(copy)
 
@@ -133,13 +133,13 @@ def _kept_folder() -> Iterator[None]:
 
 @contextmanager
 def _kept_environment() -> Iterator[None]:
-    kept = dict(os.environ)
+    environment = dict(os.environ)
     try:
         yield
     finally:
-        if dict(os.environ) != kept:
+        if dict(os.environ) != environment:
             os.environ.clear()
-            os.environ.update(kept)
+            os.environ.update(environment)
 
 
 @contextmanager
@@ -147,11 +147,11 @@ def _kept_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    kept = {number: signal.getsignal(number) for number in _SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
         yield
     finally:
-        for number, handler in kept.items():
+        for number, handler in handlers.items():
             if handler is not None and signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
 
@@ -160,11 +160,11 @@ def _kept_signals() -> Iterator[None]:
 def _kept_hooks() -> Iterator[None]:
     """The hooks that torch calls for every module."""
     tables = [v for k, v in vars(module_hooks).items() if k.startswith("_global_") and isinstance(v, dict)]
-    kept = [dict(table) for table in tables]
+    copies = [dict(table) for table in tables]
     try:
         yield
     finally:
-        for table, before in zip(tables, kept, strict=True):
+        for table, before in zip(tables, copies, strict=True):
             if dict(table) != before:
                 table.clear()
                 table.update(before)

@@ -142,8 +142,8 @@ def _granularity(form: Mapping[str, Any]) -> Granularity:
     granularity = Granularity(kind, axis, size, number)
     if form.get("axis") is not None and kind not in ("channel", "group"):
         raise BitlowerError(f"strategy {strategy!r} takes no axis")
-    for name, given, takes in (("group_size", size, kind == "group"), ("num_groups", number, kind in COUNTED)):
-        if given and not takes:
+    for name, value, takes in (("group_size", size, kind == "group"), ("num_groups", number, kind in COUNTED)):
+        if value and not takes:
             raise BitlowerError(f"strategy {strategy!r} takes no {name}")
     if _argument(form, "dynamic", granularity.dynamic) != granularity.dynamic:
         raise BitlowerError(

@@ -26,13 +26,13 @@ def check_kernel(program: Program, module: fx.GraphModule, node: fx.Node) -> Non
         if "quantizers" in node.meta:
             fail(node, "carries quantizers but is no kernel")
         return
-    given = kernels.arguments(node)
+    arguments = kernels.arguments(node)
     quantizers = node.meta.get("quantizers")
     if not isinstance(quantizers, dict) or not all(isinstance(q, Quantizer) for q in quantizers.values()):
         fail(node, "is a kernel and does not say what its codes and roundings are")
-    _check_outputs(node, given)
-    _check_options(node, given)
-    roundings, operands = list(_roundings(node, given)), list(_operands(node, given))
+    _check_outputs(node, arguments)
+    _check_options(node, arguments)
+    roundings, operands = list(_roundings(node, arguments)), list(_operands(node, arguments))
     for rounding in roundings:
         _check_rounding(program, module, node, rounding)
     for operand in operands:
@@ -41,39 +41,39 @@ def check_kernel(program: Program, module: fx.GraphModule, node: fx.Node) -> Non
     for name in quantizers:
         if name not in known:
             fail(node, f"has a quantizer for {name!r}, which it neither reads nor rounds")
-    _check_shapes(module, node, given)
+    _check_shapes(module, node, arguments)
     _check_results(node)
 
 
-def _check_outputs(node: fx.Node, given: dict[str, Any]) -> None:
+def _check_outputs(node: fx.Node, arguments: dict[str, Any]) -> None:
     """They are ones that the kernel has, in its order, and there for what it is given."""
-    names, known = str(given.get("outputs", "value")).split(), kernels.OUTPUTS[node.target]
+    names, known = str(arguments.get("outputs", "value")).split(), kernels.OUTPUTS[node.target]
     for name in names:
         if name not in known:
             fail(node, f"gives {name!r}", hint=nearest(name, known))
     if names != [name for name in known if name in names] or not names:
         fail(node, f"gives {names}, the order is {list(known)}")
-    rounds, stored = bool(given.get("out_grid")), given.get("out_scale") is not None
+    rounds, stored = bool(arguments.get("out_grid")), arguments.get("out_scale") is not None
     if not rounds and {"codes", "rounded"} & set(names):
         fail(node, "gives codes and has no grid for them")
     if {"scale", "zero_point"} & set(names) and (stored or not rounds):
         fail(node, "gives a scale that it does not choose")
     if rounds and not stored and "scale" not in known:
         fail(node, "has no scale for its codes, and this kernel chooses none")
-    if "sum" in names and given.get("residual") is None:
+    if "sum" in names and arguments.get("residual") is None:
         fail(node, "gives a sum and has no residual")
 
 
-def _check_options(node: fx.Node, given: dict[str, Any]) -> None:
+def _check_options(node: fx.Node, arguments: dict[str, Any]) -> None:
     """Words are of those that kernels know."""
-    name = given.get("activation", "")
+    name = arguments.get("activation", "")
     if name and name not in IN_KERNELS:
         fail(node, f"has the unknown activation {name!r}", hint=nearest(name, IN_KERNELS))
-    if given.get("norm", "layer") not in ("layer", "rms"):
-        fail(node, f"is the unknown norm {given['norm']!r}", hint="known: layer, rms")
-    if given.get("explicit") and given.get("causal"):
+    if arguments.get("norm", "layer") not in ("layer", "rms"):
+        fail(node, f"is the unknown norm {arguments['norm']!r}", hint="known: layer, rms")
+    if arguments.get("explicit") and arguments.get("causal"):
         fail(node, "is explicit and causal; explicit attention takes a mask")
-    if not given.get("explicit") and (given.get("scores_grid") or given.get("probs_grid")):
+    if not arguments.get("explicit") and (arguments.get("scores_grid") or arguments.get("probs_grid")):
         fail(node, "rounds inside an attention that is not explicit")
 
 
@@ -95,27 +95,27 @@ class _Operand(NamedTuple):
     zero_point: Any
 
 
-def _roundings(node: fx.Node, given: dict[str, Any]) -> Iterator[_Rounding]:
+def _roundings(node: fx.Node, arguments: dict[str, Any]) -> Iterator[_Rounding]:
     for name in kernels.ROUNDINGS[node.target]:
-        grid, scale, zero_point = (given.get(f"{name}_{part}") for part in ("grid", "scale", "zero_point"))
+        grid, scale, zero_point = (arguments.get(f"{name}_{part}") for part in ("grid", "scale", "zero_point"))
         yield _Rounding(name, grid or "", scale, zero_point)
     if node.target is kernels.fused_embedding:
-        pairs = _columns(node, given, "rounded_scales", "rounded_zero_points")
-        yield from (_Rounding(f"rounded_{i}", given.get("rounded_grid", ""), *pair) for i, pair in enumerate(pairs))
+        pairs = _columns(node, arguments, "rounded_scales", "rounded_zero_points")
+        yield from (_Rounding(f"rounded_{i}", arguments.get("rounded_grid", ""), *pair) for i, pair in enumerate(pairs))
 
 
-def _operands(node: fx.Node, given: dict[str, Any]) -> Iterator[_Operand]:
+def _operands(node: fx.Node, arguments: dict[str, Any]) -> Iterator[_Operand]:
     for name in kernels.OPERANDS[node.target]:
-        if given.get(name) is not None:
-            yield _Operand(name, *(given.get(part) for part in (name, f"{name}_scale", f"{name}_zero_point")))
+        if arguments.get(name) is not None:
+            yield _Operand(name, *(arguments.get(part) for part in (name, f"{name}_scale", f"{name}_zero_point")))
     if node.target is kernels.fused_embedding:
-        rows = _columns(node, given, "tables", "table_scales", "table_zero_points", "ids")
+        rows = _columns(node, arguments, "tables", "table_scales", "table_zero_points", "ids")
         yield from (_Operand(f"table_{i}", *row[:3]) for i, row in enumerate(rows))
 
 
-def _columns(node: fx.Node, given: dict[str, Any], *names: str) -> list[tuple[Any, ...]]:
+def _columns(node: fx.Node, arguments: dict[str, Any], *names: str) -> list[tuple[Any, ...]]:
     """Lists of operands, side by side."""
-    columns = [given[name] for name in names]
+    columns = [arguments[name] for name in names]
     if len({len(column) for column in columns}) > 1:
         fail(node, f"has {', '.join(f'{len(column)} {name}' for name, column in zip(names, columns, strict=True))}")
     return list(zip(*columns, strict=True))
@@ -175,14 +175,14 @@ def _check_operand(program: Program, module: fx.GraphModule, node: fx.Node, oper
 
 def check_source(module: fx.GraphModule, node: fx.Node, name: str, parts: tuple[fx.Node, Any, Any]) -> None:
     """``parts``, codes with scale and zero point that ``node`` reads, are those that a node before it returns."""
-    source, *given = parts
+    source, *qparams = parts
     while source.target in VIEWS:
-        if type_of(module, given[0]).rank:
+        if type_of(module, qparams[0]).rank:
             fail(node, f"reads {name!r} through %{source.name}, and its scales do not follow")
         source = source.all_input_nodes[0]
-    taken = kernels.output_of(source)
-    if taken is not None:
-        kernel, output = taken
+    origin = kernels.output_of(source)
+    if origin is not None:
+        kernel, output = origin
         if output.name != "codes":
             fail(node, f"its operand {name!r} is the {output.name} of %{kernel.name}, which holds no codes")
         made = _made_with(module, kernel, output.part)
@@ -190,17 +190,17 @@ def check_source(module: fx.GraphModule, node: fx.Node, name: str, parts: tuple[
         made = list(source.args[1:3])
     else:
         fail(node, f"its operand {name!r} comes from %{source.name}, which holds no codes")
-    if not all(_same(module, one, other) for one, other in zip(given, made, strict=True)):
+    if not all(_same(module, one, other) for one, other in zip(qparams, made, strict=True)):
         fail(node, f"reads {name!r} with another scale or zero point than %{source.name} was made with")
 
 
 def _made_with(module: fx.GraphModule, kernel: fx.Node, part: int) -> list[Any]:
     """The scale and zero point of the codes of a part: nodes, or slices of stored tensors."""
-    given = kernels.arguments(kernel)
-    if given.get("out_scale") is None:
-        taken = kernels.read_outputs(kernel)
-        return [taken.get((part, name)) for name in ("scale", "zero_point")]
-    pair, rows = [given["out_scale"], given["out_zero_point"]], given.get("rows")
+    arguments = kernels.arguments(kernel)
+    if arguments.get("out_scale") is None:
+        outputs = kernels.read_outputs(kernel)
+        return [outputs.get((part, name)) for name in ("scale", "zero_point")]
+    pair, rows = [arguments["out_scale"], arguments["out_zero_point"]], arguments.get("rows")
     if not rows:
         return pair
     start = sum(rows[:part])
@@ -215,14 +215,14 @@ def _same(module: fx.GraphModule, one: Any, other: Any) -> bool:
     return bool((get_tensor(module, str(one.target)) == other).all())
 
 
-def _check_shapes(module: fx.GraphModule, node: fx.Node, given: dict[str, Any]) -> None:
+def _check_shapes(module: fx.GraphModule, node: fx.Node, arguments: dict[str, Any]) -> None:
     """The extents that a kernel reduces over and joins agree."""
-    shape = {name: type_of(module, value).shape for name, value in given.items() if isinstance(value, fx.Node)}
+    shape = {name: type_of(module, value).shape for name, value in arguments.items() if isinstance(value, fx.Node)}
     pairs: list[tuple[str, object, object]] = []
     if node.target is kernels.fused_linear:
         pairs += [("columns", shape["x"][-1], shape["weight"][1])]
-        pairs += [("rows", sum(given["rows"]), shape["weight"][0])] if given.get("rows") else []
-        pairs += [("slices", sum(given["columns"]), shape["weight"][1])] if given.get("columns") else []
+        pairs += [("rows", sum(arguments["rows"]), shape["weight"][0])] if arguments.get("rows") else []
+        pairs += [("slices", sum(arguments["columns"]), shape["weight"][1])] if arguments.get("columns") else []
         pairs += [("bias", shape["bias"], (shape["weight"][0],))] if "bias" in shape else []
         pairs += [("residual", shape["residual"], _result(node).shape)] if "residual" in shape else []
     elif node.target is kernels.fused_norm:

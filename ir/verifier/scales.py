@@ -46,8 +46,8 @@ def check_layout(
         fail(node, str(error))
     for what, tensor in (("scale", scale), ("zero point", zero_point)):
         if tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
-            found = TensorType(tensor.dtype, tuple(tensor.shape))
-            fail(node, f"its {what} is {found}, {granularity} of {kind} takes {TensorType(torch.float32, expected)}")
+            layout = TensorType(tensor.dtype, tuple(tensor.shape))
+            fail(node, f"its {what} is {layout}, {granularity} of {kind} takes {TensorType(torch.float32, expected)}")
 
 
 def check_range(node: fx.Node, grid: Grid, scale: torch.Tensor, zero_point: torch.Tensor) -> None:

@@ -23,8 +23,8 @@ class BatchGuard:
     """
 
     def __init__(self, context: Context) -> None:
-        held = {part: vars(context)[part] for part in _PARTS}
-        self._batches = {part: batches for part, batches in held.items() if isinstance(batches, list | tuple)}
+        part_batches = {part: vars(context)[part] for part in _PARTS}
+        self._batches = {part: batches for part, batches in part_batches.items() if isinstance(batches, list | tuple)}
         self._prints = {part: _prints(batches) for part, batches in self._batches.items()}
 
     def check(self, name: str) -> None:

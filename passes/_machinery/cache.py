@@ -173,13 +173,13 @@ class Cache:
 
     def _load(self, stored: _Stored, beside: Program | None) -> Program:
         """The program with its tensors laid out as they were; damaged tensors are removed."""
-        held = dict(beside.tensors()) if beside else {}
-        mapped = any(map(is_mapped, held.values()))
+        loaded = dict(beside.tensors()) if beside else {}
+        mapped = any(map(is_mapped, loaded.values()))
         tensors: dict[str, torch.Tensor] = {}
         damaged: list[str] = []
         for name, (digest, strides) in stored.tensors.items():
-            if name in held and (digest_tensor(held[name]), list(held[name].stride())) == (digest, strides):
-                tensors[name] = held[name].detach()
+            if name in loaded and (digest_tensor(loaded[name]), list(loaded[name].stride())) == (digest, strides):
+                tensors[name] = loaded[name].detach()
                 continue
             try:
                 tensors[name] = self._load_tensor(digest, strides, mapped=mapped)
@@ -211,8 +211,8 @@ def aligned(program: Program) -> Program:
     if not odd:
         return program
     document, tensors = encode(program)
-    moved = {name: t.clone(memory_format=torch.preserve_format) for name, t in tensors.items()}
-    return decode(document, moved)
+    copies = {name: t.clone(memory_format=torch.preserve_format) for name, t in tensors.items()}
+    return decode(document, copies)
 
 
 def _tensors_of(path: Path) -> frozenset[str]:

@@ -101,30 +101,30 @@ def check_exact(name: str, before: Program, after: Program, batches: Iterable[Ba
 
 def _check_batch(name: str, before: Program, after: Program, batch: Batch) -> None:
     """What :func:`check_exact` does with one batch, whose outputs are let go of with it."""
-    expected, found = run(before, batch), run(after, batch)
+    expected, actual = run(before, batch), run(after, batch)
     for output, value in expected.items():
-        if output not in found:
+        if output not in actual:
             raise CheckError(f"the pass {name!r} says it is exact, but the output {output!r} is gone")
-        difference = excess(value, found[output])
+        difference = excess(value, actual[output])
         if difference and equal_between_roundings(before, after, batch):
             return
         if difference:
-            culprit = first_difference(before, after, _worst_sample(batch, value, found[output]))
+            culprit = first_difference(before, after, _worst_sample(batch, value, actual[output]))
             place = f"; the first value that differs is {describe(culprit)}" if culprit else ""
             raise CheckError(
                 f"the pass {name!r} says it is exact, but the output {output!r} differs: {difference}{place}"
             )
 
 
-def excess(expected: torch.Tensor, found: torch.Tensor) -> str:
-    """How ``found`` differs from ``expected`` beyond the tolerance, in words; empty if it does not."""
-    if expected.shape != found.shape:
-        return f"shape {list(found.shape)} instead of {list(expected.shape)}"
+def excess(expected: torch.Tensor, actual: torch.Tensor) -> str:
+    """How ``actual`` differs from ``expected`` beyond the tolerance, in words; empty if it does not."""
+    if expected.shape != actual.shape:
+        return f"shape {list(actual.shape)} instead of {list(expected.shape)}"
     if not expected.is_floating_point():
-        wrong = int((expected != found).sum())
+        wrong = int((expected != actual).sum())
         return f"{wrong} of {expected.numel()} values" if wrong else ""
     moments = _Moments()
-    for a, b in zip(*(torch.split(t.detach().reshape(-1), _PART) for t in (expected, found)), strict=True):
+    for a, b in zip(*(torch.split(t.detach().reshape(-1), _PART) for t in (expected, actual)), strict=True):
         if not torch.equal(a.isfinite(), b.isfinite()):
             return "NaN or Inf"
         finite = a.isfinite()
@@ -143,7 +143,7 @@ class _Moments:
     largest: float = 0.0
     worst: float = 0.0
 
-    def add(self, expected: torch.Tensor, found: torch.Tensor) -> None:
+    def add(self, expected: torch.Tensor, actual: torch.Tensor) -> None:
         """A part, float64; sums of squares about the means are put together as Chan et al. (1983) do."""
         if not expected.numel():
             return
@@ -153,7 +153,7 @@ class _Moments:
         self.mean += shift * expected.numel() / count
         self.count = count
         self.largest = max(self.largest, float(expected.abs().max()))
-        self.worst = max(self.worst, float((expected - found).abs().max()))
+        self.worst = max(self.worst, float((expected - actual).abs().max()))
 
     @property
     def spread(self) -> float:
@@ -172,7 +172,7 @@ def equal_between_roundings(before: Program, after: Program, batch: Batch) -> bo
     names = {node.name for node in rounded if node.op == "call_function" and node.name in known}
     outputs = [list(program.graph.output_node().all_input_nodes) for program in (before, after)]
     values: dict[str, torch.Tensor] = {}
-    given: dict[fx.Node, torch.Tensor] = {}
+    after_values: dict[fx.Node, torch.Tensor] = {}
 
     def keep(node: fx.Node, value: torch.Tensor, batch: Batch) -> None:
         values[node.name] = value
@@ -182,7 +182,7 @@ def equal_between_roundings(before: Program, after: Program, batch: Batch) -> bo
             if excess(values[node.name], value):
                 raise _FoundError(node)
             value = values[node.name]
-        given[node] = value
+        after_values[node] = value
         return value
 
     observe(before, {*names, *(node.name for node in outputs[0])}, [batch], keep)
@@ -191,15 +191,15 @@ def equal_between_roundings(before: Program, after: Program, batch: Batch) -> bo
     except _FoundError:
         return False
     pairs = zip(*outputs, strict=True)
-    return bool(names) and not any(excess(values[old.name], given[new]) for old, new in pairs)
+    return bool(names) and not any(excess(values[old.name], after_values[new]) for old, new in pairs)
 
 
-def _worst_sample(batch: Batch, expected: torch.Tensor, found: torch.Tensor) -> Batch:
+def _worst_sample(batch: Batch, expected: torch.Tensor, actual: torch.Tensor) -> Batch:
     """The one sample of ``batch`` that differs most, if its inputs and outputs share their first dimension."""
     sizes = {tensor.shape[0] if tensor.dim() else -1 for tensor in (*batch.values(), expected)}
-    if len(sizes) != 1 or sizes == {-1} or expected.shape != found.shape:
+    if len(sizes) != 1 or sizes == {-1} or expected.shape != actual.shape:
         return batch
-    errors = (expected.double() - found.double()).abs().nan_to_num(nan=torch.inf).reshape(expected.shape[0], -1)
+    errors = (expected.double() - actual.double()).abs().nan_to_num(nan=torch.inf).reshape(expected.shape[0], -1)
     worst = int(errors.amax(1).argmax())
     return {name: tensor[worst : worst + 1] for name, tensor in batch.items()}
 
@@ -230,6 +230,6 @@ def first_difference(before: Program, after: Program, batch: Batch) -> fx.Node |
     try:
         observe(before, common, [batch], keep)
         observe(after, common, [batch], compare)
-    except _FoundError as found:
-        return found.node
+    except _FoundError as difference:
+        return difference.node
     return None

@@ -83,12 +83,12 @@ class _Energies:
     divergence: float = 0.0
     vectors: int = 0
 
-    def add(self, expected: torch.Tensor, found: torch.Tensor, *, deep: bool = False) -> None:
+    def add(self, expected: torch.Tensor, actual: torch.Tensor, *, deep: bool = False) -> None:
         """Take one batch; ``deep`` also takes cosines and divergences along the last axis."""
         if not expected.numel():
             return
         width = expected.shape[-1] if expected.dim() else 1
-        pairs = (torch.split(t.reshape(-1, width), max(_PART // width, 1)) for t in (expected, found))
+        pairs = (torch.split(t.reshape(-1, width), max(_PART // width, 1)) for t in (expected, actual))
         for rows, others in zip(*pairs, strict=True):
             self._add_rows(rows.double(), others.double(), deep=deep and expected.dim() > 0)
 
@@ -127,18 +127,18 @@ class _Comparison:
         graph = self.reference.graph
         names = {node.name for node in self.program.graph.nodes}
         order = {node: position for position, node in enumerate(graph.nodes)}
-        found = sorted({*linears(graph), *residual_sums(graph)}, key=order.__getitem__)
-        self.layers = {node.name: _Energies() for node in found if node.name in names}
+        nodes = sorted({*linears(graph), *residual_sums(graph)}, key=order.__getitem__)
+        self.layers = {node.name: _Energies() for node in nodes if node.name in names}
         self.outputs = {spec.name: _Energies() for spec in self.reference.outputs if spec.type.is_float}
 
     def add(self, batch: Batch) -> None:
         """Run both programs on ``batch``, side by side: what has been compared is let go of."""
-        ours, kept = _values(self.reference, self.layers, batch), dict[str, torch.Tensor]()
+        ours, pending = _values(self.reference, self.layers, batch), dict[str, torch.Tensor]()
         for name, value in _values(self.program, self.layers, batch):
-            while name not in kept:
+            while name not in pending:
                 first, expected = next(ours)
-                kept[first] = expected
-            pair = _unpadded(kept.pop(name), batch), _unpadded(value, batch)
+                pending[first] = expected
+            pair = _unpadded(pending.pop(name), batch), _unpadded(value, batch)
             if name in self.layers:
                 self.layers[name].add(*pair)
             else:

@@ -89,8 +89,8 @@ class _Parser:
     def take(self, kind: str, what: str) -> _Token:
         token = self.token
         if token.kind != kind:
-            found = f", found {shorten(repr(token.text))}" if token.text else ""
-            raise _TextError(f"expected {what}{found}", token.start)
+            actual = f", found {shorten(repr(token.text))}" if token.text else ""
+            raise _TextError(f"expected {what}{actual}", token.start)
         self.position += 1
         return token
 

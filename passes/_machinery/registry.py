@@ -117,12 +117,12 @@ def build(cls: type[Pass], values: Mapping[str, Any]) -> Pass:
 def plugin_files(pass_: Pass) -> dict[Path, list[str]]:
     """The loose files that ``pass_`` and its losses came from, with the names of what each gave."""
     loose = [*PASSES.loose.values(), *LOSSES.loose.values()]
-    found: dict[Path, list[str]] = {}
+    names_by_file: dict[Path, list[str]] = {}
     for used in classes_of(pass_):
         for path, cls in loose:
             if cls is used:
-                found.setdefault(path, []).append(cls.name)
-    return found
+                names_by_file.setdefault(path, []).append(cls.name)
+    return names_by_file
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -37,7 +37,7 @@ class TrespassGuard:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         name = self._name
-        replaced = [label for owner, kept in self._functions for label in _put_back(owner, kept)]
+        replaced = [label for owner, functions in self._functions for label in _put_back(owner, functions)]
         if kind is not None:
             return
         if replaced:
@@ -69,14 +69,14 @@ def _functions(owner: Any) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _put_back(owner: Any, kept: dict[str, Any]) -> Iterator[str]:
+def _put_back(owner: Any, functions: dict[str, Any]) -> Iterator[str]:
     """The names of functions that are others now, or that hide inherited ones, which are put back."""
     now = vars(owner)
-    added = [name for name, _ in _functions(owner) if name not in kept] if isinstance(owner, type) else []
+    added = [name for name, _ in _functions(owner) if name not in functions] if isinstance(owner, type) else []
     for name in added:
         delattr(owner, name)
         yield f"{owner.__module__}.{owner.__name__}.{name}"
-    for name, value in kept.items():
+    for name, value in functions.items():
         if now.get(name) is not value:
             setattr(owner, name, value)
             yield f"{getattr(owner, '__module__', '') or ''}.{owner.__name__}.{name}".lstrip(".")

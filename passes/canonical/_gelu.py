@@ -57,16 +57,16 @@ def _results(root: fx.Node) -> Iterator[fx.Node]:
 
 def _sources(result: fx.Node) -> list[fx.Node]:
     """The values that the function may start from: read more than once, of the result's type; the nearest first."""
-    found: dict[fx.Node, None] = {}
+    candidates: dict[fx.Node, None] = {}
     frontier = [(result, 0)]
     while frontier:
         node, depth = frontier.pop(0)
         for source in node.all_input_nodes:
             if len(source.users) > 1 and is_float(source) and source.meta["type"] == result.meta["type"]:
-                found.setdefault(source)
+                candidates.setdefault(source)
             if source.target in _POINTWISE and depth < _DEPTH:
                 frontier.append((source, depth + 1))
-    return list(found)
+    return list(candidates)
 
 
 def _evaluate(result: fx.Node, x: fx.Node) -> torch.Tensor | None:

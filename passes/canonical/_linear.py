@@ -39,7 +39,7 @@ def orient_linear(module: fx.GraphModule, node: fx.Node) -> fx.Node | str | None
     if not all(_multiplies_across(user, matrix) for user, matrix in uses):
         return f"{parameter.target} is also read in the other orientation"
     _transpose(module, parameter)
-    linears = [_as_linear(user, found[0], parameter, found[2]) for user, _ in uses if (found := _product(user))]
+    linears = [_as_linear(user, product[0], parameter, product[2]) for user, _ in uses if (product := _product(user))]
     return linears[0]
 
 
@@ -59,8 +59,8 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, Any] | str | None:
 
 def _product(node: fx.Node) -> tuple[fx.Node, fx.Node, Any] | None:
     """Activation, matrix and bias of ``node`` if it is a product that can be a linear."""
-    found = _operands(node) if node.target in _PRODUCTS else None
-    return found if isinstance(found, tuple) else None
+    operands = _operands(node) if node.target in _PRODUCTS else None
+    return operands if isinstance(operands, tuple) else None
 
 
 def _stored(matrix: fx.Node) -> fx.Node | None:
@@ -94,8 +94,8 @@ def _uses(module: fx.GraphModule, parameter: fx.Node) -> Iterator[tuple[fx.Node,
 
 
 def _multiplies_across(user: fx.Node, matrix: fx.Node) -> bool:
-    found = _product(user)
-    return found is not None and found[1] is matrix and found[2] is not matrix and _is_across(user, matrix)
+    product = _product(user)
+    return product is not None and product[1] is matrix and product[2] is not matrix and _is_across(user, matrix)
 
 
 def _transpose(module: fx.GraphModule, parameter: fx.Node) -> None:
@@ -121,12 +121,12 @@ def lift_rows(module: fx.GraphModule, node: fx.Node) -> fx.Node | str | None:
     binary = node.target in _BINARY
     values = value_operands(node) if binary else node.all_input_nodes[:1]
     sources = {a: _unflattened(a) for a in values if not binary or _rank(a) > 1}
-    found = [source for source in sources.values() if source is not None]
-    if not found:
+    unflattened = [source for source in sources.values() if source is not None]
+    if not unflattened:
         return None
-    lead = found[0].meta["type"].shape[:-1]
+    lead = unflattened[0].meta["type"].shape[:-1]
     kind = node.meta["type"]
-    if len(found) < len(sources) or any(source.meta["type"].shape[:-1] != lead for source in found):
+    if len(unflattened) < len(sources) or any(source.meta["type"].shape[:-1] != lead for source in unflattened):
         return "its operands are not views of one layout"
     if node.target in NORM and argument(node, "normalized_shape") != [kind.shape[-1]]:
         return "it normalizes rows together"

@@ -20,10 +20,10 @@ def fold_rms_norm(module: fx.GraphModule, root: fx.Node) -> fx.Node | str | None
     """
     if root.target is aten.pow.Tensor_Scalar and argument(root, "exponent") != -0.5:
         return None
-    found = _square_mean(operand(root, "self"))
-    if isinstance(found, str):
-        return found
-    x, epsilon = found
+    square_mean = _square_mean(operand(root, "self"))
+    if isinstance(square_mean, str):
+        return square_mean
+    x, epsilon = square_mean
     normalized = sole_user(root)
     if normalized is None or normalized.target is not aten.mul.Tensor or set(normalized.args) != {x, root}:
         return "what the mean is taken of is not multiplied with its reciprocal square root alone"

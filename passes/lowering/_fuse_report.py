@@ -29,7 +29,7 @@ class KernelRow:
         node: its name in the graph.
         path: the module path of the operator that it started at.
         block: the number of the block; -1 outside of all.
-        gives: its outputs.
+        outputs: what it returns.
         operators: what it does the work of.
     """
 
@@ -37,7 +37,7 @@ class KernelRow:
     node: str
     path: str
     block: int
-    gives: str
+    outputs: str
     operators: tuple[str, ...]
 
 
@@ -103,10 +103,10 @@ class Launches:
     """The blocks of an integer graph, and how many launches each takes."""
 
     def __init__(self, module: fx.GraphModule) -> None:
-        found = blocks(module)
-        self.place = {node: index for index, block in enumerate(found) for node in _computed_from(block)}
+        repeated_blocks = blocks(module)
+        self.place = {node: index for index, block in enumerate(repeated_blocks) for node in _computed_from(block)}
         constant = constants(module.graph)
-        self.count = [0] * len(found)
+        self.count = [0] * len(repeated_blocks)
         weights: set[tuple[int, fx.Node]] = set()
         for node, index in self.place.items():
             self.count[index] += computes(node)
@@ -117,12 +117,12 @@ class Launches:
 
 def _computed_from(block: Block) -> list[fx.Node]:
     """The nodes of a block that depend on what enters it; masks and positions do not."""
-    reached, found = {block.source}, []
+    reached, dependents = {block.source}, []
     for node in block.nodes:
         if any(source in reached for source in node.all_input_nodes):
             reached.add(node)
-            found.append(node)
-    return found
+            dependents.append(node)
+    return dependents
 
 
 def computes(node: fx.Node) -> bool:
@@ -134,14 +134,16 @@ def computes(node: fx.Node) -> bool:
     return node.target not in VIEWS | PARTS and node.target is not aten.sym_size.int
 
 
-def report(module: fx.GraphModule, before: Launches, found: Sequence[Fused], misses: Sequence[Miss]) -> FuseReport:
+def report(
+    module: fx.GraphModule, before: Launches, fused_kernels: Sequence[Fused], misses: Sequence[Miss]
+) -> FuseReport:
     """What became of one graph."""
     place = {node: index for node, index in before.place.items()}
-    place |= {fused.node: before.place.get(fused.root, -1) for fused in found}
+    place |= {fused.node: before.place.get(fused.root, -1) for fused in fused_kernels}
     alive = list(module.graph.nodes)
-    rows = [_row(fused, place) for fused in found if fused.node.users]
+    rows = [_row(fused, place) for fused in fused_kernels if fused.node.users]
     said = {miss.node: miss.reason for miss in misses}
-    said |= {fused.node.name: said[fused.root_name] for fused in found if fused.root_name in said}
+    said |= {fused.node.name: said[fused.root_name] for fused in fused_kernels if fused.root_name in said}
     remaining = [_remaining(node, place, said) for node in alive if node.target in _QUANTIZERS]
     after = [0] * len(before.count)
     for node in alive:
@@ -166,8 +168,8 @@ def joined(parts: Sequence[FuseReport]) -> FuseReport:
 def _row(fused: Fused, place: dict[fx.Node, int]) -> KernelRow:
     node = fused.node
     name = str(node.target).removeprefix("bitlower.").removesuffix(".default")
-    gives = str(kernels.arguments(node)["outputs"])
-    return KernelRow(name, node.name, str(node.meta.get("path", "")), place[node], gives, fused.operators)
+    outputs = str(kernels.arguments(node)["outputs"])
+    return KernelRow(name, node.name, str(node.meta.get("path", "")), place[node], outputs, fused.operators)
 
 
 def _remaining(node: fx.Node, place: dict[fx.Node, int], said: dict[str, str]) -> RemainingRow:
@@ -183,8 +185,8 @@ def _reason(node: fx.Node, said: dict[str, str]) -> str:
     around = list(node.users) if node.target is ops.dequantize else node.all_input_nodes[:1]
     texts = []
     for other in around:
-        taken = kernels.output_of(other)
-        source = taken[0] if taken else other
+        kernel_output = kernels.output_of(other)
+        source = kernel_output[0] if kernel_output else other
         known = said.get(source.name)
         what = str(source.target).removesuffix(".default") if source.op == "call_function" else f"the {source.op}"
         verb = "read by" if node.target is ops.dequantize else "given by"

@@ -35,7 +35,7 @@ class Match:
         at: the kernel will stand before this node: the last that brings operands.
         arguments: of the kernel, by name.
         quantizers: what its codes and roundings stand for, by operand.
-        taken: the operators that it does the work of.
+        fused_nodes: the operators that it does the work of.
         results: for each part, the node that each output stands in for.
         reasons: what could have been taken in and was not, and why.
     """
@@ -46,13 +46,13 @@ class Match:
     at: fx.Node
     arguments: dict[str, Any] = field(default_factory=dict)
     quantizers: dict[str, Quantizer] = field(default_factory=dict)
-    taken: list[fx.Node] = field(default_factory=list)
+    fused_nodes: list[fx.Node] = field(default_factory=list)
     results: list[dict[str, fx.Node]] = field(default_factory=lambda: [{}])
     reasons: list[str] = field(default_factory=list)
 
     def take(self, *nodes: fx.Node) -> None:
         """Let the kernel do the work of ``nodes``; the last of them is the value from here on."""
-        self.taken += nodes
+        self.fused_nodes += nodes
         self.value = nodes[-1]
 
     def read(self, name: str, node: fx.Node) -> None:
@@ -70,7 +70,7 @@ class Match:
                 source = call_again(view, source, kind)
         self.arguments |= {name: source, f"{name}_scale": trip.scale, f"{name}_zero_point": trip.zero_point}
         self.quantizers[name] = dequantize.meta["quantizer"]
-        self.taken.append(dequantize)
+        self.fused_nodes.append(dequantize)
 
     def round(self, name: str, quantize: fx.Node) -> None:
         """Let the kernel round to the grid of ``quantize``."""
@@ -130,7 +130,7 @@ class Fused:
 
 def apply_fusions(fusions: Sequence[Fusion], module: fx.GraphModule) -> tuple[list[Fused], list[Miss]]:
     """Try each fusion at each of its roots, in graph order; the kernels, and what did not match."""
-    found: list[Fused] = []
+    fused_kernels: list[Fused] = []
     misses: list[Miss] = []
     gone: set[fx.Node] = set()
     for node in list(module.graph.nodes):
@@ -138,75 +138,77 @@ def apply_fusions(fusions: Sequence[Fusion], module: fx.GraphModule) -> tuple[li
             if node in gone or node.op != "call_function" or node.target not in fusion.roots:
                 continue
             match = Match(module, node, node, node)
-            match.taken.append(node)
+            match.fused_nodes.append(node)
             reason = fusion.start(match)
             if reason == "":
                 stages = fusion.stages if len(match.results) == 1 else ()
                 match.reasons += [text for stage in stages if (text := stage(match))]
-                if len(match.taken) > 1:
-                    found.append(_build(fusion, match))
-                    gone |= erase_dead([*match.taken, *(old for part in match.results for old in part.values())])
+                if len(match.fused_nodes) > 1:
+                    fused_kernels.append(_build(fusion, match))
+                    gone |= erase_dead([*match.fused_nodes, *(old for part in match.results for old in part.values())])
             path = str(node.meta.get("path", ""))
             misses += [Miss(fusion.name, node.name, path, text) for text in (reason, *match.reasons) if text]
-    _trim(found, gone)
-    return found, misses
+    _trim(fused_kernels, gone)
+    return fused_kernels, misses
 
 
 def _build(fusion: Fusion, match: Match) -> Fused:
     """Put the kernel into the graph, with all outputs that it could give."""
-    graph, given = match.root.graph, dict(match.arguments)
+    graph, arguments = match.root.graph, dict(match.arguments)
     match.results[0].setdefault("value", match.value)
     names = [name for name in kernels.OUTPUTS[fusion.kernel] if any(name in part for part in match.results)]
-    for source in _nodes(given.values()):
+    for source in _nodes(arguments.values()):
         if source.op == "get_attr" and match.at < source:
             match.at.prepend(source)
-    args = tuple(given.pop(name, None) for name in fusion.first)
+    args = tuple(arguments.pop(name, None) for name in fusion.first)
     results: dict[tuple[int, str], fx.Node] = {}
     with graph.inserting_before(match.at):
-        node = call_like(match.root, fusion.kernel, args, None, **given, outputs=" ".join(names))
+        node = call_like(match.root, fusion.kernel, args, None, **arguments, outputs=" ".join(names))
         node.meta["quantizers"] = dict(match.quantizers)
         for output in kernels.outputs(node):
             old = match.results[output.part].get(output.name)
-            taken = call_like(match.root, operator.getitem, (node, len(results)), output.type)
-            results[output.part, output.name] = taken
+            item = call_like(match.root, operator.getitem, (node, len(results)), output.type)
+            results[output.part, output.name] = item
             if old is not None:
-                taken.meta |= {key: old.meta[key] for key in ("path", "source") if key in old.meta}
-                old.replace_all_uses_with(taken)
-    return Fused(fusion.name, node, match.root, match.root.name, tuple(str(n.target) for n in match.taken), results)
+                item.meta |= {key: old.meta[key] for key in ("path", "source") if key in old.meta}
+                old.replace_all_uses_with(item)
+    return Fused(
+        fusion.name, node, match.root, match.root.name, tuple(str(n.target) for n in match.fused_nodes), results
+    )
 
 
 def _nodes(values: Iterable[Any]) -> list[fx.Node]:
     """The nodes among ``values``, and in lists among them."""
-    found = []
+    nodes = []
     for value in values:
-        found += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, fx.Node)]
-    return found
+        nodes += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, fx.Node)]
+    return nodes
 
 
-def _trim(found: Iterable[Fused], gone: set[fx.Node]) -> None:
+def _trim(fused_kernels: Iterable[Fused], gone: set[fx.Node]) -> None:
     """Let kernels give the values of codes where something reads them that takes no codes, and only what is read."""
-    for fused in found:
+    for fused in fused_kernels:
         node = fused.node
-        results = {key: taken for key, taken in fused.results.items() if taken not in gone}
-        for part, codes in [(part, taken) for (part, name), taken in results.items() if name == "codes"]:
+        results = {key: item for key, item in fused.results.items() if item not in gone}
+        for part, codes in [(part, item) for (part, name), item in results.items() if name == "codes"]:
             values = [user for user in codes.users if user.target is ops.dequantize and user.users]
             if values:
                 with node.graph.inserting_after(codes):
-                    taken = call_like(values[0], operator.getitem, (node, 0), values[0].meta["type"])
+                    rounded = call_like(values[0], operator.getitem, (node, 0), values[0].meta["type"])
                 for value in values:
-                    value.replace_all_uses_with(taken)
-                results[part, "rounded"] = taken
+                    value.replace_all_uses_with(rounded)
+                results[part, "rounded"] = rounded
             gone |= erase_dead([user for user in codes.users if user.target is ops.dequantize])
-            results = {key: taken for key, taken in results.items() if taken not in gone}
-        used = {name for (_, name), taken in results.items() if taken.users}
+            results = {key: item for key, item in results.items() if item not in gone}
+        used = {name for (_, name), item in results.items() if item.users}
         names = [name for name in kernels.OUTPUTS[node.target] if name in used]
         node.update_kwarg("outputs", " ".join(names))
         order = [(output.part, output.name) for output in kernels.outputs(node)]
-        for key, taken in results.items():
+        for key, item in results.items():
             if key in order:
-                set_argument(taken, "index", order.index(key))
-            if not taken.users:
-                node.graph.erase_node(taken)
+                set_argument(item, "index", order.index(key))
+            if not item.users:
+                node.graph.erase_node(item)
 
 
 def erase_dead(nodes: Iterable[fx.Node]) -> set[fx.Node]:

@@ -47,10 +47,10 @@ def _start_explicit(match: Match) -> str | None:
     context = sole_user(probs)
     if context is None or context.target not in MATMUL or BinaryNode(context).left is not probs:
         return "its result is not used by one matmul alone"
-    found = _scores(operand(softmax, "self"))
-    if isinstance(found, str):
-        return found
-    product, rounding, factor, mask, between = found
+    scores = _scores(operand(softmax, "self"))
+    if isinstance(scores, str):
+        return scores
+    product, rounding, factor, mask, between = scores
     query, turned = BinaryNode(product).left, BinaryNode(product).right
     if swapped_axes(turned) != {2, 3}:
         return "the keys are not transposed on their last two axes"

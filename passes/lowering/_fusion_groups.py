@@ -31,7 +31,7 @@ def regroup(module: fx.GraphModule) -> tuple[dict[fx.Node, fx.Node], list[Miss]]
         trips = _parts(split)
         if trips is None:
             continue
-        sums = [found for user in trips[0][1].users if (found := _sum(user, trips)) is not None]
+        sums = [ends for user in trips[0][1].users if (ends := _sum(user, trips)) is not None]
         whole = {last for _, last in sums} | {user for user in trips[0][1].users if _is_whole(user, trips)}
         if len(whole) != len(trips[0][1].users):
             reason = "something reads a slice alone"
@@ -51,13 +51,15 @@ def regroup(module: fx.GraphModule) -> tuple[dict[fx.Node, fx.Node], list[Miss]]
 def _parts(split: fx.Node) -> list[tuple[fx.Node, fx.Node]] | None:
     """The ``quantize`` and ``dequantize`` of every slice of the last axis; None if they have no scale each."""
     sizes, last = argument(split, "split_sizes"), operand(split, "self").meta["type"].rank - 1
-    taken = {argument(user, "index"): round_trip(user) for user in split.users if user.target is operator.getitem}
-    if argument(split, "dim") not in (-1, last) or sorted(taken) != list(range(len(sizes))):
+    trips_by_index = {
+        argument(user, "index"): round_trip(user) for user in split.users if user.target is operator.getitem
+    }
+    if argument(split, "dim") not in (-1, last) or sorted(trips_by_index) != list(range(len(sizes))):
         return None
-    trips = [taken[index] for index in range(len(sizes))]
-    found = [trip for trip in trips if trip is not None and QuantizerNode(trip[0]).scale.meta["type"].rank == 0]
-    specs = {trip[0].meta["quantizer"].spec for trip in found}
-    return found if len(found) == len(sizes) and len(specs) == 1 else None
+    trips = [trips_by_index[index] for index in range(len(sizes))]
+    scalar_trips = [trip for trip in trips if trip is not None and QuantizerNode(trip[0]).scale.meta["type"].rank == 0]
+    specs = {trip[0].meta["quantizer"].spec for trip in scalar_trips}
+    return scalar_trips if len(scalar_trips) == len(sizes) and len(specs) == 1 else None
 
 
 def _sum(first: fx.Node, trips: list[tuple[fx.Node, fx.Node]]) -> tuple[fx.Node, fx.Node] | None:

@@ -124,14 +124,14 @@ def _merge(match: Match, group: Sequence[fx.Node]) -> None:
         biases = [get_tensor(match.module, str(LinearNode(linear).stored_bias)).detach() for linear in group]
         match.arguments["bias"] = _store(match, f"{stem}.bias", biases, parameter=True)
     match.results = [{"value": linear} for linear in group]
-    match.taken += [node for pair in zip(group, weights, strict=True) for node in pair if node is not match.root]
+    match.fused_nodes += [node for pair in zip(group, weights, strict=True) for node in pair if node is not match.root]
     _merge_outputs(match, group, sizes, f"quantizers.{stem.replace('.', '_')}")
 
 
 def _merge_outputs(match: Match, group: Sequence[fx.Node], sizes: Sequence[int], stem: str) -> None:
     """Let the kernel round each result to its own grid, if they have grids."""
-    found = [_output(linear) for linear in group]
-    quantizers = [quantize for quantize in found if quantize is not None]
+    outputs = [_output(linear) for linear in group]
+    quantizers = [quantize for quantize in outputs if quantize is not None]
     if len(quantizers) < len(group):
         return
     match.round("out", quantizers[0])
@@ -146,7 +146,7 @@ def _merge_outputs(match: Match, group: Sequence[fx.Node], sizes: Sequence[int],
         match.arguments[f"out_{name}"] = _store(match, f"{stem}.{name}", values, axis=-1)
     for part, linear, quantize in zip(match.results, group, quantizers, strict=True):
         part |= {"value": linear, "codes": quantize}
-        match.taken.append(quantize)
+        match.fused_nodes.append(quantize)
 
 
 def _by_row(scale: torch.Tensor, rows: int) -> torch.Tensor:

@@ -66,13 +66,13 @@ def take_activation(match: Match) -> str:
 def take_residual(match: Match) -> str:
     """The sum with another value, behind a rounding if there is one."""
     trip = round_trip(match.value)
-    found = added(trip[1] if trip else match.value)
-    if found is None:
+    addition = added(trip[1] if trip else match.value)
+    if addition is None:
         return ""
     if trip:
         match.round("rounded", trip[0])
         match.take(*trip)
-    total, other = found
+    total, other = addition
     match.at = total
     match.read("residual", other)
     match.take(total)
@@ -81,9 +81,9 @@ def take_residual(match: Match) -> str:
 
 def take_factor(match: Match) -> str:
     """The product with another value."""
-    found = gated(match.value)
-    if found is not None:
-        product, other = found
+    multiplication = gated(match.value)
+    if multiplication is not None:
+        product, other = multiplication
         match.at = product
         match.read("factor", other)
         match.take(product)
@@ -161,20 +161,20 @@ def take_any_quantize(match: Match) -> str:
     view = QuantizerNode(quantize)
     if not view.is_static:
         match.results[0] |= {"scale": view.scale, "zero_point": view.zero_point}
-        match.taken.append(operand(view.scale, "source"))
+        match.fused_nodes.append(operand(view.scale, "source"))
     _round_result(match, quantize)
     return ""
 
 
 def _quantizer(value: fx.Node) -> tuple[fx.Node | None, str]:
     """The node that quantizes ``value``, and why it cannot be taken."""
-    found = [user for user in value.users if user.target is ops.quantize]
-    if len(found) > 1:
-        return None, f"its result is quantized in {len(found)} ways"
-    return (found[0] if found else None), ""
+    quantizers = [user for user in value.users if user.target is ops.quantize]
+    if len(quantizers) > 1:
+        return None, f"its result is quantized in {len(quantizers)} ways"
+    return (quantizers[0] if quantizers else None), ""
 
 
 def _round_result(match: Match, quantize: fx.Node) -> None:
     match.round("out", quantize)
     match.results[0] |= {"value": match.value, "codes": quantize}
-    match.taken.append(quantize)
+    match.fused_nodes.append(quantize)

@@ -50,7 +50,7 @@ def start_norm(match: Match) -> str | None:
     match.read("x", terms[0] if terms else total)
     if terms:
         match.read("residual", terms[1])
-        match.taken.append(total)
+        match.fused_nodes.append(total)
         match.results[0]["sum"] = total
     return ""
 
@@ -103,7 +103,7 @@ def start_embedding(match: Match) -> str | None:
     first = _lookup(match.root)
     if first is None:
         return "its table is float"
-    found, rounded, value = [first], list[fx.Node](), match.root
+    lookups, rounded, value = [first], list[fx.Node](), match.root
     while True:
         trip = round_trip(value)
         sum_ = added_rows(trip[1] if trip else value)
@@ -111,25 +111,25 @@ def start_embedding(match: Match) -> str | None:
             break
         total, other = sum_
         lookup = _lookup(other)
-        even = not trip if len(found) == 1 else len(found) == 2 or bool(trip) == bool(rounded)
+        even = not trip if len(lookups) == 1 else len(lookups) == 2 or bool(trip) == bool(rounded)
         if lookup is None or len(other.users) > 1 or not even:
             break
         if trip:
             rounded.append(trip[0])
             match.take(*trip)
-        found.append(lookup)
+        lookups.append(lookup)
         match.at = total
         match.take(other, total)
         value = total
-    _tables(match, found, rounded)
+    _tables(match, lookups, rounded)
     return ""
 
 
 def added_rows(value: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The sum that alone reads ``value``, and its other term, which may be shared by the whole batch."""
-    found = added(value)
-    if found is not None:
-        return found
+    addition = added(value)
+    if addition is not None:
+        return addition
     user = next(iter(value.users)) if len(value.users) == 1 else None
     if user is None or user.target not in ADD or user.kwargs or user.meta.get("type") != value.meta["type"]:
         return None
@@ -146,14 +146,14 @@ def _lookup(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return (table, lookup.ids) if table is not None else None
 
 
-def _tables(match: Match, found: list[tuple[fx.Node, fx.Node]], rounded: list[fx.Node]) -> None:
-    match.arguments |= {"ids": [ids for _, ids in found], "tables": [operand(table, "code") for table, _ in found]}
+def _tables(match: Match, lookups: list[tuple[fx.Node, fx.Node]], rounded: list[fx.Node]) -> None:
+    match.arguments |= {"ids": [ids for _, ids in lookups], "tables": [operand(table, "code") for table, _ in lookups]}
     for name in ("scale", "zero_point"):
-        match.arguments[f"table_{name}s"] = [operand(table, name) for table, _ in found]
+        match.arguments[f"table_{name}s"] = [operand(table, name) for table, _ in lookups]
         match.arguments[f"rounded_{name}s"] = [operand(node, name) for node in rounded]
-    match.quantizers |= {f"table_{i}": table.meta["quantizer"] for i, (table, _) in enumerate(found)}
+    match.quantizers |= {f"table_{i}": table.meta["quantizer"] for i, (table, _) in enumerate(lookups)}
     match.quantizers |= {f"rounded_{i}": node.meta["quantizer"] for i, node in enumerate(rounded)}
-    match.taken += [table for table, _ in found]
+    match.fused_nodes += [table for table, _ in lookups]
     if rounded:
         match.arguments["rounded_grid"] = str(rounded[0].meta["quantizer"].spec.grid)
 

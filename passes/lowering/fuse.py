@@ -40,6 +40,6 @@ def fuse(module: fx.GraphModule) -> FuseReport:
     before = Launches(module)
     stands_for, sliced = regroup(module)
     before.place |= {new: before.place[old] for new, old in stands_for.items() if old in before.place}
-    found, misses = apply_fusions(FUSIONS, module)
+    fused_kernels, misses = apply_fusions(FUSIONS, module)
     module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    return report(module, before, found, [*sliced, *misses])
+    return report(module, before, fused_kernels, [*sliced, *misses])

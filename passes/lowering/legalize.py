@@ -120,7 +120,7 @@ def grouped(module: fx.GraphModule) -> list[fx.Node]:
     Raises:
         BitlowerError: one of them, or the weight of a linear that reads it, has no range yet.
     """
-    found = []
+    quantizers = []
     for node in module.graph.find_nodes(op="call_function", target=ops.fake_quantize):
         granularity = node.meta["quantizer"].spec.granularity
         if QuantizerNode(node).rounds_parameter or not granularity.kind.startswith("embedding"):
@@ -130,8 +130,8 @@ def grouped(module: fx.GraphModule) -> list[fx.Node]:
             if is_uncalibrated(quantizer):
                 tensor = quantizer.meta["quantizer"].tensor
                 raise BitlowerError(f"the quantizer of {tensor} has no range", hint="run `calibrate` before `legalize`")
-        found.append(node)
-    return found
+        quantizers.append(node)
+    return quantizers
 
 
 def _legalize(program: Program, node: fx.Node, options: Legalize) -> LegalizeRow:
@@ -145,9 +145,9 @@ def _legalize(program: Program, node: fx.Node, options: Legalize) -> LegalizeRow
     reasons = sorted({reason for _, reason in readers if reason})
     if any(reader.target is aten.linear.default for view in _views(node) for reader in view.users):
         reasons.append("a linear reads a view of it, whose product stays float")
-    kept = _why_kept(len(merged), linears, others, options.limit)
+    objection = _why_kept(len(merged), linears, others, options.limit)
     cut = 0
-    if not kept:
+    if not objection:
         parts = _quantize_parts(program, node, merged)
         if len(parts) > 1:
             cut = len(linears)
@@ -156,8 +156,8 @@ def _legalize(program: Program, node: fx.Node, options: Legalize) -> LegalizeRow
         if node.users:
             node.replace_all_uses_with(_joined(node, parts))
         node.graph.erase_node(node)
-    path, count = str(node.meta.get("path", "")), 0 if kept else len(merged)
-    reason = "; ".join([*reasons, kept] if kept else reasons)
+    path, count = str(node.meta.get("path", "")), 0 if objection else len(merged)
+    reason = "; ".join([*reasons, objection] if objection else reasons)
     return LegalizeRow(quantizer.tensor, quantizer.role, path, len(groups), count, cut, reason)
 
 
@@ -174,8 +174,8 @@ def _why_kept(parts: int, linears: Sequence[fx.Node], others: Sequence[fx.Node],
 
 def _views(node: fx.Node) -> list[fx.Node]:
     """The views of ``node``, and those of them."""
-    found = [user for user in node.users if user.target in VIEWS]
-    return found + [further for view in found for further in _views(view)]
+    views = [user for user in node.users if user.target in VIEWS]
+    return views + [further for view in views for further in _views(view)]
 
 
 def _refusal(linear: fx.Node) -> str:
@@ -199,7 +199,7 @@ def _quantize_parts(program: Program, node: fx.Node, groups: Sequence[ScaleGroup
     grid = quantizer.spec.grid
     spec = replace(quantizer.spec, granularity=Granularity.per_tensor())
     sizes = [group.stop - group.start for group in groups]
-    found = []
+    slices = []
     with node.graph.inserting_before(node):
         whole = node.graph.call_function(aten.split_with_sizes.default, (value, sizes, -1)) if len(sizes) > 1 else value
         if whole is not value:
@@ -216,8 +216,8 @@ def _quantize_parts(program: Program, node: fx.Node, groups: Sequence[ScaleGroup
                 "type": part.meta["type"],
                 "quantizer": Quantizer(quantizer.role, spec, part.name),
             }
-            found.append(rounded)
-    return found
+            slices.append(rounded)
+    return slices
 
 
 def _stored(program: Program, node: fx.Node, stem: str, group: ScaleGroup) -> tuple[fx.Node, fx.Node]:

@@ -10,7 +10,7 @@ from torch import fx
 
 from bitlower.ir import Batch, Program
 from bitlower.ir.observe import observe
-from bitlower.ir.tokens import kept
+from bitlower.ir.tokens import value_mask
 from bitlower.passes._machinery.base import Context
 
 
@@ -52,16 +52,16 @@ def channel_statistics(
         context: its calibration batches and its progress display are used.
         label: what the display says.
     """
-    found: dict[fx.Node, ChannelStatistics] = {}
+    statistics: dict[fx.Node, ChannelStatistics] = {}
 
     def update(node: fx.Node, value: torch.Tensor, batch: Batch) -> None:
-        mask = kept(node.meta["type"].shape, batch)
+        mask = value_mask(node.meta["type"].shape, batch)
         rows = value[mask[..., 0].expand(value.shape[:-1])] if mask is not None else value.flatten(0, -2)
         if not rows.shape[0]:
             return
-        if node not in found:
-            found[node] = ChannelStatistics(rows[0], rows[0], torch.zeros(rows.shape[1], dtype=torch.float64))
-        found[node].add(rows)
+        if node not in statistics:
+            statistics[node] = ChannelStatistics(rows[0], rows[0], torch.zeros(rows.shape[1], dtype=torch.float64))
+        statistics[node].add(rows)
 
     observe(program, list(nodes), context.calibration, update, track=context.track, label=label)
-    return found
+    return statistics

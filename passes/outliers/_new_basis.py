@@ -210,5 +210,5 @@ def _get(module: fx.GraphModule, name: str) -> fx.Node:
 
 def _free_name(module: fx.GraphModule, name: str) -> str:
     """``name``, with a number if the graph reads something of that name."""
-    taken = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
-    return next(free for i in count() if (free := f"{name}_{i}" if i else name) not in taken)
+    names = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
+    return next(free for i in count() if (free := f"{name}_{i}" if i else name) not in names)

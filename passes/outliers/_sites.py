@@ -86,15 +86,15 @@ def _before_casts(node: fx.Node) -> fx.Node:
 
 def attentions(graph: fx.Graph) -> list[AttentionSite]:
     """Every attention of ``[batch, heads, tokens, …]`` tensors, as one operator or written out."""
-    found = []
+    sites = []
     for node in graph.nodes:
         if node.target in ATTENTION:
-            found.append(_operator(node))
+            sites.append(_operator(node))
         elif node.target in MATMUL and node.meta["type"].rank == 4:
             probs, value = BinaryNode(node).left, BinaryNode(node).right
             if value_root(probs).target in SOFTMAX:
-                found.append(AttentionSite(node, value, probs))
-    return found
+                sites.append(AttentionSite(node, value, probs))
+    return sites
 
 
 def _operator(node: fx.Node) -> AttentionSite:

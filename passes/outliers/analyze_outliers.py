@@ -113,7 +113,7 @@ class _Analysis:
         self.attentions = attentions(program.graph) if self.separator is not None else []
         self.on_separator = {attention.node: SeparatorAttention() for attention in self.attentions}
         self.clamps = {node: ClampCount() for node in calibrated(program)}
-        self.held: dict[fx.Node, torch.Tensor] = {}
+        self.operand_values: dict[fx.Node, torch.Tensor] = {}
         self.batch: Batch = {}
         self.tokens: Tokens | None = None
         self.sequences = self.token_count = 0
@@ -132,14 +132,14 @@ class _Analysis:
             for quantizer in read_by.get(node, ()):
                 self._count_clamped(quantizer, node, value)
             if node in last_reader:
-                self.held[node] = value
+                self.operand_values[node] = value
             if node in attending:
-                self._attend(node, *(self.held[n] for n in attending[node].operands))
-                self.held = {n: v for n, v in self.held.items() if last_reader[n] is not node}
+                self._attend(node, *(self.operand_values[n] for n in attending[node].operands))
+                self.operand_values = {n: v for n, v in self.operand_values.items() if last_reader[n] is not node}
 
         watched = {*self.moments, *read_by, *last_reader, *attending}
         observe(self.program, watched, self._stream(batches, track, "ranges"), look)
-        self.held.clear()
+        self.operand_values.clear()
 
     def locate(self, batches: Sequence[Batch], sigma: float, track: Track | None) -> None:
         """Read the data for the second time: where the outliers are."""
@@ -231,9 +231,9 @@ class _Analysis:
         )
 
     def _tensor(self, node: fx.Node, texts: Mapping[int, str], special: frozenset[int]) -> TensorRange:
-        moments, found = self.moments[node], self.outliers[node]
-        dimensions = most_common(found.dimensions, _LISTED)
-        tokens = most_common(found.tokens, _LISTED)
+        moments, outliers = self.moments[node], self.outliers[node]
+        dimensions = most_common(outliers.dimensions, _LISTED)
+        tokens = most_common(outliers.tokens, _LISTED)
         return TensorRange(
             node.name,
             _path(node),
@@ -244,10 +244,10 @@ class _Analysis:
             moments.mean,
             moments.std,
             moments.kurtosis,
-            found.total,
-            len(found.dimensions),
-            tuple(DimensionCount(index, n, found.sequences[index] / self.sequences) for index, n in dimensions),
-            tuple(PositionCount(position, n) for position, n in most_common(found.positions, _LISTED)),
+            outliers.total,
+            len(outliers.dimensions),
+            tuple(DimensionCount(index, n, outliers.sequences[index] / self.sequences) for index, n in dimensions),
+            tuple(PositionCount(position, n) for position, n in most_common(outliers.positions, _LISTED)),
             tuple(TokenCount(token, texts.get(token, ""), token in special, n) for token, n in tokens),
         )
 

@@ -53,13 +53,13 @@ class PermutationReport(Record):
     Args:
         scope: as asked for.
         domains: those that have an order now, though it may be the one that they had.
-        kept: residual streams that were left alone, in words.
+        unchanged: residual streams that were left alone, in words.
         gathers: how many gathers by a stored index are in the graph.
     """
 
     scope: str
     domains: tuple[ReorderedDomain, ...]
-    kept: tuple[str, ...]
+    unchanged: tuple[str, ...]
     gathers: int
 
     def summary(self) -> str:
@@ -71,7 +71,7 @@ class PermutationReport(Record):
 
     def details(self) -> Iterable[str]:
         """Residual streams that keep their order, and why."""
-        return few(self.kept)
+        return few(self.unchanged)
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ class PegPermute(Pass):
             raise BitlowerError("peg-permute needs calibration data", hint="give calibration batches")
         if self.scope == "layer":
             cut_layers(program.module)
-        found = domains(program.module)
-        ignored = _ignored(found, Patterns(self.ignore))
-        chosen = {d: values for d, values in _sources(program, found, self).items() if d not in ignored}
+        all_domains = domains(program.module)
+        ignored = _ignored(all_domains, Patterns(self.ignore))
+        chosen = {d: values for d, values in _sources(program, all_domains, self).items() if d not in ignored}
         observed = [value for values in chosen.values() for value in values]
         statistics = channel_statistics(program, observed, context, "ranges of channels")
         orders = {}
@@ -127,9 +127,9 @@ class PegPermute(Pass):
             if order is not None:
                 orders[domain] = order
         report = [_describe(domain, order) for domain, order in orders.items()]
-        kept = tuple(str(domain) for domain in found if domain.residual and domain not in orders)
-        gathers = reorder(program.module, found, orders)
-        context.put(PermutationReport(self.scope, tuple(report), kept, gathers))
+        unchanged_streams = tuple(str(domain) for domain in all_domains if domain.residual and domain not in orders)
+        gathers = reorder(program.module, all_domains, orders)
+        context.put(PermutationReport(self.scope, tuple(report), unchanged_streams, gathers))
         return any(entry.order != tuple(range(entry.size)) for entry in report)
 
     def _order(self, values: Sequence[ChannelStatistics]) -> torch.Tensor | None:
@@ -156,8 +156,8 @@ def cut_layers(module: fx.GraphModule) -> None:
         if enters.target in NORM and len(NormNode(enters).x.users) == 1:
             enters = NormNode(enters).x  # post-norm: what the norm gives has the layer's order already
         _cut(module, enters)
-    found = domains(module)
-    first, last = (found.at(part.output, _last_axis(part.output)) for part in (parts[0], parts[-1]))
+    all_domains = domains(module)
+    first, last = (all_domains.at(part.output, _last_axis(part.output)) for part in (parts[0], parts[-1]))
     if first == last:
         _cut(module, residual_sums(module.graph)[-1])
 
@@ -176,12 +176,12 @@ def _last_axis(node: fx.Node) -> int:
     return len(node.meta["type"].shape) - 1
 
 
-def _sources(program: Program, found: Domains, settings: PegPermute) -> dict[Domain, list[fx.Node]]:
+def _sources(program: Program, all_domains: Domains, settings: PegPermute) -> dict[Domain, list[fx.Node]]:
     """The domains to reorder, each with the values whose ranges decide its order."""
     computed = activations(program.module)
     outputs = set(_of_layers(program.graph)) if settings.scope == "layer" else set()
     sources = {}
-    for domain in found:
+    for domain in all_domains:
         inside = settings.inner and not domain.outputs and _is_learned(program.module, domain)
         if domain.frozen or domain.inputs or not (domain.residual or inside):
             continue
@@ -212,9 +212,9 @@ def _is_last(domain: Domain, node: fx.Node, axis: int) -> bool:
     return axis == _last_axis(node) and (node, axis) in domain.whole
 
 
-def _ignored(found: Domains, patterns: Patterns) -> set[Domain]:
-    paths = {domain: _paths(domain) for domain in found}
-    ignored = {domain for domain in found if patterns.match(*paths[domain])}
+def _ignored(all_domains: Domains, patterns: Patterns) -> set[Domain]:
+    paths = {domain: _paths(domain) for domain in all_domains}
+    ignored = {domain for domain in all_domains if patterns.match(*paths[domain])}
     patterns.require_used("ignore", sorted({path for names in paths.values() for path in names}))
     return ignored
 
@@ -227,5 +227,5 @@ def _paths(domain: Domain) -> list[str]:
 
 def _describe(domain: Domain, order: torch.Tensor) -> ReorderedDomain:
     values = tuple((node.name, axis) for node, axis in domain.values)
-    moved = tuple(order.tolist())
-    return ReorderedDomain(domain.size, domain.structure, domain.residual, values, domain.parameters, moved)
+    indices = tuple(order.tolist())
+    return ReorderedDomain(domain.size, domain.structure, domain.residual, values, domain.parameters, indices)

@@ -119,25 +119,25 @@ def _attentions(program: Program, tokens: tuple[int, ...]) -> list[fx.Node]:
     wrong = [token for token in tokens if token < 0 or (isinstance(vocabulary, int) and token >= vocabulary)]
     if wrong:
         raise BitlowerError(f"prefix-sinks: the vocabulary of {vocabulary} has no token {wrong[0]}")
-    found = [node for node in program.graph.nodes if node.target in ATTENTION]
-    for node in found:
+    attentions = [node for node in program.graph.nodes if node.target in ATTENTION]
+    for node in attentions:
         if AttentionNode(node).mask is None or AttentionNode(node).is_causal:
             path = node.meta.get("path", node.name)
             raise BitlowerError(f"prefix-sinks: the attention {path} has no explicit mask to widen")
-    if not found:
+    if not attentions:
         raise BitlowerError("prefix-sinks found no attention operator", hint="put it right after `clean`")
-    return found
+    return attentions
 
 
 def _cache_of(program: Program, attentions: list[fx.Node], tokens: tuple[int, ...]) -> dict[fx.Node, torch.Tensor]:
     """What attentions read of ``tokens`` alone, ``[1, heads, tokens, d]``, by the node of the keys or values."""
-    found: dict[fx.Node, torch.Tensor] = {}
+    cache: dict[fx.Node, torch.Tensor] = {}
     ids = torch.tensor([tokens])
     positions = torch.arange(len(tokens))[None]
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
     nodes = {value for node in map(AttentionNode, attentions) for value in (node.key, node.value)}
-    observe(program, nodes, [batch], lambda node, value, _: found.update({node: value.clone()}))
-    return found
+    observe(program, nodes, [batch], lambda node, value, _: cache.update({node: value.clone()}))
+    return cache
 
 
 def _join(program: Program, attention: fx.Node, value: fx.Node, prefix: torch.Tensor) -> fx.Node:
@@ -183,7 +183,7 @@ def _shift_positions(program: Program, count: int) -> None:
 
 def _largest(program: Program, context: Context) -> float:
     """The largest entry of any residual sum, over the first calibration batch."""
-    found = [0.0]
+    magnitudes = [0.0]
     sums = residual_sums(program.graph)
-    observe(program, sums, context.calibration[:1], lambda _, value, __: found.append(float(value.abs().max())))
-    return max(found)
+    observe(program, sums, context.calibration[:1], lambda _, value, __: magnitudes.append(float(value.abs().max())))
+    return max(magnitudes)

@@ -81,10 +81,10 @@ class Rotate(Pass):
         Raises:
             BitlowerError: there is no residual stream, or something stands in the way of another basis.
         """
-        found = [domain for domain in domains(program.module) if domain.residual]
-        if not found:
+        residual_domains = [domain for domain in domains(program.module) if domain.residual]
+        if not residual_domains:
             raise BitlowerError("rotate: the model has no residual stream", hint="run `clean` before it")
-        streams = [trace_stream(program.graph, domain) for domain in found]
+        streams = [trace_stream(program.graph, domain) for domain in residual_domains]
         generator = context.generator("rotate")
         context.put(RotationReport(tuple(self._rotate(program.module, stream, generator) for stream in streams)))
         return True

@@ -142,10 +142,10 @@ def roundings(
     Ranges of activations are those of the float model: neither weights nor other activations are rounded before them.
     """
     parts = [[node for node in nodes if is_weight(node) is kind] for kind in (True, False)]
-    found: dict[fx.Node, Rounding] = {}
+    node_roundings: dict[fx.Node, Rounding] = {}
     for part in filter(None, parts):
-        found |= _calibrated(program, {node.name: node for node in part}, width, calibrate, batches)
-    return found
+        node_roundings |= _calibrated(program, {node.name: node for node in part}, width, calibrate, batches)
+    return node_roundings
 
 
 def _calibrated(

@@ -104,14 +104,14 @@ def solve(losses: Sequence[Sequence[float]], limits: Sequence[Limit]) -> Knapsac
     known = greedy(losses, limits)
     ceiling = total(losses, known) if known is not None else np.inf
     dominance = _Dominance(losses, limits)
-    kept = [
+    candidates = [
         (item, choice)
         for item, row in enumerate(losses)
         for choice in range(len(row))
         if np.isfinite(row[choice]) and row[choice] <= ceiling and not dominance.covers(item, choice)
     ]
-    values = {column: losses[item][choice] for column, (item, choice) in enumerate(kept)}
-    program = _Program(len(losses), kept, limits)
+    values = {column: losses[item][choice] for column, (item, choice) in enumerate(candidates)}
+    program = _Program(len(losses), candidates, limits)
     choice, bound, status = program.solve(values, ceiling if np.isfinite(ceiling) else max(values.values(), default=0))
     loss = total(losses, choice)
     bound = min(max(bound, 0.0), loss)
@@ -125,8 +125,8 @@ def least(limit: Limit, others: Sequence[Limit]) -> int:
         BitlowerError: no choice keeps within the others.
         CheckError: the solver gives up.
     """
-    kept = [(item, choice) for item, row in enumerate(limit.costs) for choice in range(len(row))]
-    program = _Program(len(limit.costs), kept, others)
+    candidates = [(item, choice) for item, row in enumerate(limit.costs) for choice in range(len(row))]
+    program = _Program(len(limit.costs), candidates, others)
     values = program.coefficients(limit)
     return spent(limit, program.solve(values, max(values.values(), default=0))[0])
 
@@ -165,7 +165,7 @@ def greedy(losses: Sequence[Sequence[float]], limits: Sequence[Limit]) -> tuple[
             if t.pairs:
                 together = lost[t.first][:, :, None] + lost[t.second][:, None, :]
                 other = _cheapest(together, t.saved_together(choice), list(zip(t.first, t.second, strict=True)))
-                best, changes = min((best, changes), other, key=lambda found: found[0])
+                best, changes = min((best, changes), other, key=lambda candidate: candidate[0])
         if not np.isfinite(best):
             return None
         for item, new in changes:
@@ -251,21 +251,21 @@ class _Dominance:
 
 
 class _Program:
-    """The mixed-integer program: the choices ``kept`` are variables, 0 or 1, and the products of pairs come behind.
+    """The mixed-integer program: the ``candidates`` are variables, 0 or 1, and the products of pairs come behind.
 
     Raises:
         BitlowerError: an item has no choice.
     """
 
-    def __init__(self, items: int, kept: Sequence[tuple[int, int]], limits: Sequence[Limit]) -> None:
-        self._items, self._kept, self._limits = items, list(kept), limits
-        self._column = {pair: column for column, pair in enumerate(kept)}
+    def __init__(self, items: int, candidates: Sequence[tuple[int, int]], limits: Sequence[Limit]) -> None:
+        self._items, self._candidates, self._limits = items, list(candidates), limits
+        self._column = {pair: column for column, pair in enumerate(candidates)}
         self._choices: list[list[int]] = [[] for _ in range(items)]
-        for item, choice in kept:
+        for item, choice in candidates:
             self._choices[item].append(choice)
         if not all(self._choices):
             raise _infeasible(limits)
-        self._columns = len(kept)
+        self._columns = len(candidates)
         self._rows: list[tuple[dict[int, float], float, float]] = []
         for item, choices in enumerate(self._choices):
             self._rows.append(({self._column[item, choice]: 1.0 for choice in choices}, 1, 1))
@@ -276,7 +276,7 @@ class _Program:
 
     def coefficients(self, limit: Limit) -> dict[int, float]:
         """What each variable costs; the products that it takes become variables."""
-        row = {column: float(limit.costs[item][choice]) for column, (item, choice) in enumerate(self._kept)}
+        row = {column: float(limit.costs[item][choice]) for column, (item, choice) in enumerate(self._candidates)}
         for pair in limit.pairs:
             for column, cost in self._products(pair).items():
                 row[column] = row.get(column, 0.0) + cost
@@ -300,8 +300,8 @@ class _Program:
         self._columns += columns.size
         for (item, choices), classes, products in zip(sides, (first, second), (columns, columns.T), strict=True):
             for places, variables in zip(classes, products.tolist(), strict=True):
-                taken = {self._column[item, choices[place]]: -1.0 for place in places}
-                self._rows.append((taken | dict.fromkeys(variables, 1.0), 0, 0))
+                choice_terms = {self._column[item, choices[place]]: -1.0 for place in places}
+                self._rows.append((choice_terms | dict.fromkeys(variables, 1.0), 0, 0))
         reduced = table[[places[0] for places in first]][:, [places[0] for places in second]]
         return row | dict(zip(columns.flatten().tolist(), reduced.flatten().tolist(), strict=True))
 
@@ -321,8 +321,8 @@ class _Program:
                 raise _infeasible(self._limits)
             if result.x is None:
                 raise CheckError(f"the solver gives up: {result.message}")
-            taken = dict(pair for pair, x in zip(self._kept, result.x, strict=False) if x > 0.5)
-            choice = tuple(taken[item] for item in range(self._items))
+            choice_by_item = dict(pair for pair, x in zip(self._candidates, result.x, strict=False) if x > 0.5)
+            choice = tuple(choice_by_item[item] for item in range(self._items))
             if all(spent(limit, choice) <= limit.most for limit in self._limits):
                 return choice, float(result.mip_dual_bound) / scale, str(result.message)
             cut = {self._column[pair]: 1.0 for pair in enumerate(choice)}  # over by less than the solver's tolerance
@@ -341,7 +341,7 @@ class _Program:
         low, high = (np.array([row[side] for row in self._rows]) for side in (1, 2))
         objective = np.zeros(self._columns)
         objective[list(values)] = np.array(list(values.values())) * scale
-        whole = np.arange(self._columns) < len(self._kept)
+        whole = np.arange(self._columns) < len(self._candidates)
         with _no_chatter():
             return milp(
                 objective, integrality=whole.astype(np.int64), bounds=Bounds(0, 1),
@@ -366,11 +366,11 @@ def _infeasible(limits: Sequence[Limit]) -> BitlowerError:
 def _no_chatter() -> Iterator[None]:
     """Keep off what some versions of HiGHS print to the process's standard output whatever their options say."""
     sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    stdout_copy, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 1)
         yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(stdout_copy, 1)
+        os.close(stdout_copy)
         os.close(nowhere)

@@ -88,15 +88,15 @@ class Measure:
         prepare, _ = _SUMS[self.kind]
         return ReferenceOutputs(batch, tuple(prepare(_vectors(value, batch)) for value in expected))
 
-    def against(self, reference: ReferenceOutputs, found: Sequence[torch.Tensor]) -> Sums:
+    def against(self, reference: ReferenceOutputs, actual: Sequence[torch.Tensor]) -> Sums:
         """Outputs on one batch against those of the reference."""
         _, compare = _SUMS[self.kind]
-        pairs = zip(reference.sides, found, strict=True)
+        pairs = zip(reference.sides, actual, strict=True)
         return tuple(compare(side, _vectors(value, reference.batch)) for side, value in pairs)
 
-    def compare(self, expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor], batch: Batch) -> Sums:
-        """One batch: ``expected`` and ``found`` are the outputs in the order of ``outputs``."""
-        return self.against(self.reference(expected, batch), found)
+    def compare(self, expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], batch: Batch) -> Sums:
+        """One batch: ``expected`` and ``actual`` are the outputs in the order of ``outputs``."""
+        return self.against(self.reference(expected, batch), actual)
 
     @staticmethod
     def total(parts: Sequence[Sums]) -> float:
@@ -134,13 +134,13 @@ def _probabilities(expected: torch.Tensor) -> _Side:
     return _Side(tuple(parts), total)
 
 
-def _divergence(expected: _Side, found: torch.Tensor) -> tuple[float, float]:
+def _divergence(expected: _Side, actual: torch.Tensor) -> tuple[float, float]:
     """``Σ p · log p − Σ p · log q`` over all vectors, in double precision, and how many they are."""
     crossed = 0.0
-    for p, part in zip(expected.parts, torch.split(found, _block(found)), strict=True):
+    for p, part in zip(expected.parts, torch.split(actual, _block(actual)), strict=True):
         crossed += float(part.double().log_softmax(-1).mul_(p).sum())
     divergence = expected.total - crossed
-    return divergence if math.isnan(divergence) else max(divergence, 0.0), float(len(found))
+    return divergence if math.isnan(divergence) else max(divergence, 0.0), float(len(actual))
 
 
 def _block(vectors: torch.Tensor) -> int:
@@ -153,9 +153,9 @@ def _signal(expected: torch.Tensor) -> _Side:
     return _Side((expected,), float(expected.double().square().sum()))
 
 
-def _noise(expected: _Side, found: torch.Tensor) -> tuple[float, float]:
+def _noise(expected: _Side, actual: torch.Tensor) -> tuple[float, float]:
     """The energy of the difference, and that of the signal."""
-    return float((found.double() - expected.parts[0]).square_().sum()), expected.total
+    return float((actual.double() - expected.parts[0]).square_().sum()), expected.total
 
 
 def _largest(expected: torch.Tensor) -> _Side:
@@ -163,9 +163,9 @@ def _largest(expected: torch.Tensor) -> _Side:
     return _Side((expected.argmax(-1),), 0.0)
 
 
-def _disagreement(expected: _Side, found: torch.Tensor) -> tuple[float, float]:
+def _disagreement(expected: _Side, actual: torch.Tensor) -> tuple[float, float]:
     """How many vectors have their largest entry elsewhere, and how many there are."""
-    return float((expected.parts[0] != found.argmax(-1)).sum()), float(len(found))
+    return float((expected.parts[0] != actual.argmax(-1)).sum()), float(len(actual))
 
 
 _SUMS: dict[Kind, tuple[Callable[[torch.Tensor], _Side], Callable[[_Side, torch.Tensor], tuple[float, float]]]] = {

@@ -59,8 +59,8 @@ def layers_of_quantizers(program: Program) -> dict[fx.Node, str]:
     """The layer of each quantizer, in graph order; a weight belongs to the layer of its first reader."""
     names, ends = dict[fx.Node, str](), dict[fx.Node, int]()
     position = {node: i for i, node in enumerate(program.graph.nodes)}
-    found = blocks(program.module)
-    for index, block in enumerate(found):
+    repeated_blocks = blocks(program.module)
+    for index, block in enumerate(repeated_blocks):
         name = _common_path(n for n in block.nodes if n.target in LINEAR) or f"layer {index}"
         names |= dict.fromkeys(block.nodes, name)
         ends[block.output] = position[block.output]

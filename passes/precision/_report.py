@@ -76,12 +76,12 @@ class FrontPoint:
 
 @dataclass(frozen=True)
 class Round:
-    """A step of refinement: how many items it changed, the loss that was predicted and measured, and if it was kept."""
+    """A step of refinement: how many items it changed, the loss that was predicted and measured, and if it was accepted."""
 
     changed: int
     predicted: float
     measured: float
-    kept: bool
+    accepted: bool
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,9 @@ class PrecisionReport(Record):
             what = f"the linears on {self.time.target}, {self.time.rows} rows"
             yield f"{what}: {self.time.before_us:.4g} → {self.time.after_us:.4g} µs by calculation"
         if self.optimum:
-            found = self.optimum
+            optimum = self.optimum
             yield (
-                f"predicted loss {found.predicted:.4g}, at most {found.gap:.2g} of it above the optimum; "
+                f"predicted loss {optimum.predicted:.4g}, at most {optimum.gap:.2g} of it above the optimum; "
                 f"measured {_number(self.measured)}"
             )
 

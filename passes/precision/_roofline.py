@@ -108,11 +108,11 @@ class Roofline:
 
     def picoseconds(self, linear: Linear, rows: int, weight: int | None, activation: int | None) -> int:
         """How long ``linear`` takes on ``rows`` rows with these bits of codes; None: floats."""
-        moved = linear.weight_bytes(weight, self.float_bytes)
-        moved += rows * (linear.inputs * code_bytes(activation, self.float_bytes) + linear.outputs * self.float_bytes)
+        traffic = linear.weight_bytes(weight, self.float_bytes)
+        traffic += rows * (linear.inputs * code_bytes(activation, self.float_bytes) + linear.outputs * self.float_bytes)
         work = 2 * rows * linear.inputs * linear.outputs
         rate = self.rate(linear.product(weight, activation))
-        return max(1, round(_PICO * max(moved / self.bandwidth, work / rate)))
+        return max(1, round(_PICO * max(traffic / self.bandwidth, work / rate)))
 
 
 TARGETS = {

@@ -64,19 +64,19 @@ class Budgets:
     share_16: float | None = None
     time: float | None = None
 
-    def given(self) -> dict[str, float]:
-        """Those that are set, by their names in recipes."""
+    def amounts(self) -> dict[str, float]:
+        """The budgets that are set, by their names in recipes."""
         values = {f.name.replace("_", "-"): getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
     def require_none(self, what: str) -> None:
         """Raise BitlowerError if a budget is set beside ``what``."""
-        if self.given():
-            raise BitlowerError(f"assign-precision: {what} takes no budget", hint=f"drop {', '.join(self.given())}")
+        if self.amounts():
+            raise BitlowerError(f"assign-precision: {what} takes no budget", hint=f"drop {', '.join(self.amounts())}")
 
     def require_one(self) -> None:
         """Raise BitlowerError if none is set."""
-        if not self.given():
+        if not self.amounts():
             raise BitlowerError(
                 "assign-precision needs a budget",
                 hint="weight-bits, model-bytes, activation-bits, share-16 or time; or set: paper",
@@ -131,7 +131,7 @@ def lines_of(
         "share-16": (lambda item, width: 0 if item.is_weight or width < _WIDE else len(item.nodes), count, 0),
     }
     lines = []
-    for name, most in budgets.given().items():
+    for name, most in budgets.amounts().items():
         if name == TIME:
             assert target is not None
             time = time_of(program, items, target, rows, most)
@@ -176,8 +176,8 @@ class Search:
         self.grids: dict[tuple[fx.Node, int], Rounding] = {}
         for width in context.track(widths, "grids"):
             nodes = [node for item in items if width in item.widths for node in item.nodes]
-            found = roundings(program, nodes, width, calibrate, context.calibration)
-            self.grids |= {(node, width): rounding for node, rounding in found.items()}
+            node_roundings = roundings(program, nodes, width, calibrate, context.calibration)
+            self.grids |= {(node, width): rounding for node, rounding in node_roundings.items()}
         rest = [node for node, _ in program.quantizers() if node not in chosen]
         self.fixed = roundings(program, list(filter(is_weight, rest)), None, calibrate, context.calibration)
         measure = Measure.choose(program, options.loss, options.outputs)
@@ -230,13 +230,13 @@ class Search:
         ]
         settings = [
             self._one(item, item.widths[c]) if c != now else {}
-            for item, now, found in zip(self.items, choice, near, strict=True)
-            for c in found
+            for item, now, neighbours in zip(self.items, choice, near, strict=True)
+            for c in neighbours
         ]
         losses = iter(self.near.run(settings, baseline=self.settle(choice), track=self.track, label="refinement"))
         table = [[math.inf] * len(item.widths) for item in self.items]
-        for row, found in zip(table, near, strict=True):
-            for c in found:
+        for row, neighbours in zip(table, near, strict=True):
+            for c in neighbours:
                 row[c] = next(losses)
         return table
 
@@ -259,11 +259,11 @@ def search(
     _require_room(lines, budgets)
     limits = [line.limit for line in lines]
     solve([[0.0] * len(item.widths) for item in items], limits)  # before any work
-    found = Search(program, items, options, calibrate, context)
-    losses = found.alone()
+    problem = Search(program, items, options, calibrate, context)
+    losses = problem.alone()
     best = solve(losses, limits)
-    [measured] = found.measure([best.choice])
-    choice, loss, rounds = refine(found, best.choice, measured, limits, options.rounds)
+    [measured] = problem.measure([best.choice])
+    choice, loss, rounds = refine(problem, best.choice, measured, limits, options.rounds)
     rough = greedy(losses, limits)
     optimum = Optimum(
         best.loss, best.bound, best.gap, best.status, measured, total(losses, rough) if rough is not None else None
@@ -273,16 +273,16 @@ def search(
             PrecisionRow(item.tensors, item.role, item.before, item.widths[c], row[c])
             for item, row, c in zip(items, losses, choice, strict=True)
         ),
-        found.trials.measure.kind,
+        problem.trials.measure.kind,
         tuple(
             BudgetUse(line.limit.name, most, line.used(choice))
-            for line, most in zip(lines, budgets.given().values(), strict=True)
+            for line, most in zip(lines, budgets.amounts().values(), strict=True)
         ),
         optimum,
         tuple(rounds),
         loss,
-        tuple(_front(found, losses, lines, options.front, options.measured)),
-        found.runs,
+        tuple(_front(problem, losses, lines, options.front, options.measured)),
+        problem.runs,
         _time_estimate(lines, options, choice),
     )
     return items, list(choice), report
@@ -290,7 +290,7 @@ def search(
 
 def _require_room(lines: Sequence[Line], budgets: Budgets) -> None:
     """Raise BitlowerError if a budget bounds nothing, or is too small whatever is chosen."""
-    for line, most in zip(lines, budgets.given().values(), strict=True):
+    for line, most in zip(lines, budgets.amounts().values(), strict=True):
         name = line.limit.name
         if not line.limit.ceiling:
             raise BitlowerError(f"the program has no quantizer that {name} could bound")
@@ -311,7 +311,7 @@ def _time_estimate(lines: Sequence[Line], options: SearchOptions, choice: Choice
 
 
 def refine(
-    found: Search, choice: Choice, loss: float, limits: Sequence[Limit], count: int
+    problem: Search, choice: Choice, loss: float, limits: Sequence[Limit], count: int
 ) -> tuple[Choice, float, list[Round]]:
     """Solve again on losses measured around ``choice``; fewer changes at a time where the measured loss does not fall.
 
@@ -321,13 +321,13 @@ def refine(
     """
     rounds: list[Round] = []
     reach = len(choice)
-    _, bar = found.judged(choice) if count else (loss, loss)
+    _, bar = problem.judged(choice) if count else (loss, loss)
     for _ in range(count):
-        table = found.around(choice)
+        table = problem.around(choice)
         lowest = [min(row) for row in table]
         excess = [[value - least for value in row] for row, least in zip(table, lowest, strict=True)]
-        kept = False
-        while reach and not kept:
+        accepted = False
+        while reach and not accepted:
             changes = Limit(
                 "changes",
                 tuple(tuple(int(c != now) for c in range(len(row))) for row, now in zip(table, choice, strict=True)),
@@ -338,19 +338,19 @@ def refine(
             if not changed:
                 return choice, loss, rounds
             predicted = loss + sum(row[c] - row[now] for row, c, now in zip(table, step, choice, strict=True))
-            measured, judged = found.judged(step)
-            kept = measured < loss and loss - measured >= _TRUST * (loss - predicted) and judged < bar
-            rounds.append(Round(changed, predicted, measured, kept))
-            if kept:
+            measured, judged = problem.judged(step)
+            accepted = measured < loss and loss - measured >= _TRUST * (loss - predicted) and judged < bar
+            rounds.append(Round(changed, predicted, measured, accepted))
+            if accepted:
                 choice, loss, bar = step, measured, judged
             else:
                 reach = changed // 2
-        if not kept:
+        if not accepted:
             break
     return choice, loss, rounds
 
 
-def _front(found: Search, losses: Losses, lines: Sequence[Line], count: int, measured: int) -> list[FrontPoint]:
+def _front(problem: Search, losses: Losses, lines: Sequence[Line], count: int, measured: int) -> list[FrontPoint]:
     """The best assignments under ``count`` values of the first budget, the others as they are."""
     if count < 1:
         return []
@@ -364,7 +364,7 @@ def _front(found: Search, losses: Losses, lines: Sequence[Line], count: int, mea
         points.append((line, solve(losses, [line.limit, *others])))
     places = {round(i * (len(points) - 1) / max(1, measured - 1)) for i in range(min(measured, len(points)))}
     found_losses = (
-        dict(zip(sorted(places), found.measure([points[i][1].choice for i in sorted(places)]), strict=True))
+        dict(zip(sorted(places), problem.measure([points[i][1].choice for i in sorted(places)]), strict=True))
         if places
         else {}
     )

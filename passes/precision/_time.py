@@ -48,19 +48,19 @@ def products(program: Program) -> list[Product]:
     for node, _ in program.quantizers():
         if not is_weight(node):
             rounded |= {reader: node for value, reader in value_uses(node) if _reads(reader, value)}
-    found = []
+    linear_products = []
     for node in linears(program.graph):
         inputs = int(LinearNode(node).x.meta["type"].shape[-1])
         weight = LinearNode(node).weight
         shape = tuple(int(size) for size in weight.meta["type"].shape)
         outputs = math.prod(shape) // inputs
         if weight.target not in QUANTIZER:
-            found.append(Product(Linear(inputs, outputs), None, rounded.get(node)))
+            linear_products.append(Product(Linear(inputs, outputs), None, rounded.get(node)))
             continue
         spec = weight.meta["quantizer"].spec
         linear = Linear(inputs, outputs, math.prod(spec.granularity.scale_shape(shape)), spec.grid.symmetric)
-        found.append(Product(linear, weight, rounded.get(node)))
-    return found
+        linear_products.append(Product(linear, weight, rounded.get(node)))
+    return linear_products
 
 
 def _reads(node: fx.Node, value: fx.Node) -> bool:

@@ -164,9 +164,9 @@ class Trials:
         lines = [_Line(self.plan, self.batches[index], base, constants) for index in chunk]
         return _Walk(self, chunk, lines, constants)
 
-    def compare(self, index: int, found: Sequence[torch.Tensor]) -> Sums:
+    def compare(self, index: int, actual: Sequence[torch.Tensor]) -> Sums:
         """Outputs on the batch ``index`` against the reference."""
-        return self.measure.against(self._references[index], found)
+        return self.measure.against(self._references[index], actual)
 
 
 class _Plan:
@@ -230,12 +230,12 @@ class _Constants:
 
     def __init__(self, plan: _Plan, states: Setting, budget: int) -> None:
         self._plan, self._states, self._left = plan, states, budget
-        self._held: Values = {}
+        self._values: Values = {}
 
     def value(self, node: fx.Node) -> Any:
         """The value of ``node``."""
-        if node in self._held:
-            return self._held[node]
+        if node in self._values:
+            return self._values[node]
         result = self._plan.compute(node, self._states.get(node), self.value)
         self._plan.release(node)
         if node.op == "call_function":
@@ -247,7 +247,7 @@ class _Constants:
         size = _bytes([result])
         if size <= self._left:
             self._left -= size
-            self._held[node] = result
+            self._values[node] = result
 
 
 class _Line:

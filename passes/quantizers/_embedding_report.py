@@ -84,14 +84,14 @@ class EmbeddingReport(Report):
         """To the left the histogram of cosines, to the right the clipping of each weight, in graph order."""
         half = _WIDTH / 2
         curves = [("steelblue", "float", self.in_float), ("firebrick", "rounded", self.rounded)]
-        shown = [(color, name, found) for color, name, found in curves if found is not None]
-        top = max((max(found.shares) for _, _, found in shown), default=0.0) or 1.0
+        shown = [(color, name, similarity) for color, name, similarity in curves if similarity is not None]
+        top = max((max(similarity.shares) for _, _, similarity in shown), default=0.0) or 1.0
         body = [*_axes(0, "cosine", "−1", "1", f"{top:.0%} of pairs"), *_axes(half, "weight", "", "", "α / max|w|")]
-        for line, (color, name, found) in enumerate(shown):
-            steps = [(i / BINS + 0.5 / BINS, share / top) for i, share in enumerate(found.shares)]
+        for line, (color, name, similarity) in enumerate(shown):
+            steps = [(i / BINS + 0.5 / BINS, share / top) for i, share in enumerate(similarity.shares)]
             points = " ".join("{:.1f},{:.1f}".format(*_place(0, *step)) for step in steps)
             body.append(f'<polyline points="{points}" fill="none" stroke="{color}"/>')
-            body.append(_text(half - 12, 16 + 16 * line, f"{name}: mean {found.mean:.3f}", color))
+            body.append(_text(half - 12, 16 + 16 * line, f"{name}: mean {similarity.mean:.3f}", color))
         covered = [m.covered for m in self.modules if math.isfinite(m.covered)]
         highest = max([1.0, *covered])
         body.append(_text(half + _MARGIN - 4, _place(half, 0, 1)[1], f"{highest:.2g}"))

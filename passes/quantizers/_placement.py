@@ -70,17 +70,17 @@ def weight_sites(graph: fx.Graph) -> Iterator[QuantizationSite]:
     tables = dict(vocabularies(graph))
     heads = {
         parameter
-        for parameter, found in uses.items()
-        if any(reader.target in LINEAR and _ends_the_graph(reader) for _, reader, _ in found)
+        for parameter, reads in uses.items()
+        if any(reader.target in LINEAR and _ends_the_graph(reader) for _, reader, _ in reads)
         and parameter.meta["type"].shape in tables.values()
     }
     shapes = {parameter.meta["type"].shape for parameter in heads}
-    for parameter, found in uses.items():
-        table = parameter in heads or any(role == "embedding-table" for role, _, _ in found)
-        role = "embedding-table" if table else found[0][0]
-        readers, paths = tuple(reader for _, reader, _ in found), tuple(path for _, _, path in found)
+    for parameter, reads in uses.items():
+        table = parameter in heads or any(role == "embedding-table" for role, _, _ in reads)
+        role = "embedding-table" if table else reads[0][0]
+        readers, paths = tuple(reader for _, reader, _ in reads), tuple(path for _, _, path in reads)
         goes_along = parameter in tables and parameter.meta["type"].shape in shapes
-        positions = parameter not in tables and all(role == "embedding-table" for role, _, _ in found)
+        positions = parameter not in tables and all(role == "embedding-table" for role, _, _ in reads)
         yield QuantizationSite(role, parameter, readers, paths, parameter in heads or goes_along, positions)
 
 

@@ -87,12 +87,12 @@ def frequent_tokens(context: Context, count: int) -> torch.Tensor:
     Raises:
         BitlowerError: the calibration data have fewer than two different tokens.
     """
-    found: list[torch.Tensor] = []
+    token_ids: list[torch.Tensor] = []
     for batch in context.calibration:
         if "input_ids" in batch:
             mask = token_mask(batch)
-            found.append(batch["input_ids"][mask] if mask is not None else batch["input_ids"].flatten())
-    counts = torch.bincount(torch.cat(found).long()) if found else torch.zeros(0, dtype=torch.int64)
+            token_ids.append(batch["input_ids"][mask] if mask is not None else batch["input_ids"].flatten())
+    counts = torch.bincount(torch.cat(token_ids).long()) if token_ids else torch.zeros(0, dtype=torch.int64)
     if int((counts > 0).sum()) < 2:
         raise BitlowerError("embeddings are compared for tokens of calibration data", hint="give calibration batches")
     order = counts.argsort(descending=True, stable=True)

@@ -14,7 +14,7 @@ from bitlower.ir import Batch, BitlowerError, Level, Program, describe
 from bitlower.ir.observe import observe
 from bitlower.ir.quantization.ranges import Histogram, cross_entropy_loss, search_golden, search_grid
 from bitlower.ir.quantizer_node import QuantizerNode, is_uncalibrated, set_range
-from bitlower.ir.tokens import kept
+from bitlower.ir.tokens import value_mask
 from bitlower.ir.weight_ranges import WeightRanges, calibrate_weights, require_finite, scale_rows, uncalibrated_weights
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes.quantizers._parts import ChannelPartition, choose_parts
@@ -89,11 +89,11 @@ def _calibrate_activations(program: Program, nodes: list[fx.Node], options: Cali
     if searched:
         ranges |= _search_logits(program, searched, ranges, context)
     rest = [node for node in nodes if node not in searched]
-    parts = {node: found for node in rest if (found := _parts(node, *ranges[node]))}
+    parts = {node: partition for node in rest if (partition := _parts(node, *ranges[node]))}
     if momentum is not None and parts:
         ranges |= _extremes(program, list(parts), context, momentum, parts)
     else:
-        ranges |= {node: found.join(*ranges[node]) for node, found in parts.items()}
+        ranges |= {node: partition.join(*ranges[node]) for node, partition in parts.items()}
     if options.activations in _FROM_HISTOGRAM:
         histograms = _histograms(program, rest, ranges, parts, context, options)
         ranges |= {node: _from_histogram(node, histograms[node], options) for node in rest}
@@ -193,21 +193,21 @@ def _from_histogram(node: fx.Node, histogram: Histogram, options: Calibrate) -> 
 
 
 def _search_logits(program: Program, nodes: Sequence[fx.Node], ranges: Ranges, context: Context) -> Ranges:
-    kept: dict[fx.Node, list[torch.Tensor]] = {_source(node): [] for node in nodes}
+    logits: dict[fx.Node, list[torch.Tensor]] = {_source(node): [] for node in nodes}
 
     def keep(value_node: fx.Node, value: torch.Tensor, batch: Batch) -> None:
-        if sum(part.shape[0] for part in kept[value_node]) < _LOGIT_ROWS:
-            kept[value_node].append(value.reshape(-1, value.shape[-1])[:_LOGIT_ROWS].clone())
+        if sum(part.shape[0] for part in logits[value_node]) < _LOGIT_ROWS:
+            logits[value_node].append(value.reshape(-1, value.shape[-1])[:_LOGIT_ROWS].clone())
 
-    observe(program, list(kept), context.calibration, keep, track=context.track, label="logits")
-    found: Ranges = {}
+    observe(program, list(logits), context.calibration, keep, track=context.track, label="logits")
+    best_ranges: Ranges = {}
     for node in nodes:
         if node.meta["quantizer"].spec.granularity.kind != "tensor":
             raise BitlowerError(f"cross-entropy ranges are per tensor: {describe(node)}")
-        loss = cross_entropy_loss(torch.cat(kept[_source(node)]), node.meta["quantizer"].spec.grid)
+        loss = cross_entropy_loss(torch.cat(logits[_source(node)]), node.meta["quantizer"].spec.grid)
         low, high = search_grid(loss, *ranges[node], two_sided=True)
-        found[node] = low, high
-    return found
+        best_ranges[node] = low, high
+    return best_ranges
 
 
 def _readers(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
@@ -219,7 +219,7 @@ def _readers(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
 
 def _without_padding(node: fx.Node, value: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int]:
     """``value`` with padded positions set to zero, which is in every range, and how many elements that were."""
-    keep = kept(node.meta["type"].shape, batch)
+    keep = value_mask(node.meta["type"].shape, batch)
     if keep is None:
         return value, 0
     count = int(keep.sum()) * (value.numel() // keep.numel())

@@ -140,8 +140,8 @@ def place(program: Program, scheme: Scheme, ignore: Patterns, targets: Patterns)
 
 def _without(site: QuantizationSite, edges: set[fx.Node]) -> QuantizationSite:
     """``site`` for its other readers."""
-    kept = [pair for pair in zip(site.edges, site.paths, strict=True) if pair[0] not in edges]
-    return replace(site, edges=tuple(edge for edge, _ in kept), paths=tuple(path for _, path in kept))
+    remaining = [pair for pair in zip(site.edges, site.paths, strict=True) if pair[0] not in edges]
+    return replace(site, edges=tuple(edge for edge, _ in remaining), paths=tuple(path for _, path in remaining))
 
 
 def _expand_attentions(program: Program, ignore: Patterns, targets: Patterns) -> None:

@@ -91,15 +91,15 @@ class Rounded:
         codes: ``[out, in]`` whole numbers, float32.
         loss: squared error of each output, weighted mean over tokens, ``[out]`` float64.
         nearest_loss: the same for round-to-nearest on the same grid.
-        moved: how many codes are not the nearest.
-        kept: how many outputs kept all of theirs nearest because nothing did better.
+        flipped: how many codes are not the nearest.
+        nearest_rows: how many outputs kept all of theirs nearest because nothing did better.
     """
 
     codes: torch.Tensor
     loss: torch.Tensor
     nearest_loss: torch.Tensor
-    moved: int
-    kept: int
+    flipped: int
+    nearest_rows: int
 
 
 class SoftWeight:
@@ -155,11 +155,11 @@ def solve(layer: AdaroundLayer, options: AdaroundOptions, generator: torch.Gener
         optimizer.step()
         if (step + 1) * CHECKS // options.iterations > step * CHECKS // options.iterations:
             codes = soft.codes()
-            found = layer.row_losses(soft.values(codes))
-            better = found < loss
-            best[better], loss[better] = codes[better], found[better]
-    moved = best != nearest
-    return Rounded(best, loss, nearest_loss, int(moved.sum()), int((~moved.any(1)).sum()))
+            candidate_loss = layer.row_losses(soft.values(codes))
+            better = candidate_loss < loss
+            best[better], loss[better] = codes[better], candidate_loss[better]
+    flipped = best != nearest
+    return Rounded(best, loss, nearest_loss, int(flipped.sum()), int((~flipped.any(1)).sum()))
 
 
 def exponent(step: int, options: AdaroundOptions) -> float | None:

@@ -66,11 +66,11 @@ class Factor:
 
         float64. By the triangle: half the work of a product with H.
         """
-        held = error[self.positions]
+        ordered_error = error[self.positions]
         total = torch.zeros(error.shape[1], dtype=torch.float64)
         for start in range(0, self.columns, block):
             stop = start + block
-            part = self.upper[start:stop, start:] @ held[start:]
+            part = self.upper[start:stop, start:] @ ordered_error[start:]
             total += part.square_().mul_(self.pivots[start:stop, None]).sum(0, dtype=torch.float64)
         total -= self.added * error.square().sum(0, dtype=torch.float64)
         return total.clamp_(min=0)

@@ -93,13 +93,13 @@ def _search(
     sides = ((0, 1),) if grid.symmetric else ((0,), (1,))
     ends = low, high
     least = loss(ends)
-    for moved, factors in (((0, 1), SHRINK), *((side, AROUND) for side in sides)):
+    for scaled_sides, factors in (((0, 1), SHRINK), *((side, AROUND) for side in sides)):
         start = ends
         for factor in factors:
-            tried = tuple(end * factor if side in moved else end for side, end in enumerate(start))
-            found = loss((tried[0], tried[1]))
-            better = found < least
-            least = torch.where(better, found, least)
+            tried = tuple(end * factor if side in scaled_sides else end for side, end in enumerate(start))
+            candidate_loss = loss((tried[0], tried[1]))
+            better = candidate_loss < least
+            least = torch.where(better, candidate_loss, least)
             ends = torch.where(better, tried[0], ends[0]), torch.where(better, tried[1], ends[1])
     return ends
 

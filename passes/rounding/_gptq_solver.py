@@ -55,7 +55,7 @@ class GptqSolution:
         zero_point: as ``scale``, whole numbers.
         loss: ``[rows]`` float64, ``(w − q) H (w − q)ᵀ`` without damping.
         rtn_loss: the same for round-to-nearest on its own min–max grid; None without guard.
-        kept: ``[rows]`` bool, the rows that the guard rounded to nearest.
+        rtn_mask: ``[rows]`` bool, the rows that the guard rounded to nearest.
         damping: the share of the mean diagonal that was added; more than asked for if H was singular.
         notes: what the user should know; each names the layer.
     """
@@ -66,7 +66,7 @@ class GptqSolution:
     zero_point: torch.Tensor
     loss: torch.Tensor
     rtn_loss: torch.Tensor | None
-    kept: torch.Tensor
+    rtn_mask: torch.Tensor
     damping: float
     notes: tuple[str, ...]
 
@@ -101,11 +101,11 @@ def solve(
     best = _rounded(layer, ways[0])
     for ranges in ways[1:]:
         best.improve(_rounded(layer, ranges))
-    kept, rtn_loss = torch.zeros(len(weight), dtype=torch.bool), None
+    rtn_mask, rtn_loss = torch.zeros(len(weight), dtype=torch.bool), None
     if options.guard:
         nearest = _nearest(layer)
-        kept, rtn_loss = best.improve(nearest), nearest.loss
-    return best.solution(rtn_loss, kept, hessian)
+        rtn_mask, rtn_loss = best.improve(nearest), nearest.loss
+    return best.solution(rtn_loss, rtn_mask, hessian)
 
 
 @dataclass(frozen=True)
@@ -140,12 +140,14 @@ class _Rounding:
         self.grids.take(rows, other.grids)
         return rows
 
-    def solution(self, rtn_loss: torch.Tensor | None, kept: torch.Tensor, factor: Factor) -> GptqSolution:
+    def solution(self, rtn_loss: torch.Tensor | None, rtn_mask: torch.Tensor, factor: Factor) -> GptqSolution:
         """As the caller wants it: rows first."""
         weight, codes = self.grids.values(self.centred), self.grids.codes(self.centred)
         parts = [part.T.contiguous() for part in (weight, codes, self.grids.scale, self.grids.zero)]
         notes = (factor.note,) if factor.note else ()
-        return GptqSolution(parts[0], parts[1], parts[2], parts[3], self.loss, rtn_loss, kept, factor.damping, notes)
+        return GptqSolution(
+            parts[0], parts[1], parts[2], parts[3], self.loss, rtn_loss, rtn_mask, factor.damping, notes
+        )
 
 
 def _nearest(layer: _Layer) -> _Rounding:

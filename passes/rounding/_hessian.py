@@ -88,9 +88,10 @@ class Hessian:
 
     def _factors(self, norms: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """The weight of each token, 0 for those left out; ``norms`` are ``‖x‖²``."""
-        given = torch.ones_like(norms) if weights is None else weights.detach().reshape(-1).float()
-        used = (given != 0) & ~(norms < _TINY)
-        if not bool(torch.isfinite(norms[used]).all() & torch.isfinite(given).all() & (given >= 0).all()):
+        token_weights = torch.ones_like(norms) if weights is None else weights.detach().reshape(-1).float()
+        used = (token_weights != 0) & ~(norms < _TINY)
+        usable = torch.isfinite(norms[used]).all() & torch.isfinite(token_weights).all() & (token_weights >= 0).all()
+        if not bool(usable):
             raise BitlowerError(
                 f"{self.name}: its calibration inputs hold NaN, Inf or values whose square overflows, "
                 "or a token weight is negative or not finite",
@@ -98,7 +99,7 @@ class Hessian:
             )
         factors = torch.zeros_like(norms)
         if bool(used.any()):
-            factors[used] = self._weigh(norms[used]) * given[used]
+            factors[used] = self._weigh(norms[used]) * token_weights[used]
         return factors
 
     def _accumulate(self, rows: torch.Tensor) -> None:

@@ -31,12 +31,12 @@ def token_gradients(
             hint="leave `gradient` at 0",
         )
     runner = _Recorder(program.module, nodes)
-    found: dict[fx.Node, list[torch.Tensor]] = {node: [] for node in nodes}
+    gradient_norms: dict[fx.Node, list[torch.Tensor]] = {node: [] for node in nodes}
     for batch in context.track(context.calibration, "token gradients"):
         rows = [runner.gradients(program, batch, row) for row in range(len(batch["input_ids"]))]
         for node in nodes:
-            found[node].append(torch.stack([row[node] for row in rows]))
-    return found
+            gradient_norms[node].append(torch.stack([row[node] for row in rows]))
+    return gradient_norms
 
 
 class _Recorder(fx.Interpreter):
@@ -45,18 +45,18 @@ class _Recorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, nodes: Collection[fx.Node]) -> None:
         super().__init__(module, garbage_collect_values=True)
         self._nodes = nodes
-        self._found: dict[fx.Node, torch.Tensor] = {}
+        self._norms: dict[fx.Node, torch.Tensor] = {}
 
     def gradients(self, program: Program, batch: Batch, row: int) -> dict[fx.Node, torch.Tensor]:
         """Those of one sequence, ``[sequence]`` each; zero where the loss does not depend on the node."""
         one = {name: tensor[row : row + 1] for name, tensor in batch.items()}
         length = one["input_ids"].shape[1]
-        self._found = {node: torch.zeros(length) for node in self._nodes}
+        self._norms = {node: torch.zeros(length) for node in self._nodes}
         with torch.enable_grad():
             results: Sequence[Any] = self.run(*program.arguments(one))
             names = [spec.name for spec in program.outputs]
             next_token_loss(results[names.index("logits")], one).backward()  # type: ignore[no-untyped-call]
-        return self._found
+        return self._norms
 
     def run_node(self, n: fx.Node) -> Any:
         """Compute ``n``; what is watched needs a gradient."""
@@ -67,7 +67,7 @@ class _Recorder(fx.Interpreter):
         return value.detach() if n.op == "get_attr" else value
 
     def _note(self, node: fx.Node, gradient: torch.Tensor) -> None:
-        self._found[node] = gradient.square().sum(-1).reshape(-1)
+        self._norms[node] = gradient.square().sum(-1).reshape(-1)
 
 
 def next_token_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -45,7 +45,7 @@ class AdaroundRow:
         tokens: how many tokens its rounding was learned on.
         loss: squared error of the layer's output, summed over outputs, mean over tokens as they are weighted.
         nearest_loss: the same for round-to-nearest on the same grid.
-        moved: the share of the codes that are not the nearest.
+        flipped: the share of the codes that are not the nearest.
         kept_rows: outputs whose weights all stayed nearest.
         notes: what was unusual.
     """
@@ -55,7 +55,7 @@ class AdaroundRow:
     tokens: int
     loss: float
     nearest_loss: float
-    moved: float
+    flipped: float
     kept_rows: int
     notes: tuple[str, ...]
 
@@ -72,10 +72,9 @@ class AdaroundReport(Record):
         text = f"{counted(len(self.rows), 'weight')} rewritten"
         if not shares:
             return text
-        moved = fmean(row.moved for row in self.rows)
-        return (
-            f"{text}; error of outputs: {median(shares):.3g} of round-to-nearest's (median); {moved:.1%} of codes moved"
-        )
+        flipped = fmean(row.flipped for row in self.rows)
+        text += f"; error of outputs: {median(shares):.3g} of round-to-nearest's (median)"
+        return f"{text}; {flipped:.1%} of codes flipped"
 
     def details(self) -> Iterable[str]:
         """What was unusual."""
@@ -301,7 +300,7 @@ def _row(name: str, spec: str, rounded: Rounded, inputs: torch.Tensor) -> dict[s
         "tokens": tokens,
         "loss": float(rounded.loss.sum()),
         "nearest_loss": float(rounded.nearest_loss.sum()),
-        "moved": rounded.moved / rounded.codes.numel(),
-        "kept_rows": rounded.kept,
+        "flipped": rounded.flipped / rounded.codes.numel(),
+        "kept_rows": rounded.nearest_rows,
         "notes": short,
     }

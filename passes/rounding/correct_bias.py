@@ -116,8 +116,8 @@ class CorrectBias(Pass):
         )
         with torch.no_grad():
             for (linear, read), (float_linear, read_float) in context.track(pairs, "bias correction"):
-                found = _mean_error(program, (linear, float_linear), (read, read_float), self.weighting)
-                rows.append(_correct(program, linear, found))
+                mean_error = _mean_error(program, (linear, float_linear), (read, read_float), self.weighting)
+                rows.append(_correct(program, linear, mean_error))
         context.put(BiasReport(tuple(rows)))
         return any(not row.skipped for row in rows)
 
@@ -178,9 +178,9 @@ def _stored_bias(program: Program, linear: fx.Node) -> torch.Tensor | None:
     return get_tensor(program.module, name).detach() if name else None
 
 
-def _correct(program: Program, linear: fx.Node, found: _Error) -> BiasRow:
+def _correct(program: Program, linear: fx.Node, mean_error: _Error) -> BiasRow:
     """Write the corrected bias of one linear."""
-    error = found.mean
+    error = mean_error.mean
     bias = LinearNode(linear).bias
     skipped = ""
     if bias is None:
@@ -191,7 +191,7 @@ def _correct(program: Program, linear: fx.Node, found: _Error) -> BiasRow:
         set_tensor(program.module, name, torch.nn.Parameter((old.detach() - error).to(old.dtype), old.requires_grad))
     else:
         skipped = "its bias is computed, or another layer's too"
-    return BiasRow(_path(linear), found.tokens, float(error.square().mean().sqrt()), skipped)
+    return BiasRow(_path(linear), mean_error.tokens, float(error.square().mean().sqrt()), skipped)
 
 
 def _add_bias(program: Program, linear: fx.Node) -> None:

@@ -74,11 +74,11 @@ class GptqReport(Record):
     def summary(self) -> str:
         """How the errors compare with those of round-to-nearest."""
         shares = [row.loss / row.rtn_loss for row in self.rows if row.rtn_loss]
-        kept = sum(row.kept_rows for row in self.rows)
+        nearest_rows = sum(row.kept_rows for row in self.rows)
         text = f"{counted(len(self.rows), 'weight')} rewritten"
         if shares:
             text += f"; error under the Hessian: {median(shares):.3g} of round-to-nearest's (median)"
-        return f"{text}; {counted(kept, 'row')} rounded to nearest" if kept else text
+        return f"{text}; {counted(nearest_rows, 'row')} rounded to nearest" if nearest_rows else text
 
     def details(self) -> Iterable[str]:
         """What was unusual."""
@@ -319,7 +319,7 @@ def _row(
         "tokens": tokens,
         "loss": float(torch.cat([solution.loss for solution in solutions])[part].sum()),
         "rtn_loss": float(torch.cat(nearest)[part].sum()) if nearest else None,
-        "kept_rows": int(torch.cat([solution.kept for solution in solutions])[part].sum()),
+        "kept_rows": int(torch.cat([solution.rtn_mask for solution in solutions])[part].sum()),
         "damping": solutions[0].damping,
         "notes": [*solutions[0].notes, *short],
     }
@@ -334,14 +334,14 @@ def _gathered(
     parts: Iterable[tuple[torch.Tensor, torch.Tensor]],
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches put together until they hold enough tokens for one product."""
-    held: list[tuple[torch.Tensor, torch.Tensor]] = []
+    buffer: list[tuple[torch.Tensor, torch.Tensor]] = []
     for part in parts:
-        held.append(part)
-        if sum(len(weights) for _, weights in held) >= _TOKENS:
-            yield torch.cat([rows for rows, _ in held]), torch.cat([weights for _, weights in held])
-            held = []
-    if held:
-        yield torch.cat([rows for rows, _ in held]), torch.cat([weights for _, weights in held])
+        buffer.append(part)
+        if sum(len(weights) for _, weights in buffer) >= _TOKENS:
+            yield torch.cat([rows for rows, _ in buffer]), torch.cat([weights for _, weights in buffer])
+            buffer = []
+    if buffer:
+        yield torch.cat([rows for rows, _ in buffer]), torch.cat([weights for _, weights in buffer])
 
 
 def _all_readers(groups: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:

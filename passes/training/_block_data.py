@@ -12,7 +12,7 @@ from torch import nn
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.storage import release
 from bitlower.ir.token_weights import token_weights
-from bitlower.ir.tokens import kept
+from bitlower.ir.tokens import value_mask
 from bitlower.passes._machinery.base import Context
 from bitlower.passes.training._blocks import BlockStep
 from bitlower.passes.training._part import Part
@@ -75,8 +75,8 @@ def split(batches: Sequence[Batch], share: float, *, cut: bool, name: str) -> Bl
             f"{name} needs two sequences of calibration data at least, not {count}: one is held out",
             hint="give more calibration data",
         )
-    held = max(1, min(count - 1, round(count * share)))
-    out = {int((i + 0.5) * count / held) for i in range(held)}
+    held_out_count = max(1, min(count - 1, round(count * share)))
+    out = {int((i + 0.5) * count / held_out_count) for i in range(held_out_count)}
     learned: list[Batch] = []
     held_out: list[Batch] = []
     start = 0
@@ -129,7 +129,7 @@ class BlockData:
         norms, masks = [], []
         shape = self.part.output.meta["type"].shape
         for target, batch in zip(self.step.targets, self.data.batches, strict=True):
-            keep = kept(shape, batch)
+            keep = value_mask(shape, batch)
             full = torch.ones(target.shape[:-1], dtype=torch.bool)
             masks.append(full if keep is None else keep.expand(*target.shape[:-1], 1)[..., 0])
             norms.append(target.square().sum(-1))
@@ -193,20 +193,20 @@ class BlockData:
 
     def _pick(self, units: Sequence[Unit]) -> Pick:
         batches = self.data.batches
-        inputs = {name: _taken(units, [batch.get(name) for batch in batches]) for name in batches[units[0][0]]}
-        return Pick(inputs, *(_taken(units, each) for each in (self.step.inputs, self.step.targets, self.weights)))
+        inputs = {name: _joined(units, [batch.get(name) for batch in batches]) for name in batches[units[0][0]]}
+        return Pick(inputs, *(_joined(units, each) for each in (self.step.inputs, self.step.targets, self.weights)))
 
     def _energy(self, units: Sequence[Unit]) -> float:
-        found = [self.energies[batch] if row is None else self.energies[batch][row] for batch, row in units]
-        return max(sum(float(part.sum()) for part in found), torch.finfo(torch.float32).tiny)
+        energies = [self.energies[batch] if row is None else self.energies[batch][row] for batch, row in units]
+        return max(sum(float(part.sum()) for part in energies), torch.finfo(torch.float32).tiny)
 
 
-def _taken(units: Sequence[Unit], values: Sequence[torch.Tensor | None]) -> torch.Tensor:
+def _joined(units: Sequence[Unit], values: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """The values of some sequences, one after another; ``values`` are those of the batches."""
-    found = []
+    parts = []
     for batch, row in units:
         value = values[batch]
         assert value is not None
-        found.append(value.clone() if row is None else value[row : row + 1].clone())
+        parts.append(value.clone() if row is None else value[row : row + 1].clone())
         release(value)
-    return torch.cat(found) if len(found) > 1 else found[0]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

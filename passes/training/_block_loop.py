@@ -109,7 +109,7 @@ def learn(
         BitlowerError: the block's values are not finite at the start.
     """
     best, step, notes = data.held_out_error(model), 0, []
-    before, kept = best, [parameter.detach().clone() for parameter in parameters]
+    before, best_values = best, [parameter.detach().clone() for parameter in parameters]
     if not math.isfinite(before):
         raise BitlowerError(
             f"{data.part.path}: its calibration values hold NaN or Inf",
@@ -126,9 +126,9 @@ def learn(
         if number % every == 0 or number == schedule.iterations:
             error = data.held_out_error(model)
             if error < best:
-                best, step, kept = error, number, [parameter.detach().clone() for parameter in parameters]
+                best, step, best_values = error, number, [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
-        for parameter, value in zip(parameters, kept, strict=True):
+        for parameter, value in zip(parameters, best_values, strict=True):
             parameter.copy_(value)
     return Outcome(before, best, step, tuple(notes))
 

@@ -89,7 +89,7 @@ class BlockTraining(Pass, abc.ABC):
                 model to compare with, or values that are not finite.
         """
         data = chosen_data(program, context, self.held_out, self.name)
-        found = pairs(program, float_reference(program, context), self.name)
+        block_pairs = pairs(program, float_reference(program, context), self.name)
         data = self.prepare(program, context, data)
-        walk = Walk(found, data.batches, self.inputs, self.memory, context.work)
+        walk = Walk(block_pairs, data.batches, self.inputs, self.memory, context.work)
         return improve_blocks(program, context, walk, data, self.weighting, self.name, self.improve)

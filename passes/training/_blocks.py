@@ -85,7 +85,7 @@ class Walk:
         """What enters the first block."""
         placeholders = list(part.program.graph.find_nodes(op="placeholder"))
         module = subgraph(part.program.module, placeholders, [part.source])
-        return self._held(lambda index: module(*part.program.arguments(self.batches[index]))[0])
+        return self._run_batches(lambda index: module(*part.program.arguments(self.batches[index]))[0])
 
     def _advance(self, part: Part, values: list[torch.Tensor], *, keep: bool) -> list[torch.Tensor]:
         """What leaves a block, for what enters; the latter is let go of on the way unless ``keep``."""
@@ -98,16 +98,16 @@ class Walk:
             before[index] = value.new_empty(0)
             return result
 
-        result = self._held(run)
+        result = self._run_batches(run)
         part.release()
         return result
 
-    def _held(self, run: Callable[[int], torch.Tensor]) -> list[torch.Tensor]:
+    def _run_batches(self, run: Callable[[int], torch.Tensor]) -> list[torch.Tensor]:
         """``run`` of each batch; inputs and targets of one block share the memory."""
-        held, values = 0, []
+        total_bytes, values = 0, []
         for index in range(len(self.batches)):
             with torch.no_grad():
                 value = run(index)
-            held += value.nbytes
-            values.append(spill(value, folder=self.folder) if held > self.memory // 2 else value)
+            total_bytes += value.nbytes
+            values.append(spill(value, folder=self.folder) if total_bytes > self.memory // 2 else value)
         return values

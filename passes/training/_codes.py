@@ -57,11 +57,11 @@ def _share(codes: torch.Tensor, before: torch.Tensor) -> float:
 
 def _codes(module: TrainableModule) -> dict[str, torch.Tensor]:
     """The codes of all quantized weights, int16."""
-    found = {}
+    codes = {}
     for name, quantizer in module.quantizers().items():
         weight = module.weight_of(name)
         if isinstance(weight, nn.Parameter):
             scale, zero = quantizer.qparams(weight)
             ends = quantizer.clipping.quant_min, quantizer.clipping.quant_max
-            found[name] = numerics.codes(weight.detach(), scale, zero, *ends).to(torch.int16)
-    return found
+            codes[name] = numerics.codes(weight.detach(), scale, zero, *ends).to(torch.int16)
+    return codes

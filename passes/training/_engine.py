@@ -164,7 +164,9 @@ class Training:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         with torch.no_grad():
             finder.run(*self.evaluator.program.arguments(inputs))
-        return f"first not finite is {describe(finder.found)}" if finder.found else "all values before it are finite"
+        return (
+            f"first not finite is {describe(finder.bad_node)}" if finder.bad_node else "all values before it are finite"
+        )
 
     def _index(self, number: int) -> int:
         """Which training batch comes as the ``number``-th: each once an epoch, in an order of the epoch's own."""
@@ -263,12 +265,12 @@ class _Finder(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.found: fx.Node | None = None
+        self.bad_node: fx.Node | None = None
 
     def run_node(self, node: fx.Node) -> Any:
         """Compute ``node`` and look at what comes out."""
         value = super().run_node(node)
         floats = isinstance(value, torch.Tensor) and value.is_floating_point()
-        if self.found is None and node.op.startswith("call") and floats and bool(value.isnan().any()):
-            self.found = node
+        if self.bad_node is None and node.op.startswith("call") and floats and bool(value.isnan().any()):
+            self.bad_node = node
         return value

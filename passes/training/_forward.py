@@ -120,14 +120,14 @@ class Forward:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         device = next(iter(inputs.values())).device
         arguments = (value.to(device) for value in self.program.arguments(inputs))
-        found = dict(zip(self._names, self.body(*arguments), strict=True))
+        tensors = dict(zip(self._names, self.body(*arguments), strict=True))
         values = Values(
-            tuple(found[name] for name in self.taps.hidden),
-            tuple(_scores(tap, found, causal=self._causal) for tap in self.taps.attention),
+            tuple(tensors[name] for name in self.taps.hidden),
+            tuple(_scores(tap, tensors, causal=self._causal) for tap in self.taps.attention),
         )
         if not self._last:
             return values, None
-        rows = found[self._names[-1]]
+        rows = tensors[self._names[-1]]
         return values, rows[real_tokens(batch)] if rows.dim() == 3 else rows
 
 
@@ -137,13 +137,13 @@ def real_tokens(batch: Batch) -> torch.Tensor:
     return mask if mask is not None else torch.ones(next(iter(batch.values())).shape[:2], dtype=torch.bool)
 
 
-def _scores(tap: AttentionTap, found: dict[str, torch.Tensor], *, causal: bool) -> torch.Tensor:
+def _scores(tap: AttentionTap, tensors: dict[str, torch.Tensor], *, causal: bool) -> torch.Tensor:
     """``QKᵀ/√width``; the keys of grouped queries are repeated, and what a causal model hides is −∞."""
-    query = found[tap.query]
+    query = tensors[tap.query]
     if tap.scores:
-        scores = found[tap.scores]
+        scores = tensors[tap.scores]
     else:
-        key = found[tap.key].repeat_interleave(query.shape[1] // found[tap.key].shape[1], 1)
+        key = tensors[tap.key].repeat_interleave(query.shape[1] // tensors[tap.key].shape[1], 1)
         scores = query @ key.transpose(-2, -1)
     scores = scores / math.sqrt(query.shape[-1])
     if not causal:
@@ -197,9 +197,9 @@ def _after(source: fx.Node, end: fx.Node) -> set[fx.Node]:
 
 def _fixed(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that depend on parameters alone, quantizer modules among them."""
-    found = set[fx.Node]()
+    fixed = set[fx.Node]()
     for node in graph.nodes:
         computed = node.op in ("call_function", "call_module")
-        if node.op == "get_attr" or (computed and node.all_input_nodes and found.issuperset(node.all_input_nodes)):
-            found.add(node)
-    return found
+        if node.op == "get_attr" or (computed and node.all_input_nodes and fixed.issuperset(node.all_input_nodes)):
+            fixed.add(node)
+    return fixed

@@ -45,8 +45,8 @@ class MemoryBank:
 
     def write(self, ids: torch.Tensor, blended: torch.Tensor) -> None:
         """Keep what :meth:`blend` gave; of an id that occurs several times, the mean."""
-        found, where = torch.unique(ids, return_inverse=True)
-        counts = torch.bincount(where, minlength=len(found)).unsqueeze(-1)
-        sums = torch.zeros(len(found), blended.shape[-1], dtype=blended.dtype, device=blended.device)
-        self.rows[found] = sums.index_add_(0, where, blended.detach()) / counts
-        self.seen[found] = True
+        unique_ids, where = torch.unique(ids, return_inverse=True)
+        counts = torch.bincount(where, minlength=len(unique_ids)).unsqueeze(-1)
+        sums = torch.zeros(len(unique_ids), blended.shape[-1], dtype=blended.dtype, device=blended.device)
+        self.rows[unique_ids] = sums.index_add_(0, where, blended.detach()) / counts
+        self.seen[unique_ids] = True

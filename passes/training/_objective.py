@@ -83,8 +83,8 @@ class Evaluator:
             if total is not None and gradient is not None:
                 sources.append((total * gradient, None))
             if rows is not None:
-                found = _Rows(rows, told[1], self._labels(batch, len(rows)))
-                terms |= self._in_chunks(found, gradient, sources)
+                paired_rows = _Rows(rows, told[1], self._labels(batch, len(rows)))
+                terms |= self._in_chunks(paired_rows, gradient, sources)
             if gradient is not None:
                 torch.autograd.backward([s for s, _ in sources], [g for _, g in sources])
         for tensor in tensors_of(told):

@@ -77,19 +77,19 @@ def learned_parameters(module: TrainableModule, rates: Rates) -> list[Learned]:
     by_role = {name: rate for name, rate in rates.rates if name in ROLES}
     by_pattern = {name: rate for name, rate in rates.rates if name not in ROLES}
     patterns = {name: Patterns([name]) for name in by_pattern}
-    roles, found = parameter_roles(module), []
+    roles, learned = parameter_roles(module), []
     for name, parameter in module.named_parameters():
         matching = [key for key in by_pattern if patterns[key].match(name, name.removeprefix("model."))]
         rate = by_pattern[max(matching, key=len)] if matching else by_role.get(roles[name], 0.0)
         parameter.requires_grad_(rate > 0)
         if rate > 0:
-            found.append(Learned(name, parameter, roles[name], rate))
+            learned.append(Learned(name, parameter, roles[name], rate))
     names = [name.removeprefix("model.") for name in roles]
     for pattern in patterns.values():
         pattern.require_used("learning-rate", [*ROLES, *names])
-    if not found:
+    if not learned:
         raise BitlowerError("no parameter learns: all learning rates are 0", hint="give `weights` or `scales` a rate")
-    return found
+    return learned
 
 
 def parameter_roles(module: TrainableModule) -> dict[str, str]:

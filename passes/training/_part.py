@@ -90,11 +90,11 @@ def _readers(module: fx.GraphModule) -> dict[Any, set[fx.Node]]:
 
 def parts(program: Program) -> list[Part]:
     """The repeated blocks of a program, in order; each begins where the one before it ends."""
-    found = []
+    block_parts = []
     for block in blocks(program.module):
         source, output = _before_rounding(block.source), _before_rounding(block.output)
-        found.append(Part(program, source, output, tuple(side_values(program.module, source, output))))
-    return found
+        block_parts.append(Part(program, source, output, tuple(side_values(program.module, source, output))))
+    return block_parts
 
 
 def _before_rounding(node: fx.Node) -> fx.Node:
@@ -133,12 +133,12 @@ def side_values(module: fx.GraphModule, source: fx.Node, output: fx.Node) -> lis
 def _parametric(module: fx.GraphModule) -> set[fx.Node]:
     """Parameters, and what is computed from them and other stored tensors alone, with its operands."""
     fixed = constants(module.graph)
-    found: set[fx.Node] = set()
+    parametric_nodes: set[fx.Node] = set()
     for node in module.graph.nodes:
         stored = node.op == "get_attr" and isinstance(get_tensor(module, str(node.target)), torch.nn.Parameter)
-        if stored or (node in fixed and any(operand in found for operand in node.all_input_nodes)):
-            found.add(node)
+        if stored or (node in fixed and any(operand in parametric_nodes for operand in node.all_input_nodes)):
+            parametric_nodes.add(node)
     for node in reversed(module.graph.nodes):
-        if node in found and node.op != "get_attr":
-            found.update(node.all_input_nodes)
-    return found
+        if node in parametric_nodes and node.op != "get_attr":
+            parametric_nodes.update(node.all_input_nodes)
+    return parametric_nodes

@@ -49,9 +49,9 @@ def _is_rounded(program: Program, view: QuantizerNode) -> bool:
         return False
     weight, grid = view.weight(program.module), view.spec.grid
     same = numerics.fake(weight, *view.range(program.module), grid.quant_min, grid.quant_max).equal(weight)
-    found = same and bool(weight.any())
+    rounded = same and bool(weight.any())
     release(weight)
-    return found
+    return rounded
 
 
 class Teacher:

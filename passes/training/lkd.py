@@ -110,15 +110,15 @@ def parameter_groups(block: Trainable, part: Part, rate: float, scale_rate: floa
         ranges |= {id(parameter): free for parameter in quantizer.parameters()}
         if (weight := block.weight_of(name)) is not None:
             steps[id(weight)] = float(quantizer.scale.mean())
-    found = []
+    groups = []
     for name, parameter in block.model.named_parameters():
         is_range = id(parameter) in ranges
         free = ranges[id(parameter)] if is_range else name not in shared
         own = scale_rate if is_range else rate * steps[id(parameter)]
         parameter.requires_grad_(free and own > 0)
         if parameter.requires_grad:
-            found.append((parameter, own))
-    return found
+            groups.append((parameter, own))
+    return groups
 
 
 def random_tokens(program: Program, data: BlockSplit, generator: torch.Generator) -> BlockSplit:

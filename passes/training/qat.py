@@ -179,10 +179,10 @@ class Qat(Pass):
 
     def loop(self, batches: int) -> LoopOptions:
         """How long and how fast, for so many training batches."""
-        given = {field.name: self._or_preset(field.name) for field in fields(LoopOptions)}
+        options = {field.name: self._or_preset(field.name) for field in fields(LoopOptions)}
         if self.epochs:
-            given["steps"] = math.ceil(self.epochs * batches / self.accumulate)
-        return LoopOptions(**given)
+            options["steps"] = math.ceil(self.epochs * batches / self.accumulate)
+        return LoopOptions(**options)
 
     def _or_preset(self, name: str) -> Any:
         value = getattr(self, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitlower.ir.tokens import kept, token_mask, token_rows
+from bitlower.ir.tokens import token_mask, token_rows, value_mask
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 4]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
@@ -25,7 +25,7 @@ def test_without_ids_the_mask_is_that_of_the_tokens() -> None:
 def test_nothing_says_so() -> None:
     assert token_mask({"input_ids": IDS}) is None
     assert token_mask({"attention_mask": torch.ones(2, 1, 3, 3)}) is None
-    assert kept(("batch", "sequence", 4), {"input_ids": IDS}) is None
+    assert value_mask(("batch", "sequence", 4), {"input_ids": IDS}) is None
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_nothing_says_so() -> None:
     ],
 )
 def test_masks_follow_the_layout(shape: tuple[int | str, ...], expected: torch.Tensor | None) -> None:
-    found = kept(shape, {"input_ids": IDS, "attention_mask": MASK})
+    found = value_mask(shape, {"input_ids": IDS, "attention_mask": MASK})
     if expected is None:
         assert found is None
     else:
@@ -52,7 +52,7 @@ def test_masks_follow_the_layout(shape: tuple[int | str, ...], expected: torch.T
 
 def test_no_padding_is_no_mask() -> None:
     batch = {"input_ids": IDS, "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
-    assert kept(("batch", "sequence", 4), batch) is None
+    assert value_mask(("batch", "sequence", 4), batch) is None
 
 
 def test_rows_are_the_tokens_that_are_there() -> None:

@@ -103,11 +103,11 @@ def _evaluate_text(
         new_tokens=new_tokens, bos=bos, track=display.track,
     )  # fmt: skip
     tables = []
-    if found := result.perplexity:
-        variant = f"{found.windows} windows of {found.window} tokens, stride {found.stride}"
+    if perplexity := result.perplexity:
+        variant = f"{perplexity.windows} windows of {perplexity.window} tokens, stride {perplexity.stride}"
         rows = [
-            ("perplexity", f"{found.perplexity:.2f}"),
-            ("variant", f"{variant}, {found.tokens_scored} tokens scored of {found.tokens}"),
+            ("perplexity", f"{perplexity.perplexity:.2f}"),
+            ("variant", f"{variant}, {perplexity.tokens_scored} tokens scored of {perplexity.tokens}"),
             ("windows begin with", f"{result.begins or 'nothing'} (bos: {bos})"),
             ("lines", "as they are" if joiner is None else f"joined by {joiner!r}"),
         ]

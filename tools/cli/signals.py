@@ -39,9 +39,9 @@ class Signals:
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
             for number in (getattr(signal, name) for name in _WORDS if hasattr(signal, name)):
-                kept = signal.getsignal(number)
-                if kept in (signal.SIG_DFL, signal.default_int_handler):
-                    self._kept[number] = kept
+                handler = signal.getsignal(number)
+                if handler in (signal.SIG_DFL, signal.default_int_handler):
+                    self._kept[number] = handler
                     signal.signal(number, self._end)
         return self
 

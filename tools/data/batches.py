@@ -28,6 +28,6 @@ class Data:
         """How many batches there are, and their hashes."""
         form = {"calibration_batches": len(self.calibration), "calibration_sha256": digest_batches(self.calibration)}
         parts = {"training": self.training, "held_out": self.held_out}
-        for name, given in parts.items() if self.training else ():
-            form |= {f"{name}_batches": len(given), f"{name}_sha256": digest_batches(given)}
+        for name, batches in parts.items() if self.training else ():
+            form |= {f"{name}_batches": len(batches), f"{name}_sha256": digest_batches(batches)}
         return form | ({"window_lead": list(self.lead)} if self.lead else {})

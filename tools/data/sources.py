@@ -129,8 +129,8 @@ def python_source(
         if not calibration:
             raise BitlowerError("the calibration data are empty")
         if isinstance(calibration[0], Mapping):
-            given, cut = cast(Sequence[Batch], calibration), len(calibration) - len(calibration) // 8
-            return DataSource(lambda program: Data(given[:cut], given[cut:]))
+            inputs, cut = cast(Sequence[Batch], calibration), len(calibration) - len(calibration) // 8
+            return DataSource(lambda program: Data(inputs[:cut], inputs[cut:]))
     texts = cast("str | os.PathLike[str] | Sequence[str]", calibration)
     amount = Amount.make(samples, max_length, decoder)
     if not decoder:
@@ -178,8 +178,8 @@ def _windows(program: Program, text: str, amount: Amount, seed: int, bos: str) -
     lead = window_lead(program, bos)
     room = max(length - len(lead), 1)
     parts = split_windows(text_ids(program, text), room, count, held_out=HELD_OUT_WINDOWS, seed=seed)
-    kept, held_out = (window_batches(program, part, lead, amount.batch_size) for part in parts)
-    return Data(kept, held_out, lead)
+    calibration, held_out = (window_batches(program, part, lead, amount.batch_size) for part in parts)
+    return Data(calibration, held_out, lead)
 
 
 def window_batches(program: Program, rows: torch.Tensor, lead: Sequence[int], batch_size: int) -> Sequence[Batch]:

@@ -59,10 +59,10 @@ def read_texts(
         BitlowerError: no such file or column, bytes that are not UTF-8 (with the line), no text, or fewer than asked.
     """
     _check_samples(samples)
-    found, kept = draw(_texts(data, column), samples, seed)
-    if samples is not None and found < samples:
-        raise too_short(data, found, samples)
-    return [text for _, text in kept]
+    total, drawn = draw(_texts(data, column), samples, seed)
+    if samples is not None and total < samples:
+        raise too_short(data, total, samples)
+    return [text for _, text in drawn]
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,14 @@ def split_texts(
     _check_samples(samples)
     name = data if isinstance(data, str | os.PathLike) else "the calibration data"
     items = _texts(data, column) if isinstance(data, str | os.PathLike) else enumerate(data, 1)
-    found, kept = draw(items, (SAMPLES if samples is None else samples) + HELD_OUT, seed)
-    if found < (samples or FEWEST):
-        raise too_short(name, found, samples or FEWEST)
-    count = samples or min(SAMPLES, found - min(HELD_OUT, found // 8))
-    order = list(range(len(kept)))
+    total, drawn = draw(items, (SAMPLES if samples is None else samples) + HELD_OUT, seed)
+    if total < (samples or FEWEST):
+        raise too_short(name, total, samples or FEWEST)
+    count = samples or min(SAMPLES, total - min(HELD_OUT, total // 8))
+    order = list(range(len(drawn)))
     random.Random(f"{seed}/split").shuffle(order)
     calibration, held_out = sorted(order[:count]), sorted(order[count : count + HELD_OUT])
-    return TextSplit(tuple(kept[place][1] for place in calibration), tuple(kept[place][1] for place in held_out))
+    return TextSplit(tuple(drawn[place][1] for place in calibration), tuple(drawn[place][1] for place in held_out))
 
 
 def read_text(
@@ -210,21 +210,21 @@ def _check_samples(samples: int | None) -> None:
         raise BitlowerError(f"cannot draw {samples} samples", hint="ask for at least 1")
 
 
-def too_short(data: object, found: int, wanted: int) -> BitlowerError:
-    """The error about ``data`` with ``found`` texts where ``wanted`` are needed."""
+def too_short(data: object, count: int, wanted: int) -> BitlowerError:
+    """The error about ``data`` with ``count`` texts where ``wanted`` are needed."""
     return BitlowerError(
-        f"{data} is too short: {found} texts, {wanted} are needed", hint="add texts, or ask for fewer samples"
+        f"{data} is too short: {count} texts, {wanted} are needed", hint="add texts, or ask for fewer samples"
     )
 
 
 def draw(items: Iterable[tuple[int, T]], samples: int | None, seed: int) -> tuple[int, list[tuple[int, T]]]:
     """How many there are, and ``samples`` of them in order, each set equally likely; memory is the sample's."""
     generator = random.Random(seed)
-    kept: list[tuple[int, T]] = []
-    found = 0
-    for found, item in enumerate(items, start=1):
-        if samples is None or len(kept) < samples:
-            kept.append(item)
-        elif (place := generator.randrange(found)) < samples:
-            kept[place] = item
-    return found, sorted(kept, key=lambda item: item[0])
+    reservoir: list[tuple[int, T]] = []
+    count = 0
+    for count, item in enumerate(items, start=1):
+        if samples is None or len(reservoir) < samples:
+            reservoir.append(item)
+        elif (place := generator.randrange(count)) < samples:
+            reservoir[place] = item
+    return count, sorted(reservoir, key=lambda item: item[0])

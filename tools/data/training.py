@@ -135,9 +135,9 @@ def python_training(
     if len(training) < 2:
         raise too_short(section.data, len(training), 2)
     if isinstance(training[0], Mapping):
-        given = cast(Sequence[Batch], training)
-        cut = len(given) - _left_out(section, len(given), len(given))
-        return _adding(source, lambda program: Data(training=given[:cut], held_out=given[cut:]))
+        inputs = cast(Sequence[Batch], training)
+        cut = len(inputs) - _left_out(section, len(inputs), len(inputs))
+        return _adding(source, lambda program: Data(training=inputs[:cut], held_out=inputs[cut:]))
     texts = cast(Sequence[str], training)
     if decoder:
         return _adding(source, lambda program: _windows(program, [PARAGRAPH.join(texts)], section, bos))
@@ -181,23 +181,23 @@ def split_examples(path: Path, rows: Iterable[Row], section: TrainingSection) ->
     """Rows to train on, in an order that is drawn, and held-out ones in the file's order."""
     samples, seed, most = section.samples, section.seed, MOST_TEXTS
     needed = None if samples is None else samples + _left_out(section, 0, most)
-    found, drawn = draw(((row.line, row) for row in rows), needed, seed)
+    total, drawn = draw(((row.line, row) for row in rows), needed, seed)
     least = needed or (1 if isinstance(section.held_out, str) else 2)
-    if found < least:
-        raise too_short(path, found, least)
-    kept = _shuffled([row for _, row in drawn], seed)
-    cut = len(kept) - _left_out(section, len(kept), most)
-    held_out = sorted(kept[cut:], key=lambda row: row.line)
+    if total < least:
+        raise too_short(path, total, least)
+    shuffled = _shuffled([row for _, row in drawn], seed)
+    cut = len(shuffled) - _left_out(section, len(shuffled), most)
+    held_out = sorted(shuffled[cut:], key=lambda row: row.line)
     labelled = section.label is not None
-    return Examples(path, tuple(kept[:cut]), labelled), Examples(path, tuple(held_out), labelled)
+    return Examples(path, tuple(shuffled[:cut]), labelled), Examples(path, tuple(held_out), labelled)
 
 
-def _left_out(section: TrainingSection, found: int, most: int) -> int:
-    """How many are held out, of ``found`` or beside the samples asked for; at most ``most`` where nobody says."""
+def _left_out(section: TrainingSection, total: int, most: int) -> int:
+    """How many are held out, of ``total`` or beside the samples asked for; at most ``most`` where nobody says."""
     if isinstance(section.held_out, str):
         return 0
     share = section.held_out or SHARE
-    count = found * share if section.samples is None else section.samples * share / (1 - share)
+    count = total * share if section.samples is None else section.samples * share / (1 - share)
     return max(1, round(count) if section.held_out else min(most, round(count)))
 
 
@@ -228,11 +228,11 @@ def _windows(program: Program, texts: Sequence[str], section: TrainingSection, b
     rows, held_out = split_windows(ids, room, samples, held_out=left, seed=section.seed)
     if len(texts) > 1:
         other = text_ids(program, texts[1])
-        found = check_windows(other, room, 1, "held-out")
-        held_out = other[: found * room].view(found, room)
+        windows = check_windows(other, room, 1, "held-out")
+        held_out = other[: windows * room].view(windows, room)
     rows = rows[_shuffled(range(samples), section.seed)]
-    training, kept = (window_batches(program, part, lead, amount.batch_size) for part in (rows, held_out))
-    return Data(lead=lead, training=training, held_out=kept)
+    training, held_out_batches = (window_batches(program, part, lead, amount.batch_size) for part in (rows, held_out))
+    return Data(lead=lead, training=training, held_out=held_out_batches)
 
 
 def _adding(source: DataSource, make: Make) -> DataSource:

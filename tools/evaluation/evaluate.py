@@ -191,8 +191,12 @@ def _classification(runner: Runner, texts: Texts, path: Path) -> dict[str, float
     names = class_names(runner.program)
     labels = [class_of(path, row, names, None) for row in texts.rows]
     second = 1 if len(texts.rows[0].values) == 3 else None
-    found = texts.outputs(runner, 0, second, winner)
-    scores = {"accuracy": accuracy(found, labels), "f1": f1(found, labels), "matthews": matthews(found, labels)}
+    predictions = texts.outputs(runner, 0, second, winner)
+    scores = {
+        "accuracy": accuracy(predictions, labels),
+        "f1": f1(predictions, labels),
+        "matthews": matthews(predictions, labels),
+    }
     return {name: 100 * value for name, value in scores.items()}
 
 

@@ -126,8 +126,8 @@ def _of_library(library: Library) -> LanguageModel:
     _check(program)
 
     def step(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
-        given = {spec.name: feed[spec.name] for spec in program.inputs if spec.name in feed}
-        results = library.run({**given, **(cache or {})})
+        inputs = {spec.name: feed[spec.name] for spec in program.inputs if spec.name in feed}
+        results = library.run({**inputs, **(cache or {})})
         logits = torch.from_numpy(results["logits"].numpy())
         return logits, {_past_name(name): value for name, value in results.items() if name.startswith(_PRESENT)}
 
@@ -143,8 +143,8 @@ def _of_onnx(model: OnnxModel) -> LanguageModel:
     names = [spec.name for spec in program.outputs]
 
     def step(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
-        given = program.complete({s.name: feed[s.name] for s in program.inputs if s.name in feed})
-        values = {n: OrtValue.ortvalue_from_numpy(t.numpy()) for n, t in given.items() if not (cache and n in cache)}
+        inputs = program.complete({s.name: feed[s.name] for s in program.inputs if s.name in feed})
+        values = {n: OrtValue.ortvalue_from_numpy(t.numpy()) for n, t in inputs.items() if not (cache and n in cache)}
         results = dict(zip(names, session.run_with_ort_values(names, values | (cache or {})), strict=True))
         logits = torch.from_numpy(results["logits"].numpy())
         return logits, {_past_name(name): value for name, value in results.items() if name.startswith(_PRESENT)}
@@ -170,9 +170,9 @@ def _of_checkpoint(folder: Path, method: str) -> LanguageModel:
     cached, argument = hasattr(model.config, "use_cache"), cache_argument(model)
 
     def step(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
-        given = {argument: cache, "use_cache": True} if cached else {}
+        options = {argument: cache, "use_cache": True} if cached else {}
         with torch.no_grad():
-            outputs = model(input_ids=feed["input_ids"], attention_mask=feed["attention_mask"], **given)
+            outputs = model(input_ids=feed["input_ids"], attention_mask=feed["attention_mask"], **options)
         return outputs.logits.float(), cache_of(outputs) if cached else None
 
     program = shell(folder)

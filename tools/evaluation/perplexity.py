@@ -163,14 +163,14 @@ def _starts(tokens: int, window: int, stride: int, windows: int | None) -> range
     """The first token of each window, which takes ``window`` tokens of the text."""
     if not 1 <= stride <= window:
         raise BitlowerError(f"a stride of {stride} makes no sense", hint=f"take 1 to {window}, the window")
-    found = range(0, tokens - window + 1, stride)
-    if not found or (windows is not None and not 1 <= windows <= len(found)):
+    starts = range(0, tokens - window + 1, stride)
+    if not starts or (windows is not None and not 1 <= windows <= len(starts)):
         wanted = "a window" if windows is None else f"{windows} windows"
         raise BitlowerError(
-            f"the text has {tokens} tokens, that is {len(found)} windows of {window}; {wanted} cannot be had from it",
+            f"the text has {tokens} tokens, that is {len(starts)} windows of {window}; {wanted} cannot be had from it",
             hint="ask for fewer or shorter ones, or give a longer text",
         )
-    return found if windows is None else found[:windows]
+    return starts if windows is None else starts[:windows]
 
 
 def _cross_entropy(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:

@@ -101,8 +101,8 @@ class Load:
 class Costs:
     """A run of ``passes`` on ``program`` (``placed`` with quantizers), whose result is written as ``exports``.
 
-    ``lesson`` is what passes train on; None: batches like those of ``data``. ``kept`` says whether the trace of the
-    model is in the cache, ``file_bytes`` how large the first export's model file is.
+    ``lesson`` is what passes train on; None: batches like those of ``data``. ``trace_cached`` says whether the trace of
+    the model is in the cache, ``file_bytes`` how large the first export's model file is.
     """
 
     program: Program
@@ -111,7 +111,7 @@ class Costs:
     data: Load
     exports: Sequence[Backend]
     lesson: Lesson | None = None
-    kept: bool = False
+    trace_cached: bool = False
     file_bytes: int = 0
 
     @property
@@ -138,7 +138,7 @@ class Costs:
         token = 2.0 * sum(rows * columns for rows, columns in self._shapes())
         work = token * (self.runs * self.data.tokens + self._checked_tokens() + self._trained_tokens())
         rate = _flop_rate() * EFFICIENCY
-        fixed = FIXED_SECONDS + (0 if self.kept else TRACE_SECONDS)
+        fixed = FIXED_SECONDS + (0 if self.trace_cached else TRACE_SECONDS)
         read = self.program.size_bytes() * BYTE_SECONDS
         calls = len(self.placed.graph.nodes) * self._batches() * CALL_SECONDS
         return fixed + nodes * (NODE_SECONDS + exports) + read + calls + (work + self._solved()) / rate
@@ -170,22 +170,22 @@ class Costs:
         return self.lesson or Lesson(batches, self.data.batch_size, self.data.max_length, tokens)
 
     def _trained_tokens(self) -> float:
-        lesson, found = self._taught, 0.0
+        lesson, tokens = self._taught, 0.0
         for pass_ in self.passes:
             if schedule := pass_.block_schedule():
-                found += lesson.block_tokens(schedule)
+                tokens += lesson.block_tokens(schedule)
             elif steps := training_steps(pass_, lesson.batches):
-                found += lesson.tokens_of(steps, training_evaluations(pass_, lesson.batches))
-        return found
+                tokens += lesson.tokens_of(steps, training_evaluations(pass_, lesson.batches))
+        return tokens
 
     def _trained_bytes(self) -> int:
-        lesson, found, linear = self._taught, [0], 4 * sum(rows * columns for rows, columns in self._shapes())
+        lesson, peaks, linear = self._taught, [0], 4 * sum(rows * columns for rows, columns in self._shapes())
         for pass_ in self.passes:
             if schedule := pass_.block_schedule():
-                found.append(lesson.block_memory(schedule, self.placed, linear, min(self._widths(), default=0)))
+                peaks.append(lesson.block_memory(schedule, self.placed, linear, min(self._widths(), default=0)))
             elif training_steps(pass_, lesson.batches):
-                found.append(lesson.memory(self.program, self.placed))
-        return max(found)
+                peaks.append(lesson.memory(self.program, self.placed))
+        return max(peaks)
 
     def _value_bytes(self) -> int:
         """Activations of one batch."""
@@ -220,8 +220,8 @@ class Costs:
     def _weights(self) -> list[torch.Tensor]:
         """The parameters of linears."""
         nodes: list[fx.Node | None] = [parameter_of(LinearNode(node).weight) for node in linears(self.program.graph)]
-        found = [get_tensor(self.program.module, str(node.target)) for node in nodes if node is not None]
-        return [tensor for tensor in found if tensor.dim() == 2]
+        tensors = [get_tensor(self.program.module, str(node.target)) for node in nodes if node is not None]
+        return [tensor for tensor in tensors if tensor.dim() == 2]
 
 
 def unforeseen(placed: Program, passes: Sequence[Pass], exports: Sequence[Backend]) -> Iterator[str]:

@@ -145,11 +145,11 @@ def plan_recipe(recipe: Recipe) -> Plan:
     """
     job = recipe_job(recipe)
     job.check()
-    program, kept = _loaded(job.load)
+    program, trace_cached = _loaded(job.load)
     decoder = program.task == TEXT_GENERATION
     amount = Amount.of(recipe.calibration, decoder) if recipe.calibration else Amount.make(None, None, decoder)
     lesson = Lesson.of(job.data(program)) if any(map(trains, job.passes)) else None
-    return make_plan(program, job.passes, Load.of(amount, program), job.exports, lesson, kept=kept)
+    return make_plan(program, job.passes, Load.of(amount, program), job.exports, lesson, trace_cached=trace_cached)
 
 
 def plan_model(
@@ -168,9 +168,9 @@ def plan_model(
         BitlowerError: bad input.
     """
     passes, exports = standard_passes(scheme, algorithm=algorithm, formats=formats), standard_exports(scheme, formats)
-    program, kept = _loaded(lambda traces: load(model, task=task, traces=traces))
+    program, trace_cached = _loaded(lambda traces: load(model, task=task, traces=traces))
     amount = Amount.make(samples, max_length, program.task == TEXT_GENERATION)
-    return make_plan(program, passes, Load.of(amount, program), exports, kept=kept)
+    return make_plan(program, passes, Load.of(amount, program), exports, trace_cached=trace_cached)
 
 
 def _loaded(read: Callable[[Path | None], Program]) -> tuple[Program, bool]:
@@ -187,7 +187,7 @@ def make_plan(
     exports: Sequence[Backend] = (),
     lesson: Lesson | None = None,
     *,
-    kept: bool = False,
+    trace_cached: bool = False,
 ) -> Plan:
     """Predict a run of ``passes`` on the float ``program``; tensors and model file are those of the first export.
 
@@ -197,7 +197,7 @@ def make_plan(
         data: what it calibrates on.
         exports: what it writes.
         lesson: what passes train on.
-        kept: whether the trace is in the cache, so that the run does not make one.
+        trace_cached: whether the trace is in the cache, so that the run does not make one.
 
     Raises:
         BitlowerError: a pattern matches nothing, a granularity does not fit a tensor, or a target cannot hold one.
@@ -220,7 +220,7 @@ def make_plan(
     ]
     beside = sum(map(len, program.assets.values())) + FOLDER_BYTES + ROW_BYTES * len(list(placed.quantizers()))
     later = [pass_ for pass_ in passes if pass_ not in early]
-    costs = Costs(program, placed, passes, data, exports, lesson, kept=kept, file_bytes=files[0])
+    costs = Costs(program, placed, passes, data, exports, lesson, trace_cached=trace_cached, file_bytes=files[0])
     unknown = tuple(unforeseen(placed, passes, exports))
     return Plan(
         program.source,
@@ -228,7 +228,7 @@ def make_plan(
         str(exports[0]),
         tensors,
         tuple(values),
-        (*head_notes(placed), *([KEPT] if kept else []), *unknown, *_notes(later, exports)),
+        (*head_notes(placed), *([KEPT] if trace_cached else []), *unknown, *_notes(later, exports)),
         files[0],
         sum(files) + beside * len(files),
         float_bytes,
@@ -259,15 +259,15 @@ def _tensor_plan(
     name: str, tensor: torch.Tensor, quantizers: list[fx.Node], readers: list[fx.Node], reason: str, target: Sizes
 ) -> TensorPlan:
     full, count, shape = tensor.numel() * tensor.element_size(), max(tensor.numel(), 1), tuple(tensor.shape)
-    kept = target.floats(tensor, readers)
+    float_bytes = target.floats(tensor, readers)
     if not quantizers:
         bits, reason = 8 * target.floats(tensor) // count, reason or "no role in the scheme"
-        return TensorPlan(name, shape, bits, "", full, kept, 8 * kept / count, reason)
+        return TensorPlan(name, shape, bits, "", full, float_bytes, 8 * float_bytes / count, reason)
     quantizer = quantizers[0].meta["quantizer"]
     users = [user for node in quantizers for user in node.users]
     size = target.quantized(quantizer, shape, users)
     also = "" if len(quantizers) == len(readers) else "and in float, for another reader"
-    size += kept if also else 0
+    size += float_bytes if also else 0
     return TensorPlan(name, shape, quantizer.spec.grid.bits, str(quantizer.spec), full, size, 8 * size / count, also)
 
 

@@ -67,9 +67,9 @@ class Lesson:
         sizes = list(map(_size, training))
         tokens = sum(rows * length for rows, length in sizes)
         held_out_tokens = sum(rows * length for rows, length in map(_size, held_out))
-        kept = sum(tensor.nbytes for batch in (*training, *held_out) for tensor in batch.values())
+        batch_bytes = sum(tensor.nbytes for batch in (*training, *held_out) for tensor in batch.values())
         rows, length = (max(numbers) for numbers in zip(*sizes, strict=True))
-        return cls(len(sizes), rows, length, tokens / len(sizes), held_out_tokens, kept)
+        return cls(len(sizes), rows, length, tokens / len(sizes), held_out_tokens, batch_bytes)
 
     def tokens_of(self, steps: int, evaluations: int) -> float:
         """Tokens of as many forward passes as ``steps`` and ``evaluations`` take, the teacher's among them."""

@@ -240,9 +240,9 @@ def validate_recipe(recipe: Recipe) -> tuple[Pass, ...]:
 
 def _check_training(recipe: Recipe, passes: Sequence[Pass]) -> None:
     """See that a pass that trains has data, and that data to train on have such a pass."""
-    given = recipe.training or recipe.calibration
+    data = recipe.training or recipe.calibration
     for index, pass_ in enumerate(passes):
-        if with_place(recipe._source, ("passes", index), trains, pass_) and not given:
+        if with_place(recipe._source, ("passes", index), trains, pass_) and not data:
             message = f"pass {pass_.name!r} trains, and there are no data to train on"
             with_place(recipe._source, ("passes", index), _refuse, message, "add a section `training`")
     if recipe.training and not any(map(trains, passes)):

@@ -61,8 +61,8 @@ def float_parts(program: Program) -> tuple[FloatPart, ...]:
             if not stored and not _is_rounded(node):
                 sizes.setdefault(_kind(node), {})[str(node.target)] = tensor.numel()
     parts = [
-        FloatPart(kind, sum(found.values()) / total, tuple(sorted(found, key=lambda name: (-found[name], name))))
-        for kind, found in sizes.items()
+        FloatPart(kind, sum(counts.values()) / total, tuple(sorted(counts, key=lambda name: (-counts[name], name))))
+        for kind, counts in sizes.items()
     ]
     return tuple(sorted(parts, key=lambda part: (-part.share, part.kind)))
 

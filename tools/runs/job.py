@@ -294,8 +294,8 @@ class FolderCheck(Observer):
         """
         if not self.folder.is_dir():
             raise CheckError(f"the pass {pass_.name!r} removed the output's folder {self.folder}")
-        if found := next(self.folder.iterdir(), None):
-            raise CheckError(f"the pass {pass_.name!r} wrote {found.name} into the output's folder {self.folder}")
+        if entry := next(self.folder.iterdir(), None):
+            raise CheckError(f"the pass {pass_.name!r} wrote {entry.name} into the output's folder {self.folder}")
 
 
 class TargetCheck(Observer):

@@ -115,13 +115,13 @@ def known_formats() -> dict[str, tuple[str, dict[str, Any]]]:
 
     Of third parties' backends the names alone are known here, so that a broken one stands in nobody's way.
     """
-    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    formats: dict[str, tuple[str, dict[str, Any]]] = {}
     for backend, offers in BACKENDS.providers().items():
-        found[backend] = (backend, {})
+        formats[backend] = (backend, {})
         own = all(offer.entry_point is None for offer in offers)
         more = find_backend(backend).formats if own else {}
-        found |= {name: (backend, dict(options)) for name, options in more.items()}
-    return found
+        formats |= {name: (backend, dict(options)) for name, options in more.items()}
+    return formats
 
 
 def _format(name: str) -> tuple[type[Backend], dict[str, Any]]:

@@ -52,13 +52,13 @@ class TokenContrast(Loss):
             BitlowerError: the model has no repeated blocks, or no table that token ids index.
         """
         sizes = [int(shape[0]) for _, shape in vocabularies(program.graph)]
-        found = blocks(program.module)
-        if not sizes or not found:
+        repeated_blocks = blocks(program.module)
+        if not sizes or not repeated_blocks:
             raise BitlowerError(
                 f"the loss {self.name!r} needs token ids (`input_ids`) and repeated blocks",
                 hint="this model has none: use other losses",
             )
-        return MemoryBank.empty(max(sizes), int(found[-1].output.meta["type"].shape[-1]))
+        return MemoryBank.empty(max(sizes), int(repeated_blocks[-1].output.meta["type"].shape[-1]))
 
     def value(self, step: Step, memory: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The loss of a batch, whose representations then go into the bank if the step trains."""

@@ -158,7 +158,7 @@ def test_a_layer_of_bert_is_seven_kernels(lowered, run) -> None:
     _, report = fuse(lowered("bert", "W8A8"), run)
     layer = [row for row in report.kernels if row.block == 0]
     place = "encoder.layer.0."
-    assert [(row.kernel, row.path.removeprefix(place), row.gives) for row in layer] == [
+    assert [(row.kernel, row.path.removeprefix(place), row.outputs) for row in layer] == [
         ("fused_linear", "attention.self.query", "value"),
         ("fused_attention", "attention.self", "codes"),
         ("fused_linear", "attention.output.dense", "value"),

@@ -138,7 +138,7 @@ def test_what_is_ignored_stays(family: Family, feed: Feed) -> None:
     after, report = permuted(program, feed, ignore=("model.layers.1.mlp.gate_proj",))
     assert [domain.size for domain in report.domains] == [48]
     assert report.domains[0].parameters[0][0] == "model.layers.0.mlp.gate_proj.weight"
-    assert len(report.kept) == 1
+    assert len(report.unchanged) == 1
     name = "model.layers.1.mlp.down_proj.weight"
     assert get_tensor(after.module, name) is get_tensor(program.module, name)
     with pytest.raises(BitlowerError, match="matches nothing"):
@@ -166,8 +166,8 @@ def test_a_frozen_stream_is_left_alone_and_said_why() -> None:
     result = PassManager(parse_pipeline("clean,peg-permute")).run(program, context)
     report = context[PermutationReport]
     assert [domain.size for domain in report.domains] == [12]
-    assert len(report.kept) == 1
-    assert "frozen (%cumsum" in report.kept[0]
+    assert len(report.unchanged) == 1
+    assert "frozen (%cumsum" in report.unchanged[0]
     for name in ("enter.weight", "down.bias"):
         assert get_tensor(result.module, name) is get_tensor(program.module, name)
 

@@ -148,7 +148,7 @@ def test_refinement_never_makes_it_worse(model) -> None:
     _, report = assign(place(program, "W4A4-full"), data, **{"share-16": 0.4, "rounds": 3, "front": 0})
     assert report.optimum is not None
     assert report.measured is not None
-    kept = [r.measured for r in report.rounds if r.kept]
+    kept = [r.measured for r in report.rounds if r.accepted]
     assert [report.optimum.measured, *kept] == sorted([report.optimum.measured, *kept], reverse=True)
     assert report.measured == ([report.optimum.measured, *kept])[-1]
 
@@ -168,7 +168,7 @@ def test_what_a_step_of_refinement_has_to_bring(measured: float, elsewhere: floa
 
     choice, loss, rounds = refine(Found(), (0,), 1.0, [], 1)
     assert (choice, loss) == (((1,), measured) if kept else ((0,), 1.0))
-    assert [(r.changed, r.predicted, r.measured, r.kept) for r in rounds] == [(1, 0.0, measured, kept)]
+    assert [(r.changed, r.predicted, r.measured, r.accepted) for r in rounds] == [(1, 0.0, measured, kept)]
 
 
 def test_proposals_and_judgement_are_on_different_batches(bert, batches) -> None:

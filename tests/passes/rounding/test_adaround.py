@@ -150,7 +150,7 @@ def test_the_report_is_of_what_was_written(bert, batches, run) -> None:
         before = get_tensor(placed.module, row.weight).detach()
         after, scale, zero = (get_tensor(result.module, str(a.target)).detach() for a in quantizer.args[:3])
         codes = [numerics.codes(each, scale, zero, *quantizer.args[3:]) for each in (before, after)]
-        assert row.moved == pytest.approx(float((codes[0] != codes[1]).float().mean()))
+        assert row.flipped == pytest.approx(float((codes[0] != codes[1]).float().mean()))
         assert row.kept_rows == int((codes[0] == codes[1]).all(1).sum())
     assert (
         rows["bert.encoder.layer.0.output.dense.weight"]

@@ -68,7 +68,7 @@ def test_no_output_is_worse_than_with_the_nearest_codes(granularity) -> None:
     np.testing.assert_allclose(found.nearest_loss, losses(problem, (nearest - zero) * scale), rtol=1e-4)
     assert bool((found.loss <= found.nearest_loss).all())
     assert float(found.loss.sum()) < 0.8 * float(found.nearest_loss.sum())
-    assert found.moved == int((found.codes.numpy() != nearest).sum())
+    assert found.flipped == int((found.codes.numpy() != nearest).sum())
     neighbours = np.abs(found.codes.numpy() - zero - problem.weight.numpy() / scale)
     inside = (found.codes.numpy() > problem.limits[0]) & (found.codes.numpy() < problem.limits[1])
     assert float(neighbours[inside].max()) < 1  # up or down, nothing else

@@ -214,7 +214,7 @@ def test_no_row_is_worse_than_rounding_it_to_nearest(seed: int, columns: int, gr
     nearest = exact_loss(weight, rtn(weight, grid, granularity), inputs)
     ours = exact_loss(weight, guarded.weight, inputs)
     assert (ours <= nearest * 1.01 + 1e-6 * nearest.max()).all()
-    assert torch.equal(guarded.weight[guarded.kept], rtn(weight, grid, granularity)[guarded.kept])
+    assert torch.equal(guarded.weight[guarded.rtn_mask], rtn(weight, grid, granularity)[guarded.rtn_mask])
     check_layout(guarded, weight, grid, granularity)
 
 
@@ -226,7 +226,7 @@ def test_the_guard_is_needed() -> None:
         guarded = solve(weight, moment(inputs), Grid(2), CHANNEL)
         assert guarded.rtn_loss is not None
         worse += int((loose.loss > guarded.rtn_loss).sum())
-        kept += int(guarded.kept.sum())
+        kept += int(guarded.rtn_mask.sum())
         assert torch.equal(guarded.loss, torch.minimum(loose.loss, guarded.rtn_loss))
     assert worse == kept > 0
 

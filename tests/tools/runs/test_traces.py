@@ -44,7 +44,8 @@ def test_a_run_keeps_its_trace_in_the_cache_unless_there_is_none(
 
 def test_a_trace_in_the_cache_saves_the_time_of_tracing(bert_program: Program) -> None:
     made, kept = (
-        make_plan(bert_program.clone(), standard_passes("W8A8"), Load(8, 16), kept=kept) for kept in (False, True)
+        make_plan(bert_program.clone(), standard_passes("W8A8"), Load(8, 16), trace_cached=kept)
+        for kept in (False, True)
     )
     assert made.seconds - kept.seconds == pytest.approx(TRACE_SECONDS, abs=1.0)  # the machine is timed twice
     assert KEPT not in made.notes
