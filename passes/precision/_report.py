@@ -76,7 +76,7 @@ class FrontPoint:
 
 @dataclass(frozen=True)
 class Round:
-    """A step of refinement: how many items it changed, the loss that was predicted and measured, and if it was accepted."""
+    """A step of refinement: how many items it changed, the predicted and the measured loss, and if it was accepted."""
 
     changed: int
     predicted: float
