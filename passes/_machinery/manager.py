@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -61,8 +61,7 @@ class PassManager:
         for pass_ in self.passes:
             check_declared(pass_)
         check_levels(self.passes, program.level)
-        for part in ("calibration", "evaluation", "training", "held_out"):
-            setattr(context, part, _fitted(program, getattr(context, part)))
+        _fit(program, context)
         resume = Resume(self.cache, context) if self.cache else None
         if resume:
             program = aligned(program)
@@ -70,12 +69,28 @@ class PassManager:
             program = self._step(pass_, program, context, resume)
         return program
 
+    def cached(self, program: Program, context: Context) -> tuple[Pass, ...]:
+        """The first passes whose results :meth:`run` would take from the cache; the rest it would compute."""
+        if self.cache is None:
+            return ()
+        _fit(program, context)
+        resume, program = Resume(self.cache, context), aligned(program)
+        for position, pass_ in enumerate(self.passes):
+            _note_reference(pass_, program, context)
+            before = dict(context.results)
+            entry = resume.recall(pass_, program, context)
+            if entry is None:
+                return self.passes[:position]
+            if entry.changed:
+                _void(pass_, context, before)
+            program = entry.program or program
+        return self.passes
+
     def _step(self, pass_: Pass, program: Program, context: Context, resume: Resume | None) -> Program:
         try:
             for observer in self.observers:
                 observer.before(pass_, program, context)
-            if program.level is Level.FLOAT and pass_.ensures is Level.SIMULATED:
-                context.reference = program
+            _note_reference(pass_, program, context)
             result, changed = self._outcome(pass_, program, context, resume)
             self._observe(pass_, result, context, changed, resume)
             return result
@@ -117,10 +132,7 @@ class PassManager:
             if work:
                 shutil.rmtree(work, ignore_errors=True)
         if changed:
-            for kind, value in before.items():
-                lasts = isinstance(value, Record) or kind in pass_.preserves
-                if context.results.get(kind) is value and not lasts:
-                    del context.results[kind]
+            _void(pass_, context, before)
         return result, changed
 
     def _tell_failure(self, pass_: Pass, program: Program, context: Context, error: BaseException) -> None:
@@ -137,6 +149,26 @@ def describe_pass(pass_: Pass) -> str:
         return format_pipeline([pass_])
     except Exception:
         return pass_name(pass_)
+
+
+def _note_reference(pass_: Pass, program: Program, context: Context) -> None:
+    """The last float program is the reference for what comes after it."""
+    if program.level is Level.FLOAT and pass_.ensures is Level.SIMULATED:
+        context.reference = program
+
+
+def _void(pass_: Pass, context: Context, before: Mapping[type[Any], Any]) -> None:
+    """Drop the analyses of before ``pass_``, which changed the program; records and what it preserves stay."""
+    for kind, value in before.items():
+        lasts = isinstance(value, Record) or kind in pass_.preserves
+        if context.results.get(kind) is value and not lasts:
+            del context.results[kind]
+
+
+def _fit(program: Program, context: Context) -> None:
+    """Bring all batches of ``context`` to the sizes and types that ``program`` runs."""
+    for part in ("calibration", "evaluation", "training", "held_out"):
+        setattr(context, part, _fitted(program, getattr(context, part)))
 
 
 def _fitted(program: Program, batches: Sequence[Batch]) -> Sequence[Batch]:

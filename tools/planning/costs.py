@@ -12,8 +12,8 @@ The formulas, with S the bytes of the float model's tensors (of those that lie i
                   + operations of runs over data, of solvers and of checks / (matrix rate of this machine · EFFICIENCY)
 
 What ``gptq`` and ``adaround`` hold and compute beside their runs they say themselves (``solver_bytes`` and
-``solver_operations``). What training takes says :mod:`bitlower.tools.planning.training_costs`. The constants
-were measured on encoders of 6 and 12 layers and a decoder of 30.
+``solver_operations``). What training takes says :mod:`bitlower.tools.planning.training_costs`. Passes whose results are
+in the cache take nothing. The constants were measured on encoders of 6 and 12 layers and a decoder of 30.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ class Costs:
     """A run of ``passes`` on ``program`` (``placed`` with quantizers), whose result is written as ``exports``.
 
     ``lesson`` is what passes train on; None: batches like those of ``data``. ``trace_cached`` says whether the trace of
-    the model is in the cache, ``file_bytes`` how large the first export's model file is.
+    the model is in the cache, ``cached`` how many of the first passes are, ``file_bytes`` how large the first export's
+    model file is.
     """
 
     program: Program
@@ -112,19 +113,25 @@ class Costs:
     exports: Sequence[Backend]
     lesson: Lesson | None = None
     trace_cached: bool = False
+    cached: int = 0
     file_bytes: int = 0
+
+    @property
+    def computed(self) -> Sequence[Pass]:
+        """The passes whose results are not in the cache."""
+        return self.passes[self.cached :]
 
     @property
     def runs(self) -> int:
         """How often passes run the program over all calibration data."""
-        return sum(data_runs(pass_, self.placed) for pass_ in self.passes)
+        return sum(data_runs(pass_, self.placed) for pass_ in self.computed)
 
     def peak_bytes(self) -> int:
         """Of resident memory."""
         tensors = [tensor for _, tensor in self.program.tensors()]
         size = sum(t.nbytes * (MAPPED_SHARE if is_mapped(t) else 1) for t in tensors)
         full = self.program.size_bytes()
-        rewritten = size if any(pass_.rewrites_weights for pass_ in self.passes) else 0
+        rewritten = size if any(pass_.rewrites_weights for pass_ in self.computed) else 0
         codes = size / full * sum(map(torch.Tensor.numel, self._weights())) if self._lowers() else 0
         written = any(backend.copies_model for backend in self.exports)
         exported = EXPORT_COPIES * size + FILE_COPIES * self.file_bytes if written else 0
@@ -153,10 +160,10 @@ class Costs:
 
     def _checks(self) -> tuple[int, int]:
         """How often two programs run on one batch, and on all held-out data; a decoder's weights need no data."""
-        if not self.runs and self.program.task == TEXT_GENERATION:
+        if not any(data_runs(pass_, self.placed) for pass_ in self.passes) and self.program.task == TEXT_GENERATION:
             return 0, 0
-        lossy = sum(pass_.contract is Contract.LOSSY for pass_ in self.passes)
-        return sum(pass_.contract is Contract.EXACT for pass_ in self.passes), lossy + len(self.exports)
+        lossy = sum(pass_.contract is Contract.LOSSY for pass_ in self.computed)
+        return sum(pass_.contract is Contract.EXACT for pass_ in self.computed), lossy + len(self.exports)
 
     def _batches(self) -> float:
         """Batches that programs run on."""
@@ -171,7 +178,7 @@ class Costs:
 
     def _trained_tokens(self) -> float:
         lesson, tokens = self._taught, 0.0
-        for pass_ in self.passes:
+        for pass_ in self.computed:
             if schedule := pass_.block_schedule():
                 tokens += lesson.block_tokens(schedule)
             elif steps := training_steps(pass_, lesson.batches):
@@ -180,7 +187,7 @@ class Costs:
 
     def _trained_bytes(self) -> int:
         lesson, peaks, linear = self._taught, [0], 4 * sum(rows * columns for rows, columns in self._shapes())
-        for pass_ in self.passes:
+        for pass_ in self.computed:
             if schedule := pass_.block_schedule():
                 peaks.append(lesson.block_memory(schedule, self.placed, linear, min(self._widths(), default=0)))
             elif training_steps(pass_, lesson.batches):
@@ -199,11 +206,11 @@ class Costs:
 
     def _held_bytes(self) -> int:
         """What the passes hold besides the model, one after another."""
-        return sum(pass_.solver_bytes(self._workload) for pass_ in self.passes)
+        return sum(pass_.solver_bytes(self._workload) for pass_ in self.computed)
 
     def _solved(self) -> float:
         """Floating-point operations of the passes besides their runs."""
-        return sum(pass_.solver_operations(self._workload) for pass_ in self.passes)
+        return sum(pass_.solver_operations(self._workload) for pass_ in self.computed)
 
     @property
     def _workload(self) -> Workload:

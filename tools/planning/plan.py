@@ -29,7 +29,7 @@ from bitlower.frontends.trace_cache import is_kept
 from bitlower.ir import Program, get_tensor
 from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.tasks import TEXT_GENERATION
-from bitlower.passes import Context, Contract, Pass, PassManager, format_pipeline, training_steps, trains
+from bitlower.passes import Cache, Context, Contract, Pass, PassManager, format_pipeline, training_steps, trains
 from bitlower.passes.quantizers.quantize import PlacementReport
 from bitlower.tools.data.sources import Amount
 from bitlower.tools.planning.costs import Costs, Load, unforeseen
@@ -148,8 +148,12 @@ def plan_recipe(recipe: Recipe) -> Plan:
     program, trace_cached = _loaded(job.load)
     decoder = program.task == TEXT_GENERATION
     amount = Amount.of(recipe.calibration, decoder) if recipe.calibration else Amount.make(None, None, decoder)
-    lesson = Lesson.of(job.data(program)) if any(map(trains, job.passes)) else None
-    return make_plan(program, job.passes, Load.of(amount, program), job.exports, lesson, trace_cached=trace_cached)
+    data = job.data(program)
+    lesson = Lesson.of(data) if any(map(trains, job.passes)) else None
+    cached = len(PassManager(job.passes, cache=Cache(default_cache())).cached(program, job.context(data)))
+    return make_plan(
+        program, job.passes, Load.of(amount, program), job.exports, lesson, trace_cached=trace_cached, cached=cached
+    )
 
 
 def plan_model(
@@ -188,6 +192,7 @@ def make_plan(
     lesson: Lesson | None = None,
     *,
     trace_cached: bool = False,
+    cached: int = 0,
 ) -> Plan:
     """Predict a run of ``passes`` on the float ``program``; tensors and model file are those of the first export.
 
@@ -198,6 +203,7 @@ def make_plan(
         exports: what it writes.
         lesson: what passes train on.
         trace_cached: whether the trace is in the cache, so that the run does not make one.
+        cached: how many of the first passes have their results there.
 
     Raises:
         BitlowerError: a pattern matches nothing, a granularity does not fit a tensor, or a target cannot hold one.
@@ -220,7 +226,7 @@ def make_plan(
     ]
     beside = sum(map(len, program.assets.values())) + FOLDER_BYTES + ROW_BYTES * len(list(placed.quantizers()))
     later = [pass_ for pass_ in passes if pass_ not in early]
-    costs = Costs(program, placed, passes, data, exports, lesson, trace_cached=trace_cached, file_bytes=files[0])
+    costs = Costs(program, placed, passes, data, exports, lesson, trace_cached, cached, files[0])
     unknown = tuple(unforeseen(placed, passes, exports))
     return Plan(
         program.source,
@@ -228,7 +234,7 @@ def make_plan(
         str(exports[0]),
         tensors,
         tuple(values),
-        (*head_notes(placed), *([KEPT] if trace_cached else []), *unknown, *_notes(later, exports)),
+        (*head_notes(placed), *_cache_notes(passes[:cached], trace_cached), *unknown, *_notes(later, exports)),
         files[0],
         sum(files) + beside * len(files),
         float_bytes,
@@ -269,6 +275,14 @@ def _tensor_plan(
     also = "" if len(quantizers) == len(readers) else "and in float, for another reader"
     size += float_bytes if also else 0
     return TensorPlan(name, shape, quantizer.spec.grid.bits, str(quantizer.spec), full, size, 8 * size / count, also)
+
+
+def _cache_notes(cached: Sequence[Pass], trace_cached: bool) -> Iterator[str]:
+    """What the run takes from the cache."""
+    if trace_cached:
+        yield KEPT
+    if cached:
+        yield f"results of passes that are in the cache: {', '.join(pass_.name for pass_ in cached)}"
 
 
 def _notes(later: Sequence[Pass], exports: Sequence[Backend]) -> Iterator[str]:

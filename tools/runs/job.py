@@ -90,6 +90,12 @@ class Job:
     recipe: str = ""
     seed: int = 0
 
+    def context(self, data: Data) -> Context:
+        """What the passes see of ``data``."""
+        return Context(
+            data.calibration, data.evaluation, seed=self.seed, training=data.training, held_out=data.held_out
+        )
+
     def check(self) -> None:
         """See before any work that levels and backends fit.
 
@@ -170,10 +176,8 @@ class _Run:
     def lower(self, program: Program, data: Data, folder: Path | None) -> tuple[Program, dict[str, Any]]:
         """Run the passes, which have no business in ``folder``; the rows of the ledger, whose float program goes."""
         ledger = Ledger()
-        context = Context(
-            data.calibration, data.evaluation, seed=self.job.seed, track=self.options.display.track,
-            training=data.training, held_out=data.held_out,
-        )  # fmt: skip
+        context = self.job.context(data)
+        context.track = self.options.display.track
         cache = self.open_cache()
         observers = self.observers(ledger, cache, folder)
         manager = PassManager(self.job.passes, observers, cache, verify=self.options.verify)

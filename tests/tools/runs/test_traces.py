@@ -11,7 +11,7 @@ from bitlower.frontends import _encoder
 from bitlower.frontends import trace_cache as _trace_cache
 from bitlower.ir import Program
 from bitlower.tools.planning.costs import TRACE_SECONDS, Load
-from bitlower.tools.planning.plan import KEPT, make_plan, plan_model
+from bitlower.tools.planning.plan import KEPT, Plan, make_plan, plan_model, plan_recipe
 from bitlower.tools.runs.flow import RunOptions, run_recipe, standard_recipe
 from bitlower.tools.runs.standard import standard_passes
 
@@ -19,6 +19,12 @@ from bitlower.tools.runs.standard import standard_passes
 @pytest.fixture(autouse=True)
 def no_shared_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BITLOWER_TRACES")
+
+
+def cached_passes(plan: Plan) -> list[str]:
+    """The names of the passes whose results the plan says are in the cache."""
+    start = "results of passes that are in the cache: "
+    return next((note.removeprefix(start).split(", ") for note in plan.notes if note.startswith(start)), [])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -40,6 +46,25 @@ def test_a_run_keeps_its_trace_in_the_cache_unless_there_is_none(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     assert KEPT in plan_model(str(own_bert), "W8A8").notes
     assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
+
+
+def test_a_plan_names_the_passes_that_a_run_takes_from_the_cache(
+    own_bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of the recipe that ran, those before the first that differs of another, none with other data."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    recipe = standard_recipe(str(own_bert), "W8A8", str(texts))
+    before = plan_recipe(recipe)
+    run_recipe(recipe, tmp_path / "out", RunOptions())
+    names = [pass_.name for pass_ in standard_passes("W8A8")]
+    assert not cached_passes(before)
+    after = plan_recipe(recipe)
+    assert cached_passes(after) == names
+    assert after.seconds < before.seconds + 1.0
+    other = standard_recipe(str(own_bert), "W4A8", str(texts))
+    assert cached_passes(plan_recipe(other)) == names[: names.index("quantize")]
+    few = standard_recipe(str(own_bert), "W8A8", str(texts), samples=3)
+    assert "calibrate" not in cached_passes(plan_recipe(few))
 
 
 def test_a_trace_in_the_cache_saves_the_time_of_tracing(bert_program: Program) -> None:
