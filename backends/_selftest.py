@@ -12,15 +12,11 @@ import torch
 from pydantic import Field
 
 from bitlower.backends._json import significant
-from bitlower.ir import Batch, CheckError, Program
+from bitlower.ir import Batch, CheckError
 from bitlower.ir.diagnostics import shorten
 
 Array = np.ndarray[Any, Any]
 Run = Callable[[Batch], Mapping[str, Array]]
-BATCH, TOKENS, MASK = "batch", "input_ids", "attention_mask"
-"""The symbolic dimension of rows, and the inputs that hold tokens and say which are padding."""
-ROWS = 2
-LENGTH = 16
 VALUES = 64
 LEAST = 0.9
 """The least cosine of an output to the recorded one. The same runtime on the same processor gives 1; others round ties
@@ -92,37 +88,6 @@ class SelfTest:
         }
 
 
-def small_batch(program: Program, batch: Batch, rows: int = ROWS, length: int = LENGTH) -> Batch:
-    """A part of ``batch``: of symbolic dimensions, ``batch`` is cut to ``rows`` and the others to ``length``."""
-    inputs = dict(zip((spec.name for spec in program.inputs), program.arguments(batch), strict=True))
-    small = {spec.name: _cut(inputs[spec.name], spec.type.shape, rows, length) for spec in program.inputs}
-    if any(small[name].shape != inputs[name].shape for name in small):
-        keep_ends(program, small, inputs)
-    return small
-
-
-def keep_ends(program: Program, batch: dict[str, torch.Tensor], whole: Batch) -> None:
-    """Let each text of ``batch`` end with its own last token, and have it once: an encoder may look for a text's end.
-
-    Args:
-        program: what the batch is for; nothing is done for a decoder.
-        batch: cut or repeated from ``whole``, row k from row k modulo its rows; its tokens are changed.
-        whole: the batch before.
-    """
-    ids, before, mask = whole.get(TOKENS), whole.get(MASK), batch.get(MASK)
-    if ids is None or before is None or mask is None or any("past" in spec.type.shape for spec in program.inputs):
-        return
-    if ids.dim() != 2 or before.shape != ids.shape or mask.shape != batch[TOKENS].shape:
-        return
-    tokens = batch[TOKENS] = batch[TOKENS].clone()
-    for row in range(len(tokens)):
-        text = ids[row % len(ids)][before[row % len(ids)].bool()]
-        kept = mask[row].nonzero()[:, 0]
-        if len(text) and len(kept) and text[0] != text[-1]:
-            tokens[row, kept[tokens[row, kept] == text[-1]]] = text[0]
-            tokens[row, kept[-1]] = text[-1]
-
-
 def make_selftest(batch: Batch, outputs: Mapping[str, Array]) -> SelfTest:
     """A self-test that expects ``outputs`` for ``batch``."""
     inputs = {name: Input(cast(Dtype, str(t.dtype).removeprefix("torch.")), _plain(t)) for name, t in batch.items()}
@@ -170,13 +135,6 @@ def _agreement(name: str, expected: Reference, result: Array | None) -> float:
 
 def _plain(tensor: torch.Tensor) -> Any:
     return tensor.tolist() if tensor.numel() else {"shape": list(tensor.shape)}
-
-
-def _cut(tensor: torch.Tensor, shape: tuple[int | str, ...], rows: int, length: int) -> torch.Tensor:
-    for axis, dim in enumerate(shape):
-        if isinstance(dim, str):
-            tensor = tensor.narrow(axis, 0, min(tensor.shape[axis], rows if dim == BATCH else length))
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _reference(array: Array) -> Reference:

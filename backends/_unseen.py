@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,16 +10,21 @@ from typing import Any
 
 import torch
 
-from bitlower.backends._selftest import LENGTH, MASK, Run, SelfTest, keep_ends, run_selftest, small_batch
+from bitlower.backends._selftest import Run, SelfTest, run_selftest
 from bitlower.backends.decoding import cached_steps
-from bitlower.ir import Batch, BitlowerError, CheckError, Program, TensorType
+from bitlower.ir import Batch, BitlowerError, CheckError, Program
+from bitlower.ir.batch_sizes import (
+    MASK,
+    keep_ends,
+    small_batch,
+    symbolic_sizes,
+    wanted_size,
+    with_small_outputs,
+)
 
 _ROWS = (3, 4, 5, 7)
 _LENGTHS = (7, 5, 9, 11, 13, 15, 17, 19, 23, 29)
 """Sizes to choose from, for the dimension ``batch`` and for others; no graph is traced with one of them."""
-_SUM = " + "
-LARGEST_OUTPUTS = 128 << 20
-"""Bytes of the outputs of a batch that is compared."""
 NEW = "which tracing and calibration did not have"
 
 
@@ -67,7 +71,7 @@ class Seen:
     def add(self, batch: Batch) -> None:
         """Note the sizes of a batch."""
         self._last = batch
-        for name, size in _sizes(self._program, self._program.complete(batch)).items():
+        for name, size in symbolic_sizes(self._program, self._program.complete(batch)).items():
             self._sizes[name].add(size)
 
     def other(self) -> Batch | None:
@@ -88,7 +92,7 @@ class Seen:
         if batch is None:
             names = ", ".join(sorted(self._sizes))
             return f"none: no other size of {names} is taken" if names else "none: all sizes are fixed"
-        sizes = sorted(_sizes(self._program, batch).items())
+        sizes = sorted(symbolic_sizes(self._program, batch).items())
         return ", ".join(f"{name} {size}{' as before' * (size in self._sizes[name])}" for name, size in sizes)
 
     def _takes(self, wanted: Mapping[str, int], name: str) -> bool:
@@ -97,7 +101,7 @@ class Seen:
             batch = self._program.complete(self._resized(wanted))
         except BitlowerError:
             return False
-        return _sizes(self._program, batch).get(name) not in self._sizes[name]
+        return symbolic_sizes(self._program, batch).get(name) not in self._sizes[name]
 
     def _resized(self, wanted: Mapping[str, int]) -> dict[str, torch.Tensor]:
         """The last batch in other sizes, of texts that are padded on the left the ends; a past is left out: empty."""
@@ -107,7 +111,7 @@ class Seen:
                 continue
             tensor = self._last[spec.name]
             for axis, dim in enumerate(spec.type.shape):
-                size = _wanted(dim, wanted)
+                size = wanted_size(dim, wanted)
                 if size is not None and tensor.shape[axis]:
                     first = tensor.shape[axis] - size if ends and axis else 0
                     tensor = tensor.index_select(axis, torch.arange(first, first + size) % tensor.shape[axis])
@@ -137,8 +141,7 @@ def with_small_batch(
 ) -> Iterator[Batch]:
     """A part of the first batch, on which the self-test will run; that in steps; and then all, as far as outputs fit.
 
-    What a model with hundreds of thousands of tokens says of each position takes gigabytes, for the Program, for the
-    runtime and for what lies between: its batches are cut to the length at which outputs take ``LARGEST_OUTPUTS``.
+    Those whose outputs are too large are cut: :func:`~bitlower.ir.batch_sizes.with_small_outputs`.
 
     Args:
         program: what the batches are for.
@@ -150,42 +153,10 @@ def with_small_batch(
             small = small_batch(program, batch)
             yield small
             yield from cached_steps(program, small, outputs)
-        yield within(program, batch, [spec.type for spec in program.outputs], LARGEST_OUTPUTS)
-
-
-def within(program: Program, batch: Batch, types: Iterable[TensorType], limit: int) -> Batch:
-    """``batch``, or so many tokens of each of its rows that values of ``types`` take no more than ``limit`` bytes."""
-    sizes = _sizes(program, batch)
-    size = sum(kind.dtype.itemsize * math.prod(_size(dim, sizes) for dim in kind.shape) for kind in types)
-    longest = max(sizes.values(), default=0)
-    if size <= limit:
-        return batch
-    return small_batch(program, batch, longest, max(LENGTH, longest * limit // size))
-
-
-def _size(dim: int | str, sizes: Mapping[str, int]) -> int:
-    """A dimension in a batch of ``sizes``; 1 where none of them says it."""
-    return dim if isinstance(dim, int) else _wanted(dim, sizes) or 1
+        yield with_small_outputs(program, batch)
 
 
 def _pads_before(batch: Batch) -> bool:
     """Whether more texts begin with padding than end with it."""
     mask = batch.get(MASK)
     return mask is not None and mask.dim() == 2 and bool(mask[:, 0].bool().sum() < mask[:, -1].bool().sum())
-
-
-def _wanted(dim: int | str, wanted: Mapping[str, int]) -> int | None:
-    """The size of a dimension: that of its part, for ``past + sequence``, where the past is empty."""
-    parts = [wanted[part] for part in dim.split(_SUM) if part in wanted] if isinstance(dim, str) else []
-    return sum(parts) if parts else None
-
-
-def _sizes(program: Program, batch: Batch) -> dict[str, int]:
-    """The sizes of symbolic dimensions that stand alone in an input, but for that of a past."""
-    return {
-        dim: batch[spec.name].shape[axis]
-        for spec in program.inputs
-        if spec.name in batch and "past" not in spec.type.shape
-        for axis, dim in enumerate(spec.type.shape)
-        if isinstance(dim, str) and _SUM not in dim
-    }

@@ -10,7 +10,6 @@ import torch
 from torch import fx
 
 from bitlower.backends._rounding import Rounding
-from bitlower.backends._unseen import within
 from bitlower.backends.onnx_qdq._session import (
     Array,
     Session,
@@ -24,6 +23,7 @@ from bitlower.backends.onnx_qdq._structure import constant, quantizer_inputs
 from bitlower.backends.onnx_qdq._tally import Tally
 from bitlower.backends.onnx_qdq._verification import CodeError
 from bitlower.ir import Batch, CheckError, Program, Quantizer, get_tensor, ops
+from bitlower.ir.batch_sizes import within
 from bitlower.ir.observe import observe
 from bitlower.ir.operators import argument, graph_results
 from bitlower.ir.quantization import numerics

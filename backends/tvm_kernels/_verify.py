@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from bitlower.backends._outputs import Array, OutputComparison, OutputError
-from bitlower.backends._selftest import SelfTest, make_selftest, small_batch
+from bitlower.backends._selftest import SelfTest, make_selftest
 from bitlower.backends._unseen import Seen, Unseen, at, with_small_batch
 from bitlower.backends.decoding import visible
 from bitlower.backends.tvm_kernels._activations import typed
@@ -30,6 +30,7 @@ from bitlower.backends.tvm_kernels._spec import HALF, Target
 from bitlower.backends.tvm_kernels._trace import KernelComparison, trace
 from bitlower.backends.tvm_kernels._verification import KernelError, Verification
 from bitlower.ir import Batch, BitlowerError, CheckError, Program
+from bitlower.ir.batch_sizes import small_batch
 from bitlower.ir.observe import run
 
 OUTPUT_GIVEN_INPUTS = 2e-4

@@ -5,7 +5,7 @@ import torch
 
 from bitlower.backends import _unseen
 from bitlower.backends._unseen import NEW, Seen, at
-from bitlower.ir import CheckError, Program, TensorType, ValueSpec
+from bitlower.ir import CheckError, Program, TensorType, ValueSpec, batch_sizes
 from bitlower.ir.types import Length
 
 
@@ -102,7 +102,7 @@ def test_batches_are_cut_to_outputs_that_fit(
     tiny_program: Program, limit: int, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The self-test's batch comes first and is small anyway; at the least 16 tokens are compared."""
-    monkeypatch.setattr(_unseen, "LARGEST_OUTPUTS", limit)
+    monkeypatch.setattr(batch_sizes, "LARGEST_OUTPUTS", limit)
     shapes = {"input_ids": ("batch", "sequence"), "attention_mask": ("batch", "sequence")}
     tiny_program.inputs = tuple(ValueSpec(name, TensorType(torch.int64, shape)) for name, shape in shapes.items())
     tiny_program.outputs = (ValueSpec("logits", TensorType(torch.float32, ("batch", "sequence", 100))),)

@@ -15,7 +15,7 @@ class Data:
     """Input batches: to calibrate on, and held-out ones for the ledger, the contracts and the artifact's checks.
 
     ``lead`` are the tokens that all windows of a language model begin with. ``training`` are batches to train on, which
-    may have ``labels``, and ``held_out`` others to choose the best step by.
+    may have ``labels``, and ``held_out`` others to choose the best step by. ``notes`` are for whoever runs them.
     """
 
     calibration: Sequence[Batch] = ()
@@ -23,6 +23,7 @@ class Data:
     lead: tuple[int, ...] = ()
     training: Sequence[Batch] = ()
     held_out: Sequence[Batch] = ()
+    notes: tuple[str, ...] = ()
 
     def provenance(self) -> dict[str, Any]:
         """How many batches there are, and their hashes."""

@@ -148,7 +148,7 @@ def plan_recipe(recipe: Recipe) -> Plan:
     program, trace_cached = _loaded(job.load)
     decoder = program.task == TEXT_GENERATION
     amount = Amount.of(recipe.calibration, decoder) if recipe.calibration else Amount.make(None, None, decoder)
-    data = job.data(program)
+    data = job.read(program)
     lesson = Lesson.of(data) if any(map(trains, job.passes)) else None
     cached = len(PassManager(job.passes, cache=Cache(default_cache())).cached(program, job.context(data)))
     return make_plan(

@@ -15,6 +15,7 @@ from bitlower.backends.base import Backend
 from bitlower.backends.registry import answering
 from bitlower.frontends.tokenize import check_tokenizer, lead_names, random_windows
 from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program
+from bitlower.ir.batch_sizes import LARGEST_OUTPUTS, with_small_outputs
 from bitlower.passes import (
     Cache,
     Context,
@@ -32,12 +33,14 @@ from bitlower.passes import (
 )
 from bitlower.tools.data.batches import Data
 from bitlower.tools.data.texts import check_finite
-from bitlower.tools.render import Display
+from bitlower.tools.render import Display, format_bytes
 from bitlower.tools.runs.float_share import float_parts
 from bitlower.tools.runs.heads import HeadNotes
 from bitlower.tools.runs.output import disk_errors, new_folder
 from bitlower.tools.runs.reports import Reports
 from bitlower.tools.runs.summary import RunSummary, peak_bytes
+
+CUT = f"held-out samples are cut to the tokens whose outputs take {format_bytes(LARGEST_OUTPUTS)}"
 
 
 def default_cache() -> Path:
@@ -89,6 +92,14 @@ class Job:
     exports: tuple[Backend, ...] = ()
     recipe: str = ""
     seed: int = 0
+
+    def read(self, program: Program) -> Data:
+        """The data; held-out batches are cut where their outputs would take too much memory, several times over."""
+        data = self.data(program)
+        small = [with_small_outputs(program, batch) for batch in data.evaluation]
+        if all(part is batch for part, batch in zip(small, data.evaluation, strict=True)):
+            return data
+        return replace(data, evaluation=small, notes=(*data.notes, CUT))
 
     def context(self, data: Data) -> Context:
         """What the passes see of ``data``."""
@@ -164,7 +175,8 @@ class _Run:
             program = job.load(traces_in(self.options.cache))
             self.say(*program.notes)
         with self.stage("data"):
-            data = job.data(program)
+            data = job.read(program)
+            self.say(*data.notes)
             for part in ("calibration", "evaluation", "training", "held_out"):
                 check_finite(getattr(data, part), part.replace("_", "-"))
             if data.lead:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitlower.backends._selftest import LENGTH, keep_ends, small_batch
-from bitlower.backends._unseen import within
 from bitlower.frontends import load
 from bitlower.ir import TensorType
+from bitlower.ir.batch_sizes import LENGTH, keep_ends, small_batch, within
 
 
 class Text(torch.nn.Module):
