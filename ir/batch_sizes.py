@@ -48,10 +48,10 @@ def keep_ends(program: Program, batch: dict[str, torch.Tensor], whole: Batch) ->
     tokens = batch[TOKENS] = batch[TOKENS].clone()
     for row in range(len(tokens)):
         text = ids[row % len(ids)][before[row % len(ids)].bool()]
-        kept = mask[row].nonzero()[:, 0]
-        if len(text) and len(kept) and text[0] != text[-1]:
-            tokens[row, kept[tokens[row, kept] == text[-1]]] = text[0]
-            tokens[row, kept[-1]] = text[-1]
+        shown = mask[row].nonzero()[:, 0]
+        if len(text) and len(shown) and text[0] != text[-1]:
+            tokens[row, shown[tokens[row, shown] == text[-1]]] = text[0]
+            tokens[row, shown[-1]] = text[-1]
 
 
 def _cut(tensor: torch.Tensor, shape: tuple[int | str, ...], rows: int, length: int) -> torch.Tensor:
