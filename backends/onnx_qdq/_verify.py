@@ -33,7 +33,7 @@ from bitlower.backends.onnx_qdq._verification import CodeError, Verification
 from bitlower.ir import Batch, BitlowerError, CheckError, Program
 from bitlower.ir.folding import with_float_weights
 from bitlower.ir.observe import run
-from bitlower.ir.storage import bound_heap
+from bitlower.ir.storage import trim
 
 MODEL = "model.onnx"
 OUTPUT_GIVEN_CODES = 2e-4
@@ -82,7 +82,6 @@ def verify_export(
         BitlowerError: there is no batch.
         CheckError: the model does not load or run, or computes something else: the tensor and the figures are named.
     """
-    bound_heap()  # else the runtime's and the Program's values leave holes as large as themselves
     path, config = folder / MODEL, dict(session_config or {})
     constants = check_constants(program, read_model(path))
     _require(constants.problems)
@@ -94,6 +93,7 @@ def verify_export(
             program, path, graph, session_config=config, accuracy_level=accuracy_level, split=split
         )
         comparison = _Comparison(floats, path, optimized, config)
+        trim()
         selftest, unseen = comparison.run_all(itertools.islice(batches, limit), rounds=kernels.rounds_activations)
     return Verification(
         runtime=runtime_versions(),
@@ -171,6 +171,7 @@ class _Comparison:
             self.exposing.add({name: torch.from_numpy(value) for name, value in deployed.items()}, run.runtime)
         self._selftest = self._selftest or make_selftest(batch, deployed)
         self.batches, self.tokens = self.batches + 1, self.tokens + next(iter(batch.values())).numel()
+        trim()  # what was compared leaves holes as large as itself
         return deployed
 
     def _outputs(self, batch: Batch) -> Mapping[str, torch.Tensor]:
