@@ -1,6 +1,7 @@
 """Seconds and memory from a model to its artifact, with and without a trace in the cache, and by the number of layers.
 
     python benchmarks/artifact_time.py [--runs NAME ...] [--layers N ...] [--data DIR] [--optimum PYTHON] [--fresh]
+        [--name NAME]
 
 Each run is ``bitlower quantize`` in a process of its own with a cache of its own, which is empty the first time
 (``traced``) and holds the trace alone the second (``kept``): load, passes, and export with verification; memory is the
@@ -245,6 +246,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", help="the folder of data sets, for the recipe")
     parser.add_argument("--optimum", default="", help="an interpreter that has optimum-onnx, to compare with")
     parser.add_argument("--fresh", action="store_true", help="measure rows again that are in the results file")
+    parser.add_argument("--name", default=NAME, help="of the results file")
     parser.add_argument("--float", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -254,7 +256,7 @@ def main() -> None:
     if arguments.float:
         export_float(arguments.float)
         return
-    place = RESULTS / f"{NAME}.json"
+    place = RESULTS / f"{arguments.name}.json"
     rows = json.loads(place.read_text())["rows"] if place.is_file() else []
     wanted = {name: RUNS[name] for name in arguments.runs if name in RUNS}
     with tempfile.TemporaryDirectory() as folder:
@@ -272,7 +274,7 @@ def main() -> None:
                 rows.append(static(arguments.data, Path(folder)))
             else:
                 rows += measure(name, model, [*options, *data], Path(folder), arguments.optimum)
-            write_result(NAME, COMMAND, {"rows": rows})
+            write_result(arguments.name, COMMAND, {"rows": rows})
     keys = ("run", "trace", "load", "passes", "export", "all", "peak_mb", "mb", "float", "float_peak_mb", "optimum")
     keys += ("optimum_peak_mb",)
     show_table(COLUMNS, [[row.get(key, "") for key in keys] for row in rows])

@@ -63,7 +63,7 @@ def measure(
     seconds = time.perf_counter() - start
     found = judged(made, program, tokens, arguments.length, arguments.windows)
     over = {f"{name}_over_float": round(found[f"ppl_{name}"] / floats[f"ppl_{name}"], 4) for name in TEXTS}
-    row = case | found | over
+    row = case | found | over | {f"ppl_{name}_float": floats[f"ppl_{name}"] for name in TEXTS}
     reports = [result for result in context.results.values() if isinstance(result, BlockReport)]
     if reports:
         blocks = reports[-1].rows
@@ -116,7 +116,7 @@ def main() -> None:
         if row is None:
             row = measure(program, tokens, case, floats, arguments)
             rows.append(row)
-            write_result(arguments.name, COMMAND, {"model": arguments.model, "float": floats, "rows": rows})
+            write_result(arguments.name, COMMAND, {"model": arguments.model, "rows": rows})
             print(row, flush=True)
         shown.append(row)
     figures = [form.format(name) for form in ("{}_over_float", "kl_{}") for name in TEXTS]

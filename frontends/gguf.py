@@ -6,6 +6,7 @@ tokenizer; nothing beside the file is read.
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.util
 import io
@@ -69,6 +70,8 @@ def load_gguf(path: Path, task: str | None = None, *, mapped: bool | None = None
     except BitlowerError:
         raise
     except Exception as error:  # whatever its libraries raise on damaged files
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise BitlowerError(
             f"{path} cannot be read: {' '.join(str(error).split())[:300]}",
             hint="fetch the file again, or convert it to safetensors",

@@ -14,13 +14,14 @@ import torch
 from onnx import helper, numpy_helper
 
 from bitlower.backends._rounding import Rounding
-from bitlower.backends.onnx_qdq import _codes, _verify
+from bitlower.backends.onnx_qdq import _codes, _verify, export
 from bitlower.backends.onnx_qdq._codes import CodeComparison
 from bitlower.backends.onnx_qdq._kernels import optimized_model
 from bitlower.backends.onnx_qdq._lower import lower
 from bitlower.backends.onnx_qdq._tally import Tally
 from bitlower.backends.onnx_qdq._verification import Verification
 from bitlower.backends.onnx_qdq._verify import verify_export
+from bitlower.frontends.tokenize import windows
 from bitlower.ir import BitlowerError, CheckError, Program, Scheme
 from bitlower.passes import Context
 from bitlower.passes.lowering.lower_integer import LowerInteger
@@ -145,15 +146,36 @@ def test_a_right_model_passes_with_all_figures(handmade, tmp_path: Path):
     assert result.runtime["provider"] == "CPUExecutionProvider"
 
 
-def test_what_takes_much_memory_is_looked_at_in_parts(handmade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Weights in files, and a part of each batch read with its inputs: the figures are the same, a fault is found."""
-    whole = verify_export(handmade.program, handmade.write(tmp_path / "right"), handmade.batches)
+def test_float_weights_may_lie_in_files(handmade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = verify_export(handmade.program, handmade.write(tmp_path), handmade.batches)
+    spilled, with_float_weights = [], _verify.with_float_weights
+
+    def noted(program: Program, *, mapped: bool) -> Program:
+        spilled.append(mapped)
+        return with_float_weights(program, mapped=mapped)
+
+    monkeypatch.setattr(_verify, "with_float_weights", noted)
     monkeypatch.setattr(_verify, "HELD_BYTES", 1)
+    assert verify_export(handmade.program, tmp_path, handmade.batches) == whole
+    assert spilled == [True]
+
+
+def test_values_are_read_for_so_many_tokens_as_fit(lowered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All tokens of a small batch, the first 16 of a long one; the comparisons of codes see all."""
+    program = lowered("llama", "W8A8-token")
+    ids = torch.randint(0, 96, (1, 40), generator=torch.Generator().manual_seed(0))
+    lengths, compare = [], _codes.within
     monkeypatch.setattr(_codes, "LARGEST_VALUES", 1)
-    assert verify_export(handmade.program, tmp_path / "right", handmade.batches) == whole
-    edit, message = BROKEN["narrow clip"]
-    with pytest.raises(CheckError, match=message):
-        verify_export(handmade.program, handmade.write(tmp_path / "wrong", edit), handmade.batches)
+
+    def noted(*arguments):
+        part = compare(*arguments)
+        lengths.append((arguments[1]["input_ids"].shape[1], part["input_ids"].shape[1]))
+        return part
+
+    monkeypatch.setattr(_codes, "within", noted)
+    export(program, tmp_path, batches=windows(program, ids))
+    assert (40, 16) in lengths
+    assert all(read == min(length, 16) for length, read in lengths)
 
 
 def test_figures_are_those_of_numpy(handmade, tmp_path: Path):

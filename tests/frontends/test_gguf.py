@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bitlower.frontends import gguf as reading
 from bitlower.frontends import load
 from bitlower.frontends import weights as _weights
 from bitlower.frontends.gguf import load_gguf
@@ -240,6 +242,32 @@ def test_weights_in_files_are_those_in_memory(written: Path) -> None:
     for (name, one), (_, other) in zip(mapped.tensors(), held.tensors(), strict=True):
         assert (is_mapped(one), is_mapped(other)) == ("inv_freq" not in name, False)
         assert one.data_ptr() % 64 == other.data_ptr() % 64 == 0
+
+
+def test_no_more_than_one_weight_is_in_memory_while_others_go_to_files(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_memory, spill_all = [], reading._spill
+
+    def look(tensors: dict[str, torch.Tensor]) -> None:
+        in_memory.append(sum(not is_mapped(tensor) for tensor in tensors.values()))
+        spill_all(tensors)
+
+    monkeypatch.setattr(reading, "_spill", look)
+    load(written)
+    assert not in_memory
+    load(written, mapped=True)
+    assert len(in_memory) == len(gguf.GGUFReader(written).tensors)
+    assert set(in_memory[1:]) == {1}
+
+
+def test_a_full_disk_is_not_called_a_damaged_file(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: dict[str, torch.Tensor]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(reading, "_spill", full)
+    with pytest.raises(OSError, match="No space left"):
+        load(written, mapped=True)
 
 
 def test_large_weights_are_left_in_files(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:

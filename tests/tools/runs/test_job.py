@@ -1,12 +1,18 @@
-"""What a run reads."""
+"""What a run reads and what it holds."""
 
 from __future__ import annotations
+
+import gc
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from bitlower.ir import Program, batch_sizes
+from bitlower.ir import Level, Program, batch_sizes
 from bitlower.tools.data.batches import Data
+from bitlower.tools.runs.flow import quantize
 from bitlower.tools.runs.job import CUT, Job
 
 
@@ -22,3 +28,24 @@ def test_held_out_batches_are_cut_to_outputs_that_fit_and_others_are_not(
     assert data.calibration[0] is batch
     assert {tuple(tensor.shape) for tensor in data.evaluation[0].values()} == {(2, length)}
     assert data.notes == ((CUT,) if length < 40 else ())
+
+
+def float_programs() -> set[int]:
+    """Those that are alive, by their addresses."""
+    gc.collect()
+    return {id(x) for x in gc.get_objects() if type(x) is Program and x.level is Level.FLOAT}
+
+
+def test_the_float_program_is_gone_when_the_artifact_is_written(
+    bert: Path, texts: Path, tmp_path: Path, backend: SimpleNamespace
+) -> None:
+    before, alive = float_programs(), []
+
+    def export(self: Any, program: Program, folder: Path, batches: Any, provenance: Any = None) -> Any:
+        alive.append(float_programs() - before)
+        (folder / "manifest.json").write_text("{}")
+        return backend.report()
+
+    backend.replace(export=export)
+    quantize(str(bert), calibration=str(texts), output=tmp_path / "out")
+    assert alive == [set()]
