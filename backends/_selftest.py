@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
@@ -23,6 +23,8 @@ LEAST = 0.9
 otherwise, and quantized models make that visible; a processor whose integer kernels saturate gives far less."""
 SIZE = 0.25
 """The largest difference of an output's root mean square to the recorded one, over that."""
+_SPREAD = np.float32(0.5)
+"""Log-mel spectrograms, which are what is drawn, lie between -1 and 1.5."""
 _MOST = 1 << 24
 """No dimension of an input or output of a self-test is as large."""
 Dtype = Literal["bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
@@ -43,7 +45,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class Input:
-    """An input: its dtype and its entries as nested lists, or a mapping with the ``shape`` of a tensor without any."""
+    """An input: its dtype and its entries as nested lists; or a mapping.
+
+    That has the ``shape`` of a tensor without any entries, or with a ``seed`` that of one that :func:`drawn` makes.
+    """
 
     dtype: Dtype
     values: Any
@@ -60,6 +65,8 @@ class Input:
         if not isinstance(self.values, Mapping):
             return torch.tensor(self.values, dtype=dtype)
         sizes = [int(size) for size in self.values["shape"]]
+        if "seed" in self.values and 0 < math.prod(sizes) < _MOST:
+            return drawn(sizes, int(self.values["seed"])).to(dtype)
         if 0 not in sizes or not all(0 <= size < _MOST for size in sizes):
             raise ValueError(f"the shape {shorten(str(sizes))} is not that of a tensor without entries")
         return torch.zeros(sizes, dtype=dtype)
@@ -88,9 +95,22 @@ class SelfTest:
         }
 
 
-def make_selftest(batch: Batch, outputs: Mapping[str, Array]) -> SelfTest:
-    """A self-test that expects ``outputs`` for ``batch``."""
-    inputs = {name: Input(cast(Dtype, str(t.dtype).removeprefix("torch.")), _plain(t)) for name, t in batch.items()}
+def drawn(shape: Sequence[int], seed: int) -> torch.Tensor:
+    """Features of an input that are too many to be written down: float32, from a normal distribution."""
+    values = np.random.Generator(np.random.PCG64(seed)).standard_normal(tuple(shape), dtype=np.float32)
+    return torch.from_numpy(_SPREAD * values)
+
+
+def make_selftest(batch: Batch, outputs: Mapping[str, Array], seeds: Mapping[str, int] | None = None) -> SelfTest:
+    """A self-test that expects ``outputs`` for ``batch``; those of its inputs that have ``seeds`` were drawn so."""
+    seeds = seeds or {}
+    inputs = {
+        name: Input(
+            cast(Dtype, str(t.dtype).removeprefix("torch.")),
+            {"shape": list(t.shape), "seed": seeds[name]} if name in seeds else _plain(t),
+        )
+        for name, t in batch.items()
+    }
     return SelfTest(inputs, {name: _reference(array) for name, array in outputs.items()})
 
 

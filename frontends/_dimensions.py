@@ -13,8 +13,8 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from bitlower.ir import BitlowerError, Length
+from bitlower.ir.tokens import BATCH, SEQUENCE
 
-BATCH, SEQUENCE = "batch", "sequence"
 _ASSUMED = 2
 """The lower bound that torch sets for every size; only a larger one was found in the model."""
 _UNBOUNDED = 1 << 31

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from bitlower.frontends._dimensions import SEQUENCE
 from bitlower.frontends._failure import explain_failure
 from bitlower.frontends._patches import open_sizes
 from bitlower.frontends._samples import layout, sample
@@ -19,6 +18,7 @@ from bitlower.ir import BitlowerError, Length, Program
 from bitlower.ir.experts import experts_as_linears
 from bitlower.ir.quiet import quiet
 from bitlower.ir.tasks import TASKS
+from bitlower.ir.tokens import SEQUENCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

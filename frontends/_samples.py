@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bitlower.frontends._dimensions import BATCH, SEQUENCE
+from bitlower.ir.tokens import BATCH, SEQUENCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitlower.ir import BitlowerError, nearest
 from bitlower.ir.quiet import quiet
-from bitlower.ir.tasks import TASKS
+from bitlower.ir.tasks import SPEECH_RECOGNITION, TASKS, TEXT_TO_TEXT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,6 +17,8 @@ _TABLES = (
     ("text-classification", "SEQUENCE_CLASSIFICATION"),
     ("token-classification", "TOKEN_CLASSIFICATION"),
     ("question-answering", "QUESTION_ANSWERING"),
+    (TEXT_TO_TEXT, "SEQ_TO_SEQ_CAUSAL_LM"),
+    (SPEECH_RECOGNITION, "SPEECH_SEQ_2_SEQ"),
     ("fill-mask", "MASKED_LM"),
     ("text-generation", "CAUSAL_LM"),
     ("feature-extraction", "TEXT_ENCODING"),
@@ -25,6 +27,8 @@ _TABLES = (
 """Tables of transformers, the more specific first: those of pre-training and encoding hold classes of others too."""
 _BODY = "an encoder of text loads without its head: name feature-extraction as the task"
 _TEXT, _TEXT_PART = "input_ids", "text_config"
+_SPEECH = "WhisperForConditionalGeneration"
+"""The one class whose features of sound an encoder reads here."""
 
 
 def check_task(task: str | None) -> None:
@@ -90,13 +94,15 @@ def refuse_class(kind: type[PreTrainedModel], config: Any, task: str) -> None:
     """
     parts = list(getattr(config, "sub_configs", None) or {})
     others = [name.removesuffix("_config") for name in parts if name != _TEXT_PART] if _TEXT_PART in parts else []
+    if kind.__name__ == _SPEECH and task == SPEECH_RECOGNITION:
+        return
     if kind.main_input_name != _TEXT or others:
         reads = kind.main_input_name if kind.main_input_name != _TEXT else f"text and {' and '.join(others)}"
         raise BitlowerError(f"{kind.__name__} reads {reads}, not token ids", hint="pass `example_inputs`")
-    if getattr(config, "is_encoder_decoder", False) and not TASKS[task].whole:
+    if getattr(config, "is_encoder_decoder", False) and not (TASKS[task].whole or TASKS[task].sequence_to_sequence):
         raise BitlowerError(
             f"{kind.__name__} is an encoder and a decoder, which together are not supported for {task}",
-            hint="an encoder alone is, and so are heads for classification and question answering",
+            hint=f"they are for {TEXT_TO_TEXT}, and with heads for classification and question answering",
         )
     if getattr(kind, "_is_stateful", False):
         raise state_refused(kind.__name__)

@@ -16,8 +16,9 @@ from torch.export import ExportedProgram
 from bitlower.frontends._dimensions import Layout, found_lengths, named, symbol_names
 from bitlower.frontends._failure import PYTHON_ROOTS
 from bitlower.ir import BitlowerError, CheckError, Level, Program, TensorType, ValueSpec, copy_module, get_tensor
+from bitlower.ir.dataflow import ancestors
 from bitlower.ir.observe import run
-from bitlower.ir.operators import set_graph_results
+from bitlower.ir.operators import AttentionNode, argument, set_graph_results
 from bitlower.ir.storage import release
 
 _REPLAY_TOLERANCE = 1e-4
@@ -62,6 +63,8 @@ def to_program(
             node.meta = _translate_meta(node, symbols)
     _reject_foreign(graph)
     type_tensors(module)
+    _drop_empty_parts(graph)
+    _reshape_learned_attention(module)
     results = _name_outputs(graph, outputs or _output_names(exported), keep)
     graph.set_codegen(fx.graph.CodeGen())
     specs = _name_inputs(graph, list(inputs) if inputs is not None else None)
@@ -252,6 +255,33 @@ def _leaf_names(spec: Any, path: str) -> Iterator[str]:
     named = keys is not None and len(keys) == len(children)
     for key, child in zip(keys if named and keys else range(len(children)), children, strict=True):
         yield from _leaf_names(child, f"{path}_{key}")
+
+
+def _drop_empty_parts(graph: fx.Graph) -> None:
+    """Take out what joins nothing to a value: a cache that begins without a size of its own, ``[0]``."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
+        parts = argument(node, "tensors")
+        filled = [part for part in parts if part.meta["type"].shape != (0,)]
+        if len(filled) == 1 < len(parts):
+            node.replace_all_uses_with(filled[0])
+            graph.erase_node(node)
+
+
+def _reshape_learned_attention(module: fx.GraphModule) -> None:
+    """Let what comes out of an attention with a learned bias be copied into shape where it lies otherwise.
+
+    Torch lays the result out in one way while it is traced and in another where the bias has a gradient.
+    """
+    aten = torch.ops.aten
+    for node in module.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        mask = AttentionNode(node).mask
+        read = ancestors(module.graph, [mask]) if mask is not None else ()
+        tensors = [get_tensor(module, str(part.target)) for part in read if part.op == "get_attr"]
+        if not any(isinstance(tensor, torch.nn.Parameter) for tensor in tensors):
+            continue
+        for moved in (user for user in node.users if user.target is aten.transpose.int):
+            for view in (user for user in moved.users if user.target is aten.view.default):
+                view.target = aten.reshape.default
 
 
 def _reject_foreign(graph: fx.Graph) -> None:

@@ -10,7 +10,7 @@ configuration states, or none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils import _pytree
 
 from bitlower.ir import Program, get_tensor
 from bitlower.ir.dataflow import EMBEDDING
+from bitlower.ir.tokens import BATCH, ENCODER_SEQUENCE, SEQUENCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -42,34 +43,37 @@ _INDEXED: dict[Any, Callable[..., list[tuple[torch.Tensor, int, torch.Tensor]]]]
 
 
 def stated_length(config: PreTrainedConfig) -> int | None:
-    """What a configuration of transformers says, under the name that all of them answer to."""
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    """What a configuration of transformers says, under the name that all but models of speech answer to."""
+    text = config.get_text_config()
+    length = getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None)
     return length if isinstance(length, int) and length > 0 else None
 
 
-def context_length(program: Program, stated: int | None) -> int | None:
+def context_length(program: Program, stated: int | None, dim: str = SEQUENCE) -> int | None:
     """The most tokens, earlier and new ones together, that ``program`` takes at once; None: as many as one likes.
 
     Args:
         program: traced, at level float, with dimensions named as the frontends name them.
         stated: what the model's configuration says, if anything; the graph may allow fewer.
+        dim: along which the tokens lie, of :data:`SEQUENCE` and :data:`ENCODER_SEQUENCE`; the other is short.
     """
     longest = stated or ENDLESS
-    if _takes(program, longest):
-        return longest if longest != ENDLESS else None
     fits, fails = min(SHORT, longest), longest
-    if not _takes(program, fits):
+    short = {SEQUENCE: fits, ENCODER_SEQUENCE: fits}
+    if _takes(program, {**short, dim: longest}):
+        return longest if longest != ENDLESS else None
+    if not _takes(program, short):
         return stated
     while fits + 1 < fails:
         middle = min(2 * fits, (fits + fails) // 2)
-        fits, fails = (middle, fails) if _takes(program, middle) else (fits, middle)
+        fits, fails = (middle, fails) if _takes(program, {**short, dim: middle}) else (fits, middle)
     return fits
 
 
 @torch.no_grad()
-def _takes(program: Program, length: int) -> bool:
-    """Whether no index points outside of its table and all shapes fit at ``length`` tokens."""
-    sizes = {"batch": 2, "sequence": length, "past": 0, "past + sequence": length}
+def _takes(program: Program, tokens: Mapping[str, int]) -> bool:
+    """Whether no index points outside of its table and all shapes fit at so many ``tokens``."""
+    sizes = {BATCH: 2, "past": 0, "past + sequence": tokens[SEQUENCE], **tokens}
     examples = []
     for spec in program.inputs:
         if any(isinstance(dim, str) and dim not in sizes for dim in spec.type.shape):
@@ -89,9 +93,9 @@ def _example(name: str, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=META)
     if name == "position_ids":
         return torch.arange(shape[1], dtype=dtype).expand(shape)
-    if name == "input_ids":
+    if name in ("input_ids", "decoder_input_ids"):
         return torch.arange(shape[0], dtype=dtype)[:, None].expand(shape)
-    return torch.full(shape, int(name == "attention_mask"), dtype=dtype)
+    return torch.full(shape, int(name.endswith("attention_mask")), dtype=dtype)
 
 
 class _Shapes(fx.Interpreter):

@@ -8,17 +8,18 @@ A model without a cache takes ``input_ids`` and ``attention_mask`` and returns `
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitlower.frontends._samples import vocabulary
 from bitlower.frontends._tasks import state_refused
 from bitlower.ir.quiet import quiet
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "past + sequence"
 _PARTS = ("key", "value")
@@ -52,12 +53,9 @@ class Signature:
         with torch.no_grad(), quiet():
             outputs = model(input_ids=ids, **({"use_cache": True} if hasattr(model.config, "use_cache") else {}))
         layers = getattr(cache_of(outputs), "layers", None) or []
-        if any(outputs.get(name) is not None for name in _STATES) or not all(map(_has_keys, layers)):
+        if any(outputs.get(name) is not None for name in _STATES):
             raise state_refused(type(model).__name__)
-        caches = tuple(
-            ((layer.keys.shape[1], layer.keys.shape[3]), (layer.values.shape[1], layer.values.shape[3]))
-            for layer in layers
-        )
+        caches = cache_sizes(layers, type(model).__name__)
         takes_positions = bool(caches) and "position_ids" in inspect.signature(model.forward).parameters
         return cls(takes_positions, caches, cache_argument(model))
 
@@ -67,40 +65,44 @@ class Signature:
         shapes: dict[str, tuple[int | str, ...]] = {"input_ids": (BATCH, SEQUENCE), "attention_mask": (BATCH, total)}
         if self.takes_positions:
             shapes["position_ids"] = (BATCH, SEQUENCE)
-        return shapes | self._cache_shapes("past_key_values", PAST)
+        return shapes | self.cache_shapes("past_key_values", "", PAST)
 
     def outputs(self) -> list[str]:
         """The outputs' names, in order."""
-        return ["logits", *self._cache_shapes("present", TOTAL)]
+        return ["logits", *self.cache_shapes("present", "", TOTAL)]
 
-    def _cache_shapes(self, name: str, length: str) -> dict[str, tuple[int | str, ...]]:
+    def traced_outputs(self) -> list[str]:
+        """The names of all that the model returns, in order; those that are not among :meth:`outputs` are dropped."""
+        return self.outputs()
+
+    def cache_shapes(self, name: str, side: str, length: int | str) -> dict[str, tuple[int | str, ...]]:
+        """Keys and values of each layer, ``name.0.key`` with ``side`` before the last part, of ``length`` tokens."""
         return {
-            f"{name}.{layer}.{part}": (BATCH, heads, length, width)
+            f"{name}.{layer}.{side}{part}": (BATCH, heads, length, width)
             for layer, sizes in enumerate(self.caches)
             for part, (heads, width) in zip(_PARTS, sizes, strict=True)
         }
 
-    def sample(self, vocabulary: int, *, batch: int, past: int, sequence: int) -> dict[str, torch.Tensor]:
+    def sample(self, model: PreTrainedModel, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
         """Flat sample inputs from a fixed generator; the first row begins with padding if there is room.
 
         Without a cache the past is part of the sequence.
+
+        Args:
+            model: whose tokens they are.
+            sizes: of ``batch``, ``past`` and ``sequence``.
         """
         generator = torch.Generator().manual_seed(0)
+        batch, past, sequence = sizes[BATCH], sizes[PAST], sizes[SEQUENCE]
         past, sequence = (past, sequence) if self.caches else (0, past + sequence)
-        sizes = {BATCH: batch, PAST: past, SEQUENCE: sequence, TOTAL: past + sequence}
         mask = torch.ones((batch, past + sequence), dtype=torch.int64)
         mask[0, : 2 if past + sequence > 3 else 0] = 0
         tensors = {
-            "input_ids": torch.randint(0, vocabulary, (batch, sequence), generator=generator),
+            "input_ids": torch.randint(0, vocabulary(model), (batch, sequence), generator=generator),
             "attention_mask": mask,
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, past:].contiguous(),
         }
-        return {
-            name: tensors[name]
-            if name in tensors
-            else torch.randn([sizes[d] if isinstance(d, str) else d for d in shape], generator=generator)
-            for name, shape in self.inputs().items()
-        }
+        return tensors_of(self.inputs(), tensors, {BATCH: batch, PAST: past}, generator)
 
     def arguments(self, flat: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """``flat`` as transformers' ``forward`` takes it: the cache in one object."""
@@ -109,12 +111,12 @@ class Signature:
             return keywords
         return keywords | {self.argument: self._cache(flat), "use_cache": True}
 
-    def _cache(self, flat: Mapping[str, torch.Tensor]) -> DynamicCache:
+    def _cache(self, flat: Mapping[str, torch.Tensor]) -> Cache:
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        for layer in range(len(self.caches)):
-            key, value = (flat[f"past_key_values.{layer}.{part}"] for part in _PARTS)
+        tensors = [value for name, value in flat.items() if name.startswith("past_key_values.")]
+        for layer, (key, value) in enumerate(zip(tensors[::2], tensors[1::2], strict=True)):
             cache.update(key, value, layer)
         return cache
 
@@ -132,9 +134,41 @@ class Signature:
 
     def flatten(self, outputs: Any) -> dict[str, torch.Tensor]:
         """What the model returns, by the names of :meth:`outputs`."""
-        layers = cache_of(outputs).layers if self.caches else []
+        layers = self.layers_of(outputs)
         caches = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
         return dict(zip(self.outputs(), [outputs.logits, *caches], strict=True))
+
+    def layers_of(self, outputs: Any) -> list[Any]:
+        """The layers of the cache of what the model returns."""
+        return list(cache_of(outputs).layers) if self.caches else []
+
+
+def tensors_of(
+    shapes: Mapping[str, tuple[int | str, ...]],
+    known: Mapping[str, torch.Tensor],
+    sizes: Mapping[str, int],
+    generator: torch.Generator,
+) -> dict[str, torch.Tensor]:
+    """Tensors of these names: those that are ``known``, others drawn from a normal distribution."""
+    return {
+        name: known[name]
+        if name in known
+        else torch.randn([sizes[d] if isinstance(d, str) else d for d in shape], generator=generator)
+        for name, shape in shapes.items()
+    }
+
+
+def cache_sizes(layers: Sequence[Any], model: str) -> tuple[tuple[tuple[int, int], tuple[int, int]], ...]:
+    """Of each layer of a cache, ``(heads, width)`` of its keys and of its values.
+
+    Raises:
+        BitlowerError: a layer of the cache of ``model`` holds something else.
+    """
+    if not all(map(_has_keys, layers)):
+        raise state_refused(model)
+    return tuple(
+        ((layer.keys.shape[1], layer.keys.shape[3]), (layer.values.shape[1], layer.values.shape[3])) for layer in layers
+    )
 
 
 def cache_argument(model: torch.nn.Module) -> str:

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from bitlower.frontends._beside import check_float, check_padding, collect, plain_config
-from bitlower.frontends._dimensions import SEQUENCE
 from bitlower.frontends._encoder import export, plain_outputs, trace_encoder, trace_given
 from bitlower.frontends._failure import explain_failure
 from bitlower.frontends._precision import in_float32
-from bitlower.frontends._samples import vocabulary
 from bitlower.frontends._tasks import check_task, refuse_class, refuse_folder, task_of
 from bitlower.frontends._trace import check_replay, evaluating, releasing, to_program
 from bitlower.frontends.context import context_length, stated_length
 from bitlower.frontends.decoder import Signature
+from bitlower.frontends.encoder_decoder import EncoderDecoder
 from bitlower.frontends.trace_cache import traced
 from bitlower.frontends.weights import load_weights, read_json
 from bitlower.ir import Length, Program, shorten
-from bitlower.ir.tasks import auto_class
+from bitlower.ir.tasks import TASKS, TEXT_GENERATION, auto_class
+from bitlower.ir.tokens import ENCODER_SEQUENCE, SEQUENCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_DECODER_TRACE_SHAPE = {"batch": 2, "past": 5, "sequence": 3}
-_DECODER_REPLAY_SHAPES = ({"batch": 1, "past": 0, "sequence": 6}, {"batch": 3, "past": 4, "sequence": 1})
+_TRACE_SIZES = {"batch": 2, "past": 5, "sequence": 3, "encoder_sequence": 12}
+_REPLAY_SIZES = (
+    {"batch": 1, "past": 0, "sequence": 6, "encoder_sequence": 9},
+    {"batch": 3, "past": 4, "sequence": 1, "encoder_sequence": 14},
+)
 
 
 @dataclass
@@ -105,10 +108,10 @@ def _trace(
     traces: Path | None,
 ) -> Program:
     task = pretrained.task or task_of([type(model).__name__], "")
-    decoder = task == "text-generation" and example_inputs is None
-    with plain_outputs(model, keep_cache=decoder) as changed:
-        if decoder:
-            program = _trace_decoder(model, traces)
+    generates = (task == TEXT_GENERATION or TASKS[task].sequence_to_sequence) and example_inputs is None
+    with plain_outputs(model, keep_cache=generates) as changed:
+        if generates:
+            program = _trace_decoder(model, task, traces)
         elif example_inputs is None:
             program = trace_encoder(model, task, traces)
         else:
@@ -117,39 +120,58 @@ def _trace(
     program.assets = dict(pretrained.assets)
     program.notes = (*pretrained.notes, *program.notes)
     program.source = pretrained.source or type(model).__name__
-    longest = [context_length(program, stated_length(model.config)), program.lengths.get(SEQUENCE, Length()).longest]
-    program.context_length = min((tokens for tokens in longest if tokens is not None), default=None)
+    program.context_length = _longest(program, model, SEQUENCE)
+    if ENCODER_SEQUENCE in (dim for spec in program.inputs for dim in spec.type.shape):
+        longest = _longest(program, model, ENCODER_SEQUENCE)
+        if longest is not None:
+            length = program.lengths.get(ENCODER_SEQUENCE, Length())
+            program.lengths[ENCODER_SEQUENCE] = replace(length, maximum=longest)
     if changed:
         outputs = ", ".join(spec.name for spec in program.outputs if "." not in spec.name)
         program.notes += (f"the configuration sets {', '.join(changed)} otherwise: the model gives {outputs} here",)
     return program
 
 
-def _trace_decoder(model: PreTrainedModel, traces: Path | None) -> Program:
-    """A causal language model with its KV cache in the signature."""
+def _longest(program: Program, model: PreTrainedModel, dim: str) -> int | None:
+    """The most tokens along ``dim``, as the graph and what torch found allow it."""
+    limits = [
+        context_length(program, stated_length(model.config), dim),
+        program.lengths.get(dim, Length()).longest,
+    ]
+    return min((tokens for tokens in limits if tokens is not None), default=None)
+
+
+def _trace_decoder(model: PreTrainedModel, task: str, traces: Path | None) -> Program:
+    """A model that generates token by token, with its KV cache in the signature."""
+    kind = EncoderDecoder if TASKS[task].sequence_to_sequence else Signature
     with explain_failure(type(model).__name__), releasing(model):
-        signature = Signature.of(model)
-    entries = vocabulary(model)
+        signature = kind.of(model)
 
     def trace() -> Program:
         with releasing(model):
-            present = Signature.of(model)  # which may lack layers
-        sample = present.sample(entries, **_DECODER_TRACE_SHAPE)
+            present = kind.of(model)  # which may lack layers
+        sample = present.sample(model, _TRACE_SIZES)
         exported, notes = export(model, present.arguments(sample), present.dynamic_shapes())
-        names = present.outputs()
-        program = to_program(exported, task="text-generation", inputs=present.inputs(), outputs=names)
-        program.lengths = {}  # the tokens of a step and those before have one limit together, which is the context's
+        program = to_program(
+            exported,
+            task=task,
+            inputs=present.inputs(),
+            outputs=present.traced_outputs(),
+            keep=set(present.outputs()).__contains__,
+        )
+        # the tokens of a step and those before have one limit together, which is the context's
+        program.lengths = {name: value for name, value in program.lengths.items() if name == ENCODER_SEQUENCE}
         program.notes += notes
         return program
 
     def check(program: Program) -> None:
-        for shape in _DECODER_REPLAY_SHAPES:
-            replay = signature.sample(entries, **shape)
+        for sizes in _REPLAY_SIZES:
+            replay = signature.sample(model, sizes)
             with torch.no_grad(), releasing(model):
                 expected = signature.flatten(model(**signature.arguments(replay)))
             check_replay(program, expected, replay, type(model).__name__)
 
-    program = traced(model, "decoder", trace, check, traces)
+    program = traced(model, task, trace, check, traces)
     if not signature.caches:
         program.notes += (
             f"{type(model).__name__} has no KV cache: each new token costs a run over all before it, and ONNX comes"

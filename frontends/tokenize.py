@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from bitlower.frontends._tokenizer import check_same_tokens, leading_tokens, load_tokenizer, tokenizer_of
+from bitlower.frontends.pairs import pair_batches
 from bitlower.ir import BitlowerError, Program, nearest
 from bitlower.ir.assets import is_tokenizer
+from bitlower.ir.stages import is_encoder_decoder
 
 BOS = ("auto", "always", "never")
 """Rules for what windows begin with; see :func:`window_lead`."""
@@ -30,8 +32,9 @@ def batches(
 
     Args:
         program: with tokenizer files among its assets.
-        texts: one sequence each.
-        pairs: the second sequence of each, for tasks on pairs.
+        texts: one sequence each; of an encoder-decoder, its sources.
+        pairs: the second sequence of each, for tasks on pairs; of an encoder-decoder, its targets, which it writes
+            itself where there are none.
         max_length: in tokens; longer sequences are cut, to what the model can take at most.
         batch_size: texts in a batch.
 
@@ -47,6 +50,9 @@ def batches(
         raise BitlowerError(
             f"batches of {batch_size} texts of {max_length} tokens make no sense", hint="take 1 and 4 at least"
         )
+    if is_encoder_decoder(program):
+        with _explaining(program):
+            return pair_batches(program, texts, pairs, max_length=max_length, batch_size=batch_size).batches
     tokenizer = tokenizer_of(program, pads=True)
     with _explaining(program):
         limit = min(max_length, program.context_length or max_length, int(tokenizer.model_max_length))
@@ -231,6 +237,8 @@ def _explaining(program: Program) -> Iterator[None]:
     """Whatever a tokenizer raises that was loaded from settings of odd types, as an error that names it."""
     try:
         yield
+    except BitlowerError:
+        raise
     except Exception as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise BitlowerError(

@@ -8,7 +8,7 @@ modules that follow the transformer.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -182,3 +182,12 @@ def _files_below(folder: Path, place: str) -> Iterator[str]:
     for path in (folder / place).rglob("*"):
         if is_file(path) and not path.name.startswith("."):
             yield path.relative_to(folder).as_posix()
+
+
+def generation_settings(assets: Mapping[str, bytes]) -> dict[str, Any]:
+    """What ``generation_config.json`` says, without what it leaves open; nothing where it is missing or damaged."""
+    try:
+        form = parse_json(assets.get(GENERATION, b"{}"), finite=False)
+    except ValueError:
+        return {}
+    return {key: value for key, value in form.items() if value is not None} if isinstance(form, dict) else {}

@@ -19,6 +19,7 @@ from bitlower.ir import ops
 from bitlower.ir.activations import ACTIVATIONS
 from bitlower.ir.operators import BinaryNode, EmbeddingNode, LinearNode, argument, operand, operators_of
 from bitlower.ir.tensors import get_tensor
+from bitlower.ir.tokens import TARGET, TOKENS
 
 aten = torch.ops.aten
 
@@ -292,7 +293,7 @@ def _operators(nodes: Iterable[fx.Node]) -> list[str]:
 def vocabularies(graph: fx.Graph) -> Iterator[tuple[fx.Node, tuple[int | str, ...]]]:
     """The tables that token ids index, and their shapes."""
     for node in graph.nodes:
-        if node.target in EMBEDDING and value_root(EmbeddingNode(node).ids).target == "input_ids":
+        if node.target in EMBEDDING and value_root(EmbeddingNode(node).ids).target in (TOKENS, TARGET):
             table = EmbeddingNode(node).table
             yield parameter_of(table) or table, table.meta["type"].shape
 

@@ -1,4 +1,7 @@
-"""Which tokens of a batch are there, and which only fill its rows up."""
+"""Which tokens of a batch are there, and which only fill its rows up.
+
+A text lies along ``sequence``. Of an encoder-decoder the target does, and its source along ``encoder_sequence``.
+"""
 
 from __future__ import annotations
 
@@ -7,36 +10,73 @@ import torch
 from bitlower.ir.fit import Batch
 
 BATCH, SEQUENCE, TOTAL = "batch", "sequence", "past + sequence"
+ENCODER_SEQUENCE = "encoder_sequence"
+TARGET, TARGET_MASK = "decoder_input_ids", "decoder_attention_mask"
+"""Inputs of an encoder-decoder: the target's tokens, and which of them and of those before are no padding."""
+SOURCE_MASK = "encoder_attention_mask"
+"""What the decoder alone calls the mask of the source."""
+TOKENS, MASK = "input_ids", "attention_mask"
+"""Inputs of models of one text; of an encoder-decoder, its source."""
 
 
-def token_mask(batch: Batch) -> torch.Tensor | None:
-    """Whether each of the tokens in ``input_ids`` is no padding, ``[batch, sequence]``; None where nothing says so.
+def token_ids(batch: Batch, dim: str = SEQUENCE) -> torch.Tensor | None:
+    """The token ids along ``dim``, ``[batch, dim]``; None where the batch has none.
 
-    A decoder's ``attention_mask`` covers the past too; its last columns are those of the current tokens.
+    Args:
+        batch: inputs by name.
+        dim: :data:`SEQUENCE` or :data:`ENCODER_SEQUENCE`.
     """
-    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
-    if mask is None or mask.dim() != 2:
+    ids = batch.get(TARGET if dim == SEQUENCE and TARGET in batch else TOKENS)
+    return ids if ids is not None and ids.dim() == 2 else None
+
+
+def token_mask(batch: Batch, dim: str | None = SEQUENCE) -> torch.Tensor | None:
+    """Whether each of the tokens along ``dim`` is no padding, ``[batch, dim]``; None where nothing says so.
+
+    A decoder's mask covers the past too; its last columns are those of the current tokens.
+    """
+    mask = _whole_mask(batch, dim)
+    if mask is None or dim != SEQUENCE:
+        return mask
+    ids = token_ids(batch)
+    length = ids.shape[1] if ids is not None else mask.shape[1]
+    return mask[:, mask.shape[1] - length :]
+
+
+def _whole_mask(batch: Batch, dim: str | None) -> torch.Tensor | None:
+    """The mask along ``dim``; of :data:`SEQUENCE` and :data:`TOTAL` the one mask with the past."""
+    if dim == ENCODER_SEQUENCE:
+        mask = batch.get(SOURCE_MASK, batch.get(MASK))
+    elif dim in (SEQUENCE, TOTAL):
+        mask = batch.get(TARGET_MASK if TARGET in batch else MASK)
+    else:
         return None
-    length = ids.shape[1] if ids is not None and ids.dim() == 2 else mask.shape[1]
-    return mask[:, mask.shape[1] - length :].bool()
+    return mask.bool() if mask is not None and mask.dim() == 2 else None
+
+
+def token_dim(shape: tuple[int | str, ...]) -> str | None:
+    """The dimension along which the vectors of a value of this type are tokens; None if none is named so."""
+    for size in shape[:-1]:
+        for part in str(size).split("*"):
+            if part in (SEQUENCE, ENCODER_SEQUENCE):
+                return part
+    return None
 
 
 def value_mask(shape: tuple[int | str, ...], batch: Batch) -> torch.Tensor | None:
     """Which elements of a value of this type belong to tokens that are no padding; it broadcasts over the value.
 
-    Tokens lie along every axis called ``sequence`` (or ``past + sequence``), or along a first axis that is
-    ``batch*sequence``. None where no axis is, or where there is no padding.
+    Tokens lie along every axis called ``sequence``, ``past + sequence`` or ``encoder_sequence``, or along a first axis
+    that is a product of the batch and one of them. None where no axis is, or where there is no padding.
     """
-    mask = token_mask(batch)
-    if mask is None or bool(batch["attention_mask"].all()):
-        return None
-    if set(str(shape[:1] and shape[0]).split("*")) == {BATCH, SEQUENCE}:
-        return mask.reshape(-1, *[1] * (len(shape) - 1))
+    first = str(shape[:1] and shape[0]).split("*")
+    if len(first) == 2 and BATCH in first:
+        mask = token_mask(batch, token_dim((first[0], first[1], 1)))
+        return None if mask is None or bool(mask.all()) else mask.reshape(-1, *[1] * (len(shape) - 1))
     keep: torch.Tensor | None = None
-    masks = {SEQUENCE: mask, TOTAL: batch["attention_mask"].bool()}
     for axis, size in enumerate(shape):
-        if axis and shape[0] == BATCH and size in masks:
-            along = masks[size]
+        along = token_mask(batch, str(size)) if axis and shape[0] == BATCH else None
+        if along is not None and not bool(along.all()):
             layout = [along.shape[0], *(along.shape[1] if i == axis else 1 for i in range(1, len(shape)))]
             keep = along.reshape(layout) if keep is None else keep & along.reshape(layout)
     return keep

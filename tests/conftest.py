@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +44,12 @@ def own_plugins() -> Iterator[None]:
     yield
     for catalog, loose in before:
         catalog.loose = loose
+
+
+@pytest.fixture(scope="session")
+def seq2seq() -> SimpleNamespace:
+    """Small encoder-decoders, traced once, and batches for them: what ``encoder_decoders.py`` defines."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("encoder_decoders.py"))))
 
 
 @pytest.fixture

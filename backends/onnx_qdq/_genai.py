@@ -11,6 +11,7 @@ from bitlower.backends.decoding import has_cache
 from bitlower.backends.onnx_qdq._folder import GENAI, MODEL
 from bitlower.backends.onnx_qdq._genai_search import generation
 from bitlower.ir import Program
+from bitlower.ir.stages import is_encoder_decoder
 
 TYPE = "decoder"
 """onnxruntime-genai's name for any decoder with a cache of keys and values, whatever its family."""
@@ -29,7 +30,7 @@ def write_genai_config(
         folder: the artifact's.
         session_config: session configuration entries that the model is meant to run with.
     """
-    if not has_cache(program) or "logits" not in {spec.name for spec in program.outputs}:
+    if not has_cache(program) or is_encoder_decoder(program) or "logits" not in {spec.name for spec in program.outputs}:
         return [], ()
     shapes = {spec.name: spec.type.shape for spec in (*program.inputs, *program.outputs)}
     entries = shapes["logits"][-1]

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitlower.ir import Program
-from bitlower.ir.assets import GENERATION
-from bitlower.ir.json_files import parse_json
+from bitlower.ir.assets import GENERATION, generation_settings
 
 _KNOWN: dict[str, tuple[type, ...]] = {
     "do_sample": (bool,), "temperature": (int, float), "top_k": (int,), "top_p": (int, float),
@@ -52,7 +51,7 @@ def generation(program: Program, vocabulary: int, context: int) -> Generation:
         vocabulary: entries of its logits.
         context: the most tokens that it takes.
     """
-    form = _form(program)
+    form = generation_settings(program.assets)
     settings = {key: form.get(key, program.config.get(key)) for key in (*_KNOWN, *_TOKENS)}
     tokens, notes = _tokens(settings, vocabulary)
     search = dict(_DEFAULTS)
@@ -73,14 +72,6 @@ def generation(program: Program, vocabulary: int, context: int) -> Generation:
     if unknown:
         notes.append(f"{GENERATION} has settings that onnxruntime-genai does not know: {', '.join(unknown)}")
     return Generation(tokens, {**search, "past_present_share_buffer": False}, tuple(notes))
-
-
-def _form(program: Program) -> Mapping[str, Any]:
-    try:
-        form = parse_json(program.assets.get(GENERATION, b"{}"), finite=False)
-    except ValueError:
-        return {}
-    return {key: value for key, value in form.items() if value is not None} if isinstance(form, dict) else {}
 
 
 def _tokens(settings: Mapping[str, Any], vocabulary: int) -> tuple[dict[str, Any], list[str]]:

@@ -71,6 +71,24 @@ class KernelReport:
         return any(key.endswith(f"={ROUNDS_ACTIVATIONS}") for key in self.low_bit_weights)
 
 
+def joined(reports: Sequence[KernelReport]) -> KernelReport:
+    """The report of several models that run one after the other."""
+    first, *others = reports
+    if not others:
+        return first
+    counts = {
+        name: dict(sorted(sum((Counter(getattr(report, name)) for report in reports), Counter[str]()).items()))
+        for name in ("integer", "floating", "low_bit_weights", "float_reasons")
+    }
+    return KernelReport(
+        expected=sum(report.expected for report in reports),
+        found=sum(report.found for report in reports),
+        expected_low_bit=sum(report.expected_low_bit for report in reports),
+        fell_back=tuple(name for report in reports for name in report.fell_back),
+        **counts,
+    )
+
+
 def inspect_kernels(
     program: Program,
     path: Path,
@@ -136,10 +154,10 @@ def optimized_model(path: Path, session_config: Mapping[str, str]) -> Iterator[O
 
 
 def count_kernels(
-    graph: ir.Graph, *, expected: int = 0, expected_low_bit: int = 0, reasons: Mapping[str, int] | None = None
+    *graphs: ir.Graph, expected: int = 0, expected_low_bit: int = 0, reasons: Mapping[str, int] | None = None
 ) -> KernelReport:
-    """Count the multiplications of an optimized graph."""
-    nodes = list(graph)
+    """Count the multiplications of an optimized graph, or of several that run one after the other."""
+    nodes = [node for graph in graphs for node in graph]
     integer = Counter(node.op_type for node in nodes if node.op_type in INTEGER)
     floating = Counter(node.op_type for node in nodes if node.op_type in FLOAT)
     low_bit = Counter(

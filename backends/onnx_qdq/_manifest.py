@@ -8,6 +8,7 @@ returns what it gave when it was compared with the Program.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from typing import Any
 from bitlower.backends import _manifest
 from bitlower.backends._json import rounded_figures
 from bitlower.backends._selftest import run_selftest
+from bitlower.backends.onnx_qdq._folder import model_file, stages_in
 from bitlower.backends.onnx_qdq._kernels import KernelReport, count_kernels, optimized_model
 from bitlower.backends.onnx_qdq._session import read_model, runtime_versions
 from bitlower.backends.onnx_qdq._verification import Verification
-from bitlower.backends.onnx_qdq._verify import MODEL
+from bitlower.backends.onnx_qdq._verify_stages import StageSessions
 from bitlower.ir import CheckError, Program
 
 BACKEND = "onnx-qdq"
@@ -94,17 +96,20 @@ def verify_artifact(folder: Path) -> ArtifactReport:
         BitlowerError: there is no such folder.
         CheckError: a file is missing or changed, the model does not load, or does not compute what it did.
     """
-    files = _manifest.check_artifact(folder, (MODEL,))
+    stages = stages_in(folder)
+    files = _manifest.check_artifact(folder, [model_file(stage) for stage in stages])
     recorded = Verification.read(folder)
-    path = folder / MODEL
-    with optimized_model(path, recorded.session_config) as optimized:
+    config = recorded.session_config
+    with ExitStack() as stack:
+        models = [stack.enter_context(optimized_model(folder / model_file(stage), config)) for stage in stages]
         kernels = count_kernels(
-            read_model(optimized.path).graph,
+            *(read_model(model.path).graph for model in models),
             expected=recorded.kernels.expected,
             expected_low_bit=recorded.kernels.expected_low_bit,
         )
     _check_kernels(kernels, recorded)
-    run = optimized.session.run
+    sessions = [model.session for model in models]
+    run = sessions[0].run if len(sessions) == 1 else StageSessions(*sessions).run
     return ArtifactReport(
         files.count,
         files.bytes,
@@ -123,12 +128,12 @@ def _check_kernels(kernels: KernelReport, recorded: Verification) -> None:
     same = dict(recorded.runtime) == runtime_versions()
     if same and kernels.low_bit_weights != dict(recorded.kernels.low_bit_weights):
         raise CheckError(
-            f"onnxruntime multiplies with the low-bit weights of {MODEL} otherwise than at export:"
+            f"onnxruntime multiplies with the low-bit weights of the model otherwise than at export:"
             f" {dict(kernels.low_bit_weights) or 'in float'}",
             hint="another processor or session option changes what the runtime fuses",
         )
     if same and kernels.integer != dict(recorded.kernels.integer):
         raise CheckError(
-            f"onnxruntime runs {kernels.found} integer kernels of {MODEL}, {recorded.kernels.found} at export",
+            f"onnxruntime runs {kernels.found} integer kernels of the model, {recorded.kernels.found} at export",
             hint="another processor or session option changes what the runtime fuses",
         )

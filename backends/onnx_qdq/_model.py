@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +11,10 @@ import torch
 
 from bitlower.backends import _manifest
 from bitlower.backends._folder import shell
-from bitlower.backends.onnx_qdq._folder import MODEL
-from bitlower.ir import BitlowerError, Program, TensorType, ValueSpec
+from bitlower.backends.onnx_qdq._folder import MODEL, model_file, stages_in
+from bitlower.ir import Batch, BitlowerError, Program, TensorType, ValueSpec
+from bitlower.ir.generation import greedy_target, start_token, stop_tokens
+from bitlower.ir.stages import DECODER, ENCODER, decoder_batch, encoder_batch, whole_inputs
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, NodeArg
@@ -31,19 +34,8 @@ class OnnxModel:
         Raises:
             BitlowerError: onnxruntime cannot load it, or there is no configuration.
         """
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-        try:
-            session = onnxruntime.InferenceSession(str(folder / MODEL), options, ["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises many kinds
-            raise BitlowerError(f"{folder / MODEL} cannot be loaded: {str(error).splitlines()[0]}") from None
-        program = shell(folder)
-        program.inputs = tuple(map(_value_spec, session.get_inputs()))
-        program.outputs = tuple(map(_value_spec, session.get_outputs()))
-        program.context_length, program.lengths = _manifest.context_length(folder), _manifest.lengths(folder)
-        return cls(session, program)
+        session = _session(folder / MODEL)
+        return cls(session, _shell(folder, _specs(session.get_inputs()), _specs(session.get_outputs())))
 
     @property
     def inputs(self) -> tuple[ValueSpec, ...]:
@@ -61,9 +53,141 @@ class OnnxModel:
         Raises:
             BitlowerError: an input is missing or unknown.
         """
-        names = [spec.name for spec in self.outputs]
-        found = self.session.run(names, {n: v.numpy() for n, v in self.program.complete(inputs).items()})
-        return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+        return _run(self.session, self.program.complete(inputs))
+
+
+@dataclass(frozen=True)
+class OnnxEncoderDecoder:
+    """The sessions of an encoder and a decoder, and programs without graphs that say what they take.
+
+    Args:
+        encoder: reads the source.
+        decoder: writes the target.
+        program: what both together take and return.
+        stage: the same of the decoder alone.
+    """
+
+    encoder: InferenceSession
+    decoder: InferenceSession
+    program: Program
+    stage: Program
+
+    @classmethod
+    def open(cls, folder: Path) -> OnnxEncoderDecoder:
+        """The model in ``folder``, as :meth:`OnnxModel.open`.
+
+        Raises:
+            BitlowerError: onnxruntime cannot load it, or there is no configuration.
+        """
+        encoder, decoder = (_session(folder / model_file(stage)) for stage in (ENCODER, DECODER))
+        own = _specs(decoder.get_inputs()), _specs(decoder.get_outputs())
+        inputs = whole_inputs(_specs(encoder.get_inputs()), own[0])
+        outputs = (*own[1], *_specs(encoder.get_outputs()))
+        return cls(encoder, decoder, _shell(folder, inputs, outputs), _shell(folder, *own))
+
+    @property
+    def inputs(self) -> tuple[ValueSpec, ...]:
+        """What it takes: the source, the tokens of the target, and the past of the decoder."""
+        return self.program.inputs
+
+    @property
+    def outputs(self) -> tuple[ValueSpec, ...]:
+        """What it returns."""
+        return self.program.outputs
+
+    def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run both: inputs by name, outputs by name; a past that is left out is empty.
+
+        Raises:
+            BitlowerError: an input is missing or unknown.
+        """
+        batch = self.program.complete(inputs)
+        cross = self.encode(**encoder_batch(batch))
+        return self.decode(**decoder_batch(batch, cross)) | cross
+
+    def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The keys and values of cross-attention, from the source."""
+        return _run(self.encoder, inputs)
+
+    def decode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The logits and the decoder's own keys and values; names are those of the decoder's file.
+
+        A past that is left out is empty.
+        """
+        return _run(self.decoder, self.stage.complete(inputs))
+
+    def generate(
+        self,
+        *,
+        max_new_tokens: int = 64,
+        start: torch.Tensor | None = None,
+        stops: Collection[int] | None = None,
+        pad: int | None = None,
+        **source: torch.Tensor,
+    ) -> torch.Tensor:
+        """The most likely target of each source, token by token: ``[batch, start + new]`` int64.
+
+        Args:
+            max_new_tokens: at most so many follow the start.
+            start: what every target begins with, ``[batch, n]``; the model's ``decoder_start_token_id`` if left out.
+            stops: tokens that end a target; the model's ``eos_token_id`` if left out.
+            pad: what follows the end; the model's ``pad_token_id`` if left out.
+            source: what the encoder reads, by name.
+
+        Raises:
+            BitlowerError: the model names no token that targets begin with, and none is given.
+        """
+        if start is None:
+            first = start_token(self.program)
+            if first is None:
+                raise BitlowerError("the model names no decoder_start_token_id", hint="give `start`")
+            start = torch.full((len(next(iter(source.values()))), 1), first, dtype=torch.int64)
+        return greedy_target(
+            lambda batch: self.encode(**batch),
+            lambda batch: self.decode(**batch),
+            source,
+            start,
+            stops=stop_tokens(self.program) if stops is None else stops,
+            new_tokens=max_new_tokens,
+            pad=pad if pad is not None else self.program.config.get("pad_token_id") or 0,
+        )
+
+
+def open_model(folder: Path) -> OnnxModel | OnnxEncoderDecoder:
+    """The model in ``folder``, whichever of both it is.
+
+    Raises:
+        BitlowerError: onnxruntime cannot load it, or there is no configuration.
+    """
+    return OnnxModel.open(folder) if stages_in(folder) == ("",) else OnnxEncoderDecoder.open(folder)
+
+
+def _session(path: Path) -> InferenceSession:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises many kinds
+        raise BitlowerError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def _shell(folder: Path, inputs: tuple[ValueSpec, ...], outputs: tuple[ValueSpec, ...]) -> Program:
+    program = shell(folder)
+    program.inputs, program.outputs = inputs, outputs
+    program.context_length, program.lengths = _manifest.context_length(folder), _manifest.lengths(folder)
+    return program
+
+
+def _run(session: InferenceSession, inputs: Batch) -> dict[str, torch.Tensor]:
+    names = [value.name for value in session.get_outputs()]
+    found = session.run(names, {name: value.numpy() for name, value in inputs.items()})
+    return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+
+
+def _specs(values: Iterable[NodeArg]) -> tuple[ValueSpec, ...]:
+    return tuple(map(_value_spec, values))
 
 
 def _value_spec(value: NodeArg) -> ValueSpec:

@@ -189,6 +189,12 @@ class RuleLog:
     applied: Counter[str] = field(default_factory=Counter)
     refused: Counter[tuple[str, str]] = field(default_factory=Counter)
 
+    def add(self, other: RuleLog) -> None:
+        """Count what was done to another model too."""
+        self.split |= other.split
+        self.applied += other.applied
+        self.refused += other.refused
+
     def to_dict(self) -> dict[str, dict[str, object]]:
         """By rule: how often it was applied, and each reason against with its count."""
         names = sorted({*self.applied, *(name for name, _ in self.refused)})

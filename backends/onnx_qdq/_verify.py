@@ -26,6 +26,7 @@ from bitlower.backends.decoding import visible
 from bitlower.backends.onnx_qdq._codes import CodeComparison
 from bitlower.backends.onnx_qdq._constants import check_constants, weights
 from bitlower.backends.onnx_qdq._float_noise import shaken
+from bitlower.backends.onnx_qdq._folder import MODEL
 from bitlower.backends.onnx_qdq._kernels import Optimized, inspect_kernels, optimized_model
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS
 from bitlower.backends.onnx_qdq._session import read_model, runtime_versions
@@ -35,7 +36,6 @@ from bitlower.ir.folding import with_float_weights
 from bitlower.ir.observe import run
 from bitlower.ir.storage import trim
 
-MODEL = "model.onnx"
 OUTPUT_GIVEN_CODES = 2e-4
 """The largest error of an output, over its standard deviation, that float arithmetic alone may make. A 6-layer encoder
 of 384 channels shows 5e-6."""
@@ -62,6 +62,7 @@ def verify_export(
     session_config: Mapping[str, str] | None = None,
     accuracy_level: int = FLOAT_ACTIVATIONS,
     split: Collection[str] = (),
+    file: str = MODEL,
 ) -> Verification:
     """Check that ``folder/model.onnx`` computes what ``program`` does.
 
@@ -77,12 +78,13 @@ def verify_export(
         session_config: session configuration entries that the model is meant to run with.
         accuracy_level: of MatMulNBits that the export was asked for.
         split: the names of codes that the export multiplies with float activations as integers of several digits.
+        file: another name of the model in the folder.
 
     Raises:
         BitlowerError: there is no batch.
         CheckError: the model does not load or run, or computes something else: the tensor and the figures are named.
     """
-    path, config = folder / MODEL, dict(session_config or {})
+    path, config = folder / file, dict(session_config or {})
     constants = check_constants(program, read_model(path))
     _require(constants.problems)
     program.release()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -15,19 +15,22 @@ from annotated_types import Interval
 from bitlower.backends._config import write_config
 from bitlower.backends._folder import sizes
 from bitlower.backends.base import Backend
-from bitlower.backends.onnx_qdq._folder import MODEL, write_assets, write_model
+from bitlower.backends.onnx_qdq._folder import write_assets, write_model
 from bitlower.backends.onnx_qdq._genai import write_genai_config
 from bitlower.backends.onnx_qdq._kernels import LEVEL_ENTRY
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS, ROUNDS_ACTIVATIONS
 from bitlower.backends.onnx_qdq._lower import lower
 from bitlower.backends.onnx_qdq._manifest import ArtifactReport, verify_artifact, write_manifest
-from bitlower.backends.onnx_qdq._model import OnnxModel
+from bitlower.backends.onnx_qdq._model import OnnxEncoderDecoder, OnnxModel, open_model
+from bitlower.backends.onnx_qdq._parts import Part, part_batches, parts_of
 from bitlower.backends.onnx_qdq._products import Signs, chosen_signs
+from bitlower.backends.onnx_qdq._rewrite import RuleLog
 from bitlower.backends.onnx_qdq._rewrite_linear import Form
 from bitlower.backends.onnx_qdq._rewrite_low_bit import LOW_BIT
 from bitlower.backends.onnx_qdq._stored_sizes import OnnxSizes
 from bitlower.backends.onnx_qdq._verification import Verification
 from bitlower.backends.onnx_qdq._verify import verify_export
+from bitlower.backends.onnx_qdq._verify_stages import join_stages
 from bitlower.backends.sizes import weights_only
 from bitlower.ir import Batch, BitlowerError, CheckError, Program, Scheme
 from bitlower.ir.quantization.scheme import ACTIVATION_ROLES
@@ -115,31 +118,68 @@ class OnnxQdq(Backend):
         self.check_level(program.level)
         if set(program.graphs) != {"model"}:
             raise BitlowerError(f"this backend exports one graph, the program has {', '.join(program.graphs)}")
-        model, log = lower(
+        log, counts, files = RuleLog(), Counter[str](), [write_config(program, folder, "onnx")]
+        parts = parts_of(program)
+        for part in parts:
+            model, rules = options.lower(part.program)
+            files += write_model(model, folder, threshold=self.external_data_threshold, name=part.file)
+            log.add(rules)
+            counts += operators(model)
+        program.release()
+        config = {}
+        if self.form == "qdq" and log.applied[LOW_BIT]:
+            config[LEVEL_ENTRY] = str(self.accuracy_level)
+        described, notes = write_genai_config(program, folder, config)
+        files += [*write_assets(program, folder), *described]
+        verification = options.verify_parts(program, parts, folder, batches, log.split, config)
+        verification.write(folder)
+        write_manifest(program, folder, backend_options=asdict(options), provenance=provenance)
+        return ExportReport(
+            sizes(folder, files), self.opset, self.form, self.accuracy_level, dict(sorted(counts.items())),
+            log.to_dict(), verification, notes,
+        )  # fmt: skip
+
+    def lower(self, program: Program) -> tuple[ir.Model, RuleLog]:
+        """The ONNX model of ``program`` as these options have it, and what the rules did.
+
+        Raises:
+            BitlowerError: the program has an operator that ONNX cannot express.
+        """
+        return lower(
             program,
             opset=self.opset,
             form=self.form,
             accuracy_level=self.accuracy_level,
-            weight_signs=options.weight_signs,
+            weight_signs=self.weight_signs,
         )
-        session_config = {}
-        if self.form == "qdq" and log.applied[LOW_BIT]:
-            session_config[LEVEL_ENTRY] = str(self.accuracy_level)
-        written = write_model(model, folder, threshold=self.external_data_threshold)
-        files = [*written, write_config(program, folder, "onnx")]
-        program.release()
-        described, notes = write_genai_config(program, folder, session_config)
-        files += [*write_assets(program, folder), *described]
-        _check_model(folder / MODEL)
-        verification = verify_export(
-            program, folder, batches, session_config=session_config, accuracy_level=self.accuracy_level, split=log.split
-        )
-        verification.write(folder)
-        write_manifest(program, folder, backend_options=asdict(options), provenance=provenance)
-        return ExportReport(
-            sizes(folder, files), self.opset, self.form, self.accuracy_level, operators(model), log.to_dict(),
-            verification, notes,
-        )  # fmt: skip
+
+    def verify_parts(
+        self,
+        program: Program,
+        parts: Sequence[Part],
+        folder: Path,
+        batches: Sequence[Batch],
+        split: Collection[str],
+        config: Mapping[str, str],
+    ) -> Verification:
+        """Compare each file with its Program, and those of an encoder-decoder together.
+
+        Raises:
+            CheckError: a file is no valid ONNX, or does not compute what its Program does.
+        """
+        by_stage, found = part_batches(parts, batches), {}
+        for part in parts:
+            _check_model(folder / part.file)
+            found[part.stage] = verify_export(
+                part.program,
+                folder,
+                by_stage[part.stage],
+                session_config=config,
+                accuracy_level=self.accuracy_level,
+                split=split,
+                file=part.file,
+            )
+        return found[""] if "" in found else join_stages(program, folder, found, batches[0], config)
 
     @classmethod
     def verify(cls, folder: Path) -> ArtifactReport:
@@ -151,13 +191,13 @@ class OnnxQdq(Backend):
         return verify_artifact(folder)
 
     @classmethod
-    def load(cls, folder: Path) -> OnnxModel:
+    def load(cls, folder: Path) -> OnnxModel | OnnxEncoderDecoder:
         """The model in onnxruntime.
 
         Raises:
             BitlowerError: onnxruntime cannot load it.
         """
-        return OnnxModel.open(folder)
+        return open_model(folder)
 
     def sizes(self, placed: Program) -> OnnxSizes:
         """Bytes of tensors in the file."""
@@ -170,10 +210,9 @@ class OnnxQdq(Backend):
             yield "every rounded value of a decoder's windows is checked against the runtime's; that is not foreseen"
 
 
-def operators(model: ir.Model) -> dict[str, int]:
+def operators(model: ir.Model) -> Counter[str]:
     """How many nodes of each operator there are; those of other domains with their domain."""
-    names = (f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph)
-    return dict(sorted(Counter(names).items()))
+    return Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph)
 
 
 def _check_model(path: Path) -> None:

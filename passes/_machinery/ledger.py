@@ -15,7 +15,7 @@ from bitlower.ir import Batch, Program
 from bitlower.ir.dataflow import linears, residual_sums
 from bitlower.ir.observe import stream
 from bitlower.ir.operators import graph_results
-from bitlower.ir.tokens import token_mask
+from bitlower.ir.tokens import token_dim, token_mask
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.digest import digest_batches, digest_program
 from bitlower.passes._machinery.observers import Recorder
@@ -138,7 +138,7 @@ class _Comparison:
             while name not in pending:
                 first, expected = next(ours)
                 pending[first] = expected
-            pair = _unpadded(pending.pop(name), batch), _unpadded(value, batch)
+            pair = pending.pop(name), value
             if name in self.layers:
                 self.layers[name].add(*pair)
             else:
@@ -177,19 +177,16 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _values(program: Program, layers: Mapping[str, Any], batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
-    """Those of ``layers`` by name, and the float outputs by ``_OUTPUT`` and theirs, as one run returns them."""
+    """Those of ``layers`` by name, and the float outputs by ``_OUTPUT`` and theirs, as one run returns them.
+
+    Padding is left out of those that are laid out ``[batch, tokens, …]``.
+    """
     names: dict[fx.Node, list[str]] = {node: [node.name] for node in program.graph.nodes if node.name in layers}
     for spec, node in zip(program.outputs, graph_results(program.graph), strict=True):
         if spec.type.is_float:
             names.setdefault(node, []).append(f"{_OUTPUT}{spec.name}")
     for node, value in stream(program, names, batch):
+        mask = token_mask(batch, token_dim(node.meta["type"].shape))
+        padded = mask is not None and value.dim() > 1 and value.shape[:2] == mask.shape and not bool(mask.all())
         for name in names[node]:
-            yield name, value
-
-
-def _unpadded(value: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The positions that are not padding, of a value laid out ``[batch, sequence, …]``; else all of it."""
-    mask = token_mask(batch)
-    if mask is None or value.dim() < 2 or value.shape[:2] != mask.shape or bool(mask.all()):
-        return value
-    return value[mask]
+            yield name, value[mask] if padded else value

@@ -28,6 +28,7 @@ from bitlower.ir.dataflow import (
 from bitlower.ir.json_files import parse_json
 from bitlower.ir.operators import AttentionNode, BinaryNode, LinearNode
 from bitlower.ir.quantizer_node import QuantizerNode, is_uncalibrated
+from bitlower.ir.tokens import BATCH, ENCODER_SEQUENCE, MASK, SEQUENCE, TARGET, TOKENS
 
 aten = torch.ops.aten
 _CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default})
@@ -111,12 +112,16 @@ def calibrated(program: Program) -> Iterator[fx.Node]:
             yield node
 
 
-def token_axes(program: Program) -> tuple[Any, Any]:
-    """The names of the batch and the sequence dimension."""
-    for spec in program.inputs:
-        if spec.name in ("attention_mask", "input_ids") and spec.type.rank == 2:
-            return spec.type.shape[0], spec.type.shape[1]
-    return None, None
+def token_axes(program: Program) -> dict[str, tuple[Any, Any]]:
+    """The names of the batch and the sequence dimension of the text; of a source and a target, of each.
+
+    By the dimension that :mod:`bitlower.ir.tokens` knows the tokens by.
+    """
+    shapes = {spec.name: spec.type.shape for spec in program.inputs if spec.type.rank == 2}
+    if TARGET in shapes:
+        return {dim: (BATCH, dim) for dim in (SEQUENCE, ENCODER_SEQUENCE)}
+    text = next((shapes[name] for name in shapes if name in (MASK, TOKENS)), (None, None))
+    return {SEQUENCE: (text[0], text[1])}
 
 
 def has_tokens(node: fx.Node, value: torch.Tensor, mask: torch.Tensor, batch: Any) -> bool:

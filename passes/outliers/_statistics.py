@@ -14,7 +14,7 @@ import torch
 
 from bitlower.ir import Batch, Grid
 from bitlower.ir.quantization import numerics
-from bitlower.ir.tokens import token_mask
+from bitlower.ir.tokens import SEQUENCE, token_ids, token_mask
 
 _BLOCK = 2**14
 """Values at a time: 128 KB in float64, which stay in the second-level cache over the four moments."""
@@ -41,9 +41,9 @@ class Tokens:
         return rows if len(self.sequence) == len(rows) else rows[self.mask.reshape(-1)]
 
     @classmethod
-    def of(cls, batch: Batch, first_sequence: int) -> Tokens | None:
-        """From ``attention_mask`` and ``input_ids``; None where a batch has neither."""
-        ids, mask = batch.get("input_ids"), token_mask(batch)
+    def of(cls, batch: Batch, first_sequence: int, dim: str = SEQUENCE) -> Tokens | None:
+        """From the mask and the token ids along ``dim``; None where a batch has neither."""
+        ids, mask = token_ids(batch, dim), token_mask(batch, dim)
         shape = mask if mask is not None else ids
         if shape is None or shape.dim() != 2:
             return None

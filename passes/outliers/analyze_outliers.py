@@ -15,6 +15,7 @@ from torch import fx
 from bitlower.ir import Batch, BitlowerError, Level, Program, describe, get_tensor
 from bitlower.ir.feed_forward import feed_forwards
 from bitlower.ir.observe import Track, observe
+from bitlower.ir.tokens import token_dim, token_ids
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes.outliers._report import (
     ClampRate,
@@ -115,7 +116,7 @@ class _Analysis:
         self.clamps = {node: ClampCount() for node in calibrated(program)}
         self.operand_values: dict[fx.Node, torch.Tensor] = {}
         self.batch: Batch = {}
-        self.tokens: Tokens | None = None
+        self.tokens: dict[str, Tokens] = {}
         self.sequences = self.token_count = 0
 
     def measure(self, batches: Sequence[Batch], track: Track | None) -> None:
@@ -154,10 +155,15 @@ class _Analysis:
         """Yield the batches one by one and note which is under way."""
         self.sequences = self.token_count = 0
         for batch in track(batches, label) if track else batches:
-            self.batch, self.tokens = batch, Tokens.of(batch, self.sequences)
+            sides = {dim: Tokens.of(batch, self.sequences, dim) for dim in self.axes}
+            self.batch, self.tokens = batch, {dim: tokens for dim, tokens in sides.items() if tokens is not None}
             self.sequences += self._size
-            self.token_count += self.tokens.sequence.numel() if self.tokens else 0
+            self.token_count += sum(tokens.sequence.numel() for tokens in self.tokens.values())
             yield batch
+
+    def _dim(self, node: fx.Node) -> str:
+        """Of a source and a target, which the vectors of ``node`` belong to; else the one text."""
+        return (token_dim(node.meta["type"].shape) or "") if len(self.axes) > 1 else next(iter(self.axes))
 
     @property
     def _size(self) -> int:
@@ -167,8 +173,10 @@ class _Analysis:
     def _rows(self, node: fx.Node, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Tokens | None]:
         """Return the vectors of ``value`` that are no padding, the sequence of each, and the tokens if each is one."""
         rows = value.reshape(-1, value.shape[-1])
-        if self.tokens is not None and has_tokens(node, value, self.tokens.mask, self.axes[0]):
-            return self.tokens.select(rows), self.tokens.sequence, self.tokens
+        dim = self._dim(node)
+        tokens = self.tokens.get(dim)
+        if tokens is not None and has_tokens(node, value, tokens.mask, self.axes[dim][0]):
+            return tokens.select(rows), tokens.sequence, tokens
         each = max(1, len(rows) // self._size)
         sequence = torch.arange(len(rows)) // each + self.sequences - self._size
         return rows, sequence, None
@@ -182,14 +190,16 @@ class _Analysis:
     def _count_clamped(self, quantizer: fx.Node, node: fx.Node, value: torch.Tensor) -> None:
         _, scale, zero = quantizer.all_input_nodes
         stored = (get_tensor(self.program.module, str(part.target)) for part in (scale, zero))
-        keep = None if self.tokens is None else not_padding(node, value, self.tokens.mask, self.axes)
+        dim = self._dim(node)
+        keep = not_padding(node, value, self.tokens[dim].mask, self.axes[dim]) if dim in self.tokens else None
         self.clamps[quantizer].update(value, keep, quantizer.meta["quantizer"].spec.grid, *stored)
 
     def _attend(self, node: fx.Node, value: torch.Tensor, *others: torch.Tensor) -> None:
         """Add the attention that ``node`` computes; ``others`` are its probabilities, or query, key and mask."""
         attention = next(a for a in self.attentions if a.node is node)
-        ids = self.batch.get("input_ids")
-        if self.tokens is None or ids is None:
+        dim = self._dim(node)
+        ids, tokens = token_ids(self.batch, dim), self.tokens.get(dim)
+        if tokens is None or ids is None:
             return
         if attention.probs is not None:
             probs = others[0]
@@ -199,8 +209,7 @@ class _Analysis:
                 query, key, mask[0] if mask else None, causal=attention.causal, scale=attention.scale
             )
         if probs.shape[2:] == (ids.shape[1], ids.shape[1]):
-            mask_of_tokens = self.tokens.mask
-            self.on_separator[node].update(probs, value, mask_of_tokens, (ids == self.separator) & mask_of_tokens)
+            self.on_separator[node].update(probs, value, tokens.mask, (ids == self.separator) & tokens.mask)
 
     def report(self, sigma: float) -> OutlierReport:
         """Put together all that was found.

@@ -16,7 +16,7 @@ from bitlower.ir.observe import observe
 from bitlower.ir.operators import LinearNode, NormNode
 from bitlower.ir.quantization import numerics
 from bitlower.ir.quantizer_node import QuantizerNode, is_uncalibrated
-from bitlower.ir.tokens import token_mask
+from bitlower.ir.tokens import token_rows
 from bitlower.passes._machinery.base import Context, Contract, Pass
 
 aten = torch.ops.aten
@@ -130,10 +130,7 @@ def collect(program: Program, sites: Sequence[SmoothingSite], context: Context, 
     generator = context.generator("smooth")
 
     def update(node: fx.Node, value: torch.Tensor, batch: Batch) -> None:
-        sample, tokens = samples[node], value.reshape(-1, value.shape[-1])
-        mask = token_mask(batch)
-        if mask is not None and node.meta["type"].shape[:2] == ("batch", "sequence"):
-            tokens = tokens[mask.reshape(-1)]
+        sample, tokens = samples[node], token_rows(value, node.meta["type"].shape, batch)
         if not tokens.numel():
             return
         sample.low = torch.minimum(sample.low, tokens.amin(0))

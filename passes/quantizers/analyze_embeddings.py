@@ -16,7 +16,7 @@ from bitlower.ir.dataflow import vocabularies
 from bitlower.ir.quantization import numerics
 from bitlower.ir.quantizer_node import QuantizerNode, require_calibrated
 from bitlower.ir.storage import release
-from bitlower.ir.tokens import token_mask
+from bitlower.ir.tokens import ENCODER_SEQUENCE, SEQUENCE, TARGET, token_ids, token_mask
 from bitlower.ir.weight_ranges import weight_range
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes.quantizers._embedding_report import BINS, EmbeddingReport, ModuleRange, Similarity
@@ -87,12 +87,13 @@ def frequent_tokens(context: Context, count: int) -> torch.Tensor:
     Raises:
         BitlowerError: the calibration data have fewer than two different tokens.
     """
-    token_ids: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = []
     for batch in context.calibration:
-        if "input_ids" in batch:
-            mask = token_mask(batch)
-            token_ids.append(batch["input_ids"][mask] if mask is not None else batch["input_ids"].flatten())
-    counts = torch.bincount(torch.cat(token_ids).long()) if token_ids else torch.zeros(0, dtype=torch.int64)
+        for dim in (SEQUENCE, ENCODER_SEQUENCE) if TARGET in batch else (SEQUENCE,):
+            ids, mask = token_ids(batch, dim), token_mask(batch, dim)
+            if ids is not None:
+                seen.append(ids[mask] if mask is not None else ids.flatten())
+    counts = torch.bincount(torch.cat(seen).long()) if seen else torch.zeros(0, dtype=torch.int64)
     if int((counts > 0).sum()) < 2:
         raise BitlowerError("embeddings are compared for tokens of calibration data", hint="give calibration batches")
     order = counts.argsort(descending=True, stable=True)

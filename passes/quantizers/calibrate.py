@@ -14,7 +14,7 @@ from bitlower.ir import Batch, BitlowerError, Level, Program, describe
 from bitlower.ir.observe import observe
 from bitlower.ir.quantization.ranges import Histogram, cross_entropy_loss, search_golden, search_grid
 from bitlower.ir.quantizer_node import QuantizerNode, is_uncalibrated, set_range
-from bitlower.ir.tokens import value_mask
+from bitlower.ir.tokens import BATCH, ENCODER_SEQUENCE, SEQUENCE, value_mask
 from bitlower.ir.weight_ranges import WeightRanges, calibrate_weights, require_finite, scale_rows, uncalibrated_weights
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes.quantizers._parts import ChannelPartition, choose_parts
@@ -172,9 +172,9 @@ def _histograms(
 
 
 def _holds_tokens(node: fx.Node) -> bool:
-    """Whether the values are ``[batch, sequence, channels]``."""
+    """Whether the values are ``[batch, tokens, channels]``."""
     shape = node.meta["type"].shape
-    return len(shape) == 3 and shape[:2] == ("batch", "sequence")
+    return len(shape) == 3 and shape[0] == BATCH and shape[1] in (SEQUENCE, ENCODER_SEQUENCE)
 
 
 def _token_weights(value: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from bitlower.ir.operators import LinearNode
 from bitlower.ir.quantization import numerics
 from bitlower.ir.quantizer_node import QuantizerNode, is_uncalibrated
 from bitlower.ir.storage import like, release, trim
-from bitlower.ir.tokens import token_mask
+from bitlower.ir.tokens import token_dim, token_mask
 from bitlower.ir.weight_ranges import calibrate_weights, uncalibrated_weights
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.checkpoints import Stored, load_checkpoint, save_checkpoint
@@ -257,9 +257,10 @@ class _Rewriter:
         self, linear: fx.Node, quantizers: Sequence[fx.Node], read: Read
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The tokens of each batch, ``[tokens, columns]``, and by what their weights are multiplied, ``[tokens]``."""
+        dim = token_dim(LinearNode(linear).x.meta["type"].shape)
         for index, (x, batch) in enumerate(read(LinearNode(linear).x)):
             rows, weights = x.reshape(-1, x.shape[-1]), torch.ones(x.shape[:-1].numel())
-            mask = token_mask(batch)
+            mask = token_mask(batch, dim)
             if mask is not None and mask.numel() == len(rows):
                 weights = weights * mask.reshape(-1)
             parts = [self.gradients[n][index] for q in quantizers for n in q.users if n in self.gradients]

@@ -18,7 +18,7 @@ from bitlower.ir import Batch, Program
 from bitlower.ir.dataflow import ATTENTION, LINEAR, ancestors, blocks, is_scores, value_root
 from bitlower.ir.operators import AttentionNode, BinaryNode, LinearNode, graph_results
 from bitlower.ir.subgraph import subgraph
-from bitlower.ir.tokens import token_mask
+from bitlower.ir.tokens import token_ids, token_mask
 from bitlower.passes._machinery.loss import Values
 
 LOGITS = "logits"
@@ -133,8 +133,9 @@ class Forward:
 
 def real_tokens(batch: Batch) -> torch.Tensor:
     """Which tokens are no padding, ``[batch, sequence]``, bool."""
-    mask = token_mask(batch)
-    return mask if mask is not None else torch.ones(next(iter(batch.values())).shape[:2], dtype=torch.bool)
+    mask, ids = token_mask(batch), token_ids(batch)
+    like = ids if ids is not None else next(iter(batch.values()))
+    return mask if mask is not None else torch.ones(like.shape[:2], dtype=torch.bool)
 
 
 def _scores(tap: AttentionTap, tensors: dict[str, torch.Tensor], *, causal: bool) -> torch.Tensor:

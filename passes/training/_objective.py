@@ -11,6 +11,7 @@ import torch
 
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.storage import release
+from bitlower.ir.tokens import token_ids
 from bitlower.ir.trainable import TrainableModule
 from bitlower.passes._machinery.base import Context
 from bitlower.passes._machinery.loss import LogitsLoss, Loss, Memories, Objective, Step, Values
@@ -115,7 +116,10 @@ class Evaluator:
         mask = real_tokens(batch)
         if count == len(mask) and not self.forward.by_token:
             return batch[LABELS]
-        following = batch["input_ids"].roll(-1, 1).masked_fill(~mask.roll(-1, 1), NO_LABEL)
+        ids = token_ids(batch)
+        if ids is None:
+            raise BitlowerError("labels of a language model are its next tokens, and the batches have no token ids")
+        following = ids.roll(-1, 1).masked_fill(~mask.roll(-1, 1), NO_LABEL)
         following[:, -1] = NO_LABEL
         return following[mask]
 

@@ -10,10 +10,10 @@ import torch
 from annotated_types import Ge
 from torch import nn
 
-from bitlower.ir import Batch, BitlowerError, Program
+from bitlower.ir import BitlowerError, Program
 from bitlower.ir.learnable import RangeSettings
 from bitlower.ir.tensors import get_tensor
-from bitlower.ir.tokens import token_mask
+from bitlower.ir.tokens import ENCODER_SEQUENCE, SEQUENCE, TARGET, TOKENS, token_mask
 from bitlower.ir.trainable import Trainable, identity, learnable, make_trainable
 from bitlower.passes._machinery.base import Context
 from bitlower.passes.training._block_data import BlockData, BlockSplit
@@ -130,26 +130,32 @@ def random_tokens(program: Program, data: BlockSplit, generator: torch.Generator
         BitlowerError: the model reads no tokens.
     """
     size = program.config.get("vocab_size")
-    if not isinstance(size, int) or any("input_ids" not in batch for batch in data.batches):
+    if not isinstance(size, int) or any(TOKENS not in batch for batch in data.batches):
         raise BitlowerError(
             "lkd: random tokens need a model with `input_ids` and a vocabulary", hint="data=calibration"
         )
-    learned = data.batches[: data.learned]
-    first = {int(token) for batch in learned for token in _first_tokens(batch)}
-    replaced = [_randomized(batch, size, len(first) == 1, generator) for batch in learned]
+    replaced = data.batches[: data.learned]
+    texts = {TOKENS: ENCODER_SEQUENCE, TARGET: SEQUENCE} if TARGET in replaced[0] else {TOKENS: SEQUENCE}
+    for name, dim in texts.items():
+        first = {int(token) for batch in replaced for token in _first_tokens(batch[name], token_mask(batch, dim))}
+        keep = len(first) == 1
+        replaced = [
+            {**batch, name: _randomized(batch[name], token_mask(batch, dim), size, keep, generator)}
+            for batch in replaced
+        ]
     return BlockSplit(replaced + data.batches[data.learned :], data.learned, data.cut)
 
 
-def _first_tokens(batch: Batch) -> Sequence[int]:
+def _first_tokens(ids: torch.Tensor, mask: torch.Tensor | None) -> Sequence[int]:
     """The first token of each sequence that is no padding."""
-    ids, mask = batch["input_ids"], token_mask(batch)
     first = mask.int().argmax(1) if mask is not None else torch.zeros(len(ids), dtype=torch.int64)
     return [int(token) for token in ids.gather(1, first[:, None])]
 
 
-def _randomized(batch: Batch, size: int, keep_first: bool, generator: torch.Generator) -> Batch:
-    ids, mask = batch["input_ids"], token_mask(batch)
+def _randomized(
+    ids: torch.Tensor, mask: torch.Tensor | None, size: int, keep_first: bool, generator: torch.Generator
+) -> torch.Tensor:
     real = mask if mask is not None else torch.ones_like(ids, dtype=torch.bool)
     change = real & (real.cumsum(1) > 1) if keep_first else real
     drawn = torch.randint(0, size, ids.shape, generator=generator, dtype=ids.dtype)
-    return {**batch, "input_ids": torch.where(change, drawn, ids)}
+    return torch.where(change, drawn, ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitlower.ir.tokens import token_mask, token_rows, value_mask
+from bitlower.ir.tokens import ENCODER_SEQUENCE, token_dim, token_ids, token_mask, token_rows, value_mask
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 4]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
@@ -62,3 +62,42 @@ def test_rows_are_the_tokens_that_are_there() -> None:
     flat = value.reshape(6, 4)
     assert torch.equal(token_rows(flat, ("batch*sequence", 4), batch), value[NOW])
     assert torch.equal(token_rows(value[:, 0], ("batch", 4), batch), value[:, 0])
+
+
+SOURCE = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+PAIR = {
+    "input_ids": torch.zeros(2, 4, dtype=torch.int64), "attention_mask": SOURCE, "decoder_input_ids": IDS,
+    "decoder_attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+}  # fmt: skip
+
+
+def test_a_source_and_a_target_have_masks_of_their_own() -> None:
+    target = PAIR["decoder_attention_mask"].bool()
+    assert torch.equal(token_mask(PAIR), target)
+    assert torch.equal(token_mask(PAIR, ENCODER_SEQUENCE), SOURCE.bool())
+    assert torch.equal(token_ids(PAIR), IDS)
+    assert torch.equal(token_ids(PAIR, ENCODER_SEQUENCE), PAIR["input_ids"])
+    scores = value_mask(("batch", 2, "sequence", "encoder_sequence"), PAIR)
+    assert torch.equal(scores, target[:, None, :, None] & SOURCE.bool()[:, None, None, :])
+    assert torch.equal(value_mask(("batch*encoder_sequence", 4), PAIR), SOURCE.bool().reshape(8, 1))
+    assert value_mask(("batch", 60, 4), PAIR) is None
+
+
+def test_the_decoder_alone_knows_the_mask_of_the_source() -> None:
+    batch = {"input_ids": IDS, "encoder_attention_mask": SOURCE}
+    assert token_mask(batch) is None
+    assert torch.equal(value_mask(("batch", "encoder_sequence", 4), batch), SOURCE.bool()[:, :, None])
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        (("batch", "encoder_sequence", 4), "encoder_sequence"),
+        (("batch*sequence", 4), "sequence"),
+        (("batch", 2, "sequence", "encoder_sequence"), "sequence"),
+        (("batch", 60, 4), None),
+        (("sequence",), None),
+    ],
+)
+def test_the_dimension_of_tokens(shape: tuple[int | str, ...], expected: str | None) -> None:
+    assert token_dim(shape) == expected

@@ -17,17 +17,28 @@ held out     up to 16 more, or 32 [1]_   up to 2 more, or 2 [1]_
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 
 from bitlower.frontends import batches
+from bitlower.frontends.pairs import PairBatches, pair_batches
 from bitlower.frontends.tokenize import BOS, check_length, text_ids, window_lead, windows
 from bitlower.ir import Batch, BitlowerError, Program, nearest
+from bitlower.ir.stages import is_encoder_decoder
 from bitlower.tools.data.batches import Data
-from bitlower.tools.data.texts import PARAGRAPH, TextSplit, read_text, read_texts, split_texts, split_windows
+from bitlower.tools.data.texts import (
+    PARAGRAPH,
+    Text,
+    TextSplit,
+    check_one_column,
+    read_text,
+    read_texts,
+    split_texts,
+    split_windows,
+)
 from bitlower.tools.recipes.recipe import DataSection, Recipe
 
 Calibration = str | os.PathLike[str] | Sequence[str] | Sequence[Batch]
@@ -145,7 +156,7 @@ def _section_source(recipe: Recipe, section: DataSection, decoder: bool) -> Data
     if not decoder:
         texts = split_texts(path, samples=section.samples, seed=section.seed, column=section.column)
         return _texts(texts, amount, amount)
-    text = read_text(path, column=section.column, limit=LONGEST_TEXT)
+    text = read_text(path, column=check_one_column(section.column), limit=LONGEST_TEXT)
     return DataSource(lambda program: _windows(program, text, amount, section.seed, recipe.model.bos), amount.samples)
 
 
@@ -154,21 +165,47 @@ def _evaluation(recipe: Recipe, section: DataSection, decoder: bool) -> Callable
     path, amount = recipe.resolve(section.data), Amount.of(section, decoder)
     if not decoder:
         texts = read_texts(path, column=section.column, samples=section.samples or HELD_OUT_TEXTS, seed=section.seed)
-        return lambda program: _rows(program, texts, amount)
-    text = read_text(path, column=section.column, limit=LONGEST_TEXT)
+        return lambda program: _rows(program, texts, amount).batches
+    text = read_text(path, column=check_one_column(section.column), limit=LONGEST_TEXT)
     amount = replace(amount, samples=section.samples or HELD_OUT_WINDOWS)
     return lambda program: _windows(program, text, amount, section.seed, recipe.model.bos).calibration
 
 
 def _texts(texts: TextSplit, amount: Amount, held_out: Amount) -> DataSource:
     def made(program: Program) -> Data:
-        return Data(_rows(program, texts.calibration, amount), _rows(program, texts.held_out, held_out))
+        calibration, held_out_rows = _rows(program, texts.calibration, amount), _rows(program, texts.held_out, held_out)
+        notes = [note for rows in (calibration, held_out_rows) for note in rows.notes]
+        return Data(calibration.batches, held_out_rows.batches, notes=tuple(dict.fromkeys(notes)))
 
     return DataSource(made, len(texts.calibration))
 
 
-def _rows(program: Program, texts: Sequence[str], amount: Amount) -> Sequence[Batch]:
-    return batches(program, texts, max_length=amount.length(program), batch_size=amount.batch_size) if texts else ()
+@dataclass(frozen=True)
+class _Rows:
+    """Batches of texts, and notes on them."""
+
+    batches: Sequence[Batch] = ()
+    notes: tuple[str, ...] = ()
+
+
+def _rows(program: Program, texts: Sequence[Text], amount: Amount) -> _Rows:
+    if not texts:
+        return _Rows()
+    first = [text if isinstance(text, str) else text[0] for text in texts]
+    second = [text[1] for text in texts if not isinstance(text, str)] or None
+    length, size = amount.length(program), amount.batch_size
+    if not is_encoder_decoder(program):
+        return _Rows(batches(program, first, pairs=second, max_length=length, batch_size=size))
+    pairs = pair_batches(program, first, second, max_length=length, batch_size=size)
+    return _Rows(pairs.batches, tuple(_pair_notes(pairs, len(first), second is not None)))
+
+
+def _pair_notes(pairs: PairBatches, count: int, paired: bool) -> Iterator[str]:
+    if not paired:
+        yield f"there are no targets: the float model writes those of the {count} sources itself"
+    for what, cut in (("sources", pairs.cut_sources), ("targets", pairs.cut_targets)):
+        if cut:
+            yield f"{cut} of {count} {what} are longer than the model or max_length takes, and are cut"
 
 
 def _windows(program: Program, text: str, amount: Amount, seed: int, bos: str) -> Data:

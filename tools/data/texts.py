@@ -15,12 +15,16 @@ from bitlower.ir import BitlowerError
 from bitlower.tools.data.tables import TABLES, Row, header, joined, number, read_rows, read_whole, split_column
 
 __all__ = [
+    "Column",
     "Row",
+    "Text",
     "TextSplit",
     "check_finite",
+    "check_one_column",
     "check_windows",
     "draw",
     "number",
+    "read_examples",
     "read_rows",
     "read_text",
     "read_texts",
@@ -32,6 +36,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+Text = str | tuple[str, str]
+"""A text, or two that belong together: a pair of sentences, or a source and its target."""
+Column = str | list[str] | None
 
 SAMPLES = 128
 """Texts to calibrate on where nobody says how many,"""
@@ -45,13 +52,14 @@ _TEXT_COLUMNS = ("text", "sentence")
 
 
 def read_texts(
-    data: str | os.PathLike[str], *, column: str | None = None, samples: int | None = None, seed: int = 0
-) -> list[str]:
+    data: str | os.PathLike[str], *, column: Column = None, samples: int | None = None, seed: int = 0
+) -> list[Text]:
     """The texts of a file, in the file's order; blank ones are left out.
 
     Args:
-        data: a file, or ``FILE:COLUMN``.
+        data: a file, or ``FILE:COLUMN``, or ``FILE:SOURCE,TARGET``.
         column: the column of a table; for tables with one column, or one called ``text`` or ``sentence``, not needed.
+            Two of them for pairs of texts.
         samples: this many, drawn with ``seed`` in one pass (reservoir sampling, Vitter 1985, algorithm R); None: all.
         seed: of the drawing.
 
@@ -69,12 +77,12 @@ def read_texts(
 class TextSplit:
     """Texts to calibrate on, and others that are held out."""
 
-    calibration: tuple[str, ...]
-    held_out: tuple[str, ...]
+    calibration: tuple[Text, ...]
+    held_out: tuple[Text, ...]
 
 
 def split_texts(
-    data: str | os.PathLike[str] | Sequence[str], *, samples: int | None, seed: int = 0, column: str | None = None
+    data: str | os.PathLike[str] | Sequence[Text], *, samples: int | None, seed: int = 0, column: Column = None
 ) -> TextSplit:
     """Calibration texts and up to ``HELD_OUT`` further ones, drawn in one pass, both in the file's order.
 
@@ -82,7 +90,7 @@ def split_texts(
         data: a file (or ``FILE:COLUMN``), or the texts themselves.
         samples: of calibration; None takes up to ``SAMPLES`` and leaves an eighth, at most ``HELD_OUT``, over.
         seed: of the drawing.
-        column: of a table.
+        column: of a table, or two.
 
     Raises:
         BitlowerError: as :func:`read_texts`; too short is fewer than ``samples`` (``FEWEST`` if that is None).
@@ -122,6 +130,19 @@ def read_text(
     if not text.strip():
         raise BitlowerError(f"{path} holds no text")
     return text
+
+
+def check_one_column(column: Column) -> str | None:
+    """``column``, of a file that is read as one long text.
+
+    Raises:
+        BitlowerError: there are two.
+    """
+    if isinstance(column, list):
+        raise BitlowerError(
+            "pairs are for models that read texts, and this is a language model", hint="name one column"
+        )
+    return column
 
 
 def split_windows(
@@ -176,7 +197,7 @@ def check_finite(batches: Iterable[Mapping[str, torch.Tensor]], what: str) -> No
                 raise BitlowerError(f"{what}: the tensor {name!r} of batch {place} holds NaN or Inf")
 
 
-def _texts(data: str | os.PathLike[str], column: str | None) -> Iterator[tuple[int, str]]:
+def _texts(data: str | os.PathLike[str], column: Column) -> Iterator[tuple[int, Text]]:
     """The texts of a file that are not blank, with their lines.
 
     Raises:
@@ -184,18 +205,41 @@ def _texts(data: str | os.PathLike[str], column: str | None) -> Iterator[tuple[i
     """
     path, named = split_column(data)
     empty = True
-    for row in read_rows(path, text_column(path, column or named)):
-        if text := row.values[0].strip():
-            empty = False
-            yield row.line, text
+    for row in read_examples(path, column or named, None):
+        empty = False
+        yield row.line, row.values[0] if len(row.values) == 1 else (row.values[0], row.values[1])
     if empty:
         raise BitlowerError(f"{path} holds no text", hint="one text a line, or a table with a text column")
 
 
-def text_column(path: Path, column: str | None) -> tuple[str, ...]:
-    """The column to read texts from: the one named, or the obvious one of a table."""
+def read_examples(path: Path, column: Column, label: str | None) -> Iterator[Row]:
+    """The rows of a file: a text or two, and the label if it has a column; nothing around them.
+
+    Blank texts are left out where there is neither a second text nor a label.
+
+    Raises:
+        BitlowerError: no such file or column, or a text of a pair or with a label is empty.
+    """
+    texts = text_column(path, column)
+    for row in read_rows(path, (*texts, *((label,) if label is not None else ()))):
+        values = tuple(value.strip() for value in row.values)
+        if all(values[: max(len(texts), 1)]):
+            yield Row(row.line, values)
+        elif len(values) > 1:
+            raise BitlowerError(f"{path}, line {row.line}: the text is empty", hint="write one, or drop the line")
+
+
+def text_column(path: Path, column: Column) -> tuple[str, ...]:
+    """The columns to read texts from: those named, or the obvious one of a table.
+
+    Two names with a comma between them are two columns, unless the table has one of that name.
+    """
+    if isinstance(column, list):
+        return tuple(column)
     if column is not None:
-        return (column,)
+        first, comma, second = column.partition(",")
+        pair = comma and path.suffix.lower() in TABLES and column not in header(path)
+        return (first.strip(), second.strip()) if pair else (column,)
     if path.suffix.lower() not in TABLES:
         return ()
     names = header(path)

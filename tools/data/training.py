@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar, cast
@@ -43,13 +43,13 @@ from bitlower.tools.data.sources import (
 from bitlower.tools.data.texts import (
     PARAGRAPH,
     Row,
+    check_one_column,
     check_windows,
     draw,
-    read_rows,
+    read_examples,
     read_text,
     split_column,
     split_windows,
-    text_column,
     too_short,
 )
 from bitlower.tools.recipes.places import with_place
@@ -145,23 +145,6 @@ def python_training(
     return _adding(source, lambda program: _texts(program, parts, section))
 
 
-def read_examples(path: Path, column: str | list[str] | None, label: str | None) -> Iterator[Row]:
-    """The rows of a file: a text or two, and the label if it has a column; nothing around them.
-
-    Blank texts are left out where there is neither a second text nor a label.
-
-    Raises:
-        BitlowerError: no such file or column, or a text of a pair or with a label is empty.
-    """
-    texts = tuple(column) if isinstance(column, list) else text_column(path, column)
-    for row in read_rows(path, (*texts, *((label,) if label is not None else ()))):
-        values = tuple(value.strip() for value in row.values)
-        if all(values[: max(len(texts), 1)]):
-            yield Row(row.line, values)
-        elif len(values) > 1:
-            raise BitlowerError(f"{path}, line {row.line}: the text is empty", hint="write one, or drop the line")
-
-
 def _make(section: TrainingSection, path: Path, other: Path | None, decoder: bool, bos: str) -> Make:
     """Read ``path``, and ``other`` if that is held out; what is given makes batches of them."""
     if decoder:
@@ -248,7 +231,4 @@ def _check_windowed(key: str, value: str | list[str] | None) -> None:
         raise BitlowerError(
             "labels are for models that read texts, and this is a language model", hint="leave `label` out"
         )
-    if isinstance(value, list):
-        raise BitlowerError(
-            "pairs are for models that read texts, and this is a language model", hint="name one column"
-        )
+    check_one_column(value)

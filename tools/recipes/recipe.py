@@ -67,15 +67,23 @@ Count = Annotated[int, Field(ge=1, lt=1 << 31)]
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 
 
+def _columns(form: object) -> object:
+    if form is None or isinstance(form, str) or (isinstance(form, list) and len(form) == 2):
+        return form
+    raise ValueError("write a column, or a list of two for pairs of texts")
+
+
 class DataSection(Section):
     """Texts: one a line, or the column ``column`` of a table; ``samples`` of them drawn with ``seed``.
+
+    For pairs of texts, and for the sources and targets of an encoder-decoder, ``column`` is a list of two.
 
     For a language model (task text-generation) the file is one long text, and a sample is a window of ``max_length``
     tokens of it. What is left out takes the defaults of the task (:mod:`bitlower.tools.data.sources`).
     """
 
     data: str = Field(min_length=1)
-    column: str | None = None
+    column: Annotated[str | list[str] | None, BeforeValidator(_columns)] = None
     samples: Count | None = None
     max_length: Count | None = None
     batch_size: Count | None = None
@@ -84,12 +92,6 @@ class DataSection(Section):
 
 class EvaluationSection(DataSection):
     """Held-out texts for the ledger and for checks."""
-
-
-def _columns(form: object) -> object:
-    if form is None or isinstance(form, str) or (isinstance(form, list) and len(form) == 2):
-        return form
-    raise ValueError("write a column, or a list of two for pairs of texts")
 
 
 def _held_out(form: object) -> object:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from bitlower.ir import BitlowerError, Program
 from bitlower.ir.dataflow import blocks, vocabularies
+from bitlower.ir.tokens import token_ids
 from bitlower.passes._machinery.loss import Loss, Step
 from bitlower.passes.training._losses._paired import paired
 from bitlower.passes.training._memory_bank import MemoryBank
@@ -63,7 +64,7 @@ class TokenContrast(Loss):
     def value(self, step: Step, memory: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The loss of a batch, whose representations then go into the bank if the step trains."""
         pairs = paired(self.name, step.student.hidden[-1:], step.teacher.hidden[-1:])
-        bank, there, ids = MemoryBank.of(memory), step.mask, step.batch["input_ids"][step.mask]
+        bank, there, ids = MemoryBank.of(memory), step.mask, _ids(step)[step.mask]
         student, teacher = (value.masked_fill(~there.unsqueeze(-1), 0.0).float() for value in pairs[0])
         blended = bank.blend(ids, student[there], self.momentum)
         q = torch.zeros_like(student).masked_scatter(there.unsqueeze(-1), functional.normalize(blended, dim=-1))
@@ -78,7 +79,7 @@ class TokenContrast(Loss):
 
     def _against_the_sequence(self, q: torch.Tensor, h: torch.Tensor, step: Step) -> torch.Tensor:
         """The loss of each token, ``[batch, sequence]``; of ``q`` and ``h``, ``[batch, sequence, channels]``."""
-        ids = step.batch["input_ids"]
+        ids = _ids(step)
         allowed = step.mask.unsqueeze(1) & (ids.unsqueeze(1) != ids.unsqueeze(2))
         drawn = self._draw(allowed, step.generator)
         own = (q * h).sum(-1)
@@ -106,3 +107,10 @@ class TokenContrast(Loss):
         others = others.masked_fill(~drawn, -torch.inf)
         both = torch.cat([own.unsqueeze(-1), others], -1) / self.temperature
         return both.logsumexp(-1) - both[..., 0]
+
+
+def _ids(step: Step) -> torch.Tensor:
+    """The ids of the tokens, ``[batch, sequence]``; of an encoder-decoder, of its target."""
+    ids = token_ids(step.batch)
+    assert ids is not None, "the bank is made for models with token ids"
+    return ids

@@ -1,0 +1,114 @@
+"""From sources and targets to batches of an encoder-decoder, teacher-forced: each token of a target is given the last.
+
+The decoder reads a target behind its start token and without its last. Where there are no targets, the model's own are
+taken, by greedy decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bitlower.frontends._tokenizer import tokenizer_of
+from bitlower.ir import Batch, BitlowerError, Program
+from bitlower.ir.generation import greedy_target, program_stages, start_token, stop_tokens
+from bitlower.ir.tokens import ENCODER_SEQUENCE, MASK, TARGET, TARGET_MASK, TOKENS
+
+_OWN = 64
+"""Tokens of a target that the model writes itself, at most."""
+
+
+@dataclass(frozen=True)
+class PairBatches:
+    """Batches, and how many of the sources and of the targets were too long and are cut."""
+
+    batches: list[Batch]
+    cut_sources: int
+    cut_targets: int
+
+
+def pair_batches(
+    program: Program, sources: Sequence[str], targets: Sequence[str] | None, *, max_length: int, batch_size: int
+) -> PairBatches:
+    """Batches in the order of ``sources``, int64, each side padded to its longest of the batch.
+
+    Args:
+        program: an encoder-decoder of text, with tokenizer files among its assets.
+        sources: what the encoder reads.
+        targets: what the decoder is to write; None: what the model writes itself.
+        max_length: in tokens, of each side; longer texts are cut.
+        batch_size: pairs in a batch.
+
+    Raises:
+        BitlowerError: the program has no tokenizer that can pad, or names no token that targets begin with.
+    """
+    tokenizer = tokenizer_of(program, pads=True)
+    longest = program.lengths[ENCODER_SEQUENCE].longest if ENCODER_SEQUENCE in program.lengths else None
+    limits = [min(max_length, longest or max_length), min(max_length, program.context_length or max_length)]
+    read, cut_sources = _tokens(tokenizer, {"text": list(sources)}, limits[0])
+    written, cut_targets = None, 0
+    if targets is not None:
+        written, cut_targets = _tokens(tokenizer, {"text_target": list(targets)}, limits[1])
+    batches: list[Batch] = []
+    for first in range(0, len(read), batch_size):
+        part = slice(first, first + batch_size)
+        ids, mask = _padded(read[part], tokenizer.pad_token_id)
+        source = {TOKENS: ids, MASK: mask}
+        rows = written[part] if written is not None else _own(program, source, min(limits[1], _OWN))
+        target, target_mask = _padded([shifted(program, row) for row in rows], tokenizer.pad_token_id)
+        batches.append({**source, TARGET: target, TARGET_MASK: target_mask})
+    return PairBatches(batches, cut_sources, cut_targets)
+
+
+def shifted(program: Program, target: Sequence[int]) -> list[int]:
+    """What the decoder reads of a target: its start token, then all but the last.
+
+    The start token is ``decoder_start_token_id``; the last token of the target itself where none is named (mBART, whose
+    targets end with their language).
+
+    Raises:
+        BitlowerError: the target is empty.
+    """
+    if not target:
+        raise BitlowerError("a target has no token", hint="write a text, or drop the pair")
+    start = start_token(program)
+    return [target[-1] if start is None else start, *target[:-1]]
+
+
+def _own(program: Program, source: Batch, tokens: int) -> list[list[int]]:
+    """The targets that the model writes for ``source``, each with the token that ends it."""
+    first = start_token(program)
+    if first is None:
+        raise BitlowerError(
+            f"{program.source or 'the model'} names no decoder_start_token_id, so that it cannot write targets itself",
+            hint="give pairs of source and target",
+        )
+    encode, decode = program_stages(program)
+    stops = stop_tokens(program)
+    start = torch.full((len(source[TOKENS]), 1), first, dtype=torch.int64)
+    written = greedy_target(encode, decode, source, start, stops=stops, new_tokens=tokens)
+    return [_to_the_end(row, stops) for row in written[:, 1:].tolist()]
+
+
+def _to_the_end(row: list[int], stops: Sequence[int]) -> list[int]:
+    """The tokens up to the first that ends a target, that one with them."""
+    ends = [place for place, token in enumerate(row) if token in stops]
+    return row[: ends[0] + 1] if ends else row
+
+
+def _tokens(tokenizer: Any, texts: dict[str, list[str]], limit: int) -> tuple[list[list[int]], int]:
+    """The tokens of each text, and how many texts are cut to ``limit``."""
+    whole = tokenizer(**texts, verbose=False)["input_ids"]
+    rows = tokenizer(**texts, truncation=True, max_length=limit, verbose=False)["input_ids"]
+    return rows, sum(len(row) > limit for row in whole)
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of one length, ``[batch, longest]``, and which of their tokens are no padding."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows], dtype=torch.int64)
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], dtype=torch.int64)
+    return ids, mask

@@ -1,0 +1,114 @@
+"""Encoder-decoders as ONNX: two files, verified alone and together, that generate what the Program does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bitlower
+from bitlower.backends.onnx_qdq import OnnxQdq, Verification
+from bitlower.backends.onnx_qdq._model import OnnxEncoderDecoder
+from bitlower.backends.onnx_qdq._verify_stages import join_stages
+from bitlower.ir import CheckError, Program, set_tensor
+from bitlower.ir.generation import greedy_target, program_stages
+from bitlower.ir.observe import run
+from bitlower.passes import Context, PassManager, parse_pipeline
+
+CASES = {
+    "W8A8": "clean,quantize{scheme=W8A8},calibrate,lower-integer",
+    "W8A8-full": "clean,quantize{scheme=W8A8-full},calibrate,lower-integer",
+    "W4A16": "clean,quantize{scheme=W4A16-g16},gptq,lower-integer",
+}
+
+
+def lowered(seq2seq: Any, kind: str, pipeline: str) -> Program:
+    data = seq2seq.batches(kind)
+    return PassManager(parse_pipeline(pipeline)).run(seq2seq.traced(kind), Context(data, data[:1]))
+
+
+@pytest.fixture(scope="module", params=["bart", "t5", "whisper"])
+def artifact(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, seq2seq: Any
+) -> tuple[str, Program, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    program = lowered(seq2seq, request.param, CASES["W8A8"])
+    OnnxQdq().export(program, folder, seq2seq.batches(request.param, 2))
+    return request.param, program, folder
+
+
+def test_both_together_compute_what_the_program_does(artifact: tuple[str, Program, Path], seq2seq: Any) -> None:
+    kind, program, folder = artifact
+    model = bitlower.load(folder)
+    assert isinstance(model, OnnxEncoderDecoder)
+    (batch,) = seq2seq.batches(kind, 1, padded=False)
+    expected = run(program, batch)
+    del batch["decoder_attention_mask"]
+    found = model(**batch)
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, atol=0.02 * float(value.std())), name
+
+
+def test_every_product_of_codes_is_an_integer_kernel(artifact: tuple[str, Program, Path]) -> None:
+    _, _, folder = artifact
+    kernels = json.loads((folder / "verification.json").read_text())["kernels"]
+    assert kernels["found"] == kernels["expected"] > 10
+    assert set(kernels["floating"]) <= {"Attention", "Conv"}
+
+
+def test_it_generates_what_the_program_does(artifact: tuple[str, Program, Path], seq2seq: Any) -> None:
+    kind, program, folder = artifact
+    model = bitlower.load(folder)
+    read, start = seq2seq.source(kind, rows=3), torch.full((3, 1), 2)
+    expected = greedy_target(*program_stages(program), read, start, stops=(), new_tokens=16)
+    assert torch.equal(model.generate(**read, start=start, stops=(), max_new_tokens=16), expected)
+
+
+def test_what_targets_begin_and_end_with_is_the_models(artifact: tuple[str, Program, Path], seq2seq: Any) -> None:
+    kind, _, folder = artifact
+    model, read = bitlower.load(folder), seq2seq.source(kind)
+    first = seq2seq.model_of(kind).config.decoder_start_token_id
+    tokens = model.generate(**read, max_new_tokens=5)
+    assert tokens[:, 0].tolist() == [first, first]
+
+
+def test_the_artifact_is_checked_without_the_program(artifact: tuple[str, Program, Path], seq2seq: Any) -> None:
+    kind, _, folder = artifact
+    report = OnnxQdq.verify(folder)
+    assert min(report.selftest.values()) > 0.9999
+    assert set(report.selftest) == {spec.name for spec in seq2seq.traced(kind).outputs}
+    assert report.unseen_sizes.startswith("batch 3, ")
+    size = (folder / "verification.json").stat().st_size
+    assert size < 200_000, "keys and values of cross-attention are computed, not written down"
+
+
+@pytest.mark.parametrize("case", ["W8A8-full", "W4A16"])
+def test_other_schemes(case: str, tmp_path: Path, seq2seq: Any) -> None:
+    form = "onnxruntime" if case == "W4A16" else "qdq"
+    report = OnnxQdq(form=form).export(lowered(seq2seq, "bart", CASES[case]), tmp_path, seq2seq.batches("bart", 2))
+    assert report.verification.kernels.found == report.verification.kernels.expected
+    assert {"decoder_model.onnx", "encoder_model.onnx"} <= set(report.files)
+
+
+def test_a_missing_stage_is_named(artifact: tuple[str, Program, Path], tmp_path: Path) -> None:
+    _, _, folder = artifact
+    for file in folder.iterdir():
+        if file.name != "decoder_model.onnx" and file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(CheckError, match=r"decoder_model\.onnx is missing"):
+        OnnxQdq.verify(tmp_path)
+
+
+def test_stages_that_are_another_program_together_are_seen(artifact: tuple[str, Program, Path], seq2seq: Any) -> None:
+    kind, program, folder = artifact
+    recorded = {"decoder": Verification.read(folder)}
+    join_stages(program, folder, recorded, seq2seq.batches(kind, 1)[0], {})
+    other = program.clone()
+    name, codes = next((n, t) for n, t in other.tensors() if n.endswith("_codes") and t.dim() == 2)
+    set_tensor(other.module, name.partition("/")[2], -codes.clamp(min=-127))
+    with pytest.raises(CheckError, match="the encoder and the decoder together return"):
+        join_stages(other, folder, recorded, seq2seq.batches(kind, 1)[0], {})
