@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,11 +35,28 @@ class NotGgufError(ValueError):
 
 
 @dataclass(frozen=True)
+class GgufArray:
+    """An array of the header.
+
+    Args:
+        place: of its first byte in the file.
+        size: of all of it, in bytes.
+        kind: of its entries, by the numbers of the format.
+        entries: numbers, or texts as they lie in the file.
+    """
+
+    place: int
+    size: int
+    kind: int
+    entries: Sequence[Any]
+
+
+@dataclass(frozen=True)
 class GgufHeader:
-    """The single values by key (arrays as their lengths), and the shapes of the tensors, as PyTorch orders them."""
+    """The single values by key, the arrays too, and the shapes of the tensors, as PyTorch orders them."""
 
     values: Mapping[str, Any]
-    lengths: Mapping[str, int]
+    arrays: Mapping[str, GgufArray]
     shapes: Mapping[str, tuple[int, ...]]
 
 
@@ -71,11 +88,13 @@ class _Reader:
             raise ValueError(f"its version is {version}, and 2 and 3 are known")
         tensors, pairs = self._count("Q", 24), self._count("Q", 13)
         values: dict[str, Any] = {}
-        lengths: dict[str, int] = {}
+        arrays: dict[str, GgufArray] = {}
         for _ in range(pairs):
             key, kind = self._text(), self._number("I")
+            if key in values or key in arrays:
+                raise ValueError(f"it has the key {shorten(repr(key))} twice")
             if kind == _ARRAY:
-                lengths[key] = self._skip_array()
+                arrays[key] = self._array()
             else:
                 values[key] = self._value(kind)
         places = [self._tensor() for _ in range(tensors)]
@@ -86,7 +105,7 @@ class _Reader:
         for name, _, first, size in places:
             if start + first + size > self._length:
                 raise ValueError(f"the tensor {shorten(repr(name))} runs past the end of the file")
-        return GgufHeader(values, lengths, {name: shape for name, shape, _, _ in places})
+        return GgufHeader(values, arrays, {name: shape for name, shape, _, _ in places})
 
     def _take(self, size: int) -> bytes:
         if size > self._length - self._file.tell():
@@ -114,19 +133,34 @@ class _Reader:
             raise ValueError(f"a value has the unknown type {kind}")
         return self._number(_SCALARS[kind])
 
-    def _skip_array(self) -> int:
+    def _array(self) -> GgufArray:
+        place = self._file.tell()
         kind = self._number("I")
         count = self._count("Q", 1)
         if count > _LONGEST_ARRAY:
             raise ValueError(f"an array has {count} entries")
+        entries: Sequence[Any]
         if kind == _STRING:
-            for _ in range(count):
-                self._take(self._count("Q", 1))
+            entries = self._texts(count)
         elif kind in _SCALARS:
-            self._take(count * struct.calcsize(f"={_SCALARS[kind]}"))
+            form = f"{self._order}{count}{_SCALARS[kind]}"
+            entries = struct.unpack(form, self._take(struct.calcsize(form)))
         else:
             raise ValueError(f"an array has entries of the unknown type {kind}")
-        return count
+        return GgufArray(place, self._file.tell() - place, kind, entries)
+
+    def _texts(self, count: int) -> list[bytes]:
+        """So many texts, each behind its length; a vocabulary is long, so where the file stands is not asked of it."""
+        read, length = self._file.read, struct.Struct(f"{self._order}Q")
+        texts, left = [], self._length - self._file.tell()
+        for _ in range(count):
+            left -= length.size
+            (size,) = length.unpack(read(length.size)) if left >= 0 else (length.size,)
+            left -= size
+            if left < 0:
+                raise ValueError(f"a text of {size} bytes at byte {self._file.tell()} runs past its end")
+            texts.append(read(size))
+        return texts
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,25 @@ def load_tokenizer(folder: Path, owner: str) -> Any:
     Raises:
         BitlowerError: it cannot be loaded.
     """
+    with _loading(owner):
+        return _load(folder)
+
+
+def _load(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    with quiet():
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+@contextmanager
+def _loading(owner: str) -> Iterator[None]:
+    """Whatever transformers and its libraries raise on damaged files, as an error that names whose they are."""
     try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever its libraries raise on damaged files
+        yield
+    except BitlowerError:  # no room for the files
+        raise
+    except Exception as error:
         raise BitlowerError(f"the tokenizer of {owner} cannot be loaded: {error}") from None
 
 
@@ -56,20 +71,25 @@ def tokenizer_of(program: Program, *, pads: bool = False) -> Any:
     return tokenizer
 
 
-@lru_cache(maxsize=2)
 def from_files(files: tuple[tuple[str, bytes], ...], config: str, owner: str, pads_with_end: bool = False) -> Any:
-    """The tokenizer in ``files``, beside the model's configuration; the last two are kept.
+    """The tokenizer in ``files``, beside the model's configuration; the last two are kept, whosever they are.
 
     Raises:
         BitlowerError: it cannot be loaded.
     """
+    with _loading(owner):
+        return _from_files(files, config, pads_with_end)
+
+
+@lru_cache(maxsize=2)
+def _from_files(files: tuple[tuple[str, bytes], ...], config: str, pads_with_end: bool) -> Any:
     with scratch_folder() as folder:
         for name, data in files:
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         (folder / "config.json").write_text(config)
-        tokenizer = load_tokenizer(folder, owner)
+        tokenizer = _load(folder)
     if pads_with_end and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked, so that any token will do
     return tokenizer

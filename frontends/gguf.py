@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from bitlower.frontends._beside import check_generation, check_tokens, plain_config
-from bitlower.frontends._gguf_header import NotGgufError, read_gguf_header
+from bitlower.frontends._gguf_header import GgufArray, GgufHeader, NotGgufError, read_gguf_header
 from bitlower.frontends._promises import Held, check_numbers, check_skeleton
 from bitlower.frontends._tokenizer import from_files
 from bitlower.frontends.huggingface import PreTrained
@@ -61,10 +61,15 @@ def load_gguf(path: Path, task: str | None = None, *, mapped: bool | None = None
             raise BitlowerError(
                 f"reading {path.name} needs the package {name}", hint="install it: pip install bitlower[gguf]"
             )
-    contents = _check_header(path)
+    header, contents = _check_header(path)
     mapped = is_large(contents) if mapped is None else mapped
     try:
-        with quiet(), redirect_stderr(io.StringIO()), _read_once(path), _to_files(mapped):  # it draws a bar of its own
+        with (
+            quiet(),
+            redirect_stderr(io.StringIO()),
+            _read_once(path, header),
+            _to_files(mapped),
+        ):  # it draws a bar of its own
             model = _load_model(path, contents)
             assets = _tokenizer_files(path, model)
     except BitlowerError:
@@ -83,7 +88,7 @@ def load_gguf(path: Path, task: str | None = None, *, mapped: bool | None = None
     return PreTrained(model, _TASK, assets, str(path), tuple(notes))
 
 
-def _check_header(path: Path) -> Held:
+def _check_header(path: Path) -> tuple[GgufHeader, Held]:
     """Hold the header to the file, and its numbers to the tensors, before anything trusts them; what the file holds."""
     try:
         header = read_gguf_header(path)
@@ -95,16 +100,21 @@ def _check_header(path: Path) -> Held:
         raise BitlowerError(f"{path} cannot be read: {error}", hint="fetch the file again") from None
     contents = Held(header.shapes, sum(map(math.prod, header.shapes.values())))
     check_numbers(header.values, contents, str(path))
-    return contents
+    return header, contents
 
 
 @contextmanager
-def _read_once(path: Path) -> Iterator[None]:
+def _read_once(path: Path, header: GgufHeader) -> Iterator[None]:
     """Parse the file and the table of names once: transformers does it for each use, and for each module of the model.
 
-    The file is read as plain bytes: each slice of a numpy.memmap costs several times one of an array.
+    The file is read as plain bytes: each slice of a numpy.memmap costs several times one of an array. Arrays of the
+    header, vocabularies among them, are those of ``header``: their entries are plain values, which transformers, who
+    asks for all of them three times, need not parse.
     """
     import gguf
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    arrays = {array.place: array for array in header.arrays.values()}
 
     class Reader(gguf.GGUFReader):  # type: ignore[misc]
         @property
@@ -115,13 +125,27 @@ def _read_once(path: Path) -> Iterator[None]:
         def data(self, mapped: np.memmap[Any, Any]) -> None:
             self._bytes = mapped.view(np.ndarray)
 
-    before, reader = (gguf.GGUFReader, gguf.get_tensor_name_map), Reader(path)
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+            if raw_type != gguf.GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)  # type: ignore[no-any-return]
+            entries = _plain_entries(array := arrays[orig_offs])
+            kinds = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(array.kind)]
+            return array.size, entries, list(range(len(entries))), kinds if entries else kinds[:1]
+
+    before = gguf.GGUFReader, gguf.get_tensor_name_map, reading._gguf_parse_value
+    parse, reader = before[2], Reader(path)
     gguf.GGUFReader = lambda *args, **options: reader
     gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
+    reading._gguf_parse_value = lambda value, kinds: parse(value, kinds) if isinstance(value, np.ndarray) else value
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = before
+        gguf.GGUFReader, gguf.get_tensor_name_map, reading._gguf_parse_value = before
+
+
+def _plain_entries(array: GgufArray) -> list[Any]:
+    """The entries of an array as transformers makes them: numbers, texts decoded."""
+    return [entry.decode() if isinstance(entry, bytes) else entry for entry in array.entries]
 
 
 @contextmanager

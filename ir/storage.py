@@ -34,6 +34,8 @@ _CHUNK = 1 << 22
 """Elements that are read or written at a time: 16 MB in float32 beside the tensor."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Options of glibc's ``mallopt``, by the numbers of malloc.h."""
+_KEPT = 3 << 20
+"""Bytes of a block up to which a bound heap keeps it for the next one."""
 _MAPS: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
 """Living maps by their address; a map lives as long as a tensor over it."""
 _PRIVATE: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
@@ -210,15 +212,16 @@ def parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def bound_heap() -> None:
-    """From now on, blocks above a megabyte go back to the system when they are freed (glibc), whatever came before.
+    """From now on, blocks above 3 MB go back to the system when they are freed (glibc), whatever came before.
 
     By itself the C library raises that bound to 32 MB as blocks are freed, and keeps what is below it: the matrices of
-    a layer then leave holes as large as themselves.
+    a layer then leave holes as large as themselves. A lower bound makes arithmetic on tensors of one or two megabytes
+    many times slower: each result comes from the system page by page.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
-        set_option(_M_MMAP_THRESHOLD, 1 << 20)
-        set_option(_M_TRIM_THRESHOLD, 1 << 20)
+        set_option(_M_MMAP_THRESHOLD, _KEPT)
+        set_option(_M_TRIM_THRESHOLD, 3 * _KEPT)  # an operand and a result come and go without it
 
 
 def trim() -> None:

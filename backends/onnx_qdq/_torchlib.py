@@ -7,13 +7,17 @@ traced, and the rewrites of this backend optimize it. All that is private in tor
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
 import onnxscript
 import torch
+from onnxscript.function_libs.torch_lib.registration import default_registry
 from torch.onnx._internal.exporter._building import OpRecorder
 from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET as TORCH_OPSET
 from torch.onnx._internal.exporter._core import torch_dtype_to_onnx_dtype as onnx_dtype
@@ -59,7 +63,34 @@ def value(name: str, dtype: torch.dtype, shape: Sequence[int | str], opset: int)
 
 @functools.cache
 def _registry(opset: int) -> ONNXRegistry:
-    return ONNXRegistry.from_torchlib(opset)
+    with _unparsed():
+        return ONNXRegistry.from_torchlib(opset)
+
+
+@contextmanager
+def _unparsed() -> Iterator[None]:
+    """Make torch's table without parsing the hundreds of functions in it: the recorder does that where it calls one."""
+    importlib.import_module("torch.onnx._internal.exporter._torchlib.ops")  # torch's own entries stay as they are
+    table: Any = importlib.import_module(ONNXRegistry.__module__)
+    before = table.OnnxDecompMeta, table.onnxscript_apis
+    table.OnnxDecompMeta = functools.partial(before[0], skip_signature_inference=True)
+    table.onnxscript_apis = SimpleNamespace(get_torchlib_ops=_functions)
+    try:
+        yield
+    finally:
+        table.OnnxDecompMeta, table.onnxscript_apis = before
+
+
+def _functions() -> list[SimpleNamespace]:
+    """What ``onnxscript`` lists for torch: by operator its functions, those for complex operands last."""
+    importlib.import_module("onnxscript.function_libs.torch_lib.ops")
+    return [
+        SimpleNamespace(qualified_name=name, function=function, is_complex=is_complex)
+        for name, overloads in default_registry.items()
+        if not name.startswith("internal::")
+        for functions, is_complex in ((overloads.overloads, False), (overloads.complex, True))
+        for function in functions
+    ]
 
 
 @functools.cache

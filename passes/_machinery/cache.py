@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,23 @@ class Cache:
                 entry.results,
                 entry.rows,
             )
-            write_checked(self._entry_path(key), json.dumps(asdict(stored)).encode())
+            self._write(key, stored)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def put_rows(self, key: str, entry: Entry) -> None:
+        """Store the rows of ``entry``, which is under ``key`` without them; all of it if it has gone or is damaged.
+
+        Raises:
+            BitlowerError: the folder cannot be written to, or the disk is full.
+        """
+        try:
+            stored = replace(_Stored(**json.loads(read_checked(self._entry_path(key)))), rows=entry.rows)
+        except (OSError, ValueError, TypeError):
+            self.put(key, entry)
+            return
+        try:
+            self._write(key, stored)
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -147,6 +163,9 @@ class Cache:
             freed += path.stat().st_size
             path.unlink()
         return freed
+
+    def _write(self, key: str, stored: _Stored) -> None:
+        write_checked(self._entry_path(key), json.dumps(asdict(stored)).encode())
 
     def _entry_path(self, key: str) -> Path:
         return self.folder / "entries" / key[:2] / f"{key}.json"

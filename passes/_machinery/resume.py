@@ -48,10 +48,12 @@ class Resume:
         self._base = ""
         self._key = ""
         self._entry: Entry | None = None
+        self._row_keys: dict[Recorder, str] = {}
 
     def recall(self, pass_: Pass, program: Program, context: Context) -> Entry | None:
         """What the cache knows of ``pass_`` on ``program``; its results are put into the context."""
         self._entry = None
+        self._row_keys.clear()
         base = [
             digest_program(program),
             format_pipeline([pass_]),
@@ -95,17 +97,23 @@ class Resume:
 
     def row(self, recorder: Recorder) -> Any:
         """What ``recorder`` recorded about this pass in an earlier run; None if nothing."""
-        return self._entry.rows.get(recorder.key(self._context)) if self._entry else None
+        return self._entry.rows.get(self._row_key(recorder)) if self._entry else None
 
     def store_rows(self, recorders: Iterable[Recorder]) -> None:
         """Add what the recorders recorded about this pass to its entry."""
         if self._entry is None:
             return
-        rows = {recorder.key(self._context): recorder.row() for recorder in recorders}
+        rows = {self._row_key(recorder): recorder.row() for recorder in recorders}
         rows = {key: row for key, row in rows.items() if row is not None}
         if rows.keys() - self._entry.rows.keys():
             self._entry.rows |= rows
-            self.cache.put(self._key, self._entry)
+            self.cache.put_rows(self._key, self._entry)
+
+    def _row_key(self, recorder: Recorder) -> str:
+        """The recorder's key, asked of it once a pass: it may stand for a program."""
+        if recorder not in self._row_keys:
+            self._row_keys[recorder] = recorder.key(self._context)
+        return self._row_keys[recorder]
 
     def _full_key(self, uses: frozenset[str]) -> str:
         parts = {name: self._part(name) for name in sorted(uses)}

@@ -10,7 +10,9 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torch.onnx._internal.exporter import _registration
 
+from bitlower.backends.onnx_qdq import _torchlib
 from bitlower.backends.onnx_qdq._lower import lower
 from bitlower.backends.onnx_qdq._translate import translate
 from bitlower.frontends import load
@@ -150,3 +152,28 @@ def test_an_operator_that_nobody_can_translate_is_named_with_its_place() -> None
     place = r"bitlower_test\.untranslated.*test_onnx_translate\.py:\d+.*no translation"
     with pytest.raises(BitlowerError, match=place):
         lower(program, opset=23, form="qdq")
+
+
+def test_torchs_table_is_the_same_without_signatures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signatures are made for what is called; torch's own exporter makes them all, as before."""
+    whole = _registration.ONNXRegistry.from_torchlib(23)
+    before = _registration.OnnxDecompMeta, _registration.onnxscript_apis
+    made: list[object] = []
+    plain = _registration._schemas.op_signature_from_function
+    monkeypatch.setattr(
+        _registration._schemas,
+        "op_signature_from_function",
+        lambda *args, **options: made.append(args) or plain(*args, **options),
+    )
+    _torchlib._registry.cache_clear()
+    short = _torchlib._registry(23)
+    assert not made
+    assert entries(short) == entries(whole)
+    assert (_registration.OnnxDecompMeta, _registration.onnxscript_apis) == before
+
+
+def entries(registry: _registration.ONNXRegistry) -> dict[object, list[tuple[object, bool]]]:
+    return {
+        target: [(entry.onnx_function, entry.is_complex) for entry in found]
+        for target, found in registry.functions.items()
+    }

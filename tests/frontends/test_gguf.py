@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bitlower.frontends import _tokenizer, load
 from bitlower.frontends import gguf as reading
-from bitlower.frontends import load
 from bitlower.frontends import weights as _weights
+from bitlower.frontends._tokenizer import tokenizer_of
 from bitlower.frontends.gguf import load_gguf
 from bitlower.frontends.huggingface import trace_model
 from bitlower.frontends.locate import locate
@@ -141,6 +142,18 @@ def test_the_program_reads_texts_with_the_files_own_tokenizer(model: LlamaForCau
     with torch.no_grad():
         expected = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     torch.testing.assert_close(program(**batch)["logits"][kept], expected[kept], atol=1e-5, rtol=1e-4)
+
+
+def test_the_programs_tokenizer_is_the_one_that_was_checked(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not loaded again because the program is called otherwise than its file."""
+    _tokenizer._from_files.cache_clear()
+    loads: list[Path] = []
+    plain = _tokenizer._load
+    monkeypatch.setattr(_tokenizer, "_load", lambda folder: loads.append(folder) or plain(folder))
+    program = load(written)
+    program.source = "another name"
+    tokenizer_of(program)
+    assert len(loads) == 1
 
 
 def test_two_loads_give_the_same_files(written: Path) -> None:
@@ -275,7 +288,30 @@ def test_large_weights_are_left_in_files(written: Path, monkeypatch: pytest.Monk
     assert any(is_mapped(tensor) for _, tensor in load(written).tensors())
 
 
+def test_the_vocabulary_is_parsed_once(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the reader nor transformers, which asks for all values three times, goes over its entries."""
+    from transformers import modeling_gguf_pytorch_utils as transformers_reading
+
+    parsed: list[list[int]] = []
+    read: list[int] = []
+    parse, parts = transformers_reading._gguf_parse_value, gguf.GGUFReader._get_field_parts
+    monkeypatch.setattr(
+        transformers_reading, "_gguf_parse_value", lambda value, kinds: parsed.append(kinds) or parse(value, kinds)
+    )
+    monkeypatch.setattr(
+        gguf.GGUFReader,
+        "_get_field_parts",
+        lambda self, place, kind: read.append(int(kind)) or parts(self, place, kind),
+    )
+    load_gguf(written)
+    assert {len(kinds) for kinds in parsed} == {1}
+    assert gguf.GGUFValueType.STRING in read
+    assert gguf.GGUFValueType.ARRAY not in read
+
+
 def test_the_reader_is_as_before(written: Path) -> None:
-    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    from transformers import modeling_gguf_pytorch_utils as transformers_reading
+
+    before = gguf.GGUFReader, gguf.get_tensor_name_map, transformers_reading._gguf_parse_value
     load(written)
-    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map, transformers_reading._gguf_parse_value) == before

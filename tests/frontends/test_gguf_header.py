@@ -41,7 +41,11 @@ def test_what_the_package_writes_is_read(sound: Path) -> None:
     assert header.values["llama.block_count"] == 2
     assert header.values["llama.attention.layer_norm_rms_epsilon"] == 0.25
     assert header.values["some.flag"] is True
-    assert header.lengths == {"tokenizer.ggml.tokens": 3, "tokenizer.ggml.scores": 2}
+    entries = {key: list(array.entries) for key, array in header.arrays.items()}
+    assert entries == {
+        "tokenizer.ggml.tokens": [b"a", b"bc", "ä".encode()],
+        "tokenizer.ggml.scores": [1.0, 2.0],
+    }
     assert header.shapes == {"token_embd.weight": (3, 32), "blk.0.attn_q.weight": (4, 32)}
 
 
@@ -68,6 +72,8 @@ def text(value: bytes) -> bytes:
         (struct.pack("<QQ", 0, 1) + text(b"k") + struct.pack("<IIQ", 9, 9, 1), "entries of the unknown type 9"),
         (struct.pack("<QQ", 0, 1) + text(b"k") + struct.pack("<I", 77), "the unknown type 77"),
         (struct.pack("<QQ", 0, 1) + text(b"general.alignment") + struct.pack("<II", 4, 3), "its alignment is 3"),
+        (struct.pack("<QQ", 0, 2) + 2 * (text(b"k") + struct.pack("<IIQ", 9, 0, 0)), "it has the key 'k' twice"),
+        (struct.pack("<QQ", 0, 1) + text(b"k") + struct.pack("<IIQQ", 9, 8, 1, 41), "a text of 41 bytes at byte"),
         (struct.pack("<QQ", 1, 0) + text(b"t") + struct.pack("<I", 9), "'t' has 9 dimensions"),
         (struct.pack("<QQ", 1, 0) + text(b"t") + struct.pack("<IQIQ", 1, 4, 999, 0), "the unknown type 999"),
         (struct.pack("<QQ", 1, 0) + text(b"t") + struct.pack("<IQIQ", 1, 2**62, 0, 0), "'t' runs past the end"),

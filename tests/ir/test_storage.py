@@ -174,6 +174,25 @@ def test_a_bound_heap_gives_freed_blocks_back() -> None:
     assert freed[0] < 80 * MEGABYTE < 150 * MEGABYTE < freed[1]
 
 
+RESULTS = """
+import resource, torch
+from bitlower.ir.storage import bound_heap
+bound_heap()
+operand = torch.ones(1 << 19)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(100):
+    result = operand * 2
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_a_bound_heap_keeps_what_small_tensors_need() -> None:
+    """A result of 2 MB is not fetched from the system page by page each time: that would be 512 faults for each."""
+    command = [sys.executable, "-c", RESULTS]
+    assert int(subprocess.run(command, check=True, capture_output=True).stdout) < 100 * 512 / 4
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 5), (0, 4), (), (2, 3, 7)])
 @pytest.mark.parametrize("name", ["x", "a longer name than that"])

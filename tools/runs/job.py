@@ -38,6 +38,7 @@ from bitlower.tools.runs.float_share import float_parts
 from bitlower.tools.runs.heads import HeadNotes
 from bitlower.tools.runs.output import disk_errors, new_folder
 from bitlower.tools.runs.reports import Reports
+from bitlower.tools.runs.set_aside import setting_aside
 from bitlower.tools.runs.summary import RunSummary, peak_bytes
 
 CUT = f"held-out samples are cut to the tokens whose outputs take {format_bytes(LARGEST_OUTPUTS)}"
@@ -154,12 +155,15 @@ class _Run:
 
     def run(self, folder: Path | None) -> tuple[Program, RunSummary]:
         """All stages; the artifact goes into ``folder`` if there is one."""
-        program, data = self.load()
-        float_bytes = program.size_bytes()
-        program, ledger = self.lower(program, data, folder)
-        before_export = [*self.stages, *self.timing.rows]
-        self.stages.clear()
-        reports = self.export(program, data, ledger, folder) if folder else {}
+        with setting_aside() as set_aside:
+            program, data = self.load()
+            set_aside()
+            float_bytes = program.size_bytes()
+            program, ledger = self.lower(program, data, folder)
+            before_export = [*self.stages, *self.timing.rows]
+            self.stages.clear()
+            set_aside()  # the float program goes
+            reports = self.export(program, data, ledger, folder) if folder else {}
         files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in _files(folder)} if folder else {}
         pipeline = format_pipeline(self.job.passes)
         stages = (*before_export, *self.stages)

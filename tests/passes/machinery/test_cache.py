@@ -15,6 +15,7 @@ import torch
 
 from bitlower.ir import BitlowerError, Program, get_tensor, serialize, set_tensor
 from bitlower.passes import Cache, Context, Contract, Ledger, Pass, PassManager, parse_pipeline
+from bitlower.passes._machinery import cache as store
 from bitlower.passes._machinery import digest
 from bitlower.passes._machinery.cache import Entry, aligned
 from bitlower.passes._machinery.digest import digest_code
@@ -148,6 +149,32 @@ def test_the_rows_belong_to_the_ledgers_reference(tiny_program: Program, tmp_pat
     found = run(halved, cache, [Shrink()])  # the second step above, but compared with another program
     assert found[3] == []
     assert found[1] == run(halved, None, [Shrink()])[1]
+
+
+def test_rows_are_added_without_the_program(
+    tiny_program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a pass gave is encoded once, and the ledger's key is asked for once a pass."""
+    encoded: list[Program] = []
+    asked: list[Context] = []
+    plain, key = store.encode, Ledger.key
+    monkeypatch.setattr(store, "encode", lambda program: encoded.append(program) or plain(program))
+    monkeypatch.setattr(Ledger, "key", lambda self, context: asked.append(context) or key(self, context))
+    first = run(tiny_program, Cache(tmp_path), [Shrink(), Shrink("seed")])
+    assert (len(encoded), len(asked)) == (2, 2)
+    assert run(tiny_program, Cache(tmp_path), [Shrink(), Shrink("seed")])[:2] == first[:2]
+
+
+def test_rows_are_stored_with_an_entry_that_has_gone(tiny_program: Program, tmp_path: Path) -> None:
+    cache, entry = Cache(tmp_path), Entry(changed=True, program=tiny_program)
+    cache.put("aa", entry)
+    entry.rows["row"] = 1
+    next(tmp_path.glob("entries/*/*.json")).unlink()
+    cache.put_rows("aa", entry)
+    stored = cache.get("aa")
+    assert stored is not None
+    assert stored.program is not None
+    assert (stored.program.digest(), stored.rows) == (tiny_program.digest(), {"row": 1})
 
 
 def test_a_change_of_the_code_counts(tiny_program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
