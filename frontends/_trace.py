@@ -279,9 +279,12 @@ def _reshape_learned_attention(module: fx.GraphModule) -> None:
         tensors = [get_tensor(module, str(part.target)) for part in read if part.op == "get_attr"]
         if not any(isinstance(tensor, torch.nn.Parameter) for tensor in tensors):
             continue
-        for moved in (user for user in node.users if user.target is aten.transpose.int):
-            for view in (user for user in moved.users if user.target is aten.view.default):
-                view.target = aten.reshape.default
+        moved = [node]
+        for value in moved:
+            moved += [user for user in value.users if user.target in (aten.view.default, aten.transpose.int)]
+        for value in moved:
+            if value.target is aten.view.default:
+                value.target = aten.reshape.default
 
 
 def _reject_foreign(graph: fx.Graph) -> None:
