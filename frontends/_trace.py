@@ -279,10 +279,10 @@ def _reshape_learned_attention(module: fx.GraphModule) -> None:
         tensors = [get_tensor(module, str(part.target)) for part in read if part.op == "get_attr"]
         if not any(isinstance(tensor, torch.nn.Parameter) for tensor in tensors):
             continue
-        moved = [node]
-        for value in moved:
-            moved += [user for user in value.users if user.target in (aten.view.default, aten.transpose.int)]
-        for value in moved:
+        views = [node]
+        for value in views:
+            views += [user for user in value.users if user.target in (aten.view.default, aten.transpose.int)]
+        for value in views:
             if value.target is aten.view.default:
                 value.target = aten.reshape.default
 

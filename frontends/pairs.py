@@ -25,7 +25,7 @@ _OWN = 64
 class PairBatches:
     """Batches, and how many of the sources and of the targets were too long and are cut."""
 
-    batches: list[Batch]
+    batches: list[dict[str, torch.Tensor]]
     cut_sources: int
     cut_targets: int
 
@@ -52,7 +52,7 @@ def pair_batches(
     written, cut_targets = None, 0
     if targets is not None:
         written, cut_targets = _tokens(tokenizer, {"text_target": list(targets)}, limits[1])
-    batches: list[Batch] = []
+    batches: list[dict[str, torch.Tensor]] = []
     for first in range(0, len(read), batch_size):
         part = slice(first, first + batch_size)
         ids, mask = _padded(read[part], tokenizer.pad_token_id)

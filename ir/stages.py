@@ -127,7 +127,8 @@ def _is_read_by_decoder(name: str) -> bool:
 
 
 def _placeholder(program: Program, spec: ValueSpec) -> fx.Node:
-    return list(program.graph.find_nodes(op="placeholder"))[program.inputs.index(spec)]
+    nodes: list[fx.Node] = list(program.graph.find_nodes(op="placeholder"))
+    return nodes[program.inputs.index(spec)]
 
 
 class _Stage:
