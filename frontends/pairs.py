@@ -55,10 +55,10 @@ def pair_batches(
     batches: list[dict[str, torch.Tensor]] = []
     for first in range(0, len(read), batch_size):
         part = slice(first, first + batch_size)
-        ids, mask = _padded(read[part], tokenizer.pad_token_id)
+        ids, mask = padded(read[part], tokenizer.pad_token_id)
         source = {TOKENS: ids, MASK: mask}
         rows = written[part] if written is not None else _own(program, source, min(limits[1], _OWN))
-        target, target_mask = _padded([shifted(program, row) for row in rows], tokenizer.pad_token_id)
+        target, target_mask = padded([shifted(program, row) for row in rows], tokenizer.pad_token_id)
         batches.append({**source, TARGET: target, TARGET_MASK: target_mask})
     return PairBatches(batches, cut_sources, cut_targets)
 
@@ -106,8 +106,8 @@ def _tokens(tokenizer: Any, texts: dict[str, list[str]], limit: int) -> tuple[li
     return rows, sum(len(row) > limit for row in whole)
 
 
-def _padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of one length, ``[batch, longest]``, and which of their tokens are no padding."""
+def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of one length, ``[batch, longest]`` int64, and which of their tokens are no padding."""
     longest = max(map(len, rows))
     ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows], dtype=torch.int64)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], dtype=torch.int64)

@@ -9,7 +9,7 @@ from typing import Any
 from bitlower.backends.onnx_qdq._folder import MODEL
 from bitlower.backends.onnx_qdq._manifest import ArtifactReport
 from bitlower.backends.onnx_qdq._manifest import verify_artifact as verify
-from bitlower.backends.onnx_qdq._model import OnnxModel
+from bitlower.backends.onnx_qdq._model import OnnxEncoderDecoder, OnnxModel
 from bitlower.backends.onnx_qdq._verification import Verification
 from bitlower.backends.onnx_qdq._verify import verify_export
 from bitlower.backends.onnx_qdq.backend import ExportReport, OnnxQdq
@@ -19,6 +19,7 @@ __all__ = [
     "MODEL",
     "ArtifactReport",
     "ExportReport",
+    "OnnxEncoderDecoder",
     "OnnxModel",
     "OnnxQdq",
     "Verification",

@@ -29,7 +29,13 @@ def evaluate(
         str,
         typer.Argument(metavar="DIR|MODEL", help="An artifact's folder, or a float model: a folder or package:NAME."),
     ],
-    task: Annotated[str, typer.Option(help="sts-b, classification or text-generation.")],
+    task: Annotated[
+        str,
+        typer.Option(
+            help="sts-b, classification or text-generation; of encoder-decoders summarization (ROUGE), translation "
+            "(BLEU) or speech-recognition (word error rate)."
+        ),
+    ],
     data: Annotated[
         str | None,
         typer.Option(help="A .tsv, .csv or .jsonl file; for text-generation a text, or FILE.jsonl:COLUMN."),
@@ -38,7 +44,7 @@ def evaluate(
         str,
         typer.Option(
             help="sts-b: score,sentence1,sentence2 (4,5,6 if not given: the benchmark's own files). "
-            "classification: text[,text2],label (sentence,label if not given)."
+            "classification: text[,text2],label (sentence,label if not given). Encoder-decoders: source,reference."
         ),
     ] = "",
     batch_size: Annotated[int, typer.Option(help="Texts in a batch.", min=1)] = 32,

@@ -19,12 +19,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 
 import torch
 
 from bitlower.frontends import batches
 from bitlower.frontends.pairs import PairBatches, pair_batches
+from bitlower.frontends.sound import reads_sound, sound_batches
 from bitlower.frontends.tokenize import BOS, check_length, text_ids, window_lead, windows
 from bitlower.ir import Batch, BitlowerError, Program, nearest
 from bitlower.ir.stages import is_encoder_decoder
@@ -36,6 +38,7 @@ from bitlower.tools.data.texts import (
     check_one_column,
     read_text,
     read_texts,
+    split_column,
     split_texts,
     split_windows,
 )
@@ -145,7 +148,8 @@ def python_source(
     texts = cast("str | os.PathLike[str] | Sequence[str]", calibration)
     amount = Amount.make(samples, max_length, decoder)
     if not decoder:
-        return _texts(split_texts(texts, samples=samples, seed=seed), amount, amount)
+        base = split_column(texts)[0].parent if isinstance(texts, str | os.PathLike) else Path()
+        return _texts(split_texts(texts, samples=samples, seed=seed), amount, amount, base)
     text = read_text(texts, limit=LONGEST_TEXT) if isinstance(texts, str | os.PathLike) else PARAGRAPH.join(texts)
     return DataSource(lambda program: _windows(program, text, amount, seed, bos), amount.samples)
 
@@ -155,7 +159,7 @@ def _section_source(recipe: Recipe, section: DataSection, decoder: bool) -> Data
     path, amount = recipe.resolve(section.data), Amount.of(section, decoder)
     if not decoder:
         texts = split_texts(path, samples=section.samples, seed=section.seed, column=section.column)
-        return _texts(texts, amount, amount)
+        return _texts(texts, amount, amount, path.parent)
     text = read_text(path, column=check_one_column(section.column), limit=LONGEST_TEXT)
     return DataSource(lambda program: _windows(program, text, amount, section.seed, recipe.model.bos), amount.samples)
 
@@ -165,15 +169,16 @@ def _evaluation(recipe: Recipe, section: DataSection, decoder: bool) -> Callable
     path, amount = recipe.resolve(section.data), Amount.of(section, decoder)
     if not decoder:
         texts = read_texts(path, column=section.column, samples=section.samples or HELD_OUT_TEXTS, seed=section.seed)
-        return lambda program: _rows(program, texts, amount).batches
+        return lambda program: _rows(program, texts, amount, path.parent).batches
     text = read_text(path, column=check_one_column(section.column), limit=LONGEST_TEXT)
     amount = replace(amount, samples=section.samples or HELD_OUT_WINDOWS)
     return lambda program: _windows(program, text, amount, section.seed, recipe.model.bos).calibration
 
 
-def _texts(texts: TextSplit, amount: Amount, held_out: Amount) -> DataSource:
+def _texts(texts: TextSplit, amount: Amount, held_out: Amount, base: Path) -> DataSource:
     def made(program: Program) -> Data:
-        calibration, held_out_rows = _rows(program, texts.calibration, amount), _rows(program, texts.held_out, held_out)
+        calibration = _rows(program, texts.calibration, amount, base)
+        held_out_rows = _rows(program, texts.held_out, held_out, base)
         notes = [note for rows in (calibration, held_out_rows) for note in rows.notes]
         return Data(calibration.batches, held_out_rows.batches, notes=tuple(dict.fromkeys(notes)))
 
@@ -188,7 +193,8 @@ class _Rows:
     notes: tuple[str, ...] = ()
 
 
-def _rows(program: Program, texts: Sequence[Text], amount: Amount) -> _Rows:
+def _rows(program: Program, texts: Sequence[Text], amount: Amount, base: Path) -> _Rows:
+    """Batches of ``texts``; of a model that reads sound they are paths, relative to ``base``."""
     if not texts:
         return _Rows()
     first = [text if isinstance(text, str) else text[0] for text in texts]
@@ -196,7 +202,10 @@ def _rows(program: Program, texts: Sequence[Text], amount: Amount) -> _Rows:
     length, size = amount.length(program), amount.batch_size
     if not is_encoder_decoder(program):
         return _Rows(batches(program, first, pairs=second, max_length=length, batch_size=size))
-    pairs = pair_batches(program, first, second, max_length=length, batch_size=size)
+    if reads_sound(program):
+        pairs = sound_batches(program, [base / name for name in first], second, max_length=length, batch_size=size)
+    else:
+        pairs = pair_batches(program, first, second, max_length=length, batch_size=size)
     return _Rows(pairs.batches, tuple(_pair_notes(pairs, len(first), second is not None)))
 
 

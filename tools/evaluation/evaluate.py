@@ -20,6 +20,8 @@ from bitlower.tools.data.labels import class_names, class_of
 from bitlower.tools.data.texts import Row, number, read_rows, split_column
 from bitlower.tools.evaluation.artifacts import load_artifact
 from bitlower.tools.evaluation.metrics import accuracy, f1, matthews, pearson, spearman
+from bitlower.tools.evaluation.results import Evaluation
+from bitlower.tools.evaluation.targets import METRICS, evaluate_targets
 
 if TYPE_CHECKING:
     pass
@@ -29,22 +31,6 @@ TASKS = ("sts-b", "classification")
 UNMEASURED = ("token-classification", "question-answering", "fill-mask", "pre-training")
 STS_B_COLUMNS = ("4", "5", "6")
 """Score, first and second sentence in the STS benchmark's own files, which have no header line."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured: every metric in percent, over ``samples`` rows of the data file."""
-
-    target: str
-    task: str
-    data: str
-    samples: int
-    metrics: dict[str, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        metrics = {name: round(value, 4) for name, value in self.metrics.items()}
-        return {"target": self.target, "task": self.task, "data": self.data, "samples": self.samples, **metrics}
 
 
 @dataclass(frozen=True)
@@ -70,10 +56,12 @@ def evaluate(
     Args:
         target: an artifact's folder (ONNX or library), a model as the frontends take it, or a Program of any level.
         task: ``sts-b`` (score, two sentences: correlation of the score with the cosine of mean-pooled embeddings) or
-            ``classification`` (text, an optional second text, label).
+            ``classification`` (text, an optional second text, label); or one of
+            :data:`~bitlower.tools.evaluation.targets.METRICS`.
         data: a .tsv, .csv or .jsonl file.
         columns: by name or, in a file without a header line, by number from 0. ``sts-b`` takes the columns of the
-            benchmark's own files if none is given, ``classification`` takes ``sentence,label``.
+            benchmark's own files if none is given, ``classification`` takes ``sentence,label``; see
+            :func:`~bitlower.tools.evaluation.targets.evaluate_targets` for what encoder-decoders write.
         batch_size: texts in a batch; texts of like length go together.
         max_length: in tokens.
         track: wraps the batches with a progress display.
@@ -83,10 +71,15 @@ def evaluate(
     """
     if task in UNMEASURED:
         raise BitlowerError(
-            f"measuring is not available for {task}", hint=f"{', '.join(TASKS)} and text-generation can be measured"
+            f"measuring is not available for {task}",
+            hint=f"{', '.join((*TASKS, *METRICS))} and text-generation can be measured",
+        )
+    if task in METRICS:
+        return evaluate_targets(
+            target, task, data, columns=columns, batch_size=batch_size, max_length=max_length, track=track
         )
     if task not in TASKS:
-        raise BitlowerError(f"unknown evaluation {task!r}", hint=nearest(task, TASKS))
+        raise BitlowerError(f"unknown evaluation {task!r}", hint=nearest(task, (*TASKS, *METRICS)))
     path, _ = split_column(data)
     rows = _read(path, task, tuple(columns))
     runner = open_runner(target)

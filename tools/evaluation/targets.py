@@ -1,0 +1,193 @@
+"""What encoder-decoders write against references: ROUGE, BLEU and word error rates, by the field's own packages.
+
+Targets are written by greedy decoding, of an artifact in its runtime or of a float model as a Program.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitlower.backends.onnx_qdq import OnnxEncoderDecoder
+from bitlower.frontends import batches, load
+from bitlower.frontends.sound import LANGUAGE, reads_sound, sound_batches, speech_prompt, stop_token
+from bitlower.frontends.tokenize import decode
+from bitlower.ir import Batch, BitlowerError, Program
+from bitlower.ir.files import check_name
+from bitlower.ir.generation import greedy_target, program_stages, start_token, stop_tokens
+from bitlower.ir.stages import encoder_batch, is_encoder_decoder
+from bitlower.tools.data.texts import Row, read_examples, split_column
+from bitlower.tools.evaluation.artifacts import load_artifact
+from bitlower.tools.evaluation.results import Evaluation
+
+Track = Callable[[Iterable[Any], str], Iterator[Any]]
+Write = Callable[[Batch], list[str]]
+"""From a batch of sources to the texts that a model writes."""
+
+
+def _rouge(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """The mean F1 of ROUGE-1, -2 and -L (Lin, 2004)."""
+    scorer = _package("rouge_score.rouge_scorer", "rouge-score").RougeScorer(["rouge1", "rouge2", "rougeL"])
+    scores = [scorer.score(reference, text) for text, reference in zip(written, references, strict=True)]
+    return {name: 100 * sum(score[name].fmeasure for score in scores) / len(scores) for name in scores[0]}
+
+
+def _bleu(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """BLEU (Papineni et al., 2002) and chrF (Popović, 2015) of the corpus, as sacrebleu has them."""
+    sacrebleu = _package("sacrebleu", "sacrebleu")
+    return {
+        "bleu": sacrebleu.corpus_bleu(list(written), [list(references)]).score,
+        "chrf": sacrebleu.corpus_chrf(list(written), [list(references)]).score,
+    }
+
+
+def _wer(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Word and character error rates after Whisper's normalization (Radford et al., 2022, appendix C)."""
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+
+    jiwer, plain = _package("jiwer", "jiwer"), BasicTextNormalizer()
+    pairs = [
+        (plain(reference).strip(), plain(text).strip()) for text, reference in zip(written, references, strict=True)
+    ]
+    expected, found = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    return {"wer": 100 * jiwer.wer(expected, found), "cer": 100 * jiwer.cer(expected, found)}
+
+
+METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] = {
+    "summarization": _rouge,
+    "translation": _bleu,
+    "speech-recognition": _wer,
+}
+"""By task: from what was written and what should have been to figures in percent."""
+
+
+def evaluate_targets(
+    target: str | os.PathLike[str] | Program,
+    task: str,
+    data: str | os.PathLike[str],
+    *,
+    columns: Sequence[str] = (),
+    batch_size: int = 8,
+    max_length: int = 128,
+    language: str = LANGUAGE,
+    track: Track = lambda items, label: iter(items),
+) -> Evaluation:
+    """Let ``target`` write what belongs to each source of ``data``, and compare it with the reference.
+
+    Args:
+        target: an ONNX artifact's folder, a model as the frontends take it, or a Program.
+        task: one of :data:`METRICS`.
+        data: a .tsv, .csv or .jsonl file; ``FILE:SOURCE,TARGET`` names the columns too.
+        columns: of the source (a text, or the path of a sound file, relative to ``data``) and of the reference.
+        batch_size: sources in a batch.
+        max_length: tokens of a source and of a target at most.
+        language: of sound.
+        track: wraps the batches with a progress display.
+
+    Raises:
+        BitlowerError: a column or a file is missing, a text is empty, the model is no encoder-decoder, or the package
+            of the metric is not installed.
+    """
+    path, named = split_column(data)
+    column = list(columns) or named
+    rows = list(read_examples(path, column, None)) if column else []
+    if not rows or len(rows[0].values) != 2:
+        raise BitlowerError(
+            f"{task} needs a column of sources and one of references", hint=f"name them: {path}:SOURCE,TARGET"
+        )
+    METRICS[task]([rows[0].values[1]], [rows[0].values[1]])  # a package that is missing is named before the work
+    writer = _Writer.open(target, max_length, language)
+    written = [text for batch in track(writer.batches(path, rows, batch_size), "evaluating") for text in writer(batch)]
+    name = target.source if isinstance(target, Program) else os.fspath(target)
+    return Evaluation(name, task, str(path), len(rows), METRICS[task](written, [row.values[1] for row in rows]))
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """A model that writes targets."""
+
+    program: Program
+    generate: Callable[..., torch.Tensor]
+    max_length: int
+    language: str
+
+    @classmethod
+    def open(cls, target: str | os.PathLike[str] | Program, max_length: int, language: str) -> _Writer:
+        """A Program, an artifact in its runtime, or the float model.
+
+        Raises:
+            BitlowerError: there is no such model, or it is no encoder-decoder.
+        """
+        model = target if isinstance(target, Program) else load_artifact(check_name(target)) or load(target)
+        if isinstance(model, OnnxEncoderDecoder):
+            return cls(model.program, model.generate, max_length, language)
+        program = model.program if not isinstance(model, Program) else model
+        if not isinstance(model, Program) or not is_encoder_decoder(program):
+            raise BitlowerError(
+                f"{program.source or 'the model'} is no encoder with a decoder, and writes no targets",
+                hint="text-generation measures language models",
+            )
+        encode, decode_ = program_stages(program)
+
+        def generate(
+            *, start: torch.Tensor, stops: Sequence[int], max_new_tokens: int, pad: int, **source: torch.Tensor
+        ) -> torch.Tensor:
+            return greedy_target(encode, decode_, source, start, stops=stops, new_tokens=max_new_tokens, pad=pad)
+
+        return cls(program, generate, max_length, language)
+
+    def batches(self, path: Path, rows: Sequence[Row], size: int) -> list[Batch]:
+        """The sources; their references go along as targets, and are not read."""
+        sources, references = ([row.values[place] for row in rows] for place in (0, 1))
+        if not reads_sound(self.program):
+            return [*batches(self.program, sources, pairs=references, max_length=self.max_length, batch_size=size)]
+        files = [path.parent / source for source in sources]
+        made = sound_batches(
+            self.program, files, references, max_length=self.max_length, batch_size=size, language=self.language
+        )
+        return [*made.batches]
+
+    def __call__(self, batch: Batch) -> list[str]:
+        """The texts that the model writes for the sources of ``batch``."""
+        source = encoder_batch(batch)
+        prompt, stops = self._prompt()
+        rows = len(next(iter(source.values())))
+        room = (self.program.context_length or self.max_length + len(prompt)) - len(prompt)
+        written = self.generate(
+            **source,
+            start=torch.tensor([prompt] * rows, dtype=torch.int64),
+            stops=stops,
+            max_new_tokens=min(self.max_length, room),
+            pad=stops[0] if stops else 0,
+        )
+        return [decode(self.program, _until(row[len(prompt) :], stops)).strip() for row in written.tolist()]
+
+    def _prompt(self) -> tuple[list[int], tuple[int, ...]]:
+        """What targets begin with, and what ends them."""
+        if reads_sound(self.program):
+            return speech_prompt(self.program, self.language), (stop_token(self.program),)
+        first = start_token(self.program)
+        if first is None:
+            raise BitlowerError(f"{self.program.source or 'the model'} names no decoder_start_token_id")
+        return [first], stop_tokens(self.program)
+
+
+def _until(row: list[int], stops: Sequence[int]) -> list[int]:
+    """The tokens before the first that ends a target."""
+    ends = [place for place, token in enumerate(row) if token in stops]
+    return row[: ends[0]] if ends else row
+
+
+def _package(module: str, name: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError:
+        raise BitlowerError(
+            f"this metric needs the package {name}", hint="install it: pip install bitlower[eval]"
+        ) from None
