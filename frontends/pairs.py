@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from bitlower.frontends._tokenizer import tokenizer_of
-from bitlower.ir import Batch, BitlowerError, Program
-from bitlower.ir.generation import greedy_target, program_stages, start_token, stop_tokens
-from bitlower.ir.tokens import ENCODER_SEQUENCE, MASK, TARGET, TARGET_MASK, TOKENS
+from bitlower.ir import Batch, BitlowerError, Program, ValueSpec
+from bitlower.ir.generation import greedy_target, program_stages, start_token, stop_tokens, target_prompt
+from bitlower.ir.tokens import BATCH, ENCODER_SEQUENCE, MASK, SEQUENCE, TARGET, TARGET_MASK, TOKENS, TOTAL
 
 _OWN = 64
 """Tokens of a target that the model writes itself, at most."""
@@ -63,6 +63,32 @@ def pair_batches(
     return PairBatches(batches, cut_sources, cut_targets)
 
 
+def random_pairs(program: Program, *, count: int, length: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    """``count`` batches of one source and one target, drawn at random: for comparisons that need no data.
+
+    Raises:
+        BitlowerError: the model does not say how many tokens it knows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    entries = program.config.get("decoder_vocab_size") or program.config.get("vocab_size")
+    if not isinstance(entries, int):
+        raise BitlowerError(f"{program.source or 'the model'} does not say how many tokens it knows (vocab_size)")
+    longest = program.lengths[ENCODER_SEQUENCE].longest if ENCODER_SEQUENCE in program.lengths else None
+    sizes = {BATCH: 1, ENCODER_SEQUENCE: min(length, longest or length)}
+    sizes[SEQUENCE] = sizes[TOTAL] = min(length, program.context_length or length)
+
+    def drawn(spec: ValueSpec) -> torch.Tensor:
+        shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.type.shape]
+        if spec.type.is_float:
+            return torch.randn(shape, generator=generator)
+        if spec.name in (MASK, TARGET_MASK):
+            return torch.ones(shape, dtype=spec.type.dtype)
+        return torch.randint(entries, shape, generator=generator, dtype=spec.type.dtype)
+
+    read = [spec for spec in program.inputs if "past" not in spec.type.shape]
+    return [{spec.name: drawn(spec) for spec in read} for _ in range(count)]
+
+
 def shifted(program: Program, target: Sequence[int]) -> list[int]:
     """What the decoder reads of a target: its start token, then all but the last.
 
@@ -80,16 +106,9 @@ def shifted(program: Program, target: Sequence[int]) -> list[int]:
 
 def _own(program: Program, source: Batch, tokens: int) -> list[list[int]]:
     """The targets that the model writes for ``source``, each with the token that ends it."""
-    first = start_token(program)
-    if first is None:
-        raise BitlowerError(
-            f"{program.source or 'the model'} names no decoder_start_token_id, so that it cannot write targets itself",
-            hint="give pairs of source and target",
-        )
-    encode, decode = program_stages(program)
     stops = stop_tokens(program)
-    start = torch.full((len(source[TOKENS]), 1), first, dtype=torch.int64)
-    written = greedy_target(encode, decode, source, start, stops=stops, new_tokens=tokens)
+    start = torch.tensor([target_prompt(program)] * len(source[TOKENS]), dtype=torch.int64)
+    written = greedy_target(*program_stages(program), source, start, stops=stops, new_tokens=tokens)
     return [_to_the_end(row, stops) for row in written[:, 1:].tolist()]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bitlower.frontends._tokenizer import check_same_tokens, leading_tokens, load_tokenizer, tokenizer_of
-from bitlower.frontends.pairs import pair_batches
+from bitlower.frontends.pairs import pair_batches, random_pairs
 from bitlower.frontends.sound import reads_sound, sound_batches
 from bitlower.ir import BitlowerError, Program, nearest
 from bitlower.ir.assets import is_tokenizer
@@ -198,6 +198,8 @@ def random_windows(
     Raises:
         BitlowerError: the program does not read token ids of a known vocabulary.
     """
+    if is_encoder_decoder(program):
+        return random_pairs(program, count=count, length=length, seed=seed)
     entries = program.config.get("vocab_size")
     if not isinstance(entries, int) or "input_ids" not in (spec.name for spec in program.inputs):
         raise BitlowerError(

@@ -67,13 +67,22 @@ def with_small_outputs(program: Program, batch: Batch) -> Batch:
 
 
 def within(program: Program, batch: Batch, types: Iterable[TensorType], limit: int) -> Batch:
-    """``batch``, or so many tokens of each of its rows that values of ``types`` take no more than ``limit`` bytes."""
+    """``batch``, or so many tokens of each of its rows that values of ``types`` take no more than ``limit`` bytes.
+
+    Where a few tokens of each row are too many, fewer rows.
+    """
+    types = list(types)
     sizes = symbolic_sizes(program, batch)
     size = sum(kind.dtype.itemsize * math.prod(_size(dim, sizes) for dim in kind.shape) for kind in types)
     longest = max(sizes.values(), default=0)
     if size <= limit:
         return batch
-    return small_batch(program, batch, longest, max(LENGTH, longest * limit // size))
+    least = {dim: n if dim == BATCH else min(n, LENGTH) for dim, n in sizes.items()}
+    fixed = sum(kind.dtype.itemsize * math.prod(_size(dim, least) for dim in kind.shape) for kind in types)
+    rows = sizes.get(BATCH, 1)
+    if fixed > limit:  # what does not grow with the tokens, such as frames of sound
+        return small_batch(program, batch, max(1, rows * limit // fixed), LENGTH)
+    return small_batch(program, batch, rows, max(LENGTH, longest * limit // size))
 
 
 def _size(dim: int | str, sizes: Mapping[str, int]) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from bitlower.ir.assets import generation_settings
+from bitlower.ir.diagnostics import BitlowerError
 from bitlower.ir.fit import Batch
 from bitlower.ir.observe import run
 from bitlower.ir.program import Program
@@ -69,6 +70,21 @@ def start_token(program: Program) -> int | None:
     """The token that every target begins with; None if none is named."""
     value = _setting(program, "decoder_start_token_id")
     return value if isinstance(value, int) else None
+
+
+def target_prompt(program: Program) -> list[int]:
+    """What every target begins with: the start token, and ``forced_bos_token_id`` where one is named (a language).
+
+    Raises:
+        BitlowerError: the model names no start token.
+    """
+    first, forced = start_token(program), _setting(program, "forced_bos_token_id")
+    if first is None:
+        raise BitlowerError(
+            f"{program.source or 'the model'} names no decoder_start_token_id, so that it cannot write targets itself",
+            hint="name one in generation_config.json",
+        )
+    return [first, *([forced] if isinstance(forced, int) else [])]
 
 
 def stop_tokens(program: Program) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from bitlower.backends import _manifest
 from bitlower.backends._folder import shell
 from bitlower.backends.onnx_qdq._folder import MODEL, model_file, stages_in
 from bitlower.ir import Batch, BitlowerError, Program, TensorType, ValueSpec
-from bitlower.ir.generation import greedy_target, start_token, stop_tokens
+from bitlower.ir.generation import greedy_target, stop_tokens, target_prompt
 from bitlower.ir.stages import DECODER, ENCODER, decoder_batch, encoder_batch, whole_inputs
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class OnnxModel:
         Raises:
             BitlowerError: an input is missing or unknown.
         """
-        return _run(self.session, self.program.complete(inputs))
+        return _run(self.session, self.program, inputs)
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class OnnxEncoderDecoder:
         encoder: reads the source.
         decoder: writes the target.
         program: what both together take and return.
-        stage: the same of the decoder alone.
+        stages: the same of each alone.
     """
 
     encoder: InferenceSession
     decoder: InferenceSession
     program: Program
-    stage: Program
+    stages: tuple[Program, Program]
 
     @classmethod
     def open(cls, folder: Path) -> OnnxEncoderDecoder:
@@ -80,10 +80,12 @@ class OnnxEncoderDecoder:
             BitlowerError: onnxruntime cannot load it, or there is no configuration.
         """
         encoder, decoder = (_session(folder / model_file(stage)) for stage in (ENCODER, DECODER))
-        own = _specs(decoder.get_inputs()), _specs(decoder.get_outputs())
-        inputs = whole_inputs(_specs(encoder.get_inputs()), own[0])
-        outputs = (*own[1], *_specs(encoder.get_outputs()))
-        return cls(encoder, decoder, _shell(folder, inputs, outputs), _shell(folder, *own))
+        first, second = (
+            _shell(folder, _specs(session.get_inputs()), _specs(session.get_outputs()))
+            for session in (encoder, decoder)
+        )
+        inputs, outputs = whole_inputs(first.inputs, second.inputs), (*second.outputs, *first.outputs)
+        return cls(encoder, decoder, _shell(folder, inputs, outputs), (first, second))
 
     @property
     def inputs(self) -> tuple[ValueSpec, ...]:
@@ -106,15 +108,22 @@ class OnnxEncoderDecoder:
         return self.decode(**decoder_batch(batch, cross)) | cross
 
     def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The keys and values of cross-attention, from the source."""
-        return _run(self.encoder, inputs)
+        """The keys and values of cross-attention, from the source.
+
+        Raises:
+            BitlowerError: an input is missing or unknown.
+        """
+        return _run(self.encoder, self.stages[0], inputs)
 
     def decode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """The logits and the decoder's own keys and values; names are those of the decoder's file.
 
         A past that is left out is empty.
+
+        Raises:
+            BitlowerError: an input is missing or unknown.
         """
-        return _run(self.decoder, self.stage.complete(inputs))
+        return _run(self.decoder, self.stages[1], inputs)
 
     def generate(
         self,
@@ -128,7 +137,7 @@ class OnnxEncoderDecoder:
         """The most likely target of each source, token by token: ``[batch, start + new]`` int64.
 
         Args:
-            max_new_tokens: at most so many follow the start.
+            max_new_tokens: at most so many follow the start, and no more than the model takes.
             start: what every target begins with, ``[batch, n]``; the model's ``decoder_start_token_id`` if left out.
             stops: tokens that end a target; the model's ``eos_token_id`` if left out.
             pad: what follows the end; the model's ``pad_token_id`` if left out.
@@ -137,18 +146,17 @@ class OnnxEncoderDecoder:
         Raises:
             BitlowerError: the model names no token that targets begin with, and none is given.
         """
+        rows = len(self.stages[0].arguments(source)[0])
         if start is None:
-            first = start_token(self.program)
-            if first is None:
-                raise BitlowerError("the model names no decoder_start_token_id", hint="give `start`")
-            start = torch.full((len(next(iter(source.values()))), 1), first, dtype=torch.int64)
+            start = torch.tensor([target_prompt(self.program)] * rows, dtype=torch.int64)
+        room = (self.program.context_length or max_new_tokens + start.shape[1]) - start.shape[1] + 1
         return greedy_target(
             lambda batch: self.encode(**batch),
             lambda batch: self.decode(**batch),
             source,
             start,
             stops=stop_tokens(self.program) if stops is None else stops,
-            new_tokens=max_new_tokens,
+            new_tokens=min(max_new_tokens, room),
             pad=pad if pad is not None else self.program.config.get("pad_token_id") or 0,
         )
 
@@ -180,9 +188,11 @@ def _shell(folder: Path, inputs: tuple[ValueSpec, ...], outputs: tuple[ValueSpec
     return program
 
 
-def _run(session: InferenceSession, inputs: Batch) -> dict[str, torch.Tensor]:
+def _run(session: InferenceSession, program: Program, inputs: Batch) -> dict[str, torch.Tensor]:
+    """The outputs on ``inputs``, which are those that ``program`` takes."""
     names = [value.name for value in session.get_outputs()]
-    found = session.run(names, {name: value.numpy() for name, value in inputs.items()})
+    values = zip((spec.name for spec in program.inputs), program.arguments(inputs), strict=True)
+    found = session.run(names, {name: value.numpy() for name, value in values})
     return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
 
 

@@ -25,13 +25,13 @@ from bitlower.backends._unseen import Seen, Unseen, at, with_small_batch
 from bitlower.backends.decoding import visible
 from bitlower.backends.onnx_qdq._codes import CodeComparison
 from bitlower.backends.onnx_qdq._constants import check_constants, weights
-from bitlower.backends.onnx_qdq._float_noise import shaken
 from bitlower.backends.onnx_qdq._folder import MODEL
 from bitlower.backends.onnx_qdq._kernels import Optimized, inspect_kernels, optimized_model
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS
 from bitlower.backends.onnx_qdq._session import read_model, runtime_versions
 from bitlower.backends.onnx_qdq._verification import CodeError, Verification
 from bitlower.ir import Batch, BitlowerError, CheckError, Program
+from bitlower.ir.float_noise import shaken
 from bitlower.ir.folding import with_float_weights
 from bitlower.ir.observe import run
 from bitlower.ir.storage import trim

@@ -61,7 +61,6 @@ def join_stages(
     constants = sum((Counter(dict(part.constants)) for part in parts), Counter[str]())
     return replace(
         parts[-1],
-        tokens=sum(part.tokens for part in parts),
         outputs=tuple(row for part in parts for row in part.outputs),
         quantized=tuple(row for part in parts for row in part.quantized),
         constants=dict(constants),

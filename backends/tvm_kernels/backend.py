@@ -21,6 +21,7 @@ from bitlower.backends.tvm_kernels._sizes import LibrarySizes
 from bitlower.backends.tvm_kernels._spec import HALF, Target
 from bitlower.backends.tvm_kernels._tvm import check_pins, require_tvm
 from bitlower.ir import Batch, BitlowerError, Level, Program, kernels
+from bitlower.ir.stages import is_encoder_decoder
 
 if TYPE_CHECKING:
     from bitlower.backends.tvm_kernels._verification import Verification
@@ -122,8 +123,14 @@ class TvmKernels(Backend):
         """See that every operator has a converter; for programs of any level, as far as their operators stay.
 
         Raises:
-            BitlowerError: TVM is not installed, or one has none: it is named with its module.
+            BitlowerError: TVM is not installed, or one has none: it is named with its module; or the program is an
+                encoder-decoder.
         """
+        if is_encoder_decoder(program):
+            raise BitlowerError(
+                "a library is one function, and an encoder-decoder runs as two",
+                hint="export it as onnx-qdq or checkpoint",
+            )
         require_tvm()
         from bitlower.backends.tvm_kernels._relax_aten import check_operator
 

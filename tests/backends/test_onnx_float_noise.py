@@ -11,11 +11,11 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from bitlower.backends.onnx_qdq import _float_noise, export
-from bitlower.backends.onnx_qdq._float_noise import ROUNDING, shaken
+from bitlower.backends.onnx_qdq import export
 from bitlower.backends.onnx_qdq._verify import verify_export
 from bitlower.frontends import load
-from bitlower.ir import CheckError, Program
+from bitlower.ir import CheckError, Program, float_noise
+from bitlower.ir.float_noise import ROUNDING, shaken
 from bitlower.passes import Context, PassManager, parse_pipeline
 
 
@@ -98,5 +98,5 @@ def test_a_verification_allows_for_the_noise_and_for_no_more(
     config = {"session.qdq_matmulnbits_accuracy_level": "0"}
     with pytest.raises(CheckError, match=r"standard deviations off, where float arithmetic explains 0\.0002"):
         verify_export(program, tmp_path, [batch], session_config=config)
-    monkeypatch.setattr(_float_noise, "ROUNDING", 1e-2)
+    monkeypatch.setattr(float_noise, "ROUNDING", 1e-2)
     assert verify_export(program, tmp_path, [batch], session_config=config).outputs[0].given_codes > 2e-4

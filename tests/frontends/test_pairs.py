@@ -78,5 +78,5 @@ def test_without_targets_the_model_writes_them(program: Program) -> None:
 def test_a_model_that_names_no_start_cannot_write_targets(program: Program) -> None:
     config = {**program.config, "decoder_start_token_id": None}
     assets = {name: data for name, data in program.assets.items() if name != "generation_config.json"}
-    with pytest.raises(BitlowerError, match="names no decoder_start_token_id"):
+    with pytest.raises(BitlowerError, match="names no decoder_start_token_id, so that it cannot write targets"):
         batches(replace(program, config=config, assets=assets), SOURCES)

@@ -35,7 +35,6 @@ from bitlower.tools.data.texts import (
     PARAGRAPH,
     Text,
     TextSplit,
-    check_one_column,
     read_text,
     read_texts,
     split_column,
@@ -160,7 +159,7 @@ def _section_source(recipe: Recipe, section: DataSection, decoder: bool) -> Data
     if not decoder:
         texts = split_texts(path, samples=section.samples, seed=section.seed, column=section.column)
         return _texts(texts, amount, amount, path.parent)
-    text = read_text(path, column=check_one_column(section.column), limit=LONGEST_TEXT)
+    text = read_text(path, column=section.column, limit=LONGEST_TEXT)
     return DataSource(lambda program: _windows(program, text, amount, section.seed, recipe.model.bos), amount.samples)
 
 
@@ -170,7 +169,7 @@ def _evaluation(recipe: Recipe, section: DataSection, decoder: bool) -> Callable
     if not decoder:
         texts = read_texts(path, column=section.column, samples=section.samples or HELD_OUT_TEXTS, seed=section.seed)
         return lambda program: _rows(program, texts, amount, path.parent).batches
-    text = read_text(path, column=check_one_column(section.column), limit=LONGEST_TEXT)
+    text = read_text(path, column=section.column, limit=LONGEST_TEXT)
     amount = replace(amount, samples=section.samples or HELD_OUT_WINDOWS)
     return lambda program: _windows(program, text, amount, section.seed, recipe.model.bos).calibration
 

@@ -109,7 +109,7 @@ def split_texts(
 
 
 def read_text(
-    data: str | os.PathLike[str], *, column: str | None = None, joiner: str | None = None, limit: int | None = None
+    data: str | os.PathLike[str], *, column: Column = None, joiner: str | None = None, limit: int | None = None
 ) -> str:
     """A file as one long text.
 
@@ -121,10 +121,11 @@ def read_text(
         limit: no more is read once there are so many characters; None: all.
 
     Raises:
-        BitlowerError: no such file or column, bytes that are not UTF-8, or no text.
+        BitlowerError: no such file or column, two columns, bytes that are not UTF-8, or no text.
     """
     path, named = split_column(data)
     columns = text_column(path, column or named)
+    check_one_column(columns)
     whole = joiner is None and not columns
     text = read_whole(path, limit) if whole else joined(path, columns, PARAGRAPH if joiner is None else joiner, limit)
     if not text.strip():
@@ -132,17 +133,16 @@ def read_text(
     return text
 
 
-def check_one_column(column: Column) -> str | None:
-    """``column``, of a file that is read as one long text.
+def check_one_column(columns: Sequence[str]) -> None:
+    """See that a file that is read as one long text has one column at most.
 
     Raises:
-        BitlowerError: there are two.
+        BitlowerError: two are named.
     """
-    if isinstance(column, list):
+    if len(columns) > 1:
         raise BitlowerError(
             "pairs are for models that read texts, and this is a language model", hint="name one column"
         )
-    return column
 
 
 def split_windows(

@@ -151,8 +151,7 @@ def python_training(
 def _make(section: TrainingSection, path: Path, other: Path | None, decoder: bool, bos: str) -> Make:
     """Read ``path``, and ``other`` if that is held out; what is given makes batches of them."""
     if decoder:
-        column = section.column if isinstance(section.column, str) else None
-        texts = [read_text(file, column=column, limit=LONGEST_TEXT) for file in (path, other) if file]
+        texts = [read_text(file, column=section.column, limit=LONGEST_TEXT) for file in (path, other) if file]
         return lambda program: _windows(program, texts, section, bos)
     parts = split_examples(path, read_examples(path, section.column, section.label), section)
     if other is not None:
@@ -234,4 +233,4 @@ def _check_windowed(key: str, value: str | list[str] | None) -> None:
         raise BitlowerError(
             "labels are for models that read texts, and this is a language model", hint="leave `label` out"
         )
-    check_one_column(value)
+    check_one_column(value if isinstance(value, list) else ())

@@ -20,7 +20,7 @@ from bitlower.frontends.sound import LANGUAGE, reads_sound, sound_batches, speec
 from bitlower.frontends.tokenize import decode
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.files import check_name
-from bitlower.ir.generation import greedy_target, program_stages, start_token, stop_tokens
+from bitlower.ir.generation import greedy_target, program_stages, stop_tokens, target_prompt
 from bitlower.ir.stages import encoder_batch, is_encoder_decoder
 from bitlower.tools.data.texts import Row, read_examples, split_column
 from bitlower.tools.evaluation.artifacts import load_artifact
@@ -172,10 +172,7 @@ class _Writer:
         """What targets begin with, and what ends them."""
         if reads_sound(self.program):
             return speech_prompt(self.program, self.language), (stop_token(self.program),)
-        first = start_token(self.program)
-        if first is None:
-            raise BitlowerError(f"{self.program.source or 'the model'} names no decoder_start_token_id")
-        return [first], stop_tokens(self.program)
+        return target_prompt(self.program), stop_tokens(self.program)
 
 
 def _until(row: list[int], stops: Sequence[int]) -> list[int]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from bitlower.backends.onnx_qdq._codes import output_nodes
-from bitlower.ir import Batch, Program
 from bitlower.ir.dataflow import linears
+from bitlower.ir.fit import Batch
 from bitlower.ir.observe import observe
+from bitlower.ir.operators import graph_results
+from bitlower.ir.program import Program
 
 ROUNDING = 2.0**-22
 """By how much sums of products in float32 differ with their order, over the largest result of a row."""
@@ -22,7 +23,7 @@ def shaken(program: Program, batch: Batch, *, seed: int = 0) -> dict[str, torch.
     """
     generator = torch.Generator().manual_seed(seed)
     shaky = set(linears(program.graph))
-    results = output_nodes(program)
+    results = {spec.name: node for spec, node in zip(program.outputs, graph_results(program.graph), strict=True)}
     found: dict[fx.Node, torch.Tensor] = {}
 
     def look(node: fx.Node, value: torch.Tensor, batch: Batch) -> torch.Tensor | None:
