@@ -69,7 +69,7 @@ def with_small_outputs(program: Program, batch: Batch) -> Batch:
 def within(program: Program, batch: Batch, types: Iterable[TensorType], limit: int) -> Batch:
     """``batch``, or so many tokens of each of its rows that values of ``types`` take no more than ``limit`` bytes.
 
-    Where a few tokens of each row are too many, fewer rows.
+    Where what does not grow with the tokens (frames of sound) takes more, fewer rows.
     """
     types = list(types)
     sizes = symbolic_sizes(program, batch)
@@ -77,12 +77,11 @@ def within(program: Program, batch: Batch, types: Iterable[TensorType], limit: i
     longest = max(sizes.values(), default=0)
     if size <= limit:
         return batch
-    least = {dim: n if dim == BATCH else min(n, LENGTH) for dim, n in sizes.items()}
-    fixed = sum(kind.dtype.itemsize * math.prod(_size(dim, least) for dim in kind.shape) for kind in types)
-    rows = sizes.get(BATCH, 1)
-    if fixed > limit:  # what does not grow with the tokens, such as frames of sound
-        return small_batch(program, batch, max(1, rows * limit // fixed), LENGTH)
-    return small_batch(program, batch, rows, max(LENGTH, longest * limit // size))
+    frames = [kind for kind in types if all(isinstance(dim, int) or dim == BATCH for dim in kind.shape)]
+    fixed = sum(kind.dtype.itemsize * math.prod(_size(dim, sizes) for dim in kind.shape) for kind in frames)
+    if fixed > limit:
+        return small_batch(program, batch, max(1, sizes.get(BATCH, 1) * limit // fixed), longest)
+    return small_batch(program, batch, longest, max(LENGTH, longest * limit // size))
 
 
 def _size(dim: int | str, sizes: Mapping[str, int]) -> int:

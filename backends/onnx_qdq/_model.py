@@ -79,11 +79,9 @@ class OnnxEncoderDecoder:
         Raises:
             BitlowerError: onnxruntime cannot load it, or there is no configuration.
         """
-        encoder, decoder = (_session(folder / model_file(stage)) for stage in (ENCODER, DECODER))
-        first, second = (
-            _shell(folder, _specs(session.get_inputs()), _specs(session.get_outputs()))
-            for session in (encoder, decoder)
-        )
+        sessions = [_session(folder / model_file(stage)) for stage in (ENCODER, DECODER)]
+        encoder, decoder = sessions
+        first, second = (_shell(folder, _specs(s.get_inputs()), _specs(s.get_outputs())) for s in sessions)
         inputs, outputs = whole_inputs(first.inputs, second.inputs), (*second.outputs, *first.outputs)
         return cls(encoder, decoder, _shell(folder, inputs, outputs), (first, second))
 
