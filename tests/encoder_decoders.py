@@ -16,6 +16,8 @@ from bitlower.ir import Program
 
 _TEXT = "the a cat dog bird river sings runs sleeps falls near under old small quick and never"
 ENTRIES = 32
+SPEECH = ("<|startoftranscript|>", "<|en|>", "<|de|>", "<|transcribe|>", "<|notimestamps|>", "<|endoftext|>")
+"""Tokens that Whisper's tokenizer has beside words."""
 _TOKENS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
 _BART = {
     "vocab_size": ENTRIES, "d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2,
@@ -31,7 +33,7 @@ CONFIGS: dict[str, Any] = {
         **_T5, num_heads=2, pad_token_id=1, eos_token_id=2, decoder_start_token_id=1, feed_forward_proj="gated-gelu"
     ),
     "whisper": lambda: transformers.WhisperConfig(
-        **_BART, num_mel_bins=8, max_source_positions=10, max_target_positions=20
+        **_BART, num_mel_bins=8, max_source_positions=50, max_target_positions=20
     ),
 }
 
@@ -58,7 +60,7 @@ def source(kind: str, rows: int = 2, length: int = 7, seed: int = 0) -> dict[str
     """What the encoder reads; the last row of tokens ends with padding."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "whisper":
-        return {"input_features": torch.randn(rows, 8, 20, generator=generator)}
+        return {"input_features": torch.randn(rows, 8, 100, generator=generator)}
     mask = torch.ones(rows, length, dtype=torch.int64)
     mask[-1, length - 2 :] = 0
     ids = torch.randint(3, ENTRIES, (rows, length), generator=generator)
@@ -86,6 +88,8 @@ def save(kind: str, folder: Path) -> Path:
 
     model_of(kind).save_pretrained(folder)
     entries = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3} | {word: 4 + i for i, word in enumerate(_TEXT.split())}
+    if kind == "whisper":
+        entries |= {token: len(entries) + i for i, token in enumerate(SPEECH)}
     tokenizer = Tokenizer(models.WordLevel(entries, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
