@@ -127,7 +127,7 @@ def read_sound(path: Path, rate: int) -> NDArray[np.float32]:
         raise BitlowerError(f"the sound file {path} is missing")
     try:
         with soundfile.SoundFile(str(path)) as file:
-            promised, found = file.frames, file.samplerate
+            promised, own_rate = file.frames, file.samplerate
             samples = file.read(dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise BitlowerError(f"{path} is no sound that can be read: {error.error_string}") from None
@@ -136,7 +136,7 @@ def read_sound(path: Path, rate: int) -> NDArray[np.float32]:
     if len(samples) < promised:
         raise BitlowerError(f"the sound file {path} is cut off: it has {len(samples)} of {promised} samples")
     mono: NDArray[np.float32] = samples.mean(1)
-    return mono if found == rate else soxr.resample(mono, found, rate)
+    return mono if own_rate == rate else soxr.resample(mono, own_rate, rate)
 
 
 def speech_prompt(program: Program, language: str = LANGUAGE) -> list[int]:

@@ -24,15 +24,15 @@ def shaken(program: Program, batch: Batch, *, seed: int = 0) -> dict[str, torch.
     generator = torch.Generator().manual_seed(seed)
     shaky = set(linears(program.graph))
     results = {spec.name: node for spec, node in zip(program.outputs, graph_results(program.graph), strict=True)}
-    found: dict[fx.Node, torch.Tensor] = {}
+    values: dict[fx.Node, torch.Tensor] = {}
 
     def look(node: fx.Node, value: torch.Tensor, batch: Batch) -> torch.Tensor | None:
         if node in shaky:
             off = 2 * torch.rand(value.shape, generator=generator) - 1
             value = value + ROUNDING * value.abs().amax(-1, keepdim=True) * off
         if node in results.values():
-            found[node] = value
+            values[node] = value
         return value
 
     observe(program, shaky | set(results.values()), [batch], look)
-    return {name: found[node] for name, node in results.items()}
+    return {name: values[node] for name, node in results.items()}

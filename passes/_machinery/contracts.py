@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +110,7 @@ def check_exact(name: str, before: Program, after: Program, batches: Iterable[Ba
 def _check_batch(name: str, before: Program, after: Program, batch: Batch) -> None:
     """What :func:`check_exact` does with one batch, whose outputs are let go of with it."""
     expected, actual = run(before, batch), run(after, batch)
+    noise: dict[str, float] | None = None
     for output, value in expected.items():
         if output not in actual:
             raise CheckError(f"the pass {name!r} says it is exact, but the output {output!r} is gone")
@@ -117,7 +118,8 @@ def _check_batch(name: str, before: Program, after: Program, batch: Batch) -> No
         if difference and equal_between_roundings(before, after, batch):
             return
         if difference and not is_rounding(before):
-            difference = excess(value, actual[output], NOISE * _noise(before, batch, output, value))
+            noise = noise or _noise(before, batch, expected)
+            difference = excess(value, actual[output], NOISE * noise[output])
         if difference:
             culprit = first_difference(before, after, _worst_sample(batch, value, actual[output]))
             place = f"; the first value that differs is {describe(culprit)}" if culprit else ""
@@ -133,11 +135,13 @@ def is_rounding(program: Program) -> bool:
     return bool(integer) or not all(map(is_uncalibrated, simulated))
 
 
-def _noise(program: Program, batch: Batch, output: str, value: torch.Tensor) -> float:
-    """By how much an output of ``program`` moves where its linears round otherwise."""
-    moved = (shaken(program, batch)[output].double() - value.double()).abs()
-    finite = moved[moved.isfinite()]
-    return float(finite.max()) if finite.numel() else 0.0
+def _noise(program: Program, batch: Batch, outputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """By how much each of the ``outputs`` of ``program`` moves where its linears round otherwise."""
+    worst = {}
+    for name, value in shaken(program, batch).items():
+        off = (value - outputs[name]).abs()
+        worst[name] = float(off[off.isfinite()].max()) if bool(off.isfinite().any()) else 0.0
+    return worst
 
 
 def excess(expected: torch.Tensor, actual: torch.Tensor, noise: float = 0.0) -> str:

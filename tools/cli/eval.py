@@ -21,6 +21,20 @@ Bos = Annotated[
         "token for the beginning, even so; never: nothing."
     ),
 ]
+Task = Annotated[
+    str,
+    typer.Option(
+        help="sts-b, classification or text-generation; of encoder-decoders summarization (ROUGE), translation (BLEU) "
+        "or speech-recognition (word error rate)."
+    ),
+]
+Columns = Annotated[
+    str,
+    typer.Option(
+        help="sts-b: score,sentence1,sentence2 (4,5,6 if not given: the benchmark's own files). "
+        "classification: text[,text2],label (sentence,label if not given). Encoder-decoders: source,reference."
+    ),
+]
 
 
 def evaluate(
@@ -29,24 +43,12 @@ def evaluate(
         str,
         typer.Argument(metavar="DIR|MODEL", help="An artifact's folder, or a float model: a folder or package:NAME."),
     ],
-    task: Annotated[
-        str,
-        typer.Option(
-            help="sts-b, classification or text-generation; of encoder-decoders summarization (ROUGE), translation "
-            "(BLEU) or speech-recognition (word error rate)."
-        ),
-    ],
+    task: Task,
     data: Annotated[
         str | None,
         typer.Option(help="A .tsv, .csv or .jsonl file; for text-generation a text, or FILE.jsonl:COLUMN."),
     ] = None,
-    columns: Annotated[
-        str,
-        typer.Option(
-            help="sts-b: score,sentence1,sentence2 (4,5,6 if not given: the benchmark's own files). "
-            "classification: text[,text2],label (sentence,label if not given). Encoder-decoders: source,reference."
-        ),
-    ] = "",
+    columns: Columns = "",
     batch_size: Annotated[int, typer.Option(help="Texts in a batch.", min=1)] = 32,
     max_length: Annotated[int, typer.Option(help="Longer texts are cut to this many tokens.")] = 128,
     joiner: Annotated[

@@ -52,11 +52,8 @@ def _wer(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
     jiwer, plain = _package("jiwer", "jiwer"), BasicTextNormalizer()
-    pairs = [
-        (plain(reference).strip(), plain(text).strip()) for text, reference in zip(written, references, strict=True)
-    ]
-    expected, found = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    return {"wer": 100 * jiwer.wer(expected, found), "cer": 100 * jiwer.cer(expected, found)}
+    spoken, heard = ([plain(text).strip() for text in texts] for texts in (references, written))
+    return {"wer": 100 * jiwer.wer(spoken, heard), "cer": 100 * jiwer.cer(spoken, heard)}
 
 
 METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] = {
