@@ -15,7 +15,7 @@ from annotated_types import Interval
 from bitlower.backends._config import write_config
 from bitlower.backends._folder import sizes
 from bitlower.backends.base import Backend
-from bitlower.backends.onnx_qdq._folder import write_assets, write_model
+from bitlower.backends.onnx_qdq._folder import share_tensors, write_assets, write_model
 from bitlower.backends.onnx_qdq._genai import write_genai_config
 from bitlower.backends.onnx_qdq._kernels import LEVEL_ENTRY
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS, ROUNDS_ACTIVATIONS
@@ -120,11 +120,15 @@ class OnnxQdq(Backend):
             raise BitlowerError(f"this backend exports one graph, the program has {', '.join(program.graphs)}")
         log, counts, files = RuleLog(), Counter[str](), [write_config(program, folder, "onnx")]
         parts = parts_of(program)
+        models = []
         for part in parts:
             model, rules = options.lower(part.program)
-            files += write_model(model, folder, threshold=self.external_data_threshold, name=part.file)
+            models.append(model)
             log.add(rules)
             counts += operators(model)
+        files += share_tensors(models, folder)
+        for part, model in zip(parts, models, strict=True):
+            files += write_model(model, folder, threshold=self.external_data_threshold, name=part.file)
         program.release()
         config = {}
         if self.form == "qdq" and log.applied[LOW_BIT]:

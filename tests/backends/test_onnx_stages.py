@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 
 import bitlower
 from bitlower.backends.onnx_qdq import OnnxQdq, Verification
@@ -58,6 +61,19 @@ def test_every_product_of_codes_is_an_integer_kernel(artifact: tuple[str, Progra
     kernels = json.loads((folder / "verification.json").read_text())["kernels"]
     assert kernels["found"] == kernels["expected"] > 10
     assert set(kernels["floating"]) <= {"Attention", "Conv"}
+
+
+def test_what_both_read_lies_in_one_file(tmp_path: Path, seq2seq: Any) -> None:
+    program = lowered(seq2seq, "bart", "clean")
+    table = next(tensor for name, tensor in program.tensors() if name.endswith("shared.weight"))
+    report = OnnxQdq().export(program, tmp_path, seq2seq.batches("bart", 1))
+    assert report.files["shared.onnx.data"] == table.nbytes
+    for stage in ("encoder", "decoder"):
+        model = onnx.load(tmp_path / f"{stage}_model.onnx", load_external_data=False)
+        outside = [tensor for tensor in model.graph.initializer if tensor.external_data]
+        places = [{e.key: e.value for e in tensor.external_data}["location"] for tensor in outside]
+        assert places == ["shared.onnx.data"]
+        assert np.array_equal(numpy_helper.to_array(outside[0], str(tmp_path)), table.detach().numpy())
 
 
 def test_it_generates_what_the_program_does(artifact: tuple[str, Program, Path], seq2seq: Any) -> None:
