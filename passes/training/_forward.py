@@ -15,10 +15,11 @@ import torch
 from torch import fx
 
 from bitlower.ir import Batch, Program
-from bitlower.ir.dataflow import ATTENTION, LINEAR, ancestors, blocks, is_scores, value_root
-from bitlower.ir.operators import AttentionNode, BinaryNode, LinearNode, graph_results
+from bitlower.ir.dataflow import ADD, ATTENTION, LINEAR, ancestors, blocks, is_scores, value_root
+from bitlower.ir.operators import AttentionNode, BinaryNode, LinearNode, graph_results, value_operands
+from bitlower.ir.stages import is_encoder_decoder
 from bitlower.ir.subgraph import subgraph
-from bitlower.ir.tokens import token_ids, token_mask
+from bitlower.ir.tokens import SEQUENCE, TOTAL, token_ids, token_mask
 from bitlower.passes._machinery.loss import Values
 
 LOGITS = "logits"
@@ -40,7 +41,7 @@ class Taps:
     """The nodes of a Program whose values losses look at, by name.
 
     Args:
-        hidden: what leaves each block.
+        hidden: what leaves each block; of an encoder-decoder, what leaves the decoder.
         attention: query, and key of an operator (``key``) or product of an explicit attention (``scores``).
         head: what the linear layer that returns the logits reads; empty where the logits are those of whole texts.
     """
@@ -52,8 +53,8 @@ class Taps:
     @classmethod
     def of(cls, program: Program, needs: frozenset[str]) -> Taps:
         """What the needs of losses ask for."""
-        hidden = tuple(block.output.name for block in blocks(program.module)) if "hidden" in needs else ()
-        attention = tuple(_attention(program.graph)) if "attention" in needs else ()
+        hidden = tuple(node.name for node in hidden_nodes(program)) if "hidden" in needs else ()
+        attention = tuple(_attention(program)) if "attention" in needs else ()
         return cls(hidden, attention, _head_input(program))
 
     @property
@@ -64,12 +65,43 @@ class Taps:
         return tuple(dict.fromkeys(name for name in names if name))
 
 
-def _attention(graph: fx.Graph) -> Iterator[AttentionTap]:
-    for node in graph.nodes:
+def hidden_nodes(program: Program) -> list[fx.Node]:
+    """The hidden states that losses compare, ``[batch, sequence, channels]`` each: what leaves each block.
+
+    Of an encoder-decoder it is what the head of the decoder reads: the blocks of its encoder have tokens of their own.
+    """
+    if not is_encoder_decoder(program):
+        return [block.output for block in blocks(program.module)]
+    frontier = [graph_results(program.graph)[0]]
+    for node in frontier:
+        root = value_root(node)
+        if root.target in LINEAR:
+            return [LinearNode(root).x]
+        frontier += value_operands(root) if root.target in ADD else []
+    return []
+
+
+def _attention(program: Program) -> Iterator[AttentionTap]:
+    """Every attention; of an encoder-decoder those from the target to itself, whose masks are the target's."""
+    for node in program.graph.nodes:
+        if is_encoder_decoder(program) and not _is_of_target(node):
+            continue
         if node.target in ATTENTION:
             yield AttentionTap(AttentionNode(node).query.name, key=AttentionNode(node).key.name)
         elif is_scores(node):
             yield AttentionTap(BinaryNode(node).left.name, scores=node.name)
+
+
+def _is_of_target(node: fx.Node) -> bool:
+    """Whether ``node`` is an attention from tokens of a target to these and to those before."""
+    if node.target in ATTENTION:
+        call = AttentionNode(node)
+        sizes = [side.meta["type"].shape[2] for side in (call.query, call.key)]
+    elif is_scores(node):
+        sizes = list(node.meta["type"].shape[2:])
+    else:
+        return False
+    return sizes[0] == SEQUENCE and sizes[1] in (SEQUENCE, TOTAL)
 
 
 def _head_input(program: Program) -> str:

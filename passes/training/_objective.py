@@ -10,7 +10,9 @@ from typing import cast
 import torch
 
 from bitlower.ir import Batch, BitlowerError, Program
+from bitlower.ir.stages import is_encoder_decoder
 from bitlower.ir.storage import release
+from bitlower.ir.tasks import TEXT_GENERATION
 from bitlower.ir.tokens import token_ids
 from bitlower.ir.trainable import TrainableModule
 from bitlower.passes._machinery.base import Context
@@ -181,7 +183,8 @@ def check_objective(program: Program, objective: Objective, batches: Sequence[Ba
             raise BitlowerError(
                 f"the loss {loss.name!r} needs logits, and the model gives {', '.join(outputs)}", hint="use `hidden`"
             )
-        language_model = isinstance(loss, LogitsLoss) and program.task == "text-generation"
+        generates = program.task == TEXT_GENERATION or is_encoder_decoder(program)
+        language_model = isinstance(loss, LogitsLoss) and generates
         if LABELS in loss.needs and not language_model:
             _check_labels(loss, outputs["logits"].shape[-1] if "logits" in outputs else 0, batches)
 

@@ -11,9 +11,10 @@ from annotated_types import Ge, Interval
 from torch.nn import functional
 
 from bitlower.ir import BitlowerError, Program
-from bitlower.ir.dataflow import blocks, vocabularies
+from bitlower.ir.dataflow import vocabularies
 from bitlower.ir.tokens import token_ids
 from bitlower.passes._machinery.loss import Loss, Step
+from bitlower.passes.training._forward import hidden_nodes
 from bitlower.passes.training._losses._paired import paired
 from bitlower.passes.training._memory_bank import MemoryBank
 
@@ -21,6 +22,8 @@ from bitlower.passes.training._memory_bank import MemoryBank
 @dataclass(frozen=True)
 class TokenContrast(Loss):
     """QuantGPT's contrastive distillation of the last block's output (Tao et al. 2022, §3.2, eq. 3 to 5).
+
+    Of an encoder-decoder it is the output of the decoder, as in the paper's QuantBART.
 
     ``q`` is the student's representation of a token, blended with what a memory bank keeps of its id, ``h`` the
     teacher's, ``s`` the cosine. Beside itself each token i is compared with its negatives, tokens of other ids::
@@ -53,13 +56,13 @@ class TokenContrast(Loss):
             BitlowerError: the model has no repeated blocks, or no table that token ids index.
         """
         sizes = [int(shape[0]) for _, shape in vocabularies(program.graph)]
-        repeated_blocks = blocks(program.module)
-        if not sizes or not repeated_blocks:
+        hidden = hidden_nodes(program)
+        if not sizes or not hidden:
             raise BitlowerError(
                 f"the loss {self.name!r} needs token ids (`input_ids`) and repeated blocks",
                 hint="this model has none: use other losses",
             )
-        return MemoryBank.empty(max(sizes), int(repeated_blocks[-1].output.meta["type"].shape[-1]))
+        return MemoryBank.empty(max(sizes), int(hidden[-1].meta["type"].shape[-1]))
 
     def value(self, step: Step, memory: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The loss of a batch, whose representations then go into the bank if the step trains."""

@@ -1,0 +1,83 @@
+"""Training of encoder-decoders: losses count the target's tokens, and everything that trains takes both sides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from bitlower.ir import Program
+from bitlower.ir.observe import observe, run
+from bitlower.passes import Context, PassManager, parse_pipeline
+from bitlower.passes.training._forward import hidden_nodes
+from bitlower.passes.training._report import TrainReport
+
+
+def trained(seq2seq: Any, kind: str, pipeline: str) -> tuple[Program, Context]:
+    data = seq2seq.batches(kind, 4)
+    context = Context(data, data[:1], training=data[:3], held_out=data[3:])
+    return PassManager(parse_pipeline(pipeline)).run(seq2seq.traced(kind), context), context
+
+
+@pytest.mark.parametrize("kind", ["bart", "whisper"])
+def test_the_tasks_loss_is_that_of_the_targets_next_tokens(kind: str, seq2seq: Any) -> None:
+    """Against transformers' logits on the held-out batch, without the padding of the target; tables are in 8 bits."""
+    pipeline = "clean,quantize{scheme=W16A16-e8},calibrate,qat{losses=[task] steps=1 evaluate-every=1}"
+    _, context = trained(seq2seq, kind, pipeline)
+    (batch,) = context.held_out
+    read = {name: value for name, value in batch.items() if name != "decoder_attention_mask"}
+    with torch.no_grad():
+        logits = seq2seq.model_of(kind)(**read).logits
+    labels = batch["decoder_input_ids"].masked_fill(batch["decoder_attention_mask"] == 0, -100)[:, 1:]
+    expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
+    assert context[TrainReport].curve[0].held_out == pytest.approx(float(expected), rel=5e-3)
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5", "whisper"])
+@pytest.mark.parametrize(
+    ("start", "learn"),
+    [
+        ("clean,quantize{scheme=W2A8},calibrate", "qat{preset=quantgpt steps=4 evaluate-every=1 keep=last}"),
+        ("clean,quantize{scheme=W3A16-g16},rtn", "autoround{iterations=4 batch=2}"),
+    ],
+    ids=["quantgpt", "autoround"],
+)
+def test_both_sides_learn(kind: str, start: str, learn: str, seq2seq: Any) -> None:
+    before, after = (dict(trained(seq2seq, kind, text)[0].tensors()) for text in (start, f"{start},{learn}"))
+    changed = [name for name, tensor in after.items() if name in before and not torch.equal(before[name], tensor)]
+    for side in ("encoder.", "decoder."):
+        assert any(name.removeprefix("model/").removeprefix("model.").startswith(side) for name in changed), side
+
+
+@pytest.mark.parametrize("data", ["calibration", "random"])
+def test_layer_wise_distillation_takes_both_sides(data: str, seq2seq: Any) -> None:
+    program, context = trained(
+        seq2seq, "bart", f"clean,quantize{{scheme=W3A16-g16}},rtn,lkd{{iterations=4 batch=2 data={data}}}"
+    )
+    assert bool(torch.isfinite(run(program, context.calibration[0])["logits"]).all())
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5", "whisper"])
+def test_hidden_states_are_those_of_the_decoder(kind: str, seq2seq: Any) -> None:
+    """As transformers returns them: the last of the decoder, behind its norm (T5 scales it for a tied head)."""
+    program, model = seq2seq.traced(kind), seq2seq.model_of(kind)
+    (batch,) = seq2seq.batches(kind, 1, padded=False)
+    (node,) = hidden_nodes(program)
+    values: dict[str, torch.Tensor] = {}
+    observe(program, [node], [batch], lambda node, value, _: values.update({"hidden": value}))
+    read = {name: value for name, value in batch.items() if name != "decoder_attention_mask"}
+    with torch.no_grad():
+        expected = model(**read, output_hidden_states=True).decoder_hidden_states[-1]
+    factor = model.config.d_model**-0.5 if kind == "t5" and model.config.tie_word_embeddings else 1.0
+    assert torch.allclose(values["hidden"], factor * expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("losses", ["[hidden]", "[attention]", "[logits token-contrast]"])
+def test_losses_of_the_target_take_padded_batches(losses: str, seq2seq: Any) -> None:
+    program, context = trained(
+        seq2seq, "bart", f"clean,quantize{{scheme=W4A8}},calibrate,qat{{losses={losses} steps=2 evaluate-every=1}}"
+    )
+    assert context[TrainReport].steps == 2
+    assert bool(torch.isfinite(run(program, context.calibration[0])["logits"]).all())
