@@ -3,8 +3,9 @@
     python benchmarks/families.py MODELS_DIR --texts FILE --text FILE [--only NAME …] [--write]
 
 ``MODELS_DIR`` holds Hugging Face folders. Encoders run W8A8 on ``--texts`` (one a line), decoders W8A8 and W4A16-g32 by
-gptq on windows of ``--text``. Torch and the rest are imported once; each run is a fork of its own with a limit of time
-and memory, so that one that hangs, grows or dies is a row of the table like any other.
+gptq on windows of ``--text``, encoder-decoders both on ``--texts``, whose targets they write themselves. Torch and the
+rest are imported once; each run is a fork of its own with a limit of time and memory, so that one that hangs, grows or
+dies is a row of the table like any other.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import transformers
 from _common import RESULTS, show_table, write_result
 
 import bitlower
-from bitlower.backends.onnx_qdq import OnnxModel
+from bitlower.backends.onnx_qdq import OnnxQdq
 from bitlower.frontends import batches
 from bitlower.frontends._encoder import plain_outputs
 from bitlower.frontends.tokenize import token_ids, windows
@@ -37,11 +38,14 @@ from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.quantization.scheme import WEIGHT_ROLES
 from bitlower.ir.quiet import quiet
 from bitlower.ir.tasks import auto_class
+from bitlower.ir.tokens import TARGET_MASK, token_mask
 
 SAMPLES, LENGTH, HELD_OUT = 16, 64, 4
 ENCODERS = (("W8A8", None),)
 DECODERS = (("W8A8", None), ("W4A16-g32", "gptq"))
 GENERATIVE = ("ForCausalLM", "LMHeadModel")
+PAIRED = ("ForConditionalGeneration", "MTModel")
+"""Encoder-decoders, which write the targets of the texts themselves."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,13 @@ class Row:
 
 def is_decoder(folder: Path) -> bool:
     """Whether the architecture is one that goes on writing a text."""
+    return architecture(folder).endswith(GENERATIVE)
+
+
+def architecture(folder: Path) -> str:
+    """The first that the configuration names."""
     named = json.loads((folder / "config.json").read_text()).get("architectures") or [""]
-    return str(named[0]).endswith(GENERATIVE)
+    return str(named[0])
 
 
 def run(folder: Path, scheme: str, algorithm: str | None, texts: Path, text: Path) -> tuple[float, float]:
@@ -90,15 +99,14 @@ def share(program: Program, model: torch.nn.Module) -> float:
 
 def cosine(program: Program, artifact: Path, model: torch.nn.Module, data: Path) -> float:
     """The cosine of the artifact's first output, in onnxruntime, with transformers', on held-out texts."""
-    session, name = OnnxModel.open(artifact).session, program.outputs[0].name
+    deployed, name = OnnxQdq.load(artifact), program.outputs[0].name
     ours, theirs = [], []
     for batch in held_out(program, data):
-        given = {key: value.numpy() for key, value in program.complete(batch).items()}
-        found = torch.from_numpy(session.run([name], given)[0])
-        found = program.cropped({name: found}, batch)[name]
+        given = program.fitted({key: value for key, value in batch.items() if key != TARGET_MASK})
+        found = program.cropped({name: deployed(**given)[name]}, batch)[name]
         expected = model(**batch)[name]
-        mask = batch.get("attention_mask")
-        keep = mask.bool() if mask is not None and expected.shape[:2] == mask.shape else ...
+        mask = token_mask(batch)
+        keep = mask if mask is not None and expected.shape[:2] == mask.shape else ...
         ours.append(found[keep].double().flatten())
         theirs.append(expected[keep].double().flatten())
     a, b = torch.cat(ours), torch.cat(theirs)
@@ -155,7 +163,8 @@ def cases(folder: Path, only: list[str]) -> Iterator[tuple[Path, str, str | None
     found = sorted(path.parent for path in folder.glob("*/config.json"))
     for model in found:
         if not only or model.name in only:
-            for scheme, algorithm in DECODERS if is_decoder(model) else ENCODERS:
+            generates = is_decoder(model) or architecture(model).endswith(PAIRED)
+            for scheme, algorithm in DECODERS if generates else ENCODERS:
                 yield model, scheme, algorithm
 
 
