@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import fx
 
@@ -21,18 +23,44 @@ def shaken(program: Program, batch: Batch, *, seed: int = 0) -> dict[str, torch.
     Errors of rounding go with the terms of a sum and not with what is left of them, so a model whose residual stream
     holds a few large values shows far more of them in its outputs than another.
     """
-    generator = torch.Generator().manual_seed(seed)
-    shaky = set(linears(program.graph))
     results = {spec.name: node for spec, node in zip(program.outputs, graph_results(program.graph), strict=True)}
+    values = values_given(program, batch, results.values(), rounding=ROUNDING, seed=seed)
+    return {name: values[node] for name, node in results.items()}
+
+
+def values_given(
+    program: Program,
+    batch: Batch,
+    nodes: Iterable[fx.Node],
+    known: Mapping[fx.Node, torch.Tensor] | None = None,
+    *,
+    rounding: float = 0.0,
+    seed: int = 0,
+) -> dict[fx.Node, torch.Tensor]:
+    """The values of ``nodes`` on one batch.
+
+    Args:
+        program: is run.
+        batch: inputs by name.
+        nodes: of its graph.
+        known: values that take the place of those of the program.
+        rounding: each result of each linear is off by up to this part of its row's largest.
+        seed: of how far.
+    """
+    known, watched = known or {}, set(nodes)
+    generator = torch.Generator().manual_seed(seed)
+    shaky = set(linears(program.graph)) if rounding else set()
     values: dict[fx.Node, torch.Tensor] = {}
 
     def look(node: fx.Node, value: torch.Tensor, batch: Batch) -> torch.Tensor | None:
-        if node in shaky:
+        if node in known:
+            value = known[node].to(value.dtype).expand_as(value)
+        elif node in shaky:
             off = 2 * torch.rand(value.shape, generator=generator) - 1
-            value = value + ROUNDING * value.abs().amax(-1, keepdim=True) * off
-        if node in results.values():
+            value = value + rounding * value.abs().amax(-1, keepdim=True) * off
+        if node in watched:
             values[node] = value
         return value
 
-    observe(program, shaky | set(results.values()), [batch], look)
-    return {name: values[node] for name, node in results.items()}
+    observe(program, {*known, *shaky, *watched}, [batch], look)
+    return values

@@ -24,6 +24,7 @@ from bitlower.backends.onnx_qdq._tally import Tally
 from bitlower.backends.onnx_qdq._verification import CodeError
 from bitlower.ir import Batch, CheckError, Program, Quantizer, get_tensor, ops
 from bitlower.ir.batch_sizes import within
+from bitlower.ir.float_noise import ROUNDING, values_given
 from bitlower.ir.observe import observe
 from bitlower.ir.operators import argument, graph_results
 from bitlower.ir.quantization import numerics
@@ -111,6 +112,7 @@ class CodeComparison:
         if self._float_session is None:
             return CodeRun(alone, alone, {})
         given = self._compare_given_codes(batch, runtime)
+        self._explain(batch, runtime)
         self._compare_exactly(self._float_session.run(within(self._program, batch, self._exact_types, LARGEST_VALUES)))
         return CodeRun(alone, given, {name: runtime[name] for name in given})
 
@@ -161,6 +163,27 @@ class CodeComparison:
 
         observe(self._program, {*given, *last, *results.values()}, [batch], look)
         return {name: kept[node] for name, node in results.items()}
+
+    def _explain(self, batch: Batch, runtime: Mapping[str, Array]) -> None:
+        """Measure what float arithmetic does to the values whose codes lie further off than ties do as a rule.
+
+        Errors of a stream that no quantizer interrupts add up from layer to layer, as in an encoder of sound.
+        """
+        doubtful = [node for node, tally in self._tallies.items() if tally.excess > tally.tie]
+        if not doubtful:
+            return
+        known = {node: to_tensor(runtime[name]) for node, name in self._computed_parameters().items()}
+        known |= {node: to_tensor(runtime[node.name]) for node in self._nodes}
+        read = {operand for node in doubtful for operand in node.all_input_nodes}
+        plain, shaken = (
+            values_given(self._program, batch, read, known, rounding=rounding) for rounding in (0.0, ROUNDING)
+        )
+        for node in doubtful:
+            ours, other = (
+                Rounding(*(values[operand] for operand in node.all_input_nodes), *grid_limits(node))
+                for values in (plain, shaken)
+            )
+            self._tallies[node].add_noise(ours, other)
 
     def _compare_exactly(self, runtime: Mapping[str, Array]) -> None:
         """Round the runtime's own float inputs and compare with its codes."""

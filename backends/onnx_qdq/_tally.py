@@ -10,6 +10,12 @@ from bitlower.backends._rounding import TIE, Rounding
 from bitlower.backends.onnx_qdq._verification import CodeError
 from bitlower.ir import Quantizer
 
+NOISE = 4.0
+"""So many times what linears that round otherwise do to a value may float arithmetic do to it: norms, softmax and
+activation functions of the runtime round otherwise too."""
+MOST = 0.25
+"""Steps that noise explains at most: beyond, a code says little of its value."""
+
 
 @dataclass
 class Tally:
@@ -24,6 +30,7 @@ class Tally:
     exact: int = 0
     exact_codes: int = 0
     steps: int = 255
+    noise: float = 0.0
 
     def add_alone(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
         """Codes that both computed on their own."""
@@ -41,6 +48,16 @@ class Tally:
         self.steps = rounding.quant_max - rounding.quant_min
         if different.any():
             self.excess = max(self.excess, rounding.excess(torch.where(different, theirs, ours)))
+
+    @property
+    def tie(self) -> float:
+        """How far a value may lie from the rounding interval of its code, in steps."""
+        return max(TIE * self.steps, min(self.noise, MOST))
+
+    def add_noise(self, ours: Rounding, shaken: Rounding) -> None:
+        """The same value twice: as it is, and where linears round otherwise."""
+        off = (shaken.position() - ours.position()).abs()
+        self.noise = max(self.noise, NOISE * float(off.max()))
 
     def add_exact(self, expected: torch.Tensor, theirs: torch.Tensor) -> None:
         """The runtime's codes, and those that its own float input rounds to."""
@@ -60,6 +77,6 @@ class Tally:
             worst=self.worst,
             given_codes=self.given_equal / self.codes,
             excess=self.excess,
-            tie=TIE * self.steps,
+            tie=self.tie,
             exact=self.exact / self.exact_codes if self.exact_codes else None,
         )

@@ -30,7 +30,8 @@ class CodeError:
         given_codes: the share that is equal when the Program computes with the runtime's codes up to this value.
         excess: then, how far any value lies from the rounding interval of the runtime's code, in steps: 0 where codes
             are equal, and next to 0 at ties.
-        tie: how much of that float arithmetic may explain.
+        tie: how much of that float arithmetic may explain: a part of the range, or where more is seen, a multiple of
+            what linears that round otherwise do to the value.
         exact: the share that ``round_half_even(x / scale) + zero_point`` gives on the runtime's own input; None where
             the runtime has no such input.
     """

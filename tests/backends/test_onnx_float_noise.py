@@ -11,11 +11,14 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+from bitlower.backends._rounding import TIE, Rounding
 from bitlower.backends.onnx_qdq import export
+from bitlower.backends.onnx_qdq._tally import Tally
 from bitlower.backends.onnx_qdq._verify import verify_export
 from bitlower.frontends import load
 from bitlower.ir import CheckError, Program, float_noise
-from bitlower.ir.float_noise import ROUNDING, shaken
+from bitlower.ir.float_noise import ROUNDING, shaken, values_given
+from bitlower.ir.operators import argument
 from bitlower.passes import Context, PassManager, parse_pipeline
 
 
@@ -100,3 +103,24 @@ def test_a_verification_allows_for_the_noise_and_for_no_more(
         verify_export(program, tmp_path, [batch], session_config=config)
     monkeypatch.setattr(float_noise, "ROUNDING", 1e-2)
     assert verify_export(program, tmp_path, [batch], session_config=config).outputs[0].given_codes > 2e-4
+
+
+def test_noise_of_a_value_widens_its_tie_up_to_a_quarter_of_a_step() -> None:
+    x, scale, zero = torch.tensor([1.0, 2.0]), torch.tensor(0.1), torch.tensor(0.0)
+    tally, plain = Tally(steps=255), Rounding(x, scale, zero, -128, 127)
+    assert tally.tie == pytest.approx(TIE * 255)
+    tally.add_noise(plain, Rounding(x + torch.tensor([0.001, 0.002]), scale, zero, -128, 127))
+    assert tally.tie == pytest.approx(4 * 0.02, rel=1e-4)
+    tally.add_noise(plain, Rounding(x - 0.1, scale, zero, -128, 127))
+    assert tally.tie == 0.25
+
+
+def test_values_go_on_from_those_that_are_known(program: Program, batch: dict[str, torch.Tensor]) -> None:
+    linears = [node for node in program.graph.nodes if node.target is torch.ops.aten.linear.default]
+    replaced = torch.ones(8, 64)
+    values = values_given(program, batch, linears, {linears[0]: replaced})
+    assert torch.equal(values[linears[0]], replaced)
+    weight, bias = (argument(linears[1], name) for name in ("weight", "bias"))
+    parts = values_given(program, batch, [weight, bias])
+    expected = torch.ones(8, 64, dtype=torch.float64) @ parts[weight].double().T + parts[bias].double()
+    assert torch.allclose(values[linears[1]].double(), expected, atol=1e-5)
