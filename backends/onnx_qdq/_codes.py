@@ -179,10 +179,8 @@ class CodeComparison:
             values_given(self._program, batch, read, known, rounding=rounding) for rounding in (0.0, ROUNDING)
         )
         for node in doubtful:
-            ours, other = (
-                Rounding(*(values[operand] for operand in node.all_input_nodes), *grid_limits(node))
-                for values in (plain, shaken)
-            )
+            x, scale, zero = node.all_input_nodes
+            ours, other = (Rounding(v[x], v[scale], v[zero], *grid_limits(node)) for v in (plain, shaken))
             self._tallies[node].add_noise(ours, other)
 
     def _compare_exactly(self, runtime: Mapping[str, Array]) -> None:

@@ -42,7 +42,7 @@ def share_tensors(models: Sequence[ir.Model], folder: Path) -> list[str]:
     if not names:
         return []
     with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as scratch:
-        held = [first[name].const_value for name in names]
+        held = [tensor for name in names if (tensor := first[name].const_value) is not None]
         written = ir.external_data.convert_tensors_to_external(held, scratch, SHARED)
         flush(Path(scratch) / SHARED)
         (Path(scratch) / SHARED).replace(folder / SHARED)
