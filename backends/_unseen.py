@@ -14,13 +14,13 @@ from bitlower.backends._selftest import Run, SelfTest, run_selftest
 from bitlower.backends.decoding import cached_steps
 from bitlower.ir import Batch, BitlowerError, CheckError, Program
 from bitlower.ir.batch_sizes import (
-    MASK,
     keep_ends,
     small_batch,
     symbolic_sizes,
     wanted_size,
     with_small_outputs,
 )
+from bitlower.ir.tokens import MASK
 
 _ROWS = (3, 4, 5, 7)
 _LENGTHS = (7, 5, 9, 11, 13, 15, 17, 19, 23, 29)

@@ -17,11 +17,12 @@ import torch
 from bitlower.frontends._samples import vocabulary
 from bitlower.frontends._tasks import state_refused
 from bitlower.ir.quiet import quiet
+from bitlower.ir.tokens import BATCH, SEQUENCE, TOTAL
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
-BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "past + sequence"
+PAST = "past"
 _PARTS = ("key", "value")
 _CACHES = ("cache", "past_key_values")
 """What transformers calls the cache, now and in earlier releases, among the arguments and among the results."""

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitlower.frontends._samples import sample, vocabulary
-from bitlower.frontends.decoder import PAST, TOTAL, Signature, cache_argument, cache_of, cache_sizes, tensors_of
+from bitlower.frontends.decoder import PAST, Signature, cache_argument, cache_of, cache_sizes, tensors_of
 from bitlower.ir.quiet import quiet
 from bitlower.ir.stages import CROSS, OWN
-from bitlower.ir.tokens import BATCH, ENCODER_SEQUENCE, MASK, SEQUENCE, TARGET, TARGET_MASK, TOKENS
+from bitlower.ir.tokens import BATCH, ENCODER_SEQUENCE, MASK, SEQUENCE, TARGET, TARGET_MASK, TOKENS, TOTAL
 
 if TYPE_CHECKING:
     from transformers import EncoderDecoderCache, PreTrainedModel

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from bitlower.frontends._tokenizer import tokenizer_of
-from bitlower.ir import Batch, BitlowerError, Program, ValueSpec
-from bitlower.ir.generation import greedy_target, program_stages, start_token, stop_tokens, target_prompt
+from bitlower.ir import BitlowerError, Program, ValueSpec
+from bitlower.ir.generation import own_targets, start_token, stop_tokens, target_prompt
 from bitlower.ir.tokens import BATCH, ENCODER_SEQUENCE, MASK, SEQUENCE, TARGET, TARGET_MASK, TOKENS, TOTAL
 
 _OWN = 64
@@ -57,8 +57,12 @@ def pair_batches(
         part = slice(first, first + batch_size)
         ids, mask = padded(read[part], tokenizer.pad_token_id)
         source = {TOKENS: ids, MASK: mask}
-        rows = written[part] if written is not None else _own(program, source, min(limits[1], _OWN))
-        target, target_mask = padded([shifted(program, row) for row in rows], tokenizer.pad_token_id)
+        if written is not None:
+            rows = [shifted(program, row) for row in written[part]]
+        else:
+            prompt, tokens = target_prompt(program), min(limits[1], _OWN)
+            rows = own_targets(program, source, prompt, stop_tokens(program), tokens)
+        target, target_mask = padded(rows, tokenizer.pad_token_id)
         batches.append({**source, TARGET: target, TARGET_MASK: target_mask})
     return PairBatches(batches, cut_sources, cut_targets)
 
@@ -102,20 +106,6 @@ def shifted(program: Program, target: Sequence[int]) -> list[int]:
         raise BitlowerError("a target has no token", hint="write a text, or drop the pair")
     start = start_token(program)
     return [target[-1] if start is None else start, *target[:-1]]
-
-
-def _own(program: Program, source: Batch, tokens: int) -> list[list[int]]:
-    """The targets that the model writes for ``source``, each with the token that ends it."""
-    stops = stop_tokens(program)
-    start = torch.tensor([target_prompt(program)] * len(source[TOKENS]), dtype=torch.int64)
-    written = greedy_target(*program_stages(program), source, start, stops=stops, new_tokens=tokens)
-    return [_to_the_end(row, stops) for row in written[:, 1:].tolist()]
-
-
-def _to_the_end(row: list[int], stops: Sequence[int]) -> list[int]:
-    """The tokens up to the first that ends a target, that one with them."""
-    ends = [place for place, token in enumerate(row) if token in stops]
-    return row[: ends[0] + 1] if ends else row
 
 
 def _tokens(tokenizer: Any, texts: dict[str, list[str]], limit: int) -> tuple[list[list[int]], int]:

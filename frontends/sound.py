@@ -15,9 +15,9 @@ import torch
 
 from bitlower.frontends._tokenizer import tokenizer_of
 from bitlower.frontends.pairs import PairBatches, padded
-from bitlower.ir import Batch, BitlowerError, Program
+from bitlower.ir import BitlowerError, Program
 from bitlower.ir.files import check_name
-from bitlower.ir.generation import greedy_target, program_stages
+from bitlower.ir.generation import own_targets
 from bitlower.ir.tokens import TARGET, TARGET_MASK
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def sound_batches(
         if rows is not None:
             targets = rows[first : first + batch_size]
         else:
-            targets = _own(program, source, prompt, ends, min(limit, _OWN))
+            targets = own_targets(program, source, prompt, [ends], min(limit, _OWN))
         ids, mask = padded(targets, ends)
         batches.append({**source, TARGET: ids, TARGET_MASK: mask})
     return PairBatches(batches, cut_sounds, cut_targets)
@@ -176,10 +176,3 @@ def _targets(program: Program, texts: Sequence[str], prompt: list[int], limit: i
     spoken = [f" {text.strip()}" for text in texts]
     rows = [[*prompt, *row] for row in tokenizer(spoken, add_special_tokens=False, verbose=False)["input_ids"]]
     return [row[:limit] for row in rows], sum(len(row) > limit for row in rows)
-
-
-def _own(program: Program, source: Batch, prompt: list[int], ends: int, tokens: int) -> list[list[int]]:
-    """The transcripts that the model writes, without the token that ends them."""
-    start = torch.tensor([prompt] * len(source[FEATURES]), dtype=torch.int64)
-    written = greedy_target(*program_stages(program), source, start, stops=[ends], new_tokens=tokens, pad=ends)
-    return [row[: row.index(ends, len(prompt))] if ends in row[len(prompt) :] else row for row in written.tolist()]

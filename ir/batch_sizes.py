@@ -9,10 +9,9 @@ import torch
 
 from bitlower.ir.fit import Batch
 from bitlower.ir.program import Program
+from bitlower.ir.tokens import BATCH, MASK, TOKENS
 from bitlower.ir.types import TensorType
 
-BATCH, TOKENS, MASK = "batch", "input_ids", "attention_mask"
-"""The symbolic dimension of rows, and the inputs that hold tokens and say which are padding."""
 ROWS = 2
 """Rows of a small batch."""
 LENGTH = 16

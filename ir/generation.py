@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,21 @@ def greedy_target(
             break
         feed = decoder_batch({**source, TARGET: token}, cross) | next_past(outputs)
     return target
+
+
+def before_stop(row: Sequence[int], stops: Collection[int], start: int = 0) -> list[int]:
+    """The tokens of ``row`` before the first from place ``start`` on that ends a target; all where none does."""
+    ends = (place for place, token in enumerate(row) if place >= start and token in stops)
+    return list(row[: next(ends, len(row))])
+
+
+def own_targets(
+    program: Program, source: Batch, prompt: Sequence[int], stops: Collection[int], new_tokens: int
+) -> list[list[int]]:
+    """What ``program`` writes for each row of ``source`` behind ``prompt``, that included, without what ends it."""
+    start = torch.tensor([list(prompt)] * len(next(iter(source.values()))), dtype=torch.int64)
+    written = greedy_target(*program_stages(program), source, start, stops=stops, new_tokens=new_tokens)
+    return [before_stop(row, stops, len(prompt)) for row in written.tolist()]
 
 
 def program_stages(program: Program) -> tuple[Stage, Stage]:

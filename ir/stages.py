@@ -61,17 +61,12 @@ def next_past(outputs: Mapping[str, T]) -> dict[str, T]:
 def whole_inputs(encoder: Iterable[ValueSpec], decoder: Iterable[ValueSpec]) -> tuple[ValueSpec, ...]:
     """The inputs of an encoder-decoder from those of its stages; the mask of the target is not among them."""
     names = {new: old for old, new in _RENAMED.items()}
-    renamed = [replace(spec, name=names.get(spec.name, spec.name)) for spec in decoder]
-    known = tuple(encoder)
-    return (
-        *known,
-        *(
-            spec
-            for spec in renamed
-            if spec.name not in {other.name for other in known}
-            and not (spec.name.startswith(_IN) and f".{CROSS}" in spec.name)
-        ),
-    )
+    whole = {spec.name: spec for spec in encoder}
+    for spec in decoder:
+        name = names.get(spec.name, spec.name)
+        if not (name.startswith(_IN) and f".{CROSS}" in name):
+            whole.setdefault(name, replace(spec, name=name))
+    return tuple(whole.values())
 
 
 def split_stages(program: Program) -> dict[str, Program]:

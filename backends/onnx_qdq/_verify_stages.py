@@ -7,7 +7,7 @@ no keys and values need be written down; features of sound, which are as many, a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,5 +106,4 @@ def _selftest(program: Program, together: StageSessions, batch: Batch, seeds: Ma
                 f"the encoder and the decoder together return {row.name} with the cosine {row.cosine:.6g} to the"
                 " program's"
             )
-    stored: Sequence[str] = [name for name in batch if name != TARGET_MASK]
-    return make_selftest({name: batch[name] for name in stored}, outputs, seeds)
+    return make_selftest({name: value for name, value in batch.items() if name != TARGET_MASK}, outputs, seeds)

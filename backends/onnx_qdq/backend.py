@@ -118,17 +118,9 @@ class OnnxQdq(Backend):
         self.check_level(program.level)
         if set(program.graphs) != {"model"}:
             raise BitlowerError(f"this backend exports one graph, the program has {', '.join(program.graphs)}")
-        log, counts, files = RuleLog(), Counter[str](), [write_config(program, folder, "onnx")]
         parts = parts_of(program)
-        models = []
-        for part in parts:
-            model, rules = options.lower(part.program)
-            models.append(model)
-            log.add(rules)
-            counts += operators(model)
-        files += share_tensors(models, folder)
-        for part, model in zip(parts, models, strict=True):
-            files += write_model(model, folder, threshold=self.external_data_threshold, name=part.file)
+        files, counts, log = options.write_parts(parts, folder)
+        files.append(write_config(program, folder, "onnx"))
         program.release()
         config = {}
         if self.form == "qdq" and log.applied[LOW_BIT]:
@@ -143,19 +135,28 @@ class OnnxQdq(Backend):
             log.to_dict(), verification, notes,
         )  # fmt: skip
 
-    def lower(self, program: Program) -> tuple[ir.Model, RuleLog]:
-        """The ONNX model of ``program`` as these options have it, and what the rules did.
+    def write_parts(self, parts: Sequence[Part], folder: Path) -> tuple[list[str], Counter[str], RuleLog]:
+        """Write the model of each part; the names of the files, the operators, and what the rules did.
 
         Raises:
-            BitlowerError: the program has an operator that ONNX cannot express.
+            BitlowerError: a program has an operator that ONNX cannot express.
         """
-        return lower(
-            program,
-            opset=self.opset,
-            form=self.form,
-            accuracy_level=self.accuracy_level,
-            weight_signs=self.weight_signs,
-        )
+        models, log, counts = [], RuleLog(), Counter[str]()
+        for part in parts:
+            model, rules = lower(
+                part.program,
+                opset=self.opset,
+                form=self.form,
+                accuracy_level=self.accuracy_level,
+                weight_signs=self.weight_signs,
+            )
+            models.append(model)
+            log.add(rules)
+            counts += operators(model)
+        files = share_tensors(models, folder)
+        for part, model in zip(parts, models, strict=True):
+            files += write_model(model, folder, threshold=self.external_data_threshold, name=part.file)
+        return files, counts, log
 
     def verify_parts(
         self,

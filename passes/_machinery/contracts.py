@@ -93,8 +93,8 @@ def _same(first: Program, second: Program) -> bool:
 def check_exact(name: str, before: Program, after: Program, batches: Iterable[Batch]) -> None:
     """Compare the outputs of two programs, within ``RTOL`` of each output's standard deviation.
 
-    An encoder of sound with residual values of hundreds shows 1.5e-4 of rounding alone: where nothing is rounded to a
-    grid, the output may differ by ``NOISE`` times what another order of sums does to it.
+    Where nothing is rounded to a grid, an output may differ by ``NOISE`` times what another order of sums does to it,
+    if that is more.
 
     Where a rounding error of float arithmetic turns a code over, outputs differ by more although the programs do not:
     then the values that quantizers round are compared instead, each given those before

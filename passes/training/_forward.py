@@ -72,7 +72,7 @@ def hidden_nodes(program: Program) -> list[fx.Node]:
     """
     if not is_encoder_decoder(program):
         return [block.output for block in blocks(program.module)]
-    frontier = [graph_results(program.graph)[0]]
+    frontier = [graph_results(program.graph)[[spec.name for spec in program.outputs].index(LOGITS)]]
     for node in frontier:
         root = value_root(node)
         if root.target in LINEAR:
@@ -83,8 +83,9 @@ def hidden_nodes(program: Program) -> list[fx.Node]:
 
 def _attention(program: Program) -> Iterator[AttentionTap]:
     """Every attention; of an encoder-decoder those from the target to itself, whose masks are the target's."""
+    mixed = is_encoder_decoder(program)
     for node in program.graph.nodes:
-        if is_encoder_decoder(program) and not _is_of_target(node):
+        if mixed and not _is_of_target(node):
             continue
         if node.target in ATTENTION:
             yield AttentionTap(AttentionNode(node).query.name, key=AttentionNode(node).key.name)

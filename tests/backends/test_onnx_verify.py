@@ -130,6 +130,15 @@ def test_a_bypassed_quantizer_shows_in_the_output_too(handmade, tmp_path: Path):
         verify_export(handmade.program, folder, handmade.batches, session_config=config)
 
 
+def test_a_code_may_lie_as_far_off_as_float_arithmetic_moves_its_value(handmade, tmp_path: Path, monkeypatch):
+    """The bias that is refused above passes where linears that round otherwise move the value by as much."""
+    folder = handmade.write(tmp_path, BROKEN["bias"][0])
+    monkeypatch.setattr(_codes, "ROUNDING", 2e-3)
+    row = next(row for row in verify_export(handmade.program, folder, handmade.batches).quantized if row.excess > 0)
+    assert row.name == "act_codes"
+    assert 255 * 2e-5 < row.excess <= row.tie <= 0.25
+
+
 def test_a_right_model_passes_with_all_figures(handmade, tmp_path: Path):
     result = verify_export(handmade.program, handmade.write(tmp_path), handmade.batches)
     assert [row.name for row in result.quantized] == ["x_codes", "act_codes"]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from bitlower.tools.evaluation.artifacts import load_artifact
 from bitlower.tools.evaluation.metrics import accuracy, f1, matthews, pearson, spearman
 from bitlower.tools.evaluation.results import Evaluation
 from bitlower.tools.evaluation.targets import METRICS, evaluate_targets
-
-if TYPE_CHECKING:
-    pass
 
 Array = NDArray[Any]
 TASKS = ("sts-b", "classification")

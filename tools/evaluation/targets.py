@@ -20,7 +20,7 @@ from bitlower.frontends.sound import LANGUAGE, reads_sound, sound_batches, speec
 from bitlower.frontends.tokenize import decode
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.files import check_name
-from bitlower.ir.generation import greedy_target, program_stages, stop_tokens, target_prompt
+from bitlower.ir.generation import before_stop, greedy_target, program_stages, stop_tokens, target_prompt
 from bitlower.ir.stages import encoder_batch, is_encoder_decoder
 from bitlower.tools.data.texts import Row, read_examples, split_column
 from bitlower.tools.evaluation.artifacts import load_artifact
@@ -163,19 +163,13 @@ class _Writer:
             max_new_tokens=min(self.max_length, room),
             pad=stops[0] if stops else 0,
         )
-        return [decode(self.program, _until(row[len(prompt) :], stops)).strip() for row in written.tolist()]
+        return [decode(self.program, before_stop(row[len(prompt) :], stops)).strip() for row in written.tolist()]
 
     def _prompt(self) -> tuple[list[int], tuple[int, ...]]:
         """What targets begin with, and what ends them."""
         if reads_sound(self.program):
             return speech_prompt(self.program, self.language), (stop_token(self.program),)
         return target_prompt(self.program), stop_tokens(self.program)
-
-
-def _until(row: list[int], stops: Sequence[int]) -> list[int]:
-    """The tokens before the first that ends a target."""
-    ends = [place for place, token in enumerate(row) if token in stops]
-    return row[: ends[0]] if ends else row
 
 
 def _package(module: str, name: str) -> Any:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitlower.ir import CheckError, Program, Scheme, get_tensor, set_tensor
+from bitlower.ir import CheckError, Program, Scheme, float_noise, get_tensor, set_tensor
 from bitlower.ir.dataflow import linears
 from bitlower.passes import Context
 from bitlower.passes._machinery import contracts
@@ -101,3 +101,16 @@ def test_codes_that_turn_over_are_no_difference(bert, batches, run) -> None:
 def test_a_program_without_quantizers_has_no_such_excuse(bert, batches) -> None:
     _, program = bert()
     assert not equal_between_roundings(program, program, batches(1)[0])
+
+
+def test_float_noise_of_a_program_without_rounding_is_no_difference(tiny_program: Program, monkeypatch) -> None:
+    """A bias that is off by more than the tolerance passes only where sums in another order do as much."""
+    batch = {"x": torch.randn(4, 16, generator=torch.Generator().manual_seed(0))}
+    after = tiny_program.clone()
+    name = next(name.partition("/")[2] for name, _ in after.tensors() if name.endswith("head.bias"))
+    bias = get_tensor(after.module, name).detach()
+    set_tensor(after.module, name, torch.nn.Parameter(bias + 0.01))
+    with pytest.raises(CheckError, match="the output 'logits' differs"):
+        check_exact("shift", tiny_program, after, [batch])
+    monkeypatch.setattr(float_noise, "ROUNDING", 0.05)
+    check_exact("shift", tiny_program, after, [batch])
