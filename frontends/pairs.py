@@ -60,8 +60,7 @@ def pair_batches(
         if written is not None:
             rows = [shifted(program, row) for row in written[part]]
         else:
-            prompt, tokens = target_prompt(program), min(limits[1], _OWN)
-            rows = own_targets(program, source, prompt, stop_tokens(program), tokens)
+            rows = own_targets(program, source, target_prompt(program), stop_tokens(program), min(limits[1], _OWN))
         target, target_mask = padded(rows, tokenizer.pad_token_id)
         batches.append({**source, TARGET: target, TARGET_MASK: target_mask})
     return PairBatches(batches, cut_sources, cut_targets)

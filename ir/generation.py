@@ -63,11 +63,14 @@ def before_stop(row: Sequence[int], stops: Collection[int], start: int = 0) -> l
 
 
 def own_targets(
-    program: Program, source: Batch, prompt: Sequence[int], stops: Collection[int], new_tokens: int
+    program: Program, source: Batch, prompt: Sequence[int], stops: Collection[int], longest: int
 ) -> list[list[int]]:
-    """What ``program`` writes for each row of ``source`` behind ``prompt``, that included, without what ends it."""
+    """What ``program`` writes for each row of ``source`` behind ``prompt``, that included, without what ends it.
+
+    No target has more than ``longest`` tokens, its prompt among them.
+    """
     start = torch.tensor([list(prompt)] * len(next(iter(source.values()))), dtype=torch.int64)
-    written = greedy_target(*program_stages(program), source, start, stops=stops, new_tokens=new_tokens)
+    written = greedy_target(*program_stages(program), source, start, stops=stops, new_tokens=longest - len(prompt))
     return [before_stop(row, stops, len(prompt)) for row in written.tolist()]
 
 
