@@ -1,15 +1,13 @@
-"""Views of a graph that passes reason with: value chains, residual sums, fusion groups, block boundaries, liveness.
+"""Views of a graph that passes reason with: value chains, residual sums, fusion groups, liveness.
 
-All of them are found from the flow of values, never from class or module names. What a decoder keeps of a token (the
-``present`` outputs) leaves a block aside of the one value that the next block reads.
+All of them are found from the flow of values, never from class or module names.
 """
 
 from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 
 import networkx as nx
 import torch
@@ -43,22 +41,6 @@ PARTS = frozenset({
 })  # fmt: skip
 """Operators that cut a value into several, each of them taken out by ``getitem``."""
 QUANTIZER = frozenset({ops.fake_quantize, ops.quantize, ops.dequantize})
-
-
-@dataclass(frozen=True)
-class Block:
-    """A repeated part of the model, one attention each.
-
-    ``source`` is the one value that enters; ``nodes`` lead to the last of them, the one value that leaves.
-    """
-
-    source: fx.Node
-    nodes: tuple[fx.Node, ...]
-
-    @property
-    def output(self) -> fx.Node:
-        """The value that leaves the block."""
-        return self.nodes[-1]
 
 
 def value_graph(graph: fx.Graph) -> nx.DiGraph[fx.Node]:
@@ -114,22 +96,30 @@ def residual_sums(graph: fx.Graph) -> list[fx.Node]:
     """The additions ``x + f(x)`` of residual connections.
 
     One operand is an ancestor of the other through at least one linear layer or attention, and both have the shape of
-    the sum; bias, mask, embedding and rotary additions are not of that kind, nor is the sum of two branches that run
-    side by side (attention and feed-forward of GPT-NeoX) before the stream is added to it.
+    the sum. Bias, mask, embedding and rotary additions are not of that kind. Nor is that of scores and a bias of
+    positions that earlier layers read too (T5), nor the sum of two branches that run side by side (attention and
+    feed-forward of GPT-NeoX) before the stream is added to it.
     """
     position = {node: i for i, node in enumerate(graph.nodes)}
-    return [n for n in graph.nodes if n.target in ADD and _joins_a_branch(n, position)]
+    return [n for n in graph.nodes if n.target in ADD and _joined_stream(n, position)]
 
 
-def _joins_a_branch(node: fx.Node, position: dict[fx.Node, int]) -> bool:
+def residual_streams(graph: fx.Graph) -> set[fx.Node]:
+    """What computed the values ``x`` of all residual sums ``x + f(x)``."""
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    return {stream for n in graph.nodes if n.target in ADD and (stream := _joined_stream(n, position))}
+
+
+def _joined_stream(node: fx.Node, position: dict[fx.Node, int]) -> fx.Node | None:
+    """What computed the stream that a residual sum adds a branch to; None where ``node`` is no such sum."""
     terms = BinaryNode(node).left, BinaryNode(node).right
     operands = [a for a in terms if isinstance(a, fx.Node) and is_float(a) and a.op != "get_attr"]
     if len(operands) != 2 or not is_float(node):
-        return False
+        return None
     if any(value.meta["type"].shape != node.meta["type"].shape for value in operands):
-        return False
+        return None
     stream, branch = sorted((value_root(value) for value in operands), key=position.__getitem__)
-    return _computes_from(branch, stream, position)
+    return stream if _computes_from(branch, stream, position) and not _leads_to_softmax(node) else None
 
 
 def _computes_from(branch: fx.Node, stream: fx.Node, position: dict[fx.Node, int]) -> bool:
@@ -202,10 +192,10 @@ def activations(module: fx.GraphModule) -> set[fx.Node]:
 
     Masks, positions and rotary tables are not among them, nor is what is computed from parameters alone.
     """
-    return {node for node in _carriers(module) if is_float(node)}
+    return {node for node in carriers(module) if is_float(node)}
 
 
-def _carriers(module: fx.GraphModule) -> set[fx.Node]:
+def carriers(module: fx.GraphModule) -> set[fx.Node]:
     """The activations, and the codes of those that are quantized."""
     touched, fed = set[fx.Node](), set[fx.Node]()
     for node in module.graph.nodes:
@@ -233,61 +223,6 @@ def _is_weight(module: fx.GraphModule, node: fx.Node) -> bool:
     if root is None:
         return False
     return node.target in QUANTIZER or isinstance(get_tensor(module, str(root.target)), torch.nn.Parameter)
-
-
-def cut_points(module: fx.GraphModule) -> list[fx.Node]:
-    """The nodes after which no activation but their own value is computed with: the model can be cut there.
-
-    What is only given out at the end does not count: hidden states, and the ``present`` keys and values of a decoder.
-    """
-    values = _carriers(module)
-    alive = zip(module.graph.nodes, liveness(module.graph, outputs=False), strict=True)
-    return [n for n, after in alive if n in values and is_float(n) and after & values <= {n}]
-
-
-def blocks(module: fx.GraphModule) -> list[Block]:
-    """The repeated blocks of a transformer, in order: each runs from a cut point before an attention to the next."""
-    nodes = list(module.graph.nodes)
-    position = {node: i for i, node in enumerate(nodes)}
-    cuts = cut_points(module)
-    starts: list[fx.Node] = []
-    for node in nodes:
-        if node.target in ATTENTION | SOFTMAX:
-            start = max((c for c in cuts if position[c] < position[node]), key=position.__getitem__, default=None)
-            if start is not None and start not in starts:
-                starts.append(start)
-    if not starts:
-        return []
-    ends = [*starts[1:], _end_of_last(nodes, position, cuts, starts)]
-    return [
-        Block(start, tuple(nodes[position[start] + 1 : position[end] + 1]))
-        for start, end in zip(starts, ends, strict=True)
-    ]
-
-
-def _end_of_last(
-    nodes: list[fx.Node], position: dict[fx.Node, int], cuts: list[fx.Node], starts: list[fx.Node]
-) -> fx.Node:
-    """The cut point that makes the last block compute what the one before it does.
-
-    Else the last of the same type that is a normalization if the block starts after one, and none if it does not.
-    """
-    start = starts[-1]
-    later = [c for c in cuts if position[c] > position[start] and c.meta.get("type") == start.meta.get("type")]
-    if not later:
-        return nodes[-2]
-    if len(starts) > 1:
-        before = _operators(nodes[position[starts[-2]] + 1 : position[start] + 1])
-        for cut in later:
-            if _operators(nodes[position[start] + 1 : position[cut] + 1]) == before:
-                return cut
-    alike = [cut for cut in later if (cut.target in NORM) == (start.target in NORM)]
-    return (alike or later)[-1]
-
-
-def _operators(nodes: Iterable[fx.Node]) -> list[str]:
-    """What computes floats; masks are made in the first block and read in all."""
-    return [str(node.target) for node in nodes if node.op == "call_function" and is_float(node)]
 
 
 def vocabularies(graph: fx.Graph) -> Iterator[tuple[fx.Node, tuple[int | str, ...]]]:
@@ -330,8 +265,10 @@ def before_repeat(node: fx.Node) -> fx.Node | None:
 
 def is_scores(node: fx.Node) -> bool:
     """Whether ``node`` is the product QKᵀ of an explicit attention: a matmul that reaches a softmax elementwise."""
-    if node.target not in MATMUL:
-        return False
+    return node.target in MATMUL and _leads_to_softmax(node)
+
+
+def _leads_to_softmax(node: fx.Node) -> bool:
     elementwise = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.where.self, aten.masked_fill.Scalar} | VIEWS
     frontier = list(node.users)
     while frontier:

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from bitlower.ir import kernels, ops
-from bitlower.ir.dataflow import PARTS, VIEWS, Block, blocks, constants
+from bitlower.ir.blocks import Block, blocks
+from bitlower.ir.dataflow import PARTS, VIEWS, constants
 from bitlower.ir.rewrite import Miss
 from bitlower.passes._machinery.report import Record
 from bitlower.passes.lowering._fusion import Fused

@@ -9,11 +9,14 @@ from typing import Literal
 from torch import fx
 
 from bitlower.ir import BitlowerError, Program
-from bitlower.ir.dataflow import LINEAR, QUANTIZER, blocks, value_uses
+from bitlower.ir.blocks import blocks
+from bitlower.ir.dataflow import LINEAR, QUANTIZER, value_uses
 from bitlower.passes._machinery.patterns import Patterns
 
 By = Literal["role", "layer", "both"]
-BEFORE, AFTER = "(before the layers)", "(after the layers)"
+BEFORE, BETWEEN, AFTER = "(before the layers)", "(between encoder and decoder)", "(after the layers)"
+OUTSIDE = (BEFORE, BETWEEN, AFTER)
+"""What stands for the layer of what lies in none."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class QuantizerGroup:
     Args:
         by: what they have in common.
         role: their role; empty if they are grouped by layer alone.
-        layer: the module path of their layer, or :data:`BEFORE` or :data:`AFTER`; empty if grouped by role alone.
+        layer: the module path of their layer, or one of :data:`OUTSIDE`; empty if grouped by role alone.
         nodes: the quantizers, in graph order.
     """
 
@@ -57,19 +60,18 @@ def group_quantizers(program: Program, by: Sequence[By]) -> list[QuantizerGroup]
 
 def layers_of_quantizers(program: Program) -> dict[fx.Node, str]:
     """The layer of each quantizer, in graph order; a weight belongs to the layer of its first reader."""
-    names, ends = dict[fx.Node, str](), dict[fx.Node, int]()
+    names = dict[fx.Node, str]()
     position = {node: i for i, node in enumerate(program.graph.nodes)}
-    repeated_blocks = blocks(program.module)
-    for index, block in enumerate(repeated_blocks):
+    for index, block in enumerate(blocks(program.module)):
         name = _common_path(n for n in block.nodes if n.target in LINEAR) or f"layer {index}"
         names |= dict.fromkeys(block.nodes, name)
-        ends[block.output] = position[block.output]
-    last = max(ends.values(), default=-1)
+    places = [position[node] for node in names]
+    first, last = min(places, default=0), max(places, default=-1)
 
     def layer(node: fx.Node) -> str:
         reader = min((user for _, user in value_uses(node)), key=position.__getitem__, default=node)
         where = reader if node.all_input_nodes[0].op == "get_attr" else node
-        return names.get(where) or (AFTER if position[where] > last else BEFORE)
+        return names.get(where) or (AFTER if position[where] > last else BEFORE if position[where] < first else BETWEEN)
 
     return {node: layer(node) for node, _ in program.quantizers()}
 

@@ -16,7 +16,7 @@ from bitlower.ir.quantizer_node import require_calibrated
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.pipeline import parse_pipeline
 from bitlower.passes.precision._measures import Choice, Measure
-from bitlower.passes.precision._quantizer_groups import AFTER, BEFORE, By, QuantizerGroup, exclusion, group_quantizers
+from bitlower.passes.precision._quantizer_groups import OUTSIDE, By, QuantizerGroup, exclusion, group_quantizers
 from bitlower.passes.precision._sensitivity_report import GroupSensitivity, SensitivityReport, recipe_text
 from bitlower.passes.precision._trials import TRIALS, Switch, Trials
 from bitlower.passes.quantizers.quantize import Quantize
@@ -125,7 +125,7 @@ def _choose(
     candidates = [
         (group, row)
         for group, row in measured
-        if group.by == "role" or (group.by == "layer" and group.layer not in (BEFORE, AFTER))
+        if group.by == "role" or (group.by == "layer" and group.layer not in OUTSIDE)
     ]
     candidates = [(g, r) for g, r in candidates if g.by == "role" or exclusion(program, g)]
     beginnings: list[list[QuantizerGroup]] = []

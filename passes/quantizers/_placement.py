@@ -125,19 +125,18 @@ def _parameters(node: fx.Node) -> list[tuple[str, fx.Node, fx.Node]]:
 def value_sites(graph: fx.Graph) -> Iterator[QuantizationSite]:
     """The activations that have a role of their own, in execution order (Bondarenko et al. §3, figure 1)."""
     sums = set(residual_sums(graph))
-    outputs = set(graph.output_node().all_input_nodes)
     embedded: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op != "call_function" or not is_float(node):
             continue
-        role = _role(node, sums, embedded, outputs)
+        role = _role(node, sums, embedded)
         if role == "embedding-sum":
             embedded.add(node)
         if role:
             yield QuantizationSite(role, node, (), (_path(node),))
 
 
-def _role(node: fx.Node, sums: set[fx.Node], embedded: set[fx.Node], outputs: set[fx.Node]) -> str:
+def _role(node: fx.Node, sums: set[fx.Node], embedded: set[fx.Node]) -> str:
     if node in sums:
         return "residual"
     if node.target in ADD and _sums_embeddings(node, embedded):
@@ -156,7 +155,7 @@ def _role(node: fx.Node, sums: set[fx.Node], embedded: set[fx.Node], outputs: se
         users = [user for _, user in value_uses(node)]
         if users and all(user.target in ACTIVATION or _is_gate(user) for user in users):
             return ""
-        return "logits" if outputs & {node, *_views_of(node)} else "linear-output"
+        return "logits" if users and all(user.op == "output" for user in users) else "linear-output"
     return ""
 
 
@@ -171,10 +170,6 @@ def _is_gate(node: fx.Node) -> bool:
     if len(operands) != 2:
         return False
     return any(a.target in ACTIVATION and b.target in LINEAR for a, b in (operands, operands[::-1]))
-
-
-def _views_of(node: fx.Node) -> set[fx.Node]:
-    return {source for source, _ in value_uses(node)}
 
 
 def input_sites(graph: fx.Graph) -> Iterator[QuantizationSite]:

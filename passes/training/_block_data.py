@@ -12,7 +12,7 @@ from torch import nn
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.storage import release
 from bitlower.ir.token_weights import token_weights
-from bitlower.ir.tokens import value_mask
+from bitlower.ir.tokens import BATCH, value_mask
 from bitlower.passes._machinery.base import Context
 from bitlower.passes.training._blocks import BlockStep
 from bitlower.passes.training._part import Part
@@ -96,10 +96,11 @@ def _rows(batch: Batch) -> int:
 
 @dataclass(frozen=True)
 class Pick:
-    """Some sequences of one shape: the model's inputs, the block's, its targets, and the weight of each token."""
+    """Some sequences of one shape: inputs of the model and of the block, its context, its targets, tokens' weights."""
 
     batch: Batch
     inputs: torch.Tensor
+    context: tuple[torch.Tensor, ...]
     targets: torch.Tensor
     weights: torch.Tensor
 
@@ -173,7 +174,7 @@ class BlockData:
 
     def error(self, model: nn.Module, pick: Pick) -> torch.Tensor:
         """``Σ w ‖ŷ − y‖²`` on some sequences."""
-        [output] = model(pick.inputs, *self.part.side_values(pick.batch))
+        [output] = model(pick.inputs, *pick.context, *self.part.side_values(pick.batch))
         used = pick.weights > 0
         total: torch.Tensor = (pick.weights[used] * (output[used] - pick.targets[used]).square().sum(-1)).sum()
         return total
@@ -194,7 +195,15 @@ class BlockData:
     def _pick(self, units: Sequence[Unit]) -> Pick:
         batches = self.data.batches
         inputs = {name: _joined(units, [batch.get(name) for batch in batches]) for name in batches[units[0][0]]}
-        return Pick(inputs, *(_joined(units, each) for each in (self.step.inputs, self.step.targets, self.weights)))
+        targets, weights = _joined(units, self.step.targets), _joined(units, self.weights)
+        return Pick(inputs, _joined(units, self.step.inputs), self._context(units), targets, weights)
+
+    def _context(self, units: Sequence[Unit]) -> tuple[torch.Tensor, ...]:
+        """The values of the block's context; one without a dimension of sequences is that of them all."""
+        whole = [(units[0][0], None)]
+        rows = [node.meta["type"].shape[:1] == (BATCH,) for node in self.part.context]
+        pairs = zip(rows, self.step.context, strict=True)
+        return tuple(_joined(units if of_sequences else whole, values) for of_sequences, values in pairs)
 
     def _energy(self, units: Sequence[Unit]) -> float:
         energies = [self.energies[batch] if row is None else self.energies[batch][row] for batch, row in units]

@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from bitlower.ir import Batch, Program
-from bitlower.ir.dataflow import ADD, ATTENTION, LINEAR, ancestors, blocks, is_scores, value_root
+from bitlower.ir.blocks import blocks
+from bitlower.ir.dataflow import ADD, ATTENTION, LINEAR, ancestors, is_scores, value_root
 from bitlower.ir.operators import AttentionNode, BinaryNode, LinearNode, graph_results, value_operands
 from bitlower.ir.stages import is_encoder_decoder
 from bitlower.ir.subgraph import subgraph

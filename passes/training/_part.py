@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 from torch import fx
 
 from bitlower.ir import Batch, Program, get_tensor
-from bitlower.ir.dataflow import QUANTIZER, blocks, constants, linears
-from bitlower.ir.quantizer_node import QuantizerNode
+from bitlower.ir.blocks import blocks
+from bitlower.ir.dataflow import constants, linears, unrounded
 from bitlower.ir.storage import release
 from bitlower.ir.subgraph import needed, subgraph
 from bitlower.ir.trainable import identity
@@ -20,20 +21,28 @@ from bitlower.ir.trainable import identity
 
 @dataclass(frozen=True)
 class Part:
-    """A block of a program: ``output`` from ``source`` and the side values ``sides`` (masks, positions, sizes).
+    """A block of a program: ``output`` from ``source``, from ``context`` and from ``sides``.
 
-    Quantizers of the stream between two blocks belong to the later one.
+    ``context`` are values of other parts of the model that several blocks read (what an encoder hands to a decoder);
+    ``sides`` follow from the program's inputs (masks, positions, sizes). Quantizers of the stream between two blocks
+    belong to the later one, those of the context to every block that reads it.
     """
 
     program: Program
     source: fx.Node
     output: fx.Node
+    context: tuple[fx.Node, ...]
     sides: tuple[fx.Node, ...]
+
+    @property
+    def arguments(self) -> tuple[fx.Node, ...]:
+        """What :meth:`module` takes."""
+        return (self.source, *self.context, *self.sides)
 
     @cached_property
     def nodes(self) -> frozenset[fx.Node]:
         """What computes the output, parameters included."""
-        return frozenset(needed([self.source, *self.sides], [self.output]))
+        return frozenset(needed(self.arguments, [self.output]))
 
     @cached_property
     def path(self) -> str:
@@ -43,8 +52,8 @@ class Part:
         return ".".join(same) if same else self.output.name
 
     def module(self) -> fx.GraphModule:
-        """The block by itself, over the program's tensors as they are now: source and side values to a tuple of one."""
-        return subgraph(self.program.module, [self.source, *self.sides], [self.output])
+        """The block by itself, over the program's tensors as they are now: its arguments to a tuple of one."""
+        return subgraph(self.program.module, self.arguments, [self.output])
 
     @cached_property
     def side_module(self) -> fx.GraphModule:
@@ -89,29 +98,23 @@ def _readers(module: fx.GraphModule) -> dict[Any, set[fx.Node]]:
 
 
 def parts(program: Program) -> list[Part]:
-    """The repeated blocks of a program, in order; each begins where the one before it ends."""
+    """The repeated blocks of a program, in order; in an encoder or a decoder, each begins where the last one ends."""
     block_parts = []
     for block in blocks(program.module):
-        source, output = _before_rounding(block.source), _before_rounding(block.output)
-        block_parts.append(Part(program, source, output, tuple(side_values(program.module, source, output))))
+        source, output, *context = map(unrounded, (block.source, block.output, *block.context))
+        sides = side_values(program.module, [source, *context], output)
+        block_parts.append(Part(program, source, output, tuple(dict.fromkeys(context)), tuple(sides)))
     return block_parts
 
 
-def _before_rounding(node: fx.Node) -> fx.Node:
-    """The value that ``node`` is, before it is rounded."""
-    while node.target in QUANTIZER:
-        node = QuantizerNode(node).value
-    return node
-
-
-def side_values(module: fx.GraphModule, source: fx.Node, output: fx.Node) -> list[fx.Node]:
-    """What ``output`` depends on besides ``source`` and parameters: masks, positions, rotary tables, sizes.
+def side_values(module: fx.GraphModule, entering: Sequence[fx.Node], output: fx.Node) -> list[fx.Node]:
+    """What ``output`` depends on besides ``entering`` and parameters: masks, positions, rotary tables, sizes.
 
     Each is as near to the output as can be, so that little is computed again from it. What is computed from buffers
     alone counts too.
     """
     fixed = _parametric(module)
-    fed = {source}
+    fed = set(entering)
     for node in module.graph.nodes:
         if any(operand in fed for operand in node.all_input_nodes):
             fed.add(node)
@@ -120,7 +123,7 @@ def side_values(module: fx.GraphModule, source: fx.Node, output: fx.Node) -> lis
     frontier = [output]
     while frontier:
         node = frontier.pop()
-        if node is source or node in seen:
+        if node in entering or node in seen:
             continue
         seen.add(node)
         if node in fed or node in fixed or node.op == "get_attr":

@@ -11,12 +11,11 @@ from transformers import BertConfig, BertModel
 
 from bitlower.frontends import load
 from bitlower.ir import Program, Scheme, ops
+from bitlower.ir.blocks import blocks, cut_points
 from bitlower.ir.dataflow import (
     ATTENTION,
     LINEAR,
     activations,
-    blocks,
-    cut_points,
     fusion_groups,
     linears,
     liveness,

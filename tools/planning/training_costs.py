@@ -25,7 +25,8 @@ import math
 from dataclasses import dataclass
 
 from bitlower.ir import Batch, Program
-from bitlower.ir.dataflow import VIEWS, blocks
+from bitlower.ir.blocks import blocks
+from bitlower.ir.dataflow import VIEWS
 from bitlower.ir.operators import graph_results
 from bitlower.passes import BlockSchedule
 from bitlower.tools.data.batches import Data

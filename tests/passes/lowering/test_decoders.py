@@ -13,11 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from bitlower.frontends import load
 from bitlower.ir import Program, Scheme
+from bitlower.ir.blocks import blocks, cut_points
 from bitlower.ir.dataflow import (
     LINEAR,
     activations,
-    blocks,
-    cut_points,
     fusion_groups,
     is_scores,
     linears,

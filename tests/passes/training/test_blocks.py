@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program, Scheme, get_tensor, set_tensor
-from bitlower.ir.dataflow import blocks, linears, parameter_of
+from bitlower.ir.blocks import blocks
+from bitlower.ir.dataflow import linears, parameter_of
 from bitlower.ir.observe import observe
 from bitlower.ir.operators import LinearNode
 from bitlower.ir.storage import is_mapped
@@ -81,7 +82,8 @@ def test_each_block_computes_what_the_program_does(name: str, scheme: str, simul
     values = values_of(program, [node for part in found for node in (part.source, part.output)], batch)
     for part in found:
         with torch.no_grad():
-            [output] = part.module()(values[part.source.name], *part.side_values(batch))
+            entering = [values[node.name] for node in (part.source, *part.context)]
+            [output] = part.module()(*entering, *part.side_values(batch))
         assert torch.equal(output, values[part.output.name])
     paths = [node.meta["path"] for node in linears(program.graph) if any(node in part.nodes for part in found)]
     assert all(sum(path.startswith(f"{part.path}.") for part in found) == 1 for path in paths)
@@ -216,7 +218,7 @@ def test_the_error_is_that_of_real_tokens_as_they_are_weighted(simulated, family
     norms, errors, places = [], [], []
     for index, batch in enumerate(data.batches):
         with torch.no_grad():
-            [output] = model(step.inputs[index], *step.part.side_values(batch))
+            [output] = model(*step.arguments(batch, index))
         real = batch["attention_mask"].bool().numpy()
         target = step.targets[index].numpy().astype(np.float64)[real]
         norms.append((target**2).sum(-1))

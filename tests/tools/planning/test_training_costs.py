@@ -11,7 +11,7 @@ import torch
 
 from bitlower import Context, Level, Pass, Program
 from bitlower.frontends.tokenize import windows
-from bitlower.ir.dataflow import blocks
+from bitlower.ir.blocks import blocks
 from bitlower.passes import PassManager, make_pass, parse_pipeline
 from bitlower.passes.training.lkd import Lkd
 from bitlower.tools.data.batches import Data
