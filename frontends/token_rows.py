@@ -1,4 +1,4 @@
-"""Texts as rows of tokens that know where they come from: a word, or a piece of a text.
+"""Texts as rows of tokens that know where they come from: a word, or some characters of a text.
 
 Evaluations of what a model says about single tokens read these. A row has no padding; :func:`padded_rows` adds it.
 """
@@ -6,7 +6,7 @@ Evaluations of what a model says about single tokens read these. A row has no pa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from bitlower.frontends._tokenizer import tokenizer_of
@@ -15,6 +15,10 @@ from bitlower.frontends.tokenize import explaining, model_inputs, token_limit
 from bitlower.ir import Batch, BitlowerError, Program
 
 T = TypeVar("T")
+Span = tuple[int, int]
+"""The first character of a text, and the one behind the last."""
+OVERLAP = 128
+"""Tokens that a window of a context shares with the last one, at most half of it; as in transformers' examples."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,48 @@ def word_rows(program: Program, sentences: Sequence[Sequence[str]], *, max_lengt
     with explaining(program):
         encoded = tokenizer(words, is_split_into_words=True, **_settings(program, max_length))
     return _rows(encoded, encoded.word_ids)
+
+
+def context_rows(
+    program: Program, question: str, context: str, *, text: int, max_length: int, where: str
+) -> list[TokenRow[Span]]:
+    """A question with each window of its context, windows overlapping; tokens of the context stand for characters.
+
+    Args:
+        program: with a tokenizer that says where tokens stand.
+        question: is in every row as a whole.
+        context: is cut into windows.
+        text: the place of the question, for the rows.
+        max_length: tokens of a row.
+        where: the question's place in a file, for messages.
+
+    Raises:
+        BitlowerError: the question leaves no room for a context, or the tokenizer does not say where tokens stand.
+    """
+    tokenizer, limit = _placing(program), token_limit(program, max_length)
+    with explaining(program):
+        asked = len(tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"])
+    room = limit - asked - tokenizer.num_special_tokens_to_add(pair=True)
+    if room < 2:
+        raise BitlowerError(
+            f"{where}: the question has {asked} tokens, which leave no room for a context in {limit}",
+            hint="shorten it, or raise max_length if the model takes more",
+        )
+    settings = _settings(program, max_length) | {"truncation": "only_second", "stride": min(OVERLAP, room // 2)}
+    with explaining(program):
+        encoded = tokenizer([question], [context], **settings)
+
+    def spans(place: int) -> list[Span | None]:
+        pairs = zip(encoded.sequence_ids(place), encoded["offset_mapping"][place], strict=True)
+        return [span if sequence == 1 else None for sequence, span in pairs]
+
+    return [replace(row, text=text) for row in _rows(encoded, spans)]
+
+
+def first_token(program: Program, row: TokenRow[T]) -> int:
+    """The place of the token that stands for the whole of ``row`` (``[CLS]``); 0 where the tokenizer has none."""
+    token = tokenizer_of(program).cls_token_id
+    return row.ids.index(token) if token in row.ids else 0
 
 
 def padded_rows(program: Program, rows: Sequence[TokenRow[T]], *, batch_size: int) -> list[PaddedRows]:

@@ -24,8 +24,9 @@ Bos = Annotated[
 Task = Annotated[
     str,
     typer.Option(
-        help="sts-b, classification, token-classification (F1 by entity) or text-generation; of encoder-decoders "
-        "summarization (ROUGE), translation (BLEU) or speech-recognition (word error rate)."
+        help="sts-b, classification, token-classification (F1 by entity), question-answering (SQuAD's F1) or "
+        "text-generation; of encoder-decoders summarization (ROUGE), translation (BLEU) or speech-recognition (word "
+        "error rate)."
     ),
 ]
 Columns = Annotated[
@@ -33,7 +34,8 @@ Columns = Annotated[
     typer.Option(
         help="sts-b: score,sentence1,sentence2 (4,5,6 if not given: the benchmark's own files). "
         "classification: text[,text2],label (sentence,label if not given). token-classification: words,tags (of a "
-        "CoNLL file the first and the last if not given). Encoder-decoders: source,reference."
+        "CoNLL file the first and the last if not given). question-answering: question,context,answers. "
+        "Encoder-decoders: source,reference."
     ),
 ]
 
@@ -48,14 +50,14 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="A .tsv, .csv or .jsonl file; for token-classification a CoNLL or .jsonl file; for text-generation a "
-            "text, or FILE.jsonl:COLUMN."
+            help="A .tsv, .csv or .jsonl file; for token-classification a CoNLL or .jsonl file; for question-answering "
+            "SQuAD's .json or a .jsonl file; for text-generation a text, or FILE.jsonl:COLUMN."
         ),
     ] = None,
     columns: Columns = "",
     batch_size: Annotated[int, typer.Option(help="Texts in a batch.", min=1)] = 32,
     max_length: Annotated[
-        int | None, typer.Option(help="Longer texts are cut to this many tokens; 128 if not given.")
+        int | None, typer.Option(help="Longer texts are cut to this many tokens; 128, for question-answering 384.")
     ] = None,
     joiner: Annotated[
         str | None,

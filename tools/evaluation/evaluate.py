@@ -14,16 +14,19 @@ from bitlower.frontends.tokenize import check_sizes
 from bitlower.ir import Batch, BitlowerError, Program, nearest
 from bitlower.tools.data.labels import class_names, class_of
 from bitlower.tools.data.texts import Row, number, read_rows, split_column
+from bitlower.tools.evaluation.answers import QUESTION_ANSWERING, evaluate_answers
 from bitlower.tools.evaluation.metrics import accuracy, f1, matthews, pearson, spearman
 from bitlower.tools.evaluation.results import Evaluation
 from bitlower.tools.evaluation.runners import Array, Runner, Track, open_runner
 from bitlower.tools.evaluation.tags import TOKEN_CLASSIFICATION, evaluate_tags
 from bitlower.tools.evaluation.targets import METRICS, evaluate_targets
 
-TASKS = ("sts-b", "classification", TOKEN_CLASSIFICATION)
-UNMEASURED = ("question-answering", "fill-mask", "pre-training")
-TOKENS = 128
-"""A text is cut to so many where nobody says."""
+HEADS = {TOKEN_CLASSIFICATION: evaluate_tags, QUESTION_ANSWERING: evaluate_answers}
+"""Heads that say something about single tokens."""
+TASKS = ("sts-b", "classification", *HEADS)
+UNMEASURED = ("fill-mask", "pre-training")
+TOKENS, WINDOW = 128, 384
+"""Tokens of a text, and of a question with a window of its context, where nobody says; the latter as BERT's authors."""
 STS_B_COLUMNS = ("4", "5", "6")
 """Score, first and second sentence in the STS benchmark's own files, which have no header line."""
 
@@ -43,15 +46,16 @@ def evaluate(
     Args:
         target: an artifact's folder (ONNX or library), a model as the frontends take it, or a Program of any level.
         task: ``sts-b`` (score, two sentences: correlation of the score with the cosine of mean-pooled embeddings) or
-            ``classification`` (text, an optional second text, label), ``token-classification``; or one of
+            ``classification`` (text, an optional second text, label); or one of :data:`HEADS` or
             :data:`~bitlower.tools.evaluation.targets.METRICS`.
-        data: a .tsv, .csv or .jsonl file, whose columns may be named behind a colon; for ``token-classification`` see
-            :func:`~bitlower.tools.data.tagged.read_tagged`.
+        data: a .tsv, .csv or .jsonl file, whose columns may be named behind a colon; for tags see
+            :func:`~bitlower.tools.data.tagged.read_tagged`, for questions
+            :func:`~bitlower.tools.data.questions.read_questions`.
         columns: by name or, in a file without a header line, by number from 0. ``sts-b`` takes the columns of the
             benchmark's own files if none is given, ``classification`` takes ``sentence,label``; see
             :func:`~bitlower.tools.evaluation.targets.evaluate_targets` for what encoder-decoders write.
         batch_size: texts in a batch; texts of like length go together.
-        max_length: in tokens; None: :data:`TOKENS`.
+        max_length: in tokens; None: :data:`TOKENS`, or :data:`WINDOW` for questions.
         track: wraps the batches with a progress display.
 
     Raises:
@@ -64,7 +68,8 @@ def evaluate(
         )
     if task not in (*TASKS, *METRICS):
         raise BitlowerError(f"unknown evaluation {task!r}", hint=nearest(task, (*TASKS, *METRICS)))
-    length = TOKENS if max_length is None else max_length
+    usual = WINDOW if task == QUESTION_ANSWERING else TOKENS
+    length = usual if max_length is None else max_length
     check_sizes(batch_size, length)
     if task in METRICS:
         return evaluate_targets(
@@ -72,8 +77,8 @@ def evaluate(
         )
     path, named = split_column(data)
     columns = tuple(columns) or tuple(named.split(",") if named else ())
-    if task == TOKEN_CLASSIFICATION:
-        return evaluate_tags(target, path, columns=columns, batch_size=batch_size, max_length=length, track=track)
+    if task in HEADS:
+        return HEADS[task](target, path, columns=columns, batch_size=batch_size, max_length=length, track=track)
     rows = _read(path, task, columns)
     runner = open_runner(target)
     texts = Texts(rows, length, batch_size, track)
