@@ -63,6 +63,20 @@ def word_rows(program: Program, sentences: Sequence[Sequence[str]], *, max_lengt
     return _rows(encoded, encoded.word_ids)
 
 
+def text_rows(program: Program, texts: Sequence[str], *, max_length: int) -> list[TokenRow[Span]]:
+    """Texts as they are; a token stands for characters of its text.
+
+    A text with more than ``max_length`` tokens becomes several rows, as in :func:`word_rows`.
+
+    Raises:
+        BitlowerError: the program has no tokenizer that says where tokens stand.
+    """
+    tokenizer = _placing(program)
+    with explaining(program):
+        encoded = tokenizer(list(texts), **_settings(program, max_length))
+    return _rows(encoded, lambda place: _spans(encoded, place, 0))
+
+
 def context_rows(
     program: Program, question: str, context: str, *, text: int, max_length: int, where: str
 ) -> list[TokenRow[Span]]:
@@ -91,12 +105,27 @@ def context_rows(
     settings = _settings(program, max_length) | {"truncation": "only_second", "stride": min(OVERLAP, room // 2)}
     with explaining(program):
         encoded = tokenizer([question], [context], **settings)
+    return [replace(row, text=text) for row in _rows(encoded, lambda place: _spans(encoded, place, 1))]
 
-    def spans(place: int) -> list[Span | None]:
-        pairs = zip(encoded.sequence_ids(place), encoded["offset_mapping"][place], strict=True)
-        return [span if sequence == 1 else None for sequence, span in pairs]
 
-    return [replace(row, text=text) for row in _rows(encoded, spans)]
+def first_rows(rows: Sequence[TokenRow[T]]) -> list[TokenRow[T]]:
+    """The first row of each text."""
+    return [row for place, row in enumerate(rows) if place == 0 or row.text != rows[place - 1].text]
+
+
+def mask_token(program: Program) -> int:
+    """The token that stands for one to be guessed.
+
+    Raises:
+        BitlowerError: the tokenizer has none.
+    """
+    token = tokenizer_of(program).mask_token_id
+    if token is None:
+        raise BitlowerError(
+            f"the tokenizer of {program.source or 'the model'} has no token for a mask",
+            hint="masked language models have one; text-generation measures causal ones",
+        )
+    return int(token)
 
 
 def first_token(program: Program, row: TokenRow[T]) -> int:
@@ -144,6 +173,12 @@ def _settings(program: Program, max_length: int) -> dict[str, Any]:
         "truncation": True, "max_length": token_limit(program, max_length), "return_overflowing_tokens": True,
         "return_offsets_mapping": True, "return_token_type_ids": True, "verbose": False,
     }  # fmt: skip
+
+
+def _spans(encoded: Any, place: int, sequence: int) -> list[Span | None]:
+    """The characters that each token of a row stands for; None but for tokens of the text ``sequence``, 0 or 1."""
+    pairs = zip(encoded.sequence_ids(place), encoded["offset_mapping"][place], strict=True)
+    return [span if own == sequence else None for own, span in pairs]
 
 
 def _rows(encoded: Any, origins: Callable[[int], Sequence[T | None]]) -> list[TokenRow[T]]:

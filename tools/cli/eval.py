@@ -24,9 +24,9 @@ Bos = Annotated[
 Task = Annotated[
     str,
     typer.Option(
-        help="sts-b, classification, token-classification (F1 by entity), question-answering (SQuAD's F1) or "
-        "text-generation; of encoder-decoders summarization (ROUGE), translation (BLEU) or speech-recognition (word "
-        "error rate)."
+        help="sts-b, classification, token-classification (F1 by entity), question-answering (SQuAD's F1), "
+        "fill-mask (accuracy of masked tokens) or text-generation; of encoder-decoders summarization (ROUGE), "
+        "translation (BLEU) or speech-recognition (word error rate)."
     ),
 ]
 Columns = Annotated[
@@ -51,7 +51,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="A .tsv, .csv or .jsonl file; for token-classification a CoNLL or .jsonl file; for question-answering "
-            "SQuAD's .json or a .jsonl file; for text-generation a text, or FILE.jsonl:COLUMN."
+            "SQuAD's .json or a .jsonl file; for fill-mask texts, for text-generation a text, or FILE.jsonl:COLUMN."
         ),
     ] = None,
     columns: Columns = "",
@@ -59,6 +59,7 @@ def evaluate(
     max_length: Annotated[
         int | None, typer.Option(help="Longer texts are cut to this many tokens; 128, for question-answering 384.")
     ] = None,
+    seed: Annotated[int, typer.Option(help="fill-mask: of the masks.")] = 0,
     joiner: Annotated[
         str | None,
         typer.Option(
@@ -92,13 +93,13 @@ def evaluate(
     display = settings.display()
     names = [name.strip() for name in columns.split(",")] if columns else []
     result = measure(
-        target, task, data, columns=names, batch_size=batch_size, max_length=max_length, track=display.track
+        target, task, data, columns=names, batch_size=batch_size, max_length=max_length, seed=seed, track=display.track
     )
     title = f"{target} on {result.samples} rows of {result.data}"
-    rows = [(name, round(value, 2)) for name, value in result.metrics.items()]
+    rows = [(name, round(value, 2), result.units.get(name, "%")) for name, value in result.metrics.items()]
     for note in result.notes:
         display.note(note)
-    display.result(result.to_dict(), make_table(title, (task, "%"), rows))
+    display.result(result.to_dict(), make_table(title, (task, "", "unit"), rows))
 
 
 def _evaluate_text(

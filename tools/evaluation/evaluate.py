@@ -15,6 +15,7 @@ from bitlower.ir import Batch, BitlowerError, Program, nearest
 from bitlower.tools.data.labels import class_names, class_of
 from bitlower.tools.data.texts import Row, number, read_rows, split_column
 from bitlower.tools.evaluation.answers import QUESTION_ANSWERING, evaluate_answers
+from bitlower.tools.evaluation.masked import FILL_MASK, evaluate_masked
 from bitlower.tools.evaluation.metrics import accuracy, f1, matthews, pearson, spearman
 from bitlower.tools.evaluation.results import Evaluation
 from bitlower.tools.evaluation.runners import Array, Runner, Track, open_runner
@@ -23,8 +24,8 @@ from bitlower.tools.evaluation.targets import METRICS, evaluate_targets
 
 HEADS = {TOKEN_CLASSIFICATION: evaluate_tags, QUESTION_ANSWERING: evaluate_answers}
 """Heads that say something about single tokens."""
-TASKS = ("sts-b", "classification", *HEADS)
-UNMEASURED = ("fill-mask", "pre-training")
+TASKS = ("sts-b", "classification", *HEADS, FILL_MASK)
+UNMEASURED = ("pre-training",)
 TOKENS, WINDOW = 128, 384
 """Tokens of a text, and of a question with a window of its context, where nobody says; the latter as BERT's authors."""
 STS_B_COLUMNS = ("4", "5", "6")
@@ -39,6 +40,7 @@ def evaluate(
     columns: Sequence[str] = (),
     batch_size: int = 32,
     max_length: int | None = None,
+    seed: int = 0,
     track: Track = lambda items, label: iter(items),
 ) -> Evaluation:
     """Measure ``target`` on ``data``.
@@ -46,8 +48,8 @@ def evaluate(
     Args:
         target: an artifact's folder (ONNX or library), a model as the frontends take it, or a Program of any level.
         task: ``sts-b`` (score, two sentences: correlation of the score with the cosine of mean-pooled embeddings) or
-            ``classification`` (text, an optional second text, label); or one of :data:`HEADS` or
-            :data:`~bitlower.tools.evaluation.targets.METRICS`.
+            ``classification`` (text, an optional second text, label); ``fill-mask`` (texts); or one of :data:`HEADS`
+            or :data:`~bitlower.tools.evaluation.targets.METRICS`.
         data: a .tsv, .csv or .jsonl file, whose columns may be named behind a colon; for tags see
             :func:`~bitlower.tools.data.tagged.read_tagged`, for questions
             :func:`~bitlower.tools.data.questions.read_questions`.
@@ -56,6 +58,7 @@ def evaluate(
             :func:`~bitlower.tools.evaluation.targets.evaluate_targets` for what encoder-decoders write.
         batch_size: texts in a batch; texts of like length go together.
         max_length: in tokens; None: :data:`TOKENS`, or :data:`WINDOW` for questions.
+        seed: of the masks of ``fill-mask``.
         track: wraps the batches with a progress display.
 
     Raises:
@@ -79,6 +82,10 @@ def evaluate(
     columns = tuple(columns) or tuple(named.split(",") if named else ())
     if task in HEADS:
         return HEADS[task](target, path, columns=columns, batch_size=batch_size, max_length=length, track=track)
+    if task == FILL_MASK:
+        return evaluate_masked(
+            target, path, columns=columns, batch_size=batch_size, max_length=length, seed=seed, track=track
+        )
     rows = _read(path, task, columns)
     runner = open_runner(target)
     texts = Texts(rows, length, batch_size, track)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -15,8 +15,9 @@ class Evaluation:
         task: what was asked.
         data: the file.
         samples: rows, sentences, questions or texts of it.
-        metrics: in percent.
-        notes: what of the data did not count, and why; a line each.
+        metrics: in percent, but for those in ``units``.
+        notes: what of the data did not count or how it was read, a line each.
+        units: of metrics that are not in percent; empty for a plain number.
     """
 
     target: str
@@ -25,6 +26,7 @@ class Evaluation:
     samples: int
     metrics: dict[str, float]
     notes: tuple[str, ...] = ()
+    units: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

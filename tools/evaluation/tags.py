@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
-from bitlower.frontends.token_rows import TokenRow, word_rows
+from bitlower.frontends.token_rows import TokenRow, first_rows, word_rows
 from bitlower.ir import BitlowerError, Program
 from bitlower.tools.data.labels import class_names
 from bitlower.tools.data.tagged import read_tagged
@@ -75,7 +75,7 @@ def evaluate_tags(
 
 def _predicted(runner: Runner, rows: Sequence[TokenRow[int]], batch_size: int, track: Track) -> list[dict[int, int]]:
     """Of each sentence the class of each word whose first token the model takes, by the word's place."""
-    starts = [row for place, row in enumerate(rows) if place == 0 or row.text != rows[place - 1].text]
+    starts = first_rows(rows)
     result: list[dict[int, int]] = [{} for _ in starts]
     for place, outputs in run_rows(runner, starts, batch_size, track):
         classes = outputs["logits"].argmax(-1).tolist()
