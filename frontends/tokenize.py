@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,36 +47,66 @@ def batches(
         raise BitlowerError("there is no text to tokenize")
     if pairs is not None and len(pairs) != len(texts):
         raise BitlowerError(f"there are {len(texts)} texts and {len(pairs)} second sequences", hint="give one for each")
-    if batch_size < 1 or max_length < 4:
-        raise BitlowerError(
-            f"batches of {batch_size} texts of {max_length} tokens make no sense", hint="take 1 and 4 at least"
-        )
+    check_sizes(batch_size, max_length)
     if reads_sound(program):
         files = [Path(text) for text in texts]
         return sound_batches(program, files, pairs, max_length=max_length, batch_size=batch_size).batches
     if is_encoder_decoder(program):
-        with _explaining(program):
+        with explaining(program):
             return pair_batches(program, texts, pairs, max_length=max_length, batch_size=batch_size).batches
     tokenizer = tokenizer_of(program, pads=True)
-    with _explaining(program):
-        limit = min(max_length, program.context_length or max_length, int(tokenizer.model_max_length))
+    limit = token_limit(program, max_length)
     names = [spec.name for spec in program.inputs]
     result = []
     for start in range(0, len(texts), batch_size):
         part = slice(start, start + batch_size)
         second = [list(pairs[part])] if pairs is not None else []
-        with _explaining(program):
+        with explaining(program):
             encoded = tokenizer(
                 list(texts[part]), *second, padding=True, truncation=True, max_length=limit, return_tensors="pt",
                 return_attention_mask="attention_mask" in names, return_token_type_ids="token_type_ids" in names,
             )  # fmt: skip
-        if "position_ids" in names:
-            encoded["position_ids"] = positions(encoded["attention_mask"])
-        _check_ids(program, encoded["input_ids"])
-        if BOXES in names:
-            encoded[BOXES] = no_boxes(encoded["input_ids"])
-        result.append({name: encoded[name].contiguous() for name in names if name in encoded})
+        result.append(model_inputs(program, dict(encoded)))
     return result
+
+
+def check_sizes(batch_size: int, max_length: int) -> None:
+    """See that there can be batches of so many texts of so many tokens.
+
+    Raises:
+        BitlowerError: there cannot.
+    """
+    if batch_size < 1 or max_length < 4:
+        raise BitlowerError(
+            f"batches of {batch_size} texts of {max_length} tokens make no sense", hint="take 1 and 4 at least"
+        )
+
+
+def token_limit(program: Program, max_length: int) -> int:
+    """Tokens of a text at most: ``max_length``, or what the model or its tokenizer takes if that is less.
+
+    Raises:
+        BitlowerError: the program has no tokenizer.
+    """
+    tokenizer = tokenizer_of(program)
+    with explaining(program):
+        return min(max_length, program.context_length or max_length, int(tokenizer.model_max_length))
+
+
+def model_inputs(program: Program, encoded: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What ``program`` reads of padded tokens and what belongs to them, ``[batch, sequence]`` int64 by name.
+
+    Raises:
+        BitlowerError: the model does not know one of the tokens.
+    """
+    ids = encoded["input_ids"]
+    _check_ids(program, ids)
+    names, known = [spec.name for spec in program.inputs], dict(encoded)
+    if "position_ids" in names:
+        known["position_ids"] = positions(encoded["attention_mask"])
+    if BOXES in names:
+        known[BOXES] = no_boxes(ids)
+    return {name: known[name].contiguous() for name in names if name in known}
 
 
 def _check_ids(program: Program, ids: torch.Tensor) -> None:
@@ -112,7 +142,7 @@ def token_ids(program: Program, text: str) -> torch.Tensor:
         BitlowerError: the program has no tokenizer, or the text has no token.
     """
     tokenizer = tokenizer_of(program)
-    with _explaining(program):
+    with explaining(program):
         encoded = tokenizer(text, verbose=False)["input_ids"]
     if not encoded:
         raise BitlowerError("there is no text to tokenize")
@@ -168,7 +198,7 @@ def decode(program: Program, ids: Sequence[int]) -> str:
         BitlowerError: the program has no tokenizer.
     """
     tokenizer = tokenizer_of(program)
-    with _explaining(program):
+    with explaining(program):
         return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
@@ -180,13 +210,10 @@ def windows(program: Program, ids: torch.Tensor, *, batch_size: int = 1) -> list
     """
     check_length(program, ids.shape[1])
     _check_ids(program, ids)
-    names = [spec.name for spec in program.inputs]
     result = []
     for rows in torch.split(ids, batch_size):
-        mask = torch.ones_like(rows)
-        known = {"input_ids": rows.contiguous(), "attention_mask": mask, "position_ids": positions(mask)}
-        known |= {"token_type_ids": torch.zeros_like(rows), BOXES: no_boxes(rows)}
-        result.append({name: known[name] for name in names if name in known})
+        known = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "token_type_ids": torch.zeros_like(rows)}
+        result.append(model_inputs(program, known))
     return result
 
 
@@ -239,7 +266,7 @@ def check_length(program: Program, length: int) -> None:
 
 
 @contextmanager
-def _explaining(program: Program) -> Iterator[None]:
+def explaining(program: Program) -> Iterator[None]:
     """Whatever a tokenizer raises that was loaded from settings of odd types, as an error that names it."""
     try:
         yield

@@ -28,7 +28,7 @@ from bitlower.passes import parse_pipeline
 from bitlower.tools.data.labels import ClassifierHead
 from bitlower.tools.data.texts import read_text, split_texts
 from bitlower.tools.data.training import read_examples
-from bitlower.tools.evaluation.evaluate import open_runner
+from bitlower.tools.evaluation.runners import open_runner
 from bitlower.tools.recipes.recipe import load_recipe, validate_recipe
 from bitlower.tools.runs.flow import quantize
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +69,31 @@ def save_bert(folder: Path, *, labels: int | None = None) -> Path:
     model.eval().save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def save_head(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``save_head("TokenClassification", num_labels=5)``: the tiny encoder with a head, its weights large enough that
+    tokens differ; not to be written to."""
+
+    def save(head: str, **settings: Any) -> Path:
+        import transformers
+
+        folder = tmp_path_factory.mktemp("models") / head
+        torch.manual_seed(1)
+        config = transformers.BertConfig(
+            vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+            max_position_embeddings=64, **settings,
+        )  # fmt: skip
+        model = getattr(transformers, f"BertFor{head}")(config).eval()
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(folder)
+        save_tokenizer(folder)
+        return folder
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -24,15 +24,18 @@ Bos = Annotated[
 Task = Annotated[
     str,
     typer.Option(
-        help="sts-b, classification or text-generation; of encoder-decoders summarization (ROUGE), translation (BLEU) "
-        "or speech-recognition (word error rate)."
+        help="sts-b, classification, token-classification (F1 by entity), question-answering (SQuAD's F1), "
+        "fill-mask (accuracy of masked tokens) or text-generation; of encoder-decoders summarization (ROUGE), "
+        "translation (BLEU) or speech-recognition (word error rate)."
     ),
 ]
 Columns = Annotated[
     str,
     typer.Option(
         help="sts-b: score,sentence1,sentence2 (4,5,6 if not given: the benchmark's own files). "
-        "classification: text[,text2],label (sentence,label if not given). Encoder-decoders: source,reference."
+        "classification: text[,text2],label (sentence,label if not given). token-classification: words,tags (of a "
+        "CoNLL file the first and the last if not given). question-answering: question,context,answers. "
+        "Encoder-decoders: source,reference."
     ),
 ]
 
@@ -46,11 +49,17 @@ def evaluate(
     task: Task,
     data: Annotated[
         str | None,
-        typer.Option(help="A .tsv, .csv or .jsonl file; for text-generation a text, or FILE.jsonl:COLUMN."),
+        typer.Option(
+            help="A .tsv, .csv or .jsonl file; for token-classification a CoNLL or .jsonl file; for question-answering "
+            "SQuAD's .json or a .jsonl file; for fill-mask texts, for text-generation a text, or FILE.jsonl:COLUMN."
+        ),
     ] = None,
     columns: Columns = "",
     batch_size: Annotated[int, typer.Option(help="Texts in a batch.", min=1)] = 32,
-    max_length: Annotated[int, typer.Option(help="Longer texts are cut to this many tokens.")] = 128,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longer texts are cut to this many tokens; 128, for question-answering 384.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="fill-mask: of the masks.")] = 0,
     joiner: Annotated[
         str | None,
         typer.Option(
@@ -84,11 +93,13 @@ def evaluate(
     display = settings.display()
     names = [name.strip() for name in columns.split(",")] if columns else []
     result = measure(
-        target, task, data, columns=names, batch_size=batch_size, max_length=max_length, track=display.track
+        target, task, data, columns=names, batch_size=batch_size, max_length=max_length, seed=seed, track=display.track
     )
     title = f"{target} on {result.samples} rows of {result.data}"
-    rows = [(name, round(value, 2)) for name, value in result.metrics.items()]
-    display.result(result.to_dict(), make_table(title, (task, "%"), rows))
+    rows = [(name, round(value, 2), result.units.get(name, "%")) for name, value in result.metrics.items()]
+    for note in result.notes:
+        display.note(note)
+    display.result(result.to_dict(), make_table(title, (task, "", "unit"), rows))
 
 
 def _evaluate_text(

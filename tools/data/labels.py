@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,7 +47,7 @@ class ClassifierHead:
         if problem == "multi_label_classification":
             raise BitlowerError(f"a text may have several labels of {source}, and training on those is not available")
         classes = width if isinstance(width, int) else None
-        return cls(class_names(program), classes, problem == "regression" or (classes == 1 and problem is None))
+        return cls(class_names(program.config), classes, problem == "regression" or (classes == 1 and problem is None))
 
     def tensor(self, path: Path, rows: Sequence[Row]) -> torch.Tensor:
         """The labels of ``rows``, their last values: ``[rows]``, int64 for classes and float32 for values.
@@ -59,9 +60,9 @@ class ClassifierHead:
         return torch.tensor([class_of(path, row, self.names, self.classes) for row in rows], dtype=torch.int64)
 
 
-def class_names(program: Program) -> dict[str, int]:
-    """The classes of ``program`` by name, as its configuration has them."""
-    return {str(name): int(place) for place, name in (program.config.get("id2label") or {}).items()}
+def class_names(config: Mapping[str, Any]) -> dict[str, int]:
+    """The classes of a model by name, as its configuration has them."""
+    return {str(name): int(place) for place, name in (config.get("id2label") or {}).items()}
 
 
 def class_of(path: Path, row: Row, names: Mapping[str, int], classes: int | None) -> int:

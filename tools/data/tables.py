@@ -100,6 +100,15 @@ def header(path: Path) -> list[str]:
             return next((cells for _, cells in _tsv_cells(lines)), [])
 
 
+def read_objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """The objects of a ``.jsonl`` file with their lines (from 1); empty lines are left out.
+
+    Raises:
+        BitlowerError: no such file, or a line that is no JSON object.
+    """
+    return _objects(path, read_lines(path))
+
+
 def number(path: Path, row: Row, value: str) -> float:
     """``value`` of ``row`` as a finite number.
 

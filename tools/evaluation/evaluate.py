@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from bitlower.backends.base import Model
-from bitlower.frontends import batches, load
+from bitlower.frontends import batches
+from bitlower.frontends.tokenize import check_sizes
 from bitlower.ir import Batch, BitlowerError, Program, nearest
-from bitlower.ir.files import check_name
 from bitlower.tools.data.labels import class_names, class_of
 from bitlower.tools.data.texts import Row, number, read_rows, split_column
-from bitlower.tools.evaluation.artifacts import load_artifact
+from bitlower.tools.evaluation.answers import QUESTION_ANSWERING, evaluate_answers
+from bitlower.tools.evaluation.masked import FILL_MASK, evaluate_masked
 from bitlower.tools.evaluation.metrics import accuracy, f1, matthews, pearson, spearman
 from bitlower.tools.evaluation.results import Evaluation
+from bitlower.tools.evaluation.runners import Array, Runner, Track, open_runner
+from bitlower.tools.evaluation.tags import TOKEN_CLASSIFICATION, evaluate_tags
 from bitlower.tools.evaluation.targets import METRICS, evaluate_targets
 
-Array = NDArray[Any]
-TASKS = ("sts-b", "classification")
-UNMEASURED = ("token-classification", "question-answering", "fill-mask", "pre-training")
+HEADS = {TOKEN_CLASSIFICATION: evaluate_tags, QUESTION_ANSWERING: evaluate_answers}
+"""Heads that say something about single tokens."""
+TASKS = ("sts-b", "classification", *HEADS, FILL_MASK)
+UNMEASURED = ("pre-training",)
+TOKENS, WINDOW = 128, 384
+"""Tokens of a text, and of a question with a window of its context, where nobody says; the latter as BERT's authors."""
 STS_B_COLUMNS = ("4", "5", "6")
 """Score, first and second sentence in the STS benchmark's own files, which have no header line."""
-
-
-@dataclass(frozen=True)
-class Runner:
-    """A model that can be run on texts: ``run`` takes an input batch and gives outputs by name."""
-
-    program: Program
-    run: Callable[[Batch], dict[str, Array]]
 
 
 def evaluate(
@@ -45,22 +39,26 @@ def evaluate(
     *,
     columns: Sequence[str] = (),
     batch_size: int = 32,
-    max_length: int = 128,
-    track: Callable[[Iterable[Any], str], Iterator[Any]] = lambda items, label: iter(items),
+    max_length: int | None = None,
+    seed: int = 0,
+    track: Track = lambda items, label: iter(items),
 ) -> Evaluation:
     """Measure ``target`` on ``data``.
 
     Args:
         target: an artifact's folder (ONNX or library), a model as the frontends take it, or a Program of any level.
         task: ``sts-b`` (score, two sentences: correlation of the score with the cosine of mean-pooled embeddings) or
-            ``classification`` (text, an optional second text, label); or one of
-            :data:`~bitlower.tools.evaluation.targets.METRICS`.
-        data: a .tsv, .csv or .jsonl file.
+            ``classification`` (text, an optional second text, label); ``fill-mask`` (texts); or one of :data:`HEADS`
+            or :data:`~bitlower.tools.evaluation.targets.METRICS`.
+        data: a .tsv, .csv or .jsonl file, whose columns may be named behind a colon; for tags see
+            :func:`~bitlower.tools.data.tagged.read_tagged`, for questions
+            :func:`~bitlower.tools.data.questions.read_questions`.
         columns: by name or, in a file without a header line, by number from 0. ``sts-b`` takes the columns of the
             benchmark's own files if none is given, ``classification`` takes ``sentence,label``; see
             :func:`~bitlower.tools.evaluation.targets.evaluate_targets` for what encoder-decoders write.
         batch_size: texts in a batch; texts of like length go together.
-        max_length: in tokens.
+        max_length: in tokens; None: :data:`TOKENS`, or :data:`WINDOW` for questions.
+        seed: of the masks of ``fill-mask``.
         track: wraps the batches with a progress display.
 
     Raises:
@@ -71,51 +69,29 @@ def evaluate(
             f"measuring is not available for {task}",
             hint=f"{', '.join((*TASKS, *METRICS))} and text-generation can be measured",
         )
+    if task not in (*TASKS, *METRICS):
+        raise BitlowerError(f"unknown evaluation {task!r}", hint=nearest(task, (*TASKS, *METRICS)))
+    usual = WINDOW if task == QUESTION_ANSWERING else TOKENS
+    length = usual if max_length is None else max_length
+    check_sizes(batch_size, length)
     if task in METRICS:
         return evaluate_targets(
-            target, task, data, columns=columns, batch_size=batch_size, max_length=max_length, track=track
+            target, task, data, columns=columns, batch_size=batch_size, max_length=length, track=track
         )
-    if task not in TASKS:
-        raise BitlowerError(f"unknown evaluation {task!r}", hint=nearest(task, (*TASKS, *METRICS)))
-    path, _ = split_column(data)
-    rows = _read(path, task, tuple(columns))
+    path, named = split_column(data)
+    columns = tuple(columns) or tuple(named.split(",") if named else ())
+    if task in HEADS:
+        return HEADS[task](target, path, columns=columns, batch_size=batch_size, max_length=length, track=track)
+    if task == FILL_MASK:
+        return evaluate_masked(
+            target, path, columns=columns, batch_size=batch_size, max_length=length, seed=seed, track=track
+        )
+    rows = _read(path, task, columns)
     runner = open_runner(target)
-    texts = Texts(rows, max_length, batch_size, track)
+    texts = Texts(rows, length, batch_size, track)
     metrics = _sts_b(runner, texts, path) if task == "sts-b" else _classification(runner, texts, path)
     name = target.source if isinstance(target, Program) else os.fspath(target)
     return Evaluation(name, task, str(path), len(rows), metrics)
-
-
-def open_runner(target: str | os.PathLike[str] | Program) -> Runner:
-    """A model to run: a Program, an artifact in its runtime, or the float model.
-
-    Raises:
-        BitlowerError: there is no such model, or an artifact is not as it was written.
-    """
-    if isinstance(target, Program):
-        return _of_program(target)
-    folder = check_name(target)
-    model = load_artifact(folder)
-    return _of_program(load(target)) if model is None else _of_model(model)
-
-
-def _of_model(model: Model) -> Runner:
-    """An artifact; it runs on the least sizes that its program takes, and what was added is cut off again."""
-    program = model.program
-
-    def run(batch: Batch) -> dict[str, Array]:
-        outputs = model(**program.fitted(batch))
-        return {name: value.numpy() for name, value in program.cropped(outputs, batch).items()}
-
-    return Runner(program, run)
-
-
-def _of_program(program: Program) -> Runner:
-    def run(batch: Batch) -> dict[str, Array]:
-        with torch.no_grad():
-            return {name: value.numpy() for name, value in program(**batch).items()}
-
-    return Runner(program, run)
 
 
 @dataclass(frozen=True)
@@ -125,7 +101,7 @@ class Texts:
     rows: Sequence[Row]
     max_length: int
     batch_size: int
-    track: Callable[[Iterable[Any], str], Iterator[Any]]
+    track: Track
 
     def outputs(self, runner: Runner, first: int, second: int | None, choose: Callable[..., Array]) -> Array:
         """``choose(outputs, batch)`` for each row, in the rows' order; run sorted by length, so padding is short."""
@@ -171,14 +147,14 @@ def _classification(runner: Runner, texts: Texts, path: Path) -> dict[str, float
         raise BitlowerError("classification needs logits, the model gives none", hint="is the task right?")
     if any(spec.name == "logits" and spec.type.rank != 2 for spec in runner.program.outputs):
         raise BitlowerError(
-            "the model gives logits for each token, and measuring them is not available",
-            hint="classification needs one row of logits for each text",
+            "classification needs one row of logits for each text, the model gives one for each token",
+            hint="token-classification measures tags of words",
         )
 
     def winner(outputs: dict[str, Array], batch: Batch) -> Array:
         return np.asarray(outputs["logits"].argmax(-1))
 
-    names = class_names(runner.program)
+    names = class_names(runner.program.config)
     labels = [class_of(path, row, names, None) for row in texts.rows]
     second = 1 if len(texts.rows[0].values) == 3 else None
     predictions = texts.outputs(runner, 0, second, winner)

@@ -6,11 +6,9 @@ Targets are written by greedy decoding, of an artifact in its runtime or of a fl
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,23 +22,24 @@ from bitlower.ir.generation import before_stop, greedy_target, program_stages, s
 from bitlower.ir.stages import encoder_batch, is_encoder_decoder
 from bitlower.tools.data.texts import Row, read_examples, split_column
 from bitlower.tools.evaluation.artifacts import load_artifact
+from bitlower.tools.evaluation.packages import metric_package
 from bitlower.tools.evaluation.results import Evaluation
+from bitlower.tools.evaluation.runners import Track
 
-Track = Callable[[Iterable[Any], str], Iterator[Any]]
 Write = Callable[[Batch], list[str]]
 """From a batch of sources to the texts that a model writes."""
 
 
 def _rouge(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """The mean F1 of ROUGE-1, -2 and -L (Lin, 2004)."""
-    scorer = _package("rouge_score.rouge_scorer", "rouge-score").RougeScorer(["rouge1", "rouge2", "rougeL"])
+    scorer = metric_package("rouge_score.rouge_scorer", "rouge-score").RougeScorer(["rouge1", "rouge2", "rougeL"])
     scores = [scorer.score(reference, text) for text, reference in zip(written, references, strict=True)]
     return {name: 100 * sum(score[name].fmeasure for score in scores) / len(scores) for name in scores[0]}
 
 
 def _bleu(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """BLEU (Papineni et al., 2002) and chrF (Popović, 2015) of the corpus, as sacrebleu has them."""
-    sacrebleu = _package("sacrebleu", "sacrebleu")
+    sacrebleu = metric_package("sacrebleu", "sacrebleu")
     return {
         "bleu": sacrebleu.corpus_bleu(list(written), [list(references)]).score,
         "chrf": sacrebleu.corpus_chrf(list(written), [list(references)]).score,
@@ -51,7 +50,7 @@ def _wer(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Word and character error rates after Whisper's normalization (Radford et al., 2022, appendix C)."""
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
-    jiwer, plain = _package("jiwer", "jiwer"), BasicTextNormalizer()
+    jiwer, plain = metric_package("jiwer", "jiwer"), BasicTextNormalizer()
     spoken, heard = ([plain(text).strip() for text in texts] for texts in (references, written))
     return {"wer": 100 * jiwer.wer(spoken, heard), "cer": 100 * jiwer.cer(spoken, heard)}
 
@@ -170,12 +169,3 @@ class _Writer:
         if reads_sound(self.program):
             return speech_prompt(self.program, self.language), (stop_token(self.program),)
         return target_prompt(self.program), stop_tokens(self.program)
-
-
-def _package(module: str, name: str) -> Any:
-    try:
-        return import_module(module)
-    except ImportError:
-        raise BitlowerError(
-            f"this metric needs the package {name}", hint="install it: pip install bitlower[eval]"
-        ) from None

@@ -14,12 +14,12 @@ import bitlower
 from bitlower import frontends
 from bitlower.ir import BitlowerError, CheckError
 from bitlower.tools.cli import main
-from bitlower.tools.evaluation import evaluate, language_model
+from bitlower.tools.evaluation import language_model, runners
 
 Load = Callable[[Path], Any]
 LOADERS: dict[str, tuple[Load, int]] = {
     "load": (lambda folder: bitlower.load(folder), 1),
-    "eval": (evaluate.open_runner, 2),
+    "eval": (runners.open_runner, 2),
     "language_model": (language_model.language_model, 2),
 }
 BACKENDS = {"onnx": "onnx-qdq", "library": "tvm-kernels", "checkpoint": "checkpoint"}
@@ -59,7 +59,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr("onnxruntime.InferenceSession", stand_in("onnxruntime"))
     monkeypatch.setattr("tvm.runtime.load_module", stand_in("tvm"))
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", stand_in("transformers"))
-    for module in (evaluate, language_model, frontends):
+    for module in (runners, language_model, frontends):
         monkeypatch.setattr(module, "load", stand_in("frontend"))
     return seen
 

@@ -17,9 +17,9 @@ from bitlower.frontends import load
 from bitlower.frontends.tokenize import token_ids
 from bitlower.ir import BitlowerError, Level, Program
 from bitlower.tools.cli import main
-from bitlower.tools.evaluation.evaluate import open_runner
 from bitlower.tools.evaluation.generation import generate
 from bitlower.tools.evaluation.perplexity import perplexity
+from bitlower.tools.evaluation.runners import open_runner
 from bitlower.tools.planning.plan import plan_model
 from bitlower.tools.recipes.recipe import load_recipe
 from bitlower.tools.runs.flow import RunOptions, quantize, run_recipe

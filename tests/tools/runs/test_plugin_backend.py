@@ -77,7 +77,7 @@ def test_it_is_planned_exported_verified_and_loaded(
 
 def test_it_is_loaded_and_run(bert: Path, texts: Path, tmp_path: Path, installed: None) -> None:
     import bitlower
-    from bitlower.tools.evaluation.evaluate import open_runner
+    from bitlower.tools.evaluation.runners import open_runner
 
     made = quantize(str(bert), calibration=str(texts), formats=["stored-once"], output=tmp_path / "out")
     assert made.summary.reports == {"stored-program": {"batches": 1, "difference": 0.0}}
