@@ -20,7 +20,7 @@ from bitlower.ir.batch_sizes import (
     wanted_size,
     with_small_outputs,
 )
-from bitlower.ir.tokens import MASK
+from bitlower.ir.tokens import MASK, is_past
 
 _ROWS = (3, 4, 5, 7)
 _LENGTHS = (7, 5, 9, 11, 13, 15, 17, 19, 23, 29)
@@ -107,7 +107,7 @@ class Seen:
         """The last batch in other sizes, of texts that are padded on the left the ends; a past is left out: empty."""
         found, ends = {}, _pads_before(self._last)
         for spec in self._program.inputs:
-            if "past" in spec.type.shape or spec.name not in self._last:
+            if is_past(spec) or spec.name not in self._last:
                 continue
             tensor = self._last[spec.name]
             for axis, dim in enumerate(spec.type.shape):

@@ -1,4 +1,4 @@
-"""Decoding for verification: a batch run again in steps, each with the keys and values of those before as its past."""
+"""Decoding for verification: a batch run again in steps, each with what those before left (keys and values, states)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ import torch
 
 from bitlower.ir import Batch, Program
 from bitlower.ir.observe import run
-
-SEQUENCE, PAST, TOTAL = "sequence", "past", "past + sequence"
-"""Symbolic dimensions of a decoder: the tokens of this step, those before, and both."""
-_IN, _OUT = "past_key_values.", "present."
+from bitlower.ir.stages import next_past
+from bitlower.ir.tokens import SEQUENCE, TOTAL, is_past
 
 
 def has_cache(program: Program) -> bool:
-    """Whether the program takes the keys and values of earlier tokens."""
-    return any(PAST in spec.type.shape for spec in program.inputs)
+    """Whether the program takes what earlier tokens left: keys and values, or states."""
+    return any(map(is_past, program.inputs))
 
 
 def cached_steps(
@@ -35,8 +33,7 @@ def cached_steps(
     for start, stop in ((half, count - 1), (count - 1, count)):
         if start < stop:
             results = outputs(given) if outputs else run(program, given)
-            caches = {f"{_IN}{name.removeprefix(_OUT)}": value for name, value in results.items()}
-            given = _cut(program, batch, start, stop, caches)
+            given = _cut(program, batch, start, stop, next_past(results))
             yield given
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bitlower.frontends import _longformer
+from bitlower.frontends import _longformer, _states
 
 Factory = Callable[[Any, list[str]], Any]
 """Makes a replacement of an original, and adds to the notes what a user should know when it runs."""
@@ -27,7 +27,8 @@ def open_sizes() -> Iterator[list[str]]:
     with ExitStack() as stack:
         for module, owner, name, factory in _PLACES:
             if module in sys.modules:
-                stack.enter_context(_replaced(getattr(sys.modules[module], owner), name, factory, notes))
+                place = getattr(sys.modules[module], owner) if owner else sys.modules[module]
+                stack.enter_context(_replaced(place, name, factory, notes))
         yield notes
 
 
@@ -99,9 +100,11 @@ def _sinusoids(frequencies: torch.Tensor, positions: torch.Tensor) -> torch.Tens
 _FUNNEL = "transformers.models.funnel.modeling_funnel"
 _PLACES: tuple[tuple[str, str, str, Factory], ...] = (
     (_FUNNEL, "FunnelAttentionStructure", "get_position_embeds", _funnel_positions),
+    (_states.CACHES, "LinearAttentionLayer", "update_conv_state", _states.kept_whole),
+    (_states.CACHES, "LinearAttentionLayer", "update_recurrent_state", _states.replaced_state),
     (_longformer.MODULE, "LongformerForSequenceClassification", "forward", _longformer.classifier),
     (_longformer.MODULE, "LongformerForQuestionAnswering", "forward", _longformer.reader),
     (_longformer.MODULE, "LongformerModel", "forward", _longformer.encoder),
     (_longformer.MODULE, "LongformerSelfAttention", "forward", _longformer.attention),
 )
-"""Module, class and method of transformers, and what makes the replacement of the original."""
+"""Module, class (none for a function) and name in transformers, and what makes the replacement of the original."""

@@ -2,6 +2,8 @@
 
 The names are those of the ONNX ecosystem: ``past_key_values.{layer}.key`` comes in, ``present.{layer}.key`` goes out.
 The past and the tokens have lengths of their own, so one graph serves calibration (empty past), prefill and decoding.
+Layers that are no attention carry states of a fixed size (``.conv``, ``.recurrent``), which are zero before the first
+token; a model of such layers alone takes a mask of the step's own tokens.
 A model without a cache takes ``input_ids`` and ``attention_mask`` and returns ``logits``; each run is over all tokens.
 """
 
@@ -15,15 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitlower.frontends._samples import vocabulary
+from bitlower.frontends._states import State, cache_layers, states_of, tensors_of_layer
 from bitlower.frontends._tasks import state_refused
 from bitlower.ir.quiet import quiet
-from bitlower.ir.tokens import BATCH, SEQUENCE, TOTAL
+from bitlower.ir.tokens import BATCH, PAST, PAST_NAME, PRESENT_NAME, SEQUENCE, TOTAL
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
-PAST = "past"
-_PARTS = ("key", "value")
 _CACHES = ("cache", "past_key_values")
 """What transformers calls the cache, now and in earlier releases, among the arguments and among the results."""
 _STATES = ("state", "mems")
@@ -35,12 +36,12 @@ class Signature:
 
     Args:
         takes_positions: whether ``position_ids`` are among its inputs.
-        caches: of each layer, the sizes of keys and values: ``(heads, width)`` twice; none without a cache.
+        caches: of each layer, what it carries from token to token; none without a cache.
         argument: what the model's ``forward`` calls the cache.
     """
 
     takes_positions: bool
-    caches: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    caches: tuple[tuple[State, ...], ...]
     argument: str = _CACHES[0]
 
     @classmethod
@@ -48,7 +49,7 @@ class Signature:
         """Run one token through ``model`` and look at the cache that it returns.
 
         Raises:
-            BitlowerError: it carries something else than keys and values from token to token.
+            BitlowerError: it carries from token to token what is in no cache.
         """
         ids = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
         with torch.no_grad(), quiet():
@@ -56,38 +57,43 @@ class Signature:
         layers = getattr(cache_of(outputs), "layers", None) or []
         if any(outputs.get(name) is not None for name in _STATES):
             raise state_refused(type(model).__name__)
-        caches = cache_sizes(layers, type(model).__name__)
+        caches = cache_states(layers, type(model).__name__)
         takes_positions = bool(caches) and "position_ids" in inspect.signature(model.forward).parameters
         return cls(takes_positions, caches, cache_argument(model))
 
     def inputs(self) -> dict[str, tuple[int | str, ...]]:
         """The inputs' shapes by name, in order."""
-        total = TOTAL if self.caches else SEQUENCE
+        total = TOTAL if self.grows else SEQUENCE
         shapes: dict[str, tuple[int | str, ...]] = {"input_ids": (BATCH, SEQUENCE), "attention_mask": (BATCH, total)}
         if self.takes_positions:
             shapes["position_ids"] = (BATCH, SEQUENCE)
-        return shapes | self.cache_shapes("past_key_values", "", PAST)
+        return shapes | self.cache_shapes(PAST_NAME, "", PAST)
+
+    @property
+    def grows(self) -> bool:
+        """Whether some of what is carried has an entry for each token, as keys and values have."""
+        return any(state.grows for states in self.caches for state in states)
 
     def outputs(self) -> list[str]:
         """The outputs' names, in order."""
-        return ["logits", *self.cache_shapes("present", "", TOTAL)]
+        return ["logits", *self.cache_shapes(PRESENT_NAME, "", TOTAL)]
 
     def traced_outputs(self) -> list[str]:
         """The names of all that the model returns, in order; those that are not among :meth:`outputs` are dropped."""
         return self.outputs()
 
     def cache_shapes(self, name: str, side: str, length: int | str) -> dict[str, tuple[int | str, ...]]:
-        """Keys and values of each layer, ``name.0.key`` with ``side`` before the last part, of ``length`` tokens."""
+        """What each layer carries after ``length`` tokens: ``name`` with ``0.key`` behind, and ``side`` between."""
         return {
-            f"{name}.{layer}.{side}{part}": (BATCH, heads, length, width)
-            for layer, sizes in enumerate(self.caches)
-            for part, (heads, width) in zip(_PARTS, sizes, strict=True)
+            f"{name}{layer}.{side}{state.part}": state.shape(length)
+            for layer, states in enumerate(self.caches)
+            for state in states
         }
 
     def sample(self, model: PreTrainedModel, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
         """Flat sample inputs from a fixed generator; the first row begins with padding if there is room.
 
-        Without a cache the past is part of the sequence.
+        Without a cache the past is part of the sequence. States before the first token are zero.
 
         Args:
             model: whose tokens they are.
@@ -100,10 +106,12 @@ class Signature:
         mask[0, : 2 if past + sequence > 3 else 0] = 0
         tensors = {
             "input_ids": torch.randint(0, vocabulary(model), (batch, sequence), generator=generator),
-            "attention_mask": mask,
+            "attention_mask": mask if self.grows else mask[:, past if self.caches else 0 :].contiguous(),
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, past:].contiguous(),
         }
-        return tensors_of(self.inputs(), tensors, {BATCH: batch, PAST: past}, generator)
+        flat = tensors_of(self.inputs(), tensors, {BATCH: batch, PAST: past}, generator)
+        carried = {name: value for name, value in flat.items() if name.startswith(PAST_NAME)}
+        return flat if past else flat | {name: torch.zeros_like(value) for name, value in carried.items()}
 
     def arguments(self, flat: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """``flat`` as transformers' ``forward`` takes it: the cache in one object."""
@@ -116,9 +124,7 @@ class Signature:
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        tensors = [value for name, value in flat.items() if name.startswith("past_key_values.")]
-        for layer, (key, value) in enumerate(zip(tensors[::2], tensors[1::2], strict=True)):
-            cache.update(key, value, layer)
+        cache.layers = cache_layers(self.caches, [t for name, t in flat.items() if name.startswith(PAST_NAME)])
         return cache
 
     def dynamic_shapes(self) -> dict[str, Any]:
@@ -136,7 +142,7 @@ class Signature:
     def flatten(self, outputs: Any) -> dict[str, torch.Tensor]:
         """What the model returns, by the names of :meth:`outputs`."""
         layers = self.layers_of(outputs)
-        caches = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        caches = [tensor for layer in layers for tensor in tensors_of_layer(layer)]
         return dict(zip(self.outputs(), [outputs.logits, *caches], strict=True))
 
     def layers_of(self, outputs: Any) -> list[Any]:
@@ -159,17 +165,16 @@ def tensors_of(
     }
 
 
-def cache_sizes(layers: Sequence[Any], model: str) -> tuple[tuple[tuple[int, int], tuple[int, int]], ...]:
-    """Of each layer of a cache, ``(heads, width)`` of its keys and of its values.
+def cache_states(layers: Sequence[Any], model: str) -> tuple[tuple[State, ...], ...]:
+    """What each layer of a cache carries.
 
     Raises:
         BitlowerError: a layer of the cache of ``model`` holds something else.
     """
-    if not all(map(_has_keys, layers)):
+    states = tuple(map(states_of, layers))
+    if not all(states):
         raise state_refused(model)
-    return tuple(
-        ((layer.keys.shape[1], layer.keys.shape[3]), (layer.values.shape[1], layer.values.shape[3])) for layer in layers
-    )
+    return states
 
 
 def cache_argument(model: torch.nn.Module) -> str:
@@ -181,8 +186,3 @@ def cache_argument(model: torch.nn.Module) -> str:
 def cache_of(outputs: Mapping[str, Any]) -> Any:
     """The cache that a model of transformers returns, None without one."""
     return next((outputs[name] for name in _CACHES if outputs.get(name) is not None), None)
-
-
-def _has_keys(layer: Any) -> bool:
-    """Whether a layer of a cache holds keys and values."""
-    return all(isinstance(getattr(layer, part, None), torch.Tensor) for part in ("keys", "values"))

@@ -15,10 +15,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitlower.frontends._samples import sample, vocabulary
-from bitlower.frontends.decoder import PAST, Signature, cache_argument, cache_of, cache_sizes, tensors_of
+from bitlower.frontends.decoder import Signature, cache_argument, cache_of, cache_states, tensors_of
 from bitlower.ir.quiet import quiet
 from bitlower.ir.stages import CROSS, OWN
-from bitlower.ir.tokens import BATCH, ENCODER_SEQUENCE, MASK, SEQUENCE, TARGET, TARGET_MASK, TOKENS, TOTAL
+from bitlower.ir.tokens import (
+    BATCH,
+    ENCODER_SEQUENCE,
+    MASK,
+    PAST,
+    PAST_NAME,
+    PRESENT_NAME,
+    SEQUENCE,
+    TARGET,
+    TARGET_MASK,
+    TOKENS,
+    TOTAL,
+)
 
 if TYPE_CHECKING:
     from transformers import EncoderDecoderCache, PreTrainedModel
@@ -51,16 +63,16 @@ class EncoderDecoder(Signature):
         with torch.no_grad(), quiet():
             outputs = model(**flat, decoder_input_ids=ids, use_cache=True, **{cache_argument(model): _empty_cache()})
         layers = cache_of(outputs).self_attention_cache.layers
-        return cls(False, cache_sizes(layers, type(model).__name__), cache_argument(model), source)
+        return cls(False, cache_states(layers, type(model).__name__), cache_argument(model), source)
 
     def inputs(self) -> dict[str, tuple[int | str, ...]]:
         """The inputs' shapes by name, in order."""
         target: dict[str, tuple[int | str, ...]] = {TARGET: (BATCH, SEQUENCE), TARGET_MASK: (BATCH, TOTAL)}
-        return dict(self.source) | target | self.cache_shapes("past_key_values", OWN, PAST)
+        return dict(self.source) | target | self.cache_shapes(PAST_NAME, OWN, PAST)
 
     def outputs(self) -> list[str]:
         """The outputs' names: the decoder's own keys and values, then those of cross-attention."""
-        own, cross = (self.cache_shapes("present", side, TOTAL) for side in (OWN, CROSS))
+        own, cross = (self.cache_shapes(PRESENT_NAME, side, TOTAL) for side in (OWN, CROSS))
         return ["logits", *own, *cross]
 
     def traced_outputs(self) -> list[str]:

@@ -21,6 +21,7 @@ from bitlower.frontends.encoder_decoder import EncoderDecoder
 from bitlower.frontends.trace_cache import traced
 from bitlower.frontends.weights import load_weights, read_json
 from bitlower.ir import Length, Program, shorten
+from bitlower.ir.quiet import quiet
 from bitlower.ir.tasks import TASKS, TEXT_GENERATION, auto_class
 from bitlower.ir.tokens import ENCODER_SEQUENCE, SEQUENCE
 
@@ -167,7 +168,7 @@ def _trace_decoder(model: PreTrainedModel, task: str, traces: Path | None) -> Pr
     def check(program: Program) -> None:
         for sizes in _REPLAY_SIZES:
             replay = signature.sample(model, sizes)
-            with torch.no_grad(), releasing(model):
+            with torch.no_grad(), releasing(model), quiet():
                 expected = signature.flatten(model(**signature.arguments(replay)))
             check_replay(program, expected, replay, type(model).__name__)
 

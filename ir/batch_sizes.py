@@ -9,7 +9,7 @@ import torch
 
 from bitlower.ir.fit import Batch
 from bitlower.ir.program import Program
-from bitlower.ir.tokens import BATCH, MASK, TOKENS
+from bitlower.ir.tokens import BATCH, MASK, TOKENS, is_past
 from bitlower.ir.types import TensorType
 
 ROWS = 2
@@ -40,7 +40,7 @@ def keep_ends(program: Program, batch: dict[str, torch.Tensor], whole: Batch) ->
         whole: the batch before.
     """
     ids, before, mask = whole.get(TOKENS), whole.get(MASK), batch.get(MASK)
-    if ids is None or before is None or mask is None or any("past" in spec.type.shape for spec in program.inputs):
+    if ids is None or before is None or mask is None or any(map(is_past, program.inputs)):
         return
     if ids.dim() != 2 or before.shape != ids.shape or mask.shape != batch[TOKENS].shape:
         return
@@ -99,7 +99,7 @@ def symbolic_sizes(program: Program, batch: Batch) -> dict[str, int]:
     return {
         dim: batch[spec.name].shape[axis]
         for spec in program.inputs
-        if spec.name in batch and "past" not in spec.type.shape
+        if spec.name in batch and not is_past(spec)
         for axis, dim in enumerate(spec.type.shape)
         if isinstance(dim, str) and _SUM not in dim
     }

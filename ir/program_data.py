@@ -14,6 +14,7 @@ from bitlower.ir.fit import Batch, ValueSpec, crop, fit, padded_sizes
 from bitlower.ir.quantizer import Quantizer
 from bitlower.ir.storage import release
 from bitlower.ir.tensors import copy_module, get_tensor
+from bitlower.ir.tokens import BATCH, PAST, is_past
 from bitlower.ir.types import Length, Level
 
 
@@ -93,17 +94,17 @@ class ProgramData:
         return [values[name] for name in names]
 
     def complete(self, inputs: Batch) -> dict[str, torch.Tensor]:
-        """``inputs`` as :meth:`fitted`; each input with a dimension ``past`` that is not among them is empty.
+        """``inputs`` as :meth:`fitted`; what earlier tokens left (:func:`is_past`) is empty or zero if not among them.
 
         Raises:
             BitlowerError: an input has a size that the model does not take.
         """
         batch = next((tensor.shape[0] for tensor in inputs.values() if tensor.dim()), 1)
-        sizes = {"batch": batch, "past": 0}
+        sizes = {BATCH: batch, PAST: 0}
         empty = {
             spec.name: torch.zeros([sizes[d] if isinstance(d, str) else d for d in spec.type.shape])
             for spec in self.inputs
-            if "past" in spec.type.shape and spec.name not in inputs
+            if is_past(spec) and spec.name not in inputs
         }
         return {**self.fitted(inputs), **empty}
 

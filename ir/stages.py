@@ -20,13 +20,12 @@ from bitlower.ir.diagnostics import BitlowerError, describe
 from bitlower.ir.fit import ValueSpec
 from bitlower.ir.operators import argument, graph_results, operand
 from bitlower.ir.program import Program
-from bitlower.ir.tokens import MASK, SOURCE_MASK, TARGET, TARGET_MASK, TOKENS
+from bitlower.ir.tokens import MASK, PAST_NAME, PRESENT_NAME, SOURCE_MASK, TARGET, TARGET_MASK, TOKENS
 
 T = TypeVar("T")
 ENCODER, DECODER = "encoder", "decoder"
 OWN, CROSS = "decoder.", "encoder."
 """In the names of keys and values: whose they are."""
-_IN, _OUT = "past_key_values.", "present."
 aten = torch.ops.aten
 _RENAMED = {TARGET: TOKENS, MASK: SOURCE_MASK}
 """Inputs of the decoder, where its graph stands alone."""
@@ -39,7 +38,7 @@ def is_encoder_decoder(program: Program) -> bool:
 
 def is_cross(name: str) -> bool:
     """Whether an output of an encoder-decoder is the keys or values of a cross-attention."""
-    return name.startswith(_OUT) and f".{CROSS}" in name
+    return name.startswith(PRESENT_NAME) and f".{CROSS}" in name
 
 
 def encoder_batch(batch: Mapping[str, T]) -> dict[str, T]:
@@ -54,8 +53,8 @@ def decoder_batch(batch: Mapping[str, T], cross: Mapping[str, T]) -> dict[str, T
 
 
 def next_past(outputs: Mapping[str, T]) -> dict[str, T]:
-    """What a decoder returned of its own keys and values, as the past of its next step."""
-    return {_entering(name): value for name, value in outputs.items() if name.startswith(_OUT)}
+    """What a decoder returned of its own keys, values and states, as the past of its next step."""
+    return {_entering(name): value for name, value in outputs.items() if name.startswith(PRESENT_NAME)}
 
 
 def whole_inputs(encoder: Iterable[ValueSpec], decoder: Iterable[ValueSpec]) -> tuple[ValueSpec, ...]:
@@ -64,7 +63,7 @@ def whole_inputs(encoder: Iterable[ValueSpec], decoder: Iterable[ValueSpec]) -> 
     whole = {spec.name: spec for spec in encoder}
     for spec in decoder:
         name = names.get(spec.name, spec.name)
-        if not (name.startswith(_IN) and f".{CROSS}" in name):
+        if not (name.startswith(PAST_NAME) and f".{CROSS}" in name):
             whole.setdefault(name, replace(spec, name=name))
     return tuple(whole.values())
 
@@ -110,15 +109,15 @@ def _results(program: Program) -> list[tuple[ValueSpec, fx.Node]]:
 
 def _entering(name: str) -> str:
     """What keys or values that come out are called where they go in."""
-    return _IN + name.removeprefix(_OUT)
+    return PAST_NAME + name.removeprefix(PRESENT_NAME)
 
 
 def _is_of_target(name: str) -> bool:
-    return name in (TARGET, TARGET_MASK) or name.startswith(_IN)
+    return name in (TARGET, TARGET_MASK) or name.startswith(PAST_NAME)
 
 
 def _is_read_by_decoder(name: str) -> bool:
-    return name in _RENAMED or name.startswith(_IN)
+    return name in _RENAMED or name.startswith(PAST_NAME)
 
 
 def _placeholder(program: Program, spec: ValueSpec) -> fx.Node:

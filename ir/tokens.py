@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from bitlower.ir.fit import Batch
+from bitlower.ir.fit import Batch, ValueSpec
 
-BATCH, SEQUENCE, TOTAL = "batch", "sequence", "past + sequence"
+BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "past + sequence"
 ENCODER_SEQUENCE = "encoder_sequence"
 TARGET, TARGET_MASK = "decoder_input_ids", "decoder_attention_mask"
 """Inputs of an encoder-decoder: the target's tokens, and which of them and of those before are no padding."""
@@ -17,6 +17,20 @@ SOURCE_MASK = "encoder_attention_mask"
 """What the decoder alone calls the mask of the source."""
 TOKENS, MASK = "input_ids", "attention_mask"
 """Inputs of models of one text; of an encoder-decoder, its source."""
+
+PAST_NAME, PRESENT_NAME = "past_key_values.", "present."
+"""What the names of a decoder's carried tensors begin with, where they go in and where they come out."""
+
+
+def is_past(spec: ValueSpec) -> bool:
+    """Whether an input is what earlier tokens left, and may be left out before the first one.
+
+    Keys and values are empty then; a state whose size is fixed but for the batch (convolutions, state-space models) is
+    zero.
+    """
+    sizes = spec.type.shape
+    fixed = all(size == BATCH or isinstance(size, int) for size in sizes)
+    return PAST in sizes or (fixed and spec.name.startswith(PAST_NAME))
 
 
 def token_ids(batch: Batch, dim: str = SEQUENCE) -> torch.Tensor | None:

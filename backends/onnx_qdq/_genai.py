@@ -12,6 +12,7 @@ from bitlower.backends.onnx_qdq._folder import GENAI, MODEL
 from bitlower.backends.onnx_qdq._genai_search import generation
 from bitlower.ir import Program
 from bitlower.ir.stages import is_encoder_decoder
+from bitlower.ir.tokens import PAST, is_past
 
 TYPE = "decoder"
 """onnxruntime-genai's name for any decoder with a cache of keys and values, whatever its family."""
@@ -25,6 +26,8 @@ def write_genai_config(
 ) -> tuple[list[str], tuple[str, ...]]:
     """Write the file into ``folder`` for a decoder with logits and a cache; its name, and notes on what it cannot say.
 
+    A decoder with other states than keys and values gets none: the format has no names for them.
+
     Args:
         program: what was exported.
         folder: the artifact's.
@@ -32,6 +35,9 @@ def write_genai_config(
     """
     if not has_cache(program) or is_encoder_decoder(program) or "logits" not in {spec.name for spec in program.outputs}:
         return [], ()
+    states = [spec.name for spec in program.inputs if is_past(spec) and PAST not in spec.type.shape]
+    if states:
+        return [], (f"no {GENAI}: onnxruntime-genai has no place for states such as {states[0]}",)
     shapes = {spec.name: spec.type.shape for spec in (*program.inputs, *program.outputs)}
     entries = shapes["logits"][-1]
     said = generation(program, int(entries), _context_length(program))

@@ -14,6 +14,7 @@ from bitlower.ir.dataflow import ATTENTION, residual_sums
 from bitlower.ir.observe import observe
 from bitlower.ir.operators import AttentionNode
 from bitlower.ir.rewrite import call_like
+from bitlower.ir.tokens import PAST, is_past
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.report import Record, counted
 
@@ -114,6 +115,12 @@ def _attentions(program: Program, tokens: tuple[int, ...]) -> list[fx.Node]:
         raise BitlowerError(
             "prefix-sinks works on language models with a KV cache and position ids among their inputs",
             hint="attention sinks are a matter of causal models; leave the pass out for others",
+        )
+    state = next((spec.name for spec in program.inputs if is_past(spec) and PAST not in spec.type.shape), None)
+    if state is not None:
+        raise BitlowerError(
+            f"prefix-sinks puts keys and values before a text; the model's {state} would not have read the prefix",
+            hint="leave the pass out: it is for models whose layers are all attention",
         )
     vocabulary = program.config.get("vocab_size")
     wrong = [token for token in tokens if token < 0 or (isinstance(vocabulary, int) and token >= vocabulary)]

@@ -26,11 +26,12 @@ from bitlower.ir.files import check_name, reason
 from bitlower.ir.folding import with_float_weights
 from bitlower.ir.json_files import read_json
 from bitlower.ir.quiet import quiet
+from bitlower.ir.stages import next_past
 from bitlower.ir.tasks import TEXT_GENERATION
+from bitlower.ir.tokens import MASK, SEQUENCE, TOKENS
 from bitlower.tools.evaluation.artifacts import load_artifact
 
 Step = Callable[[Batch, Any], tuple[torch.Tensor, Any]]
-_PAST, _PRESENT = "past_key_values.", "present."
 _READERS = {
     "compressed-tensors": "pip install compressed-tensors accelerate",
     "gptq": "pip install gptqmodel",
@@ -39,7 +40,7 @@ _READERS = {
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal language model with its KV cache; without one, what was read so far takes its place.
+    """A causal language model with its cache; without one, what was read so far takes its place.
 
     Args:
         program: for its configuration, tokenizer and inputs; it has no graphs if something else computes.
@@ -101,13 +102,11 @@ def _of_program(program: Program) -> LanguageModel:
 def _of_inputs(program: Program, run: Callable[..., dict[str, torch.Tensor]], runtime: str) -> LanguageModel:
     """What takes its cache as inputs and returns it as outputs, by name."""
     _check(program)
-    names = [spec.name for spec in program.inputs]
 
     def step(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
         with torch.no_grad():
-            outputs = run(**{name: feed[name] for name in names if name in feed}, **(cache or {}))
-        logits = outputs["logits"]
-        return logits, {_past_name(name): value for name, value in outputs.items() if name.startswith(_PRESENT)}
+            outputs = run(**_step_inputs(program, feed), **(cache or {}))
+        return outputs["logits"], next_past(outputs)
 
     return LanguageModel(program, _with_memory(step, has_cache(program)), runtime)
 
@@ -126,10 +125,9 @@ def _of_library(library: Library) -> LanguageModel:
     _check(program)
 
     def step(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
-        inputs = {spec.name: feed[spec.name] for spec in program.inputs if spec.name in feed}
-        results = library.run({**inputs, **(cache or {})})
+        results = library.run({**_step_inputs(program, feed), **(cache or {})})
         logits = torch.from_numpy(results["logits"].numpy())
-        return logits, {_past_name(name): value for name, value in results.items() if name.startswith(_PRESENT)}
+        return logits, next_past(results)
 
     return LanguageModel(program, _with_memory(step, has_cache(program)), "TVM")
 
@@ -143,11 +141,11 @@ def _of_onnx(model: OnnxModel) -> LanguageModel:
     names = [spec.name for spec in program.outputs]
 
     def step(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
-        inputs = program.complete({s.name: feed[s.name] for s in program.inputs if s.name in feed})
+        inputs = program.complete(_step_inputs(program, feed))
         values = {n: OrtValue.ortvalue_from_numpy(t.numpy()) for n, t in inputs.items() if not (cache and n in cache)}
         results = dict(zip(names, session.run_with_ort_values(names, values | (cache or {})), strict=True))
         logits = torch.from_numpy(results["logits"].numpy())
-        return logits, {_past_name(name): value for name, value in results.items() if name.startswith(_PRESENT)}
+        return logits, next_past(results)
 
     return LanguageModel(program, _with_memory(step, has_cache(program)), "onnxruntime")
 
@@ -194,8 +192,13 @@ def _with_memory(step: Step, cached: bool) -> Step:
     return whole
 
 
-def _past_name(present: str) -> str:
-    return _PAST + present.removeprefix(_PRESENT)
+def _step_inputs(program: Program, feed: Batch) -> dict[str, torch.Tensor]:
+    """What ``program`` takes of ``feed``; a mask of the step's own tokens where it takes no other."""
+    inputs = {spec.name: feed[spec.name] for spec in program.inputs if spec.name in feed}
+    for spec in program.inputs:
+        if spec.name == MASK and spec.type.shape[1:] == (SEQUENCE,):
+            inputs[MASK] = feed[MASK][:, -feed[TOKENS].shape[1] :]
+    return inputs
 
 
 def _check(program: Program) -> None:

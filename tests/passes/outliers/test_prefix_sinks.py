@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
+from transformers import AutoModelForCausalLM, GPT2Config, Lfm2Config, LlamaConfig, OPTConfig
 
 from bitlower.backends import onnx_qdq
 from bitlower.frontends import load
@@ -127,3 +127,13 @@ def test_an_encoder_is_refused(bert) -> None:
     _, program = bert()
     with pytest.raises(BitlowerError, match="KV cache"):
         PassManager(parse_pipeline("clean,prefix-sinks{tokens=[1]}")).run(program, Context())
+
+
+def test_a_state_that_has_not_read_the_prefix_is_refused() -> None:
+    config = Lfm2Config(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=32, layer_types=["conv", "full_attention"], bos_token_id=1,
+    )  # fmt: skip
+    program = load(AutoModelForCausalLM.from_config(config).eval())
+    with pytest.raises(BitlowerError, match=r"the model's past_key_values.0.conv would not have read the prefix"):
+        PassManager(parse_pipeline("clean,prefix-sinks")).run(program, Context())
