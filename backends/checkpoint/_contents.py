@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -104,16 +105,20 @@ class Float:
         target: in the Program.
         transposed: the Program holds it the other way round than the model.
         module: holds the tensor.
+        kernel: the sizes of a convolution's kernel that the Program holds as a matrix ``[out, in · sizes]``.
     """
 
     name: str
     target: str
     transposed: bool
     module: fx.GraphModule
+    kernel: tuple[int, ...] = ()
 
     def value(self) -> torch.Tensor:
-        """In the model's orientation."""
+        """In the model's orientation and shape."""
         tensor = get_tensor(self.module, self.target).detach()
+        if self.kernel:
+            return tensor.reshape(len(tensor), -1, *self.kernel)
         return tensor.T if self.transposed else tensor
 
 
@@ -249,9 +254,12 @@ def _float_weights(program: Program, skeleton: Skeleton) -> Iterator[tuple[str, 
 
 def _float(name: str, node: fx.Node, module: fx.GraphModule, skeleton: Skeleton) -> Float:
     across = any(user.target is _LINEAR and LinearNode(user).weight is node for user in node.users)
-    entry = Float(name, str(node.target), across and skeleton.kinds.get(name.rpartition(".")[0]) == CONV1D, module)
-    if tuple(entry.value().shape) != skeleton.shapes[name]:
-        shapes = list(entry.value().shape), list(skeleton.shapes[name])
+    shape, expected = node.meta["type"].shape, skeleton.shapes[name]
+    kernel = expected[2:] if len(shape) == 2 and shape[1] == math.prod(expected[1:]) else ()
+    turned = across and skeleton.kinds.get(name.rpartition(".")[0]) == CONV1D
+    entry = Float(name, str(node.target), turned, module, kernel)
+    if tuple(entry.value().shape) != expected:
+        shapes = list(entry.value().shape), list(expected)
         raise BitlowerError(f"{name} has the shape {shapes[0]}, {skeleton.architecture} {shapes[1]}")
     return entry
 

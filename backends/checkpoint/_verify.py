@@ -296,7 +296,7 @@ def _weights(program: Program, contents: Contents, stored: Stored, skeleton: Ske
 
     def turned(entry: Float) -> torch.Tensor:
         weight = stored.weight(entry.name)
-        return weight.T if entry.transposed else weight
+        return weight.flatten(1) if entry.kernel else weight.T if entry.transposed else weight
 
     def joined(names: list[str]) -> torch.Tensor:
         return torch.cat([stored.weight(name) for name in names]) if len(names) > 1 else stored.weight(names[0])

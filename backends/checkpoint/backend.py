@@ -53,7 +53,8 @@ class ExportReport:
         packed: how many layers are packed.
         packed_bytes: of their tensors.
         float_bytes: of what stays in float.
-        float_tables: quantized tables and heads whose values are written in float, and why they have no codes.
+        float_tables: quantized tables, heads and kernels of convolutions whose values are written in float, and why
+            they have no codes.
         verification: how the artifact compares with the Program.
     """
 
@@ -174,10 +175,12 @@ class Checkpoint(Backend):
 
 
 def _float_tables(program: Program, skeleton: Skeleton, form: Format) -> Iterator[tuple[str, str]]:
-    """The quantized tables and heads that ``form`` cannot hold, by their parameters' names, and why."""
+    """The quantized tables, heads and kernels that ``form`` cannot hold, by their parameters' names, and why."""
     linears = [quantizer.spec for _, quantizer in program.quantizers() if quantizer.role == "linear-weight"]
     zeros = form.one_way_with_zeros and not all(map(is_symmetric, linears))
     for node, quantizer in program.quantizers():
+        if any(len(skeleton.shapes.get(f"{path}.weight", ())) > 2 for path in readers(node)):
+            yield quantizer.tensor, f"it is the kernel of a convolution in {skeleton.architecture}"
         if quantizer.role != "embedding-table" or node.target is not ops.dequantize:
             continue
         paths, (rows, columns) = readers(node), map(int, node.meta["type"].shape)

@@ -12,9 +12,10 @@ from bitlower.ir.operators import argument, operand
 from bitlower.ir.rewrite import Rule, call_like
 
 aten = torch.ops.aten
-_CONVOLUTIONS = frozenset({
+CONVOLUTIONS = frozenset({
     aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding,
 })  # fmt: skip
+"""Over ``[batch, channels, …]`` with one or two axes to slide along."""
 _PERMUTES = frozenset({aten.transpose.int, aten.permute.default})
 _GROUPS = 16
 """The most groups that become linear layers of their own."""
@@ -32,9 +33,9 @@ def fold_pointwise(module: fx.GraphModule, node: fx.Node) -> fx.Node | str:
     weight, bias, groups = operand(node, "weight"), argument(node, "bias"), argument(node, "groups")
     x, kind = operand(node, "input"), node.meta["type"]
     last = [0, *range(2, kind.rank), 1]
-    weights, biases = _split(module, weight, groups), _split(module, bias, groups)
+    weights, biases = stored_parts(module, weight, groups), stored_parts(module, bias, groups)
     with node.graph.inserting_before(node):
-        rows = _moved(node, x, last)
+        rows = reordered(node, x, last)
         width = weights[0].meta["type"].shape
         outputs = []
         for group in range(groups):
@@ -46,31 +47,36 @@ def fold_pointwise(module: fx.GraphModule, node: fx.Node) -> fx.Node | str:
         if groups > 1:
             shape = (*rows.meta["type"].shape[:-1], kind.shape[1])
             whole = call_like(node, aten.cat.default, (outputs, -1), TensorType(kind.dtype, shape))
-        result = _moved(node, whole, [0, kind.rank - 1, *range(1, kind.rank - 1)])
+        result = reordered(node, whole, [0, kind.rank - 1, *range(1, kind.rank - 1)])
     node.replace_all_uses_with(result)
     return result
 
 
 def _refusal(module: fx.GraphModule, node: fx.Node) -> str:
     """Why a convolution is no linear layer, or is not made one; empty if it is."""
-    weight, bias = operand(node, "weight"), argument(node, "bias")
-    shape = weight.meta["type"].shape
+    shape = operand(node, "weight").meta["type"].shape
     if node.kwargs or any(size != 1 for size in shape[2:]):
         return f"its kernel has the size {'×'.join(map(str, shape[2:]))}"
     if operand(node, "input").meta["type"].rank != len(shape):
         return "its input has no batch"
     if set(argument(node, "stride")) != {1} or not _is_unpadded(argument(node, "padding")):
         return "it has a stride or a padding"
-    parameters = [part for part in (weight, bias) if part is not None]
-    if any(not isinstance(part, fx.Node) or part.op != "get_attr" for part in parameters):
-        return "its weight is computed"
-    readers = [user for holder in module.graph.find_nodes(op="get_attr", target=weight.target) for user in holder.users]
-    if readers != [node]:
-        return "its weight is read elsewhere too"
+    if reason := shared_weight(module, node):
+        return reason
     groups = argument(node, "groups")
     if groups > _GROUPS or (groups > 1 and shape[1] == 1):
         return f"its {groups} groups are too many for linear layers of their own"
     return ""
+
+
+def shared_weight(module: fx.GraphModule, node: fx.Node) -> str:
+    """Why the weight of a convolution cannot be stored in another shape; empty if it can."""
+    weight, bias = operand(node, "weight"), argument(node, "bias")
+    parameters = [part for part in (weight, bias) if part is not None]
+    if any(not isinstance(part, fx.Node) or part.op != "get_attr" for part in parameters):
+        return "its weight is computed"
+    readers = [user for holder in module.graph.find_nodes(op="get_attr", target=weight.target) for user in holder.users]
+    return "" if readers == [node] else "its weight is read elsewhere too"
 
 
 def _is_unpadded(padding: Any) -> bool:
@@ -78,15 +84,15 @@ def _is_unpadded(padding: Any) -> bool:
     return isinstance(padding, str) or not any(padding if isinstance(padding, list | tuple) else (padding,))
 
 
-def _split(module: fx.GraphModule, parameter: Any, groups: int) -> list[fx.Node]:
-    """The parameter (none: an empty list) without axes of size 1 at its end, cut into ``groups``, as nodes."""
+def stored_parts(module: fx.GraphModule, parameter: Any, groups: int) -> list[fx.Node]:
+    """The parameter (none: an empty list) as matrices ``[out, in · sizes of the kernel]``, one a group, as nodes."""
     if parameter is None:
         return []
     name = str(parameter.target)
     tensor = get_tensor(module, name)
     if groups == 1 and tensor.dim() == 1:
         return [parameter]
-    flat = tensor.detach().reshape(tensor.shape[:2] if tensor.dim() > 1 else tensor.shape)
+    flat = tensor.detach().flatten(1) if tensor.dim() > 1 else tensor.detach()
     parts = [flat] if groups == 1 else [part.contiguous() for part in flat.chunk(groups)]
     nodes = []
     for group, part in enumerate(parts):
@@ -100,7 +106,7 @@ def _split(module: fx.GraphModule, parameter: Any, groups: int) -> list[fx.Node]
     return nodes
 
 
-def _moved(like: fx.Node, value: fx.Node, order: list[int]) -> fx.Node:
+def reordered(like: fx.Node, value: fx.Node, order: list[int]) -> fx.Node:
     """``value`` with its axes in another order; what ``value`` was before it was moved the other way, if it was."""
     if value.target in _PERMUTES:
         before = operand(value, "self")
@@ -141,6 +147,6 @@ def undo_permutation(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 
 RULES = (
-    Rule("pointwise-convolution", _CONVOLUTIONS, fold_pointwise),
+    Rule("pointwise-convolution", CONVOLUTIONS, fold_pointwise),
     Rule("permutation-and-back", _PERMUTES, undo_permutation),
 )

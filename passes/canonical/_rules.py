@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from bitlower.passes.canonical import _attention, _conv, _gelu, _half, _linear, _norm
+from bitlower.passes.canonical import _attention, _conv, _gelu, _half, _linear, _norm, _patches
 
 RULES = (
     *_half.RULES,
     *_conv.RULES,
+    *_patches.RULES,
     *_linear.RULES,
     *_norm.RULES,
     *_gelu.RULES,

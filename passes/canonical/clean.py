@@ -48,7 +48,8 @@ class Clean(Pass):
     What models write by hand becomes one operator: attention (also with repeated keys and values, for grouped
     queries), RMSNorm, GELU. Every linear layer is a ``linear`` with the weight ``[out, in]`` over ``[batch, sequence,
     channels]``; a weight that the model holds the other way round (GPT-2) is transposed, and ``Program.transposed``
-    says so. A convolution of size 1 is such a layer too, one with groups is a layer a group.
+    says so. A convolution of size 1 is such a layer too, one with groups is a layer a group; and so is a convolution
+    over patches that do not overlap.
     """
 
     name: ClassVar[str] = "clean"
@@ -86,7 +87,7 @@ def _tensors(module: fx.GraphModule) -> dict[str, torch.Tensor]:
 
 
 def _is_turned(before: Mapping[str, torch.Tensor], target: str, tensor: torch.Tensor) -> bool:
-    """Whether a rule has transposed a matrix, and not cut a kernel of size 1 down to one."""
+    """Whether a rule has transposed a matrix, and not made a kernel one."""
     old = before.get(target)
     return old is not None and old is not tensor and old.dim() == tensor.dim()
 

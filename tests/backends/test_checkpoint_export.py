@@ -13,8 +13,10 @@ import torch
 from safetensors.numpy import load_file
 
 from bitlower.backends.checkpoint import export, verify
+from bitlower.frontends import load
 from bitlower.ir import Program, get_tensor
 from bitlower.ir.quantization import numerics
+from bitlower.passes import Context, PassManager, parse_pipeline
 
 Lowered = Callable[..., Program]
 Array = np.ndarray[Any, Any]
@@ -225,3 +227,30 @@ def test_a_float_program_becomes_a_plain_folder(lowered: Lowered, prompts, tmp_p
         logits = model(**prompts[0]).logits
     torch.testing.assert_close(logits, program(**prompts[0])["logits"].detach(), rtol=1e-4, atol=1e-4)
     assert verify(tmp_path).layers == 0
+
+
+def test_a_kernel_has_the_shape_of_the_model(prompts, tmp_path: Path):
+    """The model's dense layers are convolutions of size 1, which are linear layers in the Program."""
+    from transformers import SqueezeBertConfig, SqueezeBertForSequenceClassification
+
+    groups = {f"{part}_groups": 1 for part in ("q", "k", "v", "post_attention", "intermediate", "output")}
+    config = SqueezeBertConfig(
+        vocab_size=96, hidden_size=64, embedding_size=64, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=64, num_labels=8, **groups,
+    )  # fmt: skip
+    model = SqueezeBertForSequenceClassification(config).eval()
+    query, key = (f"transformer.encoder.layers.0.attention.{part}" for part in ("query", "key"))
+    passes = f"clean,quantize{{scheme=W4A16-g32 ignore=[{query}]}},calibrate{{weights=minmax}},lower-integer"
+    program = PassManager(parse_pipeline(passes)).run(load(model), Context())
+    batches = [
+        {name: batch[name] for name in ("input_ids", "attention_mask")}
+        | {"token_type_ids": torch.zeros_like(batch["input_ids"])}
+        for batch in prompts
+    ]
+    report = export(program, tmp_path, batches=batches, dtype="float32")
+    tensors = load_file(tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(tensors[f"{query}.weight"], model.get_parameter(f"{query}.weight").detach().numpy())
+    rounded = stored_weights(program, torch.float32)[key]
+    np.testing.assert_allclose(tensors[f"{key}.weight"], rounded[..., None], rtol=1e-6, atol=1e-9)
+    assert "kernel of a convolution" in report.float_tables[f"{key}.weight"]
+    assert report.packed == 2
