@@ -147,7 +147,9 @@ def _refuse_pictures(kind: type[PreTrainedModel], config: Any, task: str) -> Non
         reads = ", ".join(dict.fromkeys((kind.main_input_name, *needed[1:])))
         raise BitlowerError(f"{name} reads {reads}, and {task} is for models of pictures alone", hint=_OTHER_INPUTS)
     if hasattr(config, "num_frames"):
-        raise BitlowerError(f"{name} reads the frames of a film, and {task} is for one picture a row", hint=_OTHER_INPUTS)
+        raise BitlowerError(
+            f"{name} reads the frames of a film, and {task} is for one picture a row", hint=_OTHER_INPUTS
+        )
 
 
 def state_refused(name: str) -> BitlowerError:
