@@ -11,7 +11,7 @@ import torch
 
 from bitlower.frontends._failure import explain_failure
 from bitlower.frontends._patches import open_sizes
-from bitlower.frontends._samples import layout, sample
+from bitlower.frontends._samples import EncoderInputs
 from bitlower.frontends._trace import check_replay, releasing, to_program, unchanged
 from bitlower.frontends.trace_cache import traced
 from bitlower.ir import BitlowerError, Length, Program
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
 
 _ROWS = 2
 """A batch of one would be taken for a constant."""
-_LENGTHS = (10, 64, 512)
-"""Tokens to trace with: the first of these that the model takes."""
-_REPLAYS = ((1, 7), (3, 13))
-"""Rows and tokens of the batches that a trace is held against: odd sizes that it was not made with."""
 _FLAGS: dict[str, Any] = {
     "use_cache": False,
     "use_mems_eval": False,
@@ -81,37 +77,37 @@ def export(model: PreTrainedModel, inputs: dict[str, Any], shapes: dict[str, Any
     return Traced(exported.program, tuple(dict.fromkeys(notes)))
 
 
-def trace_encoder(model: PreTrainedModel, task: str, traces: Path | None) -> Program:
-    """A model of text in one run, as a Program; compared with the model at two batch sizes and two lengths.
+def trace_encoder(model: PreTrainedModel, task: str, inputs: EncoderInputs, traces: Path | None) -> Program:
+    """A model that does its task in one run, as a Program; compared with the model at two batch sizes and lengths.
 
     Raises:
         BitlowerError: it cannot be traced, or computes with a fixed length.
         CheckError: its trace computes something else at another shape.
     """
-    shapes = layout(model)
+    shapes = inputs.shapes
 
     def trace() -> Program:
-        inputs = sample(model, shapes, _ROWS, _length(model, shapes))
+        sample = inputs.draw(_ROWS, _length(model, inputs))
         auto = torch.export.Dim.AUTO
         dynamic = {
             name: {axis: auto for axis, dim in enumerate(dims) if isinstance(dim, str)} for name, dims in shapes.items()
         }
-        exported, notes = export(model, inputs, dynamic)
+        exported, notes = export(model, sample, dynamic)
         program = to_program(exported, task=task, inputs=shapes, keep=_kept(exported, task))
         length = program.lengths.get(SEQUENCE, Length())
         if length.minimum == length.maximum:
             del program.lengths[SEQUENCE]  # the comparison says whether what torch took for equal matters
-        program.notes += (*notes, *_shorter(program, model))
+        program.notes += (*inputs.notes, *notes, *_shorter(program, model))
         return program
 
     def check(program: Program) -> None:
-        for rows, tokens in _REPLAYS:
-            replay = sample(model, shapes, rows, _taken(program.lengths.get(SEQUENCE, Length()), tokens))
+        for rows, length in inputs.replays:
+            replay = inputs.draw(rows, _taken(program.lengths.get(SEQUENCE, Length()), length))
             with torch.no_grad(), releasing(model), unchanged(model):
                 expected = model(**replay)
             check_replay(program, expected, replay, type(model).__name__)
 
-    return traced(model, f"encoder for {task}", trace, check, traces)
+    return traced(model, f"encoder for {task} of {dict(shapes)}", trace, check, traces)
 
 
 def _shorter(program: Program, model: PreTrainedModel) -> tuple[str, ...]:
@@ -139,14 +135,14 @@ def trace_given(model: PreTrainedModel, task: str, example_inputs: Mapping[str, 
     return program
 
 
-def _length(model: PreTrainedModel, shapes: Mapping[str, Any]) -> int:
+def _length(model: PreTrainedModel, inputs: EncoderInputs) -> int:
     """The first of the lengths that the model runs with."""
     failure: BitlowerError | None = None
-    for tokens in _LENGTHS:
+    for length in inputs.lengths:
         try:
             with explain_failure(type(model).__name__), torch.no_grad(), releasing(model), unchanged(model):
-                model(**sample(model, shapes, _ROWS, tokens))
-            return tokens
+                model(**inputs.draw(_ROWS, length))
+            return length
         except BitlowerError as error:
             failure = failure or error
     assert failure is not None

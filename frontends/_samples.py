@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _TEXT = (BATCH, SEQUENCE)
+_LENGTHS = (10, 64, 512)
+"""Tokens to trace with: the first of these that the model takes."""
+_REPLAYS = ((1, 7), (3, 13))
+"""Rows and tokens of the batches that a trace is held against: odd sizes that it was not made with."""
+
+
+@dataclass(frozen=True)
+class EncoderInputs:
+    """What an encoder reads, and samples of it.
+
+    Args:
+        shapes: of the inputs, by name, in order.
+        draw: makes inputs of so many rows and of that length.
+        lengths: to trace with; the first that the model takes.
+        replays: rows and lengths of what a trace is compared on.
+        notes: for whoever loads the model.
+    """
+
+    shapes: Mapping[str, tuple[int | str, ...]]
+    draw: Callable[[int, int], dict[str, torch.Tensor]]
+    lengths: tuple[int, ...] = _LENGTHS
+    replays: tuple[tuple[int, int], ...] = _REPLAYS
+    notes: tuple[str, ...] = ()
+
+
+def text_inputs(model: PreTrainedModel) -> EncoderInputs:
+    """Texts, as :func:`layout` and :func:`sample` have them."""
+    shapes = layout(model)
+    return EncoderInputs(shapes, lambda rows, length: sample(model, shapes, rows, length))
 
 
 def layout(model: PreTrainedModel) -> dict[str, tuple[int | str, ...]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitlower.ir import BitlowerError, nearest
 from bitlower.ir.quiet import quiet
-from bitlower.ir.tasks import SPEECH_RECOGNITION, TASKS, TEXT_TO_TEXT
+from bitlower.ir.tasks import PICTURE_FEATURES, SPEECH_RECOGNITION, TASKS, TEXT_TO_TEXT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,14 +20,20 @@ _TABLES = (
     ("question-answering", "QUESTION_ANSWERING"),
     (TEXT_TO_TEXT, "SEQ_TO_SEQ_CAUSAL_LM"),
     (SPEECH_RECOGNITION, "SPEECH_SEQ_2_SEQ"),
+    ("image-classification", "IMAGE_CLASSIFICATION"),
     ("fill-mask", "MASKED_LM"),
     ("text-generation", "CAUSAL_LM"),
     ("feature-extraction", "TEXT_ENCODING"),
     ("pre-training", "PRETRAINING"),
 )
 """Tables of transformers, the more specific first: those of pre-training and encoding hold classes of others too."""
-_BODY = "an encoder of text loads without its head: name feature-extraction as the task"
+_BODY = (
+    "an encoder loads without its head: name feature-extraction as the task for one of text, image-feature-extraction"
+    " for one of pictures"
+)
 _TEXT, _TEXT_PART = "input_ids", "text_config"
+PIXELS = "pixel_values"
+_OTHER_INPUTS = "pass `example_inputs`"
 _SPEECH = "WhisperForConditionalGeneration"
 """The one class whose features of sound an encoder reads here."""
 
@@ -52,13 +59,24 @@ def task_of(architectures: Sequence[str], where: str) -> str:
             if architecture in _names(f"MODEL_FOR_{table}_MAPPING_NAMES"):
                 return task
         if architecture in _names("MODEL_MAPPING_NAMES"):
-            return "feature-extraction"
+            return PICTURE_FEATURES if _reads_pictures(architecture) else "feature-extraction"
     other = next((purpose for name in architectures if (purpose := _other(name))), "")
     raise BitlowerError(
         f"{where}the architecture {', '.join(architectures) or '(none given)'} "
         + (f"is for {other}, which is not supported" if other else "fits no task"),
         hint=_BODY if other else f"name one of {', '.join(TASKS)} as the task",
     )
+
+
+def _reads_pictures(architecture: str) -> bool:
+    import transformers
+
+    kind = getattr(transformers, architecture, None)
+    return getattr(kind, "main_input_name", None) == PIXELS and _TEXT_PART not in _parts(kind.config_class)
+
+
+def _parts(config: Any) -> list[str]:
+    return list(getattr(config, "sub_configs", None) or {})
 
 
 def _names(table: str) -> set[str]:
@@ -90,15 +108,19 @@ def refuse_class(kind: type[PreTrainedModel], config: Any, task: str) -> None:
     """See that a model of this class and configuration can be loaded for ``task``, before its weights are.
 
     Raises:
-        BitlowerError: it reads no text, is several models, or keeps another state than keys and values.
+        BitlowerError: it reads something else than the task says, is several models, or keeps another state than keys
+            and values.
     """
-    parts = list(getattr(config, "sub_configs", None) or {})
+    parts = _parts(config)
     others = [name.removesuffix("_config") for name in parts if name != _TEXT_PART] if _TEXT_PART in parts else []
     if kind.__name__ == _SPEECH and task == SPEECH_RECOGNITION:
         return
+    if TASKS[task].pictures or (kind.main_input_name == PIXELS and _TEXT_PART not in parts):
+        _refuse_pictures(kind, config, task)
+        return
     if kind.main_input_name != _TEXT or others:
         reads = kind.main_input_name if kind.main_input_name != _TEXT else f"text and {' and '.join(others)}"
-        raise BitlowerError(f"{kind.__name__} reads {reads}, not token ids", hint="pass `example_inputs`")
+        raise BitlowerError(f"{kind.__name__} reads {reads}, not token ids", hint=_OTHER_INPUTS)
     if getattr(config, "is_encoder_decoder", False) and not (TASKS[task].whole or TASKS[task].sequence_to_sequence):
         raise BitlowerError(
             f"{kind.__name__} is an encoder and a decoder, which together are not supported for {task}",
@@ -107,6 +129,27 @@ def refuse_class(kind: type[PreTrainedModel], config: Any, task: str) -> None:
     if getattr(kind, "_is_stateful", False):
         raise state_refused(kind.__name__)
     refuse_rope(kind.__name__, config.to_dict())
+
+
+def _refuse_pictures(kind: type[PreTrainedModel], config: Any, task: str) -> None:
+    """See that a model reads one picture a row and nothing else, and that the task is one of pictures.
+
+    Raises:
+        BitlowerError: it is not so.
+    """
+    name, parameters = kind.__name__, inspect.signature(kind.forward).parameters.values()
+    if not TASKS[task].pictures:
+        known = ", ".join(name for name, entry in TASKS.items() if entry.pictures)
+        raise BitlowerError(f"{name} reads pictures, and {task} is for texts", hint=f"name one of {known} as the task")
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    others = [needs for needs in needed if needs not in ("self", PIXELS)]
+    if kind.main_input_name != PIXELS or _TEXT_PART in _parts(config) or others:
+        reads = ", ".join(dict.fromkeys((kind.main_input_name, *needed[1:])))
+        raise BitlowerError(f"{name} reads {reads}, and {task} is for models of pictures alone", hint=_OTHER_INPUTS)
+    if hasattr(config, "num_frames"):
+        raise BitlowerError(
+            f"{name} reads the frames of a film, and {task} is for one picture a row", hint=_OTHER_INPUTS
+        )
 
 
 def state_refused(name: str) -> BitlowerError:

@@ -12,7 +12,9 @@ import torch
 from bitlower.frontends._beside import check_float, check_padding, collect, plain_config
 from bitlower.frontends._encoder import export, plain_outputs, trace_encoder, trace_given
 from bitlower.frontends._failure import explain_failure
+from bitlower.frontends._pictures import picture_inputs
 from bitlower.frontends._precision import in_float32
+from bitlower.frontends._samples import text_inputs
 from bitlower.frontends._tasks import check_task, refuse_class, refuse_folder, task_of
 from bitlower.frontends._trace import check_replay, evaluating, releasing, to_program
 from bitlower.frontends.context import context_length, stated_length
@@ -114,7 +116,9 @@ def _trace(
         if generates:
             program = _trace_decoder(model, task, traces)
         elif example_inputs is None:
-            program = trace_encoder(model, task, traces)
+            pictures = TASKS[task].pictures
+            inputs = picture_inputs(model, pretrained.assets) if pictures else text_inputs(model)
+            program = trace_encoder(model, task, inputs, traces)
         else:
             program = trace_given(model, task, example_inputs)
         program.config = plain_config(model)

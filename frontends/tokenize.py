@@ -10,6 +10,7 @@ import torch
 
 from bitlower.frontends._tokenizer import check_same_tokens, leading_tokens, load_tokenizer, tokenizer_of
 from bitlower.frontends.pairs import pair_batches, random_pairs
+from bitlower.frontends.pictures import random_pictures, reads_pictures
 from bitlower.frontends.sound import reads_sound, sound_batches
 from bitlower.ir import BitlowerError, Program, nearest
 from bitlower.ir.assets import is_tokenizer
@@ -220,11 +221,13 @@ def windows(program: Program, ids: torch.Tensor, *, batch_size: int = 1) -> list
 def random_windows(
     program: Program, *, count: int = 2, length: int = 32, seed: int = 0
 ) -> list[dict[str, torch.Tensor]]:
-    """``count`` batches of one row of tokens drawn at random: for comparisons that need no text.
+    """``count`` batches of one row of tokens, or one picture, drawn at random: for comparisons that need no data.
 
     Raises:
-        BitlowerError: the program does not read token ids of a known vocabulary.
+        BitlowerError: the program reads neither token ids of a known vocabulary nor pictures alone.
     """
+    if reads_pictures(program):
+        return random_pictures(program, count=count, seed=seed)
     if is_encoder_decoder(program):
         return random_pairs(program, count=count, length=length, seed=seed)
     entries = program.config.get("vocab_size")

@@ -15,17 +15,20 @@ class Task:
         outputs: what the model returns for it; whatever it returns, if empty.
         whole: whether an encoder with a decoder behind it does the task in one run.
         sequence_to_sequence: whether an encoder reads a source, and a decoder writes a target from it token by token.
+        pictures: whether the model reads pictures alone.
     """
 
     auto_class: str
     outputs: tuple[str, ...] = ()
     whole: bool = False
     sequence_to_sequence: bool = False
+    pictures: bool = False
 
 
 TEXT_GENERATION = "text-generation"
 TEXT_TO_TEXT = "text2text-generation"
 SPEECH_RECOGNITION = "automatic-speech-recognition"
+PICTURE_FEATURES = "image-feature-extraction"
 TASKS = {
     "feature-extraction": Task("AutoModel"),
     "text-classification": Task("AutoModelForSequenceClassification", ("logits",), whole=True),
@@ -36,6 +39,8 @@ TASKS = {
     TEXT_GENERATION: Task("AutoModelForCausalLM"),
     TEXT_TO_TEXT: Task("AutoModelForSeq2SeqLM", sequence_to_sequence=True),
     SPEECH_RECOGNITION: Task("AutoModelForSpeechSeq2Seq", sequence_to_sequence=True),
+    "image-classification": Task("AutoModelForImageClassification", ("logits",), pictures=True),
+    PICTURE_FEATURES: Task("AutoModel", pictures=True),
 }
 """All tasks, by the names that transformers' pipelines have (``pre-training``, which has none, by its class)."""
 _ENCODER = "EncoderModel"

@@ -26,6 +26,7 @@ from bitlower.backends.onnx_qdq._rewrite_quantizers import (
     lower_dequantize,
     lower_qparams,
     lower_quantize,
+    raise_quantize,
     sink_dequantize,
 )
 from bitlower.backends.onnx_qdq._rewrite_tables import table_rules
@@ -114,6 +115,7 @@ def rules(form: Form, accuracy_level: int = FLOAT_ACTIVATIONS, heads: Collection
         Rule("widen-attention-mask", widen_mask),
         Rule("widen-rotary-table", widen_rotary),
         *table_rules(form),
+        Rule("raise-quantize", raise_quantize),
         Rule("sink-dequantize", sink_dequantize),
         split_head_rule(form, heads),
         *low_bit_rules(form, accuracy_level),

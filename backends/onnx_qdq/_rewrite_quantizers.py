@@ -58,6 +58,38 @@ def sink_dequantize(editor: Editor, node: ir.Node) -> str | None:
     return APPLIED
 
 
+def raise_quantize(editor: Editor, node: ir.Node) -> str | None:
+    """``Quantize(view(x))`` → ``view(Quantize(x))`` where ``x`` is an output of the model as well.
+
+    Left below the view, onnxruntime moves QuantizeLinear above it by itself, and then rounds the output too.
+    """
+    if not is_op(node, "Quantize", DOMAIN):
+        return None
+    views, root = list[ir.Node](), source(node)
+    while not root.is_graph_output():
+        view = root.producer()
+        if view is None or view.op_type not in _VIEWS or view.domain != "":
+            return None
+        views.append(view)
+        root = source(view)
+    if not views:
+        return None
+    if not per_tensor(editor, node):
+        return "its scales differ from element to element"
+    old = node.outputs[0]
+    attributes = {a.name: a.value for a in node.attributes.values()}
+    attributes["name"] = f"{attributes['name']}.before_{views[-1].op_type.lower()}"
+    inputs = [root, *node.inputs[1:]]
+    [codes] = editor.emit_all(node, "Quantize", inputs, 1, domain=DOMAIN, **attributes)
+    codes.shape, codes.dtype = root.shape, old.dtype
+    for view in reversed(views):
+        how = {a.name: a.value for a in view.attributes.values()}
+        codes = editor.emit(node, view.op_type, [codes, *view.inputs[1:]], like=view.outputs[0], dtype=old.dtype, **how)
+    editor.replace(old, codes)
+    editor.name(codes, str(node.attributes.get_string("name")))
+    return APPLIED
+
+
 def lower_qparams(editor: Editor, node: ir.Node) -> str | None:
     """Per-token scale and zero point, by the formulas of :meth:`bitlower.ir.Grid.qparams`."""
     if not is_op(node, "ChooseQparams", DOMAIN):

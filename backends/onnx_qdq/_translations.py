@@ -37,6 +37,7 @@ def translations(opset: int) -> Mapping[Any, Callable[..., Any]]:
         aten.linear.default: _linear,
         aten.addmm.default: _addmm,
         aten.rsub.Scalar: _rsub,
+        aten.squeeze.dims: _squeeze,
         aten.to.dtype: _to,
         aten.to.device: _to_device,
         aten.to.dtype_layout: _to_layout,
@@ -119,6 +120,12 @@ def _rsub(self: FLOAT, other: float, alpha: float = 1.0) -> FLOAT:
     if alpha != 1.0:
         self = opset18.Mul(self, opset18.CastLike(_number(alpha), self))
     return opset18.Sub(opset18.CastLike(_number(other), self), self)
+
+
+def _squeeze(self: FLOAT, dim: Sequence[int]) -> FLOAT:
+    """Axes of another size than 1 stay."""
+    axes = [axis for axis in dim if self.shape[axis] == 1]
+    return opset18.Squeeze(self, opset18.Constant(value_ints=axes)) if axes else opset18.Identity(self)
 
 
 def _to(self: FLOAT, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: str = "") -> FLOAT:

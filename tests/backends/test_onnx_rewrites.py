@@ -13,7 +13,12 @@ from bitlower.backends.onnx_qdq._rewrite import APPLIED, Editor, Rule, apply_rul
 from bitlower.backends.onnx_qdq._rewrite_graph import residual_sum, strip, widen_bias
 from bitlower.backends.onnx_qdq._rewrite_linear import linear_rules
 from bitlower.backends.onnx_qdq._rewrite_low_bit import tied_linear
-from bitlower.backends.onnx_qdq._rewrite_quantizers import lower_dequantize, lower_quantize, sink_dequantize
+from bitlower.backends.onnx_qdq._rewrite_quantizers import (
+    lower_dequantize,
+    lower_quantize,
+    raise_quantize,
+    sink_dequantize,
+)
 from bitlower.backends.onnx_qdq._rewrite_tables import gather_codes
 from bitlower.ir import BitlowerError
 
@@ -223,6 +228,37 @@ def test_dequantization_sinks_below_a_view_only_with_one_scale(scale: str, moved
     codes = RANDOM.integers(0, 256, (3, 4), dtype=np.uint8)
     scales = np.array([float(part) for part in scale.split(",")])
     np.testing.assert_array_equal(run(model, {"q": codes}), ((codes.astype(np.float32) - 3) * scales).T)
+
+
+SEEN = """
+seen (float[B,S,4] x, float[4] g) => (float[B,S,4] h, float[S,B,4] y)
+<float s = {0.5}, float z = {3}> {
+  h = LayerNormalization(x, g)
+  t = Transpose<perm: ints = [1, 0, 2]>(h)
+  q = bitlower.Quantize<quant_min: int = 0, quant_max: int = 255, dtype: string = "uint8", name: string = "codes">(
+    t, s, z
+  )
+  y = bitlower.Dequantize(q, s, z)
+}
+"""
+
+
+def test_an_output_that_is_quantized_in_another_layout_stays_as_it_is() -> None:
+    """Without the rule onnxruntime rounds ``h`` itself."""
+    model = parse(SEEN)
+    transpose, quantize = (node for node in model.graph if node.op_type in ("Transpose", "Quantize"))
+    transpose.outputs[0].dtype, transpose.outputs[0].shape = ir.DataType.FLOAT, ir.Shape(["S", "B", 4])
+    quantize.outputs[0].dtype, quantize.outputs[0].shape = ir.DataType.UINT8, ir.Shape(["S", "B", 4])
+    log = rewrite(model, Rule("raise", raise_quantize), *LOWER)
+    assert log["raise"]["applied"] == 1
+    assert [node.op_type for node in model.graph][1:3] == ["QuantizeLinear", "Transpose"]
+    assert next(node.outputs[0].name for node in model.graph if node.op_type == "Transpose") == "codes"
+    x = RANDOM.standard_normal((2, 3, 4)).astype(np.float32)
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    seen, rounded = session.run(None, {"x": x, "g": np.ones(4, np.float32)})
+    expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(seen, expected, atol=1e-5)
+    np.testing.assert_allclose(rounded, np.round(seen / 0.5).transpose(1, 0, 2) * 0.5)
 
 
 TABLE = """

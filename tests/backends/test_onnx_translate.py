@@ -107,6 +107,10 @@ def test_operators_without_a_translation_are_decomposed(function: Callable[..., 
     check(function)
 
 
+def test_of_several_axes_those_of_size_1_go() -> None:
+    check(lambda whole, mask, x: (x[:, None, None].squeeze((1, 2)), x[:, None].squeeze((1, 2)), x.squeeze((0, 1))))
+
+
 @pytest.mark.parametrize("opset", [21, 23, 25])
 def test_operators_of_earlier_opsets_are_brought_to_the_models(opset: int) -> None:
     """The axis of a Fourier transform was an attribute until opset 19, and is an input since 20."""

@@ -168,6 +168,9 @@ def test_flags_that_change_what_comes_back_are_set_and_said(name: str, changes: 
         ("BertForPreTraining", "pre-training"),
         ("T5EncoderModel", "feature-extraction"),
         ("XLNetForQuestionAnsweringSimple", "question-answering"),
+        ("ViTForImageClassification", "image-classification"),
+        ("CLIPVisionModel", "image-feature-extraction"),
+        ("ViTModel", "image-feature-extraction"),
     ],
 )
 def test_the_task_is_what_the_tables_of_transformers_say(architecture: str, task: str) -> None:
@@ -186,8 +189,16 @@ def _clip() -> Any:
     )
 
 
+def _film() -> Any:
+    sizes = {name: SIZES[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    return transformers.TimesformerModel(
+        transformers.TimesformerConfig(**sizes, intermediate_size=24, image_size=8, patch_size=4, num_frames=2)
+    )
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "clip": (_clip, "CLIPModel reads text and vision, not token ids"),
+    "film": (_film, "TimesformerModel reads the frames of a film, and image-feature-extraction is for one picture"),
     "bart": (
         lambda: transformers.BartModel(transformers.BartConfig(**BART)),
         "BartModel is an encoder and a decoder, which together are not supported for feature-extraction",
@@ -224,10 +235,24 @@ def test_what_is_not_supported_is_refused_in_one_line_before_any_work(
         load(tmp_path)
 
 
-def test_a_picture_classifier_is_told_what_it_is_for() -> None:
-    with pytest.raises(BitlowerError, match="ViTForImageClassification is for image classification, which is") as error:
-        task_of(["ViTForImageClassification"], "")
-    assert error.value.hint == "an encoder of text loads without its head: name feature-extraction as the task"
+def test_a_task_of_texts_or_pictures_is_for_models_that_read_them() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    vit = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=8, patch_size=4)).eval()
+    hint = "name one of image-classification, image-feature-extraction as the task"
+    with pytest.raises(BitlowerError, match=f"ViTModel reads pictures, and feature-extraction is for texts; {hint}"):
+        load(vit, task="feature-extraction")
+    message = "BertForTokenClassification reads input_ids, and image-classification is for models of pictures alone"
+    with pytest.raises(BitlowerError, match=message):
+        load(build("BertForTokenClassification"), task="image-classification")
+
+
+def test_a_head_that_no_task_is_for_is_told_what_it_is_for() -> None:
+    with pytest.raises(BitlowerError, match="DPTForDepthEstimation is for depth estimation, which is not") as error:
+        task_of(["DPTForDepthEstimation"], "")
+    assert error.value.hint == (
+        "an encoder loads without its head: name feature-extraction as the task for one of text,"
+        " image-feature-extraction for one of pictures"
+    )
     with pytest.raises(BitlowerError, match="fits no task") as error:
         task_of(["Unheard"], "")
     assert error.value.hint is not None
