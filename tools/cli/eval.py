@@ -24,15 +24,16 @@ Bos = Annotated[
 Task = Annotated[
     str,
     typer.Option(
-        help="sts-b, classification or text-generation; of encoder-decoders summarization (ROUGE), translation (BLEU) "
-        "or speech-recognition (word error rate)."
+        help="sts-b, classification, image-classification or text-generation; of encoder-decoders summarization "
+        "(ROUGE), translation (BLEU) or speech-recognition (word error rate)."
     ),
 ]
 Columns = Annotated[
     str,
     typer.Option(
         help="sts-b: score,sentence1,sentence2 (4,5,6 if not given: the benchmark's own files). "
-        "classification: text[,text2],label (sentence,label if not given). Encoder-decoders: source,reference."
+        "classification: text[,text2],label (sentence,label if not given). image-classification: path,label. "
+        "Encoder-decoders: source,reference."
     ),
 ]
 
@@ -49,7 +50,7 @@ def evaluate(
         typer.Option(help="A .tsv, .csv or .jsonl file; for text-generation a text, or FILE.jsonl:COLUMN."),
     ] = None,
     columns: Columns = "",
-    batch_size: Annotated[int, typer.Option(help="Texts in a batch.", min=1)] = 32,
+    batch_size: Annotated[int, typer.Option(help="Texts or pictures in a batch.", min=1)] = 32,
     max_length: Annotated[int, typer.Option(help="Longer texts are cut to this many tokens.")] = 128,
     joiner: Annotated[
         str | None,

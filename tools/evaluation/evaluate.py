@@ -20,11 +20,13 @@ from bitlower.tools.data.labels import class_names, class_of
 from bitlower.tools.data.texts import Row, number, read_rows, split_column
 from bitlower.tools.evaluation.artifacts import load_artifact
 from bitlower.tools.evaluation.metrics import accuracy, f1, matthews, pearson, spearman
+from bitlower.tools.evaluation.pictures import TASK as PICTURES
+from bitlower.tools.evaluation.pictures import picture_scores, read_labelled
 from bitlower.tools.evaluation.results import Evaluation
 from bitlower.tools.evaluation.targets import METRICS, evaluate_targets
 
 Array = NDArray[Any]
-TASKS = ("sts-b", "classification")
+TASKS = ("sts-b", "classification", PICTURES)
 UNMEASURED = ("token-classification", "question-answering", "fill-mask", "pre-training")
 STS_B_COLUMNS = ("4", "5", "6")
 """Score, first and second sentence in the STS benchmark's own files, which have no header line."""
@@ -53,14 +55,15 @@ def evaluate(
     Args:
         target: an artifact's folder (ONNX or library), a model as the frontends take it, or a Program of any level.
         task: ``sts-b`` (score, two sentences: correlation of the score with the cosine of mean-pooled embeddings) or
-            ``classification`` (text, an optional second text, label); or one of
-            :data:`~bitlower.tools.evaluation.targets.METRICS`.
+            ``classification`` (text, an optional second text, label), or ``image-classification`` (the path of a
+            picture, label); or one of :data:`~bitlower.tools.evaluation.targets.METRICS`.
         data: a .tsv, .csv or .jsonl file.
         columns: by name or, in a file without a header line, by number from 0. ``sts-b`` takes the columns of the
-            benchmark's own files if none is given, ``classification`` takes ``sentence,label``; see
+            benchmark's own files if none is given, ``classification`` takes ``sentence,label``,
+            ``image-classification`` takes ``path,label``; see
             :func:`~bitlower.tools.evaluation.targets.evaluate_targets` for what encoder-decoders write.
-        batch_size: texts in a batch; texts of like length go together.
-        max_length: in tokens.
+        batch_size: texts or pictures in a batch; texts of like length go together.
+        max_length: in tokens, of texts.
         track: wraps the batches with a progress display.
 
     Raises:
@@ -78,10 +81,13 @@ def evaluate(
     if task not in TASKS:
         raise BitlowerError(f"unknown evaluation {task!r}", hint=nearest(task, (*TASKS, *METRICS)))
     path, _ = split_column(data)
-    rows = _read(path, task, tuple(columns))
+    rows = read_labelled(path, columns) if task == PICTURES else _read(path, task, tuple(columns))
     runner = open_runner(target)
-    texts = Texts(rows, max_length, batch_size, track)
-    metrics = _sts_b(runner, texts, path) if task == "sts-b" else _classification(runner, texts, path)
+    if task == PICTURES:
+        metrics = picture_scores(runner.program, runner.run, path, rows, batch_size=batch_size, track=track)
+    else:
+        texts = Texts(rows, max_length, batch_size, track)
+        metrics = _sts_b(runner, texts, path) if task == "sts-b" else _classification(runner, texts, path)
     name = target.source if isinstance(target, Program) else os.fspath(target)
     return Evaluation(name, task, str(path), len(rows), metrics)
 

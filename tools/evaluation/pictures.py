@@ -1,0 +1,83 @@
+"""How often a classifier of pictures is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitlower.frontends.pictures import picture_batches, reads_pictures
+from bitlower.ir import Batch, BitlowerError, Program
+from bitlower.ir.files import check_name
+from bitlower.tools.data.labels import class_names, class_of
+from bitlower.tools.data.pictures import picture_rows
+from bitlower.tools.data.tables import Row
+from bitlower.tools.evaluation.metrics import accuracy
+
+TASK = "image-classification"
+_SEVERAL = 5
+"""Classes that top-5 accuracy, ImageNet's other measure, looks at."""
+
+
+def read_labelled(path: Path, columns: Sequence[str]) -> list[Row]:
+    """The rows of a table: the path of a picture, relative to the table's folder, and its label.
+
+    Args:
+        path: of the table.
+        columns: ``path,label`` if empty.
+
+    Raises:
+        BitlowerError: no such file or column, no rows, or a picture is missing.
+    """
+    columns = columns or ("path", "label")
+    if len(columns) != 2:
+        raise BitlowerError(f"{TASK} takes two columns", hint="--columns path,label")
+    rows = list(picture_rows(path, columns))
+    if not rows:
+        raise BitlowerError(f"{path} holds no rows")
+    for row in rows:
+        if not check_name(path.parent / row.values[0]).is_file():
+            raise BitlowerError(f"{path}, line {row.line}: the picture {path.parent / row.values[0]} is missing")
+    return rows
+
+
+def picture_scores(
+    program: Program,
+    run: Callable[[Batch], dict[str, NDArray[Any]]],
+    path: Path,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    track: Callable[[Iterable[Any], str], Iterator[Any]],
+) -> dict[str, float]:
+    """Accuracy in percent, and top-5 accuracy where there are more classes than 5.
+
+    Args:
+        program: what classifies.
+        run: gives its outputs.
+        path: of the table, for messages and as the folder of the pictures.
+        rows: of :func:`read_labelled`.
+        batch_size: pictures in a batch; so many are in memory.
+        track: wraps the batches with a progress display.
+
+    Raises:
+        BitlowerError: the program classifies no pictures, a label is none, or a file is no picture.
+    """
+    if not reads_pictures(program) or "logits" not in [spec.name for spec in program.outputs]:
+        raise BitlowerError(f"{TASK} needs a model that classifies pictures, and {program.source or 'this'} is none")
+    names = class_names(program)
+    labels = [class_of(path, row, names, len(names) or None) for row in rows]
+    ranked = []
+    for first in track(range(0, len(rows), batch_size), "evaluating"):
+        files = [path.parent / row.values[0] for row in rows[first : first + batch_size]]
+        for batch in picture_batches(program, files, batch_size=batch_size):
+            ranked.append(np.argsort(-run(batch)["logits"], axis=-1, kind="stable")[:, :_SEVERAL])
+    order = np.concatenate(ranked)
+    scores = {"accuracy": 100 * accuracy(order[:, 0], labels)}
+    if len(names) > _SEVERAL:
+        hits = (order == np.asarray(labels)[:, None]).any(1)
+        scores["top-5 accuracy"] = 100 * float(hits.mean())
+    return scores
