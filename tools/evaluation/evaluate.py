@@ -27,7 +27,7 @@ from bitlower.tools.evaluation.targets import METRICS, evaluate_targets
 
 Array = NDArray[Any]
 TASKS = ("sts-b", "classification", PICTURES)
-UNMEASURED = ("token-classification", "question-answering", "fill-mask", "pre-training")
+UNMEASURED = ("token-classification", "question-answering", "fill-mask", "pre-training", "image-feature-extraction")
 STS_B_COLUMNS = ("4", "5", "6")
 """Score, first and second sentence in the STS benchmark's own files, which have no header line."""
 
