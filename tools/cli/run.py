@@ -35,8 +35,8 @@ Formats = Annotated[
 ]
 _TEXTS = (
     "Texts: one a line, or FILE.tsv:COLUMN (also .csv, .jsonl; columns by name or from 0). For a language model the "
-    "file is one long text; for an encoder-decoder FILE.tsv:SOURCE,TARGET; for a model of pictures a folder of them, or "
-    "a file of their paths."
+    "file is one long text; for an encoder-decoder FILE.tsv:SOURCE,TARGET; for a model of pictures a folder of them, "
+    "or a file of their paths."
 )
 Calibration = Annotated[str, typer.Option(help=_TEXTS)]
 OptionalCalibration = Annotated[

@@ -99,9 +99,9 @@ def quantize(
     Args:
         model: a Hugging Face folder, ``package:NAME``, or a module in memory.
         scheme: for example ``W8A8``, ``W4A16-g128``.
-        calibration: a file of texts (``FILE:COLUMN`` for a table), the texts, or input batches; a folder of pictures, or
-            their paths; one long text for a language model, which is cut into windows. Not needed for schemes without
-            static activations (but for ``gptq`` and ``adaround``): artifacts are then compared on random inputs.
+        calibration: a file of texts (``FILE:COLUMN`` for a table), the texts, or input batches; a folder of pictures,
+            or their paths; one long text for a language model, which is cut into windows. Not needed for schemes
+            without static activations (but for ``gptq`` and ``adaround``): artifacts are then compared on random data.
         training: the same, to train the quantized program on against the float model (``qat``); a tenth is held out.
         output: the artifact's folder, which must not exist yet; None writes nothing.
         algorithm: of the weights' codes: ``gptq``, ``adaround``, ``rtn`` or ``calibrate``; if left out ``gptq`` for
