@@ -3,9 +3,9 @@
     python benchmarks/families.py MODELS_DIR --texts FILE --text FILE [--only NAME …] [--write]
 
 ``MODELS_DIR`` holds Hugging Face folders. Encoders run W8A8 on ``--texts`` (one a line), decoders W8A8 and W4A16-g32 by
-gptq on windows of ``--text``, encoder-decoders both on ``--texts``, whose targets they write themselves. Torch and the
-rest are imported once; each run is a fork of its own with a limit of time and memory, so that one that hangs, grows or
-dies is a row of the table like any other.
+gptq on windows of ``--text``, encoder-decoders both on ``--texts``, whose targets they write themselves, models of
+pictures W8A8 on noise. Torch and the rest are imported once; each run is a fork of its own with a limit of time and
+memory, so that one that hangs, grows or dies is a row of the table like any other.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from _common import RESULTS, show_table, write_result
 
 import bitlower
 from bitlower.backends.onnx_qdq import OnnxQdq
-from bitlower.frontends import batches
+from bitlower.frontends import batches, load
 from bitlower.frontends._encoder import plain_outputs
+from bitlower.frontends.pictures import random_pictures, reads_pictures
+from bitlower.frontends.task import is_picture_model
 from bitlower.frontends.tokenize import token_ids, windows
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.quantization.scheme import WEIGHT_ROLES
@@ -74,12 +76,12 @@ def architecture(folder: Path) -> str:
 def run(folder: Path, scheme: str, algorithm: str | None, texts: Path, text: Path) -> tuple[float, float]:
     """Quantize the model in ``folder``, and give share and cosine."""
     data = text if is_decoder(folder) else texts
+    how: dict[str, Any] = {"calibration": str(data), "samples": SAMPLES, "max_length": LENGTH}
+    if is_picture_model(folder):
+        how = {"calibration": random_pictures(load(folder), count=SAMPLES, seed=0)}
     with tempfile.TemporaryDirectory() as place:
         output = Path(place) / "artifact"
-        done = bitlower.quantize(
-            str(folder), scheme=scheme, algorithm=algorithm, calibration=str(data), output=output, samples=SAMPLES,
-            max_length=LENGTH,
-        )  # fmt: skip
+        done = bitlower.quantize(str(folder), scheme=scheme, algorithm=algorithm, output=output, **how)
         with quiet(), torch.no_grad():
             named = done.program.config.get("architectures") or []
             loader = getattr(transformers, auto_class(done.program.task, named))
@@ -114,7 +116,13 @@ def cosine(program: Program, artifact: Path, model: torch.nn.Module, data: Path)
 
 
 def held_out(program: Program, data: Path) -> list[Batch]:
-    """Texts from the end of the file: batches of one and of several rows, of other lengths than in calibration."""
+    """Texts from the end of the file: batches of one and of several rows, of other lengths than in calibration.
+
+    For a model of pictures noise of another seed.
+    """
+    if reads_pictures(program):
+        drawn = [batch["pixel_values"] for batch in random_pictures(program, count=HELD_OUT, seed=1)]
+        return [{"pixel_values": drawn[0]}, {"pixel_values": torch.cat(drawn[1:])}]
     lines = [line for line in data.read_text().splitlines() if line.strip()]
     if program.task == "text-generation":
         length = min(LENGTH - 7, program.context_length or LENGTH)

@@ -10,7 +10,7 @@ import torch
 
 from bitlower.frontends._tokenizer import check_same_tokens, leading_tokens, load_tokenizer, tokenizer_of
 from bitlower.frontends.pairs import pair_batches, random_pairs
-from bitlower.frontends.pictures import random_pictures, reads_pictures
+from bitlower.frontends.pictures import picture_batches, random_pictures, reads_pictures
 from bitlower.frontends.sound import reads_sound, sound_batches
 from bitlower.ir import BitlowerError, Program, nearest
 from bitlower.ir.assets import is_tokenizer
@@ -34,7 +34,8 @@ def batches(
 
     Args:
         program: with tokenizer files among its assets.
-        texts: one sequence each; of an encoder-decoder, its sources; of a model that reads sound, paths of files.
+        texts: one sequence each; of an encoder-decoder, its sources; of a model that reads sound or pictures, paths of
+            files.
         pairs: the second sequence of each, for tasks on pairs; of an encoder-decoder, its targets, which it writes
             itself where there are none.
         max_length: in tokens; longer sequences are cut, to what the model can take at most.
@@ -49,6 +50,8 @@ def batches(
     if pairs is not None and len(pairs) != len(texts):
         raise BitlowerError(f"there are {len(texts)} texts and {len(pairs)} second sequences", hint="give one for each")
     check_sizes(batch_size, max_length)
+    if reads_pictures(program):
+        return picture_batches(program, [Path(text) for text in texts], batch_size=batch_size)
     if reads_sound(program):
         files = [Path(text) for text in texts]
         return sound_batches(program, files, pairs, max_length=max_length, batch_size=batch_size).batches

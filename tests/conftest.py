@@ -178,3 +178,42 @@ def feed() -> Callable[..., dict[str, torch.Tensor]]:
         return inputs
 
     return make
+
+
+@pytest.fixture(scope="session")
+def save_pictures() -> Callable[..., list[Path]]:
+    """``save_pictures(folder, count)``: files of blocks in random colours, PNG and JPEG in turn, of two sizes."""
+    import numpy as np
+    from PIL import Image
+
+    def save(folder: Path, count: int, seed: int = 0) -> list[Path]:
+        folder.mkdir(exist_ok=True, parents=True)
+        generator = np.random.default_rng(seed)
+        paths = []
+        for number in range(count):
+            blocks = generator.integers(0, 256, (3, 4, 3), dtype=np.uint8)
+            pixels = np.kron(blocks, np.ones((4, 4 + number % 2, 1), np.uint8))
+            paths.append(folder / f"{number:02}.{'jpg' if number % 2 else 'png'}")
+            Image.fromarray(pixels).save(paths[-1])
+        return paths
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def picture_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random ViT with three classes for pictures of 8 × 8, and its processor's settings."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("vit")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    torch.manual_seed(0)
+    names = {"id2label": {0: "cat", 1: "dog", 2: "bird"}, "label2id": {"cat": 0, "dog": 1, "bird": 2}}
+    config = transformers.ViTConfig(**sizes, **names, image_size=8, patch_size=4)
+    model = transformers.ViTForImageClassification(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    model.save_pretrained(folder)
+    transformers.ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return folder

@@ -170,7 +170,7 @@ def test_tools_know_no_pass_and_no_backend_by_name(path):
     assert not named or str(path) in NAMED_IN, f"{path} names {sorted(named)}: let the pass or the backend say it"
 
 
-IMPORTED_AS = {"apache-tvm": "tvm", "apache-tvm-ffi": "tvm-ffi"}
+IMPORTED_AS = {"apache-tvm": "tvm", "apache-tvm-ffi": "tvm-ffi", "pillow": "PIL"}
 
 
 def _by_place(path):

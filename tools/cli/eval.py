@@ -25,8 +25,8 @@ Task = Annotated[
     str,
     typer.Option(
         help="sts-b, classification, token-classification (F1 by entity), question-answering (SQuAD's F1), "
-        "fill-mask (accuracy of masked tokens) or text-generation; of encoder-decoders summarization (ROUGE), "
-        "translation (BLEU) or speech-recognition (word error rate)."
+        "fill-mask (accuracy of masked tokens), image-classification or text-generation; of encoder-decoders "
+        "summarization (ROUGE), translation (BLEU) or speech-recognition (word error rate)."
     ),
 ]
 Columns = Annotated[
@@ -35,6 +35,7 @@ Columns = Annotated[
         help="sts-b: score,sentence1,sentence2 (4,5,6 if not given: the benchmark's own files). "
         "classification: text[,text2],label (sentence,label if not given). token-classification: words,tags (of a "
         "CoNLL file the first and the last if not given). question-answering: question,context,answers. "
+        "image-classification: path,label. "
         "Encoder-decoders: source,reference."
     ),
 ]
@@ -55,7 +56,7 @@ def evaluate(
         ),
     ] = None,
     columns: Columns = "",
-    batch_size: Annotated[int, typer.Option(help="Texts in a batch.", min=1)] = 32,
+    batch_size: Annotated[int, typer.Option(help="Texts or pictures in a batch.", min=1)] = 32,
     max_length: Annotated[
         int | None, typer.Option(help="Longer texts are cut to this many tokens; 128, for question-answering 384.")
     ] = None,

@@ -35,7 +35,8 @@ Formats = Annotated[
 ]
 _TEXTS = (
     "Texts: one a line, or FILE.tsv:COLUMN (also .csv, .jsonl; columns by name or from 0). For a language model the "
-    "file is one long text; for an encoder-decoder FILE.tsv:SOURCE,TARGET."
+    "file is one long text; for an encoder-decoder FILE.tsv:SOURCE,TARGET; for a model of pictures a folder of them, "
+    "or a file of their paths."
 )
 Calibration = Annotated[str, typer.Option(help=_TEXTS)]
 OptionalCalibration = Annotated[
@@ -52,8 +53,8 @@ Task = Annotated[
     str | None,
     typer.Option(
         help="feature-extraction, text-classification, token-classification, question-answering, fill-mask, "
-        "pre-training, text-generation, text2text-generation or automatic-speech-recognition; as the model says if not "
-        "given."
+        "pre-training, text-generation, text2text-generation, automatic-speech-recognition, image-classification or "
+        "image-feature-extraction; as the model says if not given."
     ),
 ]
 Samples = Annotated[

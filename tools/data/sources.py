@@ -142,8 +142,7 @@ def python_source(
         if not calibration:
             raise BitlowerError("the calibration data are empty")
         if isinstance(calibration[0], Mapping):
-            inputs, cut = cast(Sequence[Batch], calibration), len(calibration) - len(calibration) // 8
-            return DataSource(lambda program: Data(inputs[:cut], inputs[cut:]))
+            return batches_source(cast(Sequence[Batch], calibration))
     texts = cast("str | os.PathLike[str] | Sequence[str]", calibration)
     amount = Amount.make(samples, max_length, decoder)
     if not decoder:
@@ -151,6 +150,12 @@ def python_source(
         return _texts(split_texts(texts, samples=samples, seed=seed), amount, amount, base)
     text = read_text(texts, limit=LONGEST_TEXT) if isinstance(texts, str | os.PathLike) else PARAGRAPH.join(texts)
     return DataSource(lambda program: _windows(program, text, amount, seed, bos), amount.samples)
+
+
+def batches_source(inputs: Sequence[Batch]) -> DataSource:
+    """Input batches of a caller's as they are; the last eighth is held out."""
+    cut = len(inputs) - len(inputs) // 8
+    return DataSource(lambda program: Data(inputs[:cut], inputs[cut:]))
 
 
 def _section_source(recipe: Recipe, section: DataSection, decoder: bool) -> DataSource:

@@ -29,6 +29,7 @@ __all__ = [
     "read_text",
     "read_texts",
     "split_column",
+    "split_drawn",
     "split_texts",
     "split_windows",
     "text_column",
@@ -95,17 +96,29 @@ def split_texts(
     Raises:
         BitlowerError: as :func:`read_texts`; too short is fewer than ``samples`` (``FEWEST`` if that is None).
     """
-    _check_samples(samples)
     name = data if isinstance(data, str | os.PathLike) else "the calibration data"
     items = _texts(data, column) if isinstance(data, str | os.PathLike) else enumerate(data, 1)
+    calibration, held_out = split_drawn(items, name, samples=samples, seed=seed)
+    return TextSplit(tuple(calibration), tuple(held_out))
+
+
+def split_drawn(
+    items: Iterable[tuple[int, T]], name: object, *, samples: int | None, seed: int, what: str = "texts"
+) -> tuple[list[T], list[T]]:
+    """What :func:`split_texts` does, for items of any kind, each with its place; ``what`` they are is for messages.
+
+    Raises:
+        BitlowerError: ``name`` has too few of them.
+    """
+    _check_samples(samples)
     total, drawn = draw(items, (SAMPLES if samples is None else samples) + HELD_OUT, seed)
     if total < (samples or FEWEST):
-        raise too_short(name, total, samples or FEWEST)
+        raise too_short(name, total, samples or FEWEST, what)
     count = samples or min(SAMPLES, total - min(HELD_OUT, total // 8))
     order = list(range(len(drawn)))
     random.Random(f"{seed}/split").shuffle(order)
     calibration, held_out = sorted(order[:count]), sorted(order[count : count + HELD_OUT])
-    return TextSplit(tuple(drawn[place][1] for place in calibration), tuple(drawn[place][1] for place in held_out))
+    return [drawn[place][1] for place in calibration], [drawn[place][1] for place in held_out]
 
 
 def read_text(
@@ -254,10 +267,10 @@ def _check_samples(samples: int | None) -> None:
         raise BitlowerError(f"cannot draw {samples} samples", hint="ask for at least 1")
 
 
-def too_short(data: object, count: int, wanted: int) -> BitlowerError:
-    """The error about ``data`` with ``count`` texts where ``wanted`` are needed."""
+def too_short(data: object, count: int, wanted: int, what: str = "texts") -> BitlowerError:
+    """The error about ``data`` with ``count`` texts, or of ``what`` they are, where ``wanted`` are needed."""
     return BitlowerError(
-        f"{data} is too short: {count} texts, {wanted} are needed", hint="add texts, or ask for fewer samples"
+        f"{data} is too short: {count} {what}, {wanted} are needed", hint=f"add {what}, or ask for fewer samples"
     )
 
 

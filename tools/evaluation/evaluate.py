@@ -17,6 +17,7 @@ from bitlower.tools.data.texts import Row, number, read_rows, split_column
 from bitlower.tools.evaluation.answers import QUESTION_ANSWERING, evaluate_answers
 from bitlower.tools.evaluation.masked import FILL_MASK, evaluate_masked
 from bitlower.tools.evaluation.metrics import accuracy, f1, matthews, pearson, spearman
+from bitlower.tools.evaluation.pictures import PICTURES, evaluate_pictures
 from bitlower.tools.evaluation.results import Evaluation
 from bitlower.tools.evaluation.runners import Array, Runner, Track, open_runner
 from bitlower.tools.evaluation.tags import TOKEN_CLASSIFICATION, evaluate_tags
@@ -24,8 +25,8 @@ from bitlower.tools.evaluation.targets import METRICS, evaluate_targets
 
 HEADS = {TOKEN_CLASSIFICATION: evaluate_tags, QUESTION_ANSWERING: evaluate_answers}
 """Heads that say something about single tokens."""
-TASKS = ("sts-b", "classification", *HEADS, FILL_MASK)
-UNMEASURED = ("pre-training",)
+TASKS = ("sts-b", "classification", *HEADS, FILL_MASK, PICTURES)
+UNMEASURED = ("pre-training", "image-feature-extraction")
 TOKENS, WINDOW = 128, 384
 """Tokens of a text, and of a question with a window of its context, where nobody says; the latter as BERT's authors."""
 STS_B_COLUMNS = ("4", "5", "6")
@@ -48,15 +49,17 @@ def evaluate(
     Args:
         target: an artifact's folder (ONNX or library), a model as the frontends take it, or a Program of any level.
         task: ``sts-b`` (score, two sentences: correlation of the score with the cosine of mean-pooled embeddings) or
-            ``classification`` (text, an optional second text, label); ``fill-mask`` (texts); or one of :data:`HEADS`
-            or :data:`~bitlower.tools.evaluation.targets.METRICS`.
+            ``classification`` (text, an optional second text, label); ``fill-mask`` (texts); ``image-classification``
+            (the path of a picture, label); or one of :data:`HEADS` or
+            :data:`~bitlower.tools.evaluation.targets.METRICS`.
         data: a .tsv, .csv or .jsonl file, whose columns may be named behind a colon; for tags see
             :func:`~bitlower.tools.data.tagged.read_tagged`, for questions
             :func:`~bitlower.tools.data.questions.read_questions`.
         columns: by name or, in a file without a header line, by number from 0. ``sts-b`` takes the columns of the
-            benchmark's own files if none is given, ``classification`` takes ``sentence,label``; see
+            benchmark's own files if none is given, ``classification`` takes ``sentence,label``,
+            ``image-classification`` takes ``path,label``; see
             :func:`~bitlower.tools.evaluation.targets.evaluate_targets` for what encoder-decoders write.
-        batch_size: texts in a batch; texts of like length go together.
+        batch_size: texts or pictures in a batch; texts of like length go together.
         max_length: in tokens; None: :data:`TOKENS`, or :data:`WINDOW` for questions.
         seed: of the masks of ``fill-mask``.
         track: wraps the batches with a progress display.
@@ -86,6 +89,8 @@ def evaluate(
         return evaluate_masked(
             target, path, columns=columns, batch_size=batch_size, max_length=length, seed=seed, track=track
         )
+    if task == PICTURES:
+        return evaluate_pictures(target, path, columns=columns, batch_size=batch_size, track=track)
     rows = _read(path, task, columns)
     runner = open_runner(target)
     texts = Texts(rows, length, batch_size, track)

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import torch
 
 from bitlower.frontends import load
-from bitlower.frontends.task import is_decoder
+from bitlower.frontends.task import is_decoder, is_picture_model
 from bitlower.ir import Program, Scheme
 from bitlower.passes import Context, PassManager, make_pass
 from bitlower.passes.outliers.analyze_outliers import OutlierReport
-from bitlower.tools.data.sources import Calibration, python_source, recipe_source
+from bitlower.tools.data.pictures import picture_recipe, python_pictures, refuse_training
+from bitlower.tools.data.sources import Calibration, DataSource, python_source, recipe_source
 from bitlower.tools.data.training import python_training, with_training
 from bitlower.tools.recipes.recipe import Recipe, Section, dump_recipe, validate_recipe
 from bitlower.tools.render import Display
@@ -55,8 +56,11 @@ def recipe_job(recipe: Recipe) -> Job:
         BitlowerError: a pass, a parameter or a data file is wrong.
     """
     passes = validate_recipe(recipe)
-    decoder = is_decoder(recipe.model_source, recipe.model.task)
-    source = with_training(recipe_source(recipe, decoder), recipe, decoder)
+    if is_picture_model(recipe.model_source, recipe.model.task):
+        source = picture_recipe(recipe)
+    else:
+        decoder = is_decoder(recipe.model_source, recipe.model.task)
+        source = with_training(recipe_source(recipe, decoder), recipe, decoder)
     return Job(
         load=lambda traces: replace(
             load(recipe.model_source, task=recipe.model.task, traces=traces), source=_portable(recipe.model.path)
@@ -95,9 +99,9 @@ def quantize(
     Args:
         model: a Hugging Face folder, ``package:NAME``, or a module in memory.
         scheme: for example ``W8A8``, ``W4A16-g128``.
-        calibration: a file of texts (``FILE:COLUMN`` for a table), the texts, or input batches; not needed for schemes
-            without static activations (but for ``gptq`` and ``adaround``): artifacts are then compared with the Program
-            on tokens drawn at random. For a language model the texts are one long text, which is cut into windows.
+        calibration: a file of texts (``FILE:COLUMN`` for a table), the texts, or input batches; a folder of pictures,
+            or their paths; one long text for a language model, which is cut into windows. Not needed for schemes
+            without static activations (but for ``gptq`` and ``adaround``): artifacts are then compared on random data.
         training: the same, to train the quantized program on against the float model (``qat``); a tenth is held out.
         output: the artifact's folder, which must not exist yet; None writes nothing.
         algorithm: of the weights' codes: ``gptq``, ``adaround``, ``rtn`` or ``calibrate``; if left out ``gptq`` for
@@ -149,7 +153,9 @@ def _python_job(
 ) -> Job:
     """The run of :func:`quantize` where a model or data lie in memory, of which no recipe can speak."""
     decoder, calibrated, trained = is_decoder(model, task), calibration is not None, training is not None
-    source = python_source(calibration, samples=samples, seed=seed, max_length=max_length, decoder=decoder, bos=bos)
+    source = _source(model, calibration, task=task, samples=samples, max_length=max_length, seed=seed, bos=bos)
+    if is_picture_model(model, task):
+        refuse_training(training)
     source = python_training(source, training, seed=seed, max_length=max_length, decoder=decoder, bos=bos)
     passes = standard_passes(
         scheme, ignore, algorithm=algorithm, calibrated=calibrated, trained=trained, formats=formats
@@ -161,6 +167,15 @@ def _python_job(
         standard_exports(scheme, formats),
         seed=seed,
     )
+
+
+def _source(
+    model: str | os.PathLike[str] | torch.nn.Module, calibration: Calibration | None, *, task: str | None, **how: Any
+) -> DataSource:
+    """Data to calibrate on, of the kind that ``model`` reads."""
+    if is_picture_model(model, task):
+        return python_pictures(calibration, **how)
+    return python_source(calibration, decoder=is_decoder(model, task), **how)
 
 
 def _path(place: str | os.PathLike[str] | None) -> Path | None:
@@ -185,8 +200,7 @@ def analyze_model(
         BitlowerError: bad input.
     """
     display = display or Display(quiet=True)
-    decoder = is_decoder(model, task)
-    source = python_source(calibration, samples=samples, seed=seed, max_length=max_length, decoder=decoder, bos=bos)
+    source = _source(model, calibration, task=task, samples=samples, max_length=max_length, seed=seed, bos=bos)
     display.note("loading and tracing the model")
     program = load(model, task=task)
     for note in program.notes:
