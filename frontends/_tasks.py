@@ -27,7 +27,7 @@ _TABLES = (
 """Tables of transformers, the more specific first: those of pre-training and encoding hold classes of others too."""
 _BODY = "an encoder of text loads without its head: name feature-extraction as the task"
 _TEXT, _TEXT_PART = "input_ids", "text_config"
-_SPEECH = "WhisperForConditionalGeneration"
+SPEECH = "WhisperForConditionalGeneration"
 """The one class whose features of sound an encoder reads here."""
 
 
@@ -94,7 +94,7 @@ def refuse_class(kind: type[PreTrainedModel], config: Any, task: str) -> None:
     """
     parts = list(getattr(config, "sub_configs", None) or {})
     others = [name.removesuffix("_config") for name in parts if name != _TEXT_PART] if _TEXT_PART in parts else []
-    if kind.__name__ == _SPEECH and task == SPEECH_RECOGNITION:
+    if kind.__name__ == SPEECH and task == SPEECH_RECOGNITION:
         return
     if kind.main_input_name != _TEXT or others:
         reads = kind.main_input_name if kind.main_input_name != _TEXT else f"text and {' and '.join(others)}"
