@@ -34,7 +34,7 @@ _BODY = (
 _TEXT, _TEXT_PART = "input_ids", "text_config"
 PIXELS = "pixel_values"
 _OTHER_INPUTS = "pass `example_inputs`"
-_SPEECH = "WhisperForConditionalGeneration"
+SPEECH = "WhisperForConditionalGeneration"
 """The one class whose features of sound an encoder reads here."""
 
 
@@ -113,7 +113,7 @@ def refuse_class(kind: type[PreTrainedModel], config: Any, task: str) -> None:
     """
     parts = _parts(config)
     others = [name.removesuffix("_config") for name in parts if name != _TEXT_PART] if _TEXT_PART in parts else []
-    if kind.__name__ == _SPEECH and task == SPEECH_RECOGNITION:
+    if kind.__name__ == SPEECH and task == SPEECH_RECOGNITION:
         return
     if TASKS[task].pictures or (kind.main_input_name == PIXELS and _TEXT_PART not in parts):
         _refuse_pictures(kind, config, task)

@@ -7,7 +7,8 @@ model's own feature extractor makes them. A target begins with the tokens that t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,31 @@ def read_sound(path: Path, rate: int) -> NDArray[np.float32]:
     Raises:
         BitlowerError: the file is missing, no sound, empty or cut off, or the packages are not installed.
     """
+    with _opened(path) as file:
+        promised, own_rate = file.frames, file.samplerate
+        samples = file.read(dtype="float32", always_2d=True)
+    if len(samples) < promised:
+        raise BitlowerError(f"the sound file {path} is cut off: it has {len(samples)} of {promised} samples")
+    mono: NDArray[np.float32] = samples.mean(1)
+    return mono if own_rate == rate else sound_packages()[1].resample(mono, own_rate, rate)
+
+
+def check_sound(path: Path) -> None:
+    """See that a sound file is there and has samples, as its header says; no more of it is read.
+
+    Raises:
+        BitlowerError: the file is missing, no sound or empty, or the packages are not installed.
+    """
+    with _opened(path):
+        pass
+
+
+def sound_packages() -> tuple[Any, Any]:
+    """The packages that read and resample sound.
+
+    Raises:
+        BitlowerError: one is not installed.
+    """
     try:
         import soundfile
         import soxr
@@ -123,20 +149,22 @@ def read_sound(path: Path, rate: int) -> NDArray[np.float32]:
         raise BitlowerError(
             f"reading sound needs the package {error.name}", hint="install it: pip install bitlower[sound]"
         ) from None
+    return soundfile, soxr
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A sound file that has samples."""
+    soundfile, _ = sound_packages()
     if not check_name(path).is_file():
         raise BitlowerError(f"the sound file {path} is missing")
     try:
         with soundfile.SoundFile(str(path)) as file:
-            promised, own_rate = file.frames, file.samplerate
-            samples = file.read(dtype="float32", always_2d=True)
+            if not file.frames:
+                raise BitlowerError(f"the sound file {path} is empty", hint="leave it out")
+            yield file
     except soundfile.LibsndfileError as error:
         raise BitlowerError(f"{path} is no sound that can be read: {error.error_string}") from None
-    if not len(samples):
-        raise BitlowerError(f"the sound file {path} is empty", hint="leave it out")
-    if len(samples) < promised:
-        raise BitlowerError(f"the sound file {path} is cut off: it has {len(samples)} of {promised} samples")
-    mono: NDArray[np.float32] = samples.mean(1)
-    return mono if own_rate == rate else soxr.resample(mono, own_rate, rate)
 
 
 def speech_prompt(program: Program, language: str = LANGUAGE) -> list[int]:

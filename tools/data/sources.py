@@ -31,8 +31,10 @@ from bitlower.frontends.tokenize import BOS, check_length, text_ids, window_lead
 from bitlower.ir import Batch, BitlowerError, Program, nearest
 from bitlower.ir.stages import is_encoder_decoder
 from bitlower.tools.data.batches import Data
+from bitlower.tools.data.sounds import NamedRows
 from bitlower.tools.data.texts import (
     PARAGRAPH,
+    Column,
     Text,
     TextSplit,
     read_text,
@@ -85,10 +87,26 @@ class Amount:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Data that have been read: ``batches`` makes a Program's input of them; ``samples`` says how many there are."""
+    """Data that have been read.
+
+    Args:
+        batches: makes a Program's input of them.
+        samples: how many there are.
+        rows: of texts that a run reads, each of them.
+    """
 
     batches: Callable[[Program], Data]
     samples: int | None = None
+    rows: tuple[NamedRows, ...] = ()
+
+    def check_sounds(self) -> None:
+        """See that the rows name sound files; for models that read sound.
+
+        Raises:
+            BitlowerError: one does not; its file and line are named.
+        """
+        for rows in self.rows:
+            rows.check_sounds()
 
 
 def recipe_source(recipe: Recipe, decoder: bool) -> DataSource:
@@ -103,8 +121,12 @@ def recipe_source(recipe: Recipe, decoder: bool) -> DataSource:
     )
     if recipe.evaluation is None:
         return source
-    held_out = _evaluation(recipe, recipe.evaluation, decoder)
-    return replace(source, batches=lambda program: replace(source.batches(program), evaluation=held_out(program)))
+    held_out, rows = _evaluation(recipe, recipe.evaluation, decoder)
+    return replace(
+        source,
+        batches=lambda program: replace(source.batches(program), evaluation=held_out(program)),
+        rows=(*source.rows, *rows),
+    )
 
 
 def check_bos(bos: str, decoder: bool) -> None:
@@ -146,8 +168,8 @@ def python_source(
     texts = cast("str | os.PathLike[str] | Sequence[str]", calibration)
     amount = Amount.make(samples, max_length, decoder)
     if not decoder:
-        base = split_column(texts)[0].parent if isinstance(texts, str | os.PathLike) else Path()
-        return _texts(split_texts(texts, samples=samples, seed=seed), amount, amount, base)
+        path, column = split_column(texts) if isinstance(texts, str | os.PathLike) else (None, None)
+        return _texts(split_texts(texts, samples=samples, seed=seed), amount, path, column)
     text = read_text(texts, limit=LONGEST_TEXT) if isinstance(texts, str | os.PathLike) else PARAGRAPH.join(texts)
     return DataSource(lambda program: _windows(program, text, amount, seed, bos), amount.samples)
 
@@ -163,30 +185,37 @@ def _section_source(recipe: Recipe, section: DataSection, decoder: bool) -> Data
     path, amount = recipe.resolve(section.data), Amount.of(section, decoder)
     if not decoder:
         texts = split_texts(path, samples=section.samples, seed=section.seed, column=section.column)
-        return _texts(texts, amount, amount, path.parent)
+        return _texts(texts, amount, path, section.column)
     text = read_text(path, column=section.column, limit=LONGEST_TEXT)
     return DataSource(lambda program: _windows(program, text, amount, section.seed, recipe.model.bos), amount.samples)
 
 
-def _evaluation(recipe: Recipe, section: DataSection, decoder: bool) -> Callable[[Program], Sequence[Batch]]:
-    """The texts, or windows of the text, of the section ``evaluation``."""
+def _evaluation(
+    recipe: Recipe, section: DataSection, decoder: bool
+) -> tuple[Callable[[Program], Sequence[Batch]], tuple[NamedRows, ...]]:
+    """The texts, or windows of the text, of the section ``evaluation``, and the rows of the texts."""
     path, amount = recipe.resolve(section.data), Amount.of(section, decoder)
     if not decoder:
         texts = read_texts(path, column=section.column, samples=section.samples or HELD_OUT_TEXTS, seed=section.seed)
-        return lambda program: _rows(program, texts, amount, path.parent).batches
+        rows = NamedRows.of_texts(path, section.column, texts)
+        return lambda program: _rows(program, texts, amount, path.parent).batches, (rows,)
     text = read_text(path, column=section.column, limit=LONGEST_TEXT)
     amount = replace(amount, samples=section.samples or HELD_OUT_WINDOWS)
-    return lambda program: _windows(program, text, amount, section.seed, recipe.model.bos).calibration
+    return lambda program: _windows(program, text, amount, section.seed, recipe.model.bos).calibration, ()
 
 
-def _texts(texts: TextSplit, amount: Amount, held_out: Amount, base: Path) -> DataSource:
+def _texts(texts: TextSplit, amount: Amount, path: Path | None, column: Column) -> DataSource:
+    """Texts of the file ``path``, or, where that is None, of a caller."""
+    base = path.parent if path else Path()
+
     def made(program: Program) -> Data:
         calibration = _rows(program, texts.calibration, amount, base)
-        held_out_rows = _rows(program, texts.held_out, held_out, base)
+        held_out_rows = _rows(program, texts.held_out, amount, base)
         notes = [note for rows in (calibration, held_out_rows) for note in rows.notes]
         return Data(calibration.batches, held_out_rows.batches, notes=tuple(dict.fromkeys(notes)))
 
-    return DataSource(made, len(texts.calibration))
+    drawn = (*texts.calibration, *texts.held_out)
+    return DataSource(made, len(texts.calibration), (NamedRows.of_texts(path, column, drawn),) if path else ())
 
 
 @dataclass(frozen=True)

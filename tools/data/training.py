@@ -31,6 +31,7 @@ from bitlower.frontends.tokenize import check_length, text_ids, window_lead
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.tools.data.batches import Data
 from bitlower.tools.data.labels import ClassifierHead
+from bitlower.tools.data.sounds import NamedRows
 from bitlower.tools.data.sources import (
     LONGEST_TEXT,
     TEXT_LENGTH,
@@ -77,6 +78,10 @@ class Examples:
     rows: tuple[Row, ...]
     labelled: bool = False
 
+    def named(self) -> NamedRows:
+        """The rows with the name of their file."""
+        return NamedRows(self.path, lambda: self.rows)
+
     def batches(self, program: Program, max_length: int, batch_size: int) -> list[Batch]:
         """Input batches of ``program`` in the order of the rows, with ``labels`` ``[batch]`` if there are labels.
 
@@ -108,7 +113,7 @@ def with_training(source: DataSource, recipe: Recipe, decoder: bool) -> DataSour
     for key in ("label", "column") if decoder else ():
         with_place(recipe._source, ("training", key), _check_windowed, key, getattr(section, key))
     other = recipe.resolve(section.held_out) if isinstance(section.held_out, str) else None
-    return _adding(source, _make(section, recipe.resolve(section.data), other, decoder, recipe.model.bos))
+    return _adding(source, *_make(section, recipe.resolve(section.data), other, decoder, recipe.model.bos))
 
 
 def python_training(
@@ -133,7 +138,7 @@ def python_training(
     if isinstance(training, str | os.PathLike):
         path, column = split_column(training)
         section = TrainingSection(data=str(path), column=column, max_length=max_length, seed=seed)
-        return _adding(source, _make(section, path, None, decoder, bos))
+        return _adding(source, *_make(section, path, None, decoder, bos))
     section = TrainingSection(data="the training data", max_length=max_length, seed=seed)
     if len(training) < 2:
         raise too_short(section.data, len(training), 2)
@@ -148,18 +153,20 @@ def python_training(
     return _adding(source, lambda program: _texts(program, parts, section))
 
 
-def _make(section: TrainingSection, path: Path, other: Path | None, decoder: bool, bos: str) -> Make:
-    """Read ``path``, and ``other`` if that is held out; what is given makes batches of them."""
+def _make(
+    section: TrainingSection, path: Path, other: Path | None, decoder: bool, bos: str
+) -> tuple[Make, tuple[NamedRows, ...]]:
+    """Read ``path``, and ``other`` if that is held out: what makes batches of them, and the rows of texts."""
     if decoder:
         texts = [read_text(file, column=section.column, limit=LONGEST_TEXT) for file in (path, other) if file]
-        return lambda program: _windows(program, texts, section, bos)
+        return lambda program: _windows(program, texts, section, bos), ()
     parts = split_examples(path, read_examples(path, section.column, section.label), section)
     if other is not None:
         rows = tuple(read_examples(other, section.column, section.label))
         if not rows:
             raise too_short(other, 0, 1)
         parts = (parts[0], Examples(other, rows, section.label is not None))
-    return lambda program: _texts(program, parts, section)
+    return lambda program: _texts(program, parts, section), tuple(part.named() for part in parts)
 
 
 def split_examples(path: Path, rows: Iterable[Row], section: TrainingSection) -> tuple[Examples, Examples]:
@@ -220,12 +227,12 @@ def _windows(program: Program, texts: Sequence[str], section: TrainingSection, b
     return Data(lead=lead, training=training, held_out=held_out_batches)
 
 
-def _adding(source: DataSource, make: Make) -> DataSource:
+def _adding(source: DataSource, make: Make, rows: tuple[NamedRows, ...] = ()) -> DataSource:
     def both(program: Program) -> Data:
         trained, data = make(program), source.batches(program)
         return replace(data, training=trained.training, held_out=trained.held_out, lead=data.lead or trained.lead)
 
-    return replace(source, batches=both)
+    return replace(source, batches=both, rows=(*source.rows, *rows))
 
 
 def _check_windowed(key: str, value: str | list[str] | None) -> None:

@@ -20,6 +20,7 @@ from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.files import check_name
 from bitlower.ir.generation import before_stop, greedy_target, program_stages, stop_tokens, target_prompt
 from bitlower.ir.stages import encoder_batch, is_encoder_decoder
+from bitlower.tools.data.sounds import NamedRows
 from bitlower.tools.data.texts import Row, read_examples, split_column
 from bitlower.tools.evaluation.artifacts import load_artifact
 from bitlower.tools.evaluation.packages import metric_package
@@ -55,10 +56,11 @@ def _wer(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     return {"wer": 100 * jiwer.wer(spoken, heard), "cer": 100 * jiwer.cer(spoken, heard)}
 
 
+SPEECH = "speech-recognition"
 METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] = {
     "summarization": _rouge,
     "translation": _bleu,
-    "speech-recognition": _wer,
+    SPEECH: _wer,
 }
 """By task: from what was written and what should have been to figures in percent."""
 
@@ -98,6 +100,8 @@ def evaluate_targets(
             f"{task} needs a column of sources and one of references", hint=f"name them: {path}:SOURCE,TARGET"
         )
     METRICS[task]([rows[0].values[1]], [rows[0].values[1]])  # a package that is missing is named before the work
+    if task == SPEECH:
+        NamedRows(path, lambda: rows).check_sounds()
     writer = _Writer.open(target, max_length, language)
     written = [text for batch in track(writer.batches(path, rows, batch_size), "evaluating") for text in writer(batch)]
     name = target.source if isinstance(target, Program) else os.fspath(target)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from bitlower.frontends import load
-from bitlower.frontends.task import is_decoder, is_picture_model
+from bitlower.frontends.task import is_decoder, is_picture_model, is_speech_reader
 from bitlower.ir import Program, Scheme
 from bitlower.passes import Context, PassManager, make_pass
 from bitlower.passes.outliers.analyze_outliers import OutlierReport
@@ -61,6 +61,8 @@ def recipe_job(recipe: Recipe) -> Job:
     else:
         decoder = is_decoder(recipe.model_source, recipe.model.task)
         source = with_training(recipe_source(recipe, decoder), recipe, decoder)
+    if is_speech_reader(recipe.model_source, recipe.model.task):
+        source.check_sounds()
     return Job(
         load=lambda traces: replace(
             load(recipe.model_source, task=recipe.model.task, traces=traces), source=_portable(recipe.model.path)
@@ -157,6 +159,8 @@ def _python_job(
     if is_picture_model(model, task):
         refuse_training(training)
     source = python_training(source, training, seed=seed, max_length=max_length, decoder=decoder, bos=bos)
+    if is_speech_reader(model, task):
+        source.check_sounds()
     passes = standard_passes(
         scheme, ignore, algorithm=algorithm, calibrated=calibrated, trained=trained, formats=formats
     )
@@ -201,6 +205,8 @@ def analyze_model(
     """
     display = display or Display(quiet=True)
     source = _source(model, calibration, task=task, samples=samples, max_length=max_length, seed=seed, bos=bos)
+    if is_speech_reader(model, task):
+        source.check_sounds()
     display.note("loading and tracing the model")
     program = load(model, task=task)
     for note in program.notes:
