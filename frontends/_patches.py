@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bitlower.frontends import _longformer, _states
+from bitlower.frontends import _longformer, _scans, _states
 
 Factory = Callable[[Any, list[str]], Any]
 """Makes a replacement of an original, and adds to the notes what a user should know when it runs."""
@@ -97,11 +97,15 @@ def _sinusoids(frequencies: torch.Tensor, positions: torch.Tensor) -> torch.Tens
     return torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)
 
 
-_FUNNEL = "transformers.models.funnel.modeling_funnel"
+_MODELING = "transformers.models.{0}.modeling_{0}"
+_FUNNEL = _MODELING.format("funnel")
 _PLACES: tuple[tuple[str, str, str, Factory], ...] = (
     (_FUNNEL, "FunnelAttentionStructure", "get_position_embeds", _funnel_positions),
     (_states.CACHES, "LinearAttentionLayer", "update_conv_state", _states.kept_whole),
     (_states.CACHES, "LinearAttentionLayer", "update_recurrent_state", _states.replaced_state),
+    (_states.CACHES, "Cache", "get_recurrent_state", _scans.remembered),
+    *((_MODELING.format(name), "", "mamba_selective_scan", _scans.selective) for name in _scans.SELECTIVE),
+    *((_MODELING.format(name), "", "mamba2_chunk_scan", _scans.chunked) for name in _scans.CHUNKED),
     (_longformer.MODULE, "LongformerForSequenceClassification", "forward", _longformer.classifier),
     (_longformer.MODULE, "LongformerForQuestionAnswering", "forward", _longformer.reader),
     (_longformer.MODULE, "LongformerModel", "forward", _longformer.encoder),

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitlower.frontends._scans import CHUNKED, SELECTIVE
 from bitlower.ir import BitlowerError, nearest
 from bitlower.ir.quiet import quiet
 from bitlower.ir.tasks import PICTURE_FEATURES, SPEECH_RECOGNITION, TASKS, TEXT_TO_TEXT
@@ -108,8 +109,8 @@ def refuse_class(kind: type[PreTrainedModel], config: Any, task: str) -> None:
     """See that a model of this class and configuration can be loaded for ``task``, before its weights are.
 
     Raises:
-        BitlowerError: it reads something else than the task says, is several models, or keeps another state than keys
-            and values.
+        BitlowerError: it reads something else than the task says, is several models, or keeps a state in a way that
+            cannot be traced.
     """
     parts = _parts(config)
     others = [name.removesuffix("_config") for name in parts if name != _TEXT_PART] if _TEXT_PART in parts else []
@@ -126,7 +127,7 @@ def refuse_class(kind: type[PreTrainedModel], config: Any, task: str) -> None:
             f"{kind.__name__} is an encoder and a decoder, which together are not supported for {task}",
             hint=f"they are for {TEXT_TO_TEXT}, and with heads for classification and question answering",
         )
-    if getattr(kind, "_is_stateful", False):
+    if getattr(kind, "_is_stateful", False) and config.model_type not in (*SELECTIVE, *CHUNKED):
         raise state_refused(kind.__name__)
     refuse_rope(kind.__name__, config.to_dict())
 
@@ -153,11 +154,11 @@ def _refuse_pictures(kind: type[PreTrainedModel], config: Any, task: str) -> Non
 
 
 def state_refused(name: str) -> BitlowerError:
-    """The refusal of the model ``name``, which goes from token to token by a state."""
+    """The refusal of the model ``name``, which goes from token to token by a state of another kind."""
     return BitlowerError(
-        f"{name} keeps a state between tokens that is no keys and values (a state-space or recurrent model, or linear"
-        " attention), which is not supported",
-        hint="take a model whose layers are all attention",
+        f"{name} keeps a state between tokens that is no keys and values, which is not supported for it (recurrent"
+        " models and linear attention go through the tokens in a loop)",
+        hint="take a model of attention, short convolutions (LFM2) or state-space layers (Mamba, Mamba-2, Jamba)",
     )
 
 

@@ -74,6 +74,11 @@ class Signature:
         """Whether some of what is carried has an entry for each token, as keys and values have."""
         return any(state.grows for states in self.caches for state in states)
 
+    @property
+    def scans(self) -> bool:
+        """Whether some of what is carried has a fixed size."""
+        return not all(state.grows for states in self.caches for state in states)
+
     def outputs(self) -> list[str]:
         """The outputs' names, in order."""
         return ["logits", *self.cache_shapes(PRESENT_NAME, "", TOTAL)]

@@ -35,6 +35,9 @@ _REPLAY_SIZES = (
     {"batch": 1, "past": 0, "sequence": 6, "encoder_sequence": 9},
     {"batch": 3, "past": 4, "sequence": 1, "encoder_sequence": 14},
 )
+_SCAN_TRACE = {"sequence": 37}
+_SCAN_REPLAY = {"batch": 3, "past": 0, "sequence": 70}
+"""Of models with states of a fixed size, which may scan the tokens in blocks: several blocks, and another number."""
 
 
 @dataclass
@@ -155,7 +158,7 @@ def _trace_decoder(model: PreTrainedModel, task: str, traces: Path | None) -> Pr
     def trace() -> Program:
         with releasing(model):
             present = kind.of(model)  # which may lack layers
-        sample = present.sample(model, _TRACE_SIZES)
+        sample = present.sample(model, _TRACE_SIZES | (_SCAN_TRACE if present.scans else {}))
         exported, notes = export(model, present.arguments(sample), present.dynamic_shapes())
         program = to_program(
             exported,
@@ -170,7 +173,7 @@ def _trace_decoder(model: PreTrainedModel, task: str, traces: Path | None) -> Pr
         return program
 
     def check(program: Program) -> None:
-        for sizes in _REPLAY_SIZES:
+        for sizes in (*_REPLAY_SIZES, *((_SCAN_REPLAY,) if signature.scans else ())):
             replay = signature.sample(model, sizes)
             with torch.no_grad(), releasing(model), quiet():
                 expected = signature.flatten(model(**signature.arguments(replay)))

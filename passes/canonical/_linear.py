@@ -43,6 +43,22 @@ def orient_linear(module: fx.GraphModule, node: fx.Node) -> fx.Node | str | None
     return linears[0]
 
 
+def turn_product(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """Turn ``w @ xᵀ`` with a stored matrix ``w`` into ``linear(x, w)ᵀ`` (the time steps of Mamba)."""
+    weight, turned = BinaryNode(node).left, BinaryNode(node).right
+    kind: TensorType = node.meta["type"]
+    if weight.op != "get_attr" or weight.meta["type"].rank != 2 or kind.rank < 3:
+        return None
+    last = (kind.rank - 2, kind.rank - 1)
+    if turned.target is not aten.transpose.int or tuple(sorted(swapped_axes(turned))) != last:
+        return None
+    shape = (*kind.shape[:-2], kind.shape[-1], kind.shape[-2])
+    with node.graph.inserting_before(node):
+        args = (operand(turned, "self"), weight)
+        linear = call_like(node, aten.linear.default, args, TensorType(kind.dtype, shape))
+    return replace(node, aten.transpose.int, (linear, -2, -1), kind)
+
+
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, Any] | str | None:
     """Activation, matrix and bias of a product; why it is no linear layer; None where it multiplies with no matrix."""
     if node.target is aten.addmm.default:
@@ -169,6 +185,7 @@ def undo_view(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 RULES = (
     Rule("view", frozenset({aten.view.default, aten._unsafe_view.default}), free_view),
+    Rule("linear-from-the-left", frozenset({aten.matmul.default}), turn_product),
     Rule("linear-orientation", _PRODUCTS, orient_linear),
     Rule("token-rows", _ROW_WISE, lift_rows),
     Rule("view-and-back", frozenset({aten.reshape.default}), undo_view),

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, Lfm2Config, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    FalconH1Config,
+    FalconMambaConfig,
+    GraniteMoeHybridConfig,
+    JambaConfig,
+    Lfm2Config,
+    Mamba2Config,
+    MambaConfig,
+    PreTrainedModel,
+)
 
 from bitlower.backends.decoding import cached_steps, has_cache
 from bitlower.frontends import load
@@ -15,13 +27,37 @@ from bitlower.ir import Program
 from bitlower.ir.verifier import verify
 from bitlower.tools.evaluation.language_model import language_model
 
-VOCABULARY, LENGTH = 96, 21
+VOCABULARY, LENGTH = 96, 37
 TOKENS: dict[str, int] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+HYBRID: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 96,
+    "num_key_value_heads": 1, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 2,
+}  # fmt: skip
 CONFIGS: dict[str, Any] = {
     "lfm2": Lfm2Config(
         hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=VOCABULARY, layer_types=["conv", "full_attention", "conv"], conv_L_cache=4, conv_bias=True, **TOKENS,
     ),
+    "mamba": MambaConfig(
+        hidden_size=16, num_hidden_layers=1, state_size=4, time_step_rank=3, vocab_size=VOCABULARY, **TOKENS
+    ),
+    "falcon-mamba": FalconMambaConfig(
+        hidden_size=16, num_hidden_layers=1, state_size=4, time_step_rank=3, vocab_size=VOCABULARY, **TOKENS
+    ),
+    "mamba2": Mamba2Config(
+        hidden_size=16, num_hidden_layers=1, num_heads=4, head_dim=8, state_size=4, n_groups=2, chunk_size=64,
+        vocab_size=VOCABULARY, **TOKENS,
+    ),
+    "jamba": JambaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=VOCABULARY, mamba_d_state=4, mamba_dt_rank=3, attn_layer_period=2, attn_layer_offset=1,
+        num_experts=2, expert_layer_period=2, expert_layer_offset=1, **TOKENS,
+    ),
+    "bamba": BambaConfig(**HYBRID, **TOKENS, attn_layer_indices=[1]),
+    "granite": GraniteMoeHybridConfig(
+        **HYBRID, **TOKENS, layer_types=["mamba", "attention"], shared_intermediate_size=24, num_local_experts=0
+    ),
+    "falcon-h1": FalconH1Config(**HYBRID | {"num_hidden_layers": 1}, **TOKENS, mamba_d_ssm=32),
 }  # fmt: skip
 STATES = {
     "lfm2": {
@@ -29,6 +65,42 @@ STATES = {
         "past_key_values.1.key": "float32[batch, 2, past, 8]",
         "past_key_values.1.value": "float32[batch, 2, past, 8]",
         "past_key_values.2.conv": "float32[batch, 32, 4]",
+    },
+    "mamba": {
+        "past_key_values.0.conv": "float32[batch, 32, 4]",
+        "past_key_values.0.recurrent": "float32[batch, 32, 4]",
+    },
+    "falcon-mamba": {
+        "past_key_values.0.conv": "float32[batch, 32, 4]",
+        "past_key_values.0.recurrent": "float32[batch, 32, 4]",
+    },
+    "mamba2": {
+        "past_key_values.0.conv": "float32[batch, 48, 4]",
+        "past_key_values.0.recurrent": "float32[batch, 4, 8, 4]",
+    },
+    "jamba": {
+        "past_key_values.0.conv": "float32[batch, 32, 4]",
+        "past_key_values.0.recurrent": "float32[batch, 32, 4]",
+        "past_key_values.1.key": "float32[batch, 1, past, 8]",
+        "past_key_values.1.value": "float32[batch, 1, past, 8]",
+    },
+    "bamba": {
+        "past_key_values.0.conv": "float32[batch, 48, 4]",
+        "past_key_values.0.recurrent": "float32[batch, 4, 8, 4]",
+        "past_key_values.1.key": "float32[batch, 1, past, 8]",
+        "past_key_values.1.value": "float32[batch, 1, past, 8]",
+    },
+    "granite": {
+        "past_key_values.0.conv": "float32[batch, 48, 4]",
+        "past_key_values.0.recurrent": "float32[batch, 4, 8, 4]",
+        "past_key_values.1.key": "float32[batch, 1, past, 8]",
+        "past_key_values.1.value": "float32[batch, 1, past, 8]",
+    },
+    "falcon-h1": {
+        "past_key_values.0.key": "float32[batch, 1, past, 8]",
+        "past_key_values.0.value": "float32[batch, 1, past, 8]",
+        "past_key_values.0.conv": "float32[batch, 48, 4]",
+        "past_key_values.0.recurrent": "float32[batch, 4, 8, 4]",
     },
 }
 
@@ -55,10 +127,10 @@ def texts(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def expected(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Logits of transformers on all tokens at once, from a cache of its own."""
-    positions = {} if model.config.model_type.startswith("mamba") else {"position_ids": places(mask)}
+    takes = "position_ids" in inspect.signature(model.forward).parameters
     with torch.no_grad():
         logits: torch.Tensor = model(
-            input_ids=ids, attention_mask=mask, cache=DynamicCache(config=model.config), use_cache=True, **positions
+            input_ids=ids, attention_mask=mask, use_cache=True, **({"position_ids": places(mask)} if takes else {})
         ).logits
     return logits
 
@@ -81,7 +153,7 @@ def test_states_go_in_and_come_out_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("steps", [(LENGTH,), (1,) * LENGTH, (9, *(1,) * (LENGTH - 9)), (2, 8, 1, LENGTH - 11)])
+@pytest.mark.parametrize("steps", [(LENGTH,), (1,) * LENGTH, (30, *(1,) * (LENGTH - 30)), (2, 8, 1, LENGTH - 11)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_any_cut_into_steps_equals_transformers_on_all_at_once(name: str, steps: tuple[int, ...], rows: int) -> None:
     model, program = decoder(name)
@@ -126,7 +198,7 @@ def test_verification_decodes_with_the_states_of_the_step_before(name: str) -> N
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": places(mask)}
     inputs = {spec.name: inputs[spec.name] for spec in program.inputs if spec.name in inputs}
     steps = list(cached_steps(program, inputs))
-    assert [step["input_ids"].shape[1] for step in steps] == [9, 1]
+    assert [step["input_ids"].shape[1] for step in steps] == [17, 1]
     with torch.no_grad():
         last, whole = program(**steps[-1]), program(**inputs)
     assert all(steps[-1][n].any() for n in STATES[name])

@@ -203,11 +203,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: transformers.BartModel(transformers.BartConfig(**BART)),
         "BartModel is an encoder and a decoder, which together are not supported for feature-extraction",
     ),
-    "mamba": (
-        lambda: transformers.MambaForCausalLM(
-            transformers.MambaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, state_size=4)
+    "rwkv": (
+        lambda: transformers.RwkvForCausalLM(
+            transformers.RwkvConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, attention_hidden_size=16)
         ),
-        "MambaForCausalLM keeps a state between tokens that is no keys and values",
+        "RwkvForCausalLM keeps a state between tokens that is no keys and values, .* in a loop",
     ),
     "dynamic rope": (
         lambda: transformers.LlamaForCausalLM(

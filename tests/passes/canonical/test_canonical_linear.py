@@ -85,6 +85,19 @@ def test_a_matrix_that_lies_across_is_turned(function: Callable) -> None:
         assert all(user.target is aten.linear.default and user.args[1] is node for user in node.users)
 
 
+def test_a_product_from_the_left_is_a_linear_over_the_turned_tokens() -> None:
+    _, cleaned, _ = clean(lambda m, x: m.weight @ x.transpose(1, 2) + m.bias[:, None])
+    linear = next(iter(cleaned.graph.find_nodes(op="call_function", target=aten.linear.default)))
+    assert [str(x) for x in linear.all_input_nodes] == ["x", "weight"]
+    assert linear.meta["type"].shape[-1] == OUTER
+    assert aten.matmul.default not in calls(cleaned)
+
+
+def test_a_product_from_the_left_over_other_axes_stays() -> None:
+    _, cleaned, _ = clean(lambda m, x: m.weight @ x[..., None])
+    assert aten.linear.default not in calls(cleaned)
+
+
 @pytest.mark.parametrize(
     "function",
     [
