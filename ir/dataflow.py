@@ -15,13 +15,14 @@ from torch import fx
 
 from bitlower.ir import ops
 from bitlower.ir.activations import ACTIVATIONS
-from bitlower.ir.operators import BinaryNode, EmbeddingNode, LinearNode, argument, operand, operators_of
+from bitlower.ir.operators import BinaryNode, ConvNode, EmbeddingNode, LinearNode, argument, operand, operators_of
 from bitlower.ir.tensors import get_tensor
 from bitlower.ir.tokens import TARGET, TOKENS
 
 aten = torch.ops.aten
 
 LINEAR = operators_of("linear")
+CONVOLUTION = operators_of("convolution")
 MATMUL = operators_of("product")
 ATTENTION = operators_of("attention")
 SOFTMAX = operators_of("softmax")
@@ -90,6 +91,11 @@ def parameter_of(node: fx.Node) -> fx.Node | None:
 def linears(graph: fx.Graph) -> list[fx.Node]:
     """The linear layers: an activation times a parameter."""
     return [n for n in graph.nodes if n.target in LINEAR and parameter_of(LinearNode(n).weight) is not None]
+
+
+def convolutions(graph: fx.Graph) -> list[fx.Node]:
+    """The convolutions of an activation with a parameter."""
+    return [n for n in graph.nodes if n.target in CONVOLUTION and parameter_of(ConvNode(n).weight) is not None]
 
 
 def residual_sums(graph: fx.Graph) -> list[fx.Node]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import fx
 
-from bitlower.ir.dataflow import linears
+from bitlower.ir.dataflow import CONVOLUTION, convolutions, linears
 from bitlower.ir.fit import Batch
 from bitlower.ir.observe import observe
 from bitlower.ir.operators import graph_results
@@ -44,12 +44,12 @@ def values_given(
         batch: inputs by name.
         nodes: of its graph.
         known: values that take the place of those of the program.
-        rounding: each result of each linear is off by up to this part of its row's largest.
+        rounding: each result of each linear and convolution is off by up to this part of its row's largest.
         seed: of how far.
     """
     known, watched = known or {}, set(nodes)
     generator = torch.Generator().manual_seed(seed)
-    shaky = set(linears(program.graph)) if rounding else set()
+    shaky = {*linears(program.graph), *convolutions(program.graph)} if rounding else set()
     values: dict[fx.Node, torch.Tensor] = {}
 
     def look(node: fx.Node, value: torch.Tensor, batch: Batch) -> torch.Tensor | None:
@@ -57,7 +57,8 @@ def values_given(
             value = known[node].to(value.dtype).expand_as(value)
         elif node in shaky:
             off = 2 * torch.rand(value.shape, generator=generator) - 1
-            value = value + rounding * value.abs().amax(-1, keepdim=True) * off
+            channels = 1 if node.target in CONVOLUTION else -1
+            value = value + rounding * value.abs().amax(channels, keepdim=True) * off
         if node in watched:
             values[node] = value
         return value

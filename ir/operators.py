@@ -26,7 +26,7 @@ class Operator:
 
     Args:
         target: the operator.
-        kind: ``linear``, ``product``, ``attention``, ``softmax``, ``norm``, ``embedding`` or ``sum``.
+        kind: ``linear``, ``convolution``, ``product``, ``attention``, ``softmax``, ``norm``, ``embedding`` or ``sum``.
         operands: what the schema calls each operand of the kind's view.
         parameter: the operand that is a parameter; empty if none is.
         role: the role of that parameter, of :data:`~bitlower.ir.quantization.scheme.WEIGHT_ROLES`.
@@ -41,9 +41,15 @@ class Operator:
 
 _NORM = {"x": "input", "weight": "weight", "bias": "bias", "epsilon": "eps"}
 _LINEAR, _TABLE, _GAMMA = ("weight", "linear-weight"), ("table", "embedding-table"), ("weight", "norm-weight")
+_CONVOLUTION = {"x": "input", "weight": "weight", "bias": "bias"}
+_KERNEL = ("weight", "convolution-weight")
 OPERATORS = (
     Operator(aten.linear.default, "linear", {"x": "input", "weight": "weight", "bias": "bias"}, *_LINEAR),
     Operator(aten.addmm.default, "linear", {"x": "mat1", "weight": "mat2", "bias": "self"}, *_LINEAR),
+    Operator(aten.conv1d.default, "convolution", _CONVOLUTION, *_KERNEL),
+    Operator(aten.conv1d.padding, "convolution", _CONVOLUTION, *_KERNEL),
+    Operator(aten.conv2d.default, "convolution", _CONVOLUTION, *_KERNEL),
+    Operator(aten.conv2d.padding, "convolution", _CONVOLUTION, *_KERNEL),
     Operator(aten.embedding.default, "embedding", {"table": "weight", "ids": "indices"}, *_TABLE),
     Operator(aten.layer_norm.default, "norm", _NORM, *_GAMMA),
     Operator(aten.native_layer_norm.default, "norm", _NORM, *_GAMMA),
@@ -188,6 +194,69 @@ class LinearNode(NodeView):
     def stored_bias(self) -> str | None:
         """The name of the tensor that is the bias; None if there is none, or one that is computed."""
         return str(self.bias.target) if self.bias is not None and self.bias.op == "get_attr" else None
+
+
+class ConvNode(NodeView):
+    """A convolution of ``x`` ``[batch, channels, …]`` with ``weight`` ``[out, channels/groups, …]``, plus ``bias``."""
+
+    @property
+    def x(self) -> fx.Node:
+        """The activation."""
+        return self.operand("x")
+
+    @property
+    def weight(self) -> fx.Node:
+        """The weight: a parameter, or the quantizer over one."""
+        return self.operand("weight")
+
+    @property
+    def bias(self) -> fx.Node | None:
+        """The bias; None if there is none."""
+        return self.optional("bias")
+
+    @property
+    def has_batch(self) -> bool:
+        """Whether the input has a first axis over which the convolution is repeated."""
+        return len(self.x.meta["type"].shape) == len(self.kernel) + 2
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """How many entries the kernel has along each axis that it slides along."""
+        return tuple(self.weight.meta["type"].shape[2:])
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Entries from one place of the kernel to the next, along each axis."""
+        return self._per_axis(argument(self.node, "stride"))
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        """Entries from one of the kernel's to the next, along each axis."""
+        return self._per_axis(argument(self.node, "dilation"))
+
+    @property
+    def padding(self) -> tuple[tuple[int, int], ...]:
+        """How many zeros stand before and behind the input, along each axis."""
+        padding = argument(self.node, "padding")
+        if padding == "same":
+            missing = [step * (size - 1) for step, size in zip(self.dilation, self.kernel, strict=True)]
+            return tuple((count // 2, count - count // 2) for count in missing)
+        counts = self._per_axis([0] if padding == "valid" else padding)
+        return tuple((count, count) for count in counts)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether zeros stand around the input."""
+        return any(sum(pair) for pair in self.padding)
+
+    @property
+    def groups(self) -> int:
+        """How many convolutions of a part of the channels stand side by side."""
+        return int(argument(self.node, "groups"))
+
+    def _per_axis(self, values: Sequence[int]) -> tuple[int, ...]:
+        """What is said once goes for all axes."""
+        return tuple(values) * len(self.kernel) if len(values) == 1 else tuple(values)
 
 
 class EmbeddingNode(NodeView):

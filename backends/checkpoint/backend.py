@@ -149,8 +149,8 @@ class Checkpoint(Backend):
         return CheckpointSizes(self.format, _DTYPES[self.dtype].itemsize)
 
     def supports(self, spec: QuantSpec, shape: Sequence[int], role: str) -> str:
-        """Why a tensor cannot be held; tables that a format cannot hold are written in float."""
-        if role == "embedding-table":
+        """Why a tensor cannot be held; tables that a format cannot hold and kernels are written in float."""
+        if role in ("embedding-table", "convolution-weight"):
             return ""
         if role != "linear-weight" or len(shape) != 2:
             return "a checkpoint holds the weights of linear layers and embedding tables in few bits, nothing else"
@@ -179,7 +179,8 @@ def _float_tables(program: Program, skeleton: Skeleton, form: Format) -> Iterato
     linears = [quantizer.spec for _, quantizer in program.quantizers() if quantizer.role == "linear-weight"]
     zeros = form.one_way_with_zeros and not all(map(is_symmetric, linears))
     for node, quantizer in program.quantizers():
-        if any(len(skeleton.shapes.get(f"{path}.weight", ())) > 2 for path in readers(node)):
+        kernels = (len(skeleton.shapes.get(f"{path}.weight", ())) > 2 for path in readers(node))
+        if quantizer.role == "convolution-weight" or any(kernels):
             yield quantizer.tensor, f"it is the kernel of a convolution in {skeleton.architecture}"
         if quantizer.role != "embedding-table" or node.target is not ops.dequantize:
             continue

@@ -21,8 +21,9 @@ from bitlower.backends.onnx_qdq._packed_constants import (
 from bitlower.backends.onnx_qdq._rewrite_linear import part_name
 from bitlower.backends.onnx_qdq._session import Array, named_values
 from bitlower.backends.onnx_qdq._structure import constant, quantizer_inputs, readers
+from bitlower.backends.onnx_qdq._unfold import conv_reason, unfolded_kernel
 from bitlower.ir import Program, Quantizer, get_tensor, ops
-from bitlower.ir.dataflow import EMBEDDING, LINEAR
+from bitlower.ir.dataflow import CONVOLUTION, EMBEDDING, LINEAR
 from bitlower.ir.operators import argument
 from bitlower.ir.quantizer_node import QuantizerNode
 
@@ -87,9 +88,16 @@ def weights(program: Program) -> Iterator[tuple[fx.Node, str, Array]]:
         codes = _tensor(program, view.value)
         if codes is None:
             continue
+        codes = _as_multiplied(node, codes)
         name, slices = view.parameter, {_slice(user) for user in node.users}
         for ends in sorted(slices, key=lambda ends: ends or (0, 0)):
             yield (node, f"{name}{part_name(*ends)}", codes[:, slice(*ends)]) if ends else (node, name, codes)
+
+
+def _as_multiplied(node: fx.Node, codes: Array) -> Array:
+    """Codes in the shape of the file: the kernel of an unfolded convolution is a matrix there."""
+    unfolded = any(user.target in CONVOLUTION and not conv_reason(user) for user in node.users)
+    return unfolded_kernel(codes) if unfolded else codes
 
 
 def _slice(user: fx.Node) -> tuple[int, int] | None:

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnx_ir as ir
-import torch
 from torch import fx
 
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS, ROUNDS_ACTIVATIONS, Container, container
+from bitlower.backends.onnx_qdq._operands import float_reason, unviewed
 from bitlower.backends.onnx_qdq._session import Session, read_model
 from bitlower.backends.onnx_qdq._structure import MOVES
+from bitlower.backends.onnx_qdq._unfold import conv_reason
 from bitlower.ir import CheckError, Program, Quantizer, get_tensor, ops
-from bitlower.ir.dataflow import LINEAR, MATMUL, VIEWS
+from bitlower.ir.dataflow import CONVOLUTION, LINEAR, MATMUL
 from bitlower.ir.operators import BinaryNode, LinearNode
 from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.scratch import scratch_folder
@@ -29,7 +30,6 @@ INTEGER = frozenset({
 FLOAT = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "Attention", "MultiHeadAttention"})
 ATTENTIONS = frozenset({"Attention", "MultiHeadAttention"})
 NBITS = "MatMulNBits"
-CAT = torch.ops.aten.cat.default
 LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
 """The session configuration entry for the accuracy level of what onnxruntime makes of DequantizeLinear and MatMul."""
 
@@ -200,13 +200,14 @@ def expected_kernels(program: Program, split: Collection[str] = ()) -> tuple[int
     reasons = Counter(
         "" if _codes_of(right) in split else float_reason(left, right) for left, right in multiplications(program.graph)
     )
+    reasons.update(conv_reason(node) for node in program.graph.nodes if node.target in CONVOLUTION)
     return reasons.pop("", 0), reasons
 
 
 def expected_low_bit(program: Program, accuracy_level: int, split: Collection[str] = ()) -> Iterator[bool]:
     """For each multiplication with a stored quantized weight that is not ``split``, whether MatMulNBits can do it."""
     for left, right in multiplications(program.graph):
-        weight, activation = _moved(right), _moved(left)
+        weight, activation = unviewed(right), unviewed(left)
         stored = weight.target is ops.dequantize and all(part.op == "get_attr" for part in weight.all_input_nodes)
         if not stored or activation.target is ops.dequantize or _codes_of(right) in split:
             continue
@@ -224,33 +225,8 @@ def multiplications(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
             yield BinaryNode(node).left, BinaryNode(node).right
 
 
-def float_reason(left: fx.Node, right: fx.Node) -> str:
-    """Why the product of two values is not one of integers; empty if it is."""
-    for operand in (_moved(left), _moved(right)):
-        if operand.target is CAT and all(part.target is ops.dequantize for part in operand.all_input_nodes):
-            return "the activation is put together of slices with scales of their own"
-        if operand.target is not ops.dequantize:
-            return "the weight is float" if operand.op == "get_attr" else "an operand is float"
-        quantizer: Quantizer = operand.meta["quantizer"]
-        stored = QuantizerNode(operand).rounds_parameter
-        what = "weight" if stored else "activation"
-        if quantizer.spec.grid.bits > 8:
-            return f"the {what} has {quantizer.spec.grid.bits} bits"
-        kind = quantizer.spec.granularity.kind
-        if kind not in (("tensor", "channel", "row-group") if stored else ("tensor", "token")):
-            return f"the {what} is quantized {quantizer.spec.granularity}"
-    return ""
-
-
 def _codes_of(weight: fx.Node) -> str:
     """The name of the stored codes that ``weight`` is computed from; empty if it is not."""
-    node = _moved(weight)
+    node = unviewed(weight)
     codes = QuantizerNode(node).value if node.target is ops.dequantize else None
     return str(codes.target) if isinstance(codes, fx.Node) and codes.op == "get_attr" else ""
-
-
-def _moved(node: fx.Node) -> fx.Node:
-    """What ``node`` is a view of."""
-    while node.target in VIEWS:
-        node = node.all_input_nodes[0]
-    return node

@@ -31,6 +31,7 @@ from bitlower.backends.onnx_qdq._rewrite_quantizers import (
 )
 from bitlower.backends.onnx_qdq._rewrite_tables import table_rules
 from bitlower.backends.onnx_qdq._translate import translate
+from bitlower.backends.onnx_qdq._unfold import unfold_convolutions
 from bitlower.ir import Program, QuantSpec, ops
 from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.version import __version__
@@ -49,7 +50,7 @@ def lower(
     Raises:
         BitlowerError: the program has an operator that ONNX cannot express.
     """
-    model = translate(program, opset)
+    model = translate(unfold_convolutions(program), opset)
     heads = head_codes(program)
     return rewrite(
         model,

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitlower.backends.onnx_qdq._rewrite import APPLIED, Array, Editor, dims, is_op, marker, source, spread
+from bitlower.backends.onnx_qdq._structure import JOINS
 from bitlower.backends.onnx_qdq._translations import DOMAIN
 from bitlower.ir import Grid, ScaleConvention
 
@@ -21,10 +22,10 @@ def per_tensor(editor: Editor, node: ir.Node) -> bool:
 
 
 def is_rounded(value: ir.Value) -> bool:
-    """Whether ``value`` is an activation that a quantizer rounds, perhaps in another shape; rows of tables are not."""
+    """Whether ``value`` is an activation that a quantizer rounds, in any layout; rows of tables are not."""
     dequantize = marker(value, "Dequantize")
     node = source(dequantize).producer() if dequantize is not None else None
-    while node is not None and node.op_type in _VIEWS and node.domain == "":
+    while node is not None and node.op_type in _VIEWS | JOINS and node.domain == "":
         node = source(node).producer()
     return is_op(node, "Quantize", DOMAIN)
 

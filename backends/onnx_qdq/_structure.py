@@ -11,6 +11,8 @@ from bitlower.backends.onnx_qdq._session import Array
 
 MOVES = frozenset({"Transpose", "Reshape", "Gather", "Cast", "Identity", "Squeeze", "Unsqueeze", "Slice", "Expand"})
 """Operators that leave codes and scales what they are."""
+JOINS = frozenset({"Pad", "Concat"})
+"""Operators that put codes beside others of the same quantizer."""
 UNFOLDS = frozenset({"BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor"})
 """Operators that take codes out of packed bytes, or turn their highest bit."""
 _BOUNDS = frozenset({"Clip", "Cast", "Min", "Max", "Identity"})
@@ -78,11 +80,11 @@ def stored_value(value: ir.Value | None) -> ir.Value | None:
 def readers(codes: ir.Value) -> Iterator[tuple[ir.Node, int]]:
     """Every node that computes with ``codes``, and at which input.
 
-    Operators that move or unfold codes are looked through, and so is ``Sub``, which takes off the zero point and is
-    given too.
+    Operators that move, join or unfold codes are looked through, and so is ``Sub``, which takes off the zero point and
+    is given too.
     """
     for node, index in codes.uses():
-        passes_on = node.op_type in UNFOLDS or (index == 0 and (node.op_type in MOVES or node.op_type == "Sub"))
+        passes_on = node.op_type in UNFOLDS | JOINS or (index == 0 and (node.op_type in MOVES or node.op_type == "Sub"))
         if not passes_on or node.op_type == "Sub":
             yield node, index
         if passes_on:

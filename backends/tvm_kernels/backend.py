@@ -124,7 +124,7 @@ class TvmKernels(Backend):
 
         Raises:
             BitlowerError: TVM is not installed, or one has none: it is named with its module; or the program is an
-                encoder-decoder.
+                encoder-decoder, or rounds the input of a convolution whose last axis varies.
         """
         if is_encoder_decoder(program):
             raise BitlowerError(
@@ -137,6 +137,13 @@ class TvmKernels(Backend):
         for node in program.graph.nodes:
             if node.op == "call_function":
                 check_operator(node)
+        for node, quantizer in program.quantizers():
+            width = node.meta["type"].shape[-1]
+            if quantizer.role == "convolution-input" and isinstance(width, str):
+                raise BitlowerError(
+                    f"kernels round rows of one width, and {quantizer.tensor}, the input of a convolution, has {width}",
+                    hint="leave the convolution in float with `ignore`, or export it as onnx-qdq",
+                )
 
     def export(
         self, program: Program, folder: Path, batches: Sequence[Batch], provenance: Mapping[str, Any] | None = None

@@ -21,21 +21,18 @@ _ARGUMENTS = (
 )
 T = TypeVar("T")
 
-WEIGHT_ROLES = ("linear-weight", "embedding-table", "position-table", "norm-weight")
+WEIGHT_ROLES = ("linear-weight", "convolution-weight", "embedding-table", "position-table", "norm-weight")
 ACTIVATION_ROLES = (
-    "linear-input",
-    "embedding-sum",
-    "norm",
-    "linear-output",
-    "scores",
-    "probs",
-    "context",
-    "residual",
-    "activation",
-    "logits",
-)
-_IMPLIED = ("position-table", "linear-input")
-FULL_PLACEMENT = tuple(role for role in (*WEIGHT_ROLES, *ACTIVATION_ROLES) if role not in _IMPLIED)
+    "linear-input", "convolution-input", "embedding-sum", "norm", "linear-output", "scores", "probs", "context",
+    "residual", "activation", "logits",
+)  # fmt: skip
+_GOES_WITH = {
+    "position-table": "embedding-table",
+    "convolution-weight": "linear-weight",
+    "convolution-input": "linear-input",
+}
+"""Roles that are treated as another where a scheme does not name them."""
+FULL_PLACEMENT = tuple(role for role in (*WEIGHT_ROLES, *ACTIVATION_ROLES) if role not in (*_GOES_WITH, "linear-input"))
 LINEAR_PLACEMENT = ("linear-weight", "embedding-table", "linear-input")
 _STRATEGIES = {
     "tensor": "tensor",
@@ -48,7 +45,7 @@ _STRATEGIES = {
     "embedding_parts": "embedding-parts",
 }
 _ALONG_EMBEDDING = ("embedding", "embedding-group", "embedding-parts")
-_NO_EMBEDDING_AXIS = ("scores", "probs", "context", "logits")
+_NO_EMBEDDING_AXIS = ("scores", "probs", "context", "logits", "convolution-input")
 """Roles whose last axis is no embedding: positions, the inside of a head, classes."""
 
 
@@ -179,7 +176,8 @@ class Scheme:
     A role's spec is its override if it has one, else ``embeddings`` for ``embedding-table``, ``weights`` for the other
     weight roles (per tensor for ``norm-weight``), and ``activations`` for the rest (scores, probabilities, context and
     logits have no embedding axis and are per tensor where that says one along it). None leaves a role in float.
-    ``position-table``, tables that no token ids index, goes with ``embedding-table`` unless it is named itself.
+    ``position-table``, tables that no token ids index, goes with ``embedding-table`` unless it is named itself, and
+    what convolutions multiply goes with what linears do.
 
     ``heads`` is for what ``embeddings`` leaves in float: output heads of language models that are a large share of the
     model, and the tables of token embeddings that have their shape or are one with them.
@@ -210,15 +208,15 @@ class Scheme:
         for name, spec in self.overrides:
             if name == role:
                 return spec
-        if role == "position-table" and role not in self.roles:
-            return self.spec("embedding-table")
-        if role not in self.roles:
+        implied = role in _GOES_WITH and role not in self.roles
+        if role not in self.roles and not implied:
             return None
-        if role in ("embedding-table", "position-table"):
+        if role in ("embedding-table", "position-table") and not implied:
             return self.embeddings
         if role == "norm-weight":
             return replace(self.weights, granularity=Granularity.per_tensor()) if self.weights else None
-        spec = self.weights if role in WEIGHT_ROLES else self.activations
+        plain = self.weights if role in WEIGHT_ROLES else self.activations
+        spec = self.spec(_GOES_WITH[role]) if implied else plain
         if role in _NO_EMBEDDING_AXIS and spec and spec.granularity.kind in _ALONG_EMBEDDING:
             return replace(spec, granularity=Granularity.per_tensor())
         return spec

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
 from bitlower.ir import TensorType, get_tensor, set_tensor
-from bitlower.ir.operators import argument, operand
+from bitlower.ir.dataflow import CONVOLUTION
+from bitlower.ir.operators import ConvNode, argument, operand
 from bitlower.ir.rewrite import Rule, call_like
 
 aten = torch.ops.aten
-CONVOLUTIONS = frozenset({
-    aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding,
-})  # fmt: skip
-"""Over ``[batch, channels, …]`` with one or two axes to slide along."""
 _PERMUTES = frozenset({aten.transpose.int, aten.permute.default})
 _GROUPS = 16
 """The most groups that become linear layers of their own."""
@@ -30,10 +25,10 @@ def fold_pointwise(module: fx.GraphModule, node: fx.Node) -> fx.Node | str:
     reason = _refusal(module, node)
     if reason:
         return reason
-    weight, bias, groups = operand(node, "weight"), argument(node, "bias"), argument(node, "groups")
-    x, kind = operand(node, "input"), node.meta["type"]
+    conv, kind = ConvNode(node), node.meta["type"]
+    x, weight, groups = conv.x, conv.weight, conv.groups
     last = [0, *range(2, kind.rank), 1]
-    weights, biases = stored_parts(module, weight, groups), stored_parts(module, bias, groups)
+    weights, biases = stored_parts(module, weight, groups), stored_parts(module, conv.bias, groups)
     with node.graph.inserting_before(node):
         rows = reordered(node, x, last)
         width = weights[0].meta["type"].shape
@@ -54,37 +49,30 @@ def fold_pointwise(module: fx.GraphModule, node: fx.Node) -> fx.Node | str:
 
 def _refusal(module: fx.GraphModule, node: fx.Node) -> str:
     """Why a convolution is no linear layer, or is not made one; empty if it is."""
-    shape = operand(node, "weight").meta["type"].shape
-    if node.kwargs or any(size != 1 for size in shape[2:]):
-        return f"its kernel has the size {'×'.join(map(str, shape[2:]))}"
-    if operand(node, "input").meta["type"].rank != len(shape):
+    conv = ConvNode(node)
+    if set(conv.kernel) != {1}:
+        return f"its kernel has the size {'×'.join(map(str, conv.kernel))}"
+    if not conv.has_batch:
         return "its input has no batch"
-    if set(argument(node, "stride")) != {1} or not _is_unpadded(argument(node, "padding")):
+    if set(conv.stride) != {1} or conv.is_padded:
         return "it has a stride or a padding"
     if reason := shared_weight(module, node):
         return reason
-    groups = argument(node, "groups")
-    if groups > _GROUPS or (groups > 1 and shape[1] == 1):
-        return f"its {groups} groups are too many for linear layers of their own"
+    if conv.groups > _GROUPS or (conv.groups > 1 and conv.weight.meta["type"].shape[1] == 1):
+        return f"its {conv.groups} groups are too many for linear layers of their own"
     return ""
 
 
 def shared_weight(module: fx.GraphModule, node: fx.Node) -> str:
     """Why the weight of a convolution cannot be stored in another shape; empty if it can."""
-    weight, bias = operand(node, "weight"), argument(node, "bias")
-    parameters = [part for part in (weight, bias) if part is not None]
-    if any(not isinstance(part, fx.Node) or part.op != "get_attr" for part in parameters):
+    weight, bias = ConvNode(node).weight, ConvNode(node).bias
+    if any(part.op != "get_attr" for part in (weight, bias) if part is not None):
         return "its weight is computed"
     readers = [user for holder in module.graph.find_nodes(op="get_attr", target=weight.target) for user in holder.users]
     return "" if readers == [node] else "its weight is read elsewhere too"
 
 
-def _is_unpadded(padding: Any) -> bool:
-    """Whether nothing is put around the input; a kernel of size 1 needs nothing to give the same size."""
-    return isinstance(padding, str) or not any(padding if isinstance(padding, list | tuple) else (padding,))
-
-
-def stored_parts(module: fx.GraphModule, parameter: Any, groups: int) -> list[fx.Node]:
+def stored_parts(module: fx.GraphModule, parameter: fx.Node | None, groups: int) -> list[fx.Node]:
     """The parameter (none: an empty list) as matrices ``[out, in · sizes of the kernel]``, one a group, as nodes."""
     if parameter is None:
         return []
@@ -147,6 +135,6 @@ def undo_permutation(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 
 RULES = (
-    Rule("pointwise-convolution", CONVOLUTIONS, fold_pointwise),
+    Rule("pointwise-convolution", CONVOLUTION, fold_pointwise),
     Rule("permutation-and-back", _PERMUTES, undo_permutation),
 )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 from torch import fx
 
 from bitlower.ir import TensorType
-from bitlower.ir.operators import argument, operand
+from bitlower.ir.dataflow import CONVOLUTION
+from bitlower.ir.operators import ConvNode
 from bitlower.ir.rewrite import Rule, call_like
-from bitlower.passes.canonical._conv import CONVOLUTIONS, reordered, shared_weight, stored_parts
+from bitlower.passes.canonical._conv import reordered, shared_weight, stored_parts
 
 aten = torch.ops.aten
 
@@ -21,16 +22,15 @@ def unfold_patches(module: fx.GraphModule, node: fx.Node) -> fx.Node | str | Non
     It runs over ``[batch, height/k, width/l, channels·k·l]``; the weight is stored as ``[out, channels·k·l]`` under its
     own name. The patch embeddings of vision transformers are of that kind (Dosovitskiy et al. 2021, §3.1).
     """
-    kernel = list(operand(node, "weight").meta["type"].shape[2:])
-    if all(size == 1 for size in kernel) or _per_axis(node, "stride") != kernel or argument(node, "groups") != 1:
+    conv = ConvNode(node)
+    if set(conv.kernel) == {1} or conv.stride != conv.kernel or conv.groups != 1:
         return None
-    reason = _refusal(node, kernel) or shared_weight(module, node)
+    reason = _refusal(conv) or shared_weight(module, node)
     if reason:
         return reason
-    [weight], kind = stored_parts(module, operand(node, "weight"), 1), node.meta["type"]
-    bias = argument(node, "bias")
+    [weight], kind = stored_parts(module, conv.weight, 1), node.meta["type"]
     with node.graph.inserting_before(node):
-        args = (_patches(node, kernel), weight, *((bias,) if bias is not None else ()))
+        args = (_patches(conv), weight, *((conv.bias,) if conv.bias is not None else ()))
         last = [0, *range(2, kind.rank), 1]
         rows = TensorType(kind.dtype, tuple(kind.shape[axis] for axis in last))
         linear = call_like(node, aten.linear.default, args, rows)
@@ -39,24 +39,15 @@ def unfold_patches(module: fx.GraphModule, node: fx.Node) -> fx.Node | str | Non
     return result
 
 
-def _per_axis(node: fx.Node, name: str) -> list[int]:
-    """An argument of a convolution for each axis that it slides along; what is given once goes for all."""
-    values = list(argument(node, name))
-    axes = operand(node, "weight").meta["type"].rank - 2
-    return values * axes if len(values) == 1 else values
-
-
-def _refusal(node: fx.Node, kernel: list[int]) -> str:
+def _refusal(conv: ConvNode) -> str:
     """Why patches as large as the steps between them are no rows of a linear layer; empty if they are."""
-    padding: Any = argument(node, "padding")
-    if padding != "valid" and (isinstance(padding, str) or any(padding)):
+    if conv.is_padded:
         return "it has a padding"
-    if set(_per_axis(node, "dilation")) != {1}:
+    if set(conv.dilation) != {1}:
         return "its patches have gaps"
-    shape = operand(node, "input").meta["type"].shape
-    if len(shape) != len(kernel) + 2:
+    if not conv.has_batch:
         return "its input has no batch"
-    for size, step in zip(shape[2:], kernel, strict=True):
+    for size, step in zip(conv.x.meta["type"].shape[2:], conv.kernel, strict=True):
         if not isinstance(size, int):
             return f"its input has the dynamic size {size}"
         if size % step:
@@ -64,17 +55,16 @@ def _refusal(node: fx.Node, kernel: list[int]) -> str:
     return ""
 
 
-def _patches(node: fx.Node, kernel: list[int]) -> fx.Node:
+def _patches(conv: ConvNode) -> fx.Node:
     """The input of a convolution as ``[batch, patches along each axis …, channels · sizes of a patch]``."""
-    x = operand(node, "input")
-    kind: TensorType = x.meta["type"]
-    batch, channels, *sizes = kind.shape
+    kernel, node = conv.kernel, conv.node
+    batch, channels, *sizes = conv.x.meta["type"].shape
     counts = [int(size) // step for size, step in zip(sizes, kernel, strict=True)]
     split = [channels, *(part for pair in zip(counts, kernel, strict=True) for part in pair)]
     places = range(2, 2 + 2 * len(kernel))
-    cut = _reshape(node, x, (batch, *split))
+    cut = _reshape(node, conv.x, (batch, *split))
     apart = reordered(node, cut, [0, *places[::2], 1, *places[1::2]])
-    return _reshape(node, apart, (batch, *counts, int(channels) * torch.Size(kernel).numel()))
+    return _reshape(node, apart, (batch, *counts, int(channels) * math.prod(kernel)))
 
 
 def _reshape(node: fx.Node, value: fx.Node, shape: tuple[int | str, ...]) -> fx.Node:
@@ -83,4 +73,4 @@ def _reshape(node: fx.Node, value: fx.Node, shape: tuple[int | str, ...]) -> fx.
     return call_like(node, aten.reshape.default, (value, sizes), TensorType(value.meta["type"].dtype, shape))
 
 
-RULES = (Rule("patches", CONVOLUTIONS, unfold_patches),)
+RULES = (Rule("patches", CONVOLUTION, unfold_patches),)

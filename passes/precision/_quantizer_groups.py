@@ -108,7 +108,7 @@ def exclusion(program: Program, group: QuantizerGroup) -> tuple[str, ...]:
 def site_paths(node: fx.Node) -> tuple[str, ...]:
     """The module paths by which patterns know a quantizer: those of what reads a weight or a linear's input."""
     quantizer, value = node.meta["quantizer"], node.all_input_nodes[0]
-    if value.op == "get_attr" or quantizer.role == "linear-input":
+    if value.op == "get_attr" or quantizer.role in ("linear-input", "convolution-input"):
         readers = [user for _, user in value_uses(node) if user.target not in QUANTIZER]
         return tuple(str(reader.meta.get("path", "")) for reader in readers)
     return (str(value.meta.get("path", "")),)

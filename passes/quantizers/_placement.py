@@ -17,6 +17,7 @@ from bitlower.ir.dataflow import (
     LINEAR,
     NORM,
     SOFTMAX,
+    convolutions,
     is_context,
     is_float,
     is_scores,
@@ -27,7 +28,7 @@ from bitlower.ir.dataflow import (
     value_uses,
     vocabularies,
 )
-from bitlower.ir.operators import ROWS, LinearNode, NodeView, operand, value_operands
+from bitlower.ir.operators import ROWS, ConvNode, LinearNode, NodeView, operand, value_operands
 
 aten = torch.ops.aten
 
@@ -59,7 +60,9 @@ class QuantizationSite:
 
 
 def weight_sites(graph: fx.Graph) -> Iterator[QuantizationSite]:
-    """The parameters of linears, embeddings and norms; a tied one is one site, its users read the same codes.
+    """The parameters of linears, convolutions, embeddings and norms.
+
+    A tied one is one site, its users read the same codes.
 
     The output head of a language model has the role of the table that it is tied to, or could be: ``embedding-table``.
     """
@@ -173,12 +176,14 @@ def _is_gate(node: fx.Node) -> bool:
 
 
 def input_sites(graph: fx.Graph) -> Iterator[QuantizationSite]:
-    """The activations that linears read, one site for all linears that read the same."""
-    readers: dict[fx.Node, list[fx.Node]] = {}
+    """The activations that linears read, one site for all linears that read the same; and those of convolutions."""
+    readers: dict[tuple[str, fx.Node], list[fx.Node]] = {}
     for node in linears(graph):
-        readers.setdefault(LinearNode(node).x, []).append(node)
-    for value, nodes in readers.items():
-        yield QuantizationSite("linear-input", value, tuple(nodes), tuple(_path(node) for node in nodes))
+        readers.setdefault(("linear-input", LinearNode(node).x), []).append(node)
+    for node in convolutions(graph):
+        readers.setdefault(("convolution-input", ConvNode(node).x), []).append(node)
+    for (role, value), nodes in readers.items():
+        yield QuantizationSite(role, value, tuple(nodes), tuple(_path(node) for node in nodes))
 
 
 def insert_quantizer(program: Program, site: QuantizationSite, spec: QuantSpec) -> fx.Node:

@@ -14,6 +14,7 @@ from bitlower.ir.dataflow import ATTENTION, QUANTIZER, VIEWS
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.patterns import Patterns
 from bitlower.passes._machinery.report import Record, counted, few
+from bitlower.passes.quantizers._convolutions import INPUT, WEIGHT, convolution_spec
 from bitlower.passes.quantizers._expand_attention import expand_attention
 from bitlower.passes.quantizers._placement import (
     QuantizationSite,
@@ -72,6 +73,9 @@ class Quantize(Pass):
     is quantized once, as the scheme says for ``embedding-table``, and both read the same codes. Where the scheme leaves
     tables in float, a head stays float too, with its input, unless the scheme has bits for large heads and the head
     has ``LARGE_HEAD`` weights and ``LARGE_SHARE`` of the model's; tables of token embeddings go with it.
+
+    Convolutions have a scale an output channel and one for their input. Where the scheme has another granularity for
+    one of both (groups of inputs, a scale a token), they stay float, and the report says why.
 
     The routers of a mixture of experts stay float, with their inputs, unless ``targets`` name them: they are small, and
     a token that goes to another expert is another token.
@@ -155,6 +159,8 @@ def _expand_attentions(program: Program, ignore: Patterns, targets: Patterns) ->
 def _spec(program: Program, site: QuantizationSite, scheme: Scheme, total: int) -> tuple[QuantSpec | None, str]:
     """What ``scheme`` says for ``site`` in a model of ``total`` weights, and why if it stays float."""
     role = "position-table" if site.positions else site.role
+    if role in (WEIGHT, INPUT):
+        return convolution_spec(scheme, role)
     spec = scheme.spec(role)
     if spec or not site.head or not scheme.head:
         return spec, "" if spec else f"the scheme leaves {role} in float"
@@ -186,7 +192,7 @@ def _place_site(
 
 def _quantizer_of(site: QuantizationSite) -> Quantizer | None:
     """The quantizer that an earlier pass put on ``site``; its role may differ, for quantizers change what is found."""
-    if site.role == "linear-input":
+    if site.role in ("linear-input", INPUT):
         return None
     return next((user.meta["quantizer"] for user in site.value.users if user.target in QUANTIZER), None)
 

@@ -19,6 +19,7 @@ from bitlower.ir.operators import (
     OPERATORS,
     AttentionNode,
     BinaryNode,
+    ConvNode,
     EmbeddingNode,
     LinearNode,
     NodeView,
@@ -41,9 +42,14 @@ X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
 W = torch.randn(8, 8, generator=torch.Generator().manual_seed(2))
 B = torch.randn(8, generator=torch.Generator().manual_seed(3))
 Q = torch.randn(2, 2, 3, 8, generator=torch.Generator().manual_seed(4))
+K = torch.randn(8, 2, 2, 3, generator=torch.Generator().manual_seed(5))
 CALLS: dict[Any, dict[str, Any]] = {
     aten.linear.default: {"input": X, "weight": W, "bias": B},
     aten.addmm.default: {"self": B, "mat1": X[0], "mat2": W},
+    aten.conv1d.default: {"input": X, "weight": W[:6, :3].unflatten(1, (3, 1)), "stride": [2]},
+    aten.conv1d.padding: {"input": X, "weight": K[:6, :1, 0], "padding": "same", "dilation": [2], "groups": 3},
+    aten.conv2d.default: {"input": Q, "weight": K, "bias": B, "stride": [1, 2], "padding": [2, 1], "dilation": [1, 3]},
+    aten.conv2d.padding: {"input": Q, "weight": K, "padding": "valid"},
     aten.embedding.default: {"weight": W, "indices": torch.tensor([3, 1])},
     aten.layer_norm.default: {"input": X, "normalized_shape": [8], "weight": B, "bias": B + 1, "eps": 1e-3},
     aten.native_layer_norm.default: {"input": X, "normalized_shape": [8], "weight": B, "bias": B + 1, "eps": 1e-3},
@@ -136,6 +142,7 @@ def test_the_sets_of_dataflow_are_the_kinds_of_the_table() -> None:
     kinds = {
         "linear": dataflow.LINEAR, "product": dataflow.MATMUL, "attention": dataflow.ATTENTION, "sum": dataflow.ADD,
         "softmax": dataflow.SOFTMAX, "norm": dataflow.NORM, "embedding": dataflow.EMBEDDING,
+        "convolution": dataflow.CONVOLUTION,
     }  # fmt: skip
     assert {row.kind for row in OPERATORS} == set(kinds)
     for kind, targets in kinds.items():
@@ -164,6 +171,23 @@ def test_a_linear_layer_without_a_bias_gets_one() -> None:
     linear.set("bias", stored)
     assert linear.bias is stored
     assert linear.stored_bias == "b"
+
+
+@pytest.mark.parametrize("target", sorted(dataflow.CONVOLUTION, key=str))
+def test_a_convolution_by_its_operands(target: Any) -> None:
+    conv, values = view(ConvNode, target)
+    for node, value in values.items():
+        node.meta["type"] = TensorType(value.dtype, tuple(value.shape))
+    x, weight = values[conv.x].double(), values[conv.weight].double()
+    assert (conv.kernel, conv.has_batch) == (tuple(weight.shape[2:]), True)
+    around = [count for pair in reversed(conv.padding) for count in pair]
+    padded = functional.pad(x, around)
+    assert conv.is_padded == (padded.shape != x.shape)
+    convolve = functional.conv1d if weight.dim() == 3 else functional.conv2d
+    bias = values[conv.bias].double() if conv.bias is not None else None
+    options = {"stride": conv.stride, "dilation": conv.dilation, "groups": conv.groups}
+    expected = convolve(padded, weight, bias, **options)
+    torch.testing.assert_close(target(**CALLS[target]).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", sorted(dataflow.NORM, key=str))

@@ -9,16 +9,13 @@ import torch
 from torch import fx
 
 from bitlower.ir import Program, get_tensor
-from bitlower.ir.dataflow import EMBEDDING, LINEAR, MATMUL, QUANTIZER, value_uses
+from bitlower.ir.dataflow import CONVOLUTION, EMBEDDING, LINEAR, MATMUL, QUANTIZER, value_uses
 
 aten = torch.ops.aten
-_CONVOLUTIONS = frozenset({
-    aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding, aten.convolution.default,
-})  # fmt: skip
 _KINDS = (
     (EMBEDDING, "embedding tables"),
     (LINEAR | MATMUL, "linear layers"),
-    (_CONVOLUTIONS, "convolutions"),
+    (CONVOLUTION | {aten.convolution.default}, "convolutions"),
 )
 _CODES = (torch.int8, torch.uint8, torch.int16, torch.uint16)
 

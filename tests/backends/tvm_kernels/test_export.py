@@ -206,6 +206,17 @@ def test_a_small_fault_of_the_deployed_library_alone_is_found(
         compare(factor)
 
 
+def test_convolutions_run_in_float_and_round_rows_of_one_width() -> None:
+    program = load(torch.nn.Conv1d(3, 4, 3).eval(), example_inputs={"input": torch.randn(2, 3, 8)})
+    weights, both = (
+        PassManager(parse_pipeline(f"quantize{{scheme={scheme}}}")).run(program, Context())
+        for scheme in ("W8A16", "W8A8")
+    )
+    TvmKernels().check_fits(weights)
+    with pytest.raises(BitlowerError, match=r"rows of one width, and input\w*, the input of a convolution, has"):
+        TvmKernels().check_fits(both)
+
+
 def test_programs_that_do_not_fit_are_refused(program: Program, lowered: Callable[..., Program]) -> None:
     for level, missing in ((Level.INTEGER, "`fuse`"), (Level.SIMULATED, "`lower-integer` and `fuse`")):
         with pytest.raises(

@@ -135,11 +135,12 @@ def test_what_the_roles_of_w8a8_get():
     activation = QuantSpec(Grid(8, signed=False, symmetric=False), Granularity.per_tensor())
     assert scheme.spec("linear-weight") == scheme.spec("embedding-table") == weight
     assert scheme.spec("norm-weight") == QuantSpec(Grid(8), Granularity.per_tensor())
-    assert {scheme.spec(role) for role in ACTIVATION_ROLES if role != "linear-input"} == {activation}
+    assert {scheme.spec(role) for role in ACTIVATION_ROLES if not role.endswith("-input")} == {activation}
     assert scheme.spec("linear-input") is None
     assert Scheme().spec("linear-input") == activation
     assert Scheme().spec("residual") is None
-    assert set(FULL_PLACEMENT) == {*WEIGHT_ROLES, *ACTIVATION_ROLES} - {"linear-input", "position-table"}
+    implied = {"linear-input", "position-table", "convolution-weight", "convolution-input"}
+    assert set(FULL_PLACEMENT) == {*WEIGHT_ROLES, *ACTIVATION_ROLES} - implied
 
 
 def test_what_suffixes_change():
@@ -180,6 +181,18 @@ def test_position_tables_go_with_the_others_unless_they_are_named():
     assert none.spec("position-table") is None
     assert Scheme(roles=("position-table",)).spec("position-table") == Scheme().embeddings
     assert Scheme(roles=("position-table",)).spec("embedding-table") is None
+
+
+def test_convolutions_go_with_linears_unless_they_are_named():
+    for scheme in map(Scheme.parse, ("W8A8", "W4A16", "W8A8-full", "2-2-8")):
+        for part in ("weight", "input"):
+            assert scheme.spec(f"convolution-{part}") == scheme.spec(f"linear-{part}")
+    four = QuantSpec(Grid(4), Granularity.per_channel(0))
+    assert Scheme(overrides=(("linear-weight", four),)).spec("convolution-weight") == four
+    assert Scheme(overrides=(("convolution-weight", four),)).spec("linear-weight") == Scheme().weights
+    assert Scheme(roles=("convolution-input",)).spec("linear-input") is None
+    assert Scheme(roles=("convolution-input",)).spec("convolution-input") == Scheme().activations
+    assert Scheme.parse("W8A8-peg6").spec("convolution-input") == Scheme().activations
 
 
 def test_large_heads_have_8_bits_beside_float_activations_unless_the_tables_are_named():
