@@ -7,16 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from bitlower.ir import Batch, Program
+from bitlower.ir.decoder_step import has_cache
 from bitlower.ir.observe import run
+from bitlower.ir.tokens import SEQUENCE, TOTAL
 
-SEQUENCE, PAST, TOTAL = "sequence", "past", "past + sequence"
-"""Symbolic dimensions of a decoder: the tokens of this step, those before, and both."""
 _IN, _OUT = "past_key_values.", "present."
-
-
-def has_cache(program: Program) -> bool:
-    """Whether the program takes the keys and values of earlier tokens."""
-    return any(PAST in spec.type.shape for spec in program.inputs)
 
 
 def cached_steps(

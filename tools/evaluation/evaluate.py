@@ -46,6 +46,7 @@ def evaluate(
     columns: Sequence[str] = (),
     batch_size: int = 32,
     max_length: int = 128,
+    beams: int = 1,
     track: Callable[[Iterable[Any], str], Iterator[Any]] = lambda items, label: iter(items),
 ) -> Evaluation:
     """Measure ``target`` on ``data``.
@@ -61,6 +62,7 @@ def evaluate(
             :func:`~bitlower.tools.evaluation.targets.evaluate_targets` for what encoder-decoders write.
         batch_size: texts in a batch; texts of like length go together.
         max_length: in tokens.
+        beams: of what encoder-decoders write; 1 searches greedily.
         track: wraps the batches with a progress display.
 
     Raises:
@@ -73,10 +75,13 @@ def evaluate(
         )
     if task in METRICS:
         return evaluate_targets(
-            target, task, data, columns=columns, batch_size=batch_size, max_length=max_length, track=track
-        )
+            target, task, data,
+            columns=columns, batch_size=batch_size, max_length=max_length, beams=beams, track=track,
+        )  # fmt: skip
     if task not in TASKS:
         raise BitlowerError(f"unknown evaluation {task!r}", hint=nearest(task, (*TASKS, *METRICS)))
+    if beams != 1:
+        raise BitlowerError(f"{task} searches for nothing, and has no beams", hint="leave out --beams")
     path, _ = split_column(data)
     rows = _read(path, task, tuple(columns))
     runner = open_runner(target)
