@@ -7,14 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from bitlower.ir import Batch, Program
+from bitlower.ir.decoder_step import has_cache
 from bitlower.ir.observe import run
 from bitlower.ir.stages import next_past
-from bitlower.ir.tokens import SEQUENCE, TOTAL, is_past
-
-
-def has_cache(program: Program) -> bool:
-    """Whether the program takes what earlier tokens left: keys and values, or states."""
-    return any(map(is_past, program.inputs))
+from bitlower.ir.tokens import SEQUENCE, TOTAL
 
 
 def cached_steps(

@@ -15,6 +15,7 @@ from bitlower.frontends.sound import reads_sound, sound_batches
 from bitlower.ir import BitlowerError, Program, nearest
 from bitlower.ir.assets import is_tokenizer
 from bitlower.ir.stages import is_encoder_decoder
+from bitlower.ir.tokens import positions
 
 BOS = ("auto", "always", "never")
 """Rules for what windows begin with; see :func:`window_lead`."""
@@ -132,11 +133,6 @@ def _check_ids(program: Program, ids: torch.Tensor) -> None:
 def no_boxes(ids: torch.Tensor) -> torch.Tensor:
     """Boxes of tokens ``[batch, sequence]`` that stand nowhere: zeros, as models of text and boxes take for those."""
     return ids.new_zeros((*ids.shape, 4))
-
-
-def positions(mask: torch.Tensor) -> torch.Tensor:
-    """``position_ids`` of an attention mask ``[batch, sequence]``: tokens are counted, padding is not."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def token_ids(program: Program, text: str) -> torch.Tensor:

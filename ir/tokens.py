@@ -96,6 +96,11 @@ def value_mask(shape: tuple[int | str, ...], batch: Batch) -> torch.Tensor | Non
     return keep
 
 
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """``position_ids`` of an attention mask ``[batch, sequence]``: tokens are counted, padding is not."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
 def token_rows(value: torch.Tensor, shape: tuple[int | str, ...], batch: Batch) -> torch.Tensor:
     """``value``, of this type, as ``[tokens, channels]`` without padding."""
     rows, keep = value.reshape(-1, value.shape[-1]), value_mask(shape, batch)

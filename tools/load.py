@@ -24,7 +24,8 @@ def load(
 ) -> Program | Model:
     """What :func:`bitlower.frontends.load` makes of a model; of an artifact what its backend runs it with.
 
-    Both are called with inputs by name, and have ``inputs`` and ``outputs``.
+    Both are called with inputs by name, and have ``inputs`` and ``outputs``. Artifacts of decoders and of
+    encoder-decoders also ``generate``.
 
     Raises:
         BitlowerError: there is no such model, it cannot be traced, or the artifact does not run here.

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from bitlower.backends._json import write_json
-from bitlower.backends.decoding import has_cache
 from bitlower.backends.onnx_qdq._folder import GENAI, MODEL
 from bitlower.backends.onnx_qdq._genai_search import generation
 from bitlower.ir import Program
+from bitlower.ir.decoder_step import has_cache
 from bitlower.ir.stages import is_encoder_decoder
 from bitlower.ir.tokens import PAST, is_past
 

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bitlower.backends import _manifest
 from bitlower.backends._folder import shell
 from bitlower.backends.onnx_qdq._folder import MODEL, model_file, stages_in
+from bitlower.backends.running import GraphModel, StagedModel
 from bitlower.ir import Batch, BitlowerError, Program, TensorType, ValueSpec
-from bitlower.ir.generation import greedy_target, stop_tokens, target_prompt
-from bitlower.ir.stages import DECODER, ENCODER, decoder_batch, encoder_batch, whole_inputs
+from bitlower.ir.stages import DECODER, ENCODER, whole_inputs
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, NodeArg
 
+ONNXRUNTIME = "onnxruntime"
+
 
 @dataclass(frozen=True)
-class OnnxModel:
+class OnnxModel(GraphModel):
     """A session, and a program without graphs that says what it takes and returns."""
 
+    runtime = ONNXRUNTIME
     session: InferenceSession
     program: Program
 
@@ -37,16 +40,6 @@ class OnnxModel:
         session = _session(folder / MODEL)
         return cls(session, _shell(folder, _specs(session.get_inputs()), _specs(session.get_outputs())))
 
-    @property
-    def inputs(self) -> tuple[ValueSpec, ...]:
-        """What it takes."""
-        return self.program.inputs
-
-    @property
-    def outputs(self) -> tuple[ValueSpec, ...]:
-        """What it returns."""
-        return self.program.outputs
-
     def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run it: inputs by name, outputs by name; a past that is left out is empty.
 
@@ -55,9 +48,24 @@ class OnnxModel:
         """
         return _run(self.session, self.program, inputs)
 
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The same with outputs as ``OrtValue``, which may be inputs of the next run: a cache is not copied.
+
+        Raises:
+            BitlowerError: an input is missing or unknown.
+        """
+        from onnxruntime import OrtValue
+
+        values = {
+            spec.name: OrtValue.ortvalue_from_numpy(value.numpy()) if isinstance(value, torch.Tensor) else value
+            for spec, value in zip(self.inputs, self.program.arguments(inputs), strict=True)
+        }
+        names = [spec.name for spec in self.outputs]
+        return dict(zip(names, self.session.run_with_ort_values(names, values), strict=True))
+
 
 @dataclass(frozen=True)
-class OnnxEncoderDecoder:
+class OnnxEncoderDecoder(StagedModel):
     """The sessions of an encoder and a decoder, and programs without graphs that say what they take.
 
     Args:
@@ -67,6 +75,7 @@ class OnnxEncoderDecoder:
         stages: the same of each alone.
     """
 
+    runtime = ONNXRUNTIME
     encoder: InferenceSession
     decoder: InferenceSession
     program: Program
@@ -85,26 +94,6 @@ class OnnxEncoderDecoder:
         inputs, outputs = whole_inputs(first.inputs, second.inputs), (*second.outputs, *first.outputs)
         return cls(encoder, decoder, _shell(folder, inputs, outputs), (first, second))
 
-    @property
-    def inputs(self) -> tuple[ValueSpec, ...]:
-        """What it takes: the source, the tokens of the target, and the past of the decoder."""
-        return self.program.inputs
-
-    @property
-    def outputs(self) -> tuple[ValueSpec, ...]:
-        """What it returns."""
-        return self.program.outputs
-
-    def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Run both: inputs by name, outputs by name; a past that is left out is empty.
-
-        Raises:
-            BitlowerError: an input is missing or unknown.
-        """
-        batch = self.program.complete(inputs)
-        cross = self.encode(**encoder_batch(batch))
-        return self.decode(**decoder_batch(batch, cross)) | cross
-
     def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """The keys and values of cross-attention, from the source.
 
@@ -122,41 +111,6 @@ class OnnxEncoderDecoder:
             BitlowerError: an input is missing or unknown.
         """
         return _run(self.decoder, self.stages[1], inputs)
-
-    def generate(
-        self,
-        *,
-        max_new_tokens: int = 64,
-        start: torch.Tensor | None = None,
-        stops: Collection[int] | None = None,
-        pad: int | None = None,
-        **source: torch.Tensor,
-    ) -> torch.Tensor:
-        """The most likely target of each source, token by token: ``[batch, start + new]`` int64.
-
-        Args:
-            max_new_tokens: at most so many follow the start, and no more than the model takes.
-            start: what every target begins with, ``[batch, n]``; the model's ``decoder_start_token_id`` if left out.
-            stops: tokens that end a target; the model's ``eos_token_id`` if left out.
-            pad: what follows the end; the model's ``pad_token_id`` if left out.
-            source: what the encoder reads, by name.
-
-        Raises:
-            BitlowerError: the model names no token that targets begin with, and none is given.
-        """
-        rows = len(self.stages[0].arguments(source)[0])
-        if start is None:
-            start = torch.tensor([target_prompt(self.program)] * rows, dtype=torch.int64)
-        room = (self.program.context_length or max_new_tokens + start.shape[1]) - start.shape[1] + 1
-        return greedy_target(
-            lambda batch: self.encode(**batch),
-            lambda batch: self.decode(**batch),
-            source,
-            start,
-            stops=stop_tokens(self.program) if stops is None else stops,
-            new_tokens=min(max_new_tokens, room),
-            pad=pad if pad is not None else self.program.config.get("pad_token_id") or 0,
-        )
 
 
 def open_model(folder: Path) -> OnnxModel | OnnxEncoderDecoder:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from bitlower.backends.running import GraphModel
 from bitlower.backends.tvm_kernels._spec import Target
 from bitlower.backends.tvm_kernels._tvm import require_tvm
-from bitlower.ir import BitlowerError, Program, ValueSpec
+from bitlower.ir import BitlowerError, Program
 from bitlower.ir.files import is_file
 
 LIBRARY, SIGNATURE = "library.so", "library.json"
@@ -54,7 +55,7 @@ def find_device(target: Target) -> Any:
 
 
 @dataclass(frozen=True)
-class Library:
+class Library(GraphModel):
     """A compiled Program.
 
     Args:
@@ -66,6 +67,7 @@ class Library:
     executable: Any
     program: Program
     target: Target = Target.LLVM
+    runtime = "TVM"
 
     @cached_property
     def device(self) -> Any:
@@ -82,16 +84,6 @@ class Library:
         from tvm import relax
 
         return relax.VirtualMachine(self.executable, device)
-
-    @property
-    def inputs(self) -> tuple[ValueSpec, ...]:
-        """What it takes."""
-        return self.program.inputs
-
-    @property
-    def outputs(self) -> tuple[ValueSpec, ...]:
-        """What it returns."""
-        return self.program.outputs
 
     def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run it: inputs by name, outputs by name; a past that is left out is empty.

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+import bitlower
 from bitlower.backends.decoding import cached_steps, visible
 from bitlower.backends.onnx_qdq import ExportReport, export, verify
 from bitlower.backends.onnx_qdq._lower import lower
@@ -90,6 +91,18 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return folder, export(decoder(kind, scheme), folder, batches=BATCHES, **options)
 
     return give
+
+
+@pytest.mark.parametrize("kind", LINEARS)
+def test_a_loaded_artifact_generates_what_transformers_does(kind: str, exported: Any) -> None:
+    given = batch(3, 9, 5, "left")
+    prompts = {name: given[name] for name in ("input_ids", "attention_mask")}
+    model, loaded = _model(kind), bitlower.load(exported(kind)[0])
+    for settings in ({"num_beams": 1}, {"num_beams": 4, "length_penalty": 2.0, "early_stopping": True}):
+        expected = model.generate(**prompts, max_new_tokens=12, do_sample=False, **settings)
+        assert torch.equal(loaded.generate(**prompts, max_new_tokens=12, **settings), expected), settings
+    with pytest.raises(BitlowerError, match="padded on the right"):
+        loaded.generate(**{name: value.flip(1) for name, value in prompts.items()})
 
 
 def greedy(run: Any, program: Program, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

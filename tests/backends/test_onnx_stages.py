@@ -16,8 +16,8 @@ import bitlower
 from bitlower.backends.onnx_qdq import OnnxQdq, Verification
 from bitlower.backends.onnx_qdq._model import OnnxEncoderDecoder
 from bitlower.backends.onnx_qdq._verify_stages import join_stages
-from bitlower.ir import CheckError, Program, set_tensor
-from bitlower.ir.generation import greedy_target, program_stages
+from bitlower.ir import BitlowerError, CheckError, Program, set_tensor
+from bitlower.ir.generation import program_stages, write_targets
 from bitlower.ir.observe import run
 from bitlower.passes import Context, PassManager, parse_pipeline
 
@@ -76,12 +76,29 @@ def test_what_both_read_lies_in_one_file(tmp_path: Path, seq2seq: Any) -> None:
         assert np.array_equal(numpy_helper.to_array(outside[0], str(tmp_path)), table.detach().numpy())
 
 
-def test_it_generates_what_the_program_does(artifact: tuple[str, Program, Path], seq2seq: Any) -> None:
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3, "length_penalty": 2.0}], ids=["greedy", "beams"])
+def test_it_generates_what_the_program_does(
+    artifact: tuple[str, Program, Path], seq2seq: Any, settings: dict[str, Any]
+) -> None:
     kind, program, folder = artifact
     model = bitlower.load(folder)
     read, start = seq2seq.source(kind, rows=3), torch.full((3, 1), 2)
-    expected = greedy_target(*program_stages(program), read, start, stops=(), new_tokens=16)
-    assert torch.equal(model.generate(**read, start=start, stops=(), max_new_tokens=16), expected)
+    options = {"start": start, "stops": (), "max_new_tokens": 8, "no_repeat_ngram_size": 2, **settings}
+    expected = write_targets(program, *program_stages(program), read, **options)
+    assert torch.equal(model.generate(**read, **options), expected)
+
+
+def test_an_artifact_of_a_float_model_generates_what_transformers_does(tmp_path: Path, seq2seq: Any) -> None:
+    OnnxQdq().export(lowered(seq2seq, "t5", "clean"), tmp_path, seq2seq.batches("t5", 1))
+    model, read = bitlower.load(tmp_path), seq2seq.source("t5", rows=4, seed=2)
+    settings = {"max_new_tokens": 8, "num_beams": 4, "no_repeat_ngram_size": 1}
+    expected = seq2seq.model_of("t5").generate(**read, do_sample=False, **settings)
+    assert torch.equal(model.generate(**read, **settings), expected)
+    with pytest.raises(BitlowerError, match="no source to write a target for") as caught:
+        model.generate(input_id=read["input_ids"])
+    assert caught.value.hint == "the encoder reads input_ids, attention_mask"
+    with pytest.raises(BitlowerError, match="no setting 'beams'"):
+        model.generate(**read, beams=3)
 
 
 def test_what_targets_begin_and_end_with_is_the_models(artifact: tuple[str, Program, Path], seq2seq: Any) -> None:

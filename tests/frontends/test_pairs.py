@@ -16,7 +16,7 @@ from bitlower.frontends import batches
 from bitlower.frontends.pairs import pair_batches, shifted
 from bitlower.ir import BitlowerError, Program
 from bitlower.ir.assets import read_assets
-from bitlower.ir.generation import greedy_target, program_stages
+from bitlower.ir.generation import program_stages, write_targets
 
 SOURCES = ["the cat sings", "a small dog sleeps near the old river", "bird"]
 TARGETS = ["cat", "dog sleeps near the river", "a bird"]
@@ -69,7 +69,7 @@ def test_without_targets_the_model_writes_them(program: Program) -> None:
     (batch,) = batches(program, SOURCES, max_length=8)
     source = {name: batch[name] for name in ("input_ids", "attention_mask")}
     start = torch.full((3, 1), 2)
-    own = greedy_target(*program_stages(program), source, start, stops=[2], new_tokens=8)
+    own = write_targets(program, *program_stages(program), source, start=start, stops=[2], max_new_tokens=8)
     counts = batch["decoder_attention_mask"].sum(1)
     for row, count in enumerate(counts):
         assert torch.equal(batch["decoder_input_ids"][row, :count], own[row, :count])

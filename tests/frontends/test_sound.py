@@ -17,7 +17,7 @@ from bitlower.frontends import batches
 from bitlower.frontends.sound import read_sound, sound_batches, speech_prompt, stop_token
 from bitlower.ir import BitlowerError, Program
 from bitlower.ir.assets import read_assets
-from bitlower.ir.generation import greedy_target, program_stages
+from bitlower.ir.generation import program_stages, write_targets
 
 RATE = 16_000
 TEXTS = ["the cat sings", "bird"]
@@ -91,7 +91,9 @@ def test_without_texts_the_model_writes_them(program: Program, files: list[Path]
     (batch,) = sound_batches(program, files, None, max_length=12, batch_size=2).batches
     start = torch.tensor([speech_prompt(program)] * 2)
     source = {"input_features": batch["input_features"]}
-    own = greedy_target(*program_stages(program), source, start, stops=[stop_token(program)], new_tokens=12)
+    own = write_targets(
+        program, *program_stages(program), source, start=start, stops=[stop_token(program)], max_new_tokens=12
+    )
     for row, mask, expected in zip(batch["decoder_input_ids"], batch["decoder_attention_mask"], own, strict=True):
         count = int(mask.sum())
         assert torch.equal(row[:count], expected[:count])

@@ -39,6 +39,10 @@ Columns = Annotated[
         "Encoder-decoders: source,reference."
     ),
 ]
+Beams = Annotated[
+    int,
+    typer.Option(help="Encoder-decoders: of beam search, which writes what is compared; 1 searches greedily.", min=1),
+]
 
 
 def evaluate(
@@ -78,14 +82,18 @@ def evaluate(
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="text-generation: tokens of a sample at most.", min=1)] = 64,
     bos: Bos = "auto",
+    beams: Beams = 1,
 ) -> None:
     """Measure accuracy on labelled data, or perplexity, samples and speed of a language model."""
+    from bitlower.ir import BitlowerError
+
     settings = settings_of(context)
     if task == GENERATION:
         unescaped = None if joiner is None else joiner.replace(r"\n", "\n").replace(r"\t", "\t")
+        if beams != 1:
+            raise BitlowerError("text-generation continues prompts greedily", hint="leave out --beams")
         _evaluate_text(settings, target, data, unescaped, (window, stride, windows), prompt or (), new_tokens, bos)
         return
-    from bitlower.ir import BitlowerError
     from bitlower.tools.evaluation.evaluate import evaluate as measure
     from bitlower.tools.render import make_table
 
@@ -94,8 +102,9 @@ def evaluate(
     display = settings.display()
     names = [name.strip() for name in columns.split(",")] if columns else []
     result = measure(
-        target, task, data, columns=names, batch_size=batch_size, max_length=max_length, seed=seed, track=display.track
-    )
+        target, task, data,
+        columns=names, batch_size=batch_size, max_length=max_length, seed=seed, beams=beams, track=display.track,
+    )  # fmt: skip
     title = f"{target} on {result.samples} rows of {result.data}"
     rows = [(name, round(value, 2), result.units.get(name, "%")) for name, value in result.metrics.items()]
     for note in result.notes:

@@ -42,6 +42,7 @@ def evaluate(
     batch_size: int = 32,
     max_length: int | None = None,
     seed: int = 0,
+    beams: int = 1,
     track: Track = lambda items, label: iter(items),
 ) -> Evaluation:
     """Measure ``target`` on ``data``.
@@ -62,6 +63,7 @@ def evaluate(
         batch_size: texts or pictures in a batch; texts of like length go together.
         max_length: in tokens; None: :data:`TOKENS`, or :data:`WINDOW` for questions.
         seed: of the masks of ``fill-mask``.
+        beams: of what encoder-decoders write; 1 searches greedily.
         track: wraps the batches with a progress display.
 
     Raises:
@@ -79,8 +81,11 @@ def evaluate(
     check_sizes(batch_size, length)
     if task in METRICS:
         return evaluate_targets(
-            target, task, data, columns=columns, batch_size=batch_size, max_length=length, track=track
-        )
+            target, task, data,
+            columns=columns, batch_size=batch_size, max_length=length, beams=beams, track=track,
+        )  # fmt: skip
+    if beams != 1:
+        raise BitlowerError(f"{task} searches for nothing, and has no beams", hint="leave out --beams")
     path, named = split_column(data)
     columns = tuple(columns) or tuple(named.split(",") if named else ())
     if task in HEADS:

@@ -1,18 +1,18 @@
-"""Greedy generation with a KV cache, and how fast it is."""
+"""Generation by whatever runs a language model, and how fast it is."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 
-from bitlower.backends.tvm_kernels import Library
-from bitlower.frontends.tokenize import decode, positions, text_ids, window_lead
+from bitlower.backends.base import Model
+from bitlower.frontends.tokenize import decode, text_ids, window_lead
 from bitlower.ir import BitlowerError, Program
+from bitlower.ir.generation import continue_prompts
 from bitlower.tools.evaluation.language_model import LanguageModel, language_model
 
 
@@ -42,18 +42,14 @@ class Sample:
 
 
 def generate(
-    model: Program | Library | LanguageModel,
+    model: Program | Model | LanguageModel,
     input_ids: torch.Tensor,
     max_new_tokens: int,
     *,
     attention_mask: torch.Tensor | None = None,
-    stops: Collection[int] | None = None,
-    pad: int | None = None,
+    **options: Any,
 ) -> torch.Tensor:
-    """The most likely tokens one by one: the prompts with what follows, ``[batch, prompt + new]`` int64.
-
-    One graph computes prompt and steps; the cache grows by a token a step. It ends when every row has ended, after
-    ``max_new_tokens``, or when the model's context is full.
+    """The prompts with what follows, ``[batch, prompt + new]`` int64; greedy, if the options do not say otherwise.
 
     Args:
         model: a Program or a library with a cache, or anything behind
@@ -61,31 +57,19 @@ def generate(
         input_ids: ``[batch, prompt]``; shorter prompts are padded on the left.
         max_new_tokens: at least 1.
         attention_mask: 0 where ``input_ids`` is padding; all ones if left out.
-        stops: tokens that end a row; those of the model's configuration if left out.
-        pad: what follows the end of a row; the first of ``stops`` if left out.
+        options: of :func:`~bitlower.ir.generation.continue_prompts`.
 
     Raises:
-        BitlowerError: the shapes do not fit, padding stands on the right, the prompt is longer than the context, or the
-            model is no causal language model.
+        BitlowerError: an argument does not fit, or the model is no causal language model.
     """
     model = language_model(model)
-    if max_new_tokens < 1:
-        raise BitlowerError(f"{max_new_tokens} new tokens make no sense", hint="ask for at least 1")
-    stop = torch.tensor(list(model.stops if stops is None else stops), dtype=torch.int64)
-    filler = pad if pad is not None else int(stop[0]) if len(stop) else 0
-    done = torch.zeros(len(input_ids), dtype=torch.bool)
-    tokens = [input_ids]
-    for token in islice(_greedy(model, input_ids, attention_mask), _room(model, input_ids, max_new_tokens)):
-        token[done] = filler  # the next step reads it
-        tokens.append(token[:, None].clone())
-        done |= torch.isin(token, stop)
-        if bool(done.all()):
-            break
-    return torch.cat(tokens, dim=1)
+    return continue_prompts(
+        model.program, model.step, input_ids, attention_mask, max_new_tokens=max_new_tokens, **options
+    )
 
 
 def sample(
-    model: Program | Library | LanguageModel,
+    model: Program | Model | LanguageModel,
     prompt: str,
     max_new_tokens: int,
     *,
@@ -99,26 +83,33 @@ def sample(
     Raises:
         BitlowerError: as :func:`generate`; or the model has no tokenizer, or the prompt has no token.
     """
-    model = language_model(model)
+    model, clock = language_model(model), _Clock()
     lead = torch.tensor(window_lead(model.program, bos), dtype=torch.int64)
     ids = torch.cat([lead, text_ids(model.program, prompt)])[None]
     if not ids.numel():
         raise BitlowerError("a prompt has no token", hint="write a text, or take bos always")
-    stop = set(model.stops if stops is None else stops)
-    count = _room(model, ids, max_new_tokens)
-    next(_greedy(model, ids, None))
-    new: list[int] = []
-    start = time.perf_counter()
-    first = start
-    for token in islice(_greedy(model, ids, None), count):
-        new.append(int(token))
-        if len(new) == 1:
-            first = time.perf_counter()
-        if new[-1] in stop:
-            break
-    steps = len(new) - 1
-    rate = steps / (time.perf_counter() - first) if steps else None
-    return Sample(prompt, decode(model.program, new), ids.shape[1], len(new), ids.shape[1] / (first - start), rate)
+    generate(model, ids, 1, stops=stops)
+    tokens = generate(model, ids, max_new_tokens, stops=stops, streamer=clock)[0, ids.shape[1] :].tolist()
+    start, first, last = clock.times[0], clock.times[1], clock.times[-1]
+    steps = len(tokens) - 1
+    rate = steps / (last - first) if steps else None
+    return Sample(
+        prompt, decode(model.program, tokens), ids.shape[1], len(tokens), ids.shape[1] / (first - start), rate
+    )
+
+
+class _Clock:
+    """When the prompt and each new token came; a streamer of transformers."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt at first, then token after token."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to be shown."""
 
 
 def samples(
@@ -126,37 +117,3 @@ def samples(
 ) -> tuple[Sample, ...]:
     """:func:`sample` for each prompt."""
     return tuple(sample(model, prompt, max_new_tokens, bos=bos) for prompt in prompts)
-
-
-def _room(model: LanguageModel, ids: torch.Tensor, wanted: int) -> int:
-    """How many of ``wanted`` tokens can follow the prompts ``ids``: the model need not read the last one."""
-    longest, prompt = model.program.context_length, ids.shape[-1]
-    if longest is None:
-        return wanted
-    if prompt > longest:
-        raise BitlowerError(
-            f"a prompt of {prompt} tokens does not fit the model",
-            hint=f"it takes {longest} tokens, earlier and new ones",
-        )
-    return min(wanted, longest - prompt + 1)
-
-
-def _greedy(model: LanguageModel, ids: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
-    """The next token of every row, ``[batch]``, on and on; what the caller writes into it is what the next step reads.
-
-    Raises:
-        BitlowerError: the shapes do not fit, or padding stands on the right.
-    """
-    mask = torch.ones_like(ids) if mask is None else mask.long()
-    if ids.dim() != 2 or ids.shape != mask.shape or not ids.numel():
-        raise BitlowerError(f"prompts of the shape {list(ids.shape)} and a mask of {list(mask.shape)} do not fit")
-    if not bool(mask[:, -1].all()):
-        raise BitlowerError("a prompt is padded on the right", hint="pad on the left, so that all end together")
-    feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
-    cache: Any = None
-    while True:
-        logits, cache = model.step(feed, cache)
-        token = logits[:, -1].argmax(-1)
-        yield token
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        feed = {"input_ids": token[:, None], "attention_mask": mask, "position_ids": positions(mask)[:, -1:]}

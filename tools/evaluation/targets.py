@@ -1,6 +1,6 @@
 """What encoder-decoders write against references: ROUGE, BLEU and word error rates, by the field's own packages.
 
-Targets are written by greedy decoding, of an artifact in its runtime or of a float model as a Program.
+Targets are written greedily or with beams, by an artifact in its runtime or by a float model as a Program.
 """
 
 from __future__ import annotations
@@ -8,17 +8,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from bitlower.backends.onnx_qdq import OnnxEncoderDecoder
+from bitlower.backends.running import StagedModel
 from bitlower.frontends import batches, load
 from bitlower.frontends.sound import LANGUAGE, reads_sound, sound_batches, speech_prompt, stop_token
 from bitlower.frontends.tokenize import decode
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.files import check_name
-from bitlower.ir.generation import before_stop, greedy_target, program_stages, stop_tokens, target_prompt
+from bitlower.ir.generation import before_stop, program_stages, stop_tokens, target_prompt, write_targets
 from bitlower.ir.stages import encoder_batch, is_encoder_decoder
 from bitlower.tools.data.sounds import NamedRows
 from bitlower.tools.data.texts import Row, read_examples, split_column
@@ -74,6 +75,7 @@ def evaluate_targets(
     batch_size: int = 8,
     max_length: int = 128,
     language: str = LANGUAGE,
+    beams: int = 1,
     track: Track = lambda items, label: iter(items),
 ) -> Evaluation:
     """Let ``target`` write what belongs to each source of ``data``, and compare it with the reference.
@@ -86,6 +88,7 @@ def evaluate_targets(
         batch_size: sources in a batch.
         max_length: tokens of a source and of a target at most.
         language: of sound.
+        beams: of beam search (``num_beams``); 1 searches greedily.
         track: wraps the batches with a progress display.
 
     Raises:
@@ -99,13 +102,24 @@ def evaluate_targets(
         raise BitlowerError(
             f"{task} needs a column of sources and one of references", hint=f"name them: {path}:SOURCE,TARGET"
         )
+    if beams < 1:
+        raise BitlowerError(f"{beams} beams make no sense", hint="ask for at least 1")
     METRICS[task]([rows[0].values[1]], [rows[0].values[1]])  # a package that is missing is named before the work
     if task == SPEECH:
         NamedRows(path, lambda: rows).check_sounds()
-    writer = _Writer.open(target, max_length, language)
+    writer = _Writer.open(target, _Limits(max_length, language, beams))
     written = [text for batch in track(writer.batches(path, rows, batch_size), "evaluating") for text in writer(batch)]
     name = target.source if isinstance(target, Program) else os.fspath(target)
     return Evaluation(name, task, str(path), len(rows), METRICS[task](written, [row.values[1] for row in rows]))
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """How targets are written."""
+
+    max_length: int
+    language: str
+    beams: int
 
 
 @dataclass(frozen=True)
@@ -113,63 +127,54 @@ class _Writer:
     """A model that writes targets."""
 
     program: Program
-    generate: Callable[..., torch.Tensor]
-    max_length: int
-    language: str
+    write: Callable[..., torch.Tensor]
+    limits: _Limits
 
     @classmethod
-    def open(cls, target: str | os.PathLike[str] | Program, max_length: int, language: str) -> _Writer:
+    def open(cls, target: str | os.PathLike[str] | Program, limits: _Limits) -> _Writer:
         """A Program, an artifact in its runtime, or the float model.
 
         Raises:
             BitlowerError: there is no such model, or it is no encoder-decoder.
         """
         model = target if isinstance(target, Program) else load_artifact(check_name(target)) or load(target)
-        if isinstance(model, OnnxEncoderDecoder):
-            return cls(model.program, model.generate, max_length, language)
-        program = model.program if not isinstance(model, Program) else model
+        if isinstance(model, StagedModel):
+            staged = model
+            return cls(staged.program, lambda source, **options: staged.generate(**source, **options), limits)
+        program = model if isinstance(model, Program) else model.program
         if not isinstance(model, Program) or not is_encoder_decoder(program):
             raise BitlowerError(
                 f"{program.source or 'the model'} is no encoder with a decoder, and writes no targets",
                 hint="text-generation measures language models",
             )
-        encode, decode_ = program_stages(program)
-
-        def generate(
-            *, start: torch.Tensor, stops: Sequence[int], max_new_tokens: int, pad: int, **source: torch.Tensor
-        ) -> torch.Tensor:
-            return greedy_target(encode, decode_, source, start, stops=stops, new_tokens=max_new_tokens, pad=pad)
-
-        return cls(program, generate, max_length, language)
+        return cls(program, partial(write_targets, program, *program_stages(program)), limits)
 
     def batches(self, path: Path, rows: Sequence[Row], size: int) -> list[Batch]:
         """The sources; their references go along as targets, and are not read."""
         sources, references = ([row.values[place] for row in rows] for place in (0, 1))
+        longest, language = self.limits.max_length, self.limits.language
         if not reads_sound(self.program):
-            return [*batches(self.program, sources, pairs=references, max_length=self.max_length, batch_size=size)]
+            return [*batches(self.program, sources, pairs=references, max_length=longest, batch_size=size)]
         files = [path.parent / source for source in sources]
-        made = sound_batches(
-            self.program, files, references, max_length=self.max_length, batch_size=size, language=self.language
-        )
+        made = sound_batches(self.program, files, references, max_length=longest, batch_size=size, language=language)
         return [*made.batches]
 
     def __call__(self, batch: Batch) -> list[str]:
         """The texts that the model writes for the sources of ``batch``."""
         source = encoder_batch(batch)
         prompt, stops = self._prompt()
-        rows = len(next(iter(source.values())))
-        room = (self.program.context_length or self.max_length + len(prompt)) - len(prompt)
-        written = self.generate(
-            **source,
-            start=torch.tensor([prompt] * rows, dtype=torch.int64),
+        written = self.write(
+            source,
+            start=torch.tensor([prompt] * len(next(iter(source.values()))), dtype=torch.int64),
             stops=stops,
-            max_new_tokens=min(self.max_length, room),
+            max_new_tokens=self.limits.max_length,
             pad=stops[0] if stops else 0,
+            num_beams=self.limits.beams,
         )
         return [decode(self.program, before_stop(row[len(prompt) :], stops)).strip() for row in written.tolist()]
 
     def _prompt(self) -> tuple[list[int], tuple[int, ...]]:
         """What targets begin with, and what ends them."""
         if reads_sound(self.program):
-            return speech_prompt(self.program, self.language), (stop_token(self.program),)
-        return target_prompt(self.program), stop_tokens(self.program)
+            return speech_prompt(self.program, self.limits.language), (stop_token(self.program),)
+        return target_prompt(self.program)[:1], stop_tokens(self.program)

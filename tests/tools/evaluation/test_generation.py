@@ -13,7 +13,6 @@ from bitlower.frontends import load
 from bitlower.frontends.tokenize import token_ids
 from bitlower.ir import BitlowerError, Program
 from bitlower.tools.evaluation.generation import generate, sample
-from bitlower.tools.evaluation.language_model import language_model
 
 CONFIGS = {
     "llama": LlamaConfig(
@@ -119,15 +118,6 @@ def _word(program: Program, token: int) -> str:
 
     vocabulary = json.loads(program.assets["tokenizer.json"])["model"]["vocab"]
     return next(word for word, i in vocabulary.items() if i == token) if token > 2 else ""
-
-
-def test_stops_come_from_the_configuration(llama_program: Program) -> None:
-    assert language_model(llama_program).stops == (1,)
-    several = llama_program.clone()
-    several.config["eos_token_id"] = [1, 7]
-    assert language_model(several).stops == (1, 7)
-    several.config["eos_token_id"] = None
-    assert language_model(several).stops == ()
 
 
 def test_what_cannot_be_generated_is_refused(llama_program: Program, bert_program: Program) -> None:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bitlower.backends.onnx_qdq import OnnxQdq
 from bitlower.ir import BitlowerError, Program
 from bitlower.ir.assets import read_assets
-from bitlower.ir.generation import greedy_target, program_stages
+from bitlower.ir.generation import program_stages, write_targets
 from bitlower.tools.evaluation.evaluate import evaluate
 from bitlower.tools.evaluation.targets import METRICS
 
@@ -29,21 +28,24 @@ def program(folder: Path, seq2seq: Any) -> Program:
     return replace(seq2seq.traced("bart"), assets=read_assets(folder))
 
 
-def written(program: Program, length: int) -> list[str]:
+def written(program: Program, length: int, beams: int = 1) -> list[str]:
     from bitlower.frontends import batches
     from bitlower.frontends.tokenize import decode
 
     (batch,) = batches(program, SOURCES, pairs=SOURCES, batch_size=3)
     source = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    ids = greedy_target(*program_stages(program), source, torch.full((3, 1), 2), stops=[2], new_tokens=length, pad=2)
+    ids = write_targets(
+        program, *program_stages(program), source, stops=[2], max_new_tokens=length, pad=2, num_beams=beams
+    )
     return [decode(program, row[1:]) for row in ids.tolist()]
 
 
-def test_what_the_model_writes_itself_is_right(program: Program, tmp_path: Path) -> None:
-    texts = written(program, 12)
+@pytest.mark.parametrize("beams", [1, 4])
+def test_what_the_model_writes_itself_is_right(program: Program, tmp_path: Path, beams: int) -> None:
+    texts = written(program, 12, beams)
     path = tmp_path / "data.tsv"
     path.write_text("source\ttarget\n" + "".join(f"{s}\t{t or 'x'}\n" for s, t in zip(SOURCES, texts, strict=True)))
-    result = evaluate(program, "summarization", f"{path}:source,target", max_length=12)
+    result = evaluate(program, "summarization", f"{path}:source,target", max_length=12, beams=beams)
     right = 100 * sum(bool(text.split()) for text in texts) / 3
     assert result.samples == 3
     assert result.metrics["rougeL"] == pytest.approx(right)

@@ -79,8 +79,10 @@ def test_a_library_generates_what_its_program_does(decoder: tuple[Program, Path]
     program, folder = decoder
     library = bitlower.load(folder)
     prompts = torch.stack([token_ids(program, "the cat sings and"), token_ids(program, "a dog sleeps under")])
-    expected = generate(program, prompts, 12, stops=())
-    assert torch.equal(generate(library, prompts, 12, stops=()), expected)
+    for settings in ({}, {"num_beams": 3}):
+        expected = generate(program, prompts, 12, stops=(), **settings)
+        assert torch.equal(generate(library, prompts, 12, stops=(), **settings), expected)
+        assert torch.equal(library.generate(prompts, max_new_tokens=12, stops=(), **settings), expected)
     ids = torch.arange(3, 36)
     ours, theirs = (perplexity(model, ids, window=16).perplexity for model in (program, library))
     assert theirs == pytest.approx(ours, rel=1e-5)
