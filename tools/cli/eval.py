@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +27,13 @@ Task = Annotated[
         help="sts-b, classification, token-classification (F1 by entity), question-answering (SQuAD's F1), "
         "fill-mask (accuracy of masked tokens), image-classification or text-generation; of encoder-decoders "
         "summarization (ROUGE), translation (BLEU) or speech-recognition (word error rate)."
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="A .tsv, .csv or .jsonl file; for token-classification a CoNLL or .jsonl file; for question-answering "
+        "SQuAD's .json or a .jsonl file; for fill-mask texts, for text-generation a text, or FILE.jsonl:COLUMN."
     ),
 ]
 Columns = Annotated[
@@ -52,13 +59,7 @@ def evaluate(
         typer.Argument(metavar="DIR|MODEL", help="An artifact's folder, or a float model: a folder or package:NAME."),
     ],
     task: Task,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="A .tsv, .csv or .jsonl file; for token-classification a CoNLL or .jsonl file; for question-answering "
-            "SQuAD's .json or a .jsonl file; for fill-mask texts, for text-generation a text, or FILE.jsonl:COLUMN."
-        ),
-    ] = None,
+    data: Data = None,
     columns: Columns = "",
     batch_size: Annotated[int, typer.Option(help="Texts or pictures in a batch.", min=1)] = 32,
     max_length: Annotated[
@@ -94,17 +95,22 @@ def evaluate(
             raise BitlowerError("text-generation continues prompts greedily", hint="leave out --beams")
         _evaluate_text(settings, target, data, unescaped, (window, stride, windows), prompt or (), new_tokens, bos)
         return
+    if data is None:
+        raise BitlowerError("there is nothing to evaluate on", hint="give --data")
+    _evaluate_rows(
+        settings, target, task, data, columns,
+        batch_size=batch_size, max_length=max_length, seed=seed, beams=beams,
+    )  # fmt: skip
+
+
+def _evaluate_rows(settings: Settings, target: str, task: str, data: str, columns: str, **options: Any) -> None:
+    """Measure on the rows of a file, and show what comes out."""
     from bitlower.tools.evaluation.evaluate import evaluate as measure
     from bitlower.tools.render import make_table
 
-    if data is None:
-        raise BitlowerError("there is nothing to evaluate on", hint="give --data")
     display = settings.display()
     names = [name.strip() for name in columns.split(",")] if columns else []
-    result = measure(
-        target, task, data,
-        columns=names, batch_size=batch_size, max_length=max_length, seed=seed, beams=beams, track=display.track,
-    )  # fmt: skip
+    result = measure(target, task, data, columns=names, track=display.track, **options)
     title = f"{target} on {result.samples} rows of {result.data}"
     rows = [(name, round(value, 2), result.units.get(name, "%")) for name, value in result.metrics.items()]
     for note in result.notes:

@@ -69,13 +69,7 @@ def evaluate(
     Raises:
         BitlowerError: an unknown task, a missing file or column, a label that is none, or a model that does not fit.
     """
-    if task in UNMEASURED:
-        raise BitlowerError(
-            f"measuring is not available for {task}",
-            hint=f"{', '.join((*TASKS, *METRICS))} and text-generation can be measured",
-        )
-    if task not in (*TASKS, *METRICS):
-        raise BitlowerError(f"unknown evaluation {task!r}", hint=nearest(task, (*TASKS, *METRICS)))
+    _check_task(task, beams)
     usual = WINDOW if task == QUESTION_ANSWERING else TOKENS
     length = usual if max_length is None else max_length
     check_sizes(batch_size, length)
@@ -84,8 +78,6 @@ def evaluate(
             target, task, data,
             columns=columns, batch_size=batch_size, max_length=length, beams=beams, track=track,
         )  # fmt: skip
-    if beams != 1:
-        raise BitlowerError(f"{task} searches for nothing, and has no beams", hint="leave out --beams")
     path, named = split_column(data)
     columns = tuple(columns) or tuple(named.split(",") if named else ())
     if task in HEADS:
@@ -96,12 +88,28 @@ def evaluate(
         )
     if task == PICTURES:
         return evaluate_pictures(target, path, columns=columns, batch_size=batch_size, track=track)
-    rows = _read(path, task, columns)
-    runner = open_runner(target)
-    texts = Texts(rows, length, batch_size, track)
-    metrics = _sts_b(runner, texts, path) if task == "sts-b" else _classification(runner, texts, path)
+    texts = Texts(_read(path, task, columns), length, batch_size, track)
+    measured = _sts_b if task == "sts-b" else _classification
+    metrics = measured(open_runner(target), texts, path)
     name = target.source if isinstance(target, Program) else os.fspath(target)
-    return Evaluation(name, task, str(path), len(rows), metrics)
+    return Evaluation(name, task, str(path), len(texts.rows), metrics)
+
+
+def _check_task(task: str, beams: int) -> None:
+    """See that something measures ``task``, and searches with so many beams.
+
+    Raises:
+        BitlowerError: nothing does.
+    """
+    if task in UNMEASURED:
+        raise BitlowerError(
+            f"measuring is not available for {task}",
+            hint=f"{', '.join((*TASKS, *METRICS))} and text-generation can be measured",
+        )
+    if task not in (*TASKS, *METRICS):
+        raise BitlowerError(f"unknown evaluation {task!r}", hint=nearest(task, (*TASKS, *METRICS)))
+    if beams != 1 and task not in METRICS:
+        raise BitlowerError(f"{task} searches for nothing, and has no beams", hint="leave out --beams")
 
 
 @dataclass(frozen=True)
