@@ -72,7 +72,7 @@ def task_of(architectures: Sequence[str], where: str) -> str:
 def _reads_pictures(architecture: str) -> bool:
     import transformers
 
-    kind = getattr(transformers, architecture, None)
+    kind: Any = getattr(transformers, architecture, None)
     return getattr(kind, "main_input_name", None) == PIXELS and _TEXT_PART not in _parts(kind.config_class)
 
 

@@ -116,7 +116,9 @@ class _Flow:
         for start, end in zip(starts, ends, strict=True):
             nodes = self._between(start, end)
             read = {n for node in nodes for n in node.all_input_nodes if n in standing}
-            context = sorted((n for n in read if self.position[n] < self.position[start]), key=self.position.get)
+            context = sorted(
+                (n for n in read if self.position[n] < self.position[start]), key=self.position.__getitem__
+            )
             yield Block(start, tuple(nodes), tuple(context))
 
     def _between(self, start: fx.Node, end: fx.Node) -> list[fx.Node]:
@@ -131,7 +133,8 @@ class _Flow:
         dependents = self._dependents(start)
         later = [c for c in cuts if c in dependents and c.meta.get("type") == start.meta.get("type")]
         if not later:
-            return self.nodes[min(limit, len(self.nodes) - 1) - 1]
+            end: fx.Node = self.nodes[min(limit, len(self.nodes) - 1) - 1]
+            return end
         before = [self._operators(first, self._between(first, second)) for first, second in pairwise(starts)]
         for cut in reversed(later):
             if self._operators(start, self._between(start, cut)) in before:

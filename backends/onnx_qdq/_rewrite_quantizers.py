@@ -78,6 +78,7 @@ def raise_quantize(editor: Editor, node: ir.Node) -> str | None:
     if not per_tensor(editor, node):
         return "its scales differ from element to element"
     old = node.outputs[0]
+    assert old.dtype is not None, "codes have a type"
     attributes = {a.name: a.value for a in node.attributes.values()}
     attributes["name"] = f"{attributes['name']}.before_{views[-1].op_type.lower()}"
     inputs = [root, *node.inputs[1:]]
