@@ -4,7 +4,7 @@
 
 ``MODELS_DIR`` holds Hugging Face folders. Encoders run W8A8 on ``--texts`` (one a line), decoders W8A8 and W4A16-g32 by
 gptq on windows of ``--text``, encoder-decoders both on ``--texts``, whose targets they write themselves, models of
-pictures W8A8 on noise. Torch and the rest are imported once; each run is a fork of its own with a limit of time and
+pictures and of sound on noise. Torch and the rest are imported once; each run is a fork of its own with a limit of time and
 memory, so that one that hangs, grows or dies is a row of the table like any other.
 """
 
@@ -33,8 +33,10 @@ import bitlower
 from bitlower.backends.onnx_qdq import OnnxQdq
 from bitlower.frontends import batches, load
 from bitlower.frontends._encoder import plain_outputs
+from bitlower.frontends.pairs import random_pairs
 from bitlower.frontends.pictures import random_pictures, reads_pictures
-from bitlower.frontends.task import is_picture_model
+from bitlower.frontends.sound import reads_sound
+from bitlower.frontends.task import is_picture_model, is_speech_reader
 from bitlower.frontends.tokenize import token_ids, windows
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.quantization.scheme import WEIGHT_ROLES
@@ -79,6 +81,8 @@ def run(folder: Path, scheme: str, algorithm: str | None, texts: Path, text: Pat
     how: dict[str, Any] = {"calibration": str(data), "samples": SAMPLES, "max_length": LENGTH}
     if is_picture_model(folder):
         how = {"calibration": random_pictures(load(folder), count=SAMPLES, seed=0)}
+    if is_speech_reader(folder):
+        how = {"calibration": random_pairs(load(folder), count=SAMPLES, length=LENGTH, seed=0)}
     with tempfile.TemporaryDirectory() as place:
         output = Path(place) / "artifact"
         done = bitlower.quantize(str(folder), scheme=scheme, algorithm=algorithm, output=output, **how)
@@ -118,11 +122,13 @@ def cosine(program: Program, artifact: Path, model: torch.nn.Module, data: Path)
 def held_out(program: Program, data: Path) -> list[Batch]:
     """Texts from the end of the file: batches of one and of several rows, of other lengths than in calibration.
 
-    For a model of pictures noise of another seed.
+    For a model of pictures or of sound noise of another seed.
     """
     if reads_pictures(program):
         drawn = [batch["pixel_values"] for batch in random_pictures(program, count=HELD_OUT, seed=1)]
         return [{"pixel_values": drawn[0]}, {"pixel_values": torch.cat(drawn[1:])}]
+    if reads_sound(program):
+        return random_pairs(program, count=HELD_OUT, length=LENGTH - 7, seed=1)
     lines = [line for line in data.read_text().splitlines() if line.strip()]
     if program.task == "text-generation":
         length = min(LENGTH - 7, program.context_length or LENGTH)
