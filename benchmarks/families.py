@@ -4,8 +4,8 @@
 
 ``MODELS_DIR`` holds Hugging Face folders. Encoders run W8A8 on ``--texts`` (one a line), decoders W8A8 and W4A16-g32 by
 gptq on windows of ``--text``, encoder-decoders both on ``--texts``, whose targets they write themselves, models of
-pictures and of sound on noise. Torch and the rest are imported once; each run is a fork of its own with a limit of time and
-memory, so that one that hangs, grows or dies is a row of the table like any other.
+pictures and of sound on noise. Torch and the rest are imported once; each run is a fork of its own with a limit of time
+and memory, so that one that hangs, grows or dies is a row of the table like any other.
 """
 
 from __future__ import annotations
