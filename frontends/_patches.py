@@ -101,7 +101,7 @@ _MODELING = "transformers.models.{0}.modeling_{0}"
 _FUNNEL = _MODELING.format("funnel")
 _PLACES: tuple[tuple[str, str, str, Factory], ...] = (
     (_FUNNEL, "FunnelAttentionStructure", "get_position_embeds", _funnel_positions),
-    (_states.CACHES, "LinearAttentionLayer", "update_conv_state", _states.kept_whole),
+    (_states.CACHES, "LinearAttentionLayer", "update_conv_state", _states.joined_state),
     (_states.CACHES, "LinearAttentionLayer", "update_recurrent_state", _states.replaced_state),
     (_states.CACHES, "Cache", "get_recurrent_state", _scans.remembered),
     *((_MODELING.format(name), "", "mamba_selective_scan", _scans.selective) for name in _scans.SELECTIVE),

@@ -65,7 +65,7 @@ def cache_layers(caches: Sequence[Sequence[State]], tensors: Sequence[torch.Tens
     return [_layer({state.part: next(remaining) for state in states}) for states in caches]
 
 
-def kept_whole(original: Any, notes: list[str]) -> Any:
+def joined_state(original: Any, notes: list[str]) -> Any:
     """A convolution's state without writing into a tensor: the inputs so far and the new ones, as transformers has it.
 
     The state that is there is always used; before the first token it is zero, as what transformers pads with.

@@ -161,10 +161,12 @@ class Checkpoint(Backend):
         """See that Hugging Face's model has every weight of ``program``.
 
         Raises:
-            BitlowerError: it is of no such model, a weight is not of it, or its files hold experts in one tensor.
+            BitlowerError: it is of no such model, a weight is not of it, its files hold experts in one tensor, or a
+                weight is read past its layer.
         """
         skeleton = Skeleton(program)
         check_experts(skeleton)
+        _check_readers(program)
         for name, tensor in program.tensors():
             target = name.removeprefix("model/")
             if isinstance(tensor, torch.nn.Parameter) and target not in skeleton.shapes:
@@ -172,6 +174,19 @@ class Checkpoint(Backend):
                     f"{target} is no weight of {skeleton.architecture}, so no checkpoint can hold it",
                     hint="export with the backend `onnx-qdq`",
                 )
+
+
+def _check_readers(program: Program) -> None:
+    """Refuse few bits for a layer whose weight the module above multiplies with itself (the time steps of Mamba)."""
+    for node, quantizer in program.quantizers():
+        layer = quantizer.tensor.removesuffix(".weight")
+        above = layer.rpartition(".")[0]
+        if quantizer.role == "linear-weight" and above and above in readers(node):
+            pattern = f"*.{above.rpartition('.')[2]}"
+            raise BitlowerError(
+                f"{layer} is multiplied with by {above}, past its own layer: no client reads it in few bits there",
+                hint=f"leave it in float, quantize{{ignore=[{pattern}]}}, or export with the backend `onnx-qdq`",
+            )
 
 
 def _float_tables(program: Program, skeleton: Skeleton, form: Format) -> Iterator[tuple[str, str]]:

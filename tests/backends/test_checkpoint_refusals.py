@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from bitlower.backends.checkpoint import Checkpoint, export
 from bitlower.frontends import load
@@ -166,3 +167,15 @@ def test_support_is_known_beforehand(spec, shape, role, options, reason: str):
     answer = Checkpoint(**options).supports(spec, shape, role)
     assert reason in answer
     assert bool(answer) is bool(reason)
+
+
+def test_a_weight_that_is_read_past_its_layer_is_refused_and_may_stay_float() -> None:
+    config = MambaConfig(hidden_size=32, num_hidden_layers=1, state_size=4, time_step_rank=32, vocab_size=64)
+    model = load(AutoModelForCausalLM.from_config(config).eval(), task="text-generation")
+    program = PassManager(parse_pipeline("clean,quantize{scheme=W4A16-g32}")).run(model, Context())
+    with pytest.raises(BitlowerError, match=r"mixer.dt_proj is multiplied with by backbone.layers.0.mixer, .*\.mixer"):
+        Checkpoint().check_fits(program)
+    program = PassManager(parse_pipeline("clean,quantize{scheme=W4A16-g32 ignore=[*.mixer]}")).run(model, Context())
+    Checkpoint().check_fits(program)
+    layers = {quantizer.tensor.split(".")[-2] for _, quantizer in program.quantizers()}
+    assert layers == {"in_proj", "x_proj", "out_proj"}
