@@ -94,16 +94,16 @@ def picture_settings(assets: Mapping[str, bytes]) -> dict[str, Any]:
             form = object_of(parse_json(assets[name], finite=False))
         except ValueError as error:
             raise BitlowerError(f"{name} cannot be read: {error}", hint="fetch the file again") from None
-        form = form if part is None else form.get(part)
-        if isinstance(form, dict):
-            return form
+        settings = form if part is None else form.get(part)
+        if isinstance(settings, dict):
+            return settings
     return {}
 
 
 def _sized(value: Any, source: str) -> PictureSize:
     """A side of a square, a pair of height and width, or both by name."""
     if isinstance(value, Mapping):
-        sides = [value.get("height"), value.get("width")]
+        sides: list[Any] = [value.get("height"), value.get("width")]
     else:
         sides = list(value) if isinstance(value, list | tuple) else [value, value]
     if len(sides) != 2 or not all(type(side) is int and 1 <= side <= _LARGEST for side in sides):

@@ -148,7 +148,8 @@ def _split(
     size = batch_size or TEXT_BATCH
 
     def made(program: Program) -> Data:
-        return Data(*(picture_batches(program, paths, batch_size=size) for paths in (calibration, held_out)))
+        rows, others = (picture_batches(program, paths, batch_size=size) for paths in (calibration, held_out))
+        return Data(rows, others)
 
     return DataSource(made, len(calibration))
 
