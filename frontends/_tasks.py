@@ -65,15 +65,25 @@ def task_of(architectures: Sequence[str], where: str) -> str:
     raise BitlowerError(
         f"{where}the architecture {', '.join(architectures) or '(none given)'} "
         + (f"is for {other}, which is not supported" if other else "fits no task"),
-        hint=_BODY if other else f"name one of {', '.join(TASKS)} as the task",
+        hint=_other_hint(architectures) if other else f"name one of {', '.join(TASKS)} as the task",
     )
 
 
 def _reads_pictures(architecture: str) -> bool:
+    kind = _class(architecture)
+    return getattr(kind, "main_input_name", None) == PIXELS and _TEXT_PART not in _parts(kind.config_class)
+
+
+def _other_hint(architectures: Sequence[str]) -> str:
+    """What can be done with a head that no task is for: its body loads if it reads text or pictures."""
+    inputs = {getattr(_class(name), "main_input_name", _TEXT) for name in architectures}
+    return _BODY if inputs <= {_TEXT, PIXELS} else f"load the model with transformers, and {_OTHER_INPUTS}"
+
+
+def _class(architecture: str) -> Any:
     import transformers
 
-    kind: Any = getattr(transformers, architecture, None)
-    return getattr(kind, "main_input_name", None) == PIXELS and _TEXT_PART not in _parts(kind.config_class)
+    return getattr(transformers, architecture, None)
 
 
 def _parts(config: Any) -> list[str]:
@@ -144,9 +154,13 @@ def _refuse_pictures(kind: type[PreTrainedModel], config: Any, task: str) -> Non
         raise BitlowerError(f"{name} reads pictures, and {task} is for texts", hint=f"name one of {known} as the task")
     needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     others = [needs for needs in needed if needs not in ("self", PIXELS)]
-    if kind.main_input_name != PIXELS or _TEXT_PART in _parts(config) or others:
-        reads = ", ".join(dict.fromkeys((kind.main_input_name, *needed[1:])))
-        raise BitlowerError(f"{name} reads {reads}, and {task} is for models of pictures alone", hint=_OTHER_INPUTS)
+    whole = _TEXT_PART in _parts(config)
+    if kind.main_input_name != PIXELS or whole or others:
+        reads = "text too" if whole else ", ".join(dict.fromkeys((kind.main_input_name, *others)))
+        raise BitlowerError(
+            f"{name} reads {reads}, and {task} is for models of pictures alone",
+            hint="take its part for pictures, as CLIPVisionModel is of CLIP" if whole else _OTHER_INPUTS,
+        )
     if hasattr(config, "num_frames"):
         raise BitlowerError(
             f"{name} reads the frames of a film, and {task} is for one picture a row", hint=_OTHER_INPUTS

@@ -83,6 +83,7 @@ def raise_quantize(editor: Editor, node: ir.Node) -> str | None:
     attributes["name"] = f"{attributes['name']}.before_{views[-1].op_type.lower()}"
     inputs = [root, *node.inputs[1:]]
     [codes] = editor.emit_all(node, "Quantize", inputs, 1, domain=DOMAIN, **attributes)
+    assert old.dtype is not None
     codes.shape, codes.dtype = root.shape, old.dtype
     for view in reversed(views):
         how = {a.name: a.value for a in view.attributes.values()}

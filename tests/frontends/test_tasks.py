@@ -241,6 +241,9 @@ def test_a_task_of_texts_or_pictures_is_for_models_that_read_them() -> None:
     hint = "name one of image-classification, image-feature-extraction as the task"
     with pytest.raises(BitlowerError, match=f"ViTModel reads pictures, and feature-extraction is for texts; {hint}"):
         load(vit, task="feature-extraction")
+    message = "CLIPModel reads text too, and image-feature-extraction is for .*; take its part for pictures, as CLIPV"
+    with pytest.raises(BitlowerError, match=message):
+        load(_clip(), task="image-feature-extraction")
     message = "BertForTokenClassification reads input_ids, and image-classification is for models of pictures alone"
     with pytest.raises(BitlowerError, match=message):
         load(build("BertForTokenClassification"), task="image-classification")
@@ -249,6 +252,8 @@ def test_a_task_of_texts_or_pictures_is_for_models_that_read_them() -> None:
 def test_a_head_that_no_task_is_for_is_told_what_it_is_for() -> None:
     with pytest.raises(BitlowerError, match="DPTForDepthEstimation is for depth estimation, which is not") as error:
         task_of(["DPTForDepthEstimation"], "")
+    with pytest.raises(BitlowerError, match=r"for ctc, which is not supported; load .* and pass `example_inputs`"):
+        task_of(["Wav2Vec2ForCTC"], "")
     assert error.value.hint == (
         "an encoder loads without its head: name feature-extraction as the task for one of text,"
         " image-feature-extraction for one of pictures"
