@@ -44,6 +44,7 @@ def read_questions(path: Path, columns: Sequence[str] = ()) -> list[Question]:
         raise BitlowerError(
             "question-answering takes three columns of a .jsonl file", hint="--columns question,context,answers"
         )
+    entries: Iterator[tuple[str, Mapping[str, object]]]
     match path.suffix.lower():
         case ".jsonl":
             entries = ((f"line {line}", form) for line, form in read_objects(path))

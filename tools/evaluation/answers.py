@@ -108,9 +108,8 @@ def _answers(
     best = [_Best(-np.inf, (0, 0), np.inf)] * len(questions)
     for place, outputs in run_rows(runner, rows, batch_size, track):
         row = rows[place]
-        best[row.text] = _better(
-            best[row.text], row, *(outputs[name] for name in _SIDES), first_token(runner.program, row)
-        )
+        start, end = (outputs[name] for name in _SIDES)
+        best[row.text] = _better(best[row.text], row, start, end, first_token(runner.program, row))
     return [
         "" if optional and answer.none > answer.score else question.context[slice(*answer.span)]
         for question, answer in zip(questions, best, strict=True)
