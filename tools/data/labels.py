@@ -34,7 +34,7 @@ class ClassifierHead:
         One class is a value, unless the configuration's ``problem_type`` says otherwise; as transformers have it.
 
         Raises:
-            BitlowerError: the program returns other outputs, or a text may have several labels.
+            BitlowerError: the program returns other outputs, or a text may have several labels or values.
         """
         width = next((spec.type.shape[1] for spec in program.outputs if _is_row(spec.name, spec.type.shape)), None)
         source, problem = program.source or "the model", program.config.get("problem_type")
@@ -45,9 +45,14 @@ class ClassifierHead:
                 hint="leave `label` out, or check the task",
             )
         if problem == "multi_label_classification":
-            raise BitlowerError(f"a text may have several labels of {source}, and training on those is not available")
+            raise BitlowerError(
+                f"a text may have several labels of {source}, and those are neither trained nor measured"
+            )
         classes = width if isinstance(width, int) else None
-        return cls(class_names(program.config), classes, problem == "regression" or (classes == 1 and problem is None))
+        regression = problem == "regression" or (classes == 1 and problem is None)
+        if regression and classes not in (None, 1):
+            raise BitlowerError(f"{source} gives {classes} values for a text, and labels have one")
+        return cls(class_names(program.config), classes, regression)
 
     def tensor(self, path: Path, rows: Sequence[Row]) -> torch.Tensor:
         """The labels of ``rows``, their last values: ``[rows]``, int64 for classes and float32 for values.

@@ -12,7 +12,7 @@ import numpy as np
 from bitlower.frontends import batches
 from bitlower.frontends.tokenize import check_sizes
 from bitlower.ir import Batch, BitlowerError, Program, nearest
-from bitlower.tools.data.labels import class_names, class_of
+from bitlower.tools.data.labels import ClassifierHead
 from bitlower.tools.data.texts import Row, number, read_rows, split_column
 from bitlower.tools.evaluation.answers import QUESTION_ANSWERING, evaluate_answers
 from bitlower.tools.evaluation.masked import FILL_MASK, evaluate_masked
@@ -49,9 +49,9 @@ def evaluate(
 
     Args:
         target: an artifact's folder (ONNX or library), a model as the frontends take it, or a Program of any level.
-        task: ``sts-b`` (score, two sentences: correlation of the score with the cosine of mean-pooled embeddings) or
-            ``classification`` (text, an optional second text, label); ``fill-mask`` (texts); ``image-classification``
-            (the path of a picture, label); or one of :data:`HEADS` or
+        task: ``sts-b`` (score, two sentences: correlation of the score with the cosine of mean-pooled embeddings),
+            ``classification`` (text, an optional second text, label; of a model with one output, a value),
+            ``fill-mask`` (texts), ``image-classification`` (the path of a picture, label), or one of :data:`HEADS` or
             :data:`~bitlower.tools.evaluation.targets.METRICS`.
         data: a .tsv, .csv or .jsonl file, whose columns may be named behind a colon; for tags see
             :func:`~bitlower.tools.data.tagged.read_tagged`, for questions
@@ -169,13 +169,12 @@ def _classification(runner: Runner, texts: Texts, path: Path) -> dict[str, float
             hint="token-classification measures tags of words",
         )
 
-    def winner(outputs: dict[str, Array], batch: Batch) -> Array:
-        return np.asarray(outputs["logits"].argmax(-1))
-
-    names = class_names(runner.program.config)
-    labels = [class_of(path, row, names, None) for row in texts.rows]
-    second = 1 if len(texts.rows[0].values) == 3 else None
-    predictions = texts.outputs(runner, 0, second, winner)
+    head = ClassifierHead.of(runner.program)
+    labels, second = head.tensor(path, texts.rows).numpy(), 1 if len(texts.rows[0].values) == 3 else None
+    if head.regression:
+        values = texts.outputs(runner, 0, second, lambda outputs, batch: outputs["logits"][:, 0])
+        return {"pearson": 100 * pearson(values, labels), "spearman": 100 * spearman(values, labels)}
+    predictions = texts.outputs(runner, 0, second, lambda outputs, batch: outputs["logits"].argmax(-1))
     scores = {
         "accuracy": accuracy(predictions, labels),
         "f1": f1(predictions, labels),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -165,6 +167,16 @@ def test_eval(call: Any, classifier: Path, tmp_path: Path) -> None:
     assert (code, "error" in out) == (2, True)  # the header line is no label
     code, out, _ = call("eval", classifier, "--task", "classification", "--data", data, "--json")
     assert (code, json.loads(out)["samples"]) == (0, 2)
+
+
+def test_eval_of_a_masked_language_model(call: Any, save_head: Callable[..., Path], texts: Path) -> None:
+    arguments = ("eval", save_head("MaskedLM"), "--task", "fill-mask", "--data", texts, "--seed", 5)
+    code, out, notes = call(*arguments, "--max-length", 8)
+    assert code == 0
+    assert re.search(r"pseudo_perplexity +\S +\d", out)
+    assert re.search(r"accuracy +\S +[\d.]+ \S %", out)
+    assert "tokens are masked, drawn with seed 5" in notes
+    assert "of 40 texts are longer than the model or max_length takes, and are cut" in notes
 
 
 def test_eval_of_a_language_model(call: Any, llama: Path, story: Path, traced: None) -> None:

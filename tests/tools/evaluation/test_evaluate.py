@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,26 @@ def test_classification_against_transformers(classifier: Path, tmp_path: Path) -
     named = tmp_path / "named.tsv"
     named.write_text("".join(f"{t}\tLABEL_{y}\n" for y, t in zip(labels, texts, strict=True)))
     assert evaluate(classifier, "classification", named, columns=("0", "1")).metrics == result.metrics
+
+
+def test_a_regression_against_transformers(save_head: Callable[..., Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = save_head("SequenceClassification", num_labels=1)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pairs = [("the cat sings", "rain"), ("snow", "a small bird goes"), ("the river", "old dogs"), ("wind", "wind")]
+    with torch.no_grad():
+        values = [float(model(**tokenizer(*pair, return_tensors="pt")).logits) for pair in pairs]
+    labels = [2.5, 0.0, 4.0, 1.25]
+    data = tmp_path / "data.tsv"
+    rows = (f"{a}\t{b}\t{label}\n" for (a, b), label in zip(pairs, labels, strict=True))
+    data.write_text("sentence1\tsentence2\tscore\n" + "".join(rows))
+    result = evaluate(folder, "classification", data, columns=["sentence1", "sentence2", "score"], batch_size=3)
+    assert result.metrics == pytest.approx(
+        {"pearson": 100 * stats.pearsonr(values, labels)[0], "spearman": 100 * stats.spearmanr(values, labels)[0]},
+        abs=1e-3,
+    )
 
 
 def save_lookup(folder: Path, table: np.ndarray[Any, Any]) -> None:
