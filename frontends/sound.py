@@ -117,7 +117,7 @@ def read_sound(path: Path, rate: int) -> NDArray[np.float32]:
     Raises:
         BitlowerError: the file is missing, no sound, empty or cut off, or the packages are not installed.
     """
-    with _opened(path) as file:
+    with _sound_file(path) as file:
         promised, own_rate = file.frames, file.samplerate
         samples = file.read(dtype="float32", always_2d=True)
     if len(samples) < promised:
@@ -132,7 +132,7 @@ def check_sound(path: Path) -> None:
     Raises:
         BitlowerError: the file is missing, no sound or empty, or the packages are not installed.
     """
-    with _opened(path):
+    with _sound_file(path):
         pass
 
 
@@ -153,7 +153,7 @@ def sound_packages() -> tuple[Any, Any]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _sound_file(path: Path) -> Iterator[Any]:
     """A sound file that has samples."""
     soundfile, _ = sound_packages()
     if not check_name(path).is_file():
