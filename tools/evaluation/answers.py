@@ -58,6 +58,7 @@ def evaluate_answers(
     Raises:
         BitlowerError: a damaged file, a question that leaves no room for a context, a model that gives no scores for
             the first and last token of an answer, or torchmetrics is not installed.
+        CheckError: the model gives NaN.
     """
     questions = read_questions(path, columns)
     metric_package("torchmetrics.functional.text", "torchmetrics")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -14,7 +15,7 @@ from bitlower.backends.base import Model
 from bitlower.frontends import load
 from bitlower.frontends.locate import locate
 from bitlower.frontends.token_rows import T, TokenRow, padded_rows
-from bitlower.ir import Batch, BitlowerError, Program, shorten
+from bitlower.ir import Batch, BitlowerError, CheckError, Program, shorten
 from bitlower.ir.files import check_name
 from bitlower.ir.json_files import read_json
 from bitlower.tools.evaluation.artifacts import load_artifact
@@ -103,9 +104,13 @@ def run_rows(
 
     Raises:
         BitlowerError: the tokenizer has no padding token, or the model does not know a token.
+        CheckError: the model gives NaN.
     """
     for batch in track(padded_rows(runner.program, rows, batch_size=batch_size), "evaluating"):
         outputs = runner.run(batch.inputs)
         for line, place in enumerate(batch.places):
-            count = len(rows[place].ids)
-            yield place, {name: value[line, :count] for name, value in outputs.items()}
+            own = {name: value[line, : len(rows[place].ids)] for name, value in outputs.items()}
+            for name, value in own.items():
+                if np.isnan(value).any():
+                    raise CheckError(f"the model gives NaN in {name}, for text {rows[place].text + 1} of the data")
+            yield place, own

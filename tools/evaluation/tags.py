@@ -51,6 +51,7 @@ def evaluate_tags(
     Raises:
         BitlowerError: a tag that the model does not have (with file and line), a damaged file, a model that gives no
             logits for each token, or seqeval is not installed.
+        CheckError: the model gives NaN.
     """
     sentences = read_tagged(path, columns)
     names = class_names(configuration(target)) or _UNNAMED
