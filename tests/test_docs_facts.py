@@ -241,9 +241,10 @@ def test_the_limits_of_libraries_are_those_of_the_code() -> None:
 
 
 def test_the_signature_of_decoders_is_as_documented() -> None:
+    from bitlower.frontends._states import State
     from bitlower.frontends.decoder import Signature
 
-    signature = Signature(True, (((2, 4), (2, 4)),))
+    signature = Signature(True, ((State("key", (2, None, 4)), State("value", (2, None, 4))),))
     text = section("concepts.md", "Decoders")
     inputs = {name: row[1] for row in rows(text, "input") for name in names([row])}
     for name, shape in signature.inputs().items():

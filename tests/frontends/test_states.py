@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from functools import cache
 from typing import Any
@@ -10,10 +11,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    BambaConfig,
     FalconH1Config,
-    FalconMambaConfig,
-    GraniteMoeHybridConfig,
     JambaConfig,
     Lfm2Config,
     Mamba2Config,
@@ -23,25 +21,19 @@ from transformers import (
 
 from bitlower.backends.decoding import cached_steps, has_cache
 from bitlower.frontends import load
+from bitlower.frontends._scans import CHUNKED, SELECTIVE
 from bitlower.ir import Program
 from bitlower.ir.verifier import verify
 from bitlower.tools.evaluation.language_model import language_model
 
 VOCABULARY, LENGTH = 96, 37
 TOKENS: dict[str, int] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-HYBRID: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 96,
-    "num_key_value_heads": 1, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 2,
-}  # fmt: skip
 CONFIGS: dict[str, Any] = {
     "lfm2": Lfm2Config(
         hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=VOCABULARY, layer_types=["conv", "full_attention", "conv"], conv_L_cache=4, conv_bias=True, **TOKENS,
     ),
     "mamba": MambaConfig(
-        hidden_size=16, num_hidden_layers=1, state_size=4, time_step_rank=3, vocab_size=VOCABULARY, **TOKENS
-    ),
-    "falcon-mamba": FalconMambaConfig(
         hidden_size=16, num_hidden_layers=1, state_size=4, time_step_rank=3, vocab_size=VOCABULARY, **TOKENS
     ),
     "mamba2": Mamba2Config(
@@ -53,11 +45,11 @@ CONFIGS: dict[str, Any] = {
         vocab_size=VOCABULARY, mamba_d_state=4, mamba_dt_rank=3, attn_layer_period=2, attn_layer_offset=1,
         num_experts=2, expert_layer_period=2, expert_layer_offset=1, **TOKENS,
     ),
-    "bamba": BambaConfig(**HYBRID, **TOKENS, attn_layer_indices=[1]),
-    "granite": GraniteMoeHybridConfig(
-        **HYBRID, **TOKENS, layer_types=["mamba", "attention"], shared_intermediate_size=24, num_local_experts=0
+    "falcon-h1": FalconH1Config(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=VOCABULARY, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=4, mamba_n_groups=2,
+        **TOKENS,
     ),
-    "falcon-h1": FalconH1Config(**HYBRID | {"num_hidden_layers": 1}, **TOKENS, mamba_d_ssm=32),
 }  # fmt: skip
 STATES = {
     "lfm2": {
@@ -70,10 +62,6 @@ STATES = {
         "past_key_values.0.conv": "float32[batch, 32, 4]",
         "past_key_values.0.recurrent": "float32[batch, 32, 4]",
     },
-    "falcon-mamba": {
-        "past_key_values.0.conv": "float32[batch, 32, 4]",
-        "past_key_values.0.recurrent": "float32[batch, 32, 4]",
-    },
     "mamba2": {
         "past_key_values.0.conv": "float32[batch, 48, 4]",
         "past_key_values.0.recurrent": "float32[batch, 4, 8, 4]",
@@ -81,18 +69,6 @@ STATES = {
     "jamba": {
         "past_key_values.0.conv": "float32[batch, 32, 4]",
         "past_key_values.0.recurrent": "float32[batch, 32, 4]",
-        "past_key_values.1.key": "float32[batch, 1, past, 8]",
-        "past_key_values.1.value": "float32[batch, 1, past, 8]",
-    },
-    "bamba": {
-        "past_key_values.0.conv": "float32[batch, 48, 4]",
-        "past_key_values.0.recurrent": "float32[batch, 4, 8, 4]",
-        "past_key_values.1.key": "float32[batch, 1, past, 8]",
-        "past_key_values.1.value": "float32[batch, 1, past, 8]",
-    },
-    "granite": {
-        "past_key_values.0.conv": "float32[batch, 48, 4]",
-        "past_key_values.0.recurrent": "float32[batch, 4, 8, 4]",
         "past_key_values.1.key": "float32[batch, 1, past, 8]",
         "past_key_values.1.value": "float32[batch, 1, past, 8]",
     },
@@ -137,6 +113,14 @@ def expected(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> t
 
 def places(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "scan"),
+    [*((name, "mamba_selective_scan") for name in SELECTIVE), *((name, "mamba2_chunk_scan") for name in CHUNKED)],
+)
+def test_each_architecture_has_the_scan_that_is_replaced(name: str, scan: str) -> None:
+    assert hasattr(importlib.import_module(f"transformers.models.{name}.modeling_{name}"), scan)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
