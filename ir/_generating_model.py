@@ -34,7 +34,7 @@ class Memory:
 
 
 @dataclass
-class StepOutput(ModelOutput):
+class StepOutput(ModelOutput):  # type: ignore[misc]
     """What transformers reads of a step: logits ``[batch, sequence, vocabulary]``, and the cache by both its names."""
 
     logits: torch.Tensor | None = None

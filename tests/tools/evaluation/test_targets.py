@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,11 @@ def written(program: Program, length: int, beams: int = 1) -> list[str]:
 
 @pytest.mark.parametrize("beams", [1, 4])
 def test_what_the_model_writes_itself_is_right(program: Program, tmp_path: Path, beams: int) -> None:
+    settings = {"no_repeat_ngram_size": 1, "decoder_start_token_id": 2, "eos_token_id": 2}
+    stated = json.dumps(settings).encode()  # without it the model says one word again and again
+    program = replace(program, assets={**program.assets, "generation_config.json": stated})
     texts = written(program, 12, beams)
+    assert texts != written(program, 12, 5 - beams), "beams find what greedy search does not"
     path = tmp_path / "data.tsv"
     path.write_text("source\ttarget\n" + "".join(f"{s}\t{t or 'x'}\n" for s, t in zip(SOURCES, texts, strict=True)))
     result = evaluate(program, "summarization", f"{path}:source,target", max_length=12, beams=beams)
