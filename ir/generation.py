@@ -58,8 +58,8 @@ def continue_prompts(
             of the model's ``generation_config.json``, of which ``do_sample`` and ``num_beams`` do not count.
 
     Raises:
-        BitlowerError: the shapes do not fit, padding stands on the right, the prompt is longer than the context, or a
-            setting is unknown or does not fit.
+        BitlowerError: the shapes do not fit, padding stands on the right, the prompt is longer than the context, a
+            setting is unknown or does not fit, or there are beams and a streamer.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
     if input_ids.dim() != 2 or input_ids.shape != mask.shape or not input_ids.numel():
@@ -71,6 +71,8 @@ def continue_prompts(
         raise BitlowerError("a prompt is padded on the right", hint="pad on the left, so that all end together")
     new_tokens = _room(program, input_ids, max_new_tokens)
     config = _config(program, new_tokens, stops, pad, settings)
+    if streamer is not None and (config.num_beams or 1) > 1:
+        raise BitlowerError("beams are known at the end only, and a streamer sees tokens as they come", hint="drop one")
     return _generate(step, False, config, inputs=input_ids, attention_mask=mask, streamer=streamer)
 
 
@@ -103,7 +105,8 @@ def write_targets(
 
     Raises:
         BitlowerError: there is no source, an input is missing or unknown, the model names no token that targets begin
-            with and none is given, the start is longer than the context, or a setting is unknown or does not fit.
+            with and none is given, the start does not fit the sources or is longer than the context, or a setting is
+            unknown or does not fit.
     """
     if not source:
         read = [spec.name for spec in program.inputs if spec.name in encoder_batch({spec.name: spec})]
@@ -111,6 +114,10 @@ def write_targets(
     main = source.get(TOKENS, next(iter(source.values())))
     if start is None:
         start = torch.tensor([target_prompt(program)[:1]] * len(main), dtype=torch.int64)
+    if start.dim() != 2 or len(start) != len(main) or not start.numel():
+        raise BitlowerError(
+            f"a start of the shape {list(start.shape)} does not fit {len(main)} sources", hint="it is [batch, n]"
+        )
     config = _config(program, _room(program, start, max_new_tokens), stops, pad, settings)
     config.decoder_start_token_id = start[:, 0].tolist()  # so that transformers puts nothing before it
 

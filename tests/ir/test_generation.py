@@ -59,6 +59,8 @@ def test_a_start_is_taken_as_it_is(seq2seq: Any) -> None:
     found = write_targets(program, *program_stages(program), batch, start=start, stops=(), max_new_tokens=3)
     assert found[:, :2].tolist() == start.tolist()
     assert found.shape == (2, 5)
+    with pytest.raises(BitlowerError, match=r"a start of the shape \[1, 2\] does not fit 2 sources"):
+        write_targets(program, *program_stages(program), batch, start=start[:1], stops=(), max_new_tokens=3)
 
 
 def causal(config: Any) -> tuple[Any, Program]:
@@ -165,6 +167,7 @@ def test_stops_are_those_of_the_generation_config_or_else_of_the_configuration(l
         ({"num_beans": 4}, "no setting 'num_beans'"),
         ({"num_return_sequences": 2}, "settings for generating do not fit"),
         ({"max_new_tokens": 0}, "0 new tokens"),
+        ({"num_beams": 2, "streamer": object()}, "beams are known at the end only"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(

@@ -167,6 +167,8 @@ def test_eval(call: Any, classifier: Path, tmp_path: Path) -> None:
     assert (code, "error" in out) == (2, True)  # the header line is no label
     code, out, _ = call("eval", classifier, "--task", "classification", "--data", data, "--json")
     assert (code, json.loads(out)["samples"]) == (0, 2)
+    code, out, _ = call("eval", classifier, "--task", "classification", "--data", data, "--beams", 2, "--json")
+    assert (code, "classification searches for nothing" in out) == (2, True)
 
 
 def test_eval_of_a_masked_language_model(call: Any, save_head: Callable[..., Path], texts: Path) -> None:
@@ -191,6 +193,7 @@ def test_eval_of_a_language_model(call: Any, llama: Path, story: Path, traced: N
     out = call("eval", llama, "--task", "text-generation", "--prompt", "rain", "--new-tokens", 3)[1]
     assert "tokens a second" in out
     assert call("eval", llama, "--task", "text-generation")[0] == 2
+    assert call("eval", llama, "--task", "text-generation", "--prompt", "rain", "--beams", 2)[0] == 2
     assert call("eval", llama, "--task", "sts-b")[0] == 2
 
 

@@ -12,6 +12,7 @@ from bitlower.backends.onnx_qdq import OnnxQdq
 from bitlower.ir import BitlowerError, Program
 from bitlower.ir.assets import read_assets
 from bitlower.ir.generation import program_stages, write_targets
+from bitlower.tools.evaluation import targets
 from bitlower.tools.evaluation.evaluate import evaluate
 from bitlower.tools.evaluation.targets import METRICS
 
@@ -41,13 +42,21 @@ def written(program: Program, length: int, beams: int = 1) -> list[str]:
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-def test_what_the_model_writes_itself_is_right(program: Program, tmp_path: Path, beams: int) -> None:
-    texts = written(program, 12, beams)
+def test_what_the_model_writes_itself_is_right(
+    program: Program, tmp_path: Path, beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, asked = written(program, 12, beams), []
+
+    def watched(*inputs: Any, **options: Any) -> Any:
+        asked.append(options["num_beams"])
+        return write_targets(*inputs, **options)
+
+    monkeypatch.setattr(targets, "write_targets", watched)
     path = tmp_path / "data.tsv"
     path.write_text("source\ttarget\n" + "".join(f"{s}\t{t or 'x'}\n" for s, t in zip(SOURCES, texts, strict=True)))
     result = evaluate(program, "summarization", f"{path}:source,target", max_length=12, beams=beams)
     right = 100 * sum(bool(text.split()) for text in texts) / 3
-    assert result.samples == 3
+    assert (result.samples, set(asked)) == (3, {beams})
     assert result.metrics["rougeL"] == pytest.approx(right)
 
 
