@@ -55,7 +55,9 @@ def selective(original: Callable[..., Any], notes: list[str]) -> Any:
         length = hidden_states.shape[-1]
         steps, entering, reading = (_blocks(part.transpose(1, 2)) for part in (dt, B, C))
         inputs = steps[..., None] * entering[..., None, :] * _blocks(hidden_states.transpose(1, 2))[..., None]
-        states, last = _linear_recurrence(steps[..., None] * A, inputs, _before.get())
+        before = _before.get() if return_last_state else None  # a run without a cache asks for no last state
+        _before.set(None)
+        states, last = _linear_recurrence(steps[..., None] * A, inputs, before)
         outputs = (states @ reading[..., None]).squeeze(-1).flatten(1, 2)[:, :length].transpose(1, 2)
         outputs = outputs if D is None else outputs + hidden_states * D[:, None]
         outputs = outputs if z is None else outputs * functional.silu(z)

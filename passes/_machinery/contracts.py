@@ -199,7 +199,8 @@ def equal_between_roundings(before: Program, after: Program, batch: Batch) -> bo
     ``after`` goes on from the values of ``before``, so that none differs because of a code before it.
     """
     rounding = (ops.fake_quantize, ops.quantize)
-    rounded = {n.all_input_nodes[0] for n in before.graph.nodes if n.target in rounding}
+    quantizers = [n for n in before.graph.nodes if n.target in rounding and not is_uncalibrated(n)]
+    rounded = {n.all_input_nodes[0] for n in quantizers}
     known = {node.name for node in after.graph.nodes}
     names = {node.name for node in rounded if node.op == "call_function" and node.name in known}
     outputs = [list(program.graph.output_node().all_input_nodes) for program in (before, after)]

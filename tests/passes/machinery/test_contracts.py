@@ -13,6 +13,7 @@ from bitlower.ir.dataflow import linears
 from bitlower.passes import Context
 from bitlower.passes._machinery import contracts
 from bitlower.passes._machinery.contracts import RTOL, check_exact, equal_between_roundings, excess
+from bitlower.passes.outliers.smooth import Smooth
 from bitlower.passes.quantizers.calibrate import Calibrate
 from bitlower.passes.quantizers.quantize import Quantize
 
@@ -96,6 +97,17 @@ def test_codes_that_turn_over_are_no_difference(bert, batches, run) -> None:
         assert not equal_between_roundings(program, changed(program, kind), data[0])
     with pytest.raises(CheckError, match="'scale' says it is exact"):
         check_exact("scale", program, changed(program, "scale"), data)
+
+
+def test_values_that_nothing_rounds_yet_may_be_scaled(bert, batches, run) -> None:
+    """Scale migration changes what uncalibrated quantizers will round; others round to codes that turn over."""
+    _, program = bert()
+    low, rest = Scheme.parse("W4A4-token"), Scheme.parse("W8A8")
+    passes = Quantize(low, targets=("re:.*output.dense",)), Quantize(rest)
+    program, (batch,) = run(program, *passes), batches(1)
+    after = run(program, Smooth(), context=Context(calibration=batches(2)))
+    assert equal_between_roundings(program, changed(after, "noise"), batch)
+    assert not equal_between_roundings(program, changed(after, "bias"), batch)
 
 
 def test_a_program_without_quantizers_has_no_such_excuse(bert, batches) -> None:
