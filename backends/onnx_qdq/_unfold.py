@@ -48,7 +48,12 @@ def conv_reason(node: fx.Node) -> str:
 
 
 def unfold_convolutions(program: Program) -> Program:
-    """A copy of ``program``, tensors shared, whose convolutions of integers are linear layers over unfolded codes."""
+    """``program`` with linear layers over unfolded codes for its convolutions of integers.
+
+    A copy with the same tensors, or ``program`` itself where there are none.
+    """
+    if all(map(conv_reason, convolutions(program.graph))):
+        return program
     copy = program.clone()
     for node in convolutions(copy.graph):
         if not conv_reason(node):
