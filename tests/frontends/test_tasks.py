@@ -205,7 +205,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "rwkv": (
         lambda: transformers.RwkvForCausalLM(
-            transformers.RwkvConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, attention_hidden_size=16)
+            transformers.RwkvConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16)
         ),
         "RwkvForCausalLM keeps a state between tokens that is no keys and values, .* in a loop",
     ),
