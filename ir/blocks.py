@@ -112,7 +112,9 @@ class _Flow:
     def _blocks(
         self, starts: list[fx.Node], cuts: list[fx.Node], standing: Collection[fx.Node], limit: int
     ) -> Iterator[Block]:
-        ends = [*starts[1:], self._end_of_last(starts, [c for c in cuts if self.position[c] < limit], limit)]
+        cuts = [c for c in cuts if self.position[c] < limit]
+        last = self._end_in_turn(starts, cuts) if standing else None
+        ends = [*starts[1:], last or self._end_of_last(starts, cuts, limit)]
         for start, end in zip(starts, ends, strict=True):
             nodes = self._between(start, end)
             read = {n for node in nodes for n in node.all_input_nodes if n in standing}
@@ -124,8 +126,14 @@ class _Flow:
     def _between(self, start: fx.Node, end: fx.Node) -> list[fx.Node]:
         return self.nodes[self.position[start] + 1 : self.position[end] + 1]
 
+    def _end_in_turn(self, starts: list[fx.Node], cuts: list[fx.Node]) -> fx.Node | None:
+        """The cut point that makes the last block compute what one of those before it does from its source."""
+        before = [self._operators(first, self._between(first, second)) for first, second in pairwise(starts)]
+        later = [c for c in cuts if self.position[c] > self.position[starts[-1]]]
+        return next((c for c in later if self._operators(starts[-1], self._between(starts[-1], c)) in before), None)
+
     def _end_of_last(self, starts: list[fx.Node], cuts: list[fx.Node], limit: int) -> fx.Node:
-        """The cut point that makes the last block compute what one before it does.
+        """The cut point that makes the last block compute what the one before it does.
 
         Else the last of the same type that is a normalization if the block starts after one, and none if it does not.
         """
@@ -135,10 +143,11 @@ class _Flow:
         if not later:
             end: fx.Node = self.nodes[min(limit, len(self.nodes) - 1) - 1]
             return end
-        before = [self._operators(first, self._between(first, second)) for first, second in pairwise(starts)]
-        for cut in reversed(later):
-            if self._operators(start, self._between(start, cut)) in before:
-                return cut
+        if len(starts) > 1:
+            before = _floats(self._between(starts[-2], start))
+            for cut in later:
+                if _floats(self._between(start, cut)) == before:
+                    return cut
         alike = [cut for cut in later if (cut.target in NORM) == (start.target in NORM)]
         return (alike or later)[-1]
 
@@ -153,7 +162,7 @@ class _Flow:
     def _operators(self, source: fx.Node, nodes: Iterable[fx.Node]) -> list[str]:
         """What computes floats from ``source``; masks are made in the first block and read in all."""
         dependents = self._dependents(source)
-        return [str(node.target) for node in nodes if node in dependents and is_float(node)]
+        return _floats(node for node in nodes if node in dependents)
 
     def _dependents(self, source: fx.Node) -> set[fx.Node]:
         reached = {source}
@@ -161,6 +170,11 @@ class _Flow:
             if not reached.isdisjoint(node.all_input_nodes):
                 reached.add(node)
         return reached - {source}
+
+
+def _floats(nodes: Iterable[fx.Node]) -> list[str]:
+    """The operators that compute floats."""
+    return [str(node.target) for node in nodes if node.op == "call_function" and is_float(node)]
 
 
 def _joined(parts: Sequence[Block]) -> Block:

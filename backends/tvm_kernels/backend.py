@@ -138,8 +138,8 @@ class TvmKernels(Backend):
             if node.op == "call_function":
                 check_operator(node)
         for node, quantizer in program.quantizers():
-            width = node.meta["type"].shape[-1]
-            if quantizer.role == "convolution-input" and isinstance(width, str):
+            width = node.meta["type"].shape[-1] if quantizer.role == "convolution-input" else 0
+            if isinstance(width, str):
                 raise BitlowerError(
                     f"kernels round rows of one width, and {quantizer.tensor}, the input of a convolution, has {width}",
                     hint="leave the convolution in float with `ignore`, or export it as onnx-qdq",

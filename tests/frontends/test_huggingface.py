@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    ASTConfig,
+    ASTModel,
     AutoModel,
     AutoModelForSequenceClassification,
     DistilBertConfig,
     DistilBertModel,
     RobertaConfig,
     RobertaModel,
-    ViTConfig,
-    ViTModel,
 )
 
 from bitlower.frontends import load
@@ -127,9 +127,9 @@ def test_positions_that_depend_on_padding() -> None:
 
 
 def test_a_model_that_reads_no_tokens_is_an_error() -> None:
-    config = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=32)
-    with pytest.raises(BitlowerError, match="ViTModel reads pixel_values, not token ids; pass `example_inputs`"):
-        load(ViTModel(config))
+    config = ASTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, max_length=64)
+    with pytest.raises(BitlowerError, match="ASTModel reads input_values, not token ids; pass `example_inputs`"):
+        load(ASTModel(config))
 
 
 def test_own_example_inputs(saved, inputs) -> None:

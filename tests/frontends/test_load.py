@@ -53,5 +53,5 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path) -> None:
 def test_an_unknown_task_names_the_nearest(saved, task: str) -> None:
     with pytest.raises(BitlowerError, match=f"unknown task '{task}'") as error:
         load(saved["encoder"], task=task)
-    assert "feature-extraction, fill-mask, pre-training" in error.value.hint
+    assert "feature-extraction, fill-mask, image-classification" in error.value.hint
     assert ("did you mean 'feature-extraction'?" in error.value.hint) == (task == "feature-extracton")
