@@ -148,7 +148,8 @@ def attempt(sender: Connection, memory: int, arguments: tuple[Any, ...]) -> None
     try:
         sender.send(("ok", *run(*arguments)))
     except BitlowerError as error:
-        sender.send((("refused: " if error.exit_code == 2 else "FAILED: ") + str(error), None, None))
+        reason = str(error).replace(f"{arguments[0].parent}/", "")
+        sender.send((("refused: " if error.exit_code == 2 else "FAILED: ") + reason, None, None))
     except BaseException as error:  # whatever it is, it is a row of the table
         reason = (str(error).splitlines() or [""])[0]
         sender.send((f"FAILED: {type(error).__name__}: {reason}", None, None))
@@ -189,6 +190,18 @@ def earlier_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """How many models of the table go through, and the cosines of each scheme."""
+    through = [row for row in rows if row["result"] == "ok"]
+    models, refused = ({row["model"] for row in side} for side in (through, [r for r in rows if r["result"] != "ok"]))
+    lines = [f"{len(models | refused)} models: {len(models)} go through in {len(through)} runs, {len(refused)} do not"]
+    for scheme in sorted({row["scheme"] for row in through}):
+        cosines = [row["cosine"] for row in through if row["scheme"] == scheme]
+        spread = f"cosine {min(cosines):.4f} to {max(cosines):.4f}, median {np.median(cosines):.4f}"
+        lines.append(f"{scheme}: {len(cosines)} models, {spread}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run all cases; the table is printed as it comes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -219,11 +232,14 @@ def main() -> None:
             for row in rows
         ],
     )  # fmt: skip
+    kept = earlier_rows()
     if options.write:
         command = "python benchmarks/families.py MODELS_DIR --texts FILE --text FILE --write"
         found = [asdict(row) for row in rows]
-        others = [row for row in earlier_rows() if row["model"] not in options.only] if options.only else []
-        write_result("families", command, {"rows": sorted(others + found, key=lambda row: str(row["model"]))})
+        others = [row for row in kept if row["model"] not in options.only] if options.only else []
+        kept = sorted(others + found, key=lambda row: str(row["model"]))
+        write_result("families", command, {"rows": kept})
+    print(summary(kept))
 
 
 if __name__ == "__main__":

@@ -31,8 +31,10 @@ CALIBRATION, WORDS, NEW = 16, 6, 64
 """Sentences to calibrate on, the fewest words of a sentence, the most new tokens."""
 CASES = {
     "float": "",
-    "W8A8, static per tensor": "quantize{scheme=W8A8},smooth,calibrate,lower-integer",
-    "W8A8, unequal groups": "quantize{scheme=W8A8-upeg6},calibrate{activations=minmax},legalize,lower-integer",
+    "W8A8, static per tensor": "quantize{scheme=W8A8},calibrate,lower-integer",
+    "W8A8, unequal groups behind GELU": (
+        'quantize{scheme=W8A8-upeg6 targets=["*.fc2"]},quantize{scheme=W8A8},smooth,calibrate,legalize,lower-integer'
+    ),
     "W8A8, per token": "quantize{scheme=W8A8-token},lower-integer",
     "W4, groups of 64": "quantize{scheme=W4A16-g64},gptq,lower-integer",
 }

@@ -172,8 +172,8 @@ class NodeView:
         set_argument(self.node, ROWS[self.node.target].operands[name], value)
 
 
-class LinearNode(NodeView):
-    """A linear layer: ``x · weightᵀ + bias``, or ``x · weight + bias`` for ``addmm``."""
+class WeightedNode(NodeView):
+    """An activation times a weight, plus a bias."""
 
     @property
     def x(self) -> fx.Node:
@@ -189,6 +189,10 @@ class LinearNode(NodeView):
     def bias(self) -> fx.Node | None:
         """The bias; None if there is none."""
         return self.optional("bias")
+
+
+class LinearNode(WeightedNode):
+    """A linear layer: ``x · weightᵀ + bias``, or ``x · weight + bias`` for ``addmm``."""
 
     @property
     def stored_bias(self) -> str | None:
@@ -196,23 +200,8 @@ class LinearNode(NodeView):
         return str(self.bias.target) if self.bias is not None and self.bias.op == "get_attr" else None
 
 
-class ConvNode(NodeView):
+class ConvNode(WeightedNode):
     """A convolution of ``x`` ``[batch, channels, …]`` with ``weight`` ``[out, channels/groups, …]``, plus ``bias``."""
-
-    @property
-    def x(self) -> fx.Node:
-        """The activation."""
-        return self.operand("x")
-
-    @property
-    def weight(self) -> fx.Node:
-        """The weight: a parameter, or the quantizer over one."""
-        return self.operand("weight")
-
-    @property
-    def bias(self) -> fx.Node | None:
-        """The bias; None if there is none."""
-        return self.optional("bias")
 
     @property
     def has_batch(self) -> bool:

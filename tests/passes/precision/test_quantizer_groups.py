@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program, Scheme
 from bitlower.ir.quantizer_node import require_calibrated
 from bitlower.passes.canonical.clean import Clean
-from bitlower.passes.precision._quantizer_groups import AFTER, BEFORE, exclusion, group_quantizers, layers_of_quantizers
+from bitlower.passes.precision._quantizer_groups import (
+    AFTER,
+    BEFORE,
+    BETWEEN,
+    exclusion,
+    group_quantizers,
+    layers_of_quantizers,
+)
 from bitlower.passes.quantizers.quantize import Quantize
 
 
@@ -96,3 +104,12 @@ def test_a_program_without_quantizers_has_no_groups(bert) -> None:
 def test_open_quantizers_are_named(full: Program) -> None:
     with pytest.raises(BitlowerError, match=r"quantizer of .* has no range"):
         require_calibrated(full)
+
+
+def test_what_an_encoder_hands_over_stands_between_both_sides(seq2seq: Any, run) -> None:
+    program = run(seq2seq.traced("bart"), Clean(), Quantize(Scheme.parse("W8A8-full")))
+    layers = layers_of_quantizers(program)
+    assert {"model.encoder.layers.0", "model.decoder.layers.0", "model.decoder.layers.1"} < set(layers.values())
+    sums = {layer: node for node, layer in layers.items() if node.meta["quantizer"].role == "embedding-sum"}
+    assert set(sums) == {BEFORE, BETWEEN}
+    assert "decoder" in sums[BETWEEN].all_input_nodes[0].meta["path"]
