@@ -35,7 +35,7 @@ CASES = {
     "W8A8, unequal groups behind GELU": (
         'quantize{scheme=W8A8-upeg6 targets=["*.fc2"]},quantize{scheme=W8A8},smooth,calibrate,legalize,lower-integer'
     ),
-    "W8A8, per token": "quantize{scheme=W8A8-token},lower-integer",
+    "W8A8, per token": "quantize{scheme=W8A8-token},calibrate,lower-integer",
     "W4, groups of 64": "quantize{scheme=W4A16-g64},gptq,lower-integer",
 }
 """The passes behind ``clean``."""

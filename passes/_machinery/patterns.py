@@ -13,8 +13,8 @@ class Patterns:
     """A list of patterns that remembers which of them have matched.
 
     Args:
-        patterns: a module path (it also matches all below it), a glob, or ``re:`` and a regular expression that has to
-            match the whole path.
+        patterns: a module path, a glob over module paths (either also matches all below the modules it names), or
+            ``re:`` and a regular expression that has to match the whole path.
 
     Raises:
         BitlowerError: a regular expression is malformed.
@@ -48,7 +48,7 @@ class Patterns:
     def _matches(self, pattern: str, name: str) -> bool:
         if pattern in self._expressions:
             return self._expressions[pattern].fullmatch(name) is not None
-        return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+        return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") or name.startswith(f"{pattern}.")
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

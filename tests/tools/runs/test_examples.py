@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from bitlower.frontends import load
-from bitlower.ir import Level
+from bitlower.ir import Level, Program
 from bitlower.passes import Context, PassManager, check_levels, load_plugin, make_pass
 from bitlower.passes._machinery.losses import LOSSES, make_loss
+from bitlower.passes.quantizers.quantize import PlacementReport
 from bitlower.passes.training import Step, Values
 from bitlower.tools.data.texts import read_texts
 from bitlower.tools.recipes.recipe import load_recipe, validate_recipe
@@ -37,6 +41,37 @@ def test_every_recipe_has_passes_that_go_together_and_is_in_the_table(path: Path
     recipe = load_recipe(path)
     assert check_levels(recipe.build_passes(), Level.FLOAT)
     assert f"[{path.name}]({path.name})" in (EXAMPLES / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def small() -> Callable[[str], Program]:
+    """``small("smollm2")``: the architecture that recipes of this name are for, with one layer of 128 channels."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    llama = LlamaConfig(**sizes, vocab_size=60, num_key_value_heads=2, tie_word_embeddings=True)
+    gpt2 = GPT2Config(n_embd=128, n_layer=1, n_head=4, vocab_size=60, n_positions=40, bos_token_id=1, eos_token_id=2)
+    models = {
+        "smollm2": (LlamaForCausalLM(llama), "text-generation"),
+        "gpt2": (GPT2LMHeadModel(gpt2), "text-generation"),
+        "minilm": (BertModel(BertConfig(**sizes, vocab_size=60)), "feature-extraction"),
+    }
+
+    @cache
+    def cleaned(name: str) -> Program:
+        model, task = models[name]
+        return PassManager([make_pass("clean")]).run(load(model.eval(), task=task), Context())
+
+    return cleaned
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_each_scheme_of_a_recipe_quantizes_weights_of_its_model(path: Path, small: Callable[[str], Program]) -> None:
+    program, weights = small(path.name.partition("-")[0]), {"linear-weight", "embedding-table"}
+    quantizes = [pass_ for pass_ in load_recipe(path).build_passes() if pass_.name == "quantize"]
+    assert quantizes
+    for pass_ in quantizes:
+        context = Context()
+        program = PassManager([pass_]).run(program, context)
+        assert weights & {row.role for row in context[PlacementReport].rows if row.spec}, pass_
 
 
 class Scaled(torch.nn.Module):
