@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -22,6 +23,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if _TRACES not in os.environ:
         os.environ[_TRACES] = tempfile.mkdtemp(prefix="bitlower-traces-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(_TRACES), ignore_errors=True))
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector of garbage pass over what lives as long as the run: modules and the tests themselves."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
