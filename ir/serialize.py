@@ -27,7 +27,7 @@ from bitlower.ir.json_files import parse_json
 from bitlower.ir.program import Program
 from bitlower.ir.quantization.scheme import QuantSpec
 from bitlower.ir.quantizer import Quantizer
-from bitlower.ir.tensors import set_tensor
+from bitlower.ir.tensors import UncompiledModule, set_tensor
 from bitlower.ir.types import Length, Level, TensorType
 
 _LIMIT = 1 << 30
@@ -60,7 +60,7 @@ def _decode_program(form: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -
         for key, value in values.items():
             if key.startswith(f"{name}/"):
                 set_tensor(root, key.removeprefix(f"{name}/"), value)
-        graphs[name] = fx.GraphModule(root, _decode_graph(nodes))
+        graphs[name] = UncompiledModule(root, _decode_graph(nodes))
     return Program(
         graphs,
         Level(form["level"]),
