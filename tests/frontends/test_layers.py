@@ -126,7 +126,10 @@ def form(program: Program) -> Iterator[Any]:
             yield node.op, node.target, map_arg(node.args, operand), map_arg(node.kwargs, operand), node.meta
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.nightly] if kind in ("gpt2", "tied", "experts") else []) for kind in KINDS],
+)
 def test_it_is_the_whole_trace(
     kind: str, exports: list[int], whole: Callable[[transformers.PreTrainedModel], Program]
 ) -> None:

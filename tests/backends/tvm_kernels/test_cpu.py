@@ -51,10 +51,17 @@ def target(request):
 
 PAIRS = [(target, weight, activation) for target in TARGETS for weight in WEIGHTS for activation in ACTIVATIONS]
 PLAIN = {("w8", "static"), ("w3-asym", "token-s8"), ("w4-asym", "float"), ("w4", "peg"), ("w2", "float")}
+OTHERS = {("w8", "peg"), ("w4", "token-s8"), ("w4-asym", "static"), ("w3-asym", "peg"), ("w2", "static")}
+"""With those above each weight has two kinds of activations, integers among them, and each kind of them two weights."""
 
 
 @pytest.mark.parametrize(
-    ("target", "weight", "activation"), [pair for pair in PAIRS if pair[0] is Target.VNNI or pair[1:] in PLAIN]
+    ("target", "weight", "activation"),
+    [
+        pytest.param(*pair, marks=[] if pair[1:] in PLAIN | OTHERS else [pytest.mark.nightly])
+        for pair in PAIRS
+        if pair[0] is Target.VNNI or pair[1:] in PLAIN
+    ],
 )
 def test_linears_of_every_bucket(make_linear, target, weight, activation):
     """One function for all: 1 and 4 rows at a time, and from 9 on weights that are unfolded first."""
@@ -74,7 +81,9 @@ def test_embedding_groups_that_are_no_multiple_of_weight_groups(make_linear, tar
         case.check(compile_kernel(spec)(case.given))
 
 
-@pytest.mark.parametrize("outputs", [16, 64, 70, 80, 129])
+@pytest.mark.parametrize(
+    "outputs", [16, 64, 129, *(pytest.param(size, marks=pytest.mark.nightly) for size in (70, 80))]
+)
 def test_ragged_outputs(make_linear, target, outputs):
     spec = replace(SPEC, outputs=outputs, activation=STATIC, residual=True, function="gelu", target=target)
     for output in (None, STATIC):
