@@ -97,7 +97,9 @@ def count(program: Program) -> Counter[object]:
     return Counter(node.target for node in program.graph.nodes if node.op == "call_function")
 
 
-every = pytest.mark.parametrize("name", CONFIGURATIONS)
+every = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.nightly] if n == "mistral" else []) for n in CONFIGURATIONS]
+)
 
 
 @every
