@@ -54,7 +54,7 @@ def _decode_program(form: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -
     for name in form["parameters"]:
         values[name] = torch.nn.Parameter(values[name], values[name].is_floating_point())
     values |= {name: values[first] for name, first in form["aliases"].items()}
-    graphs = {}
+    graphs: dict[str, fx.GraphModule] = {}
     for name, nodes in form["graphs"]:
         root = fx.GraphModule(torch.nn.Module(), fx.Graph())
         for key, value in values.items():
