@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -96,57 +97,93 @@ def _resolve(graph: fx.Graph, nodes: Collection[fx.Node | str]) -> set[fx.Node]:
     return {known[node] if isinstance(node, str) else node for node in nodes}
 
 
-def _cone(graph: fx.Graph, watched: Collection[fx.Node]) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    """Copy what ``watched`` depends on and all placeholders; give the graph and the original of each of its nodes.
+@dataclass(frozen=True)
+class _Step:
+    """A node as it was when the run was planned: a callback may edit the graph.
 
-    What depends on no input stands right before its first reader: the floats behind the codes of a weight live only
-    while they are multiplied with, wherever the graph has them.
+    Args:
+        attributes: the tensors among its operands that the module holds.
+        dropped: what nobody reads after it.
+        is_read: whether a later step reads its value.
+    """
+
+    node: fx.Node
+    op: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    attributes: tuple[str, ...]
+    dropped: tuple[fx.Node, ...]
+    is_read: bool
+
+
+def _steps(graph: fx.Graph, watched: Collection[fx.Node]) -> list[_Step]:
+    """All placeholders and what ``watched`` depends on, in the order in which it is run."""
+    order = _order(graph, watched)
+    last_reader = {source: node for node in order for source in node.all_input_nodes}
+    dropped: dict[fx.Node, list[fx.Node]] = {}
+    for source, node in last_reader.items():
+        dropped.setdefault(node, []).append(source)
+    return [
+        _Step(
+            node, node.op, node.target, node.args, node.kwargs,
+            tuple(str(source.target) for source in node.all_input_nodes if source.op == "get_attr"),
+            tuple(dropped.get(node, ())), node in last_reader,
+        )
+        for node in order
+    ]  # fmt: skip
+
+
+def _order(graph: fx.Graph, watched: Collection[fx.Node]) -> list[fx.Node]:
+    """The nodes of a run: what depends on no input stands right before its first reader.
+
+    So the floats behind the codes of a weight live only while they are multiplied with, wherever the graph has them.
     """
     needed, fixed = {*watched, *ancestors(graph, watched)}, constants(graph)
-    cone, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    order = dict[fx.Node, None]()
 
-    def copy(node: fx.Node) -> None:
+    def add(node: fx.Node) -> None:
         for source in node.all_input_nodes:
-            if source not in copies:
-                copy(source)
-        copies[node] = cone.node_copy(node, copies.__getitem__)
+            if source not in order:
+                add(source)
+        order[node] = None
 
     for node in graph.nodes:
         if node.op == "placeholder" or (node in needed and node.op != "output" and node not in fixed):
-            copy(node)
+            add(node)
     for node in graph.nodes:
-        if node in watched and node not in copies:
-            copy(node)
-    cone.output(())
-    return cone, {new: node for node, new in copies.items()}
+        if node in watched and node not in order:
+            add(node)
+    return list(order)
 
 
 class _Runner(fx.Interpreter):
-    """Runs the cone of the watched nodes; values that nobody reads later are dropped."""
+    """Runs what the watched nodes depend on; values that nobody reads later are dropped."""
 
     def __init__(self, module: fx.GraphModule, watched: Collection[fx.Node]) -> None:
-        cone, originals = _cone(module.graph, watched)
-        super().__init__(module, garbage_collect_values=True, graph=cone)
-        self._watched: Mapping[fx.Node, fx.Node] = {c: n for c, n in originals.items() if n in watched}
-        self._originals: Mapping[fx.Node, fx.Node] = originals
+        super().__init__(module, garbage_collect_values=False)
+        self._watched, self._steps = frozenset(watched), _steps(module.graph, watched)
 
     def values(self, arguments: list[torch.Tensor]) -> Generator[tuple[fx.Node, Any], Any, None]:
         """Run once and give the watched nodes' values on the way; what is sent back, unless None, takes their place."""
         self.args_iter, self.env = iter(arguments), {}
-        for node in self.graph.nodes:
-            with torch.no_grad(), _noted(self._originals.get(node, node)):
-                value = self.run_node(node)
-            if node in self._watched:
-                replacement = yield self._watched[node], value
+        for step in self._steps:
+            with torch.no_grad(), _noted(step.node):
+                value = self._run(step)
+            if step.node in self._watched:
+                replacement = yield step.node, value
                 value = value if replacement is None else replacement
                 del replacement
-            for source in node.all_input_nodes:
-                if source.op == "get_attr":
-                    release(self.fetch_attr(str(source.target)))
-            self.env[node] = value if node.users else None
+            for target in step.attributes:
+                release(self.fetch_attr(target))
+            self.env[step.node] = value if step.is_read else None
             del value
-            for read in self.user_to_last_uses.get(node, ()):
-                del self.env[read]
+            for source in step.dropped:
+                del self.env[source]
+
+    def _run(self, step: _Step) -> Any:
+        args, kwargs = (fx.node.map_arg(part, self.env.__getitem__) for part in (step.args, step.kwargs))
+        return getattr(self, step.op)(step.target, args, kwargs)
 
 
 @contextlib.contextmanager

@@ -43,15 +43,23 @@ class Miss:
 
 def apply_rules(rules: Iterable[Rule], module: fx.GraphModule) -> tuple[bool, list[Miss]]:
     """Try each rule once at each of its roots, in graph order; whether anything changed, and what did not match."""
+    _drop_unread(module.graph)
     changed, misses = False, []
     for rule in rules:
+        fired = False
         for node in [n for n in module.graph.nodes if n.op == "call_function" and n.target in rule.roots]:
             outcome = rule.apply(module, node)
             if isinstance(outcome, str):
                 misses.append(Miss(rule.name, node.name, str(node.meta.get("path", "")), outcome))
-            changed |= isinstance(outcome, fx.Node)
-        module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+            fired |= isinstance(outcome, fx.Node)
+        if fired:
+            _drop_unread(module.graph)
+            changed = True
     return changed, misses
+
+
+def _drop_unread(graph: fx.Graph) -> None:
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
 
 
 def call_like(like: fx.Node, target: Any, args: tuple[Any, ...], kind: TensorType | None, **options: Any) -> fx.Node:

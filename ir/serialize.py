@@ -27,7 +27,7 @@ from bitlower.ir.json_files import parse_json
 from bitlower.ir.program import Program
 from bitlower.ir.quantization.scheme import QuantSpec
 from bitlower.ir.quantizer import Quantizer
-from bitlower.ir.tensors import set_tensor
+from bitlower.ir.tensors import UncompiledModule, set_tensor
 from bitlower.ir.types import Length, Level, TensorType
 
 _LIMIT = 1 << 30
@@ -54,13 +54,13 @@ def _decode_program(form: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -
     for name in form["parameters"]:
         values[name] = torch.nn.Parameter(values[name], values[name].is_floating_point())
     values |= {name: values[first] for name, first in form["aliases"].items()}
-    graphs = {}
+    graphs: dict[str, fx.GraphModule] = {}
     for name, nodes in form["graphs"]:
         root = fx.GraphModule(torch.nn.Module(), fx.Graph())
         for key, value in values.items():
             if key.startswith(f"{name}/"):
                 set_tensor(root, key.removeprefix(f"{name}/"), value)
-        graphs[name] = fx.GraphModule(root, _decode_graph(nodes))
+        graphs[name] = UncompiledModule(root, _decode_graph(nodes))
     return Program(
         graphs,
         Level(form["level"]),

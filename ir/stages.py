@@ -20,6 +20,7 @@ from bitlower.ir.diagnostics import BitlowerError, describe
 from bitlower.ir.fit import ValueSpec
 from bitlower.ir.operators import argument, graph_results, operand
 from bitlower.ir.program import Program
+from bitlower.ir.tensors import UncompiledModule
 from bitlower.ir.tokens import MASK, PAST_NAME, PRESENT_NAME, SOURCE_MASK, TARGET, TARGET_MASK, TOKENS
 
 T = TypeVar("T")
@@ -159,7 +160,7 @@ class _Stage:
                 self._copy(node)
         self.graph.output(tuple(self.copies[node] for node in results.values()))
         source = self.source
-        module = fx.GraphModule(source.module, self.graph)
+        module = UncompiledModule(source.module, self.graph)
         stage = replace(source.clone(), graphs={"model": module}, inputs=self.specs, outputs=tuple(results))
         stage.recompile()
         return stage

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from bitlower.ir.diagnostics import BitlowerError, describe
+from bitlower.ir.tensors import UncompiledModule
 
 
 def subgraph(module: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.GraphModule:
@@ -28,7 +29,7 @@ def subgraph(module: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequenc
                 raise BitlowerError(f"a part of the graph reads {describe(node)}, which is not among its inputs")
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in outputs))
-    return fx.GraphModule(module, graph)
+    return UncompiledModule(module, graph)
 
 
 def needed(inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> set[fx.Node]:

@@ -7,9 +7,21 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from bitlower.ir.diagnostics import BitlowerError
 from bitlower.ir.storage import parts
+
+
+class UncompiledModule(_LazyGraphModule):
+    """A GraphModule whose code is generated when it is first called or read: most copies are edited, not called."""
+
+    def _lazy_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's, but a wrapper of ``forward`` on the module itself is not entered again."""
+        self.real_recompile()
+        return type(self).forward(self, *args, **kwargs)
+
+    forward = _lazy_forward
 
 
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:
@@ -23,7 +35,7 @@ def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     for old, new in val_map.items():
         new.meta = dict(old.meta)
     graph._codegen = module.graph._codegen
-    return fx.GraphModule(module, graph)
+    return UncompiledModule(module, graph)
 
 
 def get_tensor(module: fx.GraphModule, target: str) -> torch.Tensor:

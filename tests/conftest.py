@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import json
+import os
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -19,6 +23,7 @@ from bitlower.passes import Context
 from bitlower.passes._machinery.registry import LOSSES, PASSES
 from bitlower.passes.canonical.clean import Clean
 
+ROOT = Path(__file__).parents[1]
 ACTIVATION, LOGITS = TensorType(torch.float32, ("batch", 16)), TensorType(torch.float32, ("batch", 4))
 
 
@@ -50,6 +55,33 @@ def own_plugins() -> Iterator[None]:
 def seq2seq() -> SimpleNamespace:
     """Small encoder-decoders, traced once, and batches for them: what ``encoder_decoders.py`` defines."""
     return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("encoder_decoders.py"))))
+
+
+@pytest.fixture(scope="session")
+def run_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """``run_script(script, *arguments, env={}, cwd=…)``: as ``python -c`` in a process of its own, which may be killed.
+
+    What ``process_server.py`` imports is imported already: a test of imports starts an interpreter itself.
+    """
+    server: subprocess.Popen[str] | None = None
+    folder = tmp_path_factory.mktemp("scripts")
+
+    def run(script: str, *arguments: object, env: dict[str, str] | None = None, cwd: Path = ROOT) -> Any:
+        nonlocal server
+        if server is None:
+            command = [sys.executable, str(Path(__file__).with_name("process_server.py"))]
+            server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        files = {name: str(folder / name) for name in ("stdout", "stderr")}
+        listed = [str(argument) for argument in arguments]
+        request = {"script": script, "arguments": listed, "environment": {**os.environ, **(env or {})}}
+        print(json.dumps({**request, "folder": str(cwd), **files}), file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(listed, code, *(Path(path).read_text() for path in files.values()))
+
+    yield run
+    if server is not None:
+        server.kill()
+        server.wait()
 
 
 @pytest.fixture

@@ -8,10 +8,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import os
 import re
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -77,7 +80,7 @@ class Catalog(Generic[T]):
             Provider(self._name_of(path), f"bitlower ({path.name})", path=path) for path in sorted(self.own_files())
         ]
         offers += [Provider(name, f"the file {path}", path=path) for name, (path, _) in self.loose.items()]
-        for point in sorted(set(entry_points(group=self.group)), key=lambda p: (p.name, p.value)):
+        for point in _installed(self.group):
             name = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
             offers.append(Provider(point.name, f"the distribution {name} ({point.value})", entry_point=point))
         names = sorted({offer.name for offer in offers})
@@ -203,6 +206,20 @@ class Catalog(Generic[T]):
                 hint="give both the same name",
             )
         return cls
+
+
+def _installed(group: str) -> tuple[EntryPoint, ...]:
+    """The entry points of a group, read anew when the path has changed or a folder on it."""
+    stamps = []
+    for place in sys.path:
+        with suppress(OSError):
+            stamps.append((place, os.stat(place or os.curdir).st_mtime_ns))
+    return _read_entry_points(group, tuple(stamps))
+
+
+@lru_cache(maxsize=8)
+def _read_entry_points(group: str, stamps: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    return tuple(sorted(set(entry_points(group=group)), key=lambda point: (point.name, point.value)))
 
 
 def _parameter_problem(cls: type[Any]) -> Problem | None:

@@ -54,7 +54,13 @@ def run(model: Any, length: int) -> torch.Tensor:
     return first
 
 
-@pytest.mark.parametrize("name", LIMITED)
+LIKE_OTHERS = ("GPTBigCodeForCausalLM", "CodeGenForCausalLM")
+"""Their positions are those of GPT-2 and of GPT-J."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] if name in LIKE_OTHERS else []) for name in LIMITED]
+)
 def test_the_context_is_what_transformers_takes_and_no_more(name: str) -> None:
     config, options, longest = LIMITED[name]
     model = build(name, config, options)

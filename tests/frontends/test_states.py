@@ -80,6 +80,9 @@ STATES = {
     },
 }
 
+NAMES = [pytest.param(name, marks=[pytest.mark.nightly] if name == "falcon-h1" else []) for name in CONFIGS]
+"""Falcon-H1 is the scan of Mamba 2 beside the attention that Jamba has."""
+
 
 @cache
 def decoder(name: str) -> tuple[PreTrainedModel, Program]:
@@ -123,7 +126,7 @@ def test_each_architecture_has_the_scan_that_is_replaced(name: str, scan: str) -
     assert hasattr(importlib.import_module(f"transformers.models.{name}.modeling_{name}"), scan)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_states_go_in_and_come_out_by_name(name: str) -> None:
     _, program = decoder(name)
     verify(program)
@@ -138,7 +141,7 @@ def test_states_go_in_and_come_out_by_name(name: str) -> None:
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("steps", [(LENGTH,), (1,) * LENGTH, (30, *(1,) * (LENGTH - 30)), (2, 8, 1, LENGTH - 11)])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_any_cut_into_steps_equals_transformers_on_all_at_once(name: str, steps: tuple[int, ...], rows: int) -> None:
     model, program = decoder(name)
     ids, mask = texts(rows)
@@ -159,7 +162,7 @@ def test_any_cut_into_steps_equals_transformers_on_all_at_once(name: str, steps:
     torch.testing.assert_close(actual[mask.bool()], wanted[mask.bool()], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_states_are_zero_before_the_first_token(name: str) -> None:
     _, program = decoder(name)
     ids, mask = texts(2)
@@ -175,7 +178,7 @@ def test_states_are_zero_before_the_first_token(name: str) -> None:
         assert not torch.allclose(logits, program(**inputs, **others)["logits"], rtol=0, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_verification_decodes_with_the_states_of_the_step_before(name: str) -> None:
     _, program = decoder(name)
     ids, mask = texts(2)

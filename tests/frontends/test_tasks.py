@@ -62,6 +62,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "BartForSequenceClassification": ("Bart", BART),
     "T5EncoderModel": ("T5", T5),
 }  # fmt: skip
+SLOW = ("FunnelForSequenceClassification", "BartForSequenceClassification")
+"""Traced for longer than all others together; Funnel's relative attention is like XLNet's."""
 TASK = {
     "BertForTokenClassification": "token-classification",
     "DistilBertForQuestionAnswering": "question-answering",
@@ -92,7 +94,10 @@ def agrees(program: Program, model: Any, rows: int, length: int) -> None:
         assert float((value - expected[key]).abs().max()) < 1e-5 * max(1.0, float(expected[key].std()))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.nightly] if name in SLOW else []) for name in MODELS],
+)
 def test_a_model_gives_the_outputs_of_transformers(name: str) -> None:
     model = build(name)
     program = load(model)

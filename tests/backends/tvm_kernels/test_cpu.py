@@ -45,16 +45,30 @@ SPEC = LinearSpec(inputs=128, outputs=75, weight=WEIGHTS["w8"], layout=Layout.PA
 
 
 @pytest.fixture(params=TARGETS, ids=str)
+def each_target(request):
+    """Where the instructions for products of bytes matter."""
+    return request.param
+
+
+@pytest.fixture(params=[*(pytest.param(t, marks=pytest.mark.nightly) for t in TARGETS[:-1]), TARGETS[-1]], ids=str)
 def target(request):
+    """What this processor runs; nightly also the code for any processor, which differs in the width of vectors."""
     return request.param
 
 
 PAIRS = [(target, weight, activation) for target in TARGETS for weight in WEIGHTS for activation in ACTIVATIONS]
 PLAIN = {("w8", "static"), ("w3-asym", "token-s8"), ("w4-asym", "float"), ("w4", "peg"), ("w2", "float")}
+OTHERS = {("w8", "peg"), ("w4", "token-s8"), ("w4-asym", "static"), ("w3-asym", "peg"), ("w2", "static")}
+"""With those above each weight has two kinds of activations, integers among them, and each kind of them two weights."""
 
 
 @pytest.mark.parametrize(
-    ("target", "weight", "activation"), [pair for pair in PAIRS if pair[0] is Target.VNNI or pair[1:] in PLAIN]
+    ("target", "weight", "activation"),
+    [
+        pytest.param(*pair, marks=[] if pair[1:] in PLAIN | OTHERS else [pytest.mark.nightly])
+        for pair in PAIRS
+        if pair[0] is Target.VNNI or pair[1:] in PLAIN
+    ],
 )
 def test_linears_of_every_bucket(make_linear, target, weight, activation):
     """One function for all: 1 and 4 rows at a time, and from 9 on weights that are unfolded first."""
@@ -65,16 +79,18 @@ def test_linears_of_every_bucket(make_linear, target, weight, activation):
         case.check(kernel(case.given))
 
 
-def test_embedding_groups_that_are_no_multiple_of_weight_groups(make_linear, target):
+def test_embedding_groups_that_are_no_multiple_of_weight_groups(make_linear, each_target):
     parts = QuantSpec(UINT8, Granularity.per_embedding_parts(2))
     buckets = (1, 9)  # with one tile of rows there is less to compile
-    spec = replace(SPEC, weight=WEIGHTS["w4"], activation=parts, splits=(40, 88), target=target, buckets=buckets)
+    spec = replace(SPEC, weight=WEIGHTS["w4"], activation=parts, splits=(40, 88), target=each_target, buckets=buckets)
     for rows in (3, 10):
         case = make_linear(spec, rows)
         case.check(compile_kernel(spec)(case.given))
 
 
-@pytest.mark.parametrize("outputs", [16, 64, 70, 80, 129])
+@pytest.mark.parametrize(
+    "outputs", [16, 64, 129, *(pytest.param(size, marks=pytest.mark.nightly) for size in (70, 80))]
+)
 def test_ragged_outputs(make_linear, target, outputs):
     spec = replace(SPEC, outputs=outputs, activation=STATIC, residual=True, function="gelu", target=target)
     for output in (None, STATIC):
@@ -82,15 +98,15 @@ def test_ragged_outputs(make_linear, target, outputs):
         case.check(compile_kernel(case.spec)(case.given))
 
 
-def test_output_scales_by_column(make_linear, target):
+def test_output_scales_by_column(make_linear, each_target):
     output = QuantSpec(INT8, Granularity.per_embedding())
-    spec = replace(SPEC, activation=STATIC, output=output, function="silu", target=target)
+    spec = replace(SPEC, activation=STATIC, output=output, function="silu", target=each_target)
     case = make_linear(spec, 3)
     case.check(compile_kernel(spec)(case.given))
 
 
-def test_eight_bit_weights_beside_float_activations(make_linear, target):
-    spec = replace(SPEC, weight=QuantSpec(UINT8, Granularity.per_group(64)), target=target)
+def test_eight_bit_weights_beside_float_activations(make_linear, each_target):
+    spec = replace(SPEC, weight=QuantSpec(UINT8, Granularity.per_group(64)), target=each_target)
     for rows in (3, 9):
         case = make_linear(spec, rows)
         case.check(compile_kernel(spec)(case.given))
@@ -104,9 +120,9 @@ def test_float_weights(make_linear, target):
         case.check(compile_kernel(spec)(case.given))
 
 
-def test_the_largest_codes_do_not_saturate(target):
+def test_the_largest_codes_do_not_saturate(each_target):
     """Sums of products of bytes that a 16-bit accumulator would clip."""
-    spec = replace(SPEC, activation=STATIC, bias=False, target=target)
+    spec = replace(SPEC, activation=STATIC, bias=False, target=each_target)
     codes = np.full((75, 128), 127, np.int8)
     codes[1] = -128
     packed = pack_linear(spec, codes, np.float32(1), np.float32(0))
@@ -189,9 +205,9 @@ def test_vnni_is_in_the_code(weight):
     assert "zmm" not in plain
 
 
-def test_sums_live_in_registers(target):
+def test_sums_live_in_registers(each_target):
     """Scratch memory is only for weights that are unfolded for many rows."""
-    spec = replace(SPEC, activation=STATIC, residual=True, function="gelu", output=STATIC, target=target)
+    spec = replace(SPEC, activation=STATIC, residual=True, function="gelu", output=STATIC, target=each_target)
     assert "AllocWorkspace" not in compile_kernel(spec).executable.mod.inspect_source("asm")
 
 

@@ -1,6 +1,7 @@
 """The GPU schedules, thread for thread, in OpenCL on the CPU, against float64."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -34,8 +35,22 @@ WEIGHTS = {
 SPEC = LinearSpec(inputs=192, outputs=70, weight=WEIGHTS["w8"], bias=True, buckets=(1, 8), target=Target.OPENCL)
 
 
-@pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+TWICE = {
+    *(("float", weight) for weight in ("w4-asym", "w2-asym")),
+    *(("static", weight) for weight in ("w8", "w3")),
+    *(("token-s8", weight) for weight in ("w4-asym", "w3")),
+    *(("peg", weight) for weight in ("w8", "w2-asym")),
+}
+"""Each weight with two kinds of activations, each of these with two weights."""
+
+
+@pytest.mark.parametrize(
+    ("activation", "weight"),
+    [
+        pytest.param(*pair, marks=[] if pair in TWICE else [pytest.mark.nightly])
+        for pair in product(ACTIVATIONS, WEIGHTS)
+    ],
+)
 def test_linears_with_few_rows_and_many(make_linear, on_pocl, weight, activation):
     """One function: below eight rows a warp an output, from there on tiles, of which the last ones are ragged."""
     spec = replace(SPEC, weight=WEIGHTS[weight], activation=ACTIVATIONS[activation])

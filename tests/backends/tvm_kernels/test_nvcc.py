@@ -74,12 +74,20 @@ ATTENTION = {
     ),
     "codes": replace(HEADS, scored=UINT8, probs=UINT8, query="uint8", key="uint8", value="uint8", output=UINT8),
 }
+
+
+def on_one_of_two(names):
+    """Each name by one architecture in turn, so that both get each kind of instruction; by the other one nightly."""
+    for place, name in enumerate(names):
+        for number, architecture in enumerate(("sm_80", "sm_90")):
+            yield pytest.param(name, architecture, marks=[pytest.mark.nightly] if place % 2 != number else [])
+
+
 needs_nvcc = pytest.mark.skipif(bool(MISSING), reason=f"CUDA kernels are NOT compiled: no {', '.join(MISSING)}")
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("name", LINEARS)
+@pytest.mark.parametrize(("name", "architecture"), on_one_of_two(LINEARS))
 def test_linears(name, architecture):
     spec, instruction = LINEARS[name]
     few, many = sorted(device_functions(device_source(spec), architecture), key=lambda f: f.name)
@@ -98,8 +106,7 @@ def test_linears(name, architecture):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(("name", "architecture"), on_one_of_two(ROWS))
 def test_rows_are_one_device_function_without_spills(name, architecture):
     [function] = device_functions(device_source(ROWS[name]), architecture)
     assert function.spills == 0
@@ -108,8 +115,7 @@ def test_rows_are_one_device_function_without_spills(name, architecture):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize(("name", "architecture"), on_one_of_two(ATTENTION))
 def test_attention_does_not_spill(name, architecture):
     module = tvm.IRModule({"attention": attention(ATTENTION[name], Target.CUDA)})
     source = device_module(tvm.compile(module, target=gpu_target(Target.CUDA, architecture))).inspect_source()

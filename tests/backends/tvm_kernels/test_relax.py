@@ -27,7 +27,14 @@ TOLERANCE, fused, tokens, worst, next_step = (
 )
 
 
-@pytest.mark.parametrize("scheme", ["W8A8", "W8A8-full", "W8A8-token", "W4A8-g16-upeg3"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "W8A8-full",
+        "W4A8-g16-upeg3",
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("W8A8", "W8A8-token")),
+    ],
+)
 def test_an_encoder_gives_the_numbers_of_its_program(scheme: str) -> None:
     """One library for batches of any shape."""
     program = fused("bert", scheme)
@@ -53,7 +60,12 @@ def test_groups_that_legalize_cut_are_one_product_again() -> None:
 
 @pytest.mark.parametrize(
     ("model", "scheme"),
-    [("llama", "W4A16-g16"), ("llama", "W8A8"), ("gemma", "W8A8"), ("gpt2", "W8A8-full"), ("neox", "W8A8-token")],
+    [
+        ("llama", "W4A16-g16"),
+        ("gpt2", "W8A8-full"),
+        ("neox", "W8A8-token"),
+        *(pytest.param(model, "W8A8", marks=pytest.mark.nightly) for model in ("llama", "gemma")),
+    ],
 )
 def test_a_decoder_reads_a_text_and_goes_on_from_its_cache(model: str, scheme: str) -> None:
     program = fused(model, scheme)

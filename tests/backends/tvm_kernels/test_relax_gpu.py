@@ -37,7 +37,7 @@ def families(names: list[str]) -> Counter[str]:
     return Counter(next((family for family in known if name.startswith(family)), "other") for name in names)
 
 
-@pytest.mark.parametrize("scheme", ["W8A8-full", "W8A8-token"])
+@pytest.mark.parametrize("scheme", ["W8A8-full", pytest.param("W8A8-token", marks=pytest.mark.nightly)])
 def test_an_encoder_in_opencl(pocl: Any, scheme: str) -> None:
     """So many rows that linears go by tiles, and a single one."""
     program = fused("bert", scheme)
@@ -50,7 +50,7 @@ def test_an_encoder_in_opencl(pocl: Any, scheme: str) -> None:
     assert any(name.endswith("_kernel_1") for name in library.launches)
 
 
-@pytest.mark.parametrize("scheme", ["W8A8", "W4A16-g16"])
+@pytest.mark.parametrize("scheme", [pytest.param("W8A8", marks=pytest.mark.nightly), "W4A16-g16"])
 def test_a_decoder_in_opencl_reads_a_text_and_goes_on(pocl: Any, scheme: str) -> None:
     program = fused("llama", scheme)
     library = pocl.library(program)
@@ -66,7 +66,7 @@ def test_an_encoder_in_cuda(fibers: Any) -> None:
     assert worst(program, library, tokens(program, 4, 19, seed=5)) < TOLERANCE
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("model", ["llama", pytest.param("gpt2", marks=pytest.mark.nightly)])
 def test_a_decoder_in_cuda_with_float16_between_kernels(fibers: Any, model: str) -> None:
     """A text by matrix instructions and a step from its cache, kernel by kernel and as a whole."""
     program = fused(model, "W4A16-g32")

@@ -54,7 +54,7 @@ def bound(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
     monkeypatch.setattr(_files, "compile_program", compiled)
 
 
-@pytest.mark.parametrize("sizes", [{"batch": 2}, {"sequence": 9}])
+@pytest.mark.parametrize("sizes", [pytest.param({"batch": 2}, marks=pytest.mark.nightly), {"sequence": 9}])
 def test_a_library_that_has_the_sizes_of_its_batches_baked_in_is_refused(
     bert: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int]
 ) -> None:

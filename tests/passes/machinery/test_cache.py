@@ -4,8 +4,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -383,16 +383,15 @@ print(result.digest(), json.dumps(ledger.to_dict()))
 """
 
 
-def test_a_run_killed_at_any_moment_gives_the_same_in_the_end(tiny_program: Program, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_gives_the_same_in_the_end(
+    tiny_program: Program, tmp_path: Path, run_script: Callable[..., Any]
+) -> None:
     serialize.save(tiny_program, tmp_path / "program")
-    (tmp_path / "run.py").write_text(SCRIPT)
     data = [{"x": torch.randn(4, 16, generator=torch.Generator().manual_seed(i))} for i in range(3)]
     ledger = Ledger()
     passes = parse_pipeline("clean,quantize{scheme=W8A8-full},calibrate,lower-integer")
     plain = PassManager(passes, [ledger]).run(serialize.load(tmp_path / "program"), Context(data[:2], data[2:]))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     for moment in (5, 20, 10**9):
-        command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path), str(moment)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = run_script(SCRIPT, tmp_path, moment)
         assert done.returncode == (0 if moment == 10**9 else -signal.SIGKILL), done.stderr
     assert done.stdout.strip() == f"{plain.digest()} {json.dumps(ledger.to_dict())}"

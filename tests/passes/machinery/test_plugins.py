@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,18 +73,18 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def run(site: Path, program: Path, plugin: Path) -> dict[str, object]:
-    environment = {**os.environ, "PYTHONPATH": f"{site}:{ROOT}"}
-    command = [sys.executable, "-c", SCRIPT, str(program), str(plugin)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+def run(run_script: Callable[..., Any], site: Path, program: Path, plugin: Path) -> dict[str, object]:
+    done = run_script(SCRIPT, program, plugin, env={"PYTHONPATH": str(site)})
     assert done.returncode == 0, done.stderr
     report: dict[str, object] = json.loads(done.stdout)
     return report
 
 
-def test_an_installed_plugin_is_found_loaded_when_named_and_run(scaled: Program, site: Path, tmp_path: Path) -> None:
+def test_an_installed_plugin_is_found_loaded_when_named_and_run(
+    scaled: Program, site: Path, tmp_path: Path, run_script: Callable[..., Any]
+) -> None:
     serialize.save(scaled, tmp_path)
-    report = run(site, tmp_path, PACKAGE / "fold_scales.py")
+    report = run(run_script, site, tmp_path, PACKAGE / "fold_scales.py")
     assert report["origin"] == ["the distribution bitlower-fold-scales 1.2.3 (fold_scales:FoldScales)"]
     assert report["loaded by listing"] is False
     assert report["targets"] == ["aten.linear.default"]
@@ -95,15 +96,16 @@ def test_an_installed_plugin_is_found_loaded_when_named_and_run(scaled: Program,
     assert "and by the distribution bitlower-fold-scales 1.2.3" in str(report["twice"])
 
 
-def _break(site: Path, tmp_path: Path, code: str) -> str:
+def _break(run_script: Callable[..., Any], site: Path, tmp_path: Path, code: str) -> str:
     """What is said of the installed plugin when its module holds ``code``."""
     folder = shutil.copytree(site, tmp_path / "site")
     (folder / "fold_scales.py").write_text(code)
-    environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
     script = (
         "from bitlower.passes import find_pass\ntry: find_pass('fold-scales')\nexcept Exception as e: print(repr(e))"
     )
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment).stdout
+    environment = {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    said: str = run_script(script, env=environment).stdout
+    return said
 
 
 @pytest.mark.parametrize(
@@ -119,8 +121,10 @@ def _break(site: Path, tmp_path: Path, code: str) -> str:
         ),
     ],
 )
-def test_a_broken_installed_plugin_is_named(site: Path, tmp_path: Path, code: str, message: str) -> None:
-    said = _break(site, tmp_path, code)
+def test_a_broken_installed_plugin_is_named(
+    site: Path, tmp_path: Path, code: str, message: str, run_script: Callable[..., Any]
+) -> None:
+    said = _break(run_script, site, tmp_path, code)
     assert said.startswith("BitlowerError(")
     assert "the distribution bitlower-fold-scales 1.2.3 (fold_scales:FoldScales)" in said
     assert message in said

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -296,18 +293,15 @@ print(result.digest(), len(done))
 """
 
 
-def test_a_killed_run_goes_on_and_gives_the_same_bytes(family, texts, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(family, texts, tmp_path: Path, run_script) -> None:
     """Killed behind the first of two blocks; then behind the first of the next pass; three blocks are left."""
     program, batches = family("llama"), texts(family("llama"))
     pipeline = "quantize{scheme=W3A16},autoround{iterations=5 batch=2},lkd{iterations=5 batch=2}"
     serialize.save(program, tmp_path / "program")
     torch.save(batches, tmp_path / "batches.pt")
-    (tmp_path / "run.py").write_text(SCRIPT)
     whole = PassManager(parse_pipeline(pipeline)).run(serialize.load(tmp_path / "program"), Context(batches))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     for blocks, code in ((1, -signal.SIGKILL), (2, -signal.SIGKILL), (99, 0)):
-        command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path), pipeline, str(blocks)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = run_script(SCRIPT, tmp_path, pipeline, blocks)
         assert done.returncode == code, done.stderr
     assert done.stdout.split() == [whole.digest(), "1"]
 

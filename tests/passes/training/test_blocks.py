@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -276,11 +275,9 @@ def live() -> dict[int, int]:
 
 
 @pytest.fixture
-def young() -> Iterator[None]:
+def young() -> None:
     """Only objects that are made from here on are collected, and listed: there are many older ones."""
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.usefixtures("young")

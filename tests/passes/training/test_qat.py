@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -191,18 +188,16 @@ print(result.digest())
 """
 
 
-def test_sigkill_at_any_step_ends_in_the_same_bytes(simulated, tmp_path: Path):
+def test_sigkill_at_any_step_ends_in_the_same_bytes(simulated, tmp_path: Path, run_script):
     program, context = simulated
     data = [*context.training[:2], *context.held_out]
     serialize.save(program, tmp_path / "program")
     torch.save(data, tmp_path / "data.pt")
-    (tmp_path / "run.py").write_text(SCRIPT)
+    threads = f"import torch; torch.set_num_threads({torch.get_num_threads()})"
     plain = Context(training=data[:2], held_out=data[2:])
     expected = PassManager([Qat(steps=9, evaluate_every=2)]).run(serialize.load(tmp_path / "program"), plain)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     for moment in (1, 4, 8, -1):
-        command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path), str(moment)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = run_script(threads + SCRIPT, tmp_path, moment)
         assert done.returncode == (0 if moment < 0 else -signal.SIGKILL), done.stderr
     assert done.stdout.strip() == expected.digest()
 

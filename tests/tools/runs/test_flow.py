@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -247,12 +245,11 @@ run_recipe(standard_recipe(bert, "W8A8", texts), Path(output))
 
 
 def test_killed_and_started_again_gives_the_same_bytes(
-    bert: Path, texts: Path, tmp_path: Path, own_cache: Path, backend: SimpleNamespace
+    bert: Path, texts: Path, tmp_path: Path, own_cache: Path, backend: SimpleNamespace, run_script: Callable[..., Any]
 ) -> None:
     def run(where: str) -> int:
-        command = [sys.executable, "-c", KILLED, str(bert), str(texts), str(tmp_path / "killed"), where]
-        caches = os.environ | {"XDG_CACHE_HOME": str(own_cache / "killed")}
-        return subprocess.run(command, cwd=Path(__file__).parents[3], env=caches, check=False).returncode
+        caches = {"XDG_CACHE_HOME": str(own_cache / "killed")}
+        return run_script(KILLED, bert, texts, tmp_path / "killed", where, env=caches).returncode
 
     run_recipe(recipe_of(bert, texts), tmp_path / "undisturbed")
     for where in ("calibrate", "export"):
@@ -281,11 +278,11 @@ print(len(solved))
 """
 
 
-def test_gptq_goes_on_after_the_layers_that_were_done(llama: Path, story: Path, tmp_path: Path) -> None:
-    def run(output: str, cache: str, left: int) -> subprocess.CompletedProcess[str]:
-        places = [str(llama), str(story), str(tmp_path / output), str(left), str(tmp_path / cache)]
-        command = [sys.executable, "-c", KILLED_IN_GPTQ, *places]
-        return subprocess.run(command, cwd=Path(__file__).parents[3], check=False, capture_output=True, text=True)
+def test_gptq_goes_on_after_the_layers_that_were_done(
+    llama: Path, story: Path, tmp_path: Path, run_script: Callable[..., Any]
+) -> None:
+    def run(output: str, cache: str, left: int) -> Any:
+        return run_script(KILLED_IN_GPTQ, llama, story, tmp_path / output, left, tmp_path / cache)
 
     undisturbed = run("undisturbed", "cache", 0)
     groups = int(undisturbed.stdout)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,13 +90,13 @@ with writing.new_folder(output, overwrite=True) as folder:
 
 
 @pytest.mark.parametrize("where", ["inside", "between", "after"])
-def test_a_killed_run_leaves_nothing_that_the_next_one_trips_over(tmp_path: Path, where: str) -> None:
+def test_a_killed_run_leaves_nothing_that_the_next_one_trips_over(
+    tmp_path: Path, where: str, run_script: Callable[..., Any]
+) -> None:
     output = tmp_path / "out"
     output.mkdir()
     (output / "manifest.json").write_text("old")
-    root = str(Path(__file__).parents[3])
-    done = subprocess.run([sys.executable, "-c", KILLED, str(output), where], cwd=root, check=False)
-    assert done.returncode == -signal.SIGKILL
+    assert run_script(KILLED, output, where).returncode == -signal.SIGKILL
     if where == "between":  # the only moment at which the output is away; the next run brings the old one back
         with pytest.raises(BitlowerError, match="exists already"), new_folder(output):
             raise AssertionError

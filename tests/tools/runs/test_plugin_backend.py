@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ from bitlower.ir import BitlowerError
 from bitlower.tools.runs.flow import quantize
 from bitlower.tools.runs.standard import standard_exports
 
-ROOT = str(Path(__file__).parents[3])
 PLUGINS = Path(__file__).parents[2] / "plugin_package"
 ENTRY = "[bitlower.backends]\nstored-program = stored_program:StoredProgram\n"
 
@@ -39,13 +36,12 @@ def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def command(site: Path, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+def command(site: Path, tmp_path: Path, run_script: Callable[..., Any]) -> Callable[..., tuple[int, str, str]]:
     """Runs the command line where the distribution is installed."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        environment = {**os.environ, "PYTHONPATH": f"{site}:{ROOT}"}
-        line = [sys.executable, "-m", "bitlower.tools.cli", *map(str, arguments)]
-        done = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        script = "from bitlower.tools.cli import command; command()"
+        done = run_script(script, *arguments, env={"PYTHONPATH": str(site)}, cwd=tmp_path)
         return done.returncode, done.stdout, done.stderr
 
     return run

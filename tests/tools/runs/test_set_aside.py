@@ -20,9 +20,10 @@ class Ring:
 
 @pytest.fixture(autouse=True)
 def _none_frozen() -> Iterator[None]:
+    """What conftest.py has frozen is as usual for a test, and is passed over again behind it."""
     gc.unfreeze()
     yield
-    gc.unfreeze()
+    gc.freeze()
 
 
 def test_what_lives_is_passed_over_until_the_end() -> None:
