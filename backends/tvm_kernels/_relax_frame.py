@@ -157,9 +157,13 @@ class Frame:
         return {a.name: self.emit(relax.TupleGetItem(found, at)) for at, a in enumerate(written)}
 
     def function(self, key: Hashable, name: str, make: Callable[[], Any]) -> Any:
-        """The function that ``make`` returns, once for each key; TVM does not fuse it with others."""
+        """The function that ``make`` returns, once for each key; TVM does not fuse it with others.
+
+        Functions of one name get numbers behind it: the symbol of each is that of its place in the module.
+        """
         if key not in self._functions:
-            self._functions[key] = self.builder.add_func(make().with_attr("op_pattern", _OPAQUE), name)
+            made = make().with_attr("op_pattern", _OPAQUE).without_attr("global_symbol")
+            self._functions[key] = self.builder.add_func(made, name)
         return self._functions[key]
 
 
