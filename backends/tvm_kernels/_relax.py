@@ -10,11 +10,12 @@ import tvm
 from torch import fx
 from tvm import relax
 
+from bitlower.backends._stages import parts_of
 from bitlower.backends.tvm_kernels._activations import AUTO, activations_of, half_values, typed
 from bitlower.backends.tvm_kernels._cpu_frame import host_target, tvm_target
 from bitlower.backends.tvm_kernels._cuda_library import own_compiler
 from bitlower.backends.tvm_kernels._gpu_schedule import gpu_target, schedule
-from bitlower.backends.tvm_kernels._library import Library
+from bitlower.backends.tvm_kernels._library import MAIN, Code, Library, StagedLibrary, staged_library
 from bitlower.backends.tvm_kernels._relax_aten import convert_operator
 from bitlower.backends.tvm_kernels._relax_attention import convert_attention
 from bitlower.backends.tvm_kernels._relax_frame import Frame
@@ -43,7 +44,7 @@ _KERNELS: dict[Any, Callable[[Call], list[Any]]] = {
 
 
 def build_module(program: Program, target: Target | None = None, activations: str = AUTO) -> Any:
-    """The Relax module of a fused Program: one function ``main``, and its kernels.
+    """The Relax module of a fused Program: its functions, see :func:`functions_of`, and their kernels.
 
     Args:
         program: at level fused, with one graph.
@@ -62,14 +63,24 @@ def build_module(program: Program, target: Target | None = None, activations: st
         raise BitlowerError(f"libraries are made of one graph, the program has {', '.join(program.graphs)}")
     builder, target = relax.BlockBuilder(), target or host_target()
     half = activations_of(target, activations) == HALF
-    frame = Frame(program.module, builder, target, half_values(program) if half else None)
-    variables = [relax.Var(_name(spec), frame.type_of(kind)) for spec, kind in _inputs(frame, program)]
-    with builder.function("main", variables):
-        with builder.dataflow():
-            results = _convert(frame, program.graph, variables)
-            output = builder.emit_output(relax.Tuple(results))
-        builder.emit_func_output(output)
+    for name, part in functions_of(program).items():
+        frame = Frame(part.module, builder, target, half_values(part) if half else None)
+        variables = [relax.Var(_name(spec), frame.type_of(kind)) for spec, kind in _inputs(frame, part)]
+        with builder.function(name, variables):
+            with builder.dataflow():
+                results = _convert(frame, part.graph, variables)
+                output = builder.emit_output(relax.Tuple(results))
+            builder.emit_func_output(output)
     return builder.finalize()
+
+
+def functions_of(program: Program) -> dict[str, Program]:
+    """What each function of a library computes, by name: ``main``, or ``encoder`` and ``decoder``.
+
+    Raises:
+        BitlowerError: it is an encoder-decoder that cannot be cut in two.
+    """
+    return {stage or MAIN: part for stage, part in parts_of(program).items()}
 
 
 def _inputs(frame: Frame, program: Program) -> Iterator[tuple[ValueSpec, TensorType]]:
@@ -113,10 +124,18 @@ def fuse_module(
     """
     module = build_module(program, target, activations)
     if sizes:
-        module = relax.transform.BindSymbolicVars(dict(sizes), "main")(module)
+        for name in functions_of(program):
+            known = {size: sizes[size] for size in _sizes(module[name]) if size in sizes}
+            module = relax.transform.BindSymbolicVars(known, name)(module)
     with device:
         module = fusion()(module)
     return module if target.on_cpu else schedule(module, device)
+
+
+def _sizes(function: Any) -> list[str]:
+    """The symbolic dimensions of what a function takes."""
+    variables = {v.name: None for given in function.params for v in relax.analysis.tir_vars_in_type(given.ty)}
+    return list(variables)
 
 
 def compile_program(
@@ -125,7 +144,7 @@ def compile_program(
     *,
     sizes: Mapping[str, int] | None = None,
     activations: str = AUTO,
-) -> Library:
+) -> Library | StagedLibrary:
     """The Program as a library in memory.
 
     Args:
@@ -143,9 +162,12 @@ def compile_program(
     target = target or host_target()
     device = tvm_target(target) if target.on_cpu else gpu_target(target)
     module = fuse_module(program, target, device, sizes, activations)
-    static = not any(relax.analysis.tir_vars_in_type(given.ty) for given in module["main"].params)
+    parts = functions_of(program)
+    static = not any(_sizes(module[name]) for name in parts)
     graphs = {"relax.backend.use_cuda_graph": target is Target.CUDA and static}
     compiler = own_compiler() if target is Target.CUDA else nullcontext()
     with tvm.transform.PassContext(opt_level=3, config=graphs), compiler:
         executable = tvm.compile(module, target=device, relax_pipeline=lowering(target))
-    return Library(executable, typed(program, activations_of(target, activations)), target)
+    code, dtype = Code(executable, target), activations_of(target, activations)
+    kinds = {name: typed(part, dtype) for name, part in parts.items()}
+    return Library(code, kinds[MAIN]) if MAIN in kinds else staged_library(code, program, kinds)
