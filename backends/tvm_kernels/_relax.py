@@ -1,4 +1,4 @@
-"""A fused Program as a Relax module, compiled for a CPU or a GPU."""
+"""A fused or float Program as a Relax module, compiled for a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ _KERNELS: dict[Any, Callable[[Call], list[Any]]] = {
 
 
 def build_module(program: Program, target: Target | None = None, activations: str = AUTO) -> Any:
-    """The Relax module of a fused Program: its functions, see :func:`functions_of`, and their kernels.
+    """The Relax module of a Program: its functions, see :func:`functions_of`, and their kernels.
 
     Args:
-        program: at level fused, with one graph.
+        program: at level fused or float, with one graph.
         target: of the kernels; None: the best CPU that this processor is.
         activations: see :func:`compile_program`.
 
@@ -55,7 +55,7 @@ def build_module(program: Program, target: Target | None = None, activations: st
         BitlowerError: the program is at another level, or has an operator without a converter; the target has no
             kernels for the dtype.
     """
-    if program.level is not Level.FUSED:
+    if program.level not in (Level.FLOAT, Level.FUSED):
         raise BitlowerError(
             f"libraries are made of fused programs; this is {program.level}", hint="run the pass `fuse`"
         )
@@ -109,10 +109,10 @@ def _convert(frame: Frame, graph: fx.Graph, variables: list[Any]) -> list[Any]:
 def fuse_module(
     program: Program, target: Target, device: Any, sizes: Mapping[str, int] | None = None, activations: str = AUTO
 ) -> Any:
-    """The Relax module of a fused Program, in which TVM has fused what is left, and every function has a schedule.
+    """The Relax module of a Program, in which TVM has fused what is left, and every function has a schedule.
 
     Args:
-        program: at level fused, with one graph.
+        program: at level fused or float, with one graph.
         target: of the kernels.
         device: the TVM target.
         sizes: symbolic dimensions that are known already, by name.
@@ -148,7 +148,7 @@ def compile_program(
     """The Program as a library in memory.
 
     Args:
-        program: at level fused, with one graph.
+        program: at level fused or float, with one graph.
         target: whose code; None: the best CPU that this processor is.
         sizes: symbolic dimensions that are known already, by name. Where all are, a library for CUDA takes its
             launches as one graph.

@@ -59,7 +59,7 @@ class TvmKernels(Backend):
     """Libraries of low-bit kernels that TVM generates, verified against the Program."""
 
     name: ClassVar[str] = "tvm-kernels"
-    levels: ClassVar[frozenset[Level]] = frozenset({Level.FUSED})
+    levels: ClassVar[frozenset[Level]] = frozenset({Level.FLOAT, Level.FUSED})
     target: TargetName = "host"
     """Whose code: ``llvm`` for any CPU of this architecture, ``llvm-avx512-vnni`` for CPUs with AVX512-VNNI, ``host``,
     the best of them that this processor runs, or ``cuda`` for NVIDIA GPUs."""

@@ -16,6 +16,7 @@ import tvm
 from tvm import te
 
 from bitlower.backends.tvm_kernels import Library, Target
+from bitlower.backends.tvm_kernels._library import Code
 from bitlower.backends.tvm_kernels._gpu_schedule import gpu_target, launches, schedule
 from bitlower.backends.tvm_kernels._launches import Launch, launches_of
 from bitlower.backends.tvm_kernels._trace import KernelComparison, trace
@@ -121,6 +122,6 @@ def test_a_function_without_a_schedule_is_refused() -> None:
 def test_a_library_does_not_run_without_its_device(target: Target) -> None:
     if (tvm.cuda() if target is Target.CUDA else tvm.opencl()).exist:
         pytest.skip("there is such a device")
-    library = Library(None, fused("bert", "W8A8"), target)
+    library = Library(Code(None, target), fused("bert", "W8A8"))
     with pytest.raises(BitlowerError, match=f"code for {target}, and TVM finds no such device here"):
         library(**tokens(library.program, 1, 4))
