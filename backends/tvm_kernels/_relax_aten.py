@@ -19,6 +19,7 @@ from tvm.relax.frontend.torch.exported_program_translator import ExportedProgram
 from bitlower.backends.tvm_kernels._frame import i64
 from bitlower.backends.tvm_kernels._relax_attention import convert_float_attention
 from bitlower.backends.tvm_kernels._relax_entries import (
+    convert_pad,
     convert_parts,
     convert_repeat,
     convert_select,
@@ -28,7 +29,7 @@ from bitlower.backends.tvm_kernels._relax_entries import (
     filled,
     whole,
 )
-from bitlower.backends.tvm_kernels._relax_frame import Frame, dtype_name
+from bitlower.backends.tvm_kernels._relax_frame import Frame, dimension, dtype_name
 from bitlower.backends.tvm_kernels._relax_linear import convert_float_linear
 from bitlower.backends.tvm_kernels._relax_quantize import dequantized, is_number, quantized, token_rounded
 from bitlower.backends.tvm_kernels._relax_rows import convert_float_embedding, convert_float_norm
@@ -58,11 +59,18 @@ def check_operator(node: fx.Node) -> None:
     """See that an operator has a converter, or is one that ``lower-integer`` and ``fuse`` take away.
 
     Raises:
-        BitlowerError: there is none.
+        BitlowerError: there is none, or a dimension of its result cannot be computed.
     """
-    known = node.target in _CONVERTERS or "type" not in node.meta or str(node.target).startswith("bitlower.")
-    if not known and _name(node) not in _imported_names():
-        raise _unknown(node)
+    kind = node.meta.get("type")
+    if node.target not in _CONVERTERS and not str(node.target).startswith("bitlower."):
+        arithmetic = kind is None and not isinstance(node.target, torch._ops.OpOverload)
+        if not arithmetic and (kind is None or _name(node) not in _imported_names()):
+            raise _unknown(node)
+    for size in kind.shape if kind is not None else ():
+        try:
+            dimension(size, {})
+        except BitlowerError as error:
+            raise BitlowerError(f"{_where(node)}: {error.message}", hint=error.hint) from None
 
 
 @cache
@@ -217,6 +225,22 @@ def _linear(frame: Frame, node: fx.Node) -> Any:
     return _imported(frame, node) if found is None else found
 
 
+def _rsub(frame: Frame, node: fx.Node) -> Any:
+    """A number minus a tensor."""
+    x, number, alpha = filled(node, None, None, 1)
+    kind = frame.kind_of(node)
+    if alpha != 1 or not isinstance(number, int | float):
+        raise _unknown(node)
+    dtype = dtype_name(kind)
+    value = frame.in_dtype(_as_tensor(frame, frame.value(x)), dtype)
+    return frame.cast(frame.emit(relax.op.subtract(relax.const(number, dtype), value)), kind)
+
+
+def _pad(frame: Frame, node: fx.Node) -> Any:
+    constant = filled(node, None, None, "constant")[2] == "constant"
+    return convert_pad(frame, node) if constant else _imported(frame, node)
+
+
 def _cumsum(frame: Frame, node: fx.Node) -> Any:
     """Sums up to each place of an axis."""
     x, axis = filled(node)[:2]
@@ -312,6 +336,8 @@ _CONVERTERS: dict[Any, Converter] = {
     aten.select.int: convert_select,
     aten.unbind.int: convert_unbind,
     aten.repeat.default: convert_repeat,
+    aten.pad.default: _pad,
+    aten.rsub.Scalar: _rsub,
     aten.where.self: convert_where,
     aten.where.ScalarOther: convert_where,
     aten.where.ScalarSelf: convert_where,

@@ -91,6 +91,26 @@ def convert_repeat(frame: Frame, node: fx.Node) -> Any:
     return frame.te(body, frame.value(x), shape, name="repeat")
 
 
+def convert_pad(frame: Frame, node: fx.Node) -> Any:
+    """``x`` with a number before and behind it, or less of it, along its last axes; how much may be symbolic."""
+    x, amounts, _, fill = filled(node, None, None, "constant", None)
+    shape, kind = frame.shape(node.meta["type"]), frame.kind_of(node)
+    starts = [i64(n) if isinstance(n, int) else n for n in frame.value(amounts)[::2][::-1]]
+    first = kind.rank - len(starts)
+    number = tirx.const(fill or 0, dtype_name(kind))
+
+    def body(x: Any, shape: list[Any], starts: list[Any]) -> Any:
+        def value(*index: Any) -> Any:
+            places = [at - start for at, start in zip(index[first:], starts, strict=True)]
+            inside = [at >= i64(0) for at in places]
+            inside += [at < size for at, size in zip(places, x.shape[first:], strict=True)]
+            return tirx.if_then_else(tirx.all(*inside), x[(*index[:first], *places)], number)
+
+        return te.compute(shape, value, name="pad")
+
+    return frame.te(body, frame.value(x), shape, starts, name="pad")
+
+
 def convert_where(frame: Frame, node: fx.Node) -> Any:
     """One of two tensors or numbers, entry by entry, in the dtype of the result."""
     kind = frame.kind_of(node)

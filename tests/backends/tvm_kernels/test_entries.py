@@ -7,13 +7,14 @@ import torch
 
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
-from bitlower.backends.tvm_kernels import compile_program
+from bitlower.backends.tvm_kernels import TvmKernels, compile_program
 from bitlower.frontends import load
+from bitlower.ir import BitlowerError, TensorType
 
 aten = torch.ops.aten
 KINDS = {
     aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
-    aten.unbind.int, aten.repeat.default, aten.select.int, aten.slice.Tensor,
+    aten.unbind.int, aten.repeat.default, aten.pad.default, aten.rsub.Scalar, aten.select.int, aten.slice.Tensor,
 }  # fmt: skip
 
 
@@ -39,6 +40,11 @@ class Entries(torch.nn.Module):
             "along the last axis": fewer,
             "from the end": last,
             "every other": x[:, 1::2],
+            "between numbers": torch.nn.functional.pad(x, (1, 2, 0, 3), value=0.5),
+            "without its ends": torch.nn.functional.pad(first, (-1, -1)),
+            "around rows": torch.nn.functional.pad(first, (0, 0, x.shape[0], 1)),
+            "from a number": torch.rsub(first, 3),
+            "from a number, whole": torch.rsub(torch.arange(4), 3),
             "in place": x.repeat(2, 1),
             "with an axis before": first.repeat(2, 1, 3),
             "as often as there are rows": torch.arange(3).repeat(x.shape[0], 1),
@@ -61,3 +67,20 @@ def test_entries_are_where_pytorch_has_them() -> None:
         found = list(library(**inputs).values())
         for (name, expected), value in zip(model(**inputs).items(), found, strict=True):
             torch.testing.assert_close(value, expected, msg=name)
+
+
+def test_what_has_no_converter_is_known_before_work() -> None:
+    """A dimension that is no sum, product or quotient (blocks of LongT5), and a number read from a tensor (DeBERTa)."""
+    program = load(Entries().eval(), example_inputs={"x": torch.randn(5, 12)})
+    check = TvmKernels().check_program
+    check(program)
+    node = next(node for node in program.graph.nodes if node.target is aten.repeat.default)
+    sized = node.meta["type"]
+    node.meta["type"] = TensorType(sized.dtype, ("batch + (PythonMod(-batch, 128))", 12))
+    with pytest.raises(BitlowerError, match=r"%repeat.*: the dimension 'batch \+ .* is no expression that a library"):
+        check(program)
+    node.meta["type"] = sized
+    with program.graph.inserting_after(node):
+        program.graph.call_function(aten.item.default, (node,))
+    with pytest.raises(BitlowerError, match=r"%item.*: there is no converter for aten\.item\.default"):
+        check(program)
