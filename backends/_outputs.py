@@ -13,6 +13,10 @@ import torch
 from bitlower.ir import CheckError, Program
 
 Array = np.ndarray[Any, Any]
+NOISE = 2.0
+"""Where no activation has codes, errors add up from layer to layer: then so many times what
+:func:`~bitlower.ir.float_noise.shaken` shows may be there too. A 30-layer decoder whose residual stream holds values of
+10⁴ shows 3e-4 on random tokens."""
 _PART = 1 << 20
 
 

@@ -10,7 +10,7 @@ import torch
 
 from bitlower.ir import Program, ValueSpec
 from bitlower.ir.decoder_step import Step, decoder_step
-from bitlower.ir.generation import continue_prompts, write_targets
+from bitlower.ir.generation import Decode, continue_prompts, write_targets
 from bitlower.ir.stages import decoder_batch, encoder_batch
 
 if TYPE_CHECKING:
@@ -117,6 +117,13 @@ class StagedModel(RuntimeModel):
             BitlowerError: an input is missing or unknown.
         """
 
+    def decoding(self) -> Decode:
+        """:meth:`decode` for the steps of one call of :meth:`generate`.
+
+        What it returns may be tensors of the runtime, which it takes as the past of the next step.
+        """
+        return lambda batch: self.decode(**batch)
+
     def generate(
         self,
         *,
@@ -144,7 +151,7 @@ class StagedModel(RuntimeModel):
         return write_targets(
             self.program,
             lambda batch: self.encode(**batch),
-            lambda batch: self.decode(**batch),
+            self.decoding(),
             {name: value for name, value in given.items() if name in names},
             max_new_tokens=max_new_tokens, start=start, stops=stops, pad=pad,
             **{name: value for name, value in given.items() if name not in names},

@@ -50,7 +50,7 @@ def measure(scheme: str, name: str) -> dict[str, Any]:
     again, _ = timed(lambda: compile_program(fused, target))
     row: dict[str, Any] = {"scheme": scheme, "target": name, "library, s": first, "again, s": again, "nvcc, s": ""}
     if target is not None:
-        source = str(device_module(library.executable).inspect_source())
+        source = str(device_module(library.code.executable).inspect_source())
         try:
             require_nvcc()
             row["nvcc, s"], _ = timed(lambda: compile_source(source))

@@ -50,15 +50,15 @@ def ours(program: Program, sizes: Mapping[str, int], target: Target, runs: int =
     library = compile_program(
         program, target, sizes={name: size for name, size in sizes.items() if _has(program, name)}
     )
-    machine = relax.VirtualMachine(library.executable, library.device)
+    machine = relax.VirtualMachine(library.code.executable, library.code.device)
     tensors = program.arguments(inputs(program, sizes))
     dtypes = [spec.type.dtype for spec in library.inputs]
     given = [
-        tvm.runtime.tensor(tensor.to(dtype).contiguous().numpy(), library.device)
+        tvm.runtime.tensor(tensor.to(dtype).contiguous().numpy(), library.code.device)
         for tensor, dtype in zip(tensors, dtypes, strict=True)
     ]
     machine["main"](*given)
-    timer = machine.time_evaluator("main", library.device, number=runs, repeat=1)
+    timer = machine.time_evaluator("main", library.code.device, number=runs, repeat=1)
     return lambda: float(timer(*given).mean)
 
 

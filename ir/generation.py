@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitlower.ir.assets import generation_settings
-from bitlower.ir.decoder_step import Step
+from bitlower.ir.decoder_step import Step, as_tensor
 from bitlower.ir.diagnostics import BitlowerError
 from bitlower.ir.fit import Batch
 from bitlower.ir.observe import run
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Stage = Callable[[Batch], Mapping[str, torch.Tensor]]
 """A stage as a function of its inputs by name; a past that is left out is empty."""
+Decode = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""The same of a decoder, which may return tensors of its runtime, as it takes them for a past."""
 
 
 def continue_prompts(
@@ -79,7 +81,7 @@ def continue_prompts(
 def write_targets(
     program: Program,
     encode: Stage,
-    decode: Stage,
+    decode: Decode,
     source: Batch,
     *,
     max_new_tokens: int,
@@ -95,7 +97,8 @@ def write_targets(
     Args:
         program: an encoder-decoder's; it may have no graphs.
         encode: returns the keys and values of cross-attention.
-        decode: returns ``logits`` and the decoder's own keys and values.
+        decode: returns ``logits`` and the decoder's own keys and values. At each step it reads the
+            same tensors of ``encode``.
         source: what the encoder reads, by name.
         max_new_tokens: at most so many follow the start, and no more than the model takes.
         start: what every target begins with, ``[batch, n]``; the model's ``decoder_start_token_id`` if left out.
@@ -123,7 +126,7 @@ def write_targets(
 
     def step(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
         outputs = decode({**feed, **(cache or {})})
-        return outputs["logits"], next_past(outputs)
+        return as_tensor(outputs["logits"]), next_past(outputs)
 
     mask = {MASK: source[MASK]} if MASK in source else {}
     return _generate(

@@ -42,6 +42,11 @@ def is_cross(name: str) -> bool:
     return name.startswith(PRESENT_NAME) and f".{CROSS}" in name
 
 
+def enters_cross(name: str) -> bool:
+    """Whether an input of the decoder is the keys or values of a cross-attention, the same at each step."""
+    return name.startswith(PAST_NAME) and f".{CROSS}" in name
+
+
 def encoder_batch(batch: Mapping[str, T]) -> dict[str, T]:
     """What the encoder takes of a batch of the whole."""
     return {name: value for name, value in batch.items() if not _is_of_target(name)}
@@ -64,7 +69,7 @@ def whole_inputs(encoder: Iterable[ValueSpec], decoder: Iterable[ValueSpec]) -> 
     whole = {spec.name: spec for spec in encoder}
     for spec in decoder:
         name = names.get(spec.name, spec.name)
-        if not (name.startswith(PAST_NAME) and f".{CROSS}" in name):
+        if not enters_cross(name):
             whole.setdefault(name, replace(spec, name=name))
     return tuple(whole.values())
 

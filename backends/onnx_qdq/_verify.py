@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bitlower.backends._outputs import Array, OutputComparison, OutputError
+from bitlower.backends._outputs import NOISE, Array, OutputComparison, OutputError
 from bitlower.backends._rounding import TIE
 from bitlower.backends._selftest import SelfTest, make_selftest
 from bitlower.backends._unseen import Seen, Unseen, at, with_small_batch
@@ -39,9 +39,6 @@ from bitlower.ir.storage import trim
 OUTPUT_GIVEN_CODES = 2e-4
 """The largest error of an output, over its standard deviation, that float arithmetic alone may make. A 6-layer encoder
 of 384 channels shows 5e-6."""
-NOISE = 2.0
-"""Where no activation has codes, errors add up from layer to layer: then so many times what :func:`shaken` shows may be
-there too. A 30-layer decoder whose residual stream holds values of 10⁴ shows 3e-4 on random tokens."""
 OUTPUT_COSINE = 0.9
 """The least cosine between an output of the runtime and the Program's when both run on their own. That encoder shows
 0.999 with quantized linears, and 0.97 where every value is quantized with one scale a tensor."""

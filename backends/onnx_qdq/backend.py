@@ -14,15 +14,15 @@ from annotated_types import Interval
 
 from bitlower.backends._config import write_config
 from bitlower.backends._folder import sizes
+from bitlower.backends._stages import WHOLE, part_batches, parts_of
 from bitlower.backends.base import Backend
-from bitlower.backends.onnx_qdq._folder import share_tensors, write_assets, write_model
+from bitlower.backends.onnx_qdq._folder import model_file, share_tensors, write_assets, write_model
 from bitlower.backends.onnx_qdq._genai import write_genai_config
 from bitlower.backends.onnx_qdq._kernels import LEVEL_ENTRY
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS, ROUNDS_ACTIVATIONS
 from bitlower.backends.onnx_qdq._lower import lower
 from bitlower.backends.onnx_qdq._manifest import ArtifactReport, verify_artifact, write_manifest
 from bitlower.backends.onnx_qdq._model import OnnxEncoderDecoder, OnnxModel, open_model
-from bitlower.backends.onnx_qdq._parts import Part, part_batches, parts_of
 from bitlower.backends.onnx_qdq._products import Signs, chosen_signs
 from bitlower.backends.onnx_qdq._rewrite import RuleLog
 from bitlower.backends.onnx_qdq._rewrite_linear import Form
@@ -135,16 +135,16 @@ class OnnxQdq(Backend):
             log.to_dict(), verification, notes,
         )  # fmt: skip
 
-    def write_parts(self, parts: Sequence[Part], folder: Path) -> tuple[list[str], Counter[str], RuleLog]:
+    def write_parts(self, parts: Mapping[str, Program], folder: Path) -> tuple[list[str], Counter[str], RuleLog]:
         """Write the model of each part; the names of the files, the operators, and what the rules did.
 
         Raises:
             BitlowerError: a program has an operator that ONNX cannot express.
         """
         models, log, counts = [], RuleLog(), Counter[str]()
-        for part in parts:
+        for part in parts.values():
             model, rules = lower(
-                part.program,
+                part,
                 opset=self.opset,
                 form=self.form,
                 accuracy_level=self.accuracy_level,
@@ -154,14 +154,14 @@ class OnnxQdq(Backend):
             log.add(rules)
             counts += operators(model)
         files = share_tensors(models, folder)
-        for part, model in zip(parts, models, strict=True):
-            files += write_model(model, folder, threshold=self.external_data_threshold, name=part.file)
+        for stage, model in zip(parts, models, strict=True):
+            files += write_model(model, folder, threshold=self.external_data_threshold, name=model_file(stage))
         return files, counts, log
 
     def verify_parts(
         self,
         program: Program,
-        parts: Sequence[Part],
+        parts: Mapping[str, Program],
         folder: Path,
         batches: Sequence[Batch],
         split: Collection[str],
@@ -173,18 +173,18 @@ class OnnxQdq(Backend):
             CheckError: a file is no valid ONNX, or does not compute what its Program does.
         """
         by_stage, found = part_batches(parts, batches), {}
-        for part in parts:
-            _check_model(folder / part.file)
-            found[part.stage] = verify_export(
-                part.program,
+        for stage, part in parts.items():
+            _check_model(folder / model_file(stage))
+            found[stage] = verify_export(
+                part,
                 folder,
-                by_stage[part.stage],
+                by_stage[stage],
                 session_config=config,
                 accuracy_level=self.accuracy_level,
                 split=split,
-                file=part.file,
+                file=model_file(stage),
             )
-        return found[""] if "" in found else join_stages(program, folder, found, batches[0], config)
+        return found[WHOLE] if WHOLE in found else join_stages(program, folder, found, batches[0], config)
 
     @classmethod
     def verify(cls, folder: Path) -> ArtifactReport:

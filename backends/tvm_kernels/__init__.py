@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bitlower.backends.tvm_kernels._arguments import Argument, arguments
 from bitlower.backends.tvm_kernels._artifact import ArtifactReport
 from bitlower.backends.tvm_kernels._artifact import verify_artifact as verify
-from bitlower.backends.tvm_kernels._library import Library, is_library
+from bitlower.backends.tvm_kernels._library import Library, StagedLibrary, is_library
 from bitlower.backends.tvm_kernels._packing import pack_linear, pack_vector, unpack_linear
 from bitlower.backends.tvm_kernels._spec import (
     ActivationSpec,
@@ -46,6 +46,7 @@ __all__ = [
     "Library",
     "LinearSpec",
     "NormSpec",
+    "StagedLibrary",
     "Target",
     "TvmKernels",
     "Verification",
@@ -107,11 +108,11 @@ def compile_program(
     *,
     sizes: Mapping[str, int] | None = None,
     activations: str = TvmKernels.activations,
-) -> Library:
+) -> Library | StagedLibrary:
     """A Program at level fused as a library in memory, which is called as the Program is.
 
     Args:
-        program: with one graph.
+        program: with one graph; an encoder-decoder becomes two functions, ``encoder`` and ``decoder``.
         target: whose code; None: the best CPU that this processor is.
         sizes: symbolic dimensions that are known already, by name.
         activations: see :class:`TvmKernels`.
@@ -126,7 +127,7 @@ def compile_program(
     return _relax.compile_program(program, target, sizes=sizes, activations=activations)
 
 
-def load_library(folder: Path) -> Library:
+def load_library(folder: Path) -> Library | StagedLibrary:
     """The library in a folder that :func:`export` wrote; nothing is loaded before all files have the manifest's hashes.
 
     Raises:

@@ -17,10 +17,20 @@ from bitlower.backends._schema import parsed
 from bitlower.backends._selftest import Dtype
 from bitlower.backends.tvm_kernels._activations import AUTO
 from bitlower.backends.tvm_kernels._cuda_library import write_code
-from bitlower.backends.tvm_kernels._library import LIBRARY, SIGNATURE, Library, find_device
+from bitlower.backends.tvm_kernels._library import (
+    LIBRARY,
+    MAIN,
+    SIGNATURE,
+    Code,
+    Library,
+    StagedLibrary,
+    find_device,
+    staged_library,
+)
 from bitlower.backends.tvm_kernels._relax import compile_program
 from bitlower.backends.tvm_kernels._spec import Target
 from bitlower.ir import BitlowerError, CheckError, Level, Program, TensorType, ValueSpec
+from bitlower.ir.stages import DECODER, ENCODER
 
 RESERVED = (LIBRARY, SIGNATURE)
 
@@ -39,14 +49,26 @@ class Value:
 
 
 @dataclass(frozen=True)
+class Function:
+    """What a function of a library takes and returns, in order."""
+
+    inputs: Annotated[tuple[Value, ...], Field(min_length=1)]
+    outputs: Annotated[tuple[Value, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
 class Signature:
     """What ``library.json`` holds: what is needed to run the library without the Program."""
 
     target: Target
     processor: str
     task: str
-    inputs: Annotated[tuple[Value, ...], Field(min_length=1)]
-    outputs: Annotated[tuple[Value, ...], Field(min_length=1)]
+    functions: dict[str, Function]
+
+    def __post_init__(self) -> None:
+        if set(self.functions) not in ({MAIN}, {ENCODER, DECODER}):
+            names = ", ".join(self.functions) or "none"
+            raise ValueError(f"its functions are {names}, not {MAIN}, nor {ENCODER} and {DECODER}")
 
 
 def write_library(program: Program, folder: Path, target: Target, activations: str = AUTO) -> tuple[str, ...]:
@@ -64,7 +86,7 @@ def write_library(program: Program, folder: Path, target: Target, activations: s
         raise BitlowerError(f"TVM does not compile the program: {line}", hint="export to another backend") from error
     with tempfile.TemporaryDirectory(prefix=".library-", dir=folder) as scratch:
         path = Path(scratch) / LIBRARY
-        further = write_code(library.executable, target, path)
+        further = write_code(library.code.executable, target, path)
         for name, text in further.items():
             (Path(scratch) / name).write_text(text, encoding="utf-8")
         for name in (LIBRARY, *further):
@@ -74,14 +96,17 @@ def write_library(program: Program, folder: Path, target: Target, activations: s
     return (*RESERVED, *further)
 
 
-def _signature(library: Library) -> dict[str, Any]:
+def _signature(library: Library | StagedLibrary) -> dict[str, Any]:
     """What is needed to run the library without the Program."""
+    functions = {MAIN: library.program} if isinstance(library, Library) else library.stages
     return {
-        "target": str(library.target),
-        "processor": processor() if library.target is Target.VNNI else "",
+        "target": str(library.code.target),
+        "processor": processor() if library.code.target is Target.VNNI else "",
         "task": library.program.task,
-        "inputs": [_encode(spec) for spec in library.inputs],
-        "outputs": [_encode(spec) for spec in library.outputs],
+        "functions": {
+            name: {"inputs": [*map(_encode, part.inputs)], "outputs": [*map(_encode, part.outputs)]}
+            for name, part in functions.items()
+        },
     }
 
 
@@ -98,7 +123,7 @@ def _encode(spec: ValueSpec) -> dict[str, Any]:
     }
 
 
-def load_library(folder: Path) -> Library:
+def load_library(folder: Path) -> Library | StagedLibrary:
     """The library that :func:`write_library` wrote; its files are taken as they are.
 
     Raises:
@@ -107,7 +132,6 @@ def load_library(folder: Path) -> Library:
     """
     signature = parsed(Signature, read_json(folder / SIGNATURE), f"{SIGNATURE} in {folder}")
     target, wanted = Target(signature.target), signature.processor
-    inputs, outputs = (tuple(value.spec() for value in side) for side in (signature.inputs, signature.outputs))
     if wanted and wanted != processor():
         raise BitlowerError(
             f"{folder} holds code for {wanted}, and this is {processor()}",
@@ -125,5 +149,8 @@ def load_library(folder: Path) -> Library:
         "context_length": _manifest.context_length(folder),
         "lengths": _manifest.lengths(folder),
     }
-    program = Program({}, Level.FUSED, signature.task, inputs, outputs, *model, str(folder), **limits)
-    return Library(module, program, target)
+    code, shells = Code(module, target), dict[str, Program]()
+    for name, function in signature.functions.items():
+        inputs, outputs = (tuple(value.spec() for value in side) for side in (function.inputs, function.outputs))
+        shells[name] = Program({}, Level.FUSED, signature.task, inputs, outputs, *model, str(folder), **limits)
+    return Library(code, shells[MAIN]) if MAIN in shells else staged_library(code, shells[DECODER], shells)

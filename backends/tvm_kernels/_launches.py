@@ -13,7 +13,7 @@ from tvm import relax, sym
 from bitlower.backends.tvm_kernels._activations import AUTO
 from bitlower.backends.tvm_kernels._frame import i64
 from bitlower.backends.tvm_kernels._gpu_schedule import gpu_target, launches
-from bitlower.backends.tvm_kernels._relax import fuse_module
+from bitlower.backends.tvm_kernels._relax import functions_of, fuse_module
 from bitlower.backends.tvm_kernels._spec import Target
 from bitlower.ir import Program
 
@@ -49,7 +49,8 @@ def launches_of(
     module = fuse_module(program, target, gpu_target(target), activations=activations)
     calls = [
         binding.value
-        for block in module["main"].body.blocks
+        for name in functions_of(program)
+        for block in module[name].body.blocks
         for binding in block.bindings
         if isinstance(binding.value, relax.Call) and binding.value.op == tvm.ir.Op.get("relax.call_tir")
     ]

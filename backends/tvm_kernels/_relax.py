@@ -1,4 +1,4 @@
-"""A fused Program as a Relax module, compiled for a CPU or a GPU."""
+"""A fused or float Program as a Relax module, compiled for a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import tvm
 from torch import fx
 from tvm import relax
 
+from bitlower.backends._stages import parts_of
 from bitlower.backends.tvm_kernels._activations import AUTO, activations_of, half_values, typed
 from bitlower.backends.tvm_kernels._cpu_frame import host_target, tvm_target
 from bitlower.backends.tvm_kernels._cuda_library import own_compiler
 from bitlower.backends.tvm_kernels._gpu_schedule import gpu_target, schedule
-from bitlower.backends.tvm_kernels._library import Library
+from bitlower.backends.tvm_kernels._library import MAIN, Code, Library, StagedLibrary, staged_library
 from bitlower.backends.tvm_kernels._relax_aten import convert_operator
 from bitlower.backends.tvm_kernels._relax_attention import convert_attention
 from bitlower.backends.tvm_kernels._relax_frame import Frame
@@ -43,10 +44,10 @@ _KERNELS: dict[Any, Callable[[Call], list[Any]]] = {
 
 
 def build_module(program: Program, target: Target | None = None, activations: str = AUTO) -> Any:
-    """The Relax module of a fused Program: one function ``main``, and its kernels.
+    """The Relax module of a Program: its functions, see :func:`functions_of`, and their kernels.
 
     Args:
-        program: at level fused, with one graph.
+        program: at level fused or float, with one graph.
         target: of the kernels; None: the best CPU that this processor is.
         activations: see :func:`compile_program`.
 
@@ -54,7 +55,7 @@ def build_module(program: Program, target: Target | None = None, activations: st
         BitlowerError: the program is at another level, or has an operator without a converter; the target has no
             kernels for the dtype.
     """
-    if program.level is not Level.FUSED:
+    if program.level not in (Level.FLOAT, Level.FUSED):
         raise BitlowerError(
             f"libraries are made of fused programs; this is {program.level}", hint="run the pass `fuse`"
         )
@@ -62,14 +63,24 @@ def build_module(program: Program, target: Target | None = None, activations: st
         raise BitlowerError(f"libraries are made of one graph, the program has {', '.join(program.graphs)}")
     builder, target = relax.BlockBuilder(), target or host_target()
     half = activations_of(target, activations) == HALF
-    frame = Frame(program.module, builder, target, half_values(program) if half else None)
-    variables = [relax.Var(_name(spec), frame.type_of(kind)) for spec, kind in _inputs(frame, program)]
-    with builder.function("main", variables):
-        with builder.dataflow():
-            results = _convert(frame, program.graph, variables)
-            output = builder.emit_output(relax.Tuple(results))
-        builder.emit_func_output(output)
+    for name, part in functions_of(program).items():
+        frame = Frame(part.module, builder, target, half_values(part) if half else None)
+        variables = [relax.Var(_name(spec), frame.type_of(kind)) for spec, kind in _inputs(frame, part)]
+        with builder.function(name, variables):
+            with builder.dataflow():
+                results = _convert(frame, part.graph, variables)
+                output = builder.emit_output(relax.Tuple(results))
+            builder.emit_func_output(output)
     return builder.finalize()
+
+
+def functions_of(program: Program) -> dict[str, Program]:
+    """What each function of a library computes, by name: ``main``, or ``encoder`` and ``decoder``.
+
+    Raises:
+        BitlowerError: it is an encoder-decoder that cannot be cut in two.
+    """
+    return {stage or MAIN: part for stage, part in parts_of(program).items()}
 
 
 def _inputs(frame: Frame, program: Program) -> Iterator[tuple[ValueSpec, TensorType]]:
@@ -98,10 +109,10 @@ def _convert(frame: Frame, graph: fx.Graph, variables: list[Any]) -> list[Any]:
 def fuse_module(
     program: Program, target: Target, device: Any, sizes: Mapping[str, int] | None = None, activations: str = AUTO
 ) -> Any:
-    """The Relax module of a fused Program, in which TVM has fused what is left, and every function has a schedule.
+    """The Relax module of a Program, in which TVM has fused what is left, and every function has a schedule.
 
     Args:
-        program: at level fused, with one graph.
+        program: at level fused or float, with one graph.
         target: of the kernels.
         device: the TVM target.
         sizes: symbolic dimensions that are known already, by name.
@@ -113,10 +124,18 @@ def fuse_module(
     """
     module = build_module(program, target, activations)
     if sizes:
-        module = relax.transform.BindSymbolicVars(dict(sizes), "main")(module)
+        for name in functions_of(program):
+            known = {size: sizes[size] for size in _sizes(module[name]) if size in sizes}
+            module = relax.transform.BindSymbolicVars(known, name)(module)
     with device:
         module = fusion()(module)
     return module if target.on_cpu else schedule(module, device)
+
+
+def _sizes(function: Any) -> list[str]:
+    """The symbolic dimensions of what a function takes."""
+    variables = {v.name: None for given in function.params for v in relax.analysis.tir_vars_in_type(given.ty)}
+    return list(variables)
 
 
 def compile_program(
@@ -125,11 +144,11 @@ def compile_program(
     *,
     sizes: Mapping[str, int] | None = None,
     activations: str = AUTO,
-) -> Library:
+) -> Library | StagedLibrary:
     """The Program as a library in memory.
 
     Args:
-        program: at level fused, with one graph.
+        program: at level fused or float, with one graph.
         target: whose code; None: the best CPU that this processor is.
         sizes: symbolic dimensions that are known already, by name. Where all are, a library for CUDA takes its
             launches as one graph.
@@ -143,9 +162,12 @@ def compile_program(
     target = target or host_target()
     device = tvm_target(target) if target.on_cpu else gpu_target(target)
     module = fuse_module(program, target, device, sizes, activations)
-    static = not any(relax.analysis.tir_vars_in_type(given.ty) for given in module["main"].params)
+    parts = functions_of(program)
+    static = not any(_sizes(module[name]) for name in parts)
     graphs = {"relax.backend.use_cuda_graph": target is Target.CUDA and static}
     compiler = own_compiler() if target is Target.CUDA else nullcontext()
     with tvm.transform.PassContext(opt_level=3, config=graphs), compiler:
         executable = tvm.compile(module, target=device, relax_pipeline=lowering(target))
-    return Library(executable, typed(program, activations_of(target, activations)), target)
+    code, dtype = Code(executable, target), activations_of(target, activations)
+    kinds = {name: typed(part, dtype) for name, part in parts.items()}
+    return Library(code, kinds[MAIN]) if MAIN in kinds else staged_library(code, program, kinds)

@@ -6,9 +6,8 @@ Those whose result is decided by its type are made here; all others by TVM's own
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -19,13 +18,24 @@ from tvm.relax.frontend.torch.exported_program_translator import ExportedProgram
 
 from bitlower.backends.tvm_kernels._frame import i64
 from bitlower.backends.tvm_kernels._relax_attention import convert_float_attention
-from bitlower.backends.tvm_kernels._relax_frame import Frame, dtype_name
+from bitlower.backends.tvm_kernels._relax_entries import (
+    convert_pad,
+    convert_parts,
+    convert_repeat,
+    convert_select,
+    convert_slice,
+    convert_unbind,
+    convert_where,
+    filled,
+    whole,
+)
+from bitlower.backends.tvm_kernels._relax_frame import Frame, dimension, dtype_name
 from bitlower.backends.tvm_kernels._relax_linear import convert_float_linear
 from bitlower.backends.tvm_kernels._relax_quantize import dequantized, is_number, quantized, token_rounded
 from bitlower.backends.tvm_kernels._relax_rows import convert_float_embedding, convert_float_norm
-from bitlower.backends.tvm_kernels._relax_views import Strip, heads_of, read_heads, strip_of, swaps_heads
+from bitlower.backends.tvm_kernels._relax_views import heads_of, read_heads, swaps_heads
 from bitlower.ir import BitlowerError, Grid, ScaleConvention, TensorType, ops
-from bitlower.ir.operators import argument, operand
+from bitlower.ir.operators import operand
 from bitlower.ir.quantizer_node import QuantizerNode
 
 aten = torch.ops.aten
@@ -49,11 +59,18 @@ def check_operator(node: fx.Node) -> None:
     """See that an operator has a converter, or is one that ``lower-integer`` and ``fuse`` take away.
 
     Raises:
-        BitlowerError: there is none.
+        BitlowerError: there is none, or a dimension of its result cannot be computed.
     """
-    known = node.target in _CONVERTERS or "type" not in node.meta or str(node.target).startswith("bitlower.")
-    if not known and _name(node) not in _imported_names():
-        raise _unknown(node)
+    kind = node.meta.get("type")
+    if node.target not in _CONVERTERS and not str(node.target).startswith("bitlower."):
+        arithmetic = kind is None and not isinstance(node.target, torch._ops.OpOverload)
+        if not arithmetic and (kind is None or _name(node) not in _imported_names()):
+            raise _unknown(node)
+    for size in kind.shape if kind is not None else ():
+        try:
+            dimension(size, {})
+        except BitlowerError as error:
+            raise BitlowerError(f"{_where(node)}: {error.message}", hint=error.hint) from None
 
 
 @cache
@@ -116,13 +133,8 @@ def _where(node: fx.Node) -> str:
     return f"%{node.name} in {node.meta['path']}" if node.meta.get("path") else f"%{node.name}"
 
 
-def _given(node: fx.Node, *defaults: Any) -> list[Any]:
-    """The arguments of a node, and defaults for the last ones."""
-    return [*node.args, *defaults[len(node.args) :]]
-
-
 def _size(frame: Frame, node: fx.Node) -> Any:
-    x, axis = _given(node)
+    x, axis = filled(node)
     return frame.shape(x.meta["type"])[axis]
 
 
@@ -161,87 +173,12 @@ def _ones(frame: Frame, node: fx.Node) -> Any:
     return frame.emit(relax.op.ones(relax.ShapeExpr(frame.shape(kind)), dtype_name(kind)))
 
 
-def _slice(frame: Frame, node: fx.Node) -> Any:
-    """``x[…, start:end:step, …]``; the type says how long the result is."""
-    x, axis, start, _, step = _given(node, None, 0, None, None, 1)
-    kind: TensorType = x.meta["type"]
-    axis, start = _int(axis) % kind.rank, frame.value(start)
-    first = i64(0) if start is None else _index(start, frame.shape(kind)[axis])
-    shape = frame.shape(node.meta["type"])
-
-    def body(x: Any, shape: list[Any], first: Any) -> Any:
-        def value(*index: Any) -> Any:
-            place = list(index)
-            place[axis] = first + index[axis] * i64(_int(step))
-            return x[tuple(place)]
-
-        return te.compute(shape, value, name="slice")
-
-    return frame.te(body, frame.value(x), shape, first, name="slice")
-
-
-def _select(frame: Frame, node: fx.Node) -> Any:
-    """``x[…, index, …]``."""
-    x, axis, at = _given(node)
-    kind: TensorType = x.meta["type"]
-    axis = _int(axis) % kind.rank
-    place = _index(frame.value(at), frame.shape(kind)[axis])
-    shape = frame.shape(node.meta["type"])
-
-    def body(x: Any, shape: list[Any], place: Any) -> Any:
-        return te.compute(shape, lambda *index: x[(*index[:axis], place, *index[axis:])], name="select")
-
-    return frame.te(body, frame.value(x), shape, place, name="select")
-
-
-def _parts(frame: Frame, node: fx.Node) -> list[Any]:
-    """``x`` cut along an axis: into pieces of a size, of several sizes, or into a number of equal ones."""
-    x, given, axis = _given(node, None, None, node.kwargs.get("dim", 0))
-    axis = _int(axis) % x.meta["type"].rank
-    extent = _int(x.meta["type"].shape[axis])
-    if isinstance(given, Sequence):
-        ends = list(accumulate(map(_int, given)))
-    else:
-        size = -(-extent // _int(given)) if node.target is aten.chunk.default else _int(given)
-        ends = [min(end, extent) for end in range(size, extent + size, size)]
-    value = frame.value(x)
-    _note_strips(frame, node, axis, [0, *ends])
-    return [
-        frame.emit(relax.op.strided_slice(value, axes=[axis], begin=[start], end=[end]))
-        for start, end in pairwise([0, *ends])
-    ]
-
-
-def _note_strips(frame: Frame, node: fx.Node, axis: int, starts: list[int]) -> None:
-    """Note where the parts of rows lie, for what can read them there."""
-    x = operand(node, "self")
-    whole = strip_of(frame, x)
-    if whole is None or axis != 2:
-        return
-    for user in node.users:
-        if user.target is operator.getitem:
-            start = starts[argument(user, "index")]
-            frame.strips[user] = Strip(whole.value, whole.columns, whole.start + start)
-
-
-def _int(value: Any) -> int:
-    assert isinstance(value, int), f"{value} is no number"
-    return value
-
-
-def _index(value: Any, size: Any) -> Any:
-    """A place on an axis; negative ones count from its end."""
-    if not isinstance(value, int):
-        return value
-    return i64(value) if value >= 0 else tirx.max(size + i64(value), i64(0))
-
-
 def _cat(frame: Frame, node: fx.Node) -> Any:
     """Two values one after the other along an axis; TVM's own expression is fused with nothing where one is a past."""
-    values, axis = _given(node, None, 0)
-    if len(values) != 2 or _int(axis) % node.meta["type"].rank == node.meta["type"].rank - 1:
+    values, axis = filled(node, None, 0)
+    if len(values) != 2 or whole(axis) % node.meta["type"].rank == node.meta["type"].rank - 1:
         return _imported(frame, node)
-    axis, dtype = _int(axis) % node.meta["type"].rank, dtype_name(frame.kind_of(node))
+    axis, dtype = whole(axis) % node.meta["type"].rank, dtype_name(frame.kind_of(node))
 
     def body(first: Any, second: Any) -> Any:
         shape = [*first.shape[:axis], first.shape[axis] + second.shape[axis], *first.shape[axis + 1 :]]
@@ -258,7 +195,7 @@ def _cat(frame: Frame, node: fx.Node) -> Any:
 
 def _gather(frame: Frame, node: fx.Node) -> Any:
     """``x[…, i₀, i₁, …]`` with indices, which broadcast, for axes side by side; negative ones count from the end."""
-    x, indices = _given(node)
+    x, indices = filled(node)
     axes = [axis for axis, index in enumerate(indices) if index is not None]
     shape, first = frame.shape(node.meta["type"]), axes[0]
     if axes != [*range(first, axes[-1] + 1)] or any(indices[axis].meta["type"].dtype is torch.bool for axis in axes):
@@ -288,11 +225,27 @@ def _linear(frame: Frame, node: fx.Node) -> Any:
     return _imported(frame, node) if found is None else found
 
 
+def _rsub(frame: Frame, node: fx.Node) -> Any:
+    """A number minus a tensor."""
+    x, number, alpha = filled(node, None, None, 1)
+    kind = frame.kind_of(node)
+    if alpha != 1 or not isinstance(number, int | float):
+        raise _unknown(node)
+    dtype = dtype_name(kind)
+    value = frame.in_dtype(_as_tensor(frame, frame.value(x)), dtype)
+    return frame.cast(frame.emit(relax.op.subtract(relax.const(number, dtype), value)), kind)
+
+
+def _pad(frame: Frame, node: fx.Node) -> Any:
+    constant = filled(node, None, None, "constant")[2] == "constant"
+    return convert_pad(frame, node) if constant else _imported(frame, node)
+
+
 def _cumsum(frame: Frame, node: fx.Node) -> Any:
     """Sums up to each place of an axis."""
-    x, axis = _given(node)[:2]
+    x, axis = filled(node)[:2]
     kind: TensorType = node.meta["type"]
-    axis, dtype = _int(axis) % kind.rank, dtype_name(kind)
+    axis, dtype = whole(axis) % kind.rank, dtype_name(kind)
 
     def body(x: Any) -> Any:
         k = te.reduce_axis((0, x.shape[axis]), name="k")
@@ -307,11 +260,11 @@ def _cumsum(frame: Frame, node: fx.Node) -> Any:
 
 
 def _layer_norm(frame: Frame, node: fx.Node) -> Any:
-    return _norm(frame, node, "layer", *_given(node, None, None, None, None, 1e-5)[:5])
+    return _norm(frame, node, "layer", *filled(node, None, None, None, None, 1e-5)[:5])
 
 
 def _rms_norm(frame: Frame, node: fx.Node) -> Any:
-    x, shape, weight, eps = _given(node, None, None, None, None)
+    x, shape, weight, eps = filled(node, None, None, None, None)
     return _norm(frame, node, "rms", x, shape, weight, None, eps)
 
 
@@ -355,7 +308,7 @@ def _choose(frame: Frame, node: fx.Node) -> Any:
 
 def _grid(node: fx.Node) -> Grid:
     _, bits, signed, symmetric, restricted, convention = node.args
-    return Grid(_int(bits), bool(signed), bool(symmetric), bool(restricted), ScaleConvention(str(convention)))
+    return Grid(whole(bits), bool(signed), bool(symmetric), bool(restricted), ScaleConvention(str(convention)))
 
 
 _CONVERTERS: dict[Any, Converter] = {
@@ -379,11 +332,19 @@ _CONVERTERS: dict[Any, Converter] = {
     aten.transpose.int: _transpose,
     aten.permute.default: _transpose,
     aten.new_ones.default: _ones,
-    aten.slice.Tensor: _slice,
-    aten.select.int: _select,
-    aten.split.Tensor: _parts,
-    aten.split_with_sizes.default: _parts,
-    aten.chunk.default: _parts,
+    aten.slice.Tensor: convert_slice,
+    aten.select.int: convert_select,
+    aten.unbind.int: convert_unbind,
+    aten.repeat.default: convert_repeat,
+    aten.pad.default: _pad,
+    aten.rsub.Scalar: _rsub,
+    aten.where.self: convert_where,
+    aten.where.ScalarOther: convert_where,
+    aten.where.ScalarSelf: convert_where,
+    aten.where.Scalar: convert_where,
+    aten.split.Tensor: convert_parts,
+    aten.split_with_sizes.default: convert_parts,
+    aten.chunk.default: convert_parts,
     aten.cat.default: _cat,
     aten.index.Tensor: _gather,
     aten.cumsum.default: _cumsum,

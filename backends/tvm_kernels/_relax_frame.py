@@ -63,23 +63,9 @@ class Frame:
         """A dimension as an expression; equal names are equal variables.
 
         Raises:
-            BitlowerError: it is no sum, difference, product or whole quotient of names and numbers.
+            BitlowerError: see :func:`dimension`.
         """
-        try:
-            return self._expression(ast.parse(str(size), mode="eval").body)
-        except (SyntaxError, KeyError):
-            raise BitlowerError(f"the dimension {size!r} is no expression that a library can compute") from None
-
-    def _expression(self, tree: ast.expr) -> Any:
-        match tree:
-            case ast.Constant(value=int(value)):
-                return i64(value)
-            case ast.Name(id=name):
-                return self._symbols.setdefault(name, tirx.Var(name, "int64"))
-            case ast.BinOp(left=left, op=op, right=right):
-                return _OPERATORS[type(op)](self._expression(left), self._expression(right))
-            case _:
-                raise KeyError(tree)
+        return dimension(size, self._symbols)
 
     def shape(self, kind: TensorType) -> list[Any]:
         """The dimensions of a type."""
@@ -157,10 +143,40 @@ class Frame:
         return {a.name: self.emit(relax.TupleGetItem(found, at)) for at, a in enumerate(written)}
 
     def function(self, key: Hashable, name: str, make: Callable[[], Any]) -> Any:
-        """The function that ``make`` returns, once for each key; TVM does not fuse it with others."""
+        """The function that ``make`` returns, once for each key; TVM does not fuse it with others.
+
+        Functions of one name get numbers behind it: the symbol of each is that of its place in the module.
+        """
         if key not in self._functions:
-            self._functions[key] = self.builder.add_func(make().with_attr("op_pattern", _OPAQUE), name)
+            made = make().with_attr("op_pattern", _OPAQUE).without_attr("global_symbol")
+            self._functions[key] = self.builder.add_func(made, name)
         return self._functions[key]
+
+
+def dimension(size: Dim, symbols: dict[str, Any]) -> Any:
+    """A dimension as an expression of variables, which are put among ``symbols`` by name.
+
+    Raises:
+        BitlowerError: it is no sum, difference, product or whole quotient of names and numbers.
+    """
+    try:
+        return _expression(ast.parse(str(size), mode="eval").body, symbols)
+    except (SyntaxError, KeyError):
+        raise BitlowerError(
+            f"the dimension {size!r} is no expression that a library can compute", hint="export to another backend"
+        ) from None
+
+
+def _expression(tree: ast.expr, symbols: dict[str, Any]) -> Any:
+    match tree:
+        case ast.Constant(value=int(value)):
+            return i64(value)
+        case ast.Name(id=name):
+            return symbols.setdefault(name, tirx.Var(name, "int64"))
+        case ast.BinOp(left=left, op=op, right=right):
+            return _OPERATORS[type(op)](_expression(left, symbols), _expression(right, symbols))
+        case _:
+            raise KeyError(tree)
 
 
 def constant(array: Array) -> Any:

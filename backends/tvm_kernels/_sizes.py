@@ -14,6 +14,7 @@ from bitlower.backends.tvm_kernels._arguments import Argument, weight_arguments
 from bitlower.backends.tvm_kernels._spec import EmbeddingSpec, Layout, LinearSpec
 from bitlower.ir import BitlowerError, Granularity, Grid, Program, Quantizer, QuantSpec
 from bitlower.ir.dataflow import EMBEDDING, LINEAR
+from bitlower.ir.stages import is_encoder_decoder
 
 _FLOAT = 4
 CODE_BYTES = 300_000
@@ -70,5 +71,5 @@ class LibrarySizes:
         return tensor.numel() * width * max(len(kinds), 1)
 
     def overhead(self, program: Program) -> int:
-        """Bytes of machine code."""
-        return CODE_BYTES
+        """Bytes of machine code; an encoder-decoder has two functions."""
+        return CODE_BYTES * (2 if is_encoder_decoder(program) else 1)

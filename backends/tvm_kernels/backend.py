@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from bitlower.backends import _folder
 from bitlower.backends._config import write_config
 from bitlower.backends._manifest import check_artifact, write_manifest
+from bitlower.backends._stages import part_batches, parts_of
 from bitlower.backends.base import Backend
 from bitlower.backends.sizes import weights_only
 from bitlower.backends.tvm_kernels._activations import activations_of, check_range
 from bitlower.backends.tvm_kernels._artifact import ArtifactReport, verify_artifact
-from bitlower.backends.tvm_kernels._library import Library
+from bitlower.backends.tvm_kernels._library import Library, StagedLibrary
 from bitlower.backends.tvm_kernels._sizes import LibrarySizes
 from bitlower.backends.tvm_kernels._spec import HALF, Target
 from bitlower.backends.tvm_kernels._tvm import check_pins, require_tvm
 from bitlower.ir import Batch, BitlowerError, Level, Program, kernels
-from bitlower.ir.stages import is_encoder_decoder
 
 if TYPE_CHECKING:
     from bitlower.backends.tvm_kernels._verification import Verification
@@ -59,7 +59,7 @@ class TvmKernels(Backend):
     """Libraries of low-bit kernels that TVM generates, verified against the Program."""
 
     name: ClassVar[str] = "tvm-kernels"
-    levels: ClassVar[frozenset[Level]] = frozenset({Level.FUSED})
+    levels: ClassVar[frozenset[Level]] = frozenset({Level.FLOAT, Level.FUSED})
     target: TargetName = "host"
     """Whose code: ``llvm`` for any CPU of this architecture, ``llvm-avx512-vnni`` for CPUs with AVX512-VNNI, ``host``,
     the best of them that this processor runs, or ``cuda`` for NVIDIA GPUs."""
@@ -124,14 +124,10 @@ class TvmKernels(Backend):
 
         Raises:
             BitlowerError: TVM is not installed, or one has none: it is named with its module; or the program is an
-                encoder-decoder, or rounds the input of a convolution whose last axis varies.
+                encoder-decoder that cannot be cut in two, or rounds the input of a convolution whose last axis varies.
         """
-        if is_encoder_decoder(program):
-            raise BitlowerError(
-                "a library is one function, and an encoder-decoder runs as two",
-                hint="export it as onnx-qdq or checkpoint",
-            )
         require_tvm()
+        parts_of(program)
         from bitlower.backends.tvm_kernels._relax_aten import check_operator
 
         for node in program.graph.nodes:
@@ -164,7 +160,10 @@ class TvmKernels(Backend):
 
         dtype = activations_of(resolved, self.activations)
         if dtype == HALF:
-            check_range(program, batches[:BATCHES])
+            parts = parts_of(program)
+            by_stage = part_batches(parts, batches[:BATCHES])
+            for stage, part in parts.items():
+                check_range(part, by_stage[stage])
         files = [*write_library(program, folder, resolved, dtype), write_config(program, folder, self.name)]
         files += _folder.write_assets(program, folder, RESERVED)
         if has_device(resolved):
@@ -190,7 +189,7 @@ class TvmKernels(Backend):
         return verify_artifact(folder)
 
     @classmethod
-    def load(cls, folder: Path) -> Library:
+    def load(cls, folder: Path) -> Library | StagedLibrary:
         """The library in ``folder``.
 
         Raises:

@@ -17,6 +17,8 @@ struct int2 { int x, y; };
 struct int4 { int x, y, z, w; };
 struct uint2 { uint x, y; };
 struct uint4 { uint x, y, z, w; };
+struct longlong4 { long long x, y, z, w; };
+struct ulonglong4 { unsigned long long x, y, z, w; };
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }

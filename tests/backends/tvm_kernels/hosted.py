@@ -105,8 +105,9 @@ class HostedLibrary(Hosted):
         from bitlower.backends.tvm_kernels._relax import compile_program
 
         def compile() -> Any:
-            self.library = replace(compile_program(program, target, activations=activations), target=Target.LLVM)
-            return self.library.executable
+            library = compile_program(program, target, activations=activations)
+            self.library = replace(library, code=replace(library.code, target=Target.LLVM))
+            return library.code.executable
 
         super().__init__(compile, build)
 

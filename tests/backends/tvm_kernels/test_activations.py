@@ -85,7 +85,7 @@ def test_a_cache_is_float16_and_other_inputs_and_outputs_keep_their_types() -> N
     assert typed(program, "float32").inputs == program.inputs
     library = compile_program(program, Target.CUDA)
     assert (library.inputs, library.outputs) == (made.inputs, made.outputs)
-    written = _signature(library)["inputs"]
+    written = _signature(library)["functions"]["main"]["inputs"]
     assert {spec["dtype"] for spec in written if spec["name"].startswith("past_key_values")} == {"float16"}
 
 

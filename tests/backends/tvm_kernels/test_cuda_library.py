@@ -37,7 +37,7 @@ needs_nvcc = pytest.mark.skipif(bool(MISSING), reason=f"CUDA libraries are NOT c
 @pytest.mark.parametrize("name", MODELS)
 def test_all_device_functions_of_a_program_compile_without_spills(name: str) -> None:
     model, scheme, instructions = MODELS[name]
-    executable = compile_program(fused(model, scheme, layers=1), Target.CUDA).executable
+    executable = compile_program(fused(model, scheme, layers=1), Target.CUDA).code.executable
     source = str(cuda_library.device_module(executable).inspect_source())
     for architecture in cuda_library.ARCHITECTURES:
         functions = device_functions(source, architecture)
@@ -91,7 +91,7 @@ def test_a_library_without_its_gpu_is_not_loaded(exported: tuple[Path, str]) -> 
 def test_functions_and_weights_stay_what_they_were(exported: tuple[Path, str], tmp_path: Path) -> None:
     """But for its code, what TVM packs is the same; changed twice it is what it was."""
     _, source = exported
-    executable = compile_program(fused("bert", "W8A8", layers=1), Target.CUDA).executable
+    executable = compile_program(fused("bert", "W8A8", layers=1), Target.CUDA).code.executable
     pack = tvm.get_global_func("runtime.ModulePackImportsToTensor")
     blob = bytes(pack(executable.mod).numpy())
     changed = cuda_library.with_code(blob, source.encode(), b"machine code")
@@ -104,7 +104,7 @@ def test_functions_and_weights_stay_what_they_were(exported: tuple[Path, str], t
 def test_without_nvcc_one_message_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cuda_library, "find_tool", lambda name: None)
     cuda_library.compile_source.cache_clear()
-    executable = compile_program(fused("bert", "W8A8", layers=1), Target.CUDA).executable
+    executable = compile_program(fused("bert", "W8A8", layers=1), Target.CUDA).code.executable
     with pytest.raises(BitlowerError, match="compiled by nvcc, which is not installed; install CUDA"):
         cuda_library.export_cuda(executable, tmp_path / "library.so")
     assert not list(tmp_path.iterdir())
@@ -112,7 +112,7 @@ def test_without_nvcc_one_message_says_so(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_graphs_are_made_of_static_shapes() -> None:
     def text(**sizes: int) -> Any:
-        return compile_program(fused("bert", "W8A8", layers=1), Target.CUDA, sizes=sizes).executable.as_text()
+        return compile_program(fused("bert", "W8A8", layers=1), Target.CUDA, sizes=sizes).code.executable.as_text()
 
     assert "cuda_graph.run_or_capture" in text(batch=1, sequence=8)
     assert "cuda_graph" not in text()

@@ -144,8 +144,8 @@ def test_faults_are_found(folder: Path) -> None:
     edit(folder / "library.json", lambda form: form.update(processor="z80"))
     with pytest.raises(BitlowerError, match=r"holds code for z80, and this is .*export for the target `llvm`"):
         load_library(folder)
-    edit(folder / "library.json", lambda form: form.pop("inputs"))
-    with pytest.raises(CheckError, match=r"library\.json in .* is damaged: inputs: field required"):
+    edit(folder / "library.json", lambda form: form["functions"]["main"].pop("inputs"))
+    with pytest.raises(CheckError, match=r"library\.json in .* is damaged: functions\.main\.inputs: field required"):
         load_library(folder)
 
 
@@ -197,7 +197,7 @@ def test_a_small_fault_of_the_deployed_library_alone_is_found(
         def deployed(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
             return {name: value * factor for name, value in program(**batch).items()}
 
-        comparison = _verify.Comparison(program, deployed, trace(program), activations)  # type: ignore[arg-type]
+        comparison = _verify.Comparison(program, deployed, trace(program), activations)
         comparison.run(tokens(2, 6))
         comparison.check()
 

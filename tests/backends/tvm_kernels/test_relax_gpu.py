@@ -18,8 +18,11 @@ from tvm import te
 from bitlower.backends.tvm_kernels import Library, Target
 from bitlower.backends.tvm_kernels._gpu_schedule import gpu_target, launches, schedule
 from bitlower.backends.tvm_kernels._launches import Launch, launches_of
+from bitlower.backends.tvm_kernels._library import Code
 from bitlower.backends.tvm_kernels._trace import KernelComparison, trace
 from bitlower.ir import BitlowerError, CheckError
+from bitlower.ir.observe import run
+from bitlower.passes import Context, PassManager, parse_pipeline
 
 _HELPERS = runpy.run_path(str(Path(__file__).with_name("programs.py")))
 TOLERANCE, fused, tokens, worst, next_step = (
@@ -87,6 +90,21 @@ def test_a_decoder_in_cuda_with_float16_between_kernels(fibers: Any, model: str)
             assert (found[name] - value).abs().max() < HALF * value.std()
 
 
+def test_an_encoder_decoder_in_cuda_with_float16_between_kernels(fibers: Any, seq2seq: Any) -> None:
+    """Two functions, of which the second reads keys and values of the first in float32, and its own in float16."""
+    passes = parse_pipeline("clean,quantize{scheme=W4A16-g16},rtn,lower-integer,fuse")
+    program = PassManager(passes).run(seq2seq.traced("t5"), Context())
+    library = fibers.library(program)
+    [batch] = seq2seq.batches("t5", 1, padded=False)
+    expected = run(program, batch)
+    found = library(**{name: value for name, value in batch.items() if name != "decoder_attention_mask"})
+    assert families(library.launches)["attention"] == 3 * LAYERS
+    for name, value in expected.items():
+        own = ".decoder." in name
+        assert found[name].dtype == (torch.float16 if own else torch.float32)
+        assert (found[name] - value).abs().max() < HALF * value.std()
+
+
 @pytest.mark.parametrize(
     ("model", "scheme", "layer"), [("bert", "W8A8", 7), ("bert", "W8A8-token", 9), ("llama", "W4A16-g16", 11)]
 )
@@ -121,6 +139,6 @@ def test_a_function_without_a_schedule_is_refused() -> None:
 def test_a_library_does_not_run_without_its_device(target: Target) -> None:
     if (tvm.cuda() if target is Target.CUDA else tvm.opencl()).exist:
         pytest.skip("there is such a device")
-    library = Library(None, fused("bert", "W8A8"), target)
+    library = Library(Code(None, target), fused("bert", "W8A8"))
     with pytest.raises(BitlowerError, match=f"code for {target}, and TVM finds no such device here"):
         library(**tokens(library.program, 1, 4))

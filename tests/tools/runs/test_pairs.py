@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import bitlower
 from bitlower import quantize
 from bitlower.ir import BitlowerError
+from bitlower.ir.generation import program_stages, write_targets
+from bitlower.tools.cli import main
+from bitlower.tools.planning.plan import plan_recipe
 from bitlower.tools.recipes.recipe import load_recipe
-from bitlower.tools.runs.flow import recipe_job
+from bitlower.tools.runs.flow import RunOptions, recipe_job, run_job
 
 TEXT = "the a cat dog bird river sings runs sleeps falls near under old small quick and never"
 
@@ -77,9 +81,23 @@ def test_a_column_that_is_missing_is_named_before_the_model_is_loaded(data: Path
         quantize(folder, scheme="W8A8", calibration=f"{data}:source,summary")
 
 
-def test_libraries_refuse_them_before_they_calibrate(folder: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(BitlowerError, match="an encoder-decoder runs as two; export it as onnx-qdq or checkpoint"):
-        quantize(
-            folder, scheme="W8A8", calibration=f"{data}:source,target", formats=["tvm-kernels"],
-            output=tmp_path / "artifact",
-        )  # fmt: skip
+def test_a_recipe_ends_in_a_library(folder: Path, data: Path, tmp_path: Path, seq2seq: Any) -> None:
+    """It is what the plan says, is verified, and writes what the Program does."""
+    pytest.importorskip("tvm", reason="the extra tvm is not installed")
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "artifact"
+    recipe.write_text(
+        f"model: {{path: {folder}}}\n"
+        "calibration: {data: pairs.tsv, column: [source, target], samples: 8}\n"
+        "passes: [clean, {quantize: {scheme: W8A8-token}}, calibrate, lower-integer, fuse]\n"
+        "export: [tvm-kernels]\n"
+    )
+    planned = plan_recipe(load_recipe(recipe))
+    program, summary = run_job(recipe_job(load_recipe(recipe)), output, RunOptions(cache=None))
+    assert main(["verify", str(output)]) == 0
+    assert 0.5 < summary.files["library.so"] / planned.file_bytes < 2  # mostly code, which is foretold roughly
+    library = bitlower.load(output)
+    read = seq2seq.source("bart", rows=3)
+    options = {"start": torch.full((3, 1), 2), "stops": (), "max_new_tokens": 6, "no_repeat_ngram_size": 2}
+    for beams in (1, 3):
+        expected = write_targets(program, *program_stages(program), read, **options, num_beams=beams)
+        assert torch.equal(library.generate(**read, **options, num_beams=beams), expected)
