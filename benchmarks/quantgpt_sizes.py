@@ -2,9 +2,10 @@
 
     python benchmarks/quantgpt_sizes.py [--models "BART base"]
 
-The weights are random: sizes do not depend on them. An encoder-decoder is two files beside what they share. ``counted`` is the paper's way (Tao et al. 2022, table 1): codes of
-linears and of the token table, four bytes for every parameter else, no scales. ``planned`` is what ``bitlower plan``
-foresees for the model's files, ``file`` is their size. 2-bit linears need opset 25.
+The weights are random: sizes do not depend on them. An encoder-decoder is two files beside what they share.
+``counted`` is the paper's way (Tao et al. 2022, table 1): codes of linears and of the token table, four bytes for every
+parameter else, no scales. ``planned`` is what ``bitlower plan`` foresees for the model's files, ``file`` is their size.
+2-bit linears need opset 25.
 """
 
 from __future__ import annotations
