@@ -182,7 +182,7 @@ def _check_readers(program: Program) -> None:
         layer = quantizer.tensor.removesuffix(".weight")
         above = layer.rpartition(".")[0]
         if quantizer.role == "linear-weight" and above and above in readers(node):
-            pattern = f"*.{above.rpartition('.')[2]}"
+            pattern = f'"re:.*[.]{above.rpartition(".")[2]}"'  # the module alone, and not the linears below it
             raise BitlowerError(
                 f"{layer} is multiplied with by {above}, past its own layer: no client reads it in few bits there",
                 hint=f"leave it in float, quantize{{ignore=[{pattern}]}}, or export with the backend `onnx-qdq`",

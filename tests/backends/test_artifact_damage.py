@@ -286,7 +286,7 @@ def kinds() -> dict[str, Any]:
         "library": library.Verification(
             {"target": "llvm"}, 1, 8, (error,), (kernel,), 0.0, selftest(), Unseen("", selftest())
         ),
-        "signature": _files.Signature(_files.Target.LLVM, "", "other", (value,), (value,)),
+        "signature": _files.Signature(_files.Target.LLVM, "", "other", {"main": _files.Function((value,), (value,))}),
     }
 
 
