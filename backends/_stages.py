@@ -26,13 +26,17 @@ _WRITTEN = 4096
 """Entries of an input of floats up to which it is written down in a self-test."""
 
 
-def parts_of(program: Program) -> dict[str, Program]:
+def parts_of(program: Program, *, states: bool = False) -> dict[str, Program]:
     """What an artifact of ``program`` is made of, by stage: itself as :data:`WHOLE`, or the encoder and the decoder.
+
+    Args:
+        program: what is exported.
+        states: whether an encoder also returns what cross-attention reads.
 
     Raises:
         BitlowerError: it is an encoder-decoder that cannot be cut in two.
     """
-    return split_stages(program) if is_encoder_decoder(program) else {WHOLE: program}
+    return split_stages(program, states=states) if is_encoder_decoder(program) else {WHOLE: program}
 
 
 def part_batches(parts: Mapping[str, Program], batches: Iterable[Batch]) -> dict[str, Iterator[Batch]]:

@@ -11,7 +11,7 @@ import torch
 from bitlower.ir import Program, ValueSpec
 from bitlower.ir.decoder_step import Step, decoder_step
 from bitlower.ir.generation import Decode, continue_prompts, write_targets
-from bitlower.ir.stages import decoder_batch, encoder_batch
+from bitlower.ir.stages import crossing, decoder_batch, encoder_batch
 
 if TYPE_CHECKING:
     from transformers.generation import BaseStreamer
@@ -97,7 +97,7 @@ class StagedModel(RuntimeModel):
         """
         batch = self.program.complete(inputs)
         cross = self.encode(**encoder_batch(batch))
-        return self.decode(**decoder_batch(batch, cross)) | cross
+        return self.decode(**decoder_batch(batch, cross)) | crossing(cross)
 
     @abc.abstractmethod
     def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:

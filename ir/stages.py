@@ -9,24 +9,28 @@ beside its own. Names are those of the ONNX ecosystem (``past_key_values.0.decod
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import fx
 
+from bitlower.ir.dataflow import ancestors
 from bitlower.ir.diagnostics import BitlowerError, describe
 from bitlower.ir.fit import ValueSpec
 from bitlower.ir.operators import argument, graph_results, operand
 from bitlower.ir.program import Program
 from bitlower.ir.tensors import UncompiledModule
-from bitlower.ir.tokens import MASK, PAST_NAME, PRESENT_NAME, SOURCE_MASK, TARGET, TARGET_MASK, TOKENS
+from bitlower.ir.tokens import BATCH, MASK, PAST_NAME, PRESENT_NAME, SOURCE_MASK, TARGET, TARGET_MASK, TOKENS
+from bitlower.ir.types import TensorType
 
 T = TypeVar("T")
 ENCODER, DECODER = "encoder", "decoder"
 OWN, CROSS = "decoder.", "encoder."
 """In the names of keys and values: whose they are."""
+STATES = "encoder_hidden_states"
+"""What every cross-attention reads, ``[batch, positions, width]``: an output of the encoder where it is asked for."""
 aten = torch.ops.aten
 _RENAMED = {TARGET: TOKENS, MASK: SOURCE_MASK}
 """Inputs of the decoder, where its graph stands alone."""
@@ -53,9 +57,14 @@ def encoder_batch(batch: Mapping[str, T]) -> dict[str, T]:
 
 
 def decoder_batch(batch: Mapping[str, T], cross: Mapping[str, T]) -> dict[str, T]:
-    """What the decoder takes of a batch of the whole, and of ``cross``, which are the outputs of the encoder for it."""
+    """What the decoder takes of a batch of the whole, and of ``cross``, the outputs of the encoder for it."""
     own = {_RENAMED.get(name, name): value for name, value in batch.items() if _is_read_by_decoder(name)}
-    return own | {_entering(name): value for name, value in cross.items()}
+    return own | {_entering(name): value for name, value in cross.items() if name != STATES}
+
+
+def crossing(outputs: Mapping[str, T]) -> dict[str, T]:
+    """What an encoder returned that is an output of the whole: keys and values of cross-attention."""
+    return {name: value for name, value in outputs.items() if is_cross(name)}
 
 
 def next_past(outputs: Mapping[str, T]) -> dict[str, T]:
@@ -74,23 +83,31 @@ def whole_inputs(encoder: Iterable[ValueSpec], decoder: Iterable[ValueSpec]) -> 
     return tuple(whole.values())
 
 
-def split_stages(program: Program) -> dict[str, Program]:
+def split_stages(program: Program, *, states: bool = False) -> dict[str, Program]:
     """The ``encoder`` and the ``decoder`` of an encoder-decoder; tensors are shared with ``program``.
 
     The encoder takes the source and returns ``present.N.encoder.key`` and ``.value``. The decoder takes ``input_ids``
     (of the target), ``encoder_attention_mask`` where the source has a mask, ``past_key_values.N.decoder.key`` …, which
     are its own, and ``past_key_values.N.encoder.key`` …; it returns ``logits`` and its own keys and values.
 
+    Args:
+        program: whole.
+        states: whether the encoder returns :data:`STATES` too: as cross-attention reads them, in few bits and in the
+            order of channels that passes left.
+
     Raises:
         BitlowerError: it is none, or its decoder reads more of the source than keys, values and the mask.
     """
     if not is_encoder_decoder(program):
         raise BitlowerError(f"{program.source or 'the model'} is no encoder with a decoder")
-    return {ENCODER: _encoder(program), DECODER: _decoder(program)}
+    return {ENCODER: _encoder(program, states), DECODER: _decoder(program)}
 
 
-def _encoder(program: Program) -> Program:
+def _encoder(program: Program, states: bool) -> Program:
     results = {spec: node for spec, node in _results(program) if is_cross(spec.name)}
+    if states:
+        node = _states(program.graph, list(results.values()))
+        results[ValueSpec(STATES, node.meta["type"])] = node
     inputs = {_placeholder(program, spec): spec for spec in program.inputs if not _is_of_target(spec.name)}
     return _Stage(program, inputs).program(results)
 
@@ -107,6 +124,24 @@ def _decoder(program: Program) -> Program:
     stage = _Stage(program, inputs | crossing)
     stage.let_all_count(_placeholder(program, named[TARGET_MASK]))
     return stage.program(results)
+
+
+def _states(graph: fx.Graph, cross: Sequence[fx.Node]) -> fx.Node:
+    """The last value of rows of channels that all keys and values of cross-attention come from."""
+    common = set[fx.Node].intersection(*(ancestors(graph, [node]) for node in cross))
+    rows: list[fx.Node] = [node for node in graph.nodes if node in common and _is_rows(node.meta.get("type"))]
+    return rows[-1]
+
+
+def _is_rows(kind: object) -> bool:
+    """Whether a type is that of floats ``[batch, positions, width]``, and no scale of a position."""
+    return (
+        isinstance(kind, TensorType)
+        and kind.is_float
+        and kind.rank == 3
+        and kind.shape[0] == BATCH
+        and kind.shape[2] != 1
+    )
 
 
 def _results(program: Program) -> list[tuple[ValueSpec, fx.Node]]:

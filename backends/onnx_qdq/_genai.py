@@ -1,4 +1,4 @@
-"""``genai_config.json``: what onnxruntime-genai must know to generate text with a decoder."""
+"""``genai_config.json``: what onnxruntime-genai must know to generate text with a decoder, or from speech."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from bitlower.backends._json import write_json
-from bitlower.backends.onnx_qdq._folder import GENAI, MODEL
+from bitlower.backends.onnx_qdq._folder import GENAI, MODEL, model_file
 from bitlower.backends.onnx_qdq._genai_search import generation
 from bitlower.ir import Program
 from bitlower.ir.decoder_step import has_cache
-from bitlower.ir.stages import is_encoder_decoder
-from bitlower.ir.tokens import PAST, is_past
+from bitlower.ir.stages import CROSS, DECODER, ENCODER, OWN, STATES, is_encoder_decoder
+from bitlower.ir.tasks import SPEECH_RECOGNITION
+from bitlower.ir.tokens import PAST, PAST_NAME, PRESENT_NAME, is_past
 
 TYPE = "decoder"
 """onnxruntime-genai's name for any decoder with a cache of keys and values, whatever its family."""
+SPEECH_TYPE = "whisper"
+"""Its name for an encoder of sound with a decoder: the one kind of encoder-decoder that it runs."""
 ENDLESS = 2048
 """The tokens that a model without a limit of its own is said to take: the runtime asks for a number."""
-_KEY, _VALUE = "past_key_values.%d.key", "past_key_values.%d.value"
+_FEATURES, _HEADS = "input_features", "num_key_value_heads"
 
 
 def write_genai_config(
@@ -26,14 +29,16 @@ def write_genai_config(
 ) -> tuple[list[str], tuple[str, ...]]:
     """Write the file into ``folder`` for a decoder with logits and a cache; its name, and notes on what it cannot say.
 
-    A decoder with other states than keys and values gets none: the format has no names for them.
+    Of encoder-decoders, those that read speech get one (:func:`writes_speech`). A decoder with other states than keys
+    and values gets none: the format has no names for them.
 
     Args:
         program: what was exported.
         folder: the artifact's.
         session_config: session configuration entries that the model is meant to run with.
     """
-    if not has_cache(program) or is_encoder_decoder(program) or "logits" not in {spec.name for spec in program.outputs}:
+    described = writes_speech(program) or not is_encoder_decoder(program)
+    if not has_cache(program) or not described or "logits" not in {spec.name for spec in program.outputs}:
         return [], ()
     states = [spec.name for spec in program.inputs if is_past(spec) and PAST not in spec.type.shape]
     if states:
@@ -41,38 +46,70 @@ def write_genai_config(
     shapes = {spec.name: spec.type.shape for spec in (*program.inputs, *program.outputs)}
     entries = shapes["logits"][-1]
     said = generation(program, int(entries), _context_length(program))
-    model = {**_model(program, shapes, session_config), "vocab_size": entries, **said.tokens}
+    kind, sides = (SPEECH_TYPE, _speech_sides) if writes_speech(program) else (TYPE, _decoder)
+    model = {"type": kind, "context_length": _context_length(program), **sides(program, shapes, session_config)}
+    model |= {"vocab_size": entries, **said.tokens}
     write_json(folder / GENAI, {"model": model, "search": said.search})
     return [GENAI], said.notes
 
 
-def _model(
+def writes_speech(program: Program) -> bool:
+    """Whether onnxruntime-genai runs this encoder-decoder, which takes that the encoder returns its states too."""
+    features = any(spec.name == _FEATURES for spec in program.inputs)
+    return is_encoder_decoder(program) and program.task == SPEECH_RECOGNITION and features
+
+
+def _decoder(
     program: Program, shapes: Mapping[str, tuple[Any, ...]], session_config: Mapping[str, str]
 ) -> dict[str, Any]:
     inputs: dict[str, Any] = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in shapes}
-    _, heads, _, width = shapes[_KEY % 0]
     config = program.config
-    options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": [], **session_config}
-    decoder: dict[str, Any] = {
-        "filename": MODEL,
-        "session_options": options,
-        "head_size": width,
+    decoder = {
+        **_side(MODEL, shapes, "", session_config),
         "hidden_size": config.get("hidden_size") or config.get("n_embd") or 0,
-        "num_attention_heads": config.get("num_attention_heads") or config.get("n_head") or heads,
-        "num_hidden_layers": sum(name.startswith("past_key_values.") for name in shapes) // 2,
-        "num_key_value_heads": heads,
-        "inputs": {**inputs, "past_key_names": _KEY, "past_value_names": _VALUE},
-        "outputs": {
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
-        },
+        "inputs": inputs | _names("past", PAST_NAME),
+        "outputs": {"logits": "logits"} | _names("present", PRESENT_NAME),
     }
+    decoder["num_attention_heads"] = config.get("num_attention_heads") or config.get("n_head") or decoder[_HEADS]
+    return {"decoder": decoder}
+
+
+def _speech_sides(
+    program: Program, shapes: Mapping[str, tuple[Any, ...]], session_config: Mapping[str, str]
+) -> dict[str, Any]:
+    """Both sides: features of sound go in at the encoder, and its keys and values at the decoder."""
+    encoder, decoder = (
+        _side(model_file(stage), shapes, prefix, session_config) for stage, prefix in ((ENCODER, CROSS), (DECODER, OWN))
+    )
+    encoder["inputs"] = {"audio_features": _FEATURES}
+    encoder["outputs"] = {STATES: STATES} | _names("cross_present", PRESENT_NAME, CROSS)
+    decoder["inputs"] = (
+        {"input_ids": "input_ids"} | _names("past", PAST_NAME, OWN) | _names("cross_past", PAST_NAME, CROSS)
+    )
+    decoder["outputs"] = {"logits": "logits"} | _names("present", PRESENT_NAME, OWN)
+    return {"encoder": encoder, "decoder": decoder}
+
+
+def _side(
+    file: str, shapes: Mapping[str, tuple[Any, ...]], prefix: str, session_config: Mapping[str, str]
+) -> dict[str, Any]:
+    """A file, and the sizes of the keys that it returns under names with ``prefix``; as wide as its heads together."""
+    keys = [shape for name, shape in shapes.items() if name.startswith(PRESENT_NAME) and name.endswith(f"{prefix}key")]
+    _, heads, _, width = keys[0]
     return {
-        "type": TYPE,
-        "context_length": _context_length(program),
-        "decoder": decoder,
+        "filename": file,
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **session_config},
+        "head_size": width,
+        "hidden_size": heads * width,
+        "num_attention_heads": heads,
+        "num_hidden_layers": len(keys),
+        _HEADS: heads,
     }
+
+
+def _names(what: str, first: str, prefix: str = "") -> dict[str, str]:
+    """How keys and values are called: ``past_key_names`` and the like."""
+    return {f"{what}_{part}_names": f"{first}%d.{prefix}{part}" for part in ("key", "value")}
 
 
 def _context_length(program: Program) -> int:

@@ -14,7 +14,7 @@ from bitlower.backends._folder import shell
 from bitlower.backends.onnx_qdq._folder import MODEL, model_file, stages_in
 from bitlower.backends.running import GraphModel, StagedModel
 from bitlower.ir import Batch, BitlowerError, Program, TensorType, ValueSpec
-from bitlower.ir.stages import DECODER, ENCODER, whole_inputs
+from bitlower.ir.stages import DECODER, ENCODER, is_cross, whole_inputs
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, NodeArg
@@ -91,7 +91,10 @@ class OnnxEncoderDecoder(StagedModel):
         sessions = [_session(folder / model_file(stage)) for stage in (ENCODER, DECODER)]
         encoder, decoder = sessions
         first, second = (_shell(folder, _specs(s.get_inputs()), _specs(s.get_outputs())) for s in sessions)
-        inputs, outputs = whole_inputs(first.inputs, second.inputs), (*second.outputs, *first.outputs)
+        inputs, outputs = (
+            whole_inputs(first.inputs, second.inputs),
+            (*second.outputs, *(spec for spec in first.outputs if is_cross(spec.name))),
+        )
         return cls(encoder, decoder, _shell(folder, inputs, outputs), (first, second))
 
     def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from bitlower.backends.onnx_qdq._session import Session
 from bitlower.backends.onnx_qdq._verification import Verification
 from bitlower.backends.onnx_qdq._verify import OUTPUT_COSINE
 from bitlower.ir import Batch, Program
-from bitlower.ir.stages import DECODER, ENCODER, decoder_batch, encoder_batch
+from bitlower.ir.stages import DECODER, ENCODER, crossing, decoder_batch, encoder_batch
 
 
 def join_stages(
@@ -58,11 +58,11 @@ class StageSessions:
         self._encoder, self._decoder = encoder, decoder
 
     def run(self, batch: Batch) -> dict[str, Array]:
-        """All outputs.
+        """All outputs of the whole.
 
         Raises:
             CheckError: an input is missing, or a kernel fails.
         """
         cross = self._encoder.run(encoder_batch(batch))
         known = {name: torch.from_numpy(value) for name, value in cross.items()}
-        return self._decoder.run(decoder_batch(batch, known)) | cross
+        return self._decoder.run(decoder_batch(batch, known)) | crossing(cross)

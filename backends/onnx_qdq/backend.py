@@ -17,7 +17,7 @@ from bitlower.backends._folder import sizes
 from bitlower.backends._stages import WHOLE, part_batches, parts_of
 from bitlower.backends.base import Backend
 from bitlower.backends.onnx_qdq._folder import model_file, share_tensors, write_assets, write_model
-from bitlower.backends.onnx_qdq._genai import write_genai_config
+from bitlower.backends.onnx_qdq._genai import write_genai_config, writes_speech
 from bitlower.backends.onnx_qdq._kernels import LEVEL_ENTRY
 from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS, ROUNDS_ACTIVATIONS
 from bitlower.backends.onnx_qdq._lower import lower
@@ -118,7 +118,7 @@ class OnnxQdq(Backend):
         self.check_level(program.level)
         if set(program.graphs) != {"model"}:
             raise BitlowerError(f"this backend exports one graph, the program has {', '.join(program.graphs)}")
-        parts = parts_of(program)
+        parts = parts_of(program, states=writes_speech(program))
         files, counts, log = options.write_parts(parts, folder)
         files.append(write_config(program, folder, "onnx"))
         program.release()
