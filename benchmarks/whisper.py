@@ -63,7 +63,7 @@ def speak(texts: list[str], folder: Path) -> list[Path]:
 
 
 def build(model: Path, data: Path, count: int, cases: list[str], root: Path) -> list[dict[str, Any]]:
-    """Write the artifact of each case below ``root``; its word error rate, size and seconds."""
+    """Write the artifact of each case below ``root``; its word error rate and size."""
     from bitlower import Context, PassManager, parse_pipeline
     from bitlower.backends import onnx_qdq
     from bitlower.frontends import load
@@ -80,19 +80,17 @@ def build(model: Path, data: Path, count: int, cases: list[str], root: Path) -> 
     np.savez(root / "features.npz", *(features(program, file) for file in files), seconds=sum(map(seconds, files)))
     results = []
     for case in cases:
-        start = time.perf_counter()
         made = PassManager(parse_pipeline(f"clean,{CASES[case]}".rstrip(","))).run(program, Context(batches))
         folder = root / case
         folder.mkdir()
         onnx_qdq.export(made, folder, batches=batches[:1], form="onnxruntime")
-        spent = time.perf_counter() - start
         del made
         metrics = evaluate_targets(
             folder, "speech-recognition", table, columns=("path", "text"), max_length=NEW
         ).metrics
         size = sum(file.stat().st_size for file in folder.glob("*.onnx*"))
         errors = {name: round(metrics[name], 2) for name in ("wer", "cer")}
-        results.append({"case": case, "sentences": count, **errors, "mb": round(size / 1e6, 1), "s": round(spent)})
+        results.append({"case": case, "sentences": count, **errors, "mb": round(size / 1e6, 1)})
         print(json.dumps(results[-1]), flush=True)
     return results
 
@@ -197,7 +195,7 @@ def main() -> None:
     fresh = {row["case"] for row in rows}
     rows = [*(row for row in before["rows"] if row["case"] not in fresh), *rows]
     write_result("whisper", COMMAND, {"rows": rows, "speed": timed or before["speed"]})
-    show_table(("case", "WER", "CER", "MB", "s"), [[r["case"], r["wer"], r["cer"], r["mb"], r["s"]] for r in rows])
+    show_table(("case", "WER", "CER", "MB"), [[r["case"], r["wer"], r["cer"], r["mb"]] for r in rows])
     show_table(("side", "sound a second", "x float"), [list(row.values()) for row in timed])
 
 
