@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,30 @@ def write_result(name: str, command: str, result: Mapping[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     document = {"command": command, "machine": machine(), **result}
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+def measured(
+    name: str,
+    command: str,
+    cases: Iterable[dict[str, Any]],
+    measure: Callable[[dict[str, Any]], dict[str, Any]],
+    *,
+    fresh: bool,
+) -> list[dict[str, Any]]:
+    """The row of each case, from ``results/<name>.json`` or measured and written there at once; others are kept."""
+    path = RESULTS / f"{name}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
+    shown = []
+    for case in cases:
+        row = next((row for row in rows if case.items() <= row.items()), None)
+        if row is None or fresh:
+            rows = [row for row in rows if not case.items() <= row.items()]
+            row = measure(case)
+            rows.append(row)
+            write_result(name, command, {"rows": rows})
+            print(row, flush=True)
+        shown.append(row)
+    return shown
 
 
 def show_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

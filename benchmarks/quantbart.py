@@ -15,18 +15,15 @@ those that are there are kept, unless ``--fresh``.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _common import RESULTS, data_folder, show_table, write_result
-from quantgpt import METHODS
+from _common import data_folder, measured, show_table
+from quantgpt import METHODS, learn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BartConfig,
@@ -37,8 +34,6 @@ from transformers import (
 
 from bitlower import Context, PassManager, Program, load, parse_pipeline
 from bitlower.frontends import batches
-from bitlower.passes import make_pass
-from bitlower.passes.training._report import TrainReport
 from bitlower.tools.data.texts import read_text
 from bitlower.tools.evaluation.targets import evaluate_targets
 
@@ -152,15 +147,9 @@ def measure(
         for sources, targets in (held_out, learned)
     ]
     context = Context(made[1][: CALIBRATION // rows], training=made[1], held_out=made[0], seed=seed)
-    passes = parse_pipeline(f"quantize{{scheme={case['scheme']}}},calibrate{{weights=mse-golden}}")
-    placed = PassManager(passes, verify=False).run(program, context)
-    options = {"preset": "quantgpt", "steps": arguments.steps, "evaluate-every": max(1, arguments.steps // 10)}
-    start = time.perf_counter()
-    trained = PassManager([make_pass("qat", {**options, **METHODS[case["method"]]})], verify=False).run(placed, context)
-    seconds, report = time.perf_counter() - start, context[TrainReport]
+    placed, trained, trained_in = learn(program, context, case)
     scores = {f"rouge_{name}": score(one, table) for name, one in (("first", placed), ("after", trained))}
-    curve = [round(point.held_out or math.nan, 5) for point in report.curve]
-    return case | scores | {"best_step": report.best_step, "seconds": round(seconds), "curve": curve}
+    return case | scores | trained_in
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -188,8 +177,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    path = RESULTS / "quantbart.json"
-    stored: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     texts = {name: read_text(data_folder(arguments.data) / "wikitext-2" / f"{name}.txt") for name in ("valid", "test")}
     text = texts["valid"][: int(0.95 * len(texts["valid"]))]
     with tempfile.TemporaryDirectory() as scratch:
@@ -204,16 +191,11 @@ def main() -> None:
         program = PassManager(parse_pipeline("clean"), verify=False).run(load(folder), Context())
         float_score = score(program, table)
         print(f"float: ROUGE-L {float_score}", flush=True)
-        shown = []
-        for case in cases(arguments):
-            row = next((row for row in stored["rows"] if case.items() <= row.items()), None)
-            if row is None or arguments.fresh:
-                stored["rows"] = [row for row in stored["rows"] if not case.items() <= row.items()]
-                row = {**measure(program, table, passages(text), case, arguments), "rouge_float": float_score}
-                stored["rows"].append(row)
-                write_result("quantbart", COMMAND, {"rows": stored["rows"]})
-                print(row, flush=True)
-            shown.append(row)
+
+        def row(case: dict[str, Any]) -> dict[str, Any]:
+            return measure(program, table, passages(text), case, arguments) | {"rouge_float": float_score}
+
+        shown = measured("quantbart", COMMAND, cases(arguments), row, fresh=arguments.fresh)
     columns = ("scheme", "method", "seed", "rouge_float", "rouge_first", "rouge_after", "seconds")
     show_table(columns, [[row[key] for key in columns] for row in shown])
 

@@ -14,7 +14,6 @@ unless ``--fresh``.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import tempfile
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import RESULTS, data_folder, show_table, write_result
+from _common import data_folder, measured, show_table
 from _decoders import divergence
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
@@ -103,6 +102,18 @@ def make_gpt2(folder: Path, text: str) -> None:
     model.eval().save_pretrained(folder)
 
 
+def learn(program: Program, context: Context, case: dict[str, Any]) -> tuple[Program, Program, dict[str, Any]]:
+    """``program`` calibrated in the scheme of ``case``, the same after ``qat``, and what that took, for a row."""
+    passes = parse_pipeline(f"quantize{{scheme={case['scheme']}}},calibrate{{weights=mse-golden}}")
+    placed = PassManager(passes, verify=False).run(program, context)
+    options = {"preset": "quantgpt", "steps": case["steps"], "evaluate-every": max(1, case["steps"] // 10)}
+    start = time.perf_counter()
+    learned = PassManager([make_pass("qat", {**options, **METHODS[case["method"]]})], verify=False).run(placed, context)
+    seconds, report = time.perf_counter() - start, context[TrainReport]
+    curve = [round(point.held_out or math.nan, 5) for point in report.curve]
+    return placed, learned, {"best_step": report.best_step, "seconds": round(seconds), "curve": curve}
+
+
 def measure(
     program: Program, tokens: dict[str, torch.Tensor], case: dict[str, Any], arguments: argparse.Namespace
 ) -> dict[str, Any]:
@@ -116,18 +127,12 @@ def measure(
         windows(program, trained[:CALIBRATION]), training=windows(program, trained, batch_size=arguments.rows),
         held_out=windows(program, held_out), seed=seed,
     )  # fmt: skip
-    passes = parse_pipeline(f"quantize{{scheme={case['scheme']}}},calibrate{{weights=mse-golden}}")
-    placed = PassManager(passes, verify=False).run(program, context)
-    options = {"preset": "quantgpt", "steps": arguments.steps, "evaluate-every": max(1, arguments.steps // 10)}
-    start = time.perf_counter()
-    learned = PassManager([make_pass("qat", {**options, **METHODS[case["method"]]})], verify=False).run(placed, context)
-    seconds, report = time.perf_counter() - start, context[TrainReport]
+    placed, learned, trained_in = learn(program, context, case)
     found = {}
     for name, made in (("first", placed), ("after", learned)):
         found[f"ppl_{name}"] = round(perplexity(made, tokens["test"], window=size, windows=JUDGED).perplexity, 2)
         found[f"kl_{name}"] = round(divergence(made, program, tokens["test"][: JUDGED * size].reshape(-1, size)), 4)
-    curve = [round(point.held_out or math.nan, 5) for point in report.curve]
-    return case | found | {"best_step": report.best_step, "seconds": round(seconds), "curve": curve}
+    return case | found | trained_in
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -158,8 +163,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    path = RESULTS / "quantgpt.json"
-    stored: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     texts = {name: read_text(data_folder(arguments.data) / "wikitext-2" / f"{name}.txt") for name in ("valid", "test")}
     kept = texts["valid"][: int(0.95 * len(texts["valid"]))]
     with tempfile.TemporaryDirectory() as scratch:
@@ -171,16 +174,11 @@ def main() -> None:
         tokens = {"learned": token_ids(program, kept), "test": token_ids(program, texts["test"])}
         floats = perplexity(program, tokens["test"], window=arguments.length, windows=JUDGED).perplexity
         print(f"float: perplexity {floats:.3f}", flush=True)
-        shown = []
-        for case in cases(arguments):
-            row = next((row for row in stored["rows"] if case.items() <= row.items()), None)
-            if row is None or arguments.fresh:
-                stored["rows"] = [row for row in stored["rows"] if not case.items() <= row.items()]
-                row = {**measure(program, tokens, case, arguments), "ppl_float": round(floats, 2)}
-                stored["rows"].append(row)
-                write_result("quantgpt", COMMAND, {"rows": stored["rows"]})
-                print(row, flush=True)
-            shown.append(row)
+
+        def row(case: dict[str, Any]) -> dict[str, Any]:
+            return measure(program, tokens, case, arguments) | {"ppl_float": round(floats, 2)}
+
+        shown = measured("quantgpt", COMMAND, cases(arguments), row, fresh=arguments.fresh)
     columns = ("model", "scheme", "method", "seed", "ppl_float", "ppl_first", "ppl_after", "kl_after", "seconds")
     show_table(columns, [[row[key] for key in columns] for row in shown])
 

@@ -90,7 +90,8 @@ def build(model: Path, data: Path, count: int, cases: list[str], root: Path) -> 
         ).metrics
         size = sum(file.stat().st_size for file in folder.glob("*.onnx*"))
         errors = {name: round(metrics[name], 2) for name in ("wer", "cer")}
-        results.append({"case": case, "sentences": count, **errors, "mb": round(size / 1e6, 1)})
+        words = sum(len(text.split()) for text in said)
+        results.append({"case": case, "sentences": count, "words": words, **errors, "mb": round(size / 1e6, 1)})
         print(json.dumps(results[-1]), flush=True)
     return results
 

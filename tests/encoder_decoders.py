@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 import transformers
+from torch import fx
 from transformers import PreTrainedModel
 
 from bitlower.frontends import load
 from bitlower.ir import Program
+from bitlower.ir.operators import graph_results, set_graph_results
 
 _TEXT = "the a cat dog bird river sings runs sleeps falls near under old small quick and never"
 ENTRIES = 32
@@ -80,6 +82,21 @@ def target(rows: int = 2, length: int = 5, seed: int = 0, *, padded: bool = Fals
 def batches(kind: str, count: int = 3, *, padded: bool = True) -> list[dict[str, torch.Tensor]]:
     """Batches of different lengths."""
     return [{**source(kind, length=6 + n, seed=n), **target(length=4 + n, seed=n, padded=padded)} for n in range(count)]
+
+
+def reading_source() -> Program:
+    """A BART whose decoder adds the mean of the source's embeddings to its logits: it cannot be cut in two."""
+    program = traced("bart").clone()
+    results = list(graph_results(program.graph))
+    first = next(node for node in program.graph.nodes if node.target is torch.ops.aten.embedding.default)
+    with program.graph.inserting_after(results[0]):
+        mean: fx.Node = program.graph.call_function(torch.ops.aten.mean.default, (first,))
+    with program.graph.inserting_after(mean):
+        logits = program.graph.call_function(torch.ops.aten.add.Tensor, (results[0], mean))
+    logits.meta = dict(results[0].meta)
+    mean.meta = {"type": results[0].meta["type"]}
+    set_graph_results(program.graph, [logits, *results[1:]])
+    return program
 
 
 def save(kind: str, folder: Path) -> Path:

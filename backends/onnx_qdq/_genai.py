@@ -21,7 +21,7 @@ SPEECH_TYPE = "whisper"
 """Its name for an encoder of sound with a decoder: the one kind of encoder-decoder that it runs."""
 ENDLESS = 2048
 """The tokens that a model without a limit of its own is said to take: the runtime asks for a number."""
-_FEATURES, _HEADS = "input_features", "num_key_value_heads"
+_FEATURES = "input_features"
 
 
 def write_genai_config(
@@ -70,7 +70,9 @@ def _decoder(
         "inputs": inputs | _names("past", PAST_NAME),
         "outputs": {"logits": "logits"} | _names("present", PRESENT_NAME),
     }
-    decoder["num_attention_heads"] = config.get("num_attention_heads") or config.get("n_head") or decoder[_HEADS]
+    decoder["num_attention_heads"] = (
+        config.get("num_attention_heads") or config.get("n_head") or decoder["num_key_value_heads"]
+    )
     return {"decoder": decoder}
 
 
@@ -103,7 +105,7 @@ def _side(
         "hidden_size": heads * width,
         "num_attention_heads": heads,
         "num_hidden_layers": len(keys),
-        _HEADS: heads,
+        "num_key_value_heads": heads,
     }
 
 

@@ -48,7 +48,7 @@ class Patterns:
     def _matches(self, pattern: str, name: str) -> bool:
         if pattern in self._expressions:
             return self._expressions[pattern].fullmatch(name) is not None
-        return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") or name.startswith(f"{pattern}.")
+        return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
