@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bitlower.backends._manifest import FILE, check_if_artifact, is_artifact
+from bitlower.backends.artifact.manifest import FILE, check_if_artifact, is_artifact
 from bitlower.backends.base import Backend
 from bitlower.ir import BitlowerError, CheckError, nearest
 from bitlower.ir.files import check_name, reason

@@ -39,7 +39,7 @@ def measure(scheme: str, name: str) -> dict[str, Any]:
     import bitlower
     from bitlower import Context, PassManager, parse_pipeline
     from bitlower.backends.tvm_kernels import Target, compile_program
-    from bitlower.backends.tvm_kernels._cuda_library import compile_source, device_module, require_nvcc
+    from bitlower.backends.tvm_kernels.library.fatbin import compile_source, device_module, require_nvcc
     from bitlower.ir import BitlowerError
 
     program = bitlower.load(MODEL)

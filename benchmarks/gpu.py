@@ -23,7 +23,7 @@ from _common import RESULTS, show_table, write_result
 from launches import MODELS, SCHEMES, SIZES, after, inputs, make_model, programs
 
 from bitlower.backends.tvm_kernels import Target, compile_program, require_tvm
-from bitlower.backends.tvm_kernels._cuda_library import require_nvcc
+from bitlower.backends.tvm_kernels.library.fatbin import require_nvcc
 from bitlower.frontends.decoder import cache_argument
 from bitlower.ir import BitlowerError, Program
 

@@ -41,7 +41,7 @@ def measure(scheme: str) -> list[dict[str, Any]]:
     build = importlib.import_module(emulator).build
     from hosted import HostedLibrary
 
-    from bitlower.backends.tvm_kernels._trace import KernelComparison, trace
+    from bitlower.backends.tvm_kernels.verify.trace import KernelComparison, trace
 
     program = load(MODEL)
     data = batches(program, CALIBRATION, max_length=32)

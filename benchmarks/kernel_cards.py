@@ -24,7 +24,6 @@ from _common import RESULTS, show_table, write_result
 
 from bitlower.backends.tvm_kernels import (
     ActivationSpec,
-    EmbeddingSpec,
     KernelSpec,
     LinearSpec,
     NormSpec,
@@ -32,11 +31,11 @@ from bitlower.backends.tvm_kernels import (
     arguments,
     device_source,
 )
-from bitlower.backends.tvm_kernels._attention import Attention
-from bitlower.backends.tvm_kernels._cuda_library import device_module
-from bitlower.backends.tvm_kernels._gpu_attention import attention
-from bitlower.backends.tvm_kernels._gpu_schedule import gpu_target
-from bitlower.backends.tvm_kernels._nvcc import DeviceFunction, device_functions
+from bitlower.backends.tvm_kernels.inspect.sass import DeviceFunction, device_functions
+from bitlower.backends.tvm_kernels.library.fatbin import device_module
+from bitlower.backends.tvm_kernels.schedules.gpu.attention import attention
+from bitlower.backends.tvm_kernels.spec.attention import Attention
+from bitlower.backends.tvm_kernels.target import gpu_target
 from bitlower.ir import Granularity, Grid, QuantSpec
 
 UINT8 = Grid(8, signed=False, symmetric=False)
@@ -89,7 +88,6 @@ def cases() -> list[tuple[str, KernelSpec | Attention, int]]:
         columns=2048, kind="rms", epsilon=1e-5, residual=True, keep_sum=True, output=TOKEN, target=Target.CUDA,
         dtype="float16",
     )  # fmt: skip
-    table = EmbeddingSpec(entries=30522, columns=768, weight=INT8, target=Target.CUDA)
     gate = ActivationSpec(
         columns=5632, function="silu", gate="halves", output=TOKEN, dtype="float16", target=Target.CUDA
     )
@@ -102,7 +100,7 @@ def cases() -> list[tuple[str, KernelSpec | Attention, int]]:
         joined=True,
         output=UINT8,
         mask="bool",
-        spread=(True, True, True, False),
+        mask_broadcast=(True, True, True, False),
         places=((2304, 0), (2304, 768), (2304, 1536)),
     )
     codes = replace(heads, explicit=True, scored=UINT8, probs=UINT8, query="uint8", key="uint8", value="uint8")
@@ -124,7 +122,6 @@ def cases() -> list[tuple[str, KernelSpec | Attention, int]]:
         ("LayerNorm, residual, round", norm, 128),
         ("RMSNorm, residual, round", rms, 128),
         ("SiLU, gate, round", gate, 128),
-        ("embedding", table, 128),
         ("attention, 12 heads", heads, 128),
         ("attention, codes", codes, 128),
         ("attention, 32 heads, 8 of keys", shared, 128),
@@ -153,8 +150,6 @@ def traffic(spec: KernelSpec | Attention, rows: int) -> tuple[int, int]:
     least = moved = 0
     for argument in arguments(spec):
         size = math.prod(rows if n is None else n for n in argument.shape) * np.dtype(argument.dtype).itemsize
-        if isinstance(spec, EmbeddingSpec) and argument.name in ("weight", "weight_scale"):
-            size = size // spec.entries * rows
         least += size
         moved += size * _times(spec, argument.name, rows)
     return moved, least

@@ -144,7 +144,7 @@ def _size(dim: int | str, sizes: Mapping[str, int]) -> int:
 
 def after(program: Program, sizes: Mapping[str, int], activations: str = "auto") -> tuple[int, int, list[str]]:
     """Device functions of the library, the bytes that they move, and their names."""
-    from bitlower.backends.tvm_kernels._launches import launches_of
+    from bitlower.backends.tvm_kernels.inspect.launches import launches_of
 
     calls = launches_of(program, sizes, Target.CUDA, activations)
     names = [call.name for call in calls for _ in range(call.count)]

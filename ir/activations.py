@@ -1,7 +1,7 @@
 """Activation functions: one row each, which dataflow, canonicalization, fusion, kernels and backends read.
 
 To add one, add a row. With a name it is also fused into kernels: give it an expression in
-``backends/tvm_kernels/_expressions.py`` (see docs/operators.md). A test walks the table.
+``backends/tvm_kernels/tir/expressions.py`` (see docs/operators.md). A test walks the table.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ IMPORTS = (
     "transformers.models.llama.modeling_llama",
     "bitlower.tools.cli",
     "bitlower.tools.runs.flow",
-    "bitlower.backends.onnx_qdq._torchlib",
+    "bitlower.backends.onnx_qdq.translate.torchlib",
 )
 
 

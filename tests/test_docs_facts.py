@@ -77,8 +77,8 @@ def test_options_of_backends_are_as_documented(backend: str) -> None:
 
 
 def test_what_checkpoint_formats_hold_is_as_documented() -> None:
-    from bitlower.backends.checkpoint._formats import FORMATS
-    from bitlower.backends.checkpoint._gptq import GptqV2
+    from bitlower.backends.checkpoint.formats.gptq import GptqV2
+    from bitlower.backends.checkpoint.formats.registry import FORMATS
 
     text = section("recipes.md", "`export`", "`checkpoint`")
     assert all(f"`{name}`" in text for name in FORMATS)
@@ -116,7 +116,7 @@ def test_losses_are_documented() -> None:
 
 
 def test_reports_and_rules_are_documented() -> None:
-    from bitlower.backends.onnx_qdq._narrow import SMALL
+    from bitlower.backends.onnx_qdq.encoding.narrow import SMALL
     from bitlower.ir.token_weights import CLIP
     from bitlower.passes.canonical._rules import RULES
     from bitlower.passes.rounding.adaround import AdaroundRow
@@ -185,16 +185,16 @@ def test_roles_and_conventions_are_documented() -> None:
 
 
 def test_thresholds_are_those_of_the_code() -> None:
-    from bitlower.backends import _rounding, _selftest
-    from bitlower.backends.onnx_qdq import _codes, _verify
+    from bitlower.backends.artifact import rounding, selftest
+    from bitlower.backends.onnx_qdq.verify import codes, compare
 
     text = TEXT[ROOT / "docs" / "artifact.md"]
-    assert f"off it by {_rounding.TIE:.0e}".replace("e-0", "e-") in text
-    assert f"at most {_verify.OUTPUT_GIVEN_CODES:.0e} of".replace("e-0", "e-") in text
-    assert f"output is {_verify.OUTPUT_COSINE} at least" in text
-    assert f"cosine of {_selftest.LEAST} at least" in text.replace("\n", " ")
-    assert f"within {_codes.SCALE:.0e}".replace("e-0", "e-") in text
-    assert _verify.CODES_EQUAL == 0.5
+    assert f"off it by {rounding.TIE:.0e}".replace("e-0", "e-") in text
+    assert f"at most {compare.OUTPUT_GIVEN_CODES:.0e} of".replace("e-0", "e-") in text
+    assert f"output is {compare.OUTPUT_COSINE} at least" in text
+    assert f"cosine of {selftest.LEAST} at least" in text.replace("\n", " ")
+    assert f"within {codes.SCALE:.0e}".replace("e-0", "e-") in text
+    assert compare.CODES_EQUAL == 0.5
 
 
 @pytest.mark.parametrize(
@@ -207,8 +207,8 @@ def test_the_fields_of_a_verification_are_documented(backend: str, heading: str)
 
 
 def test_the_figures_of_kernels_and_layers_are_documented() -> None:
-    from bitlower.backends.checkpoint._verification import LayerCheck, OutputCheck
-    from bitlower.backends.onnx_qdq._kernels import KernelReport
+    from bitlower.backends.checkpoint.verify.record import LayerCheck, OutputCheck
+    from bitlower.backends.onnx_qdq.verify.runtime_kernels import KernelReport
 
     text = TEXT[ROOT / "docs" / "artifact.md"]
     for field in [*fields(KernelReport), *fields(LayerCheck), *fields(OutputCheck)]:
@@ -216,27 +216,27 @@ def test_the_figures_of_kernels_and_layers_are_documented() -> None:
 
 
 def test_the_limits_of_checkpoints_are_those_of_the_code() -> None:
-    from bitlower.backends.checkpoint import _outputs
+    from bitlower.backends.checkpoint.verify import outputs
 
     text = section("artifact.md", "Checkpoints")
-    assert f"at most {_outputs.GIVEN_WEIGHTS:.0e} standard".replace("e-0", "e-") in text
-    assert f"Program's is {_outputs.OUTPUT_COSINE} at least" in text
+    assert f"at most {outputs.GIVEN_WEIGHTS:.0e} standard".replace("e-0", "e-") in text
+    assert f"Program's is {outputs.OUTPUT_COSINE} at least" in text
 
 
 def test_the_limits_of_libraries_are_those_of_the_code() -> None:
-    from bitlower.backends import _rounding
-    from bitlower.backends.tvm_kernels import _agreement, _verification
+    from bitlower.backends.artifact import rounding
+    from bitlower.backends.tvm_kernels.verify import agreement, record
 
     text = section("artifact.md", "Libraries")
-    assert f"off it by {_rounding.TIE:.0e} of".replace("e-0", "e-") in text
-    assert f"at most {_agreement.VALUE:.0e} of the root".replace("e-0", "e-") in text
-    assert f"within {_agreement.QPARAM:.0e}, relatively".replace("e-0", "e-") in text
-    assert f"{100 * _agreement.TURNED:g} % may be turned over" in text
-    half = _agreement.FLOAT16
+    assert f"off it by {rounding.TIE:.0e} of".replace("e-0", "e-") in text
+    assert f"at most {agreement.VALUE:.0e} of the root".replace("e-0", "e-") in text
+    assert f"within {agreement.QPARAM:.0e}, relatively".replace("e-0", "e-") in text
+    assert f"{100 * agreement.TURNED:g} % may be turned over" in text
+    half = agreement.FLOAT16
     value, qparam, tie = (f"{limit:.0e}".replace("e-0", "e-") for limit in (half.value, half.qparam, half.tie))
     assert f"may be {value} of the root mean square" in text
     assert f"chosen scales {qparam}, codes {tie} of the range" in text
-    for field in fields(_verification.KernelError):
+    for field in fields(record.KernelError):
         assert f"`{field.name}`" in text, field.name
 
 
@@ -256,7 +256,7 @@ def test_the_signature_of_decoders_is_as_documented() -> None:
 
 
 def test_kernels_for_low_bits_are_as_documented() -> None:
-    from bitlower.backends.onnx_qdq._low_bit import Container, container
+    from bitlower.backends.onnx_qdq.encoding.nbits import Container, container
     from bitlower.ir import Granularity, Grid, QuantSpec
 
     stored = {}

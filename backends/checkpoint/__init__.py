@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitlower.backends.checkpoint._artifact import ArtifactReport
-from bitlower.backends.checkpoint._artifact import verify_artifact as verify
-from bitlower.backends.checkpoint._verification import Verification
 from bitlower.backends.checkpoint.backend import Checkpoint, ExportReport
+from bitlower.backends.checkpoint.verify.artifact import ArtifactReport
+from bitlower.backends.checkpoint.verify.artifact import verify_artifact as verify
+from bitlower.backends.checkpoint.verify.record import Verification
 from bitlower.ir import Batch, Program
 
 __all__ = ["ArtifactReport", "Checkpoint", "ExportReport", "Verification", "export", "verify"]

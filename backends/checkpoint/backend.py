@@ -11,12 +11,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from annotated_types import Ge
 
-from bitlower.backends import _manifest
-from bitlower.backends._folder import CONFIG, sizes, write_assets
-from bitlower.backends._json import read_json, write_json
+from bitlower.backends.artifact import manifest as artifact_manifest
+from bitlower.backends.artifact.folder import CONFIG, sizes, write_assets
+from bitlower.backends.artifact.json_files import read_json, write_json
 from bitlower.backends.base import Backend
-from bitlower.backends.checkpoint._artifact import ArtifactReport, verify_artifact
-from bitlower.backends.checkpoint._contents import (
+from bitlower.backends.checkpoint.contents import (
     SHARED,
     Contents,
     Float,
@@ -25,13 +24,14 @@ from bitlower.backends.checkpoint._contents import (
     is_symmetric,
     readers,
 )
-from bitlower.backends.checkpoint._formats import FORMATS, refusal
-from bitlower.backends.checkpoint._packed import Format, cast
-from bitlower.backends.checkpoint._safetensors import INDEX, MODEL, Entry, write_tensors
-from bitlower.backends.checkpoint._skeleton import EMBEDDING, LINEAR, Skeleton
-from bitlower.backends.checkpoint._stored_sizes import CheckpointSizes
-from bitlower.backends.checkpoint._verification import Verification
-from bitlower.backends.checkpoint._verify import PACKAGES, Stored, verify_export
+from bitlower.backends.checkpoint.formats.base import Format, cast
+from bitlower.backends.checkpoint.formats.registry import FORMATS, refusal
+from bitlower.backends.checkpoint.safetensors import INDEX, MODEL, Entry, write_tensors
+from bitlower.backends.checkpoint.sizes import CheckpointSizes
+from bitlower.backends.checkpoint.skeleton import EMBEDDING, LINEAR, Skeleton
+from bitlower.backends.checkpoint.verify.artifact import ArtifactReport, verify_artifact
+from bitlower.backends.checkpoint.verify.compare import PACKAGES, Stored, verify_export
+from bitlower.backends.checkpoint.verify.record import Verification
 from bitlower.ir import Batch, BitlowerError, Program, QuantSpec, ops
 from bitlower.ir.assets import GENERATION, MODULES
 from bitlower.ir.folding import with_float_weights
@@ -121,7 +121,7 @@ class Checkpoint(Backend):
         verification = verify_export(program, contents, skeleton, stored, batches, form=form, dtype=number)
         verification.write(folder)
         options = asdict(self)
-        _manifest.write_manifest(
+        artifact_manifest.write_manifest(
             program, folder, backend=self.name, packages=PACKAGES, backend_options=options, provenance=provenance
         )
         return ExportReport(
@@ -137,7 +137,7 @@ class Checkpoint(Backend):
 
     @classmethod
     def verify(cls, folder: Path) -> ArtifactReport:
-        """Check the artifact in ``folder``; see :func:`~bitlower.backends.checkpoint._artifact.verify_artifact`.
+        """Check the artifact in ``folder``; see :func:`~bitlower.backends.checkpoint.verify.artifact.verify_artifact`.
 
         Raises:
             CheckError: a file is missing or changed, or the tensors are not those that were written.

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitlower.backends.onnx_qdq._folder import MODEL
-from bitlower.backends.onnx_qdq._manifest import ArtifactReport
-from bitlower.backends.onnx_qdq._manifest import verify_artifact as verify
-from bitlower.backends.onnx_qdq._model import OnnxEncoderDecoder, OnnxModel
-from bitlower.backends.onnx_qdq._verification import Verification
-from bitlower.backends.onnx_qdq._verify import verify_export
 from bitlower.backends.onnx_qdq.backend import ExportReport, OnnxQdq
+from bitlower.backends.onnx_qdq.model import OnnxEncoderDecoder, OnnxModel
+from bitlower.backends.onnx_qdq.verify.artifact import ArtifactReport
+from bitlower.backends.onnx_qdq.verify.artifact import verify_artifact as verify
+from bitlower.backends.onnx_qdq.verify.compare import verify_export
+from bitlower.backends.onnx_qdq.verify.record import Verification
+from bitlower.backends.onnx_qdq.write.files import MODEL
 from bitlower.ir import Batch, Program
 
 __all__ = [

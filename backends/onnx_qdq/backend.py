@@ -12,25 +12,25 @@ import onnx
 import onnx_ir as ir
 from annotated_types import Interval
 
-from bitlower.backends._config import write_config
-from bitlower.backends._folder import sizes
-from bitlower.backends._stages import WHOLE, part_batches, parts_of
+from bitlower.backends.artifact.config import write_config
+from bitlower.backends.artifact.folder import sizes
+from bitlower.backends.artifact.stages import WHOLE, part_batches, parts_of
 from bitlower.backends.base import Backend
-from bitlower.backends.onnx_qdq._folder import model_file, share_tensors, write_assets, write_model
-from bitlower.backends.onnx_qdq._genai import write_genai_config, writes_speech
-from bitlower.backends.onnx_qdq._kernels import LEVEL_ENTRY
-from bitlower.backends.onnx_qdq._low_bit import FLOAT_ACTIVATIONS, ROUNDS_ACTIVATIONS
-from bitlower.backends.onnx_qdq._lower import lower
-from bitlower.backends.onnx_qdq._manifest import ArtifactReport, verify_artifact, write_manifest
-from bitlower.backends.onnx_qdq._model import OnnxEncoderDecoder, OnnxModel, open_model
-from bitlower.backends.onnx_qdq._products import Signs, chosen_signs
-from bitlower.backends.onnx_qdq._rewrite import RuleLog
-from bitlower.backends.onnx_qdq._rewrite_linear import Form
-from bitlower.backends.onnx_qdq._rewrite_low_bit import LOW_BIT
-from bitlower.backends.onnx_qdq._stored_sizes import OnnxSizes
-from bitlower.backends.onnx_qdq._verification import Verification
-from bitlower.backends.onnx_qdq._verify import verify_export
-from bitlower.backends.onnx_qdq._verify_stages import join_stages
+from bitlower.backends.onnx_qdq.encoding.nbits import FLOAT_ACTIVATIONS, ROUNDS_ACTIVATIONS
+from bitlower.backends.onnx_qdq.model import OnnxEncoderDecoder, OnnxModel, open_model
+from bitlower.backends.onnx_qdq.rewrite.linear import Form
+from bitlower.backends.onnx_qdq.rewrite.low_bit import LOW_BIT
+from bitlower.backends.onnx_qdq.rewrite.pipeline import lower
+from bitlower.backends.onnx_qdq.rewrite.rule import RuleLog
+from bitlower.backends.onnx_qdq.runtime.products import Signs, chosen_signs
+from bitlower.backends.onnx_qdq.sizes import OnnxSizes
+from bitlower.backends.onnx_qdq.verify.artifact import ArtifactReport, verify_artifact, write_manifest
+from bitlower.backends.onnx_qdq.verify.compare import verify_export
+from bitlower.backends.onnx_qdq.verify.record import Verification
+from bitlower.backends.onnx_qdq.verify.runtime_kernels import LEVEL_ENTRY
+from bitlower.backends.onnx_qdq.verify.stages import join_stages
+from bitlower.backends.onnx_qdq.write.files import model_file, share_tensors, write_assets, write_model
+from bitlower.backends.onnx_qdq.write.genai import write_genai_config, writes_speech
 from bitlower.backends.sizes import weights_only
 from bitlower.ir import Batch, BitlowerError, CheckError, Program, Scheme
 from bitlower.ir.quantization.scheme import ACTIVATION_ROLES
@@ -188,7 +188,7 @@ class OnnxQdq(Backend):
 
     @classmethod
     def verify(cls, folder: Path) -> ArtifactReport:
-        """Check the artifact in ``folder``; see :func:`~bitlower.backends.onnx_qdq._manifest.verify_artifact`.
+        """Check the artifact in ``folder``; see :func:`~bitlower.backends.onnx_qdq.verify.artifact.verify_artifact`.
 
         Raises:
             CheckError: a file is missing or changed, or the model does not compute what it did.

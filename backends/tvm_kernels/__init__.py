@@ -1,10 +1,10 @@
 """Low-bit kernels that TVM generates, one spec, one kernel, for CPUs and for GPUs; and whole Programs.
 
-A spec says what a kernel computes (:class:`LinearSpec`, :class:`NormSpec`, :class:`ActivationSpec`,
-:class:`EmbeddingSpec`), :func:`pack_linear` brings a weight into the form that it reads, :func:`arguments` lists what
-it takes, and :func:`compile_kernel` gives it. :func:`compile_program` makes a library of a Program at level fused, and
-:func:`export` a folder, which :func:`load_library` and :func:`verify` read without the Program. TVM (the extra ``tvm``)
-is imported by what compiles or runs, and only there.
+A spec says what a kernel computes (:class:`LinearSpec`, :class:`NormSpec`, :class:`ActivationSpec`),
+:func:`pack_linear` brings a weight into the form that it reads, :func:`arguments` lists what it takes, and
+:func:`compile_kernel` gives it. :func:`compile_program` makes a library of a Program at level fused, and :func:`export`
+a folder, which :func:`load_library` and :func:`verify` read without the Program. TVM (the extra ``tvm``) is imported by
+what compiles or runs, and only there.
 """
 
 from __future__ import annotations
@@ -13,33 +13,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitlower.backends.tvm_kernels._arguments import Argument, arguments
-from bitlower.backends.tvm_kernels._artifact import ArtifactReport
-from bitlower.backends.tvm_kernels._artifact import verify_artifact as verify
-from bitlower.backends.tvm_kernels._library import Library, StagedLibrary, is_library
-from bitlower.backends.tvm_kernels._packing import pack_linear, pack_vector, unpack_linear
-from bitlower.backends.tvm_kernels._spec import (
-    ActivationSpec,
-    EmbeddingSpec,
-    KernelSpec,
-    Layout,
-    LinearSpec,
-    NormSpec,
-    Target,
-)
-from bitlower.backends.tvm_kernels._tvm import require_tvm
-from bitlower.backends.tvm_kernels._verification import Verification
 from bitlower.backends.tvm_kernels.backend import ExportReport, TvmKernels
+from bitlower.backends.tvm_kernels.library.library import Library, StagedLibrary, is_library
+from bitlower.backends.tvm_kernels.pins import require_tvm
+from bitlower.backends.tvm_kernels.spec.arguments import Argument, arguments
+from bitlower.backends.tvm_kernels.spec.base import KernelSpec, Target
+from bitlower.backends.tvm_kernels.spec.linear import Layout, LinearSpec
+from bitlower.backends.tvm_kernels.spec.packing import pack_linear, pack_vector, unpack_linear
+from bitlower.backends.tvm_kernels.spec.rowwise import ActivationSpec, NormSpec
+from bitlower.backends.tvm_kernels.verify.artifact import ArtifactReport
+from bitlower.backends.tvm_kernels.verify.artifact import verify_artifact as verify
+from bitlower.backends.tvm_kernels.verify.record import Verification
 from bitlower.ir import Batch, Program
 
 if TYPE_CHECKING:
-    from bitlower.backends.tvm_kernels._compile import Kernel
+    from bitlower.backends.tvm_kernels.kernel import Kernel
 
 __all__ = [
     "ActivationSpec",
     "Argument",
     "ArtifactReport",
-    "EmbeddingSpec",
     "ExportReport",
     "KernelSpec",
     "Layout",
@@ -73,9 +66,9 @@ def compile_kernel(spec: KernelSpec) -> Kernel:
         BitlowerError: TVM is not installed in the pairing that works, or the target is no CPU.
     """
     require_tvm()
-    from bitlower.backends.tvm_kernels import _compile
+    from bitlower.backends.tvm_kernels import kernel
 
-    return _compile.compile_kernel(spec)
+    return kernel.compile_kernel(spec)
 
 
 def device_source(spec: KernelSpec, architecture: str = "sm_80") -> str:
@@ -85,9 +78,9 @@ def device_source(spec: KernelSpec, architecture: str = "sm_80") -> str:
         BitlowerError: TVM is not installed in the pairing that works, the target is no GPU, or has no kernel for it.
     """
     require_tvm()
-    from bitlower.backends.tvm_kernels import _compile
+    from bitlower.backends.tvm_kernels import kernel
 
-    return _compile.device_source(spec, architecture)
+    return kernel.device_source(spec, architecture)
 
 
 def host_target() -> Target:
@@ -97,9 +90,9 @@ def host_target() -> Target:
         BitlowerError: TVM is not installed in the pairing that works.
     """
     require_tvm()
-    from bitlower.backends.tvm_kernels import _cpu_frame
+    from bitlower.backends.tvm_kernels import target
 
-    return _cpu_frame.host_target()
+    return target.host_target()
 
 
 def compile_program(
@@ -122,9 +115,9 @@ def compile_program(
         CheckError: a function for a GPU has no schedule, or its code does not compile.
     """
     require_tvm()
-    from bitlower.backends.tvm_kernels import _relax
+    from bitlower.backends.tvm_kernels.library import compile as compiling
 
-    return _relax.compile_program(program, target, sizes=sizes, activations=activations)
+    return compiling.compile_program(program, target, sizes=sizes, activations=activations)
 
 
 def load_library(folder: Path) -> Library | StagedLibrary:

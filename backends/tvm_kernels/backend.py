@@ -9,22 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from bitlower.backends import _folder
-from bitlower.backends._config import write_config
-from bitlower.backends._manifest import check_artifact, write_manifest
-from bitlower.backends._stages import part_batches, parts_of
+from bitlower.backends.artifact import folder as artifact_folder
+from bitlower.backends.artifact.config import write_config
+from bitlower.backends.artifact.manifest import check_artifact, write_manifest
+from bitlower.backends.artifact.stages import part_batches, parts_of
 from bitlower.backends.base import Backend
 from bitlower.backends.sizes import weights_only
-from bitlower.backends.tvm_kernels._activations import activations_of, check_range
-from bitlower.backends.tvm_kernels._artifact import ArtifactReport, verify_artifact
-from bitlower.backends.tvm_kernels._library import Library, StagedLibrary
-from bitlower.backends.tvm_kernels._sizes import LibrarySizes
-from bitlower.backends.tvm_kernels._spec import HALF, Target
-from bitlower.backends.tvm_kernels._tvm import check_pins, require_tvm
+from bitlower.backends.tvm_kernels.library.library import Library, StagedLibrary, has_device
+from bitlower.backends.tvm_kernels.pins import check_pins, require_tvm
+from bitlower.backends.tvm_kernels.relax.precision import activations_of, check_range
+from bitlower.backends.tvm_kernels.spec.base import HALF, Target
+from bitlower.backends.tvm_kernels.spec.sizes import LibrarySizes
+from bitlower.backends.tvm_kernels.verify.artifact import ArtifactReport, verify_artifact
 from bitlower.ir import Batch, BitlowerError, Level, Program, kernels
 
 if TYPE_CHECKING:
-    from bitlower.backends.tvm_kernels._verification import Verification
+    from bitlower.backends.tvm_kernels.verify.record import Verification
 
 PACKAGES = ("torch", "transformers", "apache-tvm", "apache-tvm-ffi")
 HOST = "host"
@@ -68,7 +68,7 @@ class TvmKernels(Backend):
     Program returns, so that ``verify`` compares where the GPU is."""
     activations: Activations = "auto"
     """``float16`` or ``float32``, what linears of floats multiply and what lies between kernels (see
-    :mod:`bitlower.backends.tvm_kernels._activations`), or ``auto``: float16 for ``cuda``, which alone has it."""
+    :mod:`bitlower.backends.tvm_kernels.relax.precision`), or ``auto``: float16 for ``cuda``, which alone has it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +86,7 @@ class TvmKernels(Backend):
         if self.target == "cuda":
             self._check_cuda()
             return Target.CUDA
-        from bitlower.backends.tvm_kernels._cpu_frame import host_target
+        from bitlower.backends.tvm_kernels.target import host_target
 
         best = host_target()
         target = best if self.target == HOST else Target(self.target)
@@ -97,8 +97,7 @@ class TvmKernels(Backend):
         return target
 
     def _check_cuda(self) -> None:
-        from bitlower.backends.tvm_kernels._cuda_library import require_nvcc
-        from bitlower.backends.tvm_kernels._library import has_device
+        from bitlower.backends.tvm_kernels.library.fatbin import require_nvcc
 
         require_nvcc()
         if not (self.unrun or has_device(Target.CUDA)):
@@ -128,7 +127,7 @@ class TvmKernels(Backend):
         """
         require_tvm()
         parts_of(program)
-        from bitlower.backends.tvm_kernels._relax_aten import check_operator
+        from bitlower.backends.tvm_kernels.relax.aten import check_operator
 
         for node in program.graph.nodes:
             if node.op == "call_function":
@@ -154,9 +153,8 @@ class TvmKernels(Backend):
         check_pins()
         self.check_level(program.level)
         resolved = self.resolve()
-        from bitlower.backends.tvm_kernels._files import RESERVED, write_library
-        from bitlower.backends.tvm_kernels._library import has_device
-        from bitlower.backends.tvm_kernels._verify import BATCHES, expect, verify_export
+        from bitlower.backends.tvm_kernels.library.files import RESERVED, write_library
+        from bitlower.backends.tvm_kernels.verify.compare import BATCHES, expect, verify_export
 
         dtype = activations_of(resolved, self.activations)
         if dtype == HALF:
@@ -165,7 +163,7 @@ class TvmKernels(Backend):
             for stage, part in parts.items():
                 check_range(part, by_stage[stage])
         files = [*write_library(program, folder, resolved, dtype), write_config(program, folder, self.name)]
-        files += _folder.write_assets(program, folder, RESERVED)
+        files += artifact_folder.write_assets(program, folder, RESERVED)
         if has_device(resolved):
             verification = verify_export(program, folder, batches, target=resolved, activations=dtype)
         else:
@@ -176,11 +174,13 @@ class TvmKernels(Backend):
             program, folder, backend=self.name, packages=PACKAGES, backend_options=options, provenance=provenance
         )
         kinds = Counter(kernels.kind(node) for node in program.graph.nodes if kernels.is_kernel(node))
-        return ExportReport(_folder.sizes(folder, files), str(resolved), dict(sorted(kinds.items())), verification)
+        return ExportReport(
+            artifact_folder.sizes(folder, files), str(resolved), dict(sorted(kinds.items())), verification
+        )
 
     @classmethod
     def verify(cls, folder: Path) -> ArtifactReport:
-        """Check the library in ``folder``; see :func:`~bitlower.backends.tvm_kernels._artifact.verify_artifact`.
+        """Check the library in ``folder``; see :func:`~bitlower.backends.tvm_kernels.verify.artifact.verify_artifact`.
 
         Raises:
             BitlowerError: TVM is not installed, or the library is code for another processor.
@@ -197,10 +197,10 @@ class TvmKernels(Backend):
             CheckError: a file is missing or changed.
         """
         require_tvm()
-        from bitlower.backends.tvm_kernels import _files
+        from bitlower.backends.tvm_kernels.library.files import RESERVED, load_library
 
-        check_artifact(folder, _files.RESERVED)
-        return _files.load_library(folder)
+        check_artifact(folder, RESERVED)
+        return load_library(folder)
 
     def sizes(self, placed: Program) -> LibrarySizes:
         """Bytes of tensors in the library."""

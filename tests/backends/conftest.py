@@ -96,8 +96,8 @@ def handmade() -> Handmade:
 @pytest.fixture(scope="session")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The artifact of ``handmade``; not to be written to."""
-    from bitlower.backends.onnx_qdq._manifest import write_manifest
-    from bitlower.backends.onnx_qdq._verify import verify_export
+    from bitlower.backends.onnx_qdq.verify.artifact import write_manifest
+    from bitlower.backends.onnx_qdq.verify.compare import verify_export
 
     made = _handmade()
     folder = made.write(tmp_path_factory.mktemp("artifact") / "sound")

@@ -20,14 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitlower.backends import registry
-from bitlower.backends._manifest import check_artifact, check_if_artifact, is_artifact
-from bitlower.backends._outputs import OutputError
-from bitlower.backends._schema import parsed
-from bitlower.backends._selftest import SelfTest, make_selftest, run_selftest
-from bitlower.backends._unseen import Unseen
+from bitlower.backends.artifact.manifest import check_artifact, check_if_artifact, is_artifact
+from bitlower.backends.artifact.outputs import OutputError
+from bitlower.backends.artifact.schema import parsed
+from bitlower.backends.artifact.selftest import SelfTest, make_selftest, run_selftest
+from bitlower.backends.artifact.unseen import Unseen
 from bitlower.backends.onnx_qdq import OnnxQdq
-from bitlower.backends.onnx_qdq._manifest import verify_artifact
-from bitlower.backends.onnx_qdq._verification import Verification
+from bitlower.backends.onnx_qdq.verify.artifact import verify_artifact
+from bitlower.backends.onnx_qdq.verify.record import Verification
 from bitlower.ir import BitlowerError, CheckError
 
 Form = dict[str, Any]
@@ -270,15 +270,15 @@ def test_verify_ends_in_one_line_whatever_a_backend_raises(artifact: Path, monke
 def kinds() -> dict[str, Any]:
     """A record of every kind, made by hand."""
     pytest.importorskip("tvm")
-    from bitlower.backends.checkpoint import _verification as checkpoint
-    from bitlower.backends.tvm_kernels import _files
-    from bitlower.backends.tvm_kernels import _verification as library
+    from bitlower.backends.checkpoint.verify import record as checkpoint
+    from bitlower.backends.tvm_kernels.library import files as library_files
+    from bitlower.backends.tvm_kernels.verify import record as library
 
     layer = checkpoint.LayerCheck("a.b", 4, 64, 0.25, 0, {"codes": "00"})
     output = checkpoint.OutputCheck("logits", 0.5, 0.125, 0.5, 1.0, 0.25)
     kernel = library.KernelError("fused_linear", 2, 64, 0.5, 64, 1.0, 0.5, 0.0, 0.0)
     error = OutputError("logits", 0.5, 0.125, 0.5, 1.0, 0.25)
-    value = _files.Value("x", "float32", ("batch", 8))
+    value = library_files.Value("x", "float32", ("batch", 8))
     return {
         "checkpoint": checkpoint.Verification(
             "gptq-v2", "float16", 1, 8, (layer,), 0.0, (output,), "transformers", {"torch": "2"}, Unseen("")
@@ -286,7 +286,9 @@ def kinds() -> dict[str, Any]:
         "library": library.Verification(
             {"target": "llvm"}, 1, 8, (error,), (kernel,), 0.0, selftest(), Unseen("", selftest())
         ),
-        "signature": _files.Signature(_files.Target.LLVM, "", "other", {"main": _files.Function((value,), (value,))}),
+        "signature": library_files.Signature(
+            library_files.Target.LLVM, "", "other", {"main": library_files.Function((value,), (value,))}
+        ),
     }
 
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitlower.backends.checkpoint import export, verify
-from bitlower.backends.checkpoint._packed import Packed, Weight
-from bitlower.backends.checkpoint._verification import Verification
-from bitlower.backends.checkpoint._verify import check_weight
+from bitlower.backends.checkpoint.formats.base import Packed, Weight
+from bitlower.backends.checkpoint.verify.compare import check_weight
+from bitlower.backends.checkpoint.verify.record import Verification
 from bitlower.ir import BitlowerError, CheckError, Program
 
 Lowered = Callable[..., Program]

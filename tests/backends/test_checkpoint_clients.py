@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bitlower.backends.checkpoint import export, verify
-from bitlower.backends.checkpoint._compressed import CompressedTensors
+from bitlower.backends.checkpoint.formats.compressed_tensors import CompressedTensors
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, CheckError, Program, get_tensor, ops, set_tensor
 from bitlower.passes import Context, PassManager, parse_pipeline

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from bitlower.backends import _outputs
-from bitlower.backends.checkpoint._outputs import OutputComparison
+from bitlower.backends.artifact import outputs as sums
+from bitlower.backends.checkpoint.verify.outputs import OutputComparison
 from bitlower.ir import CheckError
 
 
@@ -19,7 +19,7 @@ def outputs(*seeds: int, spread: float = 1e-3) -> list[dict[str, torch.Tensor]]:
 
 
 def test_figures_are_numpys(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_outputs, "_PART", 16)
+    monkeypatch.setattr(sums, "_PART", 16)
     comparison = OutputComparison(["logits", "present.0.key"])
     ours, kept, other = outputs(1, 2)
     comparison.add(ours, kept, kept)

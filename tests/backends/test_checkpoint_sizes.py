@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from bitlower.backends.checkpoint import _client, export, verify
-from bitlower.backends.checkpoint._verification import Verification
+from bitlower.backends.checkpoint import export, verify
+from bitlower.backends.checkpoint.verify import client
+from bitlower.backends.checkpoint.verify.record import Verification
 from bitlower.ir import CheckError, Program
 
 Lowered = Callable[..., Program]
@@ -87,10 +88,10 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """``spoil(fails=…)``: let clients that are loaded from now on be wrong."""
     pytest.importorskip("compressed_tensors")
     pytest.importorskip("accelerate")
-    load = _client._load
+    load = client._load
 
     def change(*, fails: bool) -> None:
-        monkeypatch.setattr(_client, "_load", lambda *given: Wrong(load(*given), fails=fails))
+        monkeypatch.setattr(client, "_load", lambda *given: Wrong(load(*given), fails=fails))
 
     return change
 

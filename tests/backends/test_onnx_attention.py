@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
-from bitlower.backends.onnx_qdq._lower import lower
+from bitlower.backends.onnx_qdq.rewrite.pipeline import lower
 from bitlower.frontends import load
 from bitlower.ir import Program
 

@@ -13,9 +13,9 @@ from torch import nn
 
 import bitlower
 from bitlower.backends.onnx_qdq import OnnxQdq
-from bitlower.backends.onnx_qdq._constants import check_constants
-from bitlower.backends.onnx_qdq._session import read_model
-from bitlower.backends.onnx_qdq._unfold import MOST_PLACES
+from bitlower.backends.onnx_qdq.runtime.session import read_model
+from bitlower.backends.onnx_qdq.translate.unfold import MOST_PLACES
+from bitlower.backends.onnx_qdq.verify.constants import check_constants
 from bitlower.frontends import load
 from bitlower.ir import Batch, Program, get_tensor
 from bitlower.passes import Context, PassManager, parse_pipeline

@@ -17,8 +17,8 @@ import transformers
 import bitlower
 from bitlower.backends.decoding import cached_steps, visible
 from bitlower.backends.onnx_qdq import ExportReport, export, verify
-from bitlower.backends.onnx_qdq._lower import lower
-from bitlower.backends.onnx_qdq._session import Session
+from bitlower.backends.onnx_qdq.rewrite.pipeline import lower
+from bitlower.backends.onnx_qdq.runtime.session import Session
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, CheckError, Program, Scheme
 from bitlower.passes import Context, PassManager

@@ -14,13 +14,13 @@ import onnxruntime
 import pytest
 import torch
 
-from bitlower.backends._config import quantization_config
+from bitlower.backends.artifact.config import quantization_config
 from bitlower.backends.onnx_qdq import export, verify
-from bitlower.backends.onnx_qdq._folder import write_model
-from bitlower.backends.onnx_qdq._lower import lower, rewrite
-from bitlower.backends.onnx_qdq._rewrite_linear import Form
-from bitlower.backends.onnx_qdq._translate import translate
 from bitlower.backends.onnx_qdq.backend import operators
+from bitlower.backends.onnx_qdq.rewrite.linear import Form
+from bitlower.backends.onnx_qdq.rewrite.pipeline import lower, rewrite
+from bitlower.backends.onnx_qdq.translate.translator import translate
+from bitlower.backends.onnx_qdq.write.files import write_model
 from bitlower.frontends import load
 from bitlower.ir import Granularity, Grid, Program, QuantSpec, ScaleConvention, Scheme, get_tensor, ops
 from bitlower.passes import Context, PassManager

@@ -11,10 +11,10 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from bitlower.backends._rounding import TIE, Rounding
+from bitlower.backends.artifact.rounding import TIE, Rounding
 from bitlower.backends.onnx_qdq import export
-from bitlower.backends.onnx_qdq._tally import Tally
-from bitlower.backends.onnx_qdq._verify import verify_export
+from bitlower.backends.onnx_qdq.verify.compare import verify_export
+from bitlower.backends.onnx_qdq.verify.tally import Tally
 from bitlower.frontends import load
 from bitlower.ir import CheckError, Program, float_noise
 from bitlower.ir.float_noise import ROUNDING, shaken, values_given

@@ -11,9 +11,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from bitlower.backends.onnx_qdq._folder import write_model
-from bitlower.backends.onnx_qdq._lower import lower
-from bitlower.backends.onnx_qdq._verify import verify_export
+from bitlower.backends.onnx_qdq.rewrite.pipeline import lower
+from bitlower.backends.onnx_qdq.verify.compare import verify_export
+from bitlower.backends.onnx_qdq.write.files import write_model
 from bitlower.frontends import load
 from bitlower.ir import CheckError, Granularity, Grid, Level, Program, QuantSpec
 from bitlower.ir.dataflow import QUANTIZER

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from bitlower.backends.onnx_qdq import export
-from bitlower.backends.onnx_qdq._genai_search import generation
+from bitlower.backends.onnx_qdq.write.genai_search import generation
 from bitlower.frontends import load
 from bitlower.frontends.tokenize import random_windows
 from bitlower.ir import Level, Program

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from bitlower.backends.onnx_qdq import export, verify
-from bitlower.backends.onnx_qdq._constants import check_constants
-from bitlower.backends.onnx_qdq._rewrite import Editor
-from bitlower.backends.onnx_qdq._rewrite_heads import BASE, LARGEST, ZERO, digits
+from bitlower.backends.onnx_qdq.rewrite.editor import Editor
+from bitlower.backends.onnx_qdq.rewrite.heads import BASE, LARGEST, ZERO, digits
+from bitlower.backends.onnx_qdq.verify.constants import check_constants
 from bitlower.frontends import load
 from bitlower.ir import Granularity, Grid, Program, QuantSpec, Scheme
 from bitlower.passes import Context, PassManager

@@ -12,9 +12,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import fx
 
-from bitlower.backends._schema import parsed
-from bitlower.backends.onnx_qdq._folder import write_model
-from bitlower.backends.onnx_qdq._kernels import (
+from bitlower.backends.artifact.schema import parsed
+from bitlower.backends.onnx_qdq.rewrite.pipeline import lower
+from bitlower.backends.onnx_qdq.runtime.session import read_model
+from bitlower.backends.onnx_qdq.verify.runtime_kernels import (
     KernelReport,
     count_kernels,
     expected_kernels,
@@ -23,8 +24,7 @@ from bitlower.backends.onnx_qdq._kernels import (
     inspect_kernels,
     optimized_model,
 )
-from bitlower.backends.onnx_qdq._lower import lower
-from bitlower.backends.onnx_qdq._session import read_model
+from bitlower.backends.onnx_qdq.write.files import write_model
 from bitlower.frontends import load
 from bitlower.ir import CheckError, Granularity, Grid, Program, Quantizer, QuantSpec, ops
 from bitlower.passes import Context, PassManager, parse_pipeline

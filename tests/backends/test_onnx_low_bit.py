@@ -14,9 +14,7 @@ import pytest
 import torch
 
 from bitlower.backends.onnx_qdq import OnnxQdq, export, verify, verify_export
-from bitlower.backends.onnx_qdq._folder import write_model
-from bitlower.backends.onnx_qdq._kernels import LEVEL_ENTRY
-from bitlower.backends.onnx_qdq._low_bit import (
+from bitlower.backends.onnx_qdq.encoding.nbits import (
     Container,
     container,
     pack_codes,
@@ -24,7 +22,9 @@ from bitlower.backends.onnx_qdq._low_bit import (
     spread_blocks,
     unpack_codes,
 )
-from bitlower.backends.onnx_qdq._lower import lower
+from bitlower.backends.onnx_qdq.rewrite.pipeline import lower
+from bitlower.backends.onnx_qdq.verify.runtime_kernels import LEVEL_ENTRY
+from bitlower.backends.onnx_qdq.write.files import write_model
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, CheckError, Granularity, Grid, Program, QuantSpec, ScaleConvention, Scheme
 from bitlower.passes import Context, PassManager

@@ -12,11 +12,11 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from bitlower.backends._json import read_json, write_json
-from bitlower.backends._manifest import context_length
-from bitlower.backends._resolved import float_bytes, resolved_tensors
-from bitlower.backends.onnx_qdq._manifest import verify_artifact, write_manifest
-from bitlower.backends.onnx_qdq._verify import verify_export
+from bitlower.backends.artifact.json_files import read_json, write_json
+from bitlower.backends.artifact.manifest import context_length
+from bitlower.backends.artifact.resolved import float_bytes, resolved_tensors
+from bitlower.backends.onnx_qdq.verify.artifact import verify_artifact, write_manifest
+from bitlower.backends.onnx_qdq.verify.compare import verify_export
 from bitlower.ir import BitlowerError, CheckError
 
 

@@ -16,10 +16,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from bitlower.backends.onnx_qdq import export, verify
-from bitlower.backends.onnx_qdq._constants import check_constants
-from bitlower.backends.onnx_qdq._narrow import SMALL, is_packable, pack_rows, type_bits, unfold_rows, unpack_rows
-from bitlower.backends.onnx_qdq._rewrite import Editor
-from bitlower.backends.onnx_qdq._stored_sizes import OnnxSizes
+from bitlower.backends.onnx_qdq.encoding.narrow import SMALL, is_packable, pack_rows, type_bits, unpack_rows
+from bitlower.backends.onnx_qdq.rewrite.codes import unfold_rows
+from bitlower.backends.onnx_qdq.rewrite.editor import Editor
+from bitlower.backends.onnx_qdq.sizes import OnnxSizes
+from bitlower.backends.onnx_qdq.verify.constants import check_constants
 from bitlower.frontends import load
 from bitlower.ir import CheckError, Granularity, Grid, Program, QuantSpec, Scheme
 from bitlower.passes import Context, PassManager

@@ -16,9 +16,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from bitlower.backends.onnx_qdq import export, verify
-from bitlower.backends.onnx_qdq._constants import check_constants
-from bitlower.backends.onnx_qdq._lower import lower
-from bitlower.backends.onnx_qdq._products import chosen_signs, clips_products
+from bitlower.backends.onnx_qdq.rewrite.pipeline import lower
+from bitlower.backends.onnx_qdq.runtime.products import chosen_signs, clips_products
+from bitlower.backends.onnx_qdq.verify.constants import check_constants
 from bitlower.frontends import load
 from bitlower.ir import Program, get_tensor
 from bitlower.passes import Context, PassManager, parse_pipeline

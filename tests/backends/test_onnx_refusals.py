@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bitlower.backends.onnx_qdq import OnnxQdq, export
-from bitlower.backends.onnx_qdq._folder import write_assets
+from bitlower.backends.onnx_qdq.write.files import write_assets
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Level, Program
 from bitlower.passes import Context, PassManager

@@ -8,18 +8,20 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from bitlower.backends.onnx_qdq._attention import flatten_attention, widen_mask
-from bitlower.backends.onnx_qdq._rewrite import APPLIED, Editor, Rule, apply_rules, only_user, spread
-from bitlower.backends.onnx_qdq._rewrite_graph import residual_sum, strip, widen_bias
-from bitlower.backends.onnx_qdq._rewrite_linear import linear_rules
-from bitlower.backends.onnx_qdq._rewrite_low_bit import tied_linear
-from bitlower.backends.onnx_qdq._rewrite_quantizers import (
+from bitlower.backends.onnx_qdq.graph.nodes import only_user, spread
+from bitlower.backends.onnx_qdq.rewrite.attention import flatten_attention, widen_mask
+from bitlower.backends.onnx_qdq.rewrite.editor import Editor
+from bitlower.backends.onnx_qdq.rewrite.float_ops import residual_sum, strip, widen_bias
+from bitlower.backends.onnx_qdq.rewrite.linear import linear_rules
+from bitlower.backends.onnx_qdq.rewrite.low_bit import tied_linear
+from bitlower.backends.onnx_qdq.rewrite.quantizers import (
     lower_dequantize,
     lower_quantize,
     raise_quantize,
     sink_dequantize,
 )
-from bitlower.backends.onnx_qdq._rewrite_tables import gather_codes
+from bitlower.backends.onnx_qdq.rewrite.rule import APPLIED, Rule, apply_rules
+from bitlower.backends.onnx_qdq.rewrite.tables import gather_codes
 from bitlower.ir import BitlowerError
 
 Feed = dict[str, np.ndarray]

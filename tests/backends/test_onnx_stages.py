@@ -14,8 +14,8 @@ from onnx import numpy_helper
 
 import bitlower
 from bitlower.backends.onnx_qdq import OnnxQdq, Verification
-from bitlower.backends.onnx_qdq._model import OnnxEncoderDecoder
-from bitlower.backends.onnx_qdq._verify_stages import join_stages
+from bitlower.backends.onnx_qdq.model import OnnxEncoderDecoder
+from bitlower.backends.onnx_qdq.verify.stages import join_stages
 from bitlower.ir import BitlowerError, CheckError, Program, set_tensor
 from bitlower.ir.generation import program_stages, write_targets
 from bitlower.ir.observe import run

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.onnx._internal.exporter import _registration
 
-from bitlower.backends.onnx_qdq import _torchlib
-from bitlower.backends.onnx_qdq._lower import lower
-from bitlower.backends.onnx_qdq._translate import translate
+from bitlower.backends.onnx_qdq.rewrite.pipeline import lower
+from bitlower.backends.onnx_qdq.translate import torchlib
+from bitlower.backends.onnx_qdq.translate.translator import translate
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program
 
@@ -169,8 +169,8 @@ def test_torchs_table_is_the_same_without_signatures(monkeypatch: pytest.MonkeyP
         "op_signature_from_function",
         lambda *args, **options: made.append(args) or plain(*args, **options),
     )
-    _torchlib._registry.cache_clear()
-    short = _torchlib._registry(23)
+    torchlib._registry.cache_clear()
+    short = torchlib._registry(23)
     assert not made
     assert entries(short) == entries(whole)
     assert (_registration.OnnxDecompMeta, _registration.onnxscript_apis) == before

@@ -13,14 +13,16 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from bitlower.backends._rounding import Rounding
-from bitlower.backends.onnx_qdq import _codes, _verify, export
-from bitlower.backends.onnx_qdq._codes import CodeComparison
-from bitlower.backends.onnx_qdq._kernels import optimized_model
-from bitlower.backends.onnx_qdq._lower import lower
-from bitlower.backends.onnx_qdq._tally import Tally
-from bitlower.backends.onnx_qdq._verification import Verification
-from bitlower.backends.onnx_qdq._verify import verify_export
+from bitlower.backends.artifact.rounding import Rounding
+from bitlower.backends.onnx_qdq import export
+from bitlower.backends.onnx_qdq.rewrite.pipeline import lower
+from bitlower.backends.onnx_qdq.verify import codes as code_comparison
+from bitlower.backends.onnx_qdq.verify import compare
+from bitlower.backends.onnx_qdq.verify.codes import CodeComparison
+from bitlower.backends.onnx_qdq.verify.compare import verify_export
+from bitlower.backends.onnx_qdq.verify.record import Verification
+from bitlower.backends.onnx_qdq.verify.runtime_kernels import optimized_model
+from bitlower.backends.onnx_qdq.verify.tally import Tally
 from bitlower.frontends.tokenize import windows
 from bitlower.ir import BitlowerError, CheckError, Program, Scheme
 from bitlower.passes import Context
@@ -133,7 +135,7 @@ def test_a_bypassed_quantizer_shows_in_the_output_too(handmade, tmp_path: Path):
 def test_a_code_may_lie_as_far_off_as_float_arithmetic_moves_its_value(handmade, tmp_path: Path, monkeypatch):
     """The bias that is refused above passes where linears that round otherwise move the value by as much."""
     folder = handmade.write(tmp_path, BROKEN["bias"][0])
-    monkeypatch.setattr(_codes, "ROUNDING", 2e-3)
+    monkeypatch.setattr(code_comparison, "ROUNDING", 2e-3)
     row = next(row for row in verify_export(handmade.program, folder, handmade.batches).quantized if row.excess > 0)
     assert row.name == "act_codes"
     assert 255 * 2e-5 < row.excess <= row.tie <= 0.25
@@ -157,14 +159,14 @@ def test_a_right_model_passes_with_all_figures(handmade, tmp_path: Path):
 
 def test_float_weights_may_lie_in_files(handmade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole = verify_export(handmade.program, handmade.write(tmp_path), handmade.batches)
-    spilled, with_float_weights = [], _verify.with_float_weights
+    spilled, with_float_weights = [], compare.with_float_weights
 
     def noted(program: Program, *, mapped: bool) -> Program:
         spilled.append(mapped)
         return with_float_weights(program, mapped=mapped)
 
-    monkeypatch.setattr(_verify, "with_float_weights", noted)
-    monkeypatch.setattr(_verify, "HELD_BYTES", 1)
+    monkeypatch.setattr(compare, "with_float_weights", noted)
+    monkeypatch.setattr(compare, "HELD_BYTES", 1)
     assert verify_export(handmade.program, tmp_path, handmade.batches) == whole
     assert spilled == [True]
 
@@ -173,15 +175,15 @@ def test_values_are_read_for_so_many_tokens_as_fit(lowered, tmp_path: Path, monk
     """All tokens of a small batch, the first 16 of a long one; the comparisons of codes see all."""
     program = lowered("llama", "W8A8-token")
     ids = torch.randint(0, 96, (1, 40), generator=torch.Generator().manual_seed(0))
-    lengths, compare = [], _codes.within
-    monkeypatch.setattr(_codes, "LARGEST_VALUES", 1)
+    lengths, compare = [], code_comparison.within
+    monkeypatch.setattr(code_comparison, "LARGEST_VALUES", 1)
 
     def noted(*arguments):
         part = compare(*arguments)
         lengths.append((arguments[1]["input_ids"].shape[1], part["input_ids"].shape[1]))
         return part
 
-    monkeypatch.setattr(_codes, "within", noted)
+    monkeypatch.setattr(code_comparison, "within", noted)
     export(program, tmp_path, batches=windows(program, ids))
     assert (40, 16) in lengths
     assert all(read == min(length, 16) for length, read in lengths)

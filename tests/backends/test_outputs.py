@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from bitlower.backends import _outputs
-from bitlower.backends._outputs import OutputComparison
+from bitlower.backends.artifact import outputs as sums
+from bitlower.backends.artifact.outputs import OutputComparison
 from bitlower.ir import CheckError
 
 
 @pytest.fixture
 def comparison(monkeypatch: pytest.MonkeyPatch) -> OutputComparison:
     """Of one output, in parts that end within a row."""
-    monkeypatch.setattr(_outputs, "_PART", 16)
+    monkeypatch.setattr(sums, "_PART", 16)
     return OutputComparison(SimpleNamespace(outputs=[SimpleNamespace(name="logits")]))  # type: ignore[arg-type]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitlower.backends.checkpoint._stored_sizes import CheckpointSizes
-from bitlower.backends.onnx_qdq._stored_sizes import OnnxSizes
+from bitlower.backends.checkpoint.sizes import CheckpointSizes
+from bitlower.backends.onnx_qdq.sizes import OnnxSizes
 from bitlower.ir import Granularity, Grid, Quantizer, QuantSpec, packing
 
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitlower.backends import _unseen
-from bitlower.backends._unseen import NEW, Seen, at
+from bitlower.backends.artifact import unseen
+from bitlower.backends.artifact.unseen import NEW, Seen, at
 from bitlower.ir import CheckError, Program, TensorType, ValueSpec, batch_sizes
 from bitlower.ir.types import Length
 
@@ -107,6 +107,6 @@ def test_batches_are_cut_to_outputs_that_fit(
     tiny_program.inputs = tuple(ValueSpec(name, TensorType(torch.int64, shape)) for name, shape in shapes.items())
     tiny_program.outputs = (ValueSpec("logits", TensorType(torch.float32, ("batch", "sequence", 100))),)
     ids = torch.arange(80).reshape(2, 40)
-    small, whole = _unseen.with_small_batch(tiny_program, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+    small, whole = unseen.with_small_batch(tiny_program, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
     assert small["input_ids"].shape == (2, 16)
     assert {name: tuple(tensor.shape) for name, tensor in whole.items()} == dict.fromkeys(shapes, (2, length))

@@ -17,7 +17,7 @@ import torch
 from harness import Kind
 from ruamel.yaml import YAML
 
-from bitlower.backends._manifest import describe_file
+from bitlower.backends.artifact.manifest import describe_file
 from bitlower.backends.registry import verify_artifact
 from bitlower.frontends import batches, load
 from bitlower.frontends.gguf import load_gguf

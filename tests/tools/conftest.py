@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bitlower.backends.base import Backend
-from bitlower.backends.onnx_qdq._stored_sizes import OnnxSizes
+from bitlower.backends.onnx_qdq.sizes import OnnxSizes
 from bitlower.backends.registry import BACKENDS
 from bitlower.frontends import load
 from bitlower.ir import Batch, Level, Program

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,13 @@ from bitlower.backends.tvm_kernels import (
     pack_linear,
     pack_vector,
 )
-from bitlower.backends.tvm_kernels import _reference as reference
-from bitlower.backends.tvm_kernels._packing import pack_float
-from bitlower.backends.tvm_kernels._reference import Operand
-from bitlower.backends.tvm_kernels._spec import static_scales
+from bitlower.backends.tvm_kernels.spec.base import static_scales
+from bitlower.backends.tvm_kernels.spec.packing import pack_float
 
 os.environ["TVM_NUM_THREADS"] = "2"  # else OMP_NUM_THREADS is the most that TVM will use
 Array = np.ndarray[Any, Any]
+reference = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("reference.py"))))
+Operand = reference.Operand
 
 
 @dataclass
@@ -228,7 +229,7 @@ def _load(name: str) -> dict[str, Any]:
 
 def _hosted(name: str) -> Any:
     """A function that runs the device code of a spec by one of the files beside this one."""
-    from bitlower.backends.tvm_kernels import _compile
+    from bitlower.backends.tvm_kernels import kernel
 
     emulator, make = _load(name), _load("hosted")["HostedKernel"]
     compiled: dict[Any, Any] = {}
@@ -237,7 +238,7 @@ def _hosted(name: str) -> Any:
         import tvm
 
         if spec not in compiled:
-            compiled[spec] = make(_compile.lower(spec), spec.name, emulator["TARGET"], emulator["build"])
+            compiled[spec] = make(kernel.lower(spec), spec.name, emulator["TARGET"], emulator["build"])
         rows = given["ids" if "ids" in given else "x"].shape[0]
         held = {}
         for a in arguments(spec):

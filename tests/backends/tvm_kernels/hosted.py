@@ -102,7 +102,7 @@ class HostedLibrary(Hosted):
         self, program: Any, target: Any, build: Callable[[str], dict[str, Launcher]], activations: str = "auto"
     ) -> None:
         from bitlower.backends.tvm_kernels import Target
-        from bitlower.backends.tvm_kernels._relax import compile_program
+        from bitlower.backends.tvm_kernels.library.compile import compile_program
 
         def compile() -> Any:
             library = compile_program(program, target, activations=activations)

@@ -12,9 +12,9 @@ from torch import fx
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
 from bitlower.backends.tvm_kernels import Target, TvmKernels, compile_program, export
-from bitlower.backends.tvm_kernels._activations import activations_of, check_range, half_values, typed
-from bitlower.backends.tvm_kernels._files import _signature
-from bitlower.backends.tvm_kernels._trace import trace
+from bitlower.backends.tvm_kernels.library.files import _signature
+from bitlower.backends.tvm_kernels.relax.precision import activations_of, check_range, half_values, typed
+from bitlower.backends.tvm_kernels.verify.trace import trace
 from bitlower.ir import BitlowerError, Program, get_tensor, kernels, set_tensor
 
 aten = torch.ops.aten

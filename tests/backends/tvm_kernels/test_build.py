@@ -1,18 +1,13 @@
-"""The unscheduled kernels on LLVM against float64: widths, groups, zero points, granularities, ragged rows."""
+"""Kernels for any CPU, weights in rows, against float64: widths, groups, zero points, granularities, ragged rows."""
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
-import tvm
-
-from bitlower.backends.tvm_kernels import ActivationSpec, EmbeddingSpec, Layout, LinearSpec, NormSpec, pack_linear
-from bitlower.backends.tvm_kernels._build import build
-from bitlower.backends.tvm_kernels._compile import Kernel
-from bitlower.backends.tvm_kernels._spec import FUNCTIONS
+from bitlower.backends.tvm_kernels import ActivationSpec, LinearSpec, NormSpec, compile_kernel
+from bitlower.backends.tvm_kernels.spec.base import FUNCTIONS
 from bitlower.ir import Granularity, Grid, QuantSpec, ScaleConvention
 
 UINT8, INT8 = Grid(8, signed=False, symmetric=False), Grid(8)
@@ -35,62 +30,51 @@ WEIGHTS = {
 SPEC = LinearSpec(inputs=96, outputs=20, weight=WEIGHTS["w8"], bias=True)
 
 
-def unscheduled(spec):
-    return Kernel(spec, tvm.compile(tvm.IRModule({spec.name: build(spec)}), target="llvm"))
-
-
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_linears(make_linear, weight, activation):
     spec = replace(SPEC, weight=WEIGHTS[weight], activation=ACTIVATIONS[activation])
     case = make_linear(spec, 5)
-    case.check(unscheduled(spec)(case.given))
+    case.check(compile_kernel(spec)(case.given))
 
 
 @pytest.mark.parametrize("rows", [1, 17])
 def test_rows_are_known_at_run_time(make_linear, rows):
     case = make_linear(SPEC, rows)
-    case.check(unscheduled(SPEC)(case.given))
-
-
-def test_panels_mean_the_same_as_rows(make_linear):
-    for weight in ("w8", "w3-asym"):
-        spec = replace(SPEC, weight=WEIGHTS[weight], layout=Layout.PANELS)
-        case = make_linear(spec, 3)
-        case.check(unscheduled(spec)(case.given))
+    case.check(compile_kernel(SPEC)(case.given))
 
 
 def test_unequal_embedding_groups_and_groups_that_divide_nothing(make_linear):
     parts = QuantSpec(UINT8, Granularity.per_embedding_parts(3))
     spec = replace(SPEC, activation=parts, splits=(7, 9, 80))
     case = make_linear(spec, 4)
-    case.check(unscheduled(spec)(case.given))
+    case.check(compile_kernel(spec)(case.given))
     spec = replace(SPEC, inputs=80, weight=QuantSpec(Grid(4), Granularity.per_group(32)))
     case = make_linear(spec, 4)
-    case.check(unscheduled(spec)(case.given))
+    case.check(compile_kernel(spec)(case.given))
 
 
 def test_eight_bit_weights_with_zero_points_of_their_own(make_linear):
     spec = replace(SPEC, weight=QuantSpec(UINT8, Granularity.per_group(32)))
     case = make_linear(spec, 4)
-    case.check(unscheduled(spec)(case.given))
+    case.check(compile_kernel(spec)(case.given))
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_epilogues(make_linear, function):
     spec = replace(SPEC, activation=ACTIVATIONS["static"], function=function, residual=True)
     case = make_linear(spec, 4)
-    case.check(unscheduled(spec)(case.given))
+    case.check(compile_kernel(spec)(case.given))
     for output in (ACTIVATIONS["static"], QuantSpec(INT8, Granularity.per_embedding_group(4))):
         rounded = replace(spec, output=output)
         case = make_linear(rounded, 4)
-        case.check(unscheduled(rounded)(case.given))
+        case.check(compile_kernel(rounded)(case.given))
 
 
 def test_half_precision_sums_in_single(make_linear):
     spec = replace(SPEC, weight=WEIGHTS["w4"], dtype="float16")
     case = make_linear(spec, 4)
-    case.check(unscheduled(spec)(case.given), limit=1e-3)
+    case.check(compile_kernel(spec)(case.given), limit=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])
@@ -101,7 +85,7 @@ def test_norms(make_rows, kind, output):
     keep = "exact" if output else ""
     spec = NormSpec(columns=48, kind=kind, epsilon=1e-5, residual=True, bias=True, output=output, keep=keep)
     case = make_rows(spec, 5)
-    case.check(unscheduled(spec)(case.given), limit=2e-6)
+    case.check(compile_kernel(spec)(case.given), limit=2e-6)
 
 
 @pytest.mark.parametrize("codes", [ACTIVATIONS["token"], QuantSpec(INT8, Granularity.per_embedding_group(4))], ids=str)
@@ -118,13 +102,13 @@ def test_operands_that_are_codes(make_linear, make_rows, codes):
     )  # fmt: skip
     for make, spec in ((make_linear, linear), (make_rows, norm), (make_rows, activation)):
         case = make(spec, 5)
-        case.check(unscheduled(spec)(case.given), limit=2e-6)
+        case.check(compile_kernel(spec)(case.given), limit=2e-6)
 
 
 def test_a_rounding_before_the_residual(make_linear):
     spec = replace(SPEC, activation=ACTIVATIONS["static"], rounded=ACTIVATIONS["static"], residual=True)
     case = make_linear(spec, 4)
-    case.check(unscheduled(spec)(case.given), limit=2e-6)
+    case.check(compile_kernel(spec)(case.given), limit=2e-6)
 
 
 GRIDS = [UINT8, INT8, Grid(4, symmetric=False), *(Grid(8, convention=c) for c in list(ScaleConvention)[1:3])]
@@ -136,7 +120,7 @@ def test_norms_with_a_range_for_each_row(make_rows, grid):
     output = QuantSpec(grid, Granularity.per_token())
     spec = NormSpec(columns=40, kind="layer", epsilon=1e-5, output=output, keep_sum=True, residual=True)
     case = make_rows(spec, 6)
-    results = unscheduled(spec)(case.given)
+    results = compile_kernel(spec)(case.given)
     case.check(results, limit=2e-6)
     assert (results["sum"] == case.given["x"] + case.given["residual"]).all()
     assert results["out_scale"][0] == 1
@@ -148,14 +132,4 @@ def test_activations(make_rows, function, gate):
     for granularity in (Granularity.per_token(), Granularity.per_tensor()):
         spec = ActivationSpec(columns=33, output=QuantSpec(UINT8, granularity), function=function, gate=gate, bias=True)
         case = make_rows(spec, 4)
-        case.check(unscheduled(spec)(case.given), limit=2e-6)
-
-
-@pytest.mark.parametrize("weight", WEIGHTS)
-def test_embeddings(make_weight, weight):
-    spec = EmbeddingSpec(entries=30, columns=96, weight=WEIGHTS[weight])
-    table = make_weight(spec.table(), np.random.default_rng(0))
-    ids = np.array([0, 29, 7, 7, 12])
-    given = pack_linear(spec.table(), table.codes, table.scale, table.zero_point) | {"ids": ids}
-    values = unscheduled(spec)(given)["values"]
-    np.testing.assert_allclose(values, table.values()[ids], rtol=1e-6, atol=1e-7)
+        case.check(compile_kernel(spec)(case.given), limit=2e-6)

@@ -12,7 +12,6 @@ pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
 from bitlower.backends.tvm_kernels import (
     ActivationSpec,
-    EmbeddingSpec,
     Layout,
     LinearSpec,
     NormSpec,
@@ -22,7 +21,7 @@ from bitlower.backends.tvm_kernels import (
     host_target,
     pack_linear,
 )
-from bitlower.backends.tvm_kernels._compile import lower
+from bitlower.backends.tvm_kernels.schedules.dispatch import lower
 from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec
 
 TARGETS = [Target.LLVM, *([Target.VNNI] if host_target() is Target.VNNI else [])]
@@ -186,14 +185,6 @@ def test_operands_that_are_codes(make_linear, make_rows, target, codes):
     for make, spec in ((make_linear, linear), (make_rows, norm), (make_rows, activation)):
         case = make(spec, 5)
         case.check(compile_kernel(spec)(case.given), limit=2e-6)
-
-
-def test_embeddings(make_weight, target):
-    spec = EmbeddingSpec(entries=9, columns=64, weight=WEIGHTS["w3-asym"], target=target)
-    table = make_weight(spec.table(), np.random.default_rng(0))
-    ids = np.array([8, 0, 3])
-    given = pack_linear(spec.table(), table.codes, table.scale, table.zero_point) | {"ids": ids}
-    np.testing.assert_allclose(compile_kernel(spec)(given)["values"], table.values()[ids], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.skipif(host_target() is not Target.VNNI, reason="this processor has no AVX512-VNNI")

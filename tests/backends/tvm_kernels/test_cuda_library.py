@@ -15,12 +15,13 @@ pytest.importorskip("tvm", reason="the extra tvm is not installed")
 import torch
 import tvm
 
-from bitlower.backends._selftest import run_selftest
+from bitlower.backends.artifact.selftest import run_selftest
 from bitlower.backends.tvm_kernels import Target, TvmKernels, compile_program, export, verify
-from bitlower.backends.tvm_kernels import _cuda_library as cuda_library
-from bitlower.backends.tvm_kernels._files import load_library, write_library
-from bitlower.backends.tvm_kernels._nvcc import device_functions, find_tool
-from bitlower.backends.tvm_kernels._verification import Verification
+from bitlower.backends.tvm_kernels.inspect.sass import device_functions
+from bitlower.backends.tvm_kernels.library import fatbin as cuda_library
+from bitlower.backends.tvm_kernels.library.files import load_library, write_library
+from bitlower.backends.tvm_kernels.library.nvcc import find_tool
+from bitlower.backends.tvm_kernels.verify.record import Verification
 from bitlower.ir import BitlowerError, CheckError
 
 _HELPERS = runpy.run_path(str(Path(__file__).with_name("programs.py")))

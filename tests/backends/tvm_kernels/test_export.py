@@ -12,21 +12,21 @@ import torch
 
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
-from bitlower.backends._manifest import describe_file
+from bitlower.backends.artifact.manifest import describe_file
 from bitlower.backends.tvm_kernels import (
     Target,
     TvmKernels,
-    _cpu_frame,
-    _files,
-    _verify,
     compile_program,
     export,
     is_library,
     load_library,
     verify,
 )
-from bitlower.backends.tvm_kernels._trace import trace
-from bitlower.backends.tvm_kernels._verification import Verification
+from bitlower.backends.tvm_kernels import target as targets
+from bitlower.backends.tvm_kernels.library import files as library_files
+from bitlower.backends.tvm_kernels.verify import compare
+from bitlower.backends.tvm_kernels.verify.record import Verification
+from bitlower.backends.tvm_kernels.verify.trace import trace
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, CheckError, Level, Program, get_tensor, kernels, set_tensor
 from bitlower.passes import Context, PassManager, parse_pipeline
@@ -113,7 +113,7 @@ def test_the_folder_is_whole_and_verified(program: Program, written: Path) -> No
     manifest = json.loads((written / "manifest.json").read_text())
     assert manifest["backend"] == "tvm-kernels"
     assert manifest["provenance"] == {"seed": 3}
-    assert manifest["backend_options"] == {"target": str(_cpu_frame.host_target()), "activations": "float32"}
+    assert manifest["backend_options"] == {"target": str(targets.host_target()), "activations": "float32"}
     assert set(manifest["files"]) == FILES - {"manifest.json"}
     config = json.loads((written / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["format"]) == ("bitlower", "tvm-kernels")
@@ -127,7 +127,7 @@ def test_the_folder_is_whole_and_verified(program: Program, written: Path) -> No
 
 
 def test_equal_programs_give_equal_bytes(program: Program, written: Path, tmp_path: Path) -> None:
-    _files.write_library(program, tmp_path, _cpu_frame.host_target())
+    library_files.write_library(program, tmp_path, targets.host_target())
     assert (tmp_path / "library.so").read_bytes() == (written / "library.so").read_bytes()
 
 
@@ -152,7 +152,7 @@ def test_faults_are_found(folder: Path) -> None:
 def test_changed_and_missing_files_are_found(folder: Path) -> None:
     (folder / "library.so").write_bytes(b"no library")
     with pytest.raises(CheckError, match=r"library\.so in .* does not load"):
-        _files.load_library(folder)
+        library_files.load_library(folder)
     for take in (load_library, verify):
         with pytest.raises(CheckError, match=r"library\.so in .* the manifest says"):
             take(folder)
@@ -176,15 +176,15 @@ def test_a_library_that_computes_something_else_is_not_exported(
     """The kernel is named."""
     before = {name: tensor.clone() for name, tensor in program.tensors()}
     monkeypatch.setattr(
-        _verify,
+        compare,
         "compile_program",
         lambda given, target, **options: compile_program(negated(given), target, **options),
     )
     with pytest.raises(CheckError, match=r"is not its program: %fused_linear\w* \(fused_linear in model\.layers\.0"):
-        _verify.verify_export(program, written, [tokens(2, 6)], target=_cpu_frame.host_target())
+        compare.verify_export(program, written, [tokens(2, 6)], target=targets.host_target())
     assert all(torch.equal(before[name], tensor) for name, tensor in program.tensors())
     with pytest.raises(BitlowerError, match="without a batch of inputs"):
-        _verify.verify_export(program, written, [], target=Target.LLVM)
+        compare.verify_export(program, written, [], target=Target.LLVM)
 
 
 @pytest.mark.parametrize(("activations", "factor"), [("float32", 1.001), ("float16", 1.02)])
@@ -197,7 +197,7 @@ def test_a_small_fault_of_the_deployed_library_alone_is_found(
         def deployed(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
             return {name: value * factor for name, value in program(**batch).items()}
 
-        comparison = _verify.Comparison(program, deployed, trace(program), activations)
+        comparison = compare.Comparison(program, deployed, trace(program), activations)
         comparison.run(tokens(2, 6))
         comparison.check()
 
@@ -238,9 +238,9 @@ def test_programs_that_do_not_fit_are_refused(program: Program, lowered: Callabl
 def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BitlowerError, match="target is lvm; it takes one of host, llvm"):
         TvmKernels("lvm")  # type: ignore[arg-type]
-    assert TvmKernels().resolve() is _cpu_frame.host_target()
+    assert TvmKernels().resolve() is targets.host_target()
     assert TvmKernels("llvm").resolve() is Target.LLVM
-    monkeypatch.setattr(_cpu_frame, "host_target", lambda: Target.LLVM)
+    monkeypatch.setattr(targets, "host_target", lambda: Target.LLVM)
     with pytest.raises(BitlowerError, match="does not run llvm-avx512-vnni, and what was not run is not verified"):
         TvmKernels(target="llvm-avx512-vnni").check_host()
     monkeypatch.setenv("PATH", "")

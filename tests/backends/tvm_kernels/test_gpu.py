@@ -3,14 +3,12 @@
 from dataclasses import replace
 from itertools import product
 
-import numpy as np
 import pytest
 
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
 from bitlower.backends.tvm_kernels import (
     ActivationSpec,
-    EmbeddingSpec,
     Layout,
     LinearSpec,
     NormSpec,
@@ -18,7 +16,6 @@ from bitlower.backends.tvm_kernels import (
     compile_kernel,
     device_source,
     host_target,
-    pack_linear,
 )
 from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec
 
@@ -124,15 +121,6 @@ def test_activations_are_one_kernel(make_rows, on_pocl, function, gate):
         results, launched = on_pocl(spec, case.given)
         case.check(results, limit=2e-6)
         assert len(launched) == 1
-
-
-def test_embeddings(make_weight, on_pocl):
-    spec = EmbeddingSpec(entries=9, columns=192, weight=WEIGHTS["w3"], target=Target.OPENCL)
-    table = make_weight(spec.table(), np.random.default_rng(0))
-    ids = np.array([8, 0, 3])
-    given = pack_linear(spec.table(), table.codes, table.scale, table.zero_point) | {"ids": ids}
-    values = on_pocl(spec, given)[0]["values"]
-    np.testing.assert_allclose(values, table.values()[ids], rtol=1e-6, atol=1e-7)
 
 
 def test_what_gpus_have_no_kernel_for_is_said():

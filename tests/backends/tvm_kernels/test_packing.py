@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitlower.backends.tvm_kernels import Layout, LinearSpec, arguments, pack_linear, pack_vector, unpack_linear
-from bitlower.backends.tvm_kernels._packing import pack_float
+from bitlower.backends.tvm_kernels.spec.packing import pack_float
 from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec, ScaleConvention, packing
 
 ACTIVATION = QuantSpec(Grid(8, signed=False, symmetric=False), Granularity.per_tensor())

@@ -13,12 +13,13 @@ pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
 from tvm import tirx
 
-from bitlower.backends._resolved import resolved_tensors
-from bitlower.backends.tvm_kernels._cpu_frame import host_target, tvm_target
-from bitlower.backends.tvm_kernels._relax import build_module, compile_program, fuse_module
-from bitlower.backends.tvm_kernels._relax_frame import Frame
-from bitlower.backends.tvm_kernels._relax_pipeline import lowering
-from bitlower.backends.tvm_kernels._spec import Target
+from bitlower.backends.artifact.resolved import resolved_tensors
+from bitlower.backends.tvm_kernels.library.compile import compile_program
+from bitlower.backends.tvm_kernels.relax.builder import Frame
+from bitlower.backends.tvm_kernels.relax.pipeline import lowering
+from bitlower.backends.tvm_kernels.relax.program import build_module, fuse_module
+from bitlower.backends.tvm_kernels.spec.base import Target
+from bitlower.backends.tvm_kernels.target import host_target, tvm_target
 from bitlower.ir import BitlowerError, Level, ValueSpec, kernels
 
 _HELPERS = runpy.run_path(str(Path(__file__).with_name("programs.py")))

@@ -13,9 +13,11 @@ pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
 import tvm
 
-from bitlower.backends.tvm_kernels import Target, _gpu_attention, _relax_attention_kernel, host_target
-from bitlower.backends.tvm_kernels._attention import OPERANDS, Attention
-from bitlower.backends.tvm_kernels._cpu_frame import tvm_target
+from bitlower.backends.tvm_kernels import Target, host_target
+from bitlower.backends.tvm_kernels.schedules.cpu import attention as cpu_attention
+from bitlower.backends.tvm_kernels.schedules.gpu import attention as gpu_attention
+from bitlower.backends.tvm_kernels.spec.attention import OPERANDS, Attention
+from bitlower.backends.tvm_kernels.target import tvm_target
 from bitlower.ir import Grid
 
 UINT8 = Grid(8, signed=False, symmetric=False)
@@ -28,10 +30,11 @@ CASES = {
     "plain": Attention(heads=4, groups=4, width=16, value_width=16, factor=0.25),
     "ragged-groups": Attention(heads=6, groups=2, width=20, value_width=37, factor=0.2, joined=True),
     "mask": Attention(
-        heads=2, groups=1, width=8, value_width=8, factor=0.3, mask="bool", spread=(False, True, False, False)
+        heads=2, groups=1, width=8, value_width=8, factor=0.3, mask="bool", mask_broadcast=(False, True, False, False)
     ),
     "added": Attention(
-        heads=2, groups=2, width=32, value_width=16, factor=0.2, mask="float32", spread=(True, True, False, False)
+        heads=2, groups=2, width=32, value_width=16, factor=0.2, mask="float32",
+        mask_broadcast=(True, True, False, False)
     ),
     "causal": Attention(heads=2, groups=2, width=16, value_width=16, factor=0.25, causal=True),
     "codes": Attention(
@@ -40,14 +43,14 @@ CASES = {
     ),
     "rounded": Attention(
         heads=2, groups=2, width=16, value_width=16, factor=0.25, mask="bool",
-        spread=(False, True, True, False), scored=UINT8, probs=UINT8, output=UINT8,
+        mask_broadcast=(False, True, True, False), scored=UINT8, probs=UINT8, output=UINT8,
     ),
     "places": Attention(
         heads=4, groups=2, width=16, value_width=16, factor=0.25, joined=True, places=((96, 8), (96, 48), None)
     ),
     "bytes": Attention(
         heads=4, groups=2, width=72, value_width=40, factor=0.25, joined=True, mask="bool",
-        spread=(False, True, True, False), scored=UINT8, probs=UINT8, output=UINT8,
+        mask_broadcast=(False, True, True, False), scored=UINT8, probs=UINT8, output=UINT8,
         query="uint8", key="uint8", value="uint8", places=(None, (160, 16), (100, 20)),
     ),
     "halves": Attention(
@@ -109,7 +112,7 @@ def operands(what: Attention, queries: int, keys: int) -> dict[str, np.ndarray]:
         given[name] = random.integers(0, 256, shape, np.uint8) if codes else random.normal(size=shape).astype(dtype)
     if what.mask:
         full = (BATCH, what.heads, queries, keys)
-        shape = tuple(1 if one else size for size, one in zip(full, what.spread, strict=True))
+        shape = tuple(1 if one else size for size, one in zip(full, what.mask_broadcast, strict=True))
         kept = random.random(shape) < 0.6
         if queries > 1:
             kept[0, 0, 0] = False  # a row without a key
@@ -146,7 +149,7 @@ def check(name: str, size: str, kernel: Callable[..., object]) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "halves"])
 def test_attention_is_that_of_float64(name: str) -> None:
-    function = _relax_attention_kernel.attention(CASES[name])
+    function = cpu_attention.attention(CASES[name])
     executable = tvm.compile(tvm.IRModule({"attention": function}), target=tvm_target(host_target()))
     check(name, "small", executable["attention"])
 
@@ -154,7 +157,7 @@ def test_attention_is_that_of_float64(name: str) -> None:
 @pytest.mark.parametrize("name", ["ragged-groups", "added", "causal", "codes", "rounded", "places", "bytes", "wide"])
 def test_attention_on_a_gpu(pocl: Any, name: str) -> None:
     """Whole tiles of queries and keys, ragged ones, and a single query."""
-    kernel = pocl.kernel(_gpu_attention.attention(CASES[name], Target.OPENCL), "attention")
+    kernel = pocl.kernel(gpu_attention.attention(CASES[name], Target.OPENCL), "attention")
     for size in ("tiles", "step"):
         if size == "tiles" or name != "causal":
             check(name, size, kernel)
@@ -164,4 +167,4 @@ def test_attention_on_a_gpu(pocl: Any, name: str) -> None:
 @pytest.mark.parametrize("name", ["mask", "bytes", "halves"])
 def test_attention_as_cuda_has_it(fibers: Any, name: str) -> None:
     """Sums over a warp by shuffles, products of bytes by ``__dp4a``, float16 operands."""
-    check(name, "tiles", fibers.kernel(_gpu_attention.attention(CASES[name], Target.CUDA), "attention"))
+    check(name, "tiles", fibers.kernel(gpu_attention.attention(CASES[name], Target.CUDA), "attention"))

@@ -16,10 +16,11 @@ import tvm
 from tvm import te
 
 from bitlower.backends.tvm_kernels import Library, Target
-from bitlower.backends.tvm_kernels._gpu_schedule import gpu_target, launches, schedule
-from bitlower.backends.tvm_kernels._launches import Launch, launches_of
-from bitlower.backends.tvm_kernels._library import Code
-from bitlower.backends.tvm_kernels._trace import KernelComparison, trace
+from bitlower.backends.tvm_kernels.inspect.launches import Launch, launches_of
+from bitlower.backends.tvm_kernels.library.library import Code
+from bitlower.backends.tvm_kernels.schedules.gpu.fallback import launches, schedule
+from bitlower.backends.tvm_kernels.target import gpu_target
+from bitlower.backends.tvm_kernels.verify.trace import KernelComparison, trace
 from bitlower.ir import BitlowerError, CheckError
 from bitlower.ir.observe import run
 from bitlower.passes import Context, PassManager, parse_pipeline

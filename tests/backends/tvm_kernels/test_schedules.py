@@ -17,13 +17,14 @@ pytest.importorskip("tvm", reason="the extra tvm is not installed")
 import tvm
 from tvm import te, tirx
 
-from bitlower.backends.tvm_kernels import Layout, LinearSpec, Target, _cpu_frame
-from bitlower.backends.tvm_kernels._cpu_float import block_size
-from bitlower.backends.tvm_kernels._expressions import qparams
-from bitlower.backends.tvm_kernels._gpu_matrix import has_matrix
-from bitlower.backends.tvm_kernels._relax_order import sort_shape_functions
-from bitlower.backends.tvm_kernels._relax_rows import _epsilon
-from bitlower.backends.tvm_kernels._relax_views import heads_of
+from bitlower.backends.tvm_kernels import Layout, LinearSpec, Target
+from bitlower.backends.tvm_kernels.relax.determinism import sort_shape_functions
+from bitlower.backends.tvm_kernels.relax.rowwise import _epsilon
+from bitlower.backends.tvm_kernels.relax.views import heads_of
+from bitlower.backends.tvm_kernels.schedules.cpu import vectors
+from bitlower.backends.tvm_kernels.schedules.cpu.panel_float import block_size
+from bitlower.backends.tvm_kernels.schedules.gpu.gemm_mma import has_matrix
+from bitlower.backends.tvm_kernels.tir.expressions import qparams
 from bitlower.ir import Granularity, Grid, QuantSpec, ScaleConvention, TensorType
 
 aten = torch.ops.aten
@@ -43,8 +44,8 @@ def test_every_row_is_computed_once(monkeypatch: pytest.MonkeyPatch, tiles: tupl
     def body(tile: int, first: object) -> None:
         rows.update(int(first) + block * tile + line for block in range(extents[-1]) for line in range(tile))
 
-    monkeypatch.setattr(_cpu_frame, "T", SimpleNamespace(serial=serial))
-    _cpu_frame.over_rows(tirx.const(count, "int64"), tiles, body)
+    monkeypatch.setattr(vectors, "T", SimpleNamespace(serial=serial))
+    vectors.over_rows(tirx.const(count, "int64"), tiles, body)
     assert rows == Counter(range(count))
 
 

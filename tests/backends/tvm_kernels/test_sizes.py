@@ -13,9 +13,12 @@ import torch
 
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
-from bitlower.backends._manifest import describe_file
-from bitlower.backends.tvm_kernels import Target, _cpu_frame, _files, _verify, compile_program, export, verify
-from bitlower.backends.tvm_kernels._trace import trace
+from bitlower.backends.artifact.manifest import describe_file
+from bitlower.backends.tvm_kernels import Target, compile_program, export, verify
+from bitlower.backends.tvm_kernels import target as targets
+from bitlower.backends.tvm_kernels.library import files as library_files
+from bitlower.backends.tvm_kernels.verify import compare
+from bitlower.backends.tvm_kernels.verify.trace import trace
 from bitlower.frontends import load
 from bitlower.ir import CheckError, Program
 from bitlower.passes import Context, PassManager, parse_pipeline
@@ -51,7 +54,7 @@ def bound(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
     def compiled(program: Program, target: Target, **options: Any) -> Any:
         return compile_program(program, target, **options, sizes=sizes)
 
-    monkeypatch.setattr(_files, "compile_program", compiled)
+    monkeypatch.setattr(library_files, "compile_program", compiled)
 
 
 @pytest.mark.parametrize("sizes", [pytest.param({"batch": 2}, marks=pytest.mark.nightly), {"sequence": 9}])
@@ -75,7 +78,7 @@ def test_what_verify_runs_has_other_sizes_too(
     assert torch.tensor(recorded["inputs"]["input_ids"]["values"]).shape == (3, 7)
     folder = Path(shutil.copytree(written, tmp_path / "copy"))
     bound(monkeypatch, batch=2, sequence=9)
-    _files.write_library(bert, folder, _cpu_frame.host_target(), "float32")
+    library_files.write_library(bert, folder, targets.host_target(), "float32")
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] |= {name: describe_file(folder / name) for name in ("library.so", "library.json")}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -102,7 +105,7 @@ def test_a_program_that_has_the_sizes_of_its_batches_baked_in_is_refused(bert: P
     with pytest.raises(CheckError, match=rf"^the program itself fails at batch 3, sequence 7, {NEW}: shape '\[2, 9"):
         export(program, tmp_path, batches=batches(program))
     with pytest.raises(CheckError, match=rf"^the program itself fails at batch 3, sequence 7, {NEW}: shape '\[2, 9"):
-        _verify.expect(program, batches(program), target=Target.CUDA)
+        compare.expect(program, batches(program), target=Target.CUDA)
 
 
 def mean_by(length: int) -> tuple[tuple[Any, tuple[Any, ...]], ...]:
@@ -115,17 +118,17 @@ def test_a_constant_that_was_a_size_is_found_where_every_shape_is_right(bert: Pr
     mean = with_last(bert, (torch.ops.aten.mean.dim, ([1], True)))
     library = with_last(bert, *mean_by(9))
     for deployed, traced in ((library, mean), (mean, library)):
-        comparison = _verify.Comparison(mean, deployed, trace(traced))
+        comparison = compare.Comparison(mean, deployed, trace(traced))
         with pytest.raises(CheckError, match=rf"^at batch 3, sequence 7, {NEW}: the library is not its program: "):
             comparison.run_all(batches(bert))
-    comparison = _verify.Comparison(mean, mean, trace(mean))
+    comparison = compare.Comparison(mean, mean, trace(mean))
     comparison.run_all(batches(bert))
     _, unseen = comparison.selftests()
     assert unseen.sizes == "batch 3, sequence 7"
 
 
 def test_where_the_library_does_not_run_the_program_says_what_other_sizes_give(bert: Program) -> None:
-    unseen = _verify.expect(bert, batches(bert), target=Target.CUDA).unseen
+    unseen = compare.expect(bert, batches(bert), target=Target.CUDA).unseen
     assert unseen.sizes == "batch 3, sequence 7"
 
     def run(program: Program) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bitlower.backends.tvm_kernels import ActivationSpec, EmbeddingSpec, Layout, LinearSpec, NormSpec, Target, arguments
-from bitlower.backends.tvm_kernels._spec import FUNCTIONS, KernelSpec
+from bitlower.backends.tvm_kernels.spec.base import FUNCTIONS, KernelSpec
 from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec, ScaleConvention
 
 UINT8 = Grid(8, signed=False, symmetric=False)

@@ -16,10 +16,11 @@ import transformers
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
 import bitlower
-from bitlower.backends._manifest import describe_file
+from bitlower.backends.artifact.manifest import describe_file
 from bitlower.backends.running import StagedModel
-from bitlower.backends.tvm_kernels import StagedLibrary, Target, TvmKernels, _verify, export, verify
-from bitlower.backends.tvm_kernels._library import Code
+from bitlower.backends.tvm_kernels import StagedLibrary, Target, TvmKernels, export, verify
+from bitlower.backends.tvm_kernels.library.library import Code
+from bitlower.backends.tvm_kernels.verify import compare
 from bitlower.ir import BitlowerError, CheckError, Program, kernels, set_tensor
 from bitlower.ir.generation import program_stages, write_targets
 from bitlower.ir.observe import run
@@ -173,17 +174,17 @@ def test_each_function_is_compared_kernel_by_kernel(
     def compiled(traced: Program, target: Target, **options: Any) -> Any:
         """That of the wrong stage shows the kernels of what was written."""
         side = ENCODER if any(spec.name == "attention_mask" for spec in traced.inputs) else DECODER
-        shown = _verify.trace(stages[side])
+        shown = compare.trace(stages[side])
         return lambda **batch: run(shown, batch)
 
-    monkeypatch.setattr(_verify, "load_library", lambda folder: written)
-    monkeypatch.setattr(_verify, "compile_program", compiled)
+    monkeypatch.setattr(compare, "load_library", lambda folder: written)
+    monkeypatch.setattr(compare, "compile_program", compiled)
     options = {"target": Target.LLVM}
     if wrong:
         with pytest.raises(CheckError, match=rf"fused_linear in model\.{wrong}\.layers\.\d\.fc2"):
-            _verify.verify_export(program, tmp_path, data, **options)
+            compare.verify_export(program, tmp_path, data, **options)
         return
-    verification = _verify.verify_export(program, tmp_path, data, **options)
+    verification = compare.verify_export(program, tmp_path, data, **options)
     counted = Counter(kernels.kind(node) for node in program.graph.nodes if kernels.is_kernel(node))
     del counted["fused_embedding"]  # an expression, seen in what follows
     assert {row.kind: row.kernels for row in verification.kernels if row.kind in counted} == counted
@@ -193,7 +194,7 @@ def test_each_function_is_compared_kernel_by_kernel(
 
 def test_a_library_that_is_not_run_expects_what_the_program_gives(seq2seq: Any) -> None:
     program, data = seq2seq.traced("whisper"), seq2seq.batches("whisper", 1)
-    recorded = _verify.expect(program, data, target=Target.CUDA)
+    recorded = compare.expect(program, data, target=Target.CUDA)
     assert set(recorded.selftest.outputs) == {spec.name for spec in program.outputs}
     assert set(recorded.selftest.inputs) == {spec.name for spec in program.inputs} - {"decoder_attention_mask"}
     assert recorded.unseen.sizes.startswith("batch 3, ")

@@ -16,10 +16,10 @@ import torch
 import transformers
 from torch import fx
 
-from bitlower.backends._rounding import Rounding
-from bitlower.backends.tvm_kernels._activations import half_values
-from bitlower.backends.tvm_kernels._agreement import TURNED, Agreement
-from bitlower.backends.tvm_kernels._trace import KernelComparison, trace
+from bitlower.backends.artifact.rounding import Rounding
+from bitlower.backends.tvm_kernels.relax.precision import half_values
+from bitlower.backends.tvm_kernels.verify.agreement import TURNED, Agreement
+from bitlower.backends.tvm_kernels.verify.trace import KernelComparison, trace
 from bitlower.frontends import load
 from bitlower.ir import CheckError, Program, get_tensor, kernels, set_tensor
 from bitlower.passes import Context, PassManager, parse_pipeline

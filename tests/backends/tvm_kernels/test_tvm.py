@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bitlower.backends.registry import known_backends, make_backend
-from bitlower.backends.tvm_kernels import _tvm
+from bitlower.backends.tvm_kernels import pins
 from bitlower.ir import BitlowerError
 
 
@@ -19,13 +19,13 @@ def _installed(monkeypatch, **versions):
             raise PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr(_tvm, "version", version)
+    monkeypatch.setattr(pins, "version", version)
 
 
 def test_the_pins_are_those_of_the_extra():
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
-    pins = [f"{name}=={version}" for name, version in _tvm.PINS.items()]
-    assert project["project"]["optional-dependencies"]["tvm"] == pins
+    expected = [f"{name}=={version}" for name, version in pins.PINS.items()]
+    assert project["project"]["optional-dependencies"]["tvm"] == expected
 
 
 @pytest.mark.parametrize(
@@ -40,13 +40,13 @@ def test_the_pins_are_those_of_the_extra():
 def test_what_is_wrong_and_how_to_mend_it_is_said(monkeypatch, versions, named):
     _installed(monkeypatch, **versions)
     with pytest.raises(BitlowerError, match=named) as caught:
-        _tvm.require_tvm()
+        pins.require_tvm()
     assert caught.value.hint == "pip install 'bitlower[tvm]'"
 
 
 def test_the_pair_that_works_is_let_through(monkeypatch):
-    _installed(monkeypatch, **{name.replace("-", "_"): version for name, version in _tvm.PINS.items()})
-    _tvm.check_pins()
+    _installed(monkeypatch, **{name.replace("-", "_"): version for name, version in pins.PINS.items()})
+    pins.check_pins()
 
 
 def test_the_package_imports_no_tvm():

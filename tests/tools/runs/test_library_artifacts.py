@@ -12,7 +12,7 @@ import torch
 
 import bitlower
 from bitlower.backends import registry
-from bitlower.backends.tvm_kernels import Library, _tvm
+from bitlower.backends.tvm_kernels import Library, pins
 from bitlower.frontends import load
 from bitlower.frontends.tokenize import token_ids
 from bitlower.ir import BitlowerError, Level, Program
@@ -147,7 +147,7 @@ def test_without_tvm_one_line_says_so_before_the_model_is_read(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("bitlower.tools.runs.flow.load", lambda *_, **__: pytest.fail("the model was read"))
-    monkeypatch.setattr(_tvm, "PINS", {"no-such-package": "1"})
+    monkeypatch.setattr(pins, "PINS", {"no-such-package": "1"})
     assert main(["run", str(recipe), "-o", str(tmp_path / "out"), "--no-cache"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line == "error: low-bit kernels need no-such-package, which is not installed; pip install 'bitlower[tvm]'"

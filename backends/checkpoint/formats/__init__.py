@@ -1,0 +1,1 @@
+"""The formats that packed weights are written in, one file each."""

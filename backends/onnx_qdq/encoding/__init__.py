@@ -1,0 +1,1 @@
+"""How codes lie in an ONNX file: pure functions of arrays, which the writer and the verifier share."""

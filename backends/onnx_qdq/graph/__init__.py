@@ -1,0 +1,1 @@
+"""Reading ONNX graphs: nodes, constants, and where quantization stands in them."""

@@ -1,0 +1,1 @@
+"""From low-bit operators to those that onnxruntime runs, rule by rule."""

@@ -1,0 +1,1 @@
+"""onnxruntime: sessions, and what this processor makes of products of bytes."""

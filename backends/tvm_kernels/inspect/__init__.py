@@ -1,0 +1,1 @@
+"""What compilers and devices make of kernels: instructions, registers, launches."""

@@ -1,0 +1,94 @@
+"""Specs to code that runs: the rules of each target, and a cache of compiled kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+
+from bitlower.backends.tvm_kernels.schedules.dispatch import lower
+from bitlower.backends.tvm_kernels.spec.arguments import arguments
+from bitlower.backends.tvm_kernels.spec.base import KernelSpec, Target
+from bitlower.backends.tvm_kernels.target import host_target, tvm_target
+from bitlower.ir import BitlowerError
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel of the host.
+
+    Args:
+        spec: what it computes.
+        executable: TVM's, with one function of the spec's name.
+    """
+
+    spec: KernelSpec
+    executable: Any
+
+    def __call__(self, given: Mapping[str, Array]) -> dict[str, Array]:
+        """Run on the arguments by name; the results by name.
+
+        Raises:
+            BitlowerError: an argument is missing, or has another dtype or shape than the spec says.
+        """
+        rows = given["ids" if "ids" in given else "x"].shape[0]
+        held, results = [], {}
+        for argument in arguments(self.spec):
+            shape = tuple(rows if size is None else size for size in argument.shape)
+            if argument.written:
+                array = results[argument.name] = np.zeros(shape, argument.dtype)
+            else:
+                array = _checked(self.spec, given, argument.name, argument.dtype, shape)
+            held.append(tvm.runtime.tensor(array))
+        self.executable[self.spec.name](*held)
+        names = [argument.name for argument in arguments(self.spec)]
+        return {name: held[names.index(name)].numpy() for name in results}
+
+
+def _checked(spec: KernelSpec, given: Mapping[str, Array], name: str, dtype: str, shape: tuple[int, ...]) -> Array:
+    array = given.get(name)
+    if array is None:
+        raise BitlowerError(f"{spec.name} needs the argument {name!r}")
+    if array.dtype != dtype or array.shape != shape:
+        raise BitlowerError(f"{spec.name}: {name} is {dtype}{list(shape)}, not {array.dtype}{list(array.shape)}")
+    return np.ascontiguousarray(array)
+
+
+@cache
+def compile_kernel(spec: KernelSpec) -> Kernel:
+    """The kernel of ``spec``, compiled for this host; equal specs share one.
+
+    Raises:
+        BitlowerError: the target is no CPU, or none that this host is.
+    """
+    if spec.target is Target.VNNI and host_target() is not Target.VNNI:
+        raise BitlowerError(f"this processor does not run {spec.target} kernels", hint=f"compile for {host_target()}")
+    if not spec.target.on_cpu:
+        raise BitlowerError(
+            f"{spec.target} kernels do not run on this host",
+            hint=f"compile for {host_target()}, or see `device_source`",
+        )
+    module = tvm.IRModule({spec.name: lower(spec)})
+    return Kernel(spec, tvm.compile(module, target=tvm_target(spec.target)))
+
+
+@cache
+def device_source(spec: KernelSpec, architecture: str = "sm_80") -> str:
+    """The source of the device functions of a GPU kernel: CUDA C++ (for an architecture), or OpenCL C.
+
+    Raises:
+        BitlowerError: the target is no GPU, or has no kernel for the spec.
+    """
+    if spec.target.on_cpu:
+        raise BitlowerError(f"{spec.target} kernels have no device functions", hint="see `compile_kernel`")
+    kind = {"kind": "cuda", "arch": architecture} if spec.target is Target.CUDA else {"kind": "opencl"}
+    module = tvm.IRModule({spec.name: lower(spec)})
+    executable = tvm.compile(module, target=tvm.target.Target(kind, host={"kind": "llvm"}))
+    return str(executable.mod.imports[0].inspect_source())

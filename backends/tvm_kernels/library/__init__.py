@@ -1,0 +1,1 @@
+"""Compiled Programs: how they are made, written, loaded and called."""

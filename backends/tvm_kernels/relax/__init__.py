@@ -1,0 +1,1 @@
+"""From a Program to a Relax module that calls kernels."""

@@ -1,0 +1,228 @@
+"""``fused_linear`` in Relax: the kernel of its spec, or float32 products where there is none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import fx
+from tvm import relax
+
+from bitlower.backends.tvm_kernels.relax.builder import Array, Frame, constant, dtype_name, product
+from bitlower.backends.tvm_kernels.relax.call import Call
+from bitlower.backends.tvm_kernels.relax.quantize import activated, dequantized, quantized
+from bitlower.backends.tvm_kernels.relax.views import Strip
+from bitlower.backends.tvm_kernels.schedules.gpu.linear import check_gpu
+from bitlower.backends.tvm_kernels.spec.linear import Layout, LinearSpec
+from bitlower.backends.tvm_kernels.spec.packing import pack_float, pack_linear, pack_vector
+from bitlower.backends.tvm_kernels.tir import expressions as expressions
+from bitlower.ir import BitlowerError, Grid, TensorType, kernels
+
+_MOST_RUNS = 64
+"""Kernels have code of their own for each group of embedding dimensions, if these are not equal."""
+_BUCKETS = (1, 16)
+"""On GPUs fewer rows than the last go by warps, an output each; matrix instructions take 16 at least."""
+
+
+def convert_linear(call: Call) -> list[Any]:
+    """The results of a ``fused_linear``."""
+    try:
+        spec, runs = linear_spec(call)
+    except BitlowerError:
+        return _plain(call)
+    given = _arguments(call, spec, runs)
+    rows = product(call.frame.shape(call.type_of("x"))[:-1])
+    found = call.frame.call(spec, given, rows, call.dtype)
+    sizes = call.given.get("rows")
+    if not sizes:
+        return call.taken(found, 0)
+    results, start = list[Any](), 0
+    for part, size in enumerate(sizes):
+        results += call.taken({name: _columns(call, value, start, size) for name, value in found.items()}, part)
+        start += size
+    _note_strips(call, found, sizes)
+    return results
+
+
+def _note_strips(call: Call, found: dict[str, Any], sizes: list[int]) -> None:
+    """Note where in the rows of the whole result each layer's own lies."""
+    kind, columns = call.type_of("x"), sum(sizes)
+    if kind.rank != 3:
+        return
+    shape = [*call.frame.shape(kind)[:-1], call.frame.dim(columns)]
+    whole = {name: call.frame.reshape(value, shape) for name, value in found.items()}
+    whole["value"] = whole["rounded"] = whole.get("values")
+    for (part, name), node in kernels.read_outputs(call.node).items():
+        if whole.get(name) is not None and not (name == "rounded" and call.keep != "rounded"):
+            call.frame.strips[node] = Strip(whole[name], columns, sum(sizes[:part]))
+
+
+def linear_spec(call: Call) -> tuple[LinearSpec, Array | None]:
+    """The spec of the kernel, and where each group of embedding dimensions of x starts (None: x has no groups).
+
+    Raises:
+        BitlowerError: there is no kernel for it.
+    """
+    codes, weight = call.stored("weight"), call.quantizer("weight")
+    assert codes is not None, f"the weight of %{call.node.name} is not stored"
+    assert weight is not None, f"the weight of %{call.node.name} has no quantizer"
+    if call.given.get("bias") is not None and call.stored("bias") is None:
+        raise BitlowerError(f"%{call.node.name}: kernels take a bias that is stored")
+    starts, splits = _runs(call, codes.shape[1])
+    activation = call.quantizer("x")
+    spec = LinearSpec(
+        target=call.frame.target,
+        dtype=call.frame.dtype if activation is None else "float32",
+        inputs=codes.shape[1],
+        outputs=codes.shape[0],
+        weight=weight,
+        activation=activation,
+        splits=splits,
+        bias=call.given.get("bias") is not None,
+        function=call.given.get("activation", ""),
+        rounded=call.quantizer("rounded"),
+        residual=call.given.get("residual") is not None,
+        residual_codes=call.quantizer("residual"),
+        output=call.quantizer("out"),
+        keep=call.keep if call.has_codes else "",
+    )
+    return laid_out(spec), starts
+
+
+def laid_out(spec: LinearSpec) -> LinearSpec:
+    """The linear in the layout that is best for its target.
+
+    Raises:
+        BitlowerError: a GPU has no kernel for it.
+    """
+    if spec.target.on_cpu:
+        panels = all(size % spec.step == 0 for size in spec.segment_sizes)
+        return replace(spec, layout=Layout.PANELS) if panels else spec
+    check_gpu(spec)
+    return replace(spec, buckets=_BUCKETS)
+
+
+def _runs(call: Call, columns: int) -> tuple[Array | None, tuple[int, ...]]:
+    """Where the runs of columns of x with one scale start, and their sizes; nothing for a scale for all columns.
+
+    Raises:
+        BitlowerError: there are too many.
+    """
+    spec = call.quantizer("x")
+    if spec is None or not spec.granularity.kind.startswith("embedding"):
+        return None, ()
+    pair = np.stack([part.reshape(-1) for part in call.static("x")])
+    spaced = np.repeat(pair, columns // pair.shape[1], 1)
+    starts = np.flatnonzero(np.r_[True, (spaced[:, 1:] != spaced[:, :-1]).any(0)])
+    if len(starts) > _MOST_RUNS:
+        raise BitlowerError(f"%{call.node.name}: x has {len(starts)} groups, kernels take {_MOST_RUNS}")
+    return starts, tuple(int(size) for size in np.diff([*starts, columns]))
+
+
+def _arguments(call: Call, spec: LinearSpec, starts: Array | None) -> dict[str, Any]:
+    """All that the kernel reads."""
+    given: dict[str, Any] = {}
+    if starts is None:
+        call.operand("x", "x", given)
+    else:
+        given["x"] = call.frame.rows(call.frame.value(call.given["x"]), call.type_of("x"))
+        for name, part in zip(("x_scale", "x_zero"), call.static("x"), strict=True):
+            spaced = np.repeat(part.reshape(-1), spec.inputs // part.size)
+            given[name] = constant(spaced[starts])
+    codes = call.stored("weight")
+    assert codes is not None
+    packed = pack_linear(spec, codes, *call.static("weight"))
+    given |= {name: constant(array) for name, array in packed.items()}
+    bias = call.stored("bias")
+    if bias is not None:
+        given["bias"] = constant(pack_vector(spec, bias))
+    if spec.rounded is not None:
+        call.out_scales(spec.rounded, spec.outputs, given, "rounded")
+    if spec.residual:
+        call.operand("residual", "residual", given)
+    if spec.output is not None:
+        call.out_scales(spec.output, spec.outputs, given)
+    return given
+
+
+def _columns(call: Call, value: Any, start: int, size: int) -> Any:
+    return call.frame.emit(relax.op.strided_slice(value, axes=[1], begin=[start], end=[start + size]))
+
+
+def _plain(call: Call) -> list[Any]:
+    """The same in float32, operator by operator, with the weight dequantized."""
+    frame, weight = call.frame, call.floats("weight")
+    assert weight is not None
+    function, bias = call.given.get("activation", ""), call.stored("bias")
+    codes = call.quantizer("x") is not None
+    x = call.real("x") if codes else frame.value(call.given["x"])
+    dtype = "float32" if codes else frame.dtype
+    if bias is None and call.given.get("bias") is not None:
+        product = float_linear(frame, x, call.type_of("x"), weight, dtype=dtype)
+        product = frame.emit(relax.op.add(product, frame.value(call.given["bias"])))
+        product = activated(frame, function, product) if function else product
+    else:
+        product = float_linear(frame, x, call.type_of("x"), weight, bias, function, dtype=dtype)
+    if call.given.get("rounded_scale") is not None:
+        scale, zero = (constant(part) for part in call.static("rounded"))
+        codes = quantized(frame, product, scale, zero, Grid.parse(call.given["rounded_grid"]))
+        product = dequantized(frame, codes, scale, zero)
+    product = call.add(product, "residual")
+    sizes, results, start = call.given.get("rows"), list[Any](), 0
+    if not sizes:
+        return call.finished(product)
+    for part, size in enumerate(sizes):
+        axis = call.type_of("x").rank - 1
+        piece = relax.op.strided_slice(product, axes=[axis], begin=[start], end=[start + size])
+        results += call.finished(frame.emit(piece), part)
+        start += size
+    return results
+
+
+def float_linear(
+    frame: Frame,
+    x: Any,
+    kind: TensorType,
+    weight: Array,
+    bias: Array | None = None,
+    function: str = "",
+    *,
+    dtype: str = "float32",
+    values: str = "float32",
+) -> Any:
+    """``function(x · Wᵀ + bias)`` of floats ``x`` of a type: the kernel of its spec, or loops where there is none.
+
+    Products are of ``dtype``, and so is the weight; the result is of the dtype ``values``.
+    """
+    outputs, inputs = weight.shape
+    spec = LinearSpec(
+        target=frame.target,
+        dtype=dtype,
+        inputs=inputs,
+        outputs=outputs,
+        weight=None,
+        bias=bias is not None,
+        function=function,
+    )
+    try:
+        spec = laid_out(spec)
+    except BitlowerError:
+        value = frame.emit(relax.op.matmul(frame.in_dtype(x, "float32"), constant(weight.T)))
+        value = value if bias is None else frame.emit(relax.op.add(value, constant(bias)))
+        return frame.in_dtype(activated(frame, function, value) if function else value, values)
+    given = {"x": frame.rows(x, kind)} | {name: constant(array) for name, array in pack_float(spec, weight).items()}
+    if bias is not None:
+        given["bias"] = constant(pack_vector(spec, bias))
+    *outer, _ = frame.shape(kind)
+    return frame.reshape(frame.call(spec, given, product(outer), values)["values"], [*outer, frame.dim(outputs)])
+
+
+def convert_float_linear(frame: Frame, node: fx.Node) -> Any:
+    """``aten.linear`` that no quantizer touches; None where its weight or bias is computed."""
+    x, *parts = (part for part in node.args if isinstance(part, fx.Node))
+    if any(part.op != "get_attr" for part in parts):
+        return None
+    weight, *bias = map(frame.tensor, parts)
+    dtypes = {"dtype": frame.dtype, "values": dtype_name(frame.kind_of(node))}
+    return float_linear(frame, frame.value(x), x.meta["type"], weight, bias[0] if bias else None, **dtypes)

@@ -1,0 +1,1 @@
+"""How kernels go over their elements, target by target."""

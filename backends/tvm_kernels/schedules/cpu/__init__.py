@@ -1,0 +1,1 @@
+"""Kernels for CPUs: vectors of 16 lanes, weights in panels."""

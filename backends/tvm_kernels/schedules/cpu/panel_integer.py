@@ -1,0 +1,170 @@
+"""One panel of a linear with integer activations: sums of four products of bytes, float32 between segments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from bitlower.backends.tvm_kernels.schedules.cpu.panel import COLUMNS, ask_scales, ask_words, scales, store
+from bitlower.backends.tvm_kernels.schedules.cpu.unpack import centred_bytes, zero_bytes
+from bitlower.backends.tvm_kernels.schedules.cpu.vectors import dot, fill, get, local, over_rows, put, ramp, splat
+from bitlower.backends.tvm_kernels.spec.linear import LinearSpec
+from bitlower.backends.tvm_kernels.spec.packing import PANEL
+from bitlower.backends.tvm_kernels.tir.expressions import Expr
+from bitlower.backends.tvm_kernels.tir.function import Buffers, i64
+from bitlower.backends.tvm_kernels.tir.segments import Segment, over_parts, repeat
+
+_QUADS = 4
+"""Inputs that one word holds."""
+
+
+class IntegerPanel:
+    """Emits the sums of one panel for all rows.
+
+    Args:
+        spec: the linear.
+        buffers: its arguments.
+        rows: how many there are.
+        panel: which of the panels.
+        tiles: how many rows go together, ascending from 1.
+        unfold: whether the weights are unfolded to scratch memory first.
+        single: whether there is only one row; then memory is asked for narrow weights before they are read.
+    """
+
+    def __init__(
+        self, spec: LinearSpec, buffers: Buffers, rows: Any, panel: Expr, tiles: Sequence[int], *, unfold: bool,
+        single: bool,
+    ) -> None:  # fmt: skip
+        self.spec, self.buffers, self.rows, self.panel = spec, buffers, rows, panel
+        self.tiles, self.unfold = tiles, unfold
+        self.unfolded: Any = None
+        self.asks = single and spec.width < 8
+
+    def emit(self) -> None:
+        """The whole panel."""
+        if self.unfold:
+            self.unfolded = T.alloc_buffer((self.spec.inputs // _QUADS, PANEL), "int32")
+            over_parts(self.spec, lambda part, found: self._unfold_runs(found))
+        over_rows(self.rows, self.tiles, self.tile)
+
+    def _unfold_runs(self, found: list[tuple[Segment, int]]) -> None:
+        for segment, times in found:
+            repeat(times, segment, self._unfold)
+
+    def _unfold(self, segment: Segment) -> None:
+        zeros = [self._zeros(segment.group, column) for column in range(COLUMNS)]
+        with T.serial(i64(0), i64(segment.size // self.spec.step)) as step:
+            at = segment.start // i64(self.spec.step) + step
+            for column in range(COLUMNS):
+                for turn, word in enumerate(self._folded_words(at, column, zeros[column])):
+                    quad = at * i64(self.spec.step // _QUADS) + i64(turn)
+                    T.buffer_store(self.unfolded, word, [quad, ramp(i64(column * 16))])
+
+    def tile(self, tile: int, row: Expr) -> None:
+        """The results of ``tile`` rows from ``row`` on."""
+        total = local(tile * COLUMNS, "float32")
+        fill(total, "float32")
+        over_parts(self.spec, lambda part, found: self._activation_group(tile, row, part, found, total))
+        for line in range(tile):
+            for column in range(COLUMNS):
+                store(self.spec, self.buffers, self.panel, row + i64(line), column, get(total, line * COLUMNS + column))
+
+    def _activation_group(self, tile: int, row: Expr, part: Expr, found: list[tuple[Segment, int]], total: Any) -> None:
+        """Add what one group of inputs with one activation scale returns."""
+        sums = local(tile * COLUMNS, "float32" if self.spec.grouped else "int32")
+        if self.spec.grouped:
+            fill(sums, "float32")
+            for segment, times in found:
+                repeat(times, segment, lambda s: self._add_segment(s, tile, row, sums))
+        else:
+            [(segment, _)] = found
+            self._sum(segment, tile, row, sums)
+        for line in range(tile):
+            for column in range(COLUMNS):
+                at = line * COLUMNS + column
+                put(total, at, get(total, at) + self._scaled(part, row + i64(line), column, get(sums, at)))
+
+    def _scaled(self, part: Expr, row: Expr, column: int, sums: Expr) -> Any:
+        spec, buffers = self.spec, self.buffers
+        token = spec.activation is not None and spec.activation.granularity.dynamic
+        at = row if token else part
+        scale, zero = buffers["x_scale"][at], buffers["x_zero"][at]
+        shares = buffers["weight_sum"][part, ramp(self.panel * i64(PANEL) + i64(column * 16))]
+        if spec.grouped:
+            return (sums - splat(zero + self._shift("float32")) * shares) * splat(scale)
+        exact = sums - splat(zero.astype("int32") + self._shift("int32")) * shares
+        return (
+            exact.astype("float32x16")
+            * scales(spec, buffers, "weight_scale", self.panel, i64(0), column)
+            * splat(scale)
+        )
+
+    def _shift(self, dtype: str) -> Any:
+        """What signed activations are shifted by, to be unsigned bytes."""
+        signed = self.spec.activation is not None and self.spec.activation.grid.signed
+        return tirx.const(128 if signed else 0, dtype)
+
+    def _add_segment(self, segment: Segment, tile: int, row: Expr, total: Any) -> None:
+        sums = local(tile * COLUMNS, "int32")
+        if self.asks:
+            ask_scales(self.spec, self.buffers, self.panel, segment.group)
+        self._sum(segment, tile, row, sums)
+        for column in range(COLUMNS):
+            scale = T.Bind(scales(self.spec, self.buffers, "weight_scale", self.panel, segment.group, column))
+            for line in range(tile):
+                at = line * COLUMNS + column
+                put(total, at, get(total, at) + get(sums, at).astype("float32x16") * scale)
+
+    def _sum(self, segment: Segment, tile: int, row: Expr, sums: Any) -> None:
+        """Integer sums of a segment; in two chains where a single row would wait for each sum."""
+        step = self.spec.step if self.unfolded is None else _QUADS
+        count, turns = tile * COLUMNS, step // _QUADS
+        chains = 2 if tile == 1 and turns > 1 else 1
+        held = sums if chains == 1 else local(count * chains, "int32")
+        fill(held, "int32")
+        zeros = [self._zeros(segment.group, column) for column in range(COLUMNS)] if self.unfolded is None else []
+        # With the number of rows in it, which is 1, LLVM does not unroll the loop and bring all it asks for together.
+        times = i64(segment.size // step) * (self.rows if self.asks else i64(1))
+        with T.serial(i64(0), times) as offset:
+            at = segment.start // i64(step) + offset
+            if self.asks:
+                ask_words(self.spec, self.buffers, self.panel, at)
+            words = self._step_words(at, zeros)
+            for turn in range(turns):
+                for line in range(tile):
+                    quad = splat(self._quad(row + i64(line), at * i64(step) + i64(turn * _QUADS)))
+                    for column in range(COLUMNS):
+                        place = turn % chains * count + line * COLUMNS + column
+                        put(held, place, dot(self.spec.target, get(held, place), quad, words[column][turn]))
+        if chains > 1:
+            for place in range(count):
+                put(sums, place, get(held, place) + get(held, place + count))
+
+    def _step_words(self, at: Expr, zeros: list[Any]) -> list[list[Any]]:
+        """The weight's words of a step, for each column of vectors those of each four inputs."""
+        if self.unfolded is not None:
+            return [[T.Bind(self.unfolded[at, ramp(i64(column * 16))])] for column in range(COLUMNS)]
+        return [self._folded_words(at, column, zeros[column]) for column in range(COLUMNS)]
+
+    def _quad(self, row: Expr, start: Expr) -> Any:
+        """Four activations as one word of unsigned bytes."""
+        x = self.buffers["x"]
+        word = tirx.reinterpret("int32", x[row, tirx.Ramp(start, i64(1), 4)])
+        signed = self.spec.activation is not None and self.spec.activation.grid.signed
+        return T.Bind(word ^ tirx.const(-0x7F7F7F80, "int32") if signed else word)
+
+    def _zeros(self, group: Expr, column: int) -> Any:
+        zero = (
+            scales(self.spec, self.buffers, "weight_zero", self.panel, group, column) if self.spec.has_zeros else None
+        )
+        return zero_bytes(self.spec, zero)
+
+    def _folded_words(self, at: Expr, column: int, zero: Any) -> list[Any]:
+        """The centred codes of a step as signed bytes, a word for each four inputs."""
+        count = self.spec.step * self.spec.width // 32
+        index = ramp(i64(column * 16))
+        held = [T.Bind(self.buffers["weight"][self.panel, at, i64(word), index]) for word in range(count)]
+        return [T.Bind(word) for word in centred_bytes(self.spec, held, zero)]

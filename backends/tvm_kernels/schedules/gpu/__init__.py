@@ -1,0 +1,1 @@
+"""Kernels for GPUs: blocks of threads, tiles in shared memory, matrix instructions."""

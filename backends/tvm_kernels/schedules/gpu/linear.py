@@ -1,0 +1,45 @@
+"""Linears on a GPU: which of the kernels a spec gets, and the function that picks one by the number of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bitlower.backends.tvm_kernels.schedules.gpu.gemm_dp4a import emit_tiles
+from bitlower.backends.tvm_kernels.schedules.gpu.gemm_mma import emit_matrix, has_matrix
+from bitlower.backends.tvm_kernels.schedules.gpu.gemv import chunk, emit_gemv
+from bitlower.backends.tvm_kernels.schedules.gpu.tile import depth
+from bitlower.backends.tvm_kernels.spec.linear import Layout, LinearSpec
+from bitlower.backends.tvm_kernels.tir.function import Buffers, function, i64, when
+from bitlower.ir import BitlowerError
+
+
+def check_gpu(spec: LinearSpec) -> None:
+    """See that there is a kernel of ``spec`` for GPUs.
+
+    Raises:
+        BitlowerError: the layout is not that of GPU kernels, or groups are no multiple of 4 inputs.
+    """
+    if spec.layout is not Layout.ROWS or not depth(spec):
+        raise BitlowerError(
+            f"GPU kernels read weights in {Layout.ROWS} in groups of a multiple of 4 inputs, not {spec.layout} in "
+            f"groups of {list(dict.fromkeys(spec.segment_sizes))}"
+        )
+
+
+def lower_linear(spec: LinearSpec) -> Any:
+    """The scheduled PrimFunc: a warp an output below ``buckets[-1]`` rows, tiles from there on.
+
+    Raises:
+        BitlowerError: the layout is not that of GPU kernels, or groups are no multiple of 4 inputs.
+    """
+    check_gpu(spec)
+    many = emit_matrix if has_matrix(spec) else emit_tiles
+
+    def body(buffers: Buffers, rows: Any) -> None:
+        if not chunk(spec):
+            many(spec, buffers, rows)
+            return
+        few = rows < i64(spec.buckets[-1])
+        when(few, lambda: emit_gemv(spec, buffers, rows), lambda: many(spec, buffers, rows))
+
+    return function(spec, body)

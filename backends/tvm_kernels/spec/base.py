@@ -1,0 +1,160 @@
+"""What all kernels have: target, dtypes, a name; and the bounds of what they compute.
+
+A spec says everything that decides the code of a kernel, and nothing else: scales, zero points and biases are
+arguments. Equal specs share one compiled kernel. The quantizers are those of the Program
+(:class:`~bitlower.ir.QuantSpec`), with its numerics (:mod:`bitlower.ir.quantization.numerics`).
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec, nearest
+from bitlower.ir.activations import IN_KERNELS
+
+FUNCTIONS = ("", *IN_KERNELS)
+"""Activation functions of an epilogue; the empty name is the identity."""
+HALF = "float16"
+FLOATS = ("float32", HALF)
+KEEP = ("", "exact", "rounded")
+"""Whether a kernel returns floats beside codes: none, the result before its rounding, or the values of its codes."""
+STATIC_KINDS = ("tensor", "embedding", "embedding-group", "embedding-parts")
+
+
+class Target(enum.StrEnum):
+    """Whose code: any CPU, CPUs with AVX512-VNNI, NVIDIA GPUs, OpenCL devices."""
+
+    LLVM = "llvm"
+    VNNI = "llvm-avx512-vnni"
+    CUDA = "cuda"
+    OPENCL = "opencl"
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the kernel runs on the host."""
+        return self in (Target.LLVM, Target.VNNI)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSpec:
+    """What all kernels have.
+
+    Args:
+        target: whose code.
+        dtype: of the values that are not codes, arguments and results, and of what linears multiply; sums are float32
+            always.
+        dtypes: of those that have another, by name, in order; GPU kernels read and write either.
+    """
+
+    target: Target = Target.LLVM
+    dtype: str = "float32"
+    dtypes: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        for dtype in (self.dtype, *dict(self.dtypes).values()):
+            if dtype not in FLOATS:
+                raise BitlowerError(f"kernels compute in {' or '.join(FLOATS)}, not in {dtype}")
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of an argument that is no codes."""
+        return dict(self.dtypes).get(name, self.dtype)
+
+    def holding(self, dtypes: Mapping[str, str]) -> Self:
+        """The same kernel with arguments of these dtypes, by name."""
+        others = {name: dtype for name, dtype in dtypes.items() if dtype != self.dtype}
+        return replace(self, dtypes=tuple(sorted(others.items())))
+
+    @property
+    def family(self) -> str:
+        """What the kernel does, in a word."""
+        return type(self).__name__.removesuffix("Spec").lower()
+
+    @property
+    def name(self) -> str:
+        """A name for the function: the family and a digest of the whole spec."""
+        return f"bitlower_{self.family}_{hashlib.sha256(repr(self).encode()).hexdigest()[:12]}"
+
+
+def static_scales(spec: QuantSpec, columns: int) -> int:
+    """How many stored scales a quantizer of rows of ``columns`` has; each is for as many columns."""
+    match spec.granularity.kind:
+        case "tensor" | "token":
+            return 1
+        case "embedding-group":
+            return spec.granularity.scale_shape((1, columns))[-1]
+        case _:
+            return columns
+
+
+def check_function(name: str) -> None:
+    """See that kernels have an activation function.
+
+    Raises:
+        BitlowerError: they have not; the nearest match is named.
+    """
+    if name not in FUNCTIONS:
+        raise BitlowerError(f"kernels have no function {name!r}", hint=nearest(name, [f for f in FUNCTIONS if f]))
+
+
+def check_kind(spec: QuantSpec, known: tuple[str, ...], what: str) -> None:
+    """See that a quantizer has one of the ``known`` granularities, along the axis that kernels go.
+
+    Raises:
+        BitlowerError: it has another.
+    """
+    granularity: Granularity = spec.granularity
+    axis = {"channel": (0,), "group": (-1, 1)}.get(granularity.kind, (granularity.axis,))
+    if granularity.kind not in known or granularity.axis not in axis:
+        raise BitlowerError(f"kernels do not take {what} quantized {granularity}", hint=f"known: {', '.join(known)}")
+
+
+def check_codes(spec: QuantSpec) -> None:
+    """See that codes fit a byte.
+
+    Raises:
+        BitlowerError: they do not.
+    """
+    grid: Grid = spec.grid
+    if grid.bits > 8:
+        raise BitlowerError(f"codes between kernels have at most 8 bits, not {grid.bits}")
+
+
+def check_output(output: QuantSpec | None) -> None:
+    """See that rows can be rounded by a quantizer, static or per token.
+
+    Raises:
+        BitlowerError: they cannot.
+    """
+    if output is not None:
+        check_kind(output, (*STATIC_KINDS, "token"), "a result")
+        check_codes(output)
+
+
+def check_operand(codes: QuantSpec | None, present: bool, what: str) -> None:
+    """See that an operand can come as codes.
+
+    Raises:
+        BitlowerError: it cannot, or it is not there.
+    """
+    if codes is None:
+        return
+    if not present:
+        raise BitlowerError(f"the kernel has no {what}, but a quantizer of it")
+    check_kind(codes, (*STATIC_KINDS, "token"), f"the {what}")
+    check_codes(codes)
+
+
+def check_keep(keep: str, output: QuantSpec | None) -> None:
+    """See that a kernel can return these floats beside its codes.
+
+    Raises:
+        BitlowerError: there are no such, or no codes.
+    """
+    if keep not in KEEP:
+        raise BitlowerError(f"kernels keep no {keep!r} values", hint=nearest(keep, [k for k in KEEP if k]))
+    if keep and output is None:
+        raise BitlowerError(f"without codes there is nothing to keep {keep} values beside", hint="leave `keep` out")

@@ -1,0 +1,179 @@
+"""What a linear computes, and how its weight lies in memory."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from bitlower.backends.tvm_kernels.spec.base import (
+    STATIC_KINDS,
+    KernelSpec,
+    check_codes,
+    check_function,
+    check_keep,
+    check_kind,
+    check_operand,
+    static_scales,
+)
+from bitlower.ir import BitlowerError, QuantSpec, ScaleConvention
+
+WEIGHT_KINDS = ("tensor", "channel", "row-group", "group")
+
+
+class Layout(enum.StrEnum):
+    """How weight codes lie in memory; the number is the version of the layout.
+
+    ``rows-1``: 8-bit codes int8 [outputs, inputs]; narrower ones as a stream of bits along the inputs in int32 words,
+    code k in the bits k·b … k·b + b − 1, lowest first. ``panels-1``: panels of 64 outputs, within a panel one int32
+    word an output and step, see :mod:`bitlower.backends.tvm_kernels.spec.packing`.
+    """
+
+    ROWS = "rows-1"
+    PANELS = "panels-1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSpec(KernelSpec):
+    """``round(function(x · Wᵀ + bias)) + residual``, rounded to ``output`` codes if that is given.
+
+    Args:
+        inputs: columns of the weight, K.
+        outputs: its rows, N.
+        weight: grid and granularity (tensor, channel, row-group or group) of the weight; None: it is float, as ``x``.
+        activation: those of ``x``, which then comes as codes; None: ``x`` is float. Per tensor, per token, or embedding
+            groups (then the product is a sum over them: PEG).
+        splits: sizes of the embedding groups of ``x`` where they are not equal.
+        bias: whether there is one.
+        function: one of :data:`FUNCTIONS`.
+        rounded: static quantizer whose rounding the product gets before the residual is added; None: it gets none.
+        residual: whether [rows, outputs] is added.
+        residual_codes: quantizer of the residual, which then comes as codes; None: it is float.
+        output: quantizer of the result (static); None: float.
+        keep: one of :data:`KEEP`, where there are codes.
+        layout: of the weight codes.
+        buckets: the row counts that the function has code of its own for, ascending; it picks by the rows at run time.
+    """
+
+    inputs: int
+    outputs: int
+    weight: QuantSpec | None
+    activation: QuantSpec | None = None
+    splits: tuple[int, ...] = ()
+    bias: bool = False
+    function: str = ""
+    rounded: QuantSpec | None = None
+    residual: bool = False
+    residual_codes: QuantSpec | None = None
+    output: QuantSpec | None = None
+    keep: str = ""
+    layout: Layout = Layout.ROWS
+    buckets: tuple[int, ...] = (1, 2, 4, 64)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_function(self.function)
+        if self.weight is not None:
+            check_kind(self.weight, WEIGHT_KINDS, "a weight")
+            if self.weight.grid.bits > 8:
+                raise BitlowerError(f"weights of kernels have at most 8 bits, not {self.weight.grid.bits}")
+        elif self.activation is not None:
+            raise BitlowerError("kernels have no product of codes with float weights", hint="quantize the weight")
+        if self.activation is not None:
+            check_kind(self.activation, (*STATIC_KINDS, "token"), "an activation")
+            check_codes(self.activation)
+        for static in (self.output, self.rounded):
+            if static is not None:
+                check_kind(static, STATIC_KINDS, "the output of a linear")
+                check_codes(static)
+        check_operand(self.residual_codes, self.residual, "residual")
+        check_keep(self.keep, self.output)
+        if sum(self.splits) not in (0, self.inputs):
+            raise BitlowerError(f"splits of {list(self.splits)} do not add up to {self.inputs} inputs")
+        if not self.buckets or self.buckets[0] != 1 or list(self.buckets) != sorted(set(self.buckets)):
+            raise BitlowerError(f"buckets {list(self.buckets)} must rise from 1")
+        self._check_sums()
+        if self.layout is Layout.PANELS and any(size % self.step for size in self.segment_sizes):
+            raise BitlowerError(
+                f"layout {self.layout} packs {self.step} inputs at a time, which does not divide groups of "
+                f"{list(dict.fromkeys(self.segment_sizes))}",
+                hint=f"use {Layout.ROWS}",
+            )
+
+    def _check_sums(self) -> None:
+        """Integer sums need weights that fit a signed byte once their zero point is taken off."""
+        if self.weight is None:
+            return
+        grid = self.weight.grid
+        narrow = self.width < 8 or (grid.symmetric and self.centre <= 1 << 7 and grid.quant_max - self.centre < 1 << 7)
+        if not narrow and (self.activation is not None or grid.symmetric):
+            raise BitlowerError(f"kernels have no integer product for weights in {grid}", hint="use symmetric weights")
+
+    @property
+    def width(self) -> int:
+        """Bits that a stored weight takes: 2, 3, 4 or 8 where it is codes."""
+        if self.weight is None:
+            return int(self.dtype.removeprefix("float"))
+        bits = self.weight.grid.bits
+        return bits if bits in (2, 3, 4) else 8
+
+    @property
+    def step(self) -> int:
+        """Consecutive inputs that are packed together in panels."""
+        return {2: 16, 3: 32, 4: 8, 8: 4}.get(self.width, 1)
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a stored scale of the weight."""
+        if self.weight is None:
+            return self.inputs
+        granularity = self.weight.granularity
+        return granularity.block_size(self.inputs) if granularity.kind == "group" else self.inputs
+
+    @property
+    def grouped(self) -> bool:
+        """Whether an output has several weight scales."""
+        return self.group != self.inputs
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether the weight has zero points of its own, rather than a constant."""
+        return self.weight is not None and not self.weight.grid.symmetric
+
+    @property
+    def centre(self) -> int:
+        """The code that means zero, for symmetric weights."""
+        if self.weight is None:
+            return 0
+        grid = self.weight.grid
+        return 1 << (grid.bits - 1) if grid.convention is ScaleConvention.OFFSET else 0
+
+    @property
+    def activation_sizes(self) -> tuple[int, ...]:
+        """How many consecutive inputs share a scale of ``x``, group by group."""
+        if self.splits:
+            return self.splits
+        count = static_scales(self.activation, self.inputs) if self.activation else 1
+        return (self.inputs // count,) * count
+
+    @property
+    def segment_sizes(self) -> tuple[int, ...]:
+        """The longest runs of inputs within which neither scale changes."""
+        ends = {self.group * (i + 1) for i in range(self.inputs // self.group)}
+        total = 0
+        for size in self.activation_sizes:
+            total += size
+            ends.add(total)
+        rising = [0, *sorted(ends)]
+        return tuple(b - a for a, b in pairwise(rising))
+
+
+def table_spec(shape: Sequence[int], weight: QuantSpec) -> LinearSpec:
+    """An embedding table ``[entries, columns]`` as the weight of a linear: that is how it is packed.
+
+    Raises:
+        BitlowerError: kernels do not read such a table.
+    """
+    entries, columns = shape
+    return LinearSpec(inputs=columns, outputs=entries, weight=weight)

@@ -1,0 +1,1 @@
+"""What each element is, for any schedule: epilogues, weights, rows, attention."""

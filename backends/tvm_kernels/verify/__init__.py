@@ -1,0 +1,1 @@
+"""The check of a library: every kernel and every output against the Program."""

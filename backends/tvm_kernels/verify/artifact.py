@@ -1,0 +1,70 @@
+"""The check of a library on the disk, without its Program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bitlower.backends.artifact import manifest as artifact_manifest
+from bitlower.backends.artifact.json_files import rounded_figures
+from bitlower.backends.artifact.selftest import run_selftest
+from bitlower.backends.tvm_kernels.pins import require_tvm
+from bitlower.backends.tvm_kernels.verify.record import Verification
+from bitlower.ir import Batch
+
+
+@dataclass(frozen=True)
+class ArtifactReport:
+    """A sound library.
+
+    Args:
+        files: how many there are.
+        bytes: of all of them.
+        unlisted: files that the manifest does not know.
+        runtime: the target, and the processor and TVM's version of the export.
+        selftest: the cosine of each output to the recorded one.
+        unseen: the same at the sizes that neither tracing nor calibration had.
+        unseen_sizes: these.
+    """
+
+    files: int
+    bytes: int
+    unlisted: tuple[str, ...]
+    runtime: Mapping[str, str]
+    selftest: Mapping[str, float]
+    unseen: Mapping[str, float]
+    unseen_sizes: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        figures = {"selftest": rounded_figures(self.selftest), "unseen": rounded_figures(self.unseen)}
+        return {**asdict(self), "unlisted": list(self.unlisted), **figures}
+
+
+def verify_artifact(folder: Path) -> ArtifactReport:
+    """Check a library on the disk against what was recorded when it was written.
+
+    Raises:
+        BitlowerError: TVM is not installed, there is no such folder, or the library is code for another processor.
+        CheckError: a file is missing or changed, the library does not load, or returns something else than it did.
+    """
+    require_tvm()
+    from bitlower.backends.tvm_kernels.library.files import RESERVED, load_library
+
+    files = artifact_manifest.check_artifact(folder, RESERVED)
+    recorded, library = Verification.read(folder), load_library(folder)
+
+    def run(batch: Batch) -> dict[str, Any]:
+        return {name: value.numpy() for name, value in library(**batch).items()}
+
+    return ArtifactReport(
+        files.count,
+        files.bytes,
+        files.unlisted,
+        dict(recorded.runtime),
+        run_selftest(recorded.selftest, run),
+        recorded.unseen.check(run),
+        recorded.unseen.sizes,
+    )
