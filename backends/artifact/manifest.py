@@ -68,6 +68,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
     bytes: Annotated[int, Field(ge=0)]
     float_bytes: Annotated[int, Field(ge=0)]
+    operators: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def write_manifest(
     packages: Collection[str],
     backend_options: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    operators: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``manifest.json`` about all files that lie in ``folder`` now.
 
@@ -97,6 +99,7 @@ def write_manifest(
         packages: those whose versions the artifact depends on.
         backend_options: those of the export.
         provenance: seeds, hashes of data, and what else the caller knows; plain data.
+        operators: what became of the program's operators, if the backend knows it; plain data.
     """
     files = {name: describe_file(folder / name) for name in list_files(folder)}
     form = {
@@ -116,6 +119,7 @@ def write_manifest(
             "lengths": {name: asdict(length) for name, length in sorted(program.lengths.items())},
         },
         "tensors": resolved_tensors(program),
+        **({} if operators is None else {"operators": dict(operators)}),
         "files": files,
         "bytes": sum(file["bytes"] for file in files.values()),
         "float_bytes": float_bytes(program),

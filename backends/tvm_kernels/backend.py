@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from bitlower.backends.tvm_kernels.relax.precision import activations_of, check_
 from bitlower.backends.tvm_kernels.spec.base import HALF, Target
 from bitlower.backends.tvm_kernels.spec.sizes import LibrarySizes
 from bitlower.backends.tvm_kernels.verify.artifact import ArtifactReport, verify_artifact
-from bitlower.ir import Batch, BitlowerError, Level, Program, kernels
+from bitlower.ir import Batch, BitlowerError, Level, Program
 
 if TYPE_CHECKING:
     from bitlower.backends.tvm_kernels.verify.record import Verification
@@ -39,19 +38,22 @@ class ExportReport:
     Args:
         files: bytes by name.
         target: whose code it is.
-        operators: how many kernels of each kind the Program has.
+        operators: what became of the Program's operators: ``calls`` of kernels by family, the operators that were
+            ``compiled`` as kernels, and those in ``float``, by reason.
+        notes: why operators run in float32, a line for each reason.
         verification: how the library compares with the Program; without kernels and outputs if it was not run.
     """
 
     files: dict[str, int]
     target: str
-    operators: dict[str, int]
+    operators: dict[str, Any]
+    notes: tuple[str, ...]
     verification: Verification
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         form = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return form | {"verification": self.verification.to_dict()}
+        return form | {"notes": list(self.notes), "verification": self.verification.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ class TvmKernels(Backend):
             by_stage = part_batches(parts, batches[:BATCHES])
             for stage, part in parts.items():
                 check_range(part, by_stage[stage])
-        files = [*write_library(program, folder, resolved, dtype), write_config(program, folder, self.name)]
+        written, operators = write_library(program, folder, resolved, dtype)
+        files = [*written, write_config(program, folder, self.name)]
         files += artifact_folder.write_assets(program, folder, RESERVED)
         if has_device(resolved):
             verification = verify_export(program, folder, batches, target=resolved, activations=dtype)
@@ -171,11 +174,17 @@ class TvmKernels(Backend):
         verification.write(folder)
         options = {"target": str(resolved), "activations": dtype}
         write_manifest(
-            program, folder, backend=self.name, packages=PACKAGES, backend_options=options, provenance=provenance
+            program,
+            folder,
+            backend=self.name,
+            packages=PACKAGES,
+            backend_options=options,
+            provenance=provenance,
+            operators=operators.to_dict(),
         )
-        kinds = Counter(kernels.kind(node) for node in program.graph.nodes if kernels.is_kernel(node))
+        notes = operators.notes() if program.level is Level.FUSED else ()
         return ExportReport(
-            artifact_folder.sizes(folder, files), str(resolved), dict(sorted(kinds.items())), verification
+            artifact_folder.sizes(folder, files), str(resolved), operators.to_dict(), tuple(notes), verification
         )
 
     @classmethod

@@ -14,6 +14,7 @@ from bitlower.backends.tvm_kernels.relax.precision import AUTO, activations_of, 
 from bitlower.backends.tvm_kernels.relax.program import fuse_module, open_sizes
 from bitlower.backends.tvm_kernels.spec.base import Target
 from bitlower.backends.tvm_kernels.spec.functions import MAIN, functions_of
+from bitlower.backends.tvm_kernels.spec.operators import OperatorLog
 from bitlower.backends.tvm_kernels.target import gpu_target, host_target, tvm_target
 from bitlower.ir import Program
 
@@ -42,13 +43,14 @@ def compile_program(
     """
     target = target or host_target()
     device = tvm_target(target) if target.on_cpu else gpu_target(target)
-    module = fuse_module(program, target, device, sizes, activations)
+    operators = OperatorLog()
+    module = fuse_module(program, target, device, sizes, activations, operators)
     parts = functions_of(program)
     static = not any(open_sizes(module[name]) for name in parts)
     graphs = {"relax.backend.use_cuda_graph": target is Target.CUDA and static}
     compiler = own_compiler() if target is Target.CUDA else nullcontext()
     with tvm.transform.PassContext(opt_level=3, config=graphs), compiler:
         executable = tvm.compile(module, target=device, relax_pipeline=lowering(target))
-    code, dtype = Code(executable, target), activations_of(target, activations)
+    code, dtype = Code(executable, target, operators), activations_of(target, activations)
     kinds = {name: typed(part, dtype) for name, part in parts.items()}
     return Library(code, kinds[MAIN]) if MAIN in kinds else staged_library(code, program, kinds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +30,7 @@ from bitlower.backends.tvm_kernels.library.library import (
 from bitlower.backends.tvm_kernels.relax.precision import AUTO
 from bitlower.backends.tvm_kernels.spec.base import Target
 from bitlower.backends.tvm_kernels.spec.functions import MAIN
+from bitlower.backends.tvm_kernels.spec.operators import OperatorLog
 from bitlower.ir import BitlowerError, CheckError, Level, Program, TensorType, ValueSpec
 from bitlower.ir.stages import DECODER, ENCODER
 
@@ -58,13 +59,23 @@ class Function:
 
 
 @dataclass(frozen=True)
+class Operators:
+    """What became of a Program's operators; see :class:`~bitlower.backends.tvm_kernels.spec.operators.OperatorLog`."""
+
+    calls: dict[str, Annotated[int, Field(ge=0)]]
+    compiled: dict[str, Annotated[int, Field(ge=0)]]
+    float: dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
 class Signature:
-    """What ``library.json`` holds: what is needed to run the library without the Program."""
+    """What ``library.json`` holds: what is needed to run the library without the Program, and what it calls."""
 
     target: Target
     processor: str
     task: str
     functions: dict[str, Function]
+    operators: Operators
 
     def __post_init__(self) -> None:
         if set(self.functions) not in ({MAIN}, {ENCODER, DECODER}):
@@ -72,8 +83,10 @@ class Signature:
             raise ValueError(f"its functions are {names}, not {MAIN}, nor {ENCODER} and {DECODER}")
 
 
-def write_library(program: Program, folder: Path, target: Target, activations: str = AUTO) -> tuple[str, ...]:
-    """Compile ``program`` into ``folder``; the names of the files, each of which appears whole.
+def write_library(
+    program: Program, folder: Path, target: Target, activations: str = AUTO
+) -> tuple[tuple[str, ...], OperatorLog]:
+    """Compile ``program`` into ``folder``; the names of the files, each of which appears whole, and of its operators.
 
     Raises:
         BitlowerError: the program cannot be compiled.
@@ -94,7 +107,7 @@ def write_library(program: Program, folder: Path, target: Target, activations: s
             artifact_folder.flush(Path(scratch) / name)
             (Path(scratch) / name).replace(folder / name)
     write_json(folder / SIGNATURE, _signature(library))
-    return (*RESERVED, *further)
+    return (*RESERVED, *further), library.code.operators
 
 
 def _signature(library: Library | StagedLibrary) -> dict[str, Any]:
@@ -104,6 +117,7 @@ def _signature(library: Library | StagedLibrary) -> dict[str, Any]:
         "target": str(library.code.target),
         "processor": processor() if library.code.target is Target.VNNI else "",
         "task": library.program.task,
+        "operators": library.code.operators.to_dict(),
         "functions": {
             name: {"inputs": [*map(_encode, part.inputs)], "outputs": [*map(_encode, part.outputs)]}
             for name, part in functions.items()
@@ -150,7 +164,8 @@ def load_library(folder: Path) -> Library | StagedLibrary:
         "context_length": artifact_manifest.context_length(folder),
         "lengths": artifact_manifest.lengths(folder),
     }
-    code, shells = Code(module, target), dict[str, Program]()
+    operators = OperatorLog.from_dict(asdict(signature.operators))
+    code, shells = Code(module, target, operators), dict[str, Program]()
     for name, function in signature.functions.items():
         inputs, outputs = (tuple(value.spec() for value in side) for side in (function.inputs, function.outputs))
         shells[name] = Program({}, Level.FUSED, signature.task, inputs, outputs, *model, str(folder), **limits)

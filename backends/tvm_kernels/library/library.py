@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from bitlower.backends.running import GraphModel, StagedModel
 from bitlower.backends.tvm_kernels.pins import require_tvm
 from bitlower.backends.tvm_kernels.spec.base import Target
 from bitlower.backends.tvm_kernels.spec.functions import MAIN
+from bitlower.backends.tvm_kernels.spec.operators import OperatorLog, families
 from bitlower.ir import BitlowerError, Program
 from bitlower.ir.files import is_file
 from bitlower.ir.generation import Decode
@@ -23,6 +26,7 @@ from bitlower.ir.stages import DECODER, ENCODER, enters_cross, whole_inputs
 LIBRARY, SIGNATURE = "library.so", "library.json"
 """The code with the weights; what it takes, returns and runs on."""
 RUNTIME = "TVM"
+_CALLED = re.compile(r"^\s*call\s+(\w+)\s", re.MULTILINE)
 
 
 def is_library(folder: Path) -> bool:
@@ -65,10 +69,12 @@ class Code:
     Args:
         executable: what TVM compiled, or a library that was loaded.
         target: whose code it is.
+        operators: what became of the Program's operators.
     """
 
     executable: Any
     target: Target = Target.LLVM
+    operators: OperatorLog = field(default_factory=OperatorLog)
 
     @cached_property
     def device(self) -> Any:
@@ -85,6 +91,11 @@ class Code:
         from tvm import relax
 
         return relax.VirtualMachine(self.executable, device)
+
+    def kernel_calls(self) -> Counter[str]:
+        """How often kernels of each family are called, counted in the code of TVM's virtual machine."""
+        read = self.executable.as_text if hasattr(self.executable, "as_text") else self.executable["as_text"]
+        return families(_CALLED.findall(str(read())))
 
     def put(self, value: torch.Tensor, dtype: torch.dtype) -> Any:
         """A tensor in the memory of TVM on the device; floats become ``dtype``."""

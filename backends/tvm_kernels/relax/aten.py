@@ -34,6 +34,7 @@ from bitlower.backends.tvm_kernels.relax.linear import convert_float_linear
 from bitlower.backends.tvm_kernels.relax.quantize import dequantized, is_number, quantized, token_rounded
 from bitlower.backends.tvm_kernels.relax.rowwise import convert_float_norm
 from bitlower.backends.tvm_kernels.relax.views import heads_of, read_heads, swaps_heads
+from bitlower.backends.tvm_kernels.spec.operators import where
 from bitlower.backends.tvm_kernels.tir.function import i64
 from bitlower.ir import BitlowerError, Grid, ScaleConvention, TensorType, ops
 from bitlower.ir.operators import operand
@@ -71,7 +72,7 @@ def check_operator(node: fx.Node) -> None:
         try:
             dimension(size, {})
         except BitlowerError as error:
-            raise BitlowerError(f"{_where(node)}: {error.message}", hint=error.hint) from None
+            raise BitlowerError(f"{where(node)}: {error.message}", hint=error.hint) from None
 
 
 @cache
@@ -108,7 +109,7 @@ def _imported(frame: Frame, node: fx.Node) -> Any:
         return frame.cast(_of_dtype(frame, importer.convert_map[name](node), node), frame.kind_of(node))
     except Exception as error:  # TVM raises many kinds
         raise BitlowerError(
-            f"{_where(node)}: TVM does not convert {node.target} here: {str(error).splitlines()[0]}",
+            f"{where(node)}: TVM does not convert {node.target} here: {str(error).splitlines()[0]}",
             hint="export to another backend",
         ) from error
 
@@ -126,12 +127,7 @@ def _as_tensor(frame: Frame, value: Any) -> Any:
 
 
 def _unknown(node: fx.Node) -> BitlowerError:
-    return BitlowerError(f"{_where(node)}: there is no converter for {node.target}", hint="export to another backend")
-
-
-def _where(node: fx.Node) -> str:
-    """The node and its module."""
-    return f"%{node.name} in {node.meta['path']}" if node.meta.get("path") else f"%{node.name}"
+    return BitlowerError(f"{where(node)}: there is no converter for {node.target}", hint="export to another backend")
 
 
 def _size(frame: Frame, node: fx.Node) -> Any:

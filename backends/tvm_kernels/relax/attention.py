@@ -14,6 +14,7 @@ from bitlower.backends.tvm_kernels.relax.views import heads_of, joins_heads, swa
 from bitlower.backends.tvm_kernels.schedules.cpu import attention as cpu_attention
 from bitlower.backends.tvm_kernels.schedules.gpu import attention as gpu_attention
 from bitlower.backends.tvm_kernels.spec.attention import OPERANDS, Attention
+from bitlower.backends.tvm_kernels.spec.operators import NO_QUANTIZER
 from bitlower.backends.tvm_kernels.tir.attention import result_shape
 from bitlower.ir import Grid, TensorType
 from bitlower.ir.operators import AttentionNode
@@ -54,6 +55,7 @@ def convert_float_attention(frame: Frame, node: fx.Node) -> Any:
     joined = bool(node.users) and all(swaps_heads(user) or joins_heads(user) for user in node.users)
     what = _attention(frame, given, factor=view.scale, causal=view.is_causal, joined=joined)
     what = replace(what, result=dtype_name(frame.kind_of(node)))
+    frame.log.refuse(node, NO_QUANTIZER)
     found = _emit(frame, what, given, _inputs(frame, what, given))
     if joined:
         frame.joined[node] = found  # all that is read of it
@@ -96,9 +98,7 @@ def _emit(frame: Frame, what: Attention, given: dict[str, Any], inputs: list[Any
     """Call the function of ``what``."""
     batch, _, queries, _ = frame.shape(_type(given["query"]))
     kind = relax.TensorType(result_shape(what, batch, queries), what.result_dtype)
-    return frame.emit(
-        relax.call_tir(frame.function(what, "attention", lambda: _lower(frame, what)), inputs, out_ty=kind)
-    )
+    return frame.emit(relax.call_tir(frame.kernel(what, what.name, lambda: _lower(frame, what)), inputs, out_ty=kind))
 
 
 def _lower(frame: Frame, what: Attention) -> Any:

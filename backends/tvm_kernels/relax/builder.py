@@ -18,6 +18,7 @@ from tvm import relax, tirx
 from bitlower.backends.tvm_kernels.schedules.dispatch import lower
 from bitlower.backends.tvm_kernels.spec.arguments import arguments
 from bitlower.backends.tvm_kernels.spec.base import FLOATS, HALF, KernelSpec, Target
+from bitlower.backends.tvm_kernels.spec.operators import OperatorLog
 from bitlower.backends.tvm_kernels.tir.function import i64
 from bitlower.ir import BitlowerError, TensorType, get_tensor
 from bitlower.ir.types import Dim
@@ -44,13 +45,19 @@ class Frame:
         module: the graph and its tensors.
         builder: of TVM, within a dataflow block.
         target: of the kernels.
+        log: of all functions of the library.
         halves: the nodes whose values are float16; None: there are none, and linears of floats multiply float32.
     """
 
     def __init__(
-        self, module: fx.GraphModule, builder: Any, target: Target, halves: frozenset[fx.Node] | None = None
+        self,
+        module: fx.GraphModule,
+        builder: Any,
+        target: Target,
+        log: OperatorLog,
+        halves: frozenset[fx.Node] | None = None,
     ) -> None:
-        self.module, self.builder, self.target = module, builder, target
+        self.module, self.builder, self.target, self.log = module, builder, target, log
         self.halves = halves or frozenset()
         self.dtype = "float32" if halves is None else HALF
         self.values: dict[fx.Node, Value] = {}
@@ -133,7 +140,7 @@ class Frame:
             floats = [a for a in arguments(spec) if a.name in _FLOATING and a.dtype in FLOATS]
             dtypes = {a.name: "float32" if a.written else str(given[a.name].ty.dtype) for a in floats}
             spec = spec.holding(dtypes | ({"values": values} if "values" in dtypes else {}))
-        function = self.function(spec, spec.name, lambda: lower(spec))
+        function = self.kernel(spec, spec.name, lambda: lower(spec))
         read = [given[argument.name] for argument in arguments(spec) if not argument.written]
         written = [argument for argument in arguments(spec) if argument.written]
         types = [relax.TensorType([rows if size is None else i64(size) for size in a.shape], a.dtype) for a in written]
@@ -142,11 +149,12 @@ class Frame:
             return {written[0].name: found}
         return {a.name: self.emit(relax.TupleGetItem(found, at)) for at, a in enumerate(written)}
 
-    def function(self, key: Hashable, name: str, make: Callable[[], Any]) -> Any:
-        """The function that ``make`` returns, once for each key; TVM does not fuse it with others.
+    def kernel(self, key: Hashable, name: str, make: Callable[[], Any]) -> Any:
+        """The kernel that ``make`` returns, once for each key, for one more call; TVM does not fuse it with others.
 
         Functions of one name get numbers behind it: the symbol of each is that of its place in the module.
         """
+        self.log.call(name)
         if key not in self._functions:
             made = make().with_attr("op_pattern", _OPAQUE).without_attr("global_symbol")
             self._functions[key] = self.builder.add_func(made, name)

@@ -55,6 +55,10 @@ class Call:
         read = kernels.read_outputs(self.node).items()
         return HALF if any(name == "value" and node in self.frame.halves for (_, name), node in read) else "float32"
 
+    def refuse(self, reason: str) -> None:
+        """Note that the node is computed in float32."""
+        self.frame.log.refuse(self.node, reason)
+
     def quantizer(self, name: str) -> QuantSpec | None:
         """That of an operand that is codes, or of a result that is rounded; None: it is float."""
         present = self.has_codes if name == "out" else self.given.get(f"{name}_scale") is not None

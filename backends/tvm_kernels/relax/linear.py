@@ -13,11 +13,12 @@ from bitlower.backends.tvm_kernels.relax.builder import Array, Frame, constant, 
 from bitlower.backends.tvm_kernels.relax.call import Call
 from bitlower.backends.tvm_kernels.relax.quantize import activated, dequantized, quantized
 from bitlower.backends.tvm_kernels.relax.views import Strip
-from bitlower.backends.tvm_kernels.schedules.gpu.linear import check_gpu
+from bitlower.backends.tvm_kernels.schedules.gpu.linear import refusal
 from bitlower.backends.tvm_kernels.spec.linear import Layout, LinearSpec
+from bitlower.backends.tvm_kernels.spec.operators import NO_QUANTIZER
 from bitlower.backends.tvm_kernels.spec.packing import pack_float, pack_linear, pack_vector
 from bitlower.backends.tvm_kernels.tir import expressions as expressions
-from bitlower.ir import BitlowerError, Grid, TensorType, kernels
+from bitlower.ir import Grid, TensorType, kernels
 
 _MOST_RUNS = 64
 """Kernels have code of their own for each group of embedding dimensions, if these are not equal."""
@@ -27,10 +28,11 @@ _BUCKETS = (1, 16)
 
 def convert_linear(call: Call) -> list[Any]:
     """The results of a ``fused_linear``."""
-    try:
-        spec, runs = linear_spec(call)
-    except BitlowerError:
+    planned = plan_linear(call)
+    if isinstance(planned, str):
+        call.refuse(planned)
         return _plain(call)
+    spec, runs = planned
     given = _arguments(call, spec, runs)
     rows = product(call.frame.shape(call.type_of("x"))[:-1])
     found = call.frame.call(spec, given, rows, call.dtype)
@@ -58,20 +60,21 @@ def _note_strips(call: Call, found: dict[str, Any], sizes: list[int]) -> None:
             call.frame.strips[node] = Strip(whole[name], columns, sum(sizes[:part]))
 
 
-def linear_spec(call: Call) -> tuple[LinearSpec, Array | None]:
+def plan_linear(call: Call) -> tuple[LinearSpec, Array | None] | str:
     """The spec of the kernel, and where each group of embedding dimensions of x starts (None: x has no groups).
 
-    Raises:
-        BitlowerError: there is no kernel for it.
+    Or the reason why there is no kernel.
     """
     codes, weight = call.stored("weight"), call.quantizer("weight")
     assert codes is not None, f"the weight of %{call.node.name} is not stored"
     assert weight is not None, f"the weight of %{call.node.name} has no quantizer"
     if call.given.get("bias") is not None and call.stored("bias") is None:
-        raise BitlowerError(f"%{call.node.name}: kernels take a bias that is stored")
+        return "kernels take a bias that is stored, and this one is computed"
     starts, splits = _runs(call, codes.shape[1])
+    if len(splits) > _MOST_RUNS:
+        return f"kernels take {_MOST_RUNS} unequal groups of embedding dimensions, and there are {len(splits)}"
     activation = call.quantizer("x")
-    spec = LinearSpec(
+    spec = LinearSpec.plan(
         target=call.frame.target,
         dtype=call.frame.dtype if activation is None else "float32",
         inputs=codes.shape[1],
@@ -87,36 +90,26 @@ def linear_spec(call: Call) -> tuple[LinearSpec, Array | None]:
         output=call.quantizer("out"),
         keep=call.keep if call.has_codes else "",
     )
-    return laid_out(spec), starts
+    laid = spec if isinstance(spec, str) else laid_out(spec)
+    return laid if isinstance(laid, str) else (laid, starts)
 
 
-def laid_out(spec: LinearSpec) -> LinearSpec:
-    """The linear in the layout that is best for its target.
-
-    Raises:
-        BitlowerError: a GPU has no kernel for it.
-    """
+def laid_out(spec: LinearSpec) -> LinearSpec | str:
+    """The linear in the layout that is best for its target, or the reason why a GPU has no kernel for it."""
     if spec.target.on_cpu:
         panels = all(size % spec.step == 0 for size in spec.segment_sizes)
         return replace(spec, layout=Layout.PANELS) if panels else spec
-    check_gpu(spec)
-    return replace(spec, buckets=_BUCKETS)
+    return refusal(spec) or replace(spec, buckets=_BUCKETS)
 
 
 def _runs(call: Call, columns: int) -> tuple[Array | None, tuple[int, ...]]:
-    """Where the runs of columns of x with one scale start, and their sizes; nothing for a scale for all columns.
-
-    Raises:
-        BitlowerError: there are too many.
-    """
+    """Where the runs of columns of x with one scale start, and their sizes; nothing for a scale for all columns."""
     spec = call.quantizer("x")
     if spec is None or not spec.granularity.kind.startswith("embedding"):
         return None, ()
     pair = np.stack([part.reshape(-1) for part in call.static("x")])
     spaced = np.repeat(pair, columns // pair.shape[1], 1)
     starts = np.flatnonzero(np.r_[True, (spaced[:, 1:] != spaced[:, :-1]).any(0)])
-    if len(starts) > _MOST_RUNS:
-        raise BitlowerError(f"%{call.node.name}: x has {len(starts)} groups, kernels take {_MOST_RUNS}")
     return starts, tuple(int(size) for size in np.diff([*starts, columns]))
 
 
@@ -191,7 +184,7 @@ def float_linear(
     dtype: str = "float32",
     values: str = "float32",
 ) -> Any:
-    """``function(x · Wᵀ + bias)`` of floats ``x`` of a type: the kernel of its spec, or loops where there is none.
+    """``function(x · Wᵀ + bias)`` of floats ``x`` of a type: the kernel of its spec, or TVM's product if there is none.
 
     Products are of ``dtype``, and so is the weight; the result is of the dtype ``values``.
     """
@@ -205,17 +198,16 @@ def float_linear(
         bias=bias is not None,
         function=function,
     )
-    try:
-        spec = laid_out(spec)
-    except BitlowerError:
+    laid = laid_out(spec)
+    if isinstance(laid, str):
         value = frame.emit(relax.op.matmul(frame.in_dtype(x, "float32"), constant(weight.T)))
         value = value if bias is None else frame.emit(relax.op.add(value, constant(bias)))
         return frame.in_dtype(activated(frame, function, value) if function else value, values)
-    given = {"x": frame.rows(x, kind)} | {name: constant(array) for name, array in pack_float(spec, weight).items()}
+    given = {"x": frame.rows(x, kind)} | {name: constant(array) for name, array in pack_float(laid, weight).items()}
     if bias is not None:
-        given["bias"] = constant(pack_vector(spec, bias))
+        given["bias"] = constant(pack_vector(laid, bias))
     *outer, _ = frame.shape(kind)
-    return frame.reshape(frame.call(spec, given, product(outer), values)["values"], [*outer, frame.dim(outputs)])
+    return frame.reshape(frame.call(laid, given, product(outer), values)["values"], [*outer, frame.dim(outputs)])
 
 
 def convert_float_linear(frame: Frame, node: fx.Node) -> Any:
@@ -224,5 +216,6 @@ def convert_float_linear(frame: Frame, node: fx.Node) -> Any:
     if any(part.op != "get_attr" for part in parts):
         return None
     weight, *bias = map(frame.tensor, parts)
+    frame.log.refuse(node, NO_QUANTIZER)
     dtypes = {"dtype": frame.dtype, "values": dtype_name(frame.kind_of(node))}
     return float_linear(frame, frame.value(x), x.meta["type"], weight, bias[0] if bias else None, **dtypes)

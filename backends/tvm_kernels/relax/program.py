@@ -22,6 +22,7 @@ from bitlower.backends.tvm_kernels.relax.rowwise import convert_norm, convert_po
 from bitlower.backends.tvm_kernels.schedules.gpu.fallback import schedule
 from bitlower.backends.tvm_kernels.spec.base import HALF, Target
 from bitlower.backends.tvm_kernels.spec.functions import functions_of
+from bitlower.backends.tvm_kernels.spec.operators import OperatorLog
 from bitlower.backends.tvm_kernels.target import host_target
 from bitlower.ir import BitlowerError, Level, Program, TensorType, ValueSpec, kernels
 from bitlower.ir.operators import graph_results
@@ -30,19 +31,25 @@ _KERNELS: dict[Any, Callable[[Call], list[Any]]] = {
     kernels.fused_linear: convert_linear,
     kernels.fused_norm: convert_norm,
     kernels.fused_pointwise: convert_pointwise,
-    kernels.fused_rotary: convert_rotary,
     kernels.fused_attention: convert_attention,
+}
+_EXPRESSIONS: dict[Any, Callable[[Call], list[Any]]] = {
+    kernels.fused_rotary: convert_rotary,
     kernels.fused_embedding: convert_embedding,
 }
+"""Operators that TVM fuses with their neighbours."""
 
 
-def build_module(program: Program, target: Target | None = None, activations: str = AUTO) -> Any:
+def build_module(
+    program: Program, target: Target | None = None, activations: str = AUTO, log: OperatorLog | None = None
+) -> Any:
     """The Relax module of a Program: its functions, see :func:`functions_of`, and their kernels.
 
     Args:
         program: at level fused or float, with one graph.
         target: of the kernels; None: the best CPU that this processor is.
-        activations: see :func:`compile_program`.
+        activations: see :func:`~bitlower.backends.tvm_kernels.compile_program`.
+        log: gets what becomes of the operators.
 
     Raises:
         BitlowerError: the program is at another level, or has an operator without a converter; the target has no
@@ -55,9 +62,9 @@ def build_module(program: Program, target: Target | None = None, activations: st
     if set(program.graphs) != {"model"}:
         raise BitlowerError(f"libraries are made of one graph, the program has {', '.join(program.graphs)}")
     builder, target = relax.BlockBuilder(), target or host_target()
-    half = activations_of(target, activations) == HALF
+    half, log = activations_of(target, activations) == HALF, OperatorLog() if log is None else log
     for name, part in functions_of(program).items():
-        frame = Frame(part.module, builder, target, half_values(part) if half else None)
+        frame = Frame(part.module, builder, target, log, half_values(part) if half else None)
         variables = [relax.Var(_name(spec), frame.type_of(kind)) for spec, kind in _inputs(frame, part)]
         with builder.function(name, variables):
             with builder.dataflow():
@@ -84,14 +91,21 @@ def _convert(frame: Frame, graph: fx.Graph, variables: list[Any]) -> list[Any]:
         if node.op == "placeholder":
             frame.values[node] = next(given)
         elif node.op == "call_function":
-            convert = _KERNELS.get(node.target)
+            convert = (_KERNELS | _EXPRESSIONS).get(node.target)
             frame.values[node] = convert(Call(frame, node)) if convert else convert_operator(frame, node)
+            if node.target in _KERNELS:
+                frame.log.convert(node)
     return list(frame.value(graph_results(graph)))
 
 
 @variables_in_order()
 def fuse_module(
-    program: Program, target: Target, device: Any, sizes: Mapping[str, int] | None = None, activations: str = AUTO
+    program: Program,
+    target: Target,
+    device: Any,
+    sizes: Mapping[str, int] | None = None,
+    activations: str = AUTO,
+    log: OperatorLog | None = None,
 ) -> Any:
     """The Relax module of a Program, in which TVM has fused what is left, and every function has a schedule.
 
@@ -100,13 +114,14 @@ def fuse_module(
         target: of the kernels.
         device: the TVM target.
         sizes: symbolic dimensions that are known already, by name.
-        activations: see :func:`compile_program`.
+        activations: see :func:`~bitlower.backends.tvm_kernels.compile_program`.
+        log: gets what becomes of the operators.
 
     Raises:
         BitlowerError: see :func:`build_module`.
         CheckError: a function for a GPU has no schedule.
     """
-    module = build_module(program, target, activations)
+    module = build_module(program, target, activations, log)
     if sizes:
         for name in functions_of(program):
             known = {size: sizes[size] for size in open_sizes(module[name]) if size in sizes}

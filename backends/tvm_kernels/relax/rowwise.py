@@ -12,7 +12,7 @@ from bitlower.backends.tvm_kernels.relax.call import Call
 from bitlower.backends.tvm_kernels.relax.quantize import activated
 from bitlower.backends.tvm_kernels.relax.views import strip_of
 from bitlower.backends.tvm_kernels.spec.rowwise import ActivationSpec, NormSpec
-from bitlower.ir import BitlowerError, TensorType
+from bitlower.ir import TensorType
 
 _EPSILON = float(np.finfo(np.float32).eps)
 
@@ -27,17 +27,17 @@ def convert_norm(call: Call) -> list[Any]:
     given: dict[str, Any] = {"weight": _weight(call, columns)}
     if call.given.get("bias") is not None:
         given["bias"] = call.frame.value(call.given["bias"])
-    try:
-        spec = NormSpec(
-            **fixed,
-            x_codes=call.quantizer("x"),
-            residual=residual,
-            residual_codes=call.quantizer("residual"),
-            output=call.quantizer("out"),
-            keep=call.keep if call.has_codes else "",
-            keep_sum="sum" in call.names,
-        )
-    except BitlowerError:
+    spec = NormSpec.plan(
+        **fixed,
+        x_codes=call.quantizer("x"),
+        residual=residual,
+        residual_codes=call.quantizer("residual"),
+        output=call.quantizer("out"),
+        keep=call.keep if call.has_codes else "",
+        keep_sum="sum" in call.names,
+    )
+    if isinstance(spec, str):
+        call.refuse(spec)
         total = call.add(call.real("x"), "residual")
         plain = given | {"x": call.frame.rows(total, call.type_of("x"))}
         found = call.frame.call(NormSpec(**fixed), plain, rows)["values"]
@@ -77,22 +77,22 @@ def convert_pointwise(call: Call) -> list[Any]:
     operands = [name for name in ("x", "factor", "residual") if call.given.get(name) is not None]
     halves = _halves(call)
     columns = columns_of(kind) * (known(kind.shape[1]) if call.given.get("heads") else 1)
-    try:
-        spec = ActivationSpec(
-            target=frame.target,
-            columns=columns,
-            function=call.given.get("activation", ""),
-            x_codes=call.quantizer("x"),
-            gate="halves" if halves is not None else "separate" if "factor" in operands else "",
-            gate_codes=call.quantizer("factor"),
-            residual="residual" in operands,
-            residual_codes=call.quantizer("residual"),
-            output=call.quantizer("out"),
-            keep=call.keep if call.has_codes else "",
-        )
-        if call.given.get("heads") and any(_has_rows(call, name) for name in operands):
-            raise BitlowerError(f"%{call.node.name}: operands with heads have one scale")
-    except BitlowerError:
+    spec = ActivationSpec.plan(
+        target=frame.target,
+        columns=columns,
+        function=call.given.get("activation", ""),
+        x_codes=call.quantizer("x"),
+        gate="halves" if halves is not None else "separate" if "factor" in operands else "",
+        gate_codes=call.quantizer("factor"),
+        residual="residual" in operands,
+        residual_codes=call.quantizer("residual"),
+        output=call.quantizer("out"),
+        keep=call.keep if call.has_codes else "",
+    )
+    if call.given.get("heads") and any(_has_rows(call, name) for name in operands):
+        spec = "operands with heads have one scale"
+    if isinstance(spec, str):
+        call.refuse(spec)
         return _plain_pointwise(call)
     given: dict[str, Any] = {}
     if halves is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bitlower.backends.tvm_kernels.spec.base import function_name
 from bitlower.ir import Grid
 
 OPERANDS = ("query", "key", "value")
@@ -58,3 +59,8 @@ class Attention:
     def result_dtype(self) -> str:
         """The dtype of the result."""
         return self.result if self.output is None else str(self.output.dtype).removeprefix("torch.")
+
+    @property
+    def name(self) -> str:
+        """The function's name; see :func:`~bitlower.backends.tvm_kernels.spec.base.function_name`."""
+        return function_name("attention", f"h{self.heads}kv{self.groups}x{self.width}_{self.query}", self)

@@ -11,7 +11,7 @@ import enum
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec, nearest
 from bitlower.ir.activations import IN_KERNELS
@@ -23,6 +23,10 @@ FLOATS = ("float32", HALF)
 KEEP = ("", "exact", "rounded")
 """Whether a kernel returns floats beside codes: none, the result before its rounding, or the values of its codes."""
 STATIC_KINDS = ("tensor", "embedding", "embedding-group", "embedding-parts")
+
+
+class NoKernel(BitlowerError):
+    """What is asked for has no kernel; the message is the reason."""
 
 
 class Target(enum.StrEnum):
@@ -73,10 +77,50 @@ class KernelSpec:
         """What the kernel does, in a word."""
         return type(self).__name__.removesuffix("Spec").lower()
 
+    @classmethod
+    def plan(cls, **fields: Any) -> Self | str:
+        """The spec with these fields, or the reason why there is no kernel for it.
+
+        Raises:
+            BitlowerError: the fields contradict each other.
+        """
+        try:
+            return cls(**fields)
+        except NoKernel as reason:
+            return str(reason)
+
+    @property
+    def label(self) -> str:
+        """What tells kernels of a family apart, for readers: sizes and bits."""
+        return ""
+
     @property
     def name(self) -> str:
-        """A name for the function: the family and a digest of the whole spec."""
-        return f"bitlower_{self.family}_{hashlib.sha256(repr(self).encode()).hexdigest()[:12]}"
+        """The function's name, as profilers show it: the family, :attr:`label`, and a digest of the whole spec."""
+        return function_name(self.family, self.label, self)
+
+
+PREFIX = "bitlower_"
+"""What the names of kernels begin with."""
+
+
+def function_name(family: str, label: str, spec: object) -> str:
+    """The name of a kernel, which is an identifier of C.
+
+    Args:
+        family: what it does, in a word.
+        label: for readers.
+        spec: what decides its code; equal ones have equal names.
+    """
+    digest = hashlib.sha256(repr(spec).encode()).hexdigest()[:8]
+    return PREFIX + "_".join(part for part in (family, label, digest) if part).replace("-", "_")
+
+
+def operand_label(codes: QuantSpec | None, dtype: str) -> str:
+    """How an operand is held, in a name: ``u8token``, ``s4tensor``, ``f32``."""
+    if codes is None:
+        return f"f{dtype.removeprefix('float')}"
+    return f"{'s' if codes.grid.signed else 'u'}{codes.grid.bits}{codes.granularity.kind}"
 
 
 def static_scales(spec: QuantSpec, columns: int) -> int:
@@ -104,30 +148,30 @@ def check_kind(spec: QuantSpec, known: tuple[str, ...], what: str) -> None:
     """See that a quantizer has one of the ``known`` granularities, along the axis that kernels go.
 
     Raises:
-        BitlowerError: it has another.
+        NoKernel: it has another.
     """
     granularity: Granularity = spec.granularity
     axis = {"channel": (0,), "group": (-1, 1)}.get(granularity.kind, (granularity.axis,))
     if granularity.kind not in known or granularity.axis not in axis:
-        raise BitlowerError(f"kernels do not take {what} quantized {granularity}", hint=f"known: {', '.join(known)}")
+        raise NoKernel(f"kernels do not take {what} quantized {granularity}", hint=f"known: {', '.join(known)}")
 
 
 def check_codes(spec: QuantSpec) -> None:
     """See that codes fit a byte.
 
     Raises:
-        BitlowerError: they do not.
+        NoKernel: they do not.
     """
     grid: Grid = spec.grid
     if grid.bits > 8:
-        raise BitlowerError(f"codes between kernels have at most 8 bits, not {grid.bits}")
+        raise NoKernel(f"codes between kernels have at most 8 bits, not {grid.bits}")
 
 
 def check_output(output: QuantSpec | None) -> None:
     """See that rows can be rounded by a quantizer, static or per token.
 
     Raises:
-        BitlowerError: they cannot.
+        NoKernel: they cannot.
     """
     if output is not None:
         check_kind(output, (*STATIC_KINDS, "token"), "a result")
@@ -138,7 +182,8 @@ def check_operand(codes: QuantSpec | None, present: bool, what: str) -> None:
     """See that an operand can come as codes.
 
     Raises:
-        BitlowerError: it cannot, or it is not there.
+        NoKernel: it cannot.
+        BitlowerError: it is not there.
     """
     if codes is None:
         return

@@ -10,11 +10,13 @@ from itertools import pairwise
 from bitlower.backends.tvm_kernels.spec.base import (
     STATIC_KINDS,
     KernelSpec,
+    NoKernel,
     check_codes,
     check_function,
     check_keep,
     check_kind,
     check_operand,
+    operand_label,
     static_scales,
 )
 from bitlower.ir import BitlowerError, QuantSpec, ScaleConvention
@@ -77,9 +79,9 @@ class LinearSpec(KernelSpec):
         if self.weight is not None:
             check_kind(self.weight, WEIGHT_KINDS, "a weight")
             if self.weight.grid.bits > 8:
-                raise BitlowerError(f"weights of kernels have at most 8 bits, not {self.weight.grid.bits}")
+                raise NoKernel(f"weights of kernels have at most 8 bits, not {self.weight.grid.bits}")
         elif self.activation is not None:
-            raise BitlowerError("kernels have no product of codes with float weights", hint="quantize the weight")
+            raise NoKernel("kernels have no product of codes with float weights", hint="quantize the weight")
         if self.activation is not None:
             check_kind(self.activation, (*STATIC_KINDS, "token"), "an activation")
             check_codes(self.activation)
@@ -108,7 +110,14 @@ class LinearSpec(KernelSpec):
         grid = self.weight.grid
         narrow = self.width < 8 or (grid.symmetric and self.centre <= 1 << 7 and grid.quant_max - self.centre < 1 << 7)
         if not narrow and (self.activation is not None or grid.symmetric):
-            raise BitlowerError(f"kernels have no integer product for weights in {grid}", hint="use symmetric weights")
+            raise NoKernel(f"kernels have no integer product for weights in {grid}", hint="use symmetric weights")
+
+    @property
+    def label(self) -> str:
+        """For example ``n768_k3072_w4g64_u8token_gelu``."""
+        weight = f"w{self.width}g{self.group}" if self.grouped else f"w{self.width}"
+        parts = [f"n{self.outputs}", f"k{self.inputs}", weight, operand_label(self.activation, self.dtype)]
+        return "_".join(filter(None, [*parts, self.function]))
 
     @property
     def width(self) -> int:

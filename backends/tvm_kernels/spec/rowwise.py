@@ -10,6 +10,7 @@ from bitlower.backends.tvm_kernels.spec.base import (
     check_keep,
     check_operand,
     check_output,
+    operand_label,
 )
 from bitlower.ir import BitlowerError, QuantSpec, nearest
 
@@ -51,6 +52,11 @@ class NormSpec(KernelSpec):
         check_operand(self.residual_codes, self.residual, "residual")
         check_keep(self.keep, self.output)
 
+    @property
+    def label(self) -> str:
+        """For example ``rms_768_u8token``."""
+        return "_".join(filter(None, [self.kind, str(self.columns), operand_label(self.output, self.dtype)]))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationSpec(KernelSpec):
@@ -90,3 +96,8 @@ class ActivationSpec(KernelSpec):
         check_operand(self.gate_codes, self.gate == "separate", "gate")
         check_operand(self.residual_codes, self.residual, "residual")
         check_keep(self.keep, self.output)
+
+    @property
+    def label(self) -> str:
+        """For example ``silu_3072_u8token``."""
+        return "_".join(filter(None, [self.function, str(self.columns), operand_label(self.output, self.dtype)]))

@@ -11,6 +11,7 @@ from bitlower.backends.artifact import manifest as artifact_manifest
 from bitlower.backends.artifact.json_files import rounded_figures
 from bitlower.backends.artifact.selftest import run_selftest
 from bitlower.backends.tvm_kernels.pins import require_tvm
+from bitlower.backends.tvm_kernels.verify.calls import compared_calls
 from bitlower.backends.tvm_kernels.verify.record import Verification
 from bitlower.ir import Batch
 
@@ -24,6 +25,7 @@ class ArtifactReport:
         bytes: of all of them.
         unlisted: files that the manifest does not know.
         runtime: the target, and the processor and TVM's version of the export.
+        calls: how often one run calls kernels of each family, ``expected`` and ``found``.
         selftest: the cosine of each output to the recorded one.
         unseen: the same at the sizes that neither tracing nor calibration had.
         unseen_sizes: these.
@@ -33,6 +35,7 @@ class ArtifactReport:
     bytes: int
     unlisted: tuple[str, ...]
     runtime: Mapping[str, str]
+    calls: Mapping[str, Mapping[str, int]]
     selftest: Mapping[str, float]
     unseen: Mapping[str, float]
     unseen_sizes: str
@@ -64,6 +67,7 @@ def verify_artifact(folder: Path) -> ArtifactReport:
         files.bytes,
         files.unlisted,
         dict(recorded.runtime),
+        compared_calls(library.code),
         run_selftest(recorded.selftest, run),
         recorded.unseen.check(run),
         recorded.unseen.sizes,

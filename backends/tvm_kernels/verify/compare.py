@@ -28,6 +28,7 @@ from bitlower.backends.tvm_kernels.library.library import Library
 from bitlower.backends.tvm_kernels.relax.precision import typed
 from bitlower.backends.tvm_kernels.spec.base import HALF, Target
 from bitlower.backends.tvm_kernels.verify.agreement import Agreement
+from bitlower.backends.tvm_kernels.verify.calls import compared_calls
 from bitlower.backends.tvm_kernels.verify.record import KernelError, Verification
 from bitlower.backends.tvm_kernels.verify.trace import KernelComparison, trace
 from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program
@@ -84,6 +85,7 @@ def verify_export(
     if not given:
         raise BitlowerError("an export cannot be verified without a batch of inputs", hint="give at least one")
     library, parts = load_library(folder), parts_of(program)
+    calls = compared_calls(library.code)
     runs = {WHOLE: library} if isinstance(library, Library) else {ENCODER: library.encode, DECODER: library.decode}
     by_stage, comparisons = part_batches(parts, given), list[Comparison]()
     for stage, part in parts.items():
@@ -94,11 +96,15 @@ def verify_export(
         tests = comparisons[0].selftests()
     else:
         tests = compare_together(program, lambda batch: _arrays(_called(library, batch)), given[0], OUTPUT_COSINE)
-    return _result(_runtime(target, activations), comparisons, *tests)
+    return _result(_runtime(target, activations), comparisons, calls, *tests)
 
 
 def _result(
-    runtime: Mapping[str, str], comparisons: Sequence[Comparison], selftest: SelfTest, unseen: Unseen
+    runtime: Mapping[str, str],
+    comparisons: Sequence[Comparison],
+    calls: Mapping[str, Mapping[str, int]],
+    selftest: SelfTest,
+    unseen: Unseen,
 ) -> Verification:
     """The figures of all that was compared."""
     agreements = [row for part in comparisons for row in part.agreements if row.compared]
@@ -110,6 +116,7 @@ def _result(
         outputs=tuple(row for part in comparisons for row in part.outputs),
         kernels=tuple(KernelError.of(kind, (row for row in agreements if row.kind == kind)) for kind in kinds),
         exposing=max(part.exposing for part in comparisons),
+        calls=calls,
         selftest=selftest,
         unseen=unseen,
     )
@@ -134,6 +141,7 @@ def expect(program: Program, batches: Sequence[Batch], *, target: Target, activa
         outputs=(),
         kernels=(),
         exposing=0.0,
+        calls={},
         selftest=tests[0],
         unseen=tests[1],
     )

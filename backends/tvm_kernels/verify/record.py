@@ -69,6 +69,8 @@ class Verification(Verified):
         outputs: one row each; none where the library was not run.
         kernels: one row for each kind; none where the library was not run.
         exposing: the largest change of an output from reading what kernels give, over the output's standard deviation.
+        calls: how often one run calls kernels of each family: ``expected``, of what the Program's operators became,
+            and ``found``, in the library's code.
         selftest: lets the artifact be checked without the Program; expects the Program's outputs where the library was
             not run, else its own.
         unseen: the sizes that neither tracing nor the batches had, and a self-test of them, as ``selftest``.
@@ -80,6 +82,7 @@ class Verification(Verified):
     outputs: tuple[OutputError, ...]
     kernels: tuple[KernelError, ...]
     exposing: float
+    calls: Mapping[str, Mapping[str, int]]
     selftest: SelfTest
     unseen: Unseen
 
@@ -87,6 +90,7 @@ class Verification(Verified):
         """Plain data for JSON, floats with six significant digits; the inverse of :meth:`from_dict`."""
         form = {field.name: getattr(self, field.name) for field in fields(self)}
         form |= {"runtime": dict(self.runtime), "summary": self.summary()}
+        form["calls"] = {side: dict(counts) for side, counts in self.calls.items()}
         form |= {"selftest": self.selftest.to_dict(), "unseen": self.unseen.to_dict()}
         for name in ("outputs", "kernels"):
             form[name] = [rounded_figures(asdict(row)) for row in form[name]]

@@ -61,7 +61,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     if find_tool("nvcc") is None:
         pytest.skip("CUDA libraries are NOT compiled: no nvcc")
     folder = tmp_path_factory.mktemp("library")
-    names = write_library(fused("bert", "W8A8", layers=1), folder, Target.CUDA)
+    names, _ = write_library(fused("bert", "W8A8", layers=1), folder, Target.CUDA)
     assert set(names) == {path.name for path in folder.iterdir()} == {"library.so", "library.json", "kernels.cu"}
     return folder / "library.so", (folder / "kernels.cu").read_text()
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from bitlower.backends.tvm_kernels import ActivationSpec, EmbeddingSpec, Layout, LinearSpec, NormSpec, Target, arguments
+from bitlower.backends.tvm_kernels import ActivationSpec, Layout, LinearSpec, NormSpec, Target, arguments
+from bitlower.backends.tvm_kernels.spec.attention import Attention
 from bitlower.backends.tvm_kernels.spec.base import FUNCTIONS, KernelSpec
+from bitlower.backends.tvm_kernels.spec.linear import table_spec
 from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec, ScaleConvention
 
 UINT8 = Grid(8, signed=False, symmetric=False)
@@ -27,7 +29,27 @@ def test_equal_specs_are_one_key_and_different_ones_are_not():
         {"dtype": "float16"}, {"buckets": (1, 8)}, {"function": "gelu"}, {"output": TENSOR},
     )]  # fmt: skip
     assert len({spec.name for spec in [SPEC, *others]}) == len(others) + 1
-    assert SPEC.name.startswith("bitlower_linear_")
+    assert all(spec.name.isidentifier() for spec in others)
+
+
+def test_names_say_what_profilers_are_read_for():
+    assert re.fullmatch(r"bitlower_linear_n8_k96_w4g32_f32_[0-9a-f]{8}", SPEC.name)
+    rounded = replace(SPEC, weight=INT8, activation=QuantSpec(UINT8, Granularity.per_token()), function="gelu-tanh")
+    assert rounded.name.startswith("bitlower_linear_n8_k96_w8_u8token_gelu_tanh_")
+    assert NormSpec(columns=8, kind="rms", epsilon=1e-5, output=TENSOR).name.startswith("bitlower_norm_rms_8_u8tensor_")
+    assert ActivationSpec(columns=8, function="silu").name.startswith("bitlower_activation_silu_8_f32_")
+    attention = Attention(heads=4, groups=2, width=64, value_width=64, factor=0.125, query="uint8")
+    assert attention.name.startswith("bitlower_attention_h4kv2x64_uint8_")
+
+
+def test_what_has_no_kernel_is_a_reason_and_what_makes_no_sense_an_error():
+    sixteen = QuantSpec(Grid(16), Granularity.per_tensor())
+    assert NormSpec.plan(columns=8, kind="rms", epsilon=1e-5, output=sixteen) == (
+        "codes between kernels have at most 8 bits, not 16"
+    )
+    assert NormSpec.plan(columns=8, kind="rms", epsilon=1e-5) == NormSpec(columns=8, kind="rms", epsilon=1e-5)
+    with pytest.raises(BitlowerError, match="unknown norm"):
+        NormSpec.plan(columns=8, kind="batch", epsilon=1e-5)
 
 
 def test_dtypes_name_what_differs_in_one_way():
@@ -98,12 +120,12 @@ def test_norms_activations_and_tables_are_checked_too():
     with pytest.raises(BitlowerError, match="a result quantized"):
         ActivationSpec(columns=8, output=INT4)
     with pytest.raises(BitlowerError, match="at most 8 bits"):
-        EmbeddingSpec(entries=4, columns=8, weight=QuantSpec(Grid(16), Granularity.per_tensor()))
+        table_spec((4, 8), QuantSpec(Grid(16), Granularity.per_tensor()))
 
 
 def test_the_page_on_kernels_lists_what_there_is():
     page = (Path(__file__).parents[3] / "docs" / "kernels.md").read_text(encoding="utf-8")
-    for spec in (LinearSpec, NormSpec, ActivationSpec, EmbeddingSpec):
+    for spec in (LinearSpec, NormSpec, ActivationSpec):
         [listed] = re.findall(rf"^\| `{spec.__name__}` \|.*\| (.*?) \|$", page, re.MULTILINE)
         own = [field.name for field in fields(spec) if field.name not in {f.name for f in fields(KernelSpec)}]
         assert re.findall(r"`(\w+)`", listed) == own

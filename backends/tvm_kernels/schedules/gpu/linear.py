@@ -8,31 +8,29 @@ from bitlower.backends.tvm_kernels.schedules.gpu.gemm_dp4a import emit_tiles
 from bitlower.backends.tvm_kernels.schedules.gpu.gemm_mma import emit_matrix, has_matrix
 from bitlower.backends.tvm_kernels.schedules.gpu.gemv import chunk, emit_gemv
 from bitlower.backends.tvm_kernels.schedules.gpu.tile import depth
+from bitlower.backends.tvm_kernels.spec.base import NoKernel
 from bitlower.backends.tvm_kernels.spec.linear import Layout, LinearSpec
 from bitlower.backends.tvm_kernels.tir.function import Buffers, function, i64, when
-from bitlower.ir import BitlowerError
 
 
-def check_gpu(spec: LinearSpec) -> None:
-    """See that there is a kernel of ``spec`` for GPUs.
-
-    Raises:
-        BitlowerError: the layout is not that of GPU kernels, or groups are no multiple of 4 inputs.
-    """
-    if spec.layout is not Layout.ROWS or not depth(spec):
-        raise BitlowerError(
-            f"GPU kernels read weights in {Layout.ROWS} in groups of a multiple of 4 inputs, not {spec.layout} in "
-            f"groups of {list(dict.fromkeys(spec.segment_sizes))}"
-        )
+def refusal(spec: LinearSpec) -> str:
+    """Why there is no kernel of ``spec`` for GPUs; empty if there is one."""
+    if spec.layout is Layout.ROWS and depth(spec):
+        return ""
+    return (
+        f"GPU kernels read weights in {Layout.ROWS} in groups of a multiple of 4 inputs, not {spec.layout} in "
+        f"groups of {list(dict.fromkeys(spec.segment_sizes))}"
+    )
 
 
 def lower_linear(spec: LinearSpec) -> Any:
     """The scheduled PrimFunc: a warp an output below ``buckets[-1]`` rows, tiles from there on.
 
     Raises:
-        BitlowerError: the layout is not that of GPU kernels, or groups are no multiple of 4 inputs.
+        NoKernel: the layout is not that of GPU kernels, or groups are no multiple of 4 inputs.
     """
-    check_gpu(spec)
+    if reason := refusal(spec):
+        raise NoKernel(reason)
     many = emit_matrix if has_matrix(spec) else emit_tiles
 
     def body(buffers: Buffers, rows: Any) -> None:
