@@ -24,6 +24,7 @@ from _common import RESULTS, show_table, write_result
 
 from bitlower.backends.tvm_kernels import (
     ActivationSpec,
+    GemmConfig,
     KernelSpec,
     LinearSpec,
     NormSpec,
@@ -35,14 +36,14 @@ from bitlower.backends.tvm_kernels.inspect.sass import DeviceFunction, device_fu
 from bitlower.backends.tvm_kernels.library.fatbin import device_module
 from bitlower.backends.tvm_kernels.schedules.gpu.attention import attention
 from bitlower.backends.tvm_kernels.spec.attention import Attention
-from bitlower.backends.tvm_kernels.target import gpu_target
+from bitlower.backends.tvm_kernels.target import tvm_target
 from bitlower.ir import Granularity, Grid, QuantSpec
 
 UINT8 = Grid(8, signed=False, symmetric=False)
 STATIC, TOKEN = (QuantSpec(UINT8, g) for g in (Granularity.per_tensor(), Granularity.per_token()))
 PEG = QuantSpec(UINT8, Granularity.per_embedding_group(6))
 INT8 = QuantSpec(Grid(8), Granularity.per_channel(0))
-TILE, SHOWN = 64, ("IMMA", "HMMA", "IDP.4A", "FFMA", "LDSM", "SHFL", "I2F", "I2FP")
+SHOWN = ("IMMA", "HMMA", "IDP.4A", "FFMA", "LDSM", "SHFL", "I2F", "I2FP")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def low_bit(bits: int) -> QuantSpec:
 
 def cases() -> list[tuple[str, KernelSpec | Attention, int]]:
     """Name, spec and rows: an encoder layer of BERT-base at 128 tokens, and a Llama layer of 2048 channels."""
-    base = LinearSpec(inputs=768, outputs=2304, weight=INT8, bias=True, target=Target.CUDA, buckets=(1, 16))
+    base = LinearSpec(inputs=768, outputs=2304, weight=INT8, bias=True, target=Target.CUDA)
     up = replace(base, outputs=3072, activation=TOKEN, function="gelu")
     half = replace(base, inputs=2048, outputs=2048, bias=False, dtype="float16")
     bytes_ = replace(half, dtype="float32", activation=TOKEN)
@@ -103,7 +104,7 @@ def cases() -> list[tuple[str, KernelSpec | Attention, int]]:
         mask_broadcast=(True, True, True, False),
         places=((2304, 0), (2304, 768), (2304, 1536)),
     )
-    codes = replace(heads, explicit=True, scored=UINT8, probs=UINT8, query="uint8", key="uint8", value="uint8")
+    codes = replace(heads, scored=UINT8, probs=UINT8, query="uint8", key="uint8", value="uint8")
     shared = replace(heads, heads=32, groups=8, places=(None, None, None), output=None)
     halves = replace(shared, query="float16", key="float16", value="float16", result="float16")
     wide = replace(halves, width=128, value_width=128)
@@ -143,7 +144,7 @@ def occupancy(function: DeviceFunction, threads: int) -> float:
     return min(limits) * threads / THREADS
 
 
-def traffic(spec: KernelSpec | Attention, rows: int) -> tuple[int, int]:
+def traffic(spec: KernelSpec | Attention, rows: int, config: GemmConfig) -> tuple[int, int]:
     """Bytes of the kernel's own loads and stores of global memory, and the least possible."""
     if isinstance(spec, Attention):
         return _attention_traffic(spec, rows)
@@ -151,7 +152,7 @@ def traffic(spec: KernelSpec | Attention, rows: int) -> tuple[int, int]:
     for argument in arguments(spec):
         size = math.prod(rows if n is None else n for n in argument.shape) * np.dtype(argument.dtype).itemsize
         least += size
-        moved += size * _times(spec, argument.name, rows)
+        moved += size * _times(spec, argument.name, rows, config)
     return moved, least
 
 
@@ -169,32 +170,36 @@ def _attention_traffic(what: Attention, rows: int) -> tuple[int, int]:
 def attention_source(what: Attention, architecture: str) -> str:
     """The CUDA source of an attention kernel."""
     module = tvm.IRModule({"attention": attention(what, Target.CUDA)})
-    executable = tvm.compile(module, target=gpu_target(Target.CUDA, architecture))
+    executable = tvm.compile(module, target=tvm_target(Target.CUDA, architecture))
     return str(device_module(executable).inspect_source())
 
 
-def _times(spec: KernelSpec, name: str, rows: int) -> int:
-    """How often a linear goes through an argument: tiles of 64 x 64, or a warp a row and output."""
+def _times(spec: KernelSpec, name: str, rows: int, config: GemmConfig) -> int:
+    """How often a linear goes through an argument: tile by tile, or a warp a row and output."""
     if not isinstance(spec, LinearSpec):
         return 1
-    few = rows < spec.buckets[-1]
+    few = rows < config.many_rows
     if name == "x":
-        return spec.outputs if few else -(-spec.outputs // TILE)
+        return spec.outputs if few else -(-spec.outputs // config.block_n)
     if name.startswith("weight"):
-        return rows if few else -(-rows // TILE)
+        return rows if few else -(-rows // config.block_m)
     return 1
 
 
-def card(name: str, spec: KernelSpec | Attention, rows: int, architecture: str) -> dict[str, Any]:
+def card(
+    name: str, spec: KernelSpec | Attention, rows: int, architecture: str, config: GemmConfig = Target.CUDA.gemm
+) -> dict[str, Any]:
     """All figures of a kernel."""
-    made = attention_source if isinstance(spec, Attention) else device_source
-    source = made(spec, architecture)
+    if isinstance(spec, Attention):
+        source = attention_source(spec, architecture)
+    else:
+        source = device_source(spec, architecture, config)
     functions = sorted(device_functions(source, architecture), key=lambda f: f.name)
-    many = isinstance(spec, LinearSpec) and rows >= spec.buckets[-1]
+    many = isinstance(spec, LinearSpec) and rows >= config.many_rows
     function = functions[1] if many else functions[0]
     threads = int(re.findall(rf"__launch_bounds__\((\d+)[\d, ]*\) {function.name}\(", source)[0])
     counts = dict(function.instructions)
-    moved, least = traffic(spec, rows)
+    moved, least = traffic(spec, rows, config)
     device = DEVICES[architecture]
     unit = next((i for i in ("IMMA", "HMMA", "IDP.4A") if counts.get(i)), "FFMA")
     work = 2 * rows * spec.inputs * spec.outputs if isinstance(spec, LinearSpec) else 0

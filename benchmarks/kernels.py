@@ -41,6 +41,7 @@ from tvm.script.ir_builder import tirx as T
 
 from bitlower.backends.tvm_kernels import (
     ActivationSpec,
+    GemmConfig,
     Layout,
     LinearSpec,
     arguments,
@@ -124,11 +125,13 @@ class Ours:
     Args:
         spec: the kernel.
         constants: arguments by name; the rest is made for the rows that are asked for.
+        config: of a linear; None: its target's.
     """
 
-    def __init__(self, spec: Any, constants: dict[str, Array]) -> None:
+    def __init__(self, spec: Any, constants: dict[str, Array], config: GemmConfig | None = None) -> None:
         self.spec = spec
-        self.function = compile_kernel(spec).executable[spec.name]
+        compiled = compile_kernel(spec, config)
+        self.function = compiled.executable[compiled.name]
         self.constants = {name: tvm.runtime.tensor(array) for name, array in constants.items()}
 
     def side(self, rows: int, **given: Any) -> tuple[Side, dict[str, Any]]:

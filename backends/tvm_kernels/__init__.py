@@ -17,10 +17,11 @@ from bitlower.backends.tvm_kernels.backend import ExportReport, TvmKernels
 from bitlower.backends.tvm_kernels.library.library import Library, StagedLibrary, is_library
 from bitlower.backends.tvm_kernels.pins import require_tvm
 from bitlower.backends.tvm_kernels.spec.arguments import Argument, arguments
-from bitlower.backends.tvm_kernels.spec.base import KernelSpec, Target
+from bitlower.backends.tvm_kernels.spec.base import KernelSpec
 from bitlower.backends.tvm_kernels.spec.linear import Layout, LinearSpec
 from bitlower.backends.tvm_kernels.spec.packing import pack_linear, pack_vector, unpack_linear
 from bitlower.backends.tvm_kernels.spec.rowwise import ActivationSpec, NormSpec
+from bitlower.backends.tvm_kernels.spec.target import GemmConfig, Target
 from bitlower.backends.tvm_kernels.verify.artifact import ArtifactReport
 from bitlower.backends.tvm_kernels.verify.artifact import verify_artifact as verify
 from bitlower.backends.tvm_kernels.verify.record import Verification
@@ -34,6 +35,7 @@ __all__ = [
     "Argument",
     "ArtifactReport",
     "ExportReport",
+    "GemmConfig",
     "KernelSpec",
     "Layout",
     "Library",
@@ -59,8 +61,12 @@ __all__ = [
 ]
 
 
-def compile_kernel(spec: KernelSpec) -> Kernel:
-    """The kernel of ``spec``, compiled for this host; equal specs share one.
+def compile_kernel(spec: KernelSpec, config: GemmConfig | None = None) -> Kernel:
+    """The kernel of ``spec``, compiled for this host; equal specs and configurations share one.
+
+    Args:
+        spec: what it computes.
+        config: how a linear does; None: as has served best on the target.
 
     Raises:
         BitlowerError: TVM is not installed in the pairing that works, or the target is no CPU.
@@ -68,10 +74,10 @@ def compile_kernel(spec: KernelSpec) -> Kernel:
     require_tvm()
     from bitlower.backends.tvm_kernels import kernel
 
-    return kernel.compile_kernel(spec)
+    return kernel.compile_kernel(spec, config)
 
 
-def device_source(spec: KernelSpec, architecture: str = "sm_80") -> str:
+def device_source(spec: KernelSpec, architecture: str = "sm_80", config: GemmConfig | None = None) -> str:
     """The source of the device functions of a GPU kernel: CUDA C++ (for an architecture), or OpenCL C.
 
     Raises:
@@ -80,7 +86,7 @@ def device_source(spec: KernelSpec, architecture: str = "sm_80") -> str:
     require_tvm()
     from bitlower.backends.tvm_kernels import kernel
 
-    return kernel.device_source(spec, architecture)
+    return kernel.device_source(spec, architecture, config)
 
 
 def host_target() -> Target:

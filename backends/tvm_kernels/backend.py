@@ -17,8 +17,9 @@ from bitlower.backends.sizes import weights_only
 from bitlower.backends.tvm_kernels.library.library import Library, StagedLibrary, has_device
 from bitlower.backends.tvm_kernels.pins import check_pins, require_tvm
 from bitlower.backends.tvm_kernels.relax.precision import activations_of, check_range
-from bitlower.backends.tvm_kernels.spec.base import HALF, Target
+from bitlower.backends.tvm_kernels.spec.base import HALF
 from bitlower.backends.tvm_kernels.spec.sizes import LibrarySizes
+from bitlower.backends.tvm_kernels.spec.target import Target, find_target
 from bitlower.backends.tvm_kernels.verify.artifact import ArtifactReport, verify_artifact
 from bitlower.ir import Batch, BitlowerError, Level, Program
 
@@ -76,7 +77,11 @@ class TvmKernels(Backend):
         super().__post_init__()
         if self.unrun and self.target != "cuda":
             raise BitlowerError(f"a library for {self.target} is run where it is written", hint="leave out `unrun`")
-        activations_of(self.target, self.activations)
+        activations_of(self._known(), self.activations)
+
+    def _known(self) -> Target:
+        """The target, as far as it is known without a look at the processor."""
+        return Target.LLVM if self.target == HOST else find_target(self.target)
 
     def resolve(self) -> Target:
         """The target that it stands for.
@@ -91,7 +96,7 @@ class TvmKernels(Backend):
         from bitlower.backends.tvm_kernels.target import host_target
 
         best = host_target()
-        target = best if self.target == HOST else Target(self.target)
+        target = best if self.target == HOST else self._known()
         if target not in (best, Target.LLVM):
             raise BitlowerError(
                 f"this processor does not run {target}, and what was not run is not verified", hint=f"take {best}"
@@ -213,5 +218,5 @@ class TvmKernels(Backend):
 
     def sizes(self, placed: Program) -> LibrarySizes:
         """Bytes of tensors in the library."""
-        halves = self.target == "cuda" and activations_of(self.target, self.activations) == HALF
+        halves = activations_of(self._known(), self.activations) == HALF
         return LibrarySizes(weights_only(placed), halves)

@@ -13,8 +13,9 @@ import tvm
 
 from bitlower.backends.tvm_kernels.schedules.dispatch import lower
 from bitlower.backends.tvm_kernels.spec.arguments import arguments
-from bitlower.backends.tvm_kernels.spec.base import KernelSpec, Target
-from bitlower.backends.tvm_kernels.target import host_target, tvm_target
+from bitlower.backends.tvm_kernels.spec.base import KernelSpec, kernel_name
+from bitlower.backends.tvm_kernels.spec.target import GemmConfig
+from bitlower.backends.tvm_kernels.target import ARCHITECTURE, host_target, runs_here, tvm_target
 from bitlower.ir import BitlowerError
 
 Array = npt.NDArray[Any]
@@ -26,11 +27,13 @@ class Kernel:
 
     Args:
         spec: what it computes.
-        executable: TVM's, with one function of the spec's name.
+        executable: TVM's, with one function.
+        name: of the function.
     """
 
     spec: KernelSpec
     executable: Any
+    name: str
 
     def __call__(self, given: Mapping[str, Array]) -> dict[str, Array]:
         """Run on the arguments by name; the results by name.
@@ -47,7 +50,7 @@ class Kernel:
             else:
                 array = _checked(self.spec, given, argument.name, argument.dtype, shape)
             held.append(tvm.runtime.tensor(array))
-        self.executable[self.spec.name](*held)
+        self.executable[self.name](*held)
         names = [argument.name for argument in arguments(self.spec)]
         return {name: held[names.index(name)].numpy() for name in results}
 
@@ -62,25 +65,30 @@ def _checked(spec: KernelSpec, given: Mapping[str, Array], name: str, dtype: str
 
 
 @cache
-def compile_kernel(spec: KernelSpec) -> Kernel:
-    """The kernel of ``spec``, compiled for this host; equal specs share one.
+def compile_kernel(spec: KernelSpec, config: GemmConfig | None = None) -> Kernel:
+    """The kernel of ``spec``, compiled for this host; equal specs and configurations share one.
+
+    Args:
+        spec: what it computes.
+        config: how a linear does; None: as has served best on the target.
 
     Raises:
         BitlowerError: the target is no CPU, or none that this host is.
     """
-    if spec.target is Target.VNNI and host_target() is not Target.VNNI:
+    if spec.target.on_cpu and not runs_here(spec.target):
         raise BitlowerError(f"this processor does not run {spec.target} kernels", hint=f"compile for {host_target()}")
     if not spec.target.on_cpu:
         raise BitlowerError(
             f"{spec.target} kernels do not run on this host",
             hint=f"compile for {host_target()}, or see `device_source`",
         )
-    module = tvm.IRModule({spec.name: lower(spec)})
-    return Kernel(spec, tvm.compile(module, target=tvm_target(spec.target)))
+    name = kernel_name(spec, config or spec.target.gemm)
+    executable = tvm.compile(tvm.IRModule({name: lower(spec, config)}), target=tvm_target(spec.target))
+    return Kernel(spec, executable, name)
 
 
 @cache
-def device_source(spec: KernelSpec, architecture: str = "sm_80") -> str:
+def device_source(spec: KernelSpec, architecture: str = ARCHITECTURE, config: GemmConfig | None = None) -> str:
     """The source of the device functions of a GPU kernel: CUDA C++ (for an architecture), or OpenCL C.
 
     Raises:
@@ -88,7 +96,6 @@ def device_source(spec: KernelSpec, architecture: str = "sm_80") -> str:
     """
     if spec.target.on_cpu:
         raise BitlowerError(f"{spec.target} kernels have no device functions", hint="see `compile_kernel`")
-    kind = {"kind": "cuda", "arch": architecture} if spec.target is Target.CUDA else {"kind": "opencl"}
-    module = tvm.IRModule({spec.name: lower(spec)})
-    executable = tvm.compile(module, target=tvm.target.Target(kind, host={"kind": "llvm"}))
+    module = tvm.IRModule({kernel_name(spec, config or spec.target.gemm): lower(spec, config)})
+    executable = tvm.compile(module, target=tvm_target(spec.target, architecture))
     return str(executable.mod.imports[0].inspect_source())

@@ -1,4 +1,4 @@
-"""Whose code: the targets, what TVM calls them, and the devices that run them."""
+"""Targets in TVM: what it calls them, and which of them this machine is."""
 
 from __future__ import annotations
 
@@ -6,35 +6,38 @@ from typing import Any
 
 import tvm
 
-from bitlower.backends.tvm_kernels.spec.base import Target
+from bitlower.backends.tvm_kernels.spec.target import TARGETS, Target
+
+ARCHITECTURE = "sm_80"
+"""The least NVIDIA GPU that kernels are scheduled for."""
 
 
-def tvm_target(target: Target) -> Any:
-    """The TVM target of a CPU kernel: the processor that this is run on.
+def tvm_target(target: Target, architecture: str = ARCHITECTURE) -> Any:
+    """The TVM target, with the host's code for any processor of this kind where it is a GPU.
 
-    The generic target is told no processor, so that what it makes runs on all of its kind.
+    A CPU target that needs features of a processor is for the one that this is run on; one that needs none is told no
+    processor, so that what it makes runs on all of its kind.
+
+    Args:
+        target: whose code.
+        architecture: of an NVIDIA GPU.
     """
-    if target is Target.LLVM:
-        return tvm.target.Target({"kind": "llvm"})
-    return tvm.target.Target({"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()})
+    form: dict[str, Any] = {"kind": target.kind, **dict(target.options)}
+    if target.on_cpu:
+        return tvm.target.Target(form | ({"mcpu": _processor()} if target.features else {}))
+    return tvm.target.Target(form | ({"arch": architecture} if target.kind == "cuda" else {}), host={"kind": "llvm"})
 
 
 def host_target() -> Target:
-    """What this processor can run: :attr:`Target.VNNI` where it has AVX512-VNNI, else :attr:`Target.LLVM`."""
-    codegen = tvm.target.codegen
-    host = tvm.target.Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()})
-    needed = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
-    return Target.VNNI if all(codegen.target_has_features(name, host) for name in needed) else Target.LLVM
+    """The best target that this processor can run: the one that needs most of its features."""
+    return max(filter(runs_here, TARGETS.values()), key=lambda target: len(target.features))
 
 
-_THREADS = 256
-"""Of a block: TVM's rule takes the most that the target allows."""
+def runs_here(target: Target) -> bool:
+    """Whether this processor runs code for a CPU target; false for GPUs."""
+    host = tvm.target.Target({"kind": "llvm", "mcpu": _processor()})
+    return target.on_cpu and all(tvm.target.codegen.target_has_features(name, host) for name in target.features)
 
 
-def gpu_target(target: Target, architecture: str = "sm_80") -> Any:
-    """The TVM target of a GPU, with the host's code for this processor's kind."""
-    kinds: dict[Target, dict[str, Any]] = {
-        Target.CUDA: {"kind": "cuda", "arch": architecture, "max_num_threads": _THREADS},
-        Target.OPENCL: {"kind": "opencl", "thread_warp_size": 1, "max_num_threads": _THREADS},
-    }
-    return tvm.target.Target(kinds[target], host={"kind": "llvm"})
+def _processor() -> str:
+    return str(tvm.target.codegen.llvm_get_system_cpu())

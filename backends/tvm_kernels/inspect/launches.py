@@ -13,9 +13,9 @@ from tvm import relax, sym
 from bitlower.backends.tvm_kernels.relax.precision import AUTO
 from bitlower.backends.tvm_kernels.relax.program import fuse_module
 from bitlower.backends.tvm_kernels.schedules.gpu.fallback import launches
-from bitlower.backends.tvm_kernels.spec.base import Target
 from bitlower.backends.tvm_kernels.spec.functions import functions_of
-from bitlower.backends.tvm_kernels.target import gpu_target
+from bitlower.backends.tvm_kernels.spec.target import Target
+from bitlower.backends.tvm_kernels.target import tvm_target
 from bitlower.backends.tvm_kernels.tir.function import i64
 from bitlower.ir import Program
 
@@ -48,7 +48,7 @@ def launches_of(
         target: a GPU.
         activations: as :func:`~bitlower.backends.tvm_kernels.library.compile.compile_program` takes them.
     """
-    module = fuse_module(program, target, gpu_target(target), activations=activations)
+    module = fuse_module(program, target, tvm_target(target), activations=activations)
     calls = [
         binding.value
         for name in functions_of(program)

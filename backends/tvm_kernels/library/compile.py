@@ -12,10 +12,10 @@ from bitlower.backends.tvm_kernels.library.library import Code, Library, StagedL
 from bitlower.backends.tvm_kernels.relax.pipeline import lowering
 from bitlower.backends.tvm_kernels.relax.precision import AUTO, activations_of, typed
 from bitlower.backends.tvm_kernels.relax.program import fuse_module, open_sizes
-from bitlower.backends.tvm_kernels.spec.base import Target
 from bitlower.backends.tvm_kernels.spec.functions import MAIN, functions_of
 from bitlower.backends.tvm_kernels.spec.operators import OperatorLog
-from bitlower.backends.tvm_kernels.target import gpu_target, host_target, tvm_target
+from bitlower.backends.tvm_kernels.spec.target import Target
+from bitlower.backends.tvm_kernels.target import host_target, tvm_target
 from bitlower.ir import Program
 
 
@@ -42,13 +42,13 @@ def compile_program(
         CheckError: a function for a GPU has no schedule, or its code does not compile.
     """
     target = target or host_target()
-    device = tvm_target(target) if target.on_cpu else gpu_target(target)
+    device = tvm_target(target)
     operators = OperatorLog()
     module = fuse_module(program, target, device, sizes, activations, operators)
     parts = functions_of(program)
     static = not any(open_sizes(module[name]) for name in parts)
-    graphs = {"relax.backend.use_cuda_graph": target is Target.CUDA and static}
-    compiler = own_compiler() if target is Target.CUDA else nullcontext()
+    graphs = {"relax.backend.use_cuda_graph": target.graphs and static}
+    compiler = own_compiler() if target.kind == "cuda" else nullcontext()
     with tvm.transform.PassContext(opt_level=3, config=graphs), compiler:
         executable = tvm.compile(module, target=device, relax_pipeline=lowering(target))
     code, dtype = Code(executable, target, operators), activations_of(target, activations)

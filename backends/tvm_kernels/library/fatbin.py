@@ -18,7 +18,7 @@ from typing import Any
 import tvm_ffi
 
 from bitlower.backends.tvm_kernels.library.nvcc import REGISTERS, find_tool
-from bitlower.backends.tvm_kernels.spec.base import Target
+from bitlower.backends.tvm_kernels.spec.target import Target
 from bitlower.ir import BitlowerError, CheckError
 from bitlower.ir.scratch import scratch_folder
 
@@ -102,7 +102,7 @@ def write_code(executable: Any, target: Target, path: Path) -> dict[str, str]:
         BitlowerError: the target is CUDA, and nvcc is not installed.
         CheckError: the source does not compile.
     """
-    if target is Target.CUDA:
+    if target.kind == "cuda":
         return {SOURCE: export_cuda(executable, path)}
     executable.export_library(str(path))
     return {}

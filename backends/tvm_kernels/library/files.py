@@ -28,9 +28,9 @@ from bitlower.backends.tvm_kernels.library.library import (
     staged_library,
 )
 from bitlower.backends.tvm_kernels.relax.precision import AUTO
-from bitlower.backends.tvm_kernels.spec.base import Target
 from bitlower.backends.tvm_kernels.spec.functions import MAIN
 from bitlower.backends.tvm_kernels.spec.operators import OperatorLog
+from bitlower.backends.tvm_kernels.spec.target import TARGETS, Target, find_target
 from bitlower.ir import BitlowerError, CheckError, Level, Program, TensorType, ValueSpec
 from bitlower.ir.stages import DECODER, ENCODER
 
@@ -71,13 +71,15 @@ class Operators:
 class Signature:
     """What ``library.json`` holds: what is needed to run the library without the Program, and what it calls."""
 
-    target: Target
+    target: str
     processor: str
     task: str
     functions: dict[str, Function]
     operators: Operators
 
     def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ValueError(f"its target is {self.target}, none of {', '.join(TARGETS)}")
         if set(self.functions) not in ({MAIN}, {ENCODER, DECODER}):
             names = ", ".join(self.functions) or "none"
             raise ValueError(f"its functions are {names}, not {MAIN}, nor {ENCODER} and {DECODER}")
@@ -115,7 +117,7 @@ def _signature(library: Library | StagedLibrary) -> dict[str, Any]:
     functions = {MAIN: library.program} if isinstance(library, Library) else library.stages
     return {
         "target": str(library.code.target),
-        "processor": processor() if library.code.target is Target.VNNI else "",
+        "processor": processor() if library.code.target.features else "",
         "task": library.program.task,
         "operators": library.code.operators.to_dict(),
         "functions": {
@@ -146,7 +148,7 @@ def load_library(folder: Path) -> Library | StagedLibrary:
         CheckError: a file is missing or damaged.
     """
     signature = parsed(Signature, read_json(folder / SIGNATURE), f"{SIGNATURE} in {folder}")
-    target, wanted = Target(signature.target), signature.processor
+    target, wanted = find_target(signature.target), signature.processor
     if wanted and wanted != processor():
         raise BitlowerError(
             f"{folder} holds code for {wanted}, and this is {processor()}",

@@ -15,9 +15,9 @@ import torch
 
 from bitlower.backends.running import GraphModel, StagedModel
 from bitlower.backends.tvm_kernels.pins import require_tvm
-from bitlower.backends.tvm_kernels.spec.base import Target
 from bitlower.backends.tvm_kernels.spec.functions import MAIN
 from bitlower.backends.tvm_kernels.spec.operators import OperatorLog, families
+from bitlower.backends.tvm_kernels.spec.target import Target
 from bitlower.ir import BitlowerError, Program
 from bitlower.ir.files import is_file
 from bitlower.ir.generation import Decode
@@ -41,9 +41,7 @@ def has_device(target: Target) -> bool:
 
 def _device(target: Target) -> Any:
     tvm = require_tvm()
-    if target.on_cpu:
-        return tvm.cpu()
-    return tvm.cuda() if target is Target.CUDA else tvm.opencl()
+    return getattr(tvm, target.device)()
 
 
 def find_device(target: Target) -> Any:
@@ -54,10 +52,9 @@ def find_device(target: Target) -> Any:
     """
     device = _device(target)
     if not device.exist:
-        needed = "a GPU with its driver and libcudart.so.13" if target is Target.CUDA else "a TVM with OpenCL"
         raise BitlowerError(
             f"this library is code for {target}, and TVM finds no such device here",
-            hint=f"run it where there is {needed}, or compile for a CPU",
+            hint=f"run it where there is {target.needs}, or compile for a CPU",
         )
     return device
 

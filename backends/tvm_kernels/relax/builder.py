@@ -17,8 +17,9 @@ from tvm import relax, tirx
 
 from bitlower.backends.tvm_kernels.schedules.dispatch import lower
 from bitlower.backends.tvm_kernels.spec.arguments import arguments
-from bitlower.backends.tvm_kernels.spec.base import FLOATS, HALF, KernelSpec, Target
+from bitlower.backends.tvm_kernels.spec.base import FLOATS, HALF, KernelSpec
 from bitlower.backends.tvm_kernels.spec.operators import OperatorLog
+from bitlower.backends.tvm_kernels.spec.target import Target
 from bitlower.backends.tvm_kernels.tir.function import i64
 from bitlower.ir import BitlowerError, TensorType, get_tensor
 from bitlower.ir.types import Dim

@@ -22,8 +22,6 @@ from bitlower.ir import Grid, TensorType, kernels
 
 _MOST_RUNS = 64
 """Kernels have code of their own for each group of embedding dimensions, if these are not equal."""
-_BUCKETS = (1, 16)
-"""On GPUs fewer rows than the last go by warps, an output each; matrix instructions take 16 at least."""
 
 
 def convert_linear(call: Call) -> list[Any]:
@@ -99,7 +97,7 @@ def laid_out(spec: LinearSpec) -> LinearSpec | str:
     if spec.target.on_cpu:
         panels = all(size % spec.step == 0 for size in spec.segment_sizes)
         return replace(spec, layout=Layout.PANELS) if panels else spec
-    return refusal(spec) or replace(spec, buckets=_BUCKETS)
+    return refusal(spec) or spec
 
 
 def _runs(call: Call, columns: int) -> tuple[Array | None, tuple[int, ...]]:

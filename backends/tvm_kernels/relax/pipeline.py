@@ -8,7 +8,7 @@ import tvm
 from tvm import relax
 
 from bitlower.backends.tvm_kernels.relax.determinism import sort_shape_functions
-from bitlower.backends.tvm_kernels.spec.base import Target
+from bitlower.backends.tvm_kernels.spec.target import Target
 
 
 def fusion() -> Any:
@@ -33,7 +33,7 @@ def fusion() -> Any:
 def lowering(target: Target) -> Any:
     """The second half: memory is planned, and calls become code of the virtual machine."""
     passes = relax.transform
-    graphs = [passes.RewriteCUDAGraph()] if target is Target.CUDA else []  # of static shapes; others stay launches
+    graphs = [passes.RewriteCUDAGraph()] if target.graphs else []  # of static shapes; others stay launches
     return tvm.transform.Sequential(
         [
             passes.ToNonDataflow(),

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from bitlower.backends.tvm_kernels.spec.base import FLOATS, HALF, Target
+from bitlower.backends.tvm_kernels.spec.base import FLOATS, HALF
+from bitlower.backends.tvm_kernels.spec.target import TARGETS, Target
 from bitlower.ir import Batch, BitlowerError, Program, ValueSpec, kernels, nearest
 from bitlower.ir.observe import observe
 from bitlower.ir.operators import AttentionNode, LinearNode, NormNode, argument, graph_results
@@ -49,8 +50,8 @@ _READ: dict[Any, tuple[str, ...]] = {
 """The operands that kernels take as float16; of the others those that are no residuals."""
 
 
-def activations_of(target: str, activations: str = AUTO) -> str:
-    """The dtype that ``activations`` stands for on a target: ``auto`` is float16 for CUDA, else float32.
+def activations_of(target: Target, activations: str = AUTO) -> str:
+    """The dtype that ``activations`` stands for on a target: ``auto`` is float16 where the target has it, else float32.
 
     Raises:
         BitlowerError: there is no such dtype, or the target has no kernels for it.
@@ -58,10 +59,11 @@ def activations_of(target: str, activations: str = AUTO) -> str:
     if activations not in ACTIVATIONS:
         raise BitlowerError(f"unknown activations {activations!r}", hint=nearest(str(activations), ACTIVATIONS))
     if activations == AUTO:
-        return HALF if target == Target.CUDA else "float32"
-    if activations == HALF and target != Target.CUDA:
+        return HALF if target.half else "float32"
+    if activations == HALF and not target.half:
+        halves = ", ".join(name for name, other in TARGETS.items() if other.half)
         raise BitlowerError(
-            f"activations of {HALF} are for the target {Target.CUDA}; kernels for {target} have none",
+            f"activations of {HALF} are for the target {halves}; kernels for {target} have none",
             hint="leave out `activations`",
         )
     return activations

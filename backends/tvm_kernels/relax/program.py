@@ -20,9 +20,10 @@ from bitlower.backends.tvm_kernels.relax.precision import AUTO, activations_of, 
 from bitlower.backends.tvm_kernels.relax.rotary import convert_rotary
 from bitlower.backends.tvm_kernels.relax.rowwise import convert_norm, convert_pointwise
 from bitlower.backends.tvm_kernels.schedules.gpu.fallback import schedule
-from bitlower.backends.tvm_kernels.spec.base import HALF, Target
+from bitlower.backends.tvm_kernels.spec.base import HALF
 from bitlower.backends.tvm_kernels.spec.functions import functions_of
 from bitlower.backends.tvm_kernels.spec.operators import OperatorLog
+from bitlower.backends.tvm_kernels.spec.target import Target
 from bitlower.backends.tvm_kernels.target import host_target
 from bitlower.ir import BitlowerError, Level, Program, TensorType, ValueSpec, kernels
 from bitlower.ir.operators import graph_results

@@ -9,34 +9,40 @@ from bitlower.backends.tvm_kernels.schedules.cpu import rowwise as cpu_rowwise
 from bitlower.backends.tvm_kernels.schedules.generic import build
 from bitlower.backends.tvm_kernels.schedules.gpu import linear as gpu_linear
 from bitlower.backends.tvm_kernels.schedules.gpu import rowwise as gpu_rowwise
-from bitlower.backends.tvm_kernels.spec.base import KernelSpec
+from bitlower.backends.tvm_kernels.spec.base import KernelSpec, kernel_name
 from bitlower.backends.tvm_kernels.spec.linear import Layout, LinearSpec
 from bitlower.backends.tvm_kernels.spec.rowwise import ActivationSpec, NormSpec
+from bitlower.backends.tvm_kernels.spec.target import GemmConfig
 
 
-def lower(spec: KernelSpec) -> Any:
+def lower(spec: KernelSpec, config: GemmConfig | None = None) -> Any:
     """The scheduled PrimFunc of ``spec`` for its target.
 
+    Args:
+        spec: what it computes.
+        config: how a linear does; None: as has served best on the target.
+
     Raises:
-        BitlowerError: the target has no kernel for it.
+        NoKernel: the target has no kernel for it.
     """
+    config = config or spec.target.gemm
     if not spec.target.on_cpu:
-        return _lower_gpu(spec)
+        return _lower_gpu(spec, config)
     match spec:
         case LinearSpec(layout=Layout.PANELS):
-            return cpu_linear.lower_linear(spec)
+            return cpu_linear.lower_linear(spec, config)
         case NormSpec() | ActivationSpec():
             return cpu_rowwise.lower_rows(spec)
         case LinearSpec():
-            return build(spec)
+            return build(spec, kernel_name(spec, config))
         case _:
             raise TypeError(f"no kernels of {type(spec).__name__}")
 
 
-def _lower_gpu(spec: KernelSpec) -> Any:
+def _lower_gpu(spec: KernelSpec, config: GemmConfig) -> Any:
     match spec:
         case LinearSpec():
-            return gpu_linear.lower_linear(spec)
+            return gpu_linear.lower_linear(spec, config)
         case NormSpec() | ActivationSpec():
             return gpu_rowwise.lower_rows(spec)
         case _:

@@ -22,8 +22,8 @@ from bitlower.backends.tvm_kernels.tir.function import Buffers, attributes, i64
 from bitlower.backends.tvm_kernels.tir.weight import centred_code, dequantized, scale_of
 
 
-def build(spec: LinearSpec) -> Any:
-    """The unscheduled PrimFunc of a linear whose weight lies in rows."""
+def build(spec: LinearSpec, name: str = "") -> Any:
+    """The unscheduled PrimFunc of a linear whose weight lies in rows; ``name`` if it is not the spec's."""
     rows = tirx.Var("rows", "int64")
     given: Buffers = {}
     for argument in arguments(spec):
@@ -32,7 +32,7 @@ def build(spec: LinearSpec) -> Any:
             given[argument.name] = te.placeholder(shape, dtype=argument.dtype, name=argument.name)
     tensors = given | _stages(spec, given, rows)
     func = te.create_prim_func([tensors[argument.name] for argument in arguments(spec)], index_dtype_override="int64")
-    for key, value in attributes(spec).items():
+    for key, value in attributes(spec, name).items():
         func = func.with_attr(key, value)
     return func
 

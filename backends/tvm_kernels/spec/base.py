@@ -7,12 +7,12 @@ arguments. Equal specs share one compiled kernel. The quantizers are those of th
 
 from __future__ import annotations
 
-import enum
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
+from bitlower.backends.tvm_kernels.spec.target import GemmConfig, Target
 from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec, nearest
 from bitlower.ir.activations import IN_KERNELS
 
@@ -29,20 +29,6 @@ class NoKernel(BitlowerError):
     """What is asked for has no kernel; the message is the reason."""
 
 
-class Target(enum.StrEnum):
-    """Whose code: any CPU, CPUs with AVX512-VNNI, NVIDIA GPUs, OpenCL devices."""
-
-    LLVM = "llvm"
-    VNNI = "llvm-avx512-vnni"
-    CUDA = "cuda"
-    OPENCL = "opencl"
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether the kernel runs on the host."""
-        return self in (Target.LLVM, Target.VNNI)
-
-
 @dataclass(frozen=True, kw_only=True)
 class KernelSpec:
     """What all kernels have.
@@ -54,6 +40,8 @@ class KernelSpec:
         dtypes: of those that have another, by name, in order; GPU kernels read and write either.
     """
 
+    configured: ClassVar[bool] = False
+    """Whether a :class:`~bitlower.backends.tvm_kernels.spec.target.GemmConfig` changes its code."""
     target: Target = Target.LLVM
     dtype: str = "float32"
     dtypes: tuple[tuple[str, str], ...] = ()
@@ -114,6 +102,13 @@ def function_name(family: str, label: str, spec: object) -> str:
     """
     digest = hashlib.sha256(repr(spec).encode()).hexdigest()[:8]
     return PREFIX + "_".join(part for part in (family, label, digest) if part).replace("-", "_")
+
+
+def kernel_name(spec: KernelSpec, config: GemmConfig) -> str:
+    """The name of a kernel of ``spec``; that of a configuration which is not its target's own tells it apart."""
+    if not spec.configured or config == spec.target.gemm:
+        return spec.name
+    return function_name(spec.family, spec.label, (spec, config))
 
 
 def operand_label(codes: QuantSpec | None, dtype: str) -> str:

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 from bitlower.backends.tvm_kernels.spec.base import (
     STATIC_KINDS,
@@ -55,9 +56,9 @@ class LinearSpec(KernelSpec):
         output: quantizer of the result (static); None: float.
         keep: one of :data:`KEEP`, where there are codes.
         layout: of the weight codes.
-        buckets: the row counts that the function has code of its own for, ascending; it picks by the rows at run time.
     """
 
+    configured: ClassVar[bool] = True
     inputs: int
     outputs: int
     weight: QuantSpec | None
@@ -71,7 +72,6 @@ class LinearSpec(KernelSpec):
     output: QuantSpec | None = None
     keep: str = ""
     layout: Layout = Layout.ROWS
-    buckets: tuple[int, ...] = (1, 2, 4, 64)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,8 +93,6 @@ class LinearSpec(KernelSpec):
         check_keep(self.keep, self.output)
         if sum(self.splits) not in (0, self.inputs):
             raise BitlowerError(f"splits of {list(self.splits)} do not add up to {self.inputs} inputs")
-        if not self.buckets or self.buckets[0] != 1 or list(self.buckets) != sorted(set(self.buckets)):
-            raise BitlowerError(f"buckets {list(self.buckets)} must rise from 1")
         self._check_sums()
         if self.layout is Layout.PANELS and any(size % self.step for size in self.segment_sizes):
             raise BitlowerError(

@@ -19,12 +19,12 @@ from bitlower.backends.tvm_kernels.tir.expressions import Expr
 Buffers = dict[str, Any]
 
 
-def function(spec: KernelSpec, body: Callable[[Buffers, Any], None]) -> Any:
-    """The PrimFunc of ``spec`` whose body is what ``body(buffers, rows)`` emits."""
+def function(spec: KernelSpec, body: Callable[[Buffers, Any], None], name: str = "") -> Any:
+    """The PrimFunc of ``spec`` whose body is what ``body(buffers, rows)`` emits; ``name`` if it is not the spec's."""
     rows = tirx.Var("rows", "int64")
     with IRBuilder() as builder, T.prim_func():
-        T.func_name(spec.name)
-        T.func_attr(attributes(spec))
+        T.func_name(name or spec.name)
+        T.func_attr(attributes(spec, name))
         handles = {argument.name: T.arg(argument.name, T.handle()) for argument in arguments(spec)}
         buffers = {}
         for argument in arguments(spec):
@@ -49,6 +49,6 @@ def when(condition: Expr, body: Callable[[], None], otherwise: Callable[[], None
                 otherwise()
 
 
-def attributes(spec: KernelSpec) -> dict[str, Any]:
-    """What every function of the spec bears."""
-    return {"global_symbol": spec.name, "tirx.noalias": True, "bitlower.family": spec.family}
+def attributes(spec: KernelSpec, name: str = "") -> dict[str, Any]:
+    """What every function of the spec bears; ``name`` if it is not the spec's."""
+    return {"global_symbol": name or spec.name, "tirx.noalias": True, "bitlower.family": spec.family}

@@ -26,7 +26,8 @@ from bitlower.backends.tvm_kernels.library.compile import compile_program
 from bitlower.backends.tvm_kernels.library.files import load_library, processor
 from bitlower.backends.tvm_kernels.library.library import Library
 from bitlower.backends.tvm_kernels.relax.precision import typed
-from bitlower.backends.tvm_kernels.spec.base import HALF, Target
+from bitlower.backends.tvm_kernels.spec.base import HALF
+from bitlower.backends.tvm_kernels.spec.target import Target
 from bitlower.backends.tvm_kernels.verify.agreement import Agreement
 from bitlower.backends.tvm_kernels.verify.calls import compared_calls
 from bitlower.backends.tvm_kernels.verify.record import KernelError, Verification

@@ -24,7 +24,7 @@ from bitlower.backends.tvm_kernels import (
     pack_linear,
     pack_vector,
 )
-from bitlower.backends.tvm_kernels.spec.base import static_scales
+from bitlower.backends.tvm_kernels.spec.base import kernel_name, static_scales
 from bitlower.backends.tvm_kernels.spec.packing import pack_float
 
 os.environ["TVM_NUM_THREADS"] = "2"  # else OMP_NUM_THREADS is the most that TVM will use
@@ -229,24 +229,25 @@ def _load(name: str) -> dict[str, Any]:
 
 def _hosted(name: str) -> Any:
     """A function that runs the device code of a spec by one of the files beside this one."""
-    from bitlower.backends.tvm_kernels import kernel
+    from bitlower.backends.tvm_kernels.schedules.dispatch import lower
 
     emulator, make = _load(name), _load("hosted")["HostedKernel"]
     compiled: dict[Any, Any] = {}
 
-    def run(spec: Any, given: dict[str, Array]) -> tuple[dict[str, Array], list[str]]:
+    def run(spec: Any, given: dict[str, Array], config: Any = None) -> tuple[dict[str, Array], list[str]]:
         import tvm
 
-        if spec not in compiled:
-            compiled[spec] = make(kernel.lower(spec), spec.name, emulator["TARGET"], emulator["build"])
+        name = kernel_name(spec, config or spec.target.gemm)
+        if name not in compiled:
+            compiled[name] = make(lower(spec, config), name, emulator["TARGET"], emulator["build"])
         rows = given["ids" if "ids" in given else "x"].shape[0]
         held = {}
         for a in arguments(spec):
             shape = tuple(rows if size is None else size for size in a.shape)
             held[a.name] = tvm.runtime.tensor(np.zeros(shape, a.dtype) if a.written else given[a.name])
-        compiled[spec](*held.values())
+        compiled[name](*held.values())
         results = {a.name: held[a.name].numpy() for a in arguments(spec) if a.written}
-        return results, compiled[spec].launches
+        return results, compiled[name].launches
 
     return run
 
@@ -282,7 +283,7 @@ def fibers(on_fibers):
 
 @pytest.fixture(scope="session")
 def on_pocl():
-    """``on_pocl(spec, given)``: the results of a GPU kernel, run by PoCL, and which device functions were launched."""
+    """``on_pocl(spec, given, config=None)``: results of a GPU kernel by PoCL, and which device functions ran."""
     if importlib.util.find_spec("pyopencl") is None:
         pytest.skip("GPU schedules are NOT tested: pip install pyopencl")
     try:
@@ -293,7 +294,7 @@ def on_pocl():
 
 @pytest.fixture(scope="session")
 def on_fibers():
-    """``on_fibers(spec, given)``: the same of CUDA source, by g++."""
+    """``on_fibers(spec, given, config=None)``: the same of CUDA source, by g++."""
     if shutil.which("g++") is None:
         pytest.skip("kernels in float16 and with matrix instructions are NOT tested: install g++")
     return _hosted("fibers")

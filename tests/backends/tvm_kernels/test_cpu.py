@@ -10,8 +10,11 @@ import tvm_ffi
 
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
+import tvm
+
 from bitlower.backends.tvm_kernels import (
     ActivationSpec,
+    GemmConfig,
     Layout,
     LinearSpec,
     NormSpec,
@@ -21,7 +24,10 @@ from bitlower.backends.tvm_kernels import (
     host_target,
     pack_linear,
 )
+from bitlower.backends.tvm_kernels.kernel import Kernel
 from bitlower.backends.tvm_kernels.schedules.dispatch import lower
+from bitlower.backends.tvm_kernels.spec.base import kernel_name
+from bitlower.backends.tvm_kernels.target import tvm_target
 from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec
 
 TARGETS = [Target.LLVM, *([Target.VNNI] if host_target() is Target.VNNI else [])]
@@ -40,7 +46,8 @@ WEIGHTS = {
     "w3-asym": QuantSpec(Grid(3, symmetric=False), Granularity.per_group(32)),
     "w2": QuantSpec(Grid(2), Granularity.per_channel(0)),
 }
-SPEC = LinearSpec(inputs=128, outputs=75, weight=WEIGHTS["w8"], layout=Layout.PANELS, bias=True, buckets=(1, 4, 9))
+SPEC = LinearSpec(inputs=128, outputs=75, weight=WEIGHTS["w8"], layout=Layout.PANELS, bias=True)
+CONFIG = GemmConfig(row_tiles=(1, 4), many_rows=9)
 
 
 @pytest.fixture(params=TARGETS, ids=str)
@@ -72,7 +79,7 @@ OTHERS = {("w8", "peg"), ("w4", "token-s8"), ("w4-asym", "static"), ("w3-asym", 
 def test_linears_of_every_bucket(make_linear, target, weight, activation):
     """One function for all: 1 and 4 rows at a time, and from 9 on weights that are unfolded first."""
     spec = replace(SPEC, weight=WEIGHTS[weight], activation=ACTIVATIONS[activation], target=target)
-    kernel = compile_kernel(spec)
+    kernel = compile_kernel(spec, CONFIG)
     for rows in (1, 7, 14):
         case = make_linear(spec, rows)
         case.check(kernel(case.given))
@@ -80,11 +87,11 @@ def test_linears_of_every_bucket(make_linear, target, weight, activation):
 
 def test_embedding_groups_that_are_no_multiple_of_weight_groups(make_linear, each_target):
     parts = QuantSpec(UINT8, Granularity.per_embedding_parts(2))
-    buckets = (1, 9)  # with one tile of rows there is less to compile
-    spec = replace(SPEC, weight=WEIGHTS["w4"], activation=parts, splits=(40, 88), target=each_target, buckets=buckets)
+    spec = replace(SPEC, weight=WEIGHTS["w4"], activation=parts, splits=(40, 88), target=each_target)
+    kernel = compile_kernel(spec, GemmConfig(row_tiles=(1,), many_rows=9))  # with one tile there is less to compile
     for rows in (3, 10):
         case = make_linear(spec, rows)
-        case.check(compile_kernel(spec)(case.given))
+        case.check(kernel(case.given))
 
 
 @pytest.mark.parametrize(
@@ -94,21 +101,21 @@ def test_ragged_outputs(make_linear, target, outputs):
     spec = replace(SPEC, outputs=outputs, activation=STATIC, residual=True, function="gelu", target=target)
     for output in (None, STATIC):
         case = make_linear(replace(spec, output=output), 3)
-        case.check(compile_kernel(case.spec)(case.given))
+        case.check(compile_kernel(case.spec, CONFIG)(case.given))
 
 
 def test_output_scales_by_column(make_linear, each_target):
     output = QuantSpec(INT8, Granularity.per_embedding())
     spec = replace(SPEC, activation=STATIC, output=output, function="silu", target=each_target)
     case = make_linear(spec, 3)
-    case.check(compile_kernel(spec)(case.given))
+    case.check(compile_kernel(spec, CONFIG)(case.given))
 
 
 def test_eight_bit_weights_beside_float_activations(make_linear, each_target):
     spec = replace(SPEC, weight=QuantSpec(UINT8, Granularity.per_group(64)), target=each_target)
     for rows in (3, 9):
         case = make_linear(spec, rows)
-        case.check(compile_kernel(spec)(case.given))
+        case.check(compile_kernel(spec, CONFIG)(case.given))
 
 
 def test_float_weights(make_linear, target):
@@ -116,7 +123,7 @@ def test_float_weights(make_linear, target):
     spec = replace(SPEC, weight=None, inputs=44, outputs=70, function="gelu", target=target, layout=Layout.PANELS)
     for rows in (1, 3, 65):
         case = make_linear(spec, rows)
-        case.check(compile_kernel(spec)(case.given))
+        case.check(compile_kernel(spec, CONFIG)(case.given))
 
 
 def test_the_largest_codes_do_not_saturate(each_target):
@@ -127,7 +134,7 @@ def test_the_largest_codes_do_not_saturate(each_target):
     packed = pack_linear(spec, codes, np.float32(1), np.float32(0))
     ones = np.ones(1, np.float32)
     given = packed | {"x": np.full((2, 128), 255, np.uint8), "x_scale": ones, "x_zero": 0 * ones}
-    values = compile_kernel(spec)(given)["values"]
+    values = compile_kernel(spec, CONFIG)(given)["values"]
     assert values[0, 0] == 255 * 127 * 128
     assert values[1, 1] == -255 * 128 * 128
 
@@ -139,10 +146,10 @@ def test_threads_give_the_same(make_linear, threads):
     configure = tvm_ffi.get_global_func("runtime.config_threadpool")
     configure(1, threads)
     assert tvm_ffi.get_global_func("runtime.NumThreads")() == threads
-    found = compile_kernel(spec)(case.given)
+    found = compile_kernel(spec, CONFIG)(case.given)
     case.check(found)
     configure(1, 1)
-    assert (found["values"] == compile_kernel(spec)(case.given)["values"]).all()
+    assert (found["values"] == compile_kernel(spec, CONFIG)(case.given)["values"]).all()
 
 
 @pytest.mark.parametrize("columns", [16, 37, 96])
@@ -154,7 +161,7 @@ def test_norms(make_rows, target, columns, output):
             keep="exact" if output else "", keep_sum=True, target=target,
         )  # fmt: skip
         case = make_rows(spec, 5)
-        results = compile_kernel(spec)(case.given)
+        results = compile_kernel(spec, CONFIG)(case.given)
         case.check(results, limit=2e-6)
         assert (results["sum"] == case.given["x"] + case.given["residual"]).all()
 
@@ -165,7 +172,7 @@ def test_activations(make_rows, target, gate, output):
     for function, columns in (("gelu", 33), ("silu", 64), ("gelu-tanh", 7), ("", 48)):
         spec = ActivationSpec(columns=columns, output=output, function=function, gate=gate, bias=True, target=target)
         case = make_rows(spec, 3)
-        case.check(compile_kernel(spec)(case.given), limit=2e-6)
+        case.check(compile_kernel(spec, CONFIG)(case.given), limit=2e-6)
 
 
 @pytest.mark.parametrize("codes", [TOKEN, QuantSpec(INT8, Granularity.per_embedding())], ids=str)
@@ -184,22 +191,22 @@ def test_operands_that_are_codes(make_linear, make_rows, target, codes):
     )  # fmt: skip
     for make, spec in ((make_linear, linear), (make_rows, norm), (make_rows, activation)):
         case = make(spec, 5)
-        case.check(compile_kernel(spec)(case.given), limit=2e-6)
+        case.check(compile_kernel(spec, CONFIG)(case.given), limit=2e-6)
 
 
 @pytest.mark.skipif(host_target() is not Target.VNNI, reason="this processor has no AVX512-VNNI")
 @pytest.mark.parametrize("weight", ["w8", "w4"])
 def test_vnni_is_in_the_code(weight):
     spec = replace(SPEC, weight=WEIGHTS[weight], activation=STATIC, target=Target.VNNI)
-    assert "vpdpbusd" in compile_kernel(spec).executable.mod.inspect_source("asm")
-    plain = compile_kernel(replace(spec, target=Target.LLVM)).executable.mod.inspect_source("asm")
+    assert "vpdpbusd" in compile_kernel(spec, CONFIG).executable.mod.inspect_source("asm")
+    plain = compile_kernel(replace(spec, target=Target.LLVM), CONFIG).executable.mod.inspect_source("asm")
     assert "zmm" not in plain
 
 
 def test_sums_live_in_registers(each_target):
     """Scratch memory is only for weights that are unfolded for many rows."""
     spec = replace(SPEC, activation=STATIC, residual=True, function="gelu", output=STATIC, target=each_target)
-    assert "AllocWorkspace" not in compile_kernel(spec).executable.mod.inspect_source("asm")
+    assert "AllocWorkspace" not in compile_kernel(spec, CONFIG).executable.mod.inspect_source("asm")
 
 
 @pytest.mark.parametrize("activation", ["float", "peg"])
@@ -221,7 +228,7 @@ def test_one_row_asks_memory_for_what_it_reads_later(weight, activation):
 def _prefetched(spec):
     """The bytes that are asked for at the first turn of all loops, by the name of the argument."""
     found = defaultdict(set)
-    for number, place in re.findall(r"T\.address_of\(buffer_(\d+)\[(.+)\]\)", lower(spec).script()):
+    for number, place in re.findall(r"T\.address_of\(buffer_(\d+)\[(.+)\]\)", lower(spec, CONFIG).script()):
         argument, at = arguments(spec)[int(number)], 0
         for index, size in zip(place.split(", "), argument.shape, strict=True):
             at = at * size + sum(map(int, re.findall(r"(?:^| \+ )T\.int64\((\d+)\)", index)))
@@ -234,12 +241,12 @@ def _prefetched(spec):
 def test_only_narrow_codes_are_asked_for(weight):
     """Others come fast enough by themselves."""
     spec = replace(SPEC, weight=WEIGHTS[weight], activation=STATIC, target=Target.VNNI)
-    assert ("prefetcht0" in compile_kernel(spec).executable.mod.inspect_source("asm")) == (weight == "w4")
+    assert ("prefetcht0" in compile_kernel(spec, CONFIG).executable.mod.inspect_source("asm")) == (weight == "w4")
 
 
 def test_wrong_arguments_are_named(make_linear):
     case = make_linear(replace(SPEC, target=host_target()), 2)
-    kernel = compile_kernel(case.spec)
+    kernel = compile_kernel(case.spec, CONFIG)
     with pytest.raises(BitlowerError, match=r"x is float32\[2, 128\], not float64\[2, 128\]"):
         kernel(case.given | {"x": case.given["x"].astype(np.float64)})
     with pytest.raises(BitlowerError, match="needs the argument 'bias'"):
@@ -251,3 +258,16 @@ def test_functions_bear_what_they_are():
     assert function.attrs["bitlower.family"] == "linear"
     assert function.attrs["global_symbol"] == SPEC.name
     assert compile_kernel(SPEC) is compile_kernel(replace(SPEC))
+
+
+def test_two_configurations_of_one_spec_stand_side_by_side(make_linear, each_target):
+    """In one module, each under its own name, with tiles of rows and a threshold of its own."""
+    spec = replace(SPEC, weight=WEIGHTS["w4-asym"], activation=STATIC, target=each_target)
+    configs = (CONFIG, GemmConfig(row_tiles=(1, 2), many_rows=4, prefetch_bytes=128))
+    names = [kernel_name(spec, config) for config in configs]
+    functions = {name: lower(spec, config) for name, config in zip(names, configs, strict=True)}
+    executable = tvm.compile(tvm.IRModule(functions), target=tvm_target(each_target))
+    for rows in (1, 5):
+        case = make_linear(spec, rows)
+        for name in names:
+            case.check(Kernel(spec, executable, name)(case.given))

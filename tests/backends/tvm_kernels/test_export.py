@@ -193,7 +193,7 @@ def test_a_small_fault_of_the_deployed_library_alone_is_found(
 ) -> None:
     """Its outputs must be those of the library that shows its kernels; Programs stand in for both."""
 
-    def compare(factor: float) -> None:
+    def check(factor: float) -> None:
         def deployed(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
             return {name: value * factor for name, value in program(**batch).items()}
 
@@ -201,9 +201,9 @@ def test_a_small_fault_of_the_deployed_library_alone_is_found(
         comparison.run(tokens(2, 6))
         comparison.check()
 
-    compare(1 + (factor - 1) / 50)
+    check(1 + (factor - 1) / 50)
     with pytest.raises(CheckError, match=r"an output is 0\.0\d+ standard deviations off what it is when the kernels"):
-        compare(factor)
+        check(factor)
 
 
 def test_convolutions_run_in_float_and_round_rows_of_one_width() -> None:

@@ -9,6 +9,7 @@ pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
 from bitlower.backends.tvm_kernels import (
     ActivationSpec,
+    GemmConfig,
     Layout,
     LinearSpec,
     NormSpec,
@@ -17,6 +18,7 @@ from bitlower.backends.tvm_kernels import (
     device_source,
     host_target,
 )
+from bitlower.backends.tvm_kernels.spec.base import kernel_name
 from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec
 
 UINT8, INT8 = Grid(8, signed=False, symmetric=False), Grid(8)
@@ -29,7 +31,7 @@ WEIGHTS = {
     "w3": QuantSpec(Grid(3), Granularity.per_group(32)),
     "w2-asym": QuantSpec(Grid(2, symmetric=False), Granularity.per_channel(0)),
 }
-SPEC = LinearSpec(inputs=192, outputs=70, weight=WEIGHTS["w8"], bias=True, buckets=(1, 8), target=Target.OPENCL)
+SPEC = LinearSpec(inputs=192, outputs=70, weight=WEIGHTS["w8"], bias=True, target=Target.OPENCL)
 
 
 TWICE = {
@@ -85,7 +87,7 @@ def test_groups_of_other_sizes(make_linear, on_pocl):
         replace(SPEC, inputs=200, weight=QuantSpec(Grid(4), Granularity.per_group(64)), activation=STATIC),
         replace(SPEC, activation=QuantSpec(UINT8, Granularity.per_embedding_parts(2)), splits=(20, 172)),
     ):
-        for rows in (2, 9):
+        for rows in (2, 17):
             case = make_linear(spec, rows)
             case.check(on_pocl(spec, case.given)[0])
 
@@ -121,6 +123,25 @@ def test_activations_are_one_kernel(make_rows, on_pocl, function, gate):
         results, launched = on_pocl(spec, case.given)
         case.check(results, limit=2e-6)
         assert len(launched) == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GemmConfig(many_rows=2, block_m=16, block_n=48, block_k=16, warps_m=1, warps_n=1),
+        GemmConfig(many_rows=1, block_m=32, block_n=16, block_k=64, warps_m=1, warps_n=1),
+    ],
+    ids=["wide", "high"],
+)
+@pytest.mark.parametrize("activation", ["peg", "float"])
+def test_tiles_of_other_sizes(make_linear, on_pocl, activation, config):
+    """They compute the same under another name."""
+    spec = replace(SPEC, weight=WEIGHTS["w4-asym"], activation=ACTIVATIONS[activation])
+    case = make_linear(spec, 35)
+    results, launched = on_pocl(spec, case.given, config)
+    case.check(results)
+    assert launched[0].startswith(kernel_name(spec, config))
+    assert kernel_name(spec, config) != spec.name
 
 
 def test_what_gpus_have_no_kernel_for_is_said():

@@ -6,13 +6,13 @@ import pytest
 
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
-from bitlower.backends.tvm_kernels import ActivationSpec, LinearSpec, NormSpec, Target, device_source
-from bitlower.ir import Granularity, Grid, QuantSpec
+from bitlower.backends.tvm_kernels import ActivationSpec, GemmConfig, LinearSpec, NormSpec, Target, device_source
+from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec
 
 UINT8, INT8 = Grid(8, signed=False, symmetric=False), Grid(8)
 STATIC, TOKEN = (QuantSpec(UINT8, g) for g in (Granularity.per_tensor(), Granularity.per_token()))
 BYTES = QuantSpec(INT8, Granularity.per_channel(0))
-SPEC = LinearSpec(inputs=128, outputs=75, weight=BYTES, bias=True, target=Target.CUDA, buckets=(1, 8))
+SPEC = LinearSpec(inputs=128, outputs=75, weight=BYTES, bias=True, target=Target.CUDA)
 HALF = 4e-3
 """Products of float16 weights and sums in float32: an error of two roundings to 11 bits."""
 
@@ -37,7 +37,7 @@ def test_int8_matrices(make_linear, on_fibers, changes):
         case = make_linear(spec, rows)
         results, launched = on_fibers(spec, case.given)
         case.check(results)
-        assert launched == [f"{spec.name}_kernel" + ("_1" if rows >= 8 else "")]
+        assert launched == [f"{spec.name}_kernel" + ("_1" if rows >= 16 else "")]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -104,3 +104,33 @@ def test_rows_by_warp_shuffles(make_rows, on_fibers, dtype):
         for spec in (norm, ActivationSpec(function="silu", gate="halves", **given)):
             case = make_rows(spec, 3)
             case.check(on_fibers(spec, case.given)[0], limit=2e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GemmConfig(block_m=32, block_n=64, block_k=32, warps_m=1, warps_n=2),
+        GemmConfig(block_m=32, block_n=16, block_k=16, warps_m=2, warps_n=1),
+    ],
+    ids=["wide", "high"],
+)
+@pytest.mark.parametrize(
+    "changes", [{"activation": STATIC}, {"weight": low_bit(4), "dtype": "float16"}], ids=["s8", "w4"]
+)
+def test_fragments_of_other_tiles(make_linear, on_fibers, changes, config):
+    spec = replace(SPEC, **changes)
+    assert "matrix_a" in device_source(spec, config=config)
+    case = make_linear(spec, 35)
+    case.check(on_fibers(spec, case.given, config)[0], limit=HALF)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"activation": STATIC}, {"activation": QuantSpec(UINT8, Granularity.per_embedding_group(2))}],
+    ids=["matrices", "bytes"],
+)
+def test_blocks_that_shared_memory_does_not_hold_are_refused(changes):
+    with pytest.raises(
+        BitlowerError, match=r"tiles of 640 x 640 results take \d+ bytes of shared memory, and cuda has"
+    ):
+        device_source(replace(SPEC, **changes), config=GemmConfig(block_m=640, block_n=640))

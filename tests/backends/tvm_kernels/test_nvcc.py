@@ -14,7 +14,7 @@ from bitlower.backends.tvm_kernels.library.fatbin import device_module
 from bitlower.backends.tvm_kernels.library.nvcc import find_tool
 from bitlower.backends.tvm_kernels.schedules.gpu.attention import attention
 from bitlower.backends.tvm_kernels.spec.attention import Attention
-from bitlower.backends.tvm_kernels.target import gpu_target
+from bitlower.backends.tvm_kernels.target import tvm_target
 from bitlower.ir import BitlowerError, CheckError, Granularity, Grid, QuantSpec
 
 MISSING = [tool for tool in ("nvcc", "cuobjdump", "nvdisasm") if find_tool(tool) is None]
@@ -22,7 +22,7 @@ UINT8 = Grid(8, signed=False, symmetric=False)
 STATIC, TOKEN = (QuantSpec(UINT8, g) for g in (Granularity.per_tensor(), Granularity.per_token()))
 PEG = QuantSpec(UINT8, Granularity.per_embedding_group(3))
 INT8 = QuantSpec(Grid(8), Granularity.per_channel(0))
-BASE = LinearSpec(inputs=768, outputs=3072, weight=INT8, bias=True, buckets=(1, 16), target=Target.CUDA)
+BASE = LinearSpec(inputs=768, outputs=3072, weight=INT8, bias=True, target=Target.CUDA)
 
 
 def low_bit(bits):
@@ -118,7 +118,7 @@ def test_rows_are_one_device_function_without_spills(name, architecture):
 @pytest.mark.parametrize(("name", "architecture"), on_one_of_two(ATTENTION))
 def test_attention_does_not_spill(name, architecture):
     module = tvm.IRModule({"attention": attention(ATTENTION[name], Target.CUDA)})
-    source = device_module(tvm.compile(module, target=gpu_target(Target.CUDA, architecture))).inspect_source()
+    source = device_module(tvm.compile(module, target=tvm_target(Target.CUDA, architecture))).inspect_source()
     [function] = device_functions(str(source), architecture)
     assert function.spills == 0
     assert not {"LDL", "STL"} & set(dict(function.instructions))
@@ -132,6 +132,6 @@ def test_what_does_not_compile_is_said():
 
 
 def test_a_missing_tool_is_named(monkeypatch):
-    monkeypatch.setattr("bitlower.backends.tvm_kernels.library.nvcc.find_tool", lambda name: None)
+    monkeypatch.setattr("bitlower.backends.tvm_kernels.inspect.sass.find_tool", lambda name: None)
     with pytest.raises(BitlowerError, match="nvcc is needed to look at machine code"):
         device_functions("// no such kernel", "sm_80")

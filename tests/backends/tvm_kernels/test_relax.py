@@ -18,7 +18,7 @@ from bitlower.backends.tvm_kernels.library.compile import compile_program
 from bitlower.backends.tvm_kernels.relax.builder import Frame
 from bitlower.backends.tvm_kernels.relax.pipeline import lowering
 from bitlower.backends.tvm_kernels.relax.program import build_module, fuse_module
-from bitlower.backends.tvm_kernels.spec.base import Target
+from bitlower.backends.tvm_kernels.spec.target import Target
 from bitlower.backends.tvm_kernels.target import host_target, tvm_target
 from bitlower.ir import BitlowerError, Level, ValueSpec, kernels
 

@@ -19,7 +19,7 @@ from bitlower.backends.tvm_kernels import Library, Target
 from bitlower.backends.tvm_kernels.inspect.launches import Launch, launches_of
 from bitlower.backends.tvm_kernels.library.library import Code
 from bitlower.backends.tvm_kernels.schedules.gpu.fallback import launches, schedule
-from bitlower.backends.tvm_kernels.target import gpu_target
+from bitlower.backends.tvm_kernels.target import tvm_target
 from bitlower.backends.tvm_kernels.verify.trace import KernelComparison, trace
 from bitlower.ir import BitlowerError, CheckError
 from bitlower.ir.observe import run
@@ -127,7 +127,7 @@ def test_bytes_of_a_launch() -> None:
 
 
 def test_a_function_without_a_schedule_is_refused() -> None:
-    device = gpu_target(Target.CUDA)
+    device = tvm_target(Target.CUDA)
     x = te.placeholder((4,), name="x")
     function = te.create_prim_func([x, te.compute((4,), lambda i: x[i] + 1.0)])
     module = schedule(tvm.IRModule({"plus": function}), device)

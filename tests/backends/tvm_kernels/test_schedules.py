@@ -65,7 +65,8 @@ def test_what_is_unfolded_at_a_time_lies_in_one_group_or_is_whole_groups(inputs:
 def test_matrix_instructions_need_whole_fragments(inputs: int, target: Target, matrix: bool) -> None:
     int8 = QuantSpec(Grid(8), Granularity.per_channel(0))
     static = QuantSpec(Grid(8, signed=False, symmetric=False), Granularity.per_tensor())
-    assert has_matrix(LinearSpec(inputs=inputs, outputs=64, weight=int8, activation=static, target=target)) is matrix
+    spec = LinearSpec(inputs=inputs, outputs=64, weight=int8, activation=static, target=target)
+    assert has_matrix(spec, target.gemm) is matrix
 
 
 @pytest.mark.parametrize("convention", ScaleConvention)

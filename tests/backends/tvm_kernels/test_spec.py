@@ -8,8 +8,9 @@ import pytest
 
 from bitlower.backends.tvm_kernels import ActivationSpec, Layout, LinearSpec, NormSpec, Target, arguments
 from bitlower.backends.tvm_kernels.spec.attention import Attention
-from bitlower.backends.tvm_kernels.spec.base import FUNCTIONS, KernelSpec
+from bitlower.backends.tvm_kernels.spec.base import FUNCTIONS, KernelSpec, kernel_name
 from bitlower.backends.tvm_kernels.spec.linear import table_spec
+from bitlower.backends.tvm_kernels.spec.target import TARGETS, GemmConfig
 from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec, ScaleConvention
 
 UINT8 = Grid(8, signed=False, symmetric=False)
@@ -26,7 +27,7 @@ def test_equal_specs_are_one_key_and_different_ones_are_not():
     assert same.name == SPEC.name
     others = [replace(SPEC, **change) for change in (
         {"inputs": 64}, {"bias": True}, {"activation": TENSOR}, {"layout": Layout.PANELS}, {"target": Target.CUDA},
-        {"dtype": "float16"}, {"buckets": (1, 8)}, {"function": "gelu"}, {"output": TENSOR},
+        {"dtype": "float16"}, {"function": "gelu"}, {"output": TENSOR},
     )]  # fmt: skip
     assert len({spec.name for spec in [SPEC, *others]}) == len(others) + 1
     assert all(spec.name.isidentifier() for spec in others)
@@ -40,6 +41,28 @@ def test_names_say_what_profilers_are_read_for():
     assert ActivationSpec(columns=8, function="silu").name.startswith("bitlower_activation_silu_8_f32_")
     attention = Attention(heads=4, groups=2, width=64, value_width=64, factor=0.125, query="uint8")
     assert attention.name.startswith("bitlower_attention_h4kv2x64_uint8_")
+
+
+def test_a_configuration_of_its_own_is_in_the_name():
+    other = GemmConfig(row_tiles=(1, 4))
+    assert kernel_name(SPEC, SPEC.target.gemm) == SPEC.name
+    assert kernel_name(SPEC, other) not in (SPEC.name, kernel_name(SPEC, GemmConfig(row_tiles=(1, 8))))
+    assert kernel_name(SPEC, other).rpartition("_")[0] == SPEC.name.rpartition("_")[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"row_tiles": (2, 4)}, "must rise from 1"),
+        ({"row_tiles": (1, 4, 2)}, "must rise from 1"),
+        ({"many_rows": 0}, "at least 1"),
+        ({"block_m": 48, "warps_m": 2}, "48 is no multiple of 16 for each of 2 warps"),
+        ({"block_k": 24}, "16, 32 and 64"),
+    ],
+)
+def test_configurations_are_checked(fields, message):
+    with pytest.raises(BitlowerError, match=message):
+        GemmConfig(**fields)
 
 
 def test_what_has_no_kernel_is_a_reason_and_what_makes_no_sense_an_error():
@@ -88,7 +111,6 @@ def test_segments_end_where_a_scale_changes(changes, sizes):
         ({"weight": None, "activation": TENSOR}, "no product of codes with float weights"),
         ({"function": "gleu"}, "did you mean 'gelu'"),
         ({"splits": (8, 8)}, "do not add up to 96"),
-        ({"buckets": (2, 4)}, "must rise from 1"),
         ({"dtype": "float64"}, "not in float64"),
         ({"dtypes": (("x", "float64"),)}, "not in float64"),
         ({"output": TENSOR, "keep": "exakt"}, "did you mean 'exact'"),
@@ -131,6 +153,6 @@ def test_the_page_on_kernels_lists_what_there_is():
         assert re.findall(r"`(\w+)`", listed) == own
     [functions] = re.findall(r"^Functions: (.*?)\. ", page, re.MULTILINE)
     assert re.findall(r"`([\w-]+)`", functions) == [name for name in FUNCTIONS if name]
-    for heading, names in (("Layouts", Layout), ("Targets", Target)):
+    for heading, names in (("Layouts", Layout), ("Targets", TARGETS)):
         section = page.partition(f"## {heading}\n")[2].partition("\n## ")[0]
         assert set(re.findall(r"^\| `([\w-]+)` \|", section, re.MULTILINE)) == set(map(str, names))

@@ -1,9 +1,9 @@
 """Linears on the CPU over weights in panels: the walk over panels and rows, and the epilogue.
 
-Each panel of 64 outputs is one task of TVM's thread pool. Within it rows go in register tiles (the buckets below the
-last); a single row has tasks of its own, for beside larger tiles the compiler makes it slow. From ``buckets[-1]`` rows
-on, codes of fewer than 8 bits, and all codes beside float activations, are unfolded once a panel into scratch memory;
-below that they are unfolded in registers as they are read.
+Each panel of 64 outputs is one task of TVM's thread pool. Within it rows go in register tiles; a single row has tasks
+of its own, for beside larger tiles the compiler makes it slow. From ``many_rows`` rows on, codes of fewer than 8 bits,
+and all codes beside float activations, are unpacked once a panel into scratch memory; below that they are unpacked in
+registers as they are read.
 """
 
 from __future__ import annotations
@@ -15,30 +15,32 @@ from tvm.script.ir_builder import tirx as T
 
 from bitlower.backends.tvm_kernels.schedules.cpu.panel_float import FloatPanel, row_sums
 from bitlower.backends.tvm_kernels.schedules.cpu.panel_integer import IntegerPanel
+from bitlower.backends.tvm_kernels.spec.base import kernel_name
 from bitlower.backends.tvm_kernels.spec.linear import LinearSpec
 from bitlower.backends.tvm_kernels.spec.packing import panels
+from bitlower.backends.tvm_kernels.spec.target import GemmConfig
 from bitlower.backends.tvm_kernels.tir.function import Buffers, function, i64, when
 
 
-def lower_linear(spec: LinearSpec) -> Any:
+def lower_linear(spec: LinearSpec, config: GemmConfig) -> Any:
     """The scheduled PrimFunc of a linear whose weight lies in panels."""
     kind = FloatPanel if spec.activation is None else IntegerPanel
 
     def body(buffers: Buffers, rows: Any) -> None:
         if spec.activation is None and spec.has_zeros:
-            buffers["row_sums"] = row_sums(spec, buffers, rows)
+            buffers["row_sums"] = row_sums(spec, buffers, rows, config.many_rows)
 
-        def over_panels(tiles: Sequence[int], *, unfold: bool = False, single: bool = False) -> None:
+        def over_panels(tiles: Sequence[int], *, unpack: bool = False, ahead: int = 0) -> None:
             with T.parallel(i64(0), i64(panels(spec))) as panel:
-                kind(spec, buffers, rows, panel, tiles, unfold=unfold, single=single).emit()
+                kind(spec, buffers, rows, panel, tiles, unpack=unpack, ahead=ahead).emit()
 
         def several() -> None:
             if spec.weight is None or (spec.activation is not None and spec.width == 8):
-                over_panels(spec.buckets[:-1])
+                over_panels(config.row_tiles)
                 return
-            few = rows < i64(spec.buckets[-1])
-            when(few, lambda: over_panels(spec.buckets[:-1]), lambda: over_panels(spec.buckets[:-1], unfold=True))
+            few = rows < i64(config.many_rows)
+            when(few, lambda: over_panels(config.row_tiles), lambda: over_panels(config.row_tiles, unpack=True))
 
-        when(rows.equal(i64(1)), lambda: over_panels((1,), single=True), several)
+        when(rows.equal(i64(1)), lambda: over_panels((1,), ahead=config.prefetch_bytes), several)
 
-    return function(spec, body)
+    return function(spec, body, kernel_name(spec, config))

@@ -17,11 +17,6 @@ COLUMNS = PANEL // LANES
 """Vectors across a panel."""
 
 
-_AHEAD = 6144
-"""Bytes of codes between those that one row reads and those that it asks memory for. To unfold a line takes so many
-instructions that the processor by itself sees only a few lines ahead."""
-
-
 def store(spec: LinearSpec, buffers: Buffers, panel: Expr, row: Expr, column: int, y: Expr) -> None:
     """Finish the 16 sums ``y`` of vector ``column`` of a panel, and write those that are outputs."""
     start = panel * i64(PANEL) + i64(column * LANES)
@@ -45,25 +40,25 @@ def scales(spec: LinearSpec, buffers: Buffers, name: str, panel: Expr, group: Ex
     return buffers[name][panel, group, ramp(i64(column * LANES))]
 
 
-def ask_words(spec: LinearSpec, buffers: Buffers, panel: Expr, step: Expr) -> None:
-    """Prefetch, while a single row reads a step of a panel, the words :data:`_AHEAD` bytes later.
+def prefetch_words(spec: LinearSpec, buffers: Buffers, panel: Expr, step: Expr, ahead: int) -> None:
+    """Prefetch, while a single row reads a step of a panel, the words ``ahead`` bytes later.
 
     Panels follow each other in memory, so that this goes on into the next.
     """
     for word in range(spec.step * spec.width // 32):
         for column in range(COLUMNS):
-            prefetch(buffers["weight"], [panel, step + _later(spec, spec.step), i64(word), i64(column * LANES)])
+            prefetch(buffers["weight"], [panel, step + _later(spec, spec.step, ahead), i64(word), i64(column * LANES)])
 
 
-def ask_scales(spec: LinearSpec, buffers: Buffers, panel: Expr, group: Expr) -> None:
+def prefetch_scales(spec: LinearSpec, buffers: Buffers, panel: Expr, group: Expr, ahead: int) -> None:
     """The same of the scales and zero points of a group."""
-    later = group + _later(spec, spec.group)
+    later = group + _later(spec, spec.group, ahead)
     for column in range(COLUMNS):
         prefetch(buffers["weight_scale"], [panel, later, i64(column * LANES)])
     if spec.has_zeros:
         prefetch(buffers["weight_zero"], [panel, later, i64(0)])
 
 
-def _later(spec: LinearSpec, each: int) -> Any:
-    """How many entries, of ``each`` inputs, cover :data:`_AHEAD` bytes of codes."""
-    return i64(max(1, _AHEAD * 8 // (PANEL * spec.width) // each))
+def _later(spec: LinearSpec, each: int, ahead: int) -> Any:
+    """How many entries, of ``each`` inputs, cover ``ahead`` bytes of codes."""
+    return i64(max(1, ahead * 8 // (PANEL * spec.width) // each))

@@ -1,4 +1,4 @@
-"""One panel of a linear with float activations: few rows straight from the codes, many from unfolded float weights."""
+"""One panel of a linear with float activations: few rows straight from the codes, many from unpacked float weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from bitlower.backends.tvm_kernels.schedules.cpu.panel import COLUMNS, ask_scales, ask_words, scales, store
+from bitlower.backends.tvm_kernels.schedules.cpu.panel import COLUMNS, prefetch_scales, prefetch_words, scales, store
 from bitlower.backends.tvm_kernels.schedules.cpu.rowwise import VectorLanes, VectorReduction
 from bitlower.backends.tvm_kernels.schedules.cpu.unpack import float_codes
 from bitlower.backends.tvm_kernels.schedules.cpu.vectors import fill, get, local, over_rows, put, ramp, splat
@@ -18,16 +18,16 @@ from bitlower.backends.tvm_kernels.tir.expressions import Expr, with_lanes
 from bitlower.backends.tvm_kernels.tir.function import Buffers, i64, when
 
 _BLOCK = 128
-"""The most inputs that are unfolded at a time: 32 KiB of float32 a panel, which the first-level cache holds."""
+"""The most inputs that are unpacked at a time: 32 KiB of float32 a panel, which the first-level cache holds."""
 
 
-def row_sums(spec: LinearSpec, buffers: Buffers, rows: Any) -> Any:
+def row_sums(spec: LinearSpec, buffers: Buffers, rows: Any, many_rows: int) -> Any:
     """The sum of ``x`` over each group of inputs, float32 [rows, groups], for the share of zero points.
 
-    Emitted once before all panels, for fewer rows than ``buckets[-1]``.
+    Emitted once before all panels, for fewer rows than ``many_rows``.
     """
     groups = spec.inputs // spec.group
-    sums = T.alloc_buffer((spec.buckets[-1], groups), "float32")
+    sums = T.alloc_buffer((many_rows, groups), "float32")
 
     def emit() -> None:
         with T.serial(i64(0), rows) as row, T.serial(i64(0), i64(groups)) as group:
@@ -40,7 +40,7 @@ def row_sums(spec: LinearSpec, buffers: Buffers, rows: Any) -> Any:
             VectorLanes().over(spec.group, add)
             T.buffer_store(sums, total.result(), [row, group])
 
-    when(rows < i64(spec.buckets[-1]), emit)
+    when(rows < i64(many_rows), emit)
     return sums
 
 
@@ -53,27 +53,27 @@ class FloatPanel:
         rows: how many there are.
         panel: which of the panels.
         tiles: how many rows go together, ascending from 1.
-        unfold: whether the weights are unfolded to scratch memory first.
-        single: whether there is only one row; then memory is asked for codes before they are read.
+        unpack: whether the weights are unpacked to scratch memory first.
+        ahead: how many bytes ahead memory is asked for codes; 0: never.
     """
 
     def __init__(
-        self, spec: LinearSpec, buffers: Buffers, rows: Any, panel: Expr, tiles: Sequence[int], *, unfold: bool,
-        single: bool,
+        self, spec: LinearSpec, buffers: Buffers, rows: Any, panel: Expr, tiles: Sequence[int], *, unpack: bool,
+        ahead: int,
     ) -> None:  # fmt: skip
         self.spec, self.buffers, self.rows, self.panel = spec, buffers, rows, panel
-        self.tiles, self.unfold = tiles, unfold
+        self.tiles, self.unpack = tiles, unpack
         self.block = block_size(spec)
-        self.asks = single and spec.weight is not None
+        self.ahead = ahead if spec.weight is not None else 0
 
     def emit(self) -> None:
         """The whole panel."""
-        if self.unfold:
-            self._emit_unfolded()
+        if self.unpack:
+            self._emit_unpacked()
         else:
-            over_rows(self.rows, self.tiles, self._folded_tile)
+            over_rows(self.rows, self.tiles, self._packed_tile)
 
-    def _folded_tile(self, tile: int, row: Expr) -> None:
+    def _packed_tile(self, tile: int, row: Expr) -> None:
         """Sums of codes within each group; scale and zero point come after them. Float weights have neither."""
         if self.spec.weight is None:
             sums = self._group(tile, row, i64(0))
@@ -82,8 +82,8 @@ class FloatPanel:
         total = local(tile * COLUMNS, "float32")
         fill(total, "float32")
         with T.serial(i64(0), i64(self.spec.inputs // self.spec.group)) as group:
-            if self.asks:
-                ask_scales(self.spec, self.buffers, self.panel, group)
+            if self.ahead:
+                prefetch_scales(self.spec, self.buffers, self.panel, group, self.ahead)
             sums = self._group(tile, row, group)
             for column in range(COLUMNS):
                 scale = self._scales(group, column)
@@ -101,8 +101,8 @@ class FloatPanel:
         fill(sums, "float32")
         with T.serial(i64(0), i64(spec.group // spec.step)) as offset:
             at = group * i64(spec.group // spec.step) + offset
-            if self.asks:
-                ask_words(spec, self.buffers, self.panel, at)
+            if self.ahead:
+                prefetch_words(spec, self.buffers, self.panel, at, self.ahead)
             words = [self._words(at, column) for column in range(COLUMNS)]
             for turn in range(spec.step):
                 codes = [
@@ -141,16 +141,16 @@ class FloatPanel:
         index = ramp(i64(column * 16))
         return [T.Bind(self.buffers["weight"][self.panel, at, i64(word), index]) for word in range(count)]
 
-    def _emit_unfolded(self) -> None:
-        """Blocks of inputs, each unfolded once; sums of all rows wait in scratch memory between blocks."""
+    def _emit_unpacked(self) -> None:
+        """Blocks of inputs, each unpacked once; sums of all rows wait in scratch memory between blocks."""
         weights = T.alloc_buffer((self.block, PANEL), "float32")
         sums = T.alloc_buffer((self.rows, PANEL), "float32")
         with T.serial(i64(0), i64(self.spec.inputs // self.block)) as block:
-            self._unfold(block, weights)
+            self._unpack(block, weights)
             over_rows(self.rows, self.tiles, lambda tile, row: self._add_block(tile, row, block, weights, sums))
         over_rows(self.rows, [1], lambda tile, row: self._store(tile, row, lambda at: _vector(sums, row, at)))
 
-    def _unfold(self, block: Expr, weights: Any) -> None:
+    def _unpack(self, block: Expr, weights: Any) -> None:
         """Dequantize the weights of a block."""
         run = min(self.block, self.spec.group)
         with T.serial(i64(0), i64(self.block // run)) as part:
@@ -199,7 +199,7 @@ def _vector(buffer: Any, row: Expr, column: int) -> Any:
 
 
 def block_size(spec: LinearSpec) -> int:
-    """How many inputs are unfolded at a time: they lie in one group, or are whole groups."""
+    """How many inputs are unpacked at a time: they lie in one group, or are whole groups."""
     sizes = range(spec.step, min(_BLOCK, spec.inputs) + 1, spec.step)
     fits = [n for n in sizes if spec.inputs % n == 0 and (spec.group % n == 0 or n % spec.group == 0)]
     return fits[-1]

@@ -8,7 +8,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from bitlower.backends.tvm_kernels.schedules.cpu.panel import COLUMNS, ask_scales, ask_words, scales, store
+from bitlower.backends.tvm_kernels.schedules.cpu.panel import COLUMNS, prefetch_scales, prefetch_words, scales, store
 from bitlower.backends.tvm_kernels.schedules.cpu.unpack import centred_bytes, zero_bytes
 from bitlower.backends.tvm_kernels.schedules.cpu.vectors import dot, fill, get, local, over_rows, put, ramp, splat
 from bitlower.backends.tvm_kernels.spec.linear import LinearSpec
@@ -30,38 +30,38 @@ class IntegerPanel:
         rows: how many there are.
         panel: which of the panels.
         tiles: how many rows go together, ascending from 1.
-        unfold: whether the weights are unfolded to scratch memory first.
-        single: whether there is only one row; then memory is asked for narrow weights before they are read.
+        unpack: whether the weights are unpacked to scratch memory first.
+        ahead: how many bytes ahead memory is asked for codes of fewer than 8 bits; 0: never.
     """
 
     def __init__(
-        self, spec: LinearSpec, buffers: Buffers, rows: Any, panel: Expr, tiles: Sequence[int], *, unfold: bool,
-        single: bool,
+        self, spec: LinearSpec, buffers: Buffers, rows: Any, panel: Expr, tiles: Sequence[int], *, unpack: bool,
+        ahead: int,
     ) -> None:  # fmt: skip
         self.spec, self.buffers, self.rows, self.panel = spec, buffers, rows, panel
-        self.tiles, self.unfold = tiles, unfold
-        self.unfolded: Any = None
-        self.asks = single and spec.width < 8
+        self.tiles, self.unpack = tiles, unpack
+        self.unpacked: Any = None
+        self.ahead = ahead if spec.width < 8 else 0
 
     def emit(self) -> None:
         """The whole panel."""
-        if self.unfold:
-            self.unfolded = T.alloc_buffer((self.spec.inputs // _QUADS, PANEL), "int32")
-            over_parts(self.spec, lambda part, found: self._unfold_runs(found))
+        if self.unpack:
+            self.unpacked = T.alloc_buffer((self.spec.inputs // _QUADS, PANEL), "int32")
+            over_parts(self.spec, lambda part, found: self._unpack_runs(found))
         over_rows(self.rows, self.tiles, self.tile)
 
-    def _unfold_runs(self, found: list[tuple[Segment, int]]) -> None:
+    def _unpack_runs(self, found: list[tuple[Segment, int]]) -> None:
         for segment, times in found:
-            repeat(times, segment, self._unfold)
+            repeat(times, segment, self._unpack)
 
-    def _unfold(self, segment: Segment) -> None:
+    def _unpack(self, segment: Segment) -> None:
         zeros = [self._zeros(segment.group, column) for column in range(COLUMNS)]
         with T.serial(i64(0), i64(segment.size // self.spec.step)) as step:
             at = segment.start // i64(self.spec.step) + step
             for column in range(COLUMNS):
-                for turn, word in enumerate(self._folded_words(at, column, zeros[column])):
+                for turn, word in enumerate(self._packed_words(at, column, zeros[column])):
                     quad = at * i64(self.spec.step // _QUADS) + i64(turn)
-                    T.buffer_store(self.unfolded, word, [quad, ramp(i64(column * 16))])
+                    T.buffer_store(self.unpacked, word, [quad, ramp(i64(column * 16))])
 
     def tile(self, tile: int, row: Expr) -> None:
         """The results of ``tile`` rows from ``row`` on."""
@@ -109,8 +109,8 @@ class IntegerPanel:
 
     def _add_segment(self, segment: Segment, tile: int, row: Expr, total: Any) -> None:
         sums = local(tile * COLUMNS, "int32")
-        if self.asks:
-            ask_scales(self.spec, self.buffers, self.panel, segment.group)
+        if self.ahead:
+            prefetch_scales(self.spec, self.buffers, self.panel, segment.group, self.ahead)
         self._sum(segment, tile, row, sums)
         for column in range(COLUMNS):
             scale = T.Bind(scales(self.spec, self.buffers, "weight_scale", self.panel, segment.group, column))
@@ -120,18 +120,18 @@ class IntegerPanel:
 
     def _sum(self, segment: Segment, tile: int, row: Expr, sums: Any) -> None:
         """Integer sums of a segment; in two chains where a single row would wait for each sum."""
-        step = self.spec.step if self.unfolded is None else _QUADS
+        step = self.spec.step if self.unpacked is None else _QUADS
         count, turns = tile * COLUMNS, step // _QUADS
         chains = 2 if tile == 1 and turns > 1 else 1
         held = sums if chains == 1 else local(count * chains, "int32")
         fill(held, "int32")
-        zeros = [self._zeros(segment.group, column) for column in range(COLUMNS)] if self.unfolded is None else []
+        zeros = [self._zeros(segment.group, column) for column in range(COLUMNS)] if self.unpacked is None else []
         # With the number of rows in it, which is 1, LLVM does not unroll the loop and bring all it asks for together.
-        times = i64(segment.size // step) * (self.rows if self.asks else i64(1))
+        times = i64(segment.size // step) * (self.rows if self.ahead else i64(1))
         with T.serial(i64(0), times) as offset:
             at = segment.start // i64(step) + offset
-            if self.asks:
-                ask_words(self.spec, self.buffers, self.panel, at)
+            if self.ahead:
+                prefetch_words(self.spec, self.buffers, self.panel, at, self.ahead)
             words = self._step_words(at, zeros)
             for turn in range(turns):
                 for line in range(tile):
@@ -145,9 +145,9 @@ class IntegerPanel:
 
     def _step_words(self, at: Expr, zeros: list[Any]) -> list[list[Any]]:
         """The weight's words of a step, for each column of vectors those of each four inputs."""
-        if self.unfolded is not None:
-            return [[T.Bind(self.unfolded[at, ramp(i64(column * 16))])] for column in range(COLUMNS)]
-        return [self._folded_words(at, column, zeros[column]) for column in range(COLUMNS)]
+        if self.unpacked is not None:
+            return [[T.Bind(self.unpacked[at, ramp(i64(column * 16))])] for column in range(COLUMNS)]
+        return [self._packed_words(at, column, zeros[column]) for column in range(COLUMNS)]
 
     def _quad(self, row: Expr, start: Expr) -> Any:
         """Four activations as one word of unsigned bytes."""
@@ -162,7 +162,7 @@ class IntegerPanel:
         )
         return zero_bytes(self.spec, zero)
 
-    def _folded_words(self, at: Expr, column: int, zero: Any) -> list[Any]:
+    def _packed_words(self, at: Expr, column: int, zero: Any) -> list[Any]:
         """The centred codes of a step as signed bytes, a word for each four inputs."""
         count = self.spec.step * self.spec.width // 32
         index = ramp(i64(column * 16))

@@ -1,4 +1,4 @@
-"""Stored words of panels unfolded in vectors: to signed bytes, or to float32 codes."""
+"""Stored words of panels unpacked in vectors: to signed bytes, or to float32 codes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import tvm
 from tvm import tirx
 
 from bitlower.backends.tvm_kernels.schedules.cpu.vectors import splat
-from bitlower.backends.tvm_kernels.spec.base import Target
 from bitlower.backends.tvm_kernels.spec.linear import LinearSpec
 from bitlower.backends.tvm_kernels.spec.packing import fixed_zero, planes
 from bitlower.backends.tvm_kernels.tir.expressions import Expr
@@ -61,11 +60,16 @@ def float_codes(spec: LinearSpec, words: Sequence[Expr], turn: int) -> Any:
         span = 32 // plane
         inner = turn % span
         part = _shifted(words[at + turn // span], inner % 4 * 8 + inner // 4 * plane - low)
-        if spec.width not in (2, 4) or spec.target is not Target.VNNI:
+        if spec.width not in (2, 4) or not _looks_up(spec):
             part = part & splat(tirx.const((1 << plane) - 1 << low, "int32"))
         total = part if total is None else total | part
         at, low = at + spec.step // span, low + plane
     return _as_float(spec, total)
+
+
+def _looks_up(spec: LinearSpec) -> bool:
+    """Whether vectors are looked up in a register by another."""
+    return "avx512f" in spec.target.features
 
 
 def _as_float(spec: LinearSpec, code: Any) -> Any:
@@ -74,7 +78,7 @@ def _as_float(spec: LinearSpec, code: Any) -> Any:
     AVX512 looks them up in one register by their lowest four bits; those above a code are not looked at.
     """
     zero = 0 if spec.has_zeros else fixed_zero(spec)
-    if spec.target is not Target.VNNI:
+    if not _looks_up(spec):
         return (code - splat(tirx.const(zero, "int32"))).astype("float32x16")
     entries = tirx.Ramp(tirx.const(0, "int32"), tirx.const(1, "int32"), 16)
     codes = entries & splat(tirx.const((1 << spec.width) - 1, "int32"))

@@ -9,7 +9,7 @@ import tvm
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from bitlower.backends.tvm_kernels.spec.base import Target
+from bitlower.backends.tvm_kernels.spec.target import Target
 from bitlower.backends.tvm_kernels.tir.expressions import Expr, const
 from bitlower.backends.tvm_kernels.tir.function import i64
 
@@ -72,7 +72,7 @@ def dot(target: Target, total: Expr, unsigned: Expr, signed: Expr) -> Any:
     All are int32x16. AVX512-VNNI has an instruction for it (its operands are vectors of bytes in LLVM 20 and later);
     elsewhere it is written in shifts and products.
     """
-    if target is Target.VNNI:
+    if target.byte_products == "vpdpbusd":
         name = tvm.target.codegen.llvm_lookup_intrinsic_id("llvm.x86.avx512.vpdpbusd.512")
         left, right = tirx.reinterpret("uint8x64", unsigned), tirx.reinterpret("int8x64", signed)
         return tirx.call_llvm_pure_intrin("int32x16", name, total, left, right)

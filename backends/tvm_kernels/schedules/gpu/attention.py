@@ -17,7 +17,7 @@ from tvm.script.ir_builder import tirx as T
 
 from bitlower.backends.tvm_kernels.schedules.gpu.threads import WARP, add_bytes, all_reduce, dot_bytes, sync
 from bitlower.backends.tvm_kernels.spec.attention import OPERANDS, Attention
-from bitlower.backends.tvm_kernels.spec.base import Target
+from bitlower.backends.tvm_kernels.spec.target import Target
 from bitlower.backends.tvm_kernels.tir.attention import LEAST, Operands, function
 from bitlower.backends.tvm_kernels.tir.expressions import Expr, exp
 from bitlower.backends.tvm_kernels.tir.function import i64, when

@@ -20,7 +20,7 @@ def schedule(module: Any, target: Any) -> Any:
 
     Args:
         module: whose functions are fused.
-        target: of :func:`gpu_target`.
+        target: of :func:`~bitlower.backends.tvm_kernels.target.tvm_target`.
 
     Raises:
         CheckError: a function is not bound to threads.

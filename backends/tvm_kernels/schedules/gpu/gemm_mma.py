@@ -1,8 +1,8 @@
 """Tiles by the matrix instructions of NVIDIA GPUs: int8 with int32 sums, float16 with float32 sums, 16 x 16 x 16.
 
-Four warps share a tile of 64 x 64 results, 32 x 32 each. Codes of fewer bits are unfolded (int8) or dequantized
-(float16) as they are written to shared memory. The sums go through shared memory to the epilogue, for the place of a
-sum within the registers of a warp is not documented.
+Warps share a tile: four of them one of 64 x 64 results, 32 x 32 each. Codes of fewer bits are unpacked (int8) or
+dequantized (float16) as they are written to shared memory. The sums go through shared memory to the epilogue, for the
+place of a sum within the registers of a warp is not documented.
 """
 
 from __future__ import annotations
@@ -12,74 +12,89 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from bitlower.backends.tvm_kernels.schedules.gpu.threads import sync
-from bitlower.backends.tvm_kernels.schedules.gpu.tile import TILE, Stage, scaled
-from bitlower.backends.tvm_kernels.spec.base import Target
+from bitlower.backends.tvm_kernels.schedules.gpu.threads import WARP, sync
+from bitlower.backends.tvm_kernels.schedules.gpu.tile import Stage, scaled
 from bitlower.backends.tvm_kernels.spec.linear import LinearSpec
+from bitlower.backends.tvm_kernels.spec.target import FRAGMENT, GemmConfig
 from bitlower.backends.tvm_kernels.tir.function import Buffers, i64
 
-_FRAGMENT = 16
-_WARPS, _WARP = 4, 32
-_DEPTH = 32
 _RUN = 8
 """Float16 values of 16 bytes, which are read at once."""
-_PITCH = {"int8": 48, "float16": 40}
-"""Elements from line to line in shared memory: 16 bytes more than a line, against bank conflicts."""
-_SUM_PITCH = TILE + 4
+_PAD = {"int8": 16, "float16": 8}
+"""Elements between lines in shared memory: 16 bytes, against bank conflicts."""
+_SUM_PAD = 4
+"""The same between lines of sums."""
 
 
-def has_matrix(spec: LinearSpec) -> bool:
+def has_matrix(spec: LinearSpec, config: GemmConfig) -> bool:
     """Whether the linear goes by matrix instructions: int8 with one scale on either side, or float16."""
-    if spec.target is not Target.CUDA or spec.inputs % _DEPTH:
+    if not spec.target.fragments or spec.inputs % config.block_k:
         return False
     return spec.dtype == "float16" if spec.activation is None else len(spec.segment_sizes) == 1
 
 
-def emit_matrix(spec: LinearSpec, buffers: Buffers, rows: Any) -> None:
-    """A grid of tiles; 128 threads a tile."""
+def matrix_memory(spec: LinearSpec, config: GemmConfig) -> int:
+    """Bytes of memory that the threads of a tile share."""
+    dtype, size = ("float16", 2) if spec.activation is None else ("int8", 1)
+    operands = (config.block_m + config.block_n) * (config.block_k + _PAD[dtype]) * size
+    return operands + config.block_m * (config.block_n + _SUM_PAD) * 4
+
+
+def emit_matrix(spec: LinearSpec, config: GemmConfig, buffers: Buffers, rows: Any) -> None:
+    """A grid of tiles; a warp of threads for each part of a tile."""
+    warps = config.warps_m * config.warps_n
     with (
-        T.launch_thread("blockIdx.x", -(-spec.outputs // TILE)) as block,
-        T.launch_thread("blockIdx.y", (rows + i64(TILE - 1)) // i64(TILE)) as line,
-        T.launch_thread("threadIdx.y", _WARPS) as warp,
-        T.launch_thread("threadIdx.x", _WARP) as lane,
+        T.launch_thread("blockIdx.x", -(-spec.outputs // config.block_n)) as block,
+        T.launch_thread("blockIdx.y", (rows + i64(config.block_m - 1)) // i64(config.block_m)) as line,
+        T.launch_thread("threadIdx.y", warps) as warp,
+        T.launch_thread("threadIdx.x", WARP) as lane,
     ):
-        thread = warp * tirx.const(_WARP, "int32") + lane
-        stage = Stage(spec, buffers, rows, (block, line), thread, _WARPS * _WARP)
+        thread = warp * tirx.const(WARP, "int32") + lane
+        stage = Stage(spec, config, buffers, rows, (block, line), thread, warps * WARP)
         _Matrix(spec, buffers, stage, warp).emit()
 
 
 class _Matrix:
-    """The fragments of one warp: two of the rows, two of the outputs, four of sums."""
+    """The fragments of one warp: some of the rows, some of the outputs, and sums of each pair."""
 
     def __init__(self, spec: LinearSpec, buffers: Buffers, stage: Stage, warp: Any) -> None:
-        self.spec, self.buffers, self.stage = spec, buffers, stage
+        self.spec, self.buffers, self.stage, self.config = spec, buffers, stage, stage.config
         self.integer = spec.activation is not None
         self.dtype, self.sum = ("int8", "int32") if self.integer else ("float16", "float32")
-        self.pitch = _PITCH[self.dtype]
-        self.left, self.right = (T.alloc_buffer((TILE * self.pitch,), self.dtype, scope="shared") for _ in range(2))
-        self.sums = T.alloc_buffer((TILE * _SUM_PITCH,), self.sum, scope="shared")
-        size = _FRAGMENT * _FRAGMENT
-        self.a = T.alloc_buffer((2 * size,), self.dtype, scope="wmma.matrix_a")
-        self.b = T.alloc_buffer((2 * size,), self.dtype, scope="wmma.matrix_b")
-        self.c = T.alloc_buffer((4 * size,), self.sum, scope="wmma.accumulator")
-        self.line = (warp // tirx.const(2, "int32")) * tirx.const(32, "int32")
-        self.column = (warp % tirx.const(2, "int32")) * tirx.const(32, "int32")
+        config, size = self.config, FRAGMENT * FRAGMENT
+        self.pitch, self.sum_pitch = config.block_k + _PAD[self.dtype], config.block_n + _SUM_PAD
+        self.left, self.right = (
+            T.alloc_buffer((lines * self.pitch,), self.dtype, scope="shared")
+            for lines in (config.block_m, config.block_n)
+        )
+        self.sums = T.alloc_buffer((config.block_m * self.sum_pitch,), self.sum, scope="shared")
+        height, width = config.block_m // config.warps_m, config.block_n // config.warps_n
+        self.rows, self.columns = height // FRAGMENT, width // FRAGMENT
+        self.a = T.alloc_buffer((self.rows * size,), self.dtype, scope="wmma.matrix_a")
+        self.b = T.alloc_buffer((self.columns * size,), self.dtype, scope="wmma.matrix_b")
+        self.c = T.alloc_buffer((self.rows * self.columns * size,), self.sum, scope="wmma.accumulator")
+        across = tirx.const(config.warps_n, "int32")
+        self.line = (warp // across) * tirx.const(height, "int32")
+        self.column = (warp % across) * tirx.const(width, "int32")
 
     def emit(self) -> None:
         """Multiply, then finish every sum of the tile."""
-        for at in range(4):
+        config, fragments = self.config, self.rows * self.columns
+        for at in range(fragments):
             _call("tvm_fill_fragment", self.c.data, *_SHAPE, at, tirx.const(0, self.sum))
-        with T.serial(i64(0), i64(self.spec.inputs // _DEPTH)) as turn:
-            self._step(T.Bind(turn * i64(_DEPTH)))
-        for at in range(4):
-            place = (self.line + 16 * (at // 2)) * _SUM_PITCH + self.column + 16 * (at % 2)
+        with T.serial(i64(0), i64(self.spec.inputs // config.block_k)) as turn:
+            self._step(T.Bind(turn * i64(config.block_k)))
+        for at in range(fragments):
+            row, column = divmod(at, self.columns)
+            place = (self.line + FRAGMENT * row) * self.sum_pitch + self.column + FRAGMENT * column
             pointer = self.sums.access_ptr("w", offset=place)
-            _call("tvm_store_matrix_sync", self.c.data, *_SHAPE, at, pointer, _SUM_PITCH, "row_major")
+            _call("tvm_store_matrix_sync", self.c.data, *_SHAPE, at, pointer, self.sum_pitch, "row_major")
         sync()
-        with T.serial(i64(0), i64(TILE * TILE // (_WARPS * _WARP))) as turn:
-            place = turn * i64(_WARPS * _WARP) + self.stage.thread
-            line, column = T.Bind(place // i64(TILE)), T.Bind(place % i64(TILE))
-            total = T.Bind(self.sums[line * i64(_SUM_PITCH) + column])
+        threads = self.stage.threads
+        with T.serial(i64(0), i64(config.block_m * config.block_n // threads)) as turn:
+            place = turn * i64(threads) + self.stage.thread
+            line, column = T.Bind(place // i64(config.block_n)), T.Bind(place % i64(config.block_n))
+            total = T.Bind(self.sums[line * i64(self.sum_pitch) + column])
             self.stage.write(line, column, lambda row, output: self._dequantized(line, column, total))
 
     def _dequantized(self, line: Any, column: Any, total: Any) -> Any:
@@ -88,36 +103,49 @@ class _Matrix:
         return scaled(self.spec, self.buffers, self.stage, i64(0), line, column, total)
 
     def _step(self, start: Any) -> None:
-        stage, pitch = self.stage, self.pitch
         sync()
         if self.integer:
-            words = [
-                T.decl_buffer((TILE * pitch // 4,), "int32", data=b.data, scope="shared")
-                for b in (self.left, self.right)
-            ]
-            stage.fill(words[0], pitch // 4, _DEPTH // 4, lambda line, at: stage.x_word(line, start + at * i64(4)))
-            stage.fill(words[1], pitch // 4, _DEPTH // 4, lambda line, at: stage.weight_word(line, start + at * i64(4)))
+            self._fill_words(start)
         else:
-            if self.spec.dtype_of("x") == self.dtype:
-                stage.fill(self.left, pitch, _DEPTH, lambda line, at: stage.x_run(line, start + at, _RUN), _RUN)
-            else:
-                stage.fill(self.left, pitch, _DEPTH, lambda line, at: stage.x_value(line, start + at))
-            stage.fill(self.right, pitch, _DEPTH, lambda line, at: stage.weight_value(line, start + at))
+            self._fill_values(start)
         sync()
-        for k in range(0, _DEPTH, _FRAGMENT):
-            for at in range(2):
-                for fragments, shared, first, order in (
-                    (self.a, self.left, self.line, "row_major"),
-                    (self.b, self.right, self.column, "col_major"),
-                ):
-                    pointer = shared.access_ptr("r", offset=(first + 16 * at) * pitch + k)
-                    _call("tvm_load_matrix_sync", fragments.data, *_SHAPE, at, pointer, pitch, order)
-            for at in range(4):
-                operands = (self.c.data, at, self.a.data, at // 2, self.b.data, at % 2, self.c.data, at)
-                _call("tvm_mma_sync", *operands)
+        for k in range(0, self.config.block_k, FRAGMENT):
+            for fragments, count, shared, first, order in (
+                (self.a, self.rows, self.left, self.line, "row_major"),
+                (self.b, self.columns, self.right, self.column, "col_major"),
+            ):
+                for at in range(count):
+                    pointer = shared.access_ptr("r", offset=(first + FRAGMENT * at) * self.pitch + k)
+                    _call("tvm_load_matrix_sync", fragments.data, *_SHAPE, at, pointer, self.pitch, order)
+            for at in range(self.rows * self.columns):
+                row, column = divmod(at, self.columns)
+                _call("tvm_mma_sync", self.c.data, at, self.a.data, row, self.b.data, column, self.c.data, at)
+
+    def _fill_words(self, start: Any) -> None:
+        """Stage codes, four at a time."""
+        stage, pitch, config = self.stage, self.pitch, self.config
+        x, weight = (
+            T.decl_buffer((lines * pitch // 4,), "int32", data=buffer.data, scope="shared")
+            for buffer, lines in ((self.left, config.block_m), (self.right, config.block_n))
+        )
+        across = config.block_k // 4
+        stage.fill(x, pitch // 4, (config.block_m, across), lambda line, at: stage.x_word(line, start + at * i64(4)))
+        stage.fill(
+            weight, pitch // 4, (config.block_n, across), lambda line, at: stage.weight_word(line, start + at * i64(4))
+        )
+
+    def _fill_values(self, start: Any) -> None:
+        """Stage float16 values."""
+        stage, pitch, config = self.stage, self.pitch, self.config
+        left, right = ((lines, config.block_k) for lines in (config.block_m, config.block_n))
+        if self.spec.dtype_of("x") == self.dtype:
+            stage.fill(self.left, pitch, left, lambda line, at: stage.x_run(line, start + at, _RUN), _RUN)
+        else:
+            stage.fill(self.left, pitch, left, lambda line, at: stage.x_value(line, start + at))
+        stage.fill(self.right, pitch, right, lambda line, at: stage.weight_value(line, start + at))
 
 
-_SHAPE = (_FRAGMENT, _FRAGMENT, _FRAGMENT)
+_SHAPE = (FRAGMENT, FRAGMENT, FRAGMENT)
 
 
 def _call(name: str, *arguments: Any) -> None:

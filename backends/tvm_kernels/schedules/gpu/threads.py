@@ -8,7 +8,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from bitlower.backends.tvm_kernels.spec.base import Target
+from bitlower.backends.tvm_kernels.spec.target import Target
 from bitlower.backends.tvm_kernels.tir.expressions import Expr, dtype_of
 from bitlower.backends.tvm_kernels.tir.function import i64, when
 
@@ -29,7 +29,7 @@ def all_reduce(combine: Callable[[Expr, Expr], Expr], start: Expr, value: Expr, 
 
 def dot_bytes(target: Target, total: Expr, left: Expr, right: Expr) -> Any:
     """``total`` plus the products of four pairs of signed bytes, int32: one instruction on NVIDIA GPUs."""
-    if target is Target.CUDA:
+    if target.byte_products == "dp4a":
         return tirx.call_pure_extern("int32", "__dp4a", left, right, total)
     for byte in range(4):
         total = total + _byte(left, byte) * _byte(right, byte)
@@ -38,7 +38,7 @@ def dot_bytes(target: Target, total: Expr, left: Expr, right: Expr) -> Any:
 
 def add_bytes(target: Target, total: Expr, word: Expr) -> Any:
     """``total`` plus four signed bytes, int32."""
-    if target is Target.CUDA:
+    if target.byte_products == "dp4a":
         return dot_bytes(target, total, word, tirx.const(0x01010101, "int32"))
     for byte in range(4):
         total = total + _byte(word, byte)

@@ -9,25 +9,18 @@ from tvm.script.ir_builder import tirx as T
 
 from bitlower.backends.tvm_kernels.schedules.gpu.unpack import signed_bytes, zero_shift
 from bitlower.backends.tvm_kernels.spec.linear import LinearSpec
+from bitlower.backends.tvm_kernels.spec.target import GemmConfig
 from bitlower.backends.tvm_kernels.tir.epilogue import write
 from bitlower.backends.tvm_kernels.tir.expressions import Expr
 from bitlower.backends.tvm_kernels.tir.function import Buffers, i64, when
 from bitlower.backends.tvm_kernels.tir.weight import centred_code, dequantized
 
-TILE = 64
 
-
-_SIDE = 16
-"""Threads along each side of a tile."""
-
-
-_EACH = TILE // _SIDE
-
-
-def depth(spec: LinearSpec) -> int:
-    """Inputs that are staged at a time; they lie in one segment. 0: none fits."""
+def depth(spec: LinearSpec, most: int = 32) -> int:
+    """Inputs that are staged at a time, ``most`` or a part of it; they lie in one segment. 0: none fits."""
     sizes = (*spec.segment_sizes, spec.inputs)
-    return next((n for n in (32, 16, 8, 4) if all(size % n == 0 for size in sizes)), 0)
+    fitting = (n for n in (64, 32, 16, 8, 4) if n <= most and all(size % n == 0 for size in sizes))
+    return next(fitting, 0)
 
 
 class Stage:
@@ -35,6 +28,7 @@ class Stage:
 
     Args:
         spec: the linear.
+        config: the sizes of the tile.
         buffers: its arguments.
         rows: how many there are.
         blocks: indices of the tile, along the outputs and the rows.
@@ -43,16 +37,29 @@ class Stage:
     """
 
     def __init__(
-        self, spec: LinearSpec, buffers: Buffers, rows: Any, blocks: tuple[Any, Any], thread: Any, threads: int
+        self,
+        spec: LinearSpec,
+        config: GemmConfig,
+        buffers: Buffers,
+        rows: Any,
+        blocks: tuple[Any, Any],
+        thread: Any,
+        threads: int,
     ) -> None:
-        self.spec, self.buffers, self.rows, self.threads = spec, buffers, rows, threads
-        self.first_output, self.first_row = (T.Bind(block.astype("int64") * i64(TILE)) for block in blocks)
+        self.spec, self.config, self.buffers, self.rows, self.threads = spec, config, buffers, rows, threads
+        self.first_output, self.first_row = (
+            T.Bind(block.astype("int64") * i64(size))
+            for block, size in zip(blocks, (config.block_n, config.block_m), strict=True)
+        )
         self.thread = T.Bind(thread.astype("int64"))
 
-    def fill(self, shared: Any, pitch: int, across: int, value: Any, lanes: int = 1) -> None:
-        """``shared[line * pitch + at] = value(line, at)`` for 64 lines and ``across`` places, ``lanes`` at once."""
-        across //= lanes
-        count = TILE * across
+    def fill(self, shared: Any, pitch: int, size: tuple[int, int], value: Any, lanes: int = 1) -> None:
+        """``shared[line * pitch + at] = value(line, at)`` for as many lines and places as ``size`` says.
+
+        A thread writes ``lanes`` places at once.
+        """
+        lines, across = size[0], size[1] // lanes
+        count = lines * across
         with T.serial(i64(0), i64(-(-count // self.threads))) as turn:
             place = T.Bind(turn * i64(self.threads) + self.thread)
             line, at = T.Bind(place // i64(across)), T.Bind(place % i64(across))
