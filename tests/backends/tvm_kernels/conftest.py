@@ -289,7 +289,7 @@ def on_pocl():
     try:
         return _hosted("pocl")
     except Exception as error:
-        pytest.skip(f"GPU schedules are NOT tested: install PoCL (pocl-opencl-icd); {error}")
+        pytest.skip(f"GPU schedules are NOT tested: pip install pocl-binary-distribution; {error}")
 
 
 @pytest.fixture(scope="session")

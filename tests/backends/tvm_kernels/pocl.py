@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyopencl as cl
+
+_HOME = importlib.util.find_spec("pyopencl")
+assert _HOME is not None
+assert _HOME.origin is not None
+_LIBRARIES = Path(_HOME.origin).parent / ".libs"
+if (_LIBRARIES / "pocl.icd").is_file():  # that of the package pocl-binary-distribution; else the system's
+    os.environ.setdefault("OCL_ICD_VENDORS", str(_LIBRARIES / "pocl.icd"))
+
+cl: Any = importlib.import_module("pyopencl")
 
 TARGET = {"kind": "opencl", "max_num_threads": 1024, "thread_warp_size": 1}
 PREAMBLE = """
@@ -17,7 +28,7 @@ inline int __dp4a(int a, int b, int c) {
 }
 """
 _SCALARS = {"int": np.int32, "uint": np.uint32, "long": np.int64, "float": np.float32}
-_LIBRARY = ctypes.CDLL("libOpenCL.so.1")
+_LIBRARY = ctypes.CDLL(str(next(_LIBRARIES.glob("libOpenCL*"), "libOpenCL.so.1")))
 _LIBRARY.clSetKernelArgSVMPointer.argtypes = [ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p]
 _DEVICE = next(device for platform in cl.get_platforms() for device in platform.get_devices())
 _CONTEXT = cl.Context([_DEVICE])
