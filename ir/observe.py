@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +102,7 @@ class _Step:
     """A node as it was when the run was planned: a callback may edit the graph.
 
     Args:
-        attributes: the tensors among its operands that the module holds.
+        attributes: the module's tensors whose memory can be given back after it, if they lie in files.
         dropped: what nobody reads after it.
         is_read: whether a later step reads its value.
     """
@@ -124,14 +124,35 @@ def _steps(graph: fx.Graph, watched: Collection[fx.Node]) -> list[_Step]:
     dropped: dict[fx.Node, list[fx.Node]] = {}
     for source, node in last_reader.items():
         dropped.setdefault(node, []).append(source)
+    attributes = _attributes(order)
     return [
         _Step(
-            node, node.op, node.target, node.args, node.kwargs,
-            tuple(str(source.target) for source in node.all_input_nodes if source.op == "get_attr"),
+            node, node.op, node.target, node.args, node.kwargs, attributes.get(node, ()),
             tuple(dropped.get(node, ())), node in last_reader,
         )
         for node in order
     ]  # fmt: skip
+
+
+def _attributes(order: Sequence[fx.Node]) -> dict[fx.Node, tuple[str, ...]]:
+    """The tensors of the module that a step reads, or the last of all steps through views of them, such as slices."""
+    behind: dict[fx.Node, dict[str, None]] = {}
+    last: dict[str, fx.Node] = {}
+    for node in order:
+        if node.op == "get_attr":
+            behind[node] = {str(node.target): None}
+        elif touched := {name: None for source in node.all_input_nodes for name in behind.get(source, ())}:
+            last |= dict.fromkeys(touched, node)
+            if node.op == "call_function" and all(source in behind for source in node.all_input_nodes):
+                behind[node] = touched
+    released: dict[fx.Node, dict[str, None]] = {}
+    for node in order:
+        for source in node.all_input_nodes:
+            if source.op == "get_attr":
+                released.setdefault(node, {})[str(source.target)] = None
+    for name, node in last.items():
+        released.setdefault(node, {})[name] = None
+    return {node: tuple(names) for node, names in released.items()}
 
 
 def _order(graph: fx.Graph, watched: Collection[fx.Node]) -> list[fx.Node]:

@@ -29,7 +29,7 @@ from bitlower.backends.onnx_qdq._rewrite_linear import Form
 from bitlower.backends.onnx_qdq._rewrite_low_bit import LOW_BIT
 from bitlower.backends.onnx_qdq._stored_sizes import OnnxSizes
 from bitlower.backends.onnx_qdq._verification import Verification
-from bitlower.backends.onnx_qdq._verify import verify_export
+from bitlower.backends.onnx_qdq._verify import compare_export, verify_export
 from bitlower.backends.onnx_qdq._verify_stages import join_stages
 from bitlower.backends.sizes import weights_only
 from bitlower.ir import Batch, BitlowerError, CheckError, Program, Scheme
@@ -172,19 +172,17 @@ class OnnxQdq(Backend):
         Raises:
             CheckError: a file is no valid ONNX, or does not compute what its Program does.
         """
-        by_stage, found = part_batches(parts, batches), {}
-        for stage, part in parts.items():
+        for stage in parts:
             _check_model(folder / model_file(stage))
-            found[stage] = verify_export(
-                part,
-                folder,
-                by_stage[stage],
-                session_config=config,
-                accuracy_level=self.accuracy_level,
-                split=split,
-                file=model_file(stage),
-            )
-        return found[WHOLE] if WHOLE in found else join_stages(program, folder, found, batches[0], config)
+        options: dict[str, Any] = {"session_config": config, "accuracy_level": self.accuracy_level, "split": split}
+        if WHOLE in parts:
+            return verify_export(program, folder, batches, **options)
+        by_stage = part_batches(parts, batches)
+        figures = {
+            stage: compare_export(part, folder, by_stage[stage], file=model_file(stage), **options).figures
+            for stage, part in parts.items()
+        }
+        return join_stages(program, folder, figures, batches[0], config)
 
     @classmethod
     def verify(cls, folder: Path) -> ArtifactReport:

@@ -1,5 +1,7 @@
 import math
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import fx
 
 from bitlower.ir import BitlowerError, Level, Program, TensorType, ValueSpec
 from bitlower.ir.observe import observe, stream
+from bitlower.ir.storage import spill
 
 KIND = TensorType(torch.float32, ("batch", 4))
 
@@ -187,3 +190,49 @@ def test_what_a_callback_gives_back_takes_the_place_of_a_value():
 
     observe(chain(), ["relu", "neg"], [batch(0)], look)
     torch.testing.assert_close(seen[1], torch.full((2, 4), -math.exp(3.0)))
+
+
+def resident(tensor: torch.Tensor) -> int:
+    """Bytes of the file behind ``tensor`` that the kernel counts as this process's memory."""
+    address, size, inside = tensor.data_ptr(), 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if "-" in head and not head.endswith(":"):
+            first, last = (int(end, 16) for end in head.split("-"))
+            inside = first <= address < last
+        elif inside and head == "Rss:":
+            size += 1024 * int(line.split()[1])
+    return size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's view of memory")
+def test_a_weight_in_a_file_goes_after_its_last_slice_is_read():
+    """Its pages come when a product reads the slice, not when the slice is taken."""
+    graph, module, size = fx.Graph(), torch.nn.Module(), 1024
+    weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    module.register_buffer("w", spill(weight))
+    x, whole = graph.placeholder("x"), graph.get_attr("w")
+    halves = [(x, 0, size // 2), (whole, 0, size // 2), (x, size // 2, size), (whole, size // 2, size)]
+    parts = [graph.call_function(torch.ops.aten.slice.Tensor, (value, 1, *ends)) for value, *ends in halves]
+    products = [graph.call_function(torch.ops.aten.linear.default, tuple(parts[i : i + 2])) for i in (0, 2)]
+    total = graph.call_function(torch.ops.aten.add.Tensor, tuple(products))
+    doubled = graph.call_function(torch.ops.aten.add.Tensor, (total, total))
+    graph.output((doubled,))
+    kind = TensorType(torch.float32, ("batch", size))
+    program = Program(
+        {"model": fx.GraphModule(module, graph)},
+        Level.FLOAT,
+        "custom",
+        (ValueSpec("x", kind),),
+        (ValueSpec("y", kind),),
+    )
+    inputs, held = torch.randn(3, size, generator=torch.Generator().manual_seed(1)), {}
+
+    def look(node: fx.Node, value: torch.Tensor, _: object) -> None:
+        held[node] = resident(program.module.w), value
+
+    observe(program, [*products, total], [{"x": inputs}], look)
+    assert held[products[0]][0] >= 4 * size * size // 2
+    assert held[total][0] == 0
+    expected = inputs.double() @ weight.double().T
+    torch.testing.assert_close(held[total][1].double(), expected, rtol=0, atol=1e-3)
