@@ -87,12 +87,8 @@ class CodeComparison:
         return found
 
     def read(self, batch: Batch) -> tuple[dict[str, Array], dict[str, Array]]:
-        """The codes that the runtime computes on ``batch``, with scales that it computes; and its outputs meanwhile.
-
-        Both are empty where nothing has codes.
-        """
-        if self._session is None:
-            return {}, {}
+        """The codes that the runtime computes on ``batch``, with scales that it computes; and its outputs meanwhile."""
+        assert self._session is not None  # where there are names, there is one
         values = self._session.run(batch)
         return {name: values[name] for name in self.names}, {s.name: values[s.name] for s in self._program.outputs}
 

@@ -199,12 +199,16 @@ class _Comparison:
         """
         self._last = {}, {}
         given, batch = batch, self._program.complete(batch)
-        deployed, shown = self._session.run(batch), visible(self._program, batch)
-        codes, meanwhile = self.codes.read(batch)
-        if codes:
+        shown = visible(self._program, batch)
+        if self.codes.names:
+            deployed = self._session.run(batch)
+            codes, meanwhile = self.codes.read(batch)
             self.exposing.add({name: torch.from_numpy(value) for name, value in deployed.items()}, meanwhile)
-        del meanwhile
-        alone = self.codes.compare_alone(batch, codes)
+            del meanwhile
+            alone = self.codes.compare_alone(batch, codes)
+        else:
+            codes, alone = {}, run(self._program, batch)  # before the model's own outputs are there too
+            deployed = self._session.run(batch)
         self.outputs.add(alone, deployed, shown)
         if sum(value.nbytes for value in alone.values()) <= REMEMBERED_BYTES:
             self._last = given, alone
