@@ -97,7 +97,10 @@ _fake_quantize.register_autograd(_gradients, setup_context=_save)
 def _quantize(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int, dtype: str
 ) -> torch.Tensor:
-    return numerics.codes(x, scale, zero_point, quant_min, quant_max).to(DTYPES[dtype])
+    def rounded(*part: torch.Tensor) -> torch.Tensor:
+        return numerics.codes(*part, quant_min, quant_max).to(DTYPES[dtype])
+
+    return _by_rows(x, scale, zero_point, rounded, DTYPES[dtype])
 
 
 @_quantize.register_fake

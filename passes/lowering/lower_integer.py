@@ -8,7 +8,6 @@ from typing import ClassVar
 from torch import fx
 
 from bitlower.ir import BitlowerError, Level, Program, TensorType, ops, set_tensor
-from bitlower.ir.quantization import numerics
 from bitlower.ir.quantizer_node import QuantizerNode, is_uncalibrated
 from bitlower.ir.storage import like, release
 from bitlower.passes._machinery.base import Context, Contract, Pass
@@ -51,7 +50,8 @@ def lower(module: fx.GraphModule, node: fx.Node) -> None:
 
 def _weight_codes(module: fx.GraphModule, view: QuantizerNode) -> fx.Node:
     grid, weight = view.spec.grid, view.weight(module)
-    codes = like(numerics.codes(weight, *view.range(module), grid.quant_min, grid.quant_max).to(grid.dtype), weight)
+    dtype = str(grid.dtype).removeprefix("torch.")
+    codes = like(ops.quantize(weight, *view.range(module), grid.quant_min, grid.quant_max, dtype), weight)
     release(weight)
     target = f"{view.parameter}_codes"
     set_tensor(module, target, codes)

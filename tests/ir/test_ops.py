@@ -214,6 +214,9 @@ def test_a_matrix_in_a_file_is_rounded_in_parts_to_the_same_bits(layout, monkeyp
     taken.clear()
     assert torch.equal(ops.fake_quantize(spill(x), scale, zero, 0, 15), rounded)
     assert taken == [1, 1, 1]
+    assert torch.equal(
+        ops.quantize(spill(x), scale, zero, 0, 15, "uint8"), ops.quantize(x, scale, zero, 0, 15, "uint8")
+    )
     codes = torch.randint(0, 15, SHAPE, dtype=torch.uint8)
     assert torch.equal(ops.dequantize(spill(codes), scale, zero), ops.dequantize(codes, scale, zero))
 
