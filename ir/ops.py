@@ -7,19 +7,16 @@ values through unchanged, whatever its scale is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from bitlower.ir.quantization import numerics
+from bitlower.ir.quantization.by_rows import by_rows
 from bitlower.ir.quantization.granularity import Granularity
 from bitlower.ir.quantization.grid import Grid, ScaleConvention
 from bitlower.ir.quantization.rounding import Clipping, fake_quantize_gradients
-from bitlower.ir.storage import is_mapped, release
 
-_PART = 1 << 22
-"""Entries of a matrix in a file that are rounded or dequantized at a time: 16 MB in float32."""
 DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "uint16": torch.uint16}
 
 
@@ -34,33 +31,9 @@ def _fake_quantize(
 ) -> torch.Tensor:
     if not calibrated:
         return x.clone()
-    return _by_rows(
-        x, scale, torch.round(zero_point), lambda *part: numerics.fake(*part, quant_min, quant_max), x.dtype
+    return by_rows(
+        x, scale, torch.round(zero_point), lambda v, s, z: numerics.fake(v, s, z, quant_min, quant_max), x.dtype
     )
-
-
-def _by_rows(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    function: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """``function(x, scale, zero_point)`` in ``dtype``; of a matrix in a file some rows at a time, which are let go of.
-
-    So a table is not in memory as it was while what becomes of it is made.
-    """
-    blocked = any(part.dim() and part.shape[0] not in (1, len(x)) for part in (scale, zero_point))
-    if x.dim() < 2 or x.numel() <= _PART or blocked or not is_mapped(x):
-        return function(x, scale, zero_point)
-    made = torch.empty(x.shape, dtype=dtype)
-    step = max(1, _PART * len(x) // x.numel())
-    for start in range(0, len(x), step):
-        rows = slice(start, start + step)
-        parts = (part[rows] if part.dim() and part.shape[0] == len(x) else part for part in (scale, zero_point))
-        made[rows] = function(x[rows], *parts)
-        release(x[rows])
-    return made
 
 
 @_fake_quantize.register_fake
@@ -97,10 +70,10 @@ _fake_quantize.register_autograd(_gradients, setup_context=_save)
 def _quantize(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int, dtype: str
 ) -> torch.Tensor:
-    def rounded(*part: torch.Tensor) -> torch.Tensor:
-        return numerics.codes(*part, quant_min, quant_max).to(DTYPES[dtype])
+    def rounded(v: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return numerics.codes(v, s, z, quant_min, quant_max).to(DTYPES[dtype])
 
-    return _by_rows(x, scale, zero_point, rounded, DTYPES[dtype])
+    return by_rows(x, scale, zero_point, rounded, DTYPES[dtype])
 
 
 @_quantize.register_fake
@@ -112,7 +85,7 @@ def _(
 
 @torch.library.custom_op("bitlower::dequantize", mutates_args=())
 def _dequantize(code: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-    return _by_rows(code, scale, zero_point, numerics.values, torch.float32)
+    return by_rows(code, scale, zero_point, numerics.values, torch.float32)
 
 
 @_dequantize.register_fake

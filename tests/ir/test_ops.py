@@ -205,7 +205,7 @@ def test_row_groups_factor_out_of_an_integer_matmul():
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_matrix_in_a_file_is_rounded_in_parts_to_the_same_bits(layout, monkeypatch):
-    monkeypatch.setattr(ops, "_PART", 40)  # two of three rows hold more
+    monkeypatch.setattr("bitlower.ir.quantization.by_rows.PART", 40)  # two of three rows hold more
     taken = []
     fake = numerics.fake
     monkeypatch.setattr(numerics, "fake", lambda x, *args: taken.append(len(x)) or fake(x, *args))
@@ -222,6 +222,6 @@ def test_a_matrix_in_a_file_is_rounded_in_parts_to_the_same_bits(layout, monkeyp
 
 
 def test_scales_of_several_rows_are_not_cut(monkeypatch):
-    monkeypatch.setattr(ops, "_PART", 16)
+    monkeypatch.setattr("bitlower.ir.quantization.by_rows.PART", 16)
     x, scale, zero = torch.randn(4, 8), torch.rand(2, 1) + 0.1, torch.zeros(2, 1)
     assert torch.equal(ops.fake_quantize(spill(x), scale, zero, -8, 7), ops.fake_quantize(x, scale, zero, -8, 7))
