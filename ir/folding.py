@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import torch
 from torch import fx
 
 from bitlower.ir import ops
 from bitlower.ir.program import Program
 from bitlower.ir.quantization import numerics
-from bitlower.ir.storage import like, spill
+from bitlower.ir.quantization.by_rows import by_rows
+from bitlower.ir.storage import like, release, spill
 from bitlower.ir.tensors import get_tensor, set_tensor
 
 
@@ -32,11 +34,13 @@ def with_float_weights(program: Program, chosen: Collection[str] | None = None, 
             continue
         stored, scale, zero = (get_tensor(copy.module, str(part.target)).detach() for part in node.all_input_nodes)
         if node.target is ops.dequantize:
-            values = numerics.values(stored, scale, zero)
+            values = by_rows(stored, scale, zero, numerics.values, torch.float32)
         else:
             values = ops.fake_quantize(stored, scale, zero, *node.args[3:], **node.kwargs)
         target = f"folded.{node.name}" if chosen is None else parameter
         set_tensor(copy.module, target, spill(values) if mapped else like(values, stored))
+        del values
+        release(stored)
         with copy.graph.inserting_before(node):
             weight = copy.graph.get_attr(target)
         weight.meta = {key: value for key, value in node.meta.items() if key != "quantizer"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from bitlower.ir.storage import release
 
 Callback = Callable[[fx.Node, Any, Batch], object]
 Track = Callable[[Iterable[Any], str], Iterator[Any]]
+REUSED_BYTES = 256 << 20
+"""What a run over several batches holds of what it computes from parameters alone."""
 
 
 def observe(
@@ -35,7 +37,9 @@ def observe(
     Nodes that depend on no input have their turn when they are first read, or at the end.
 
     Only what the nodes depend on is computed, without gradients, and a value is freed after its last use: the
-    callback must copy what it keeps and must not write to the value.
+    callback must copy what it keeps and must not write to the value. What is computed from parameters alone, such as
+    rounded weights, is computed once for several batches, up to :data:`REUSED_BYTES` of it, as long as nobody writes to
+    the parameters.
 
     Args:
         program: its graph ``model`` is run.
@@ -52,7 +56,8 @@ def observe(
     watched = _resolve(program.graph, nodes)
     if not watched:
         return
-    runner = _Runner(program.module, watched)
+    several = isinstance(batches, Sized) and len(batches) > 1
+    runner = _Runner(program.module, watched, REUSED_BYTES if several else 0)
     for batch in track(batches, label) if track else batches:
         values = runner.values(program.arguments(batch))
         seen = next(values, None)
@@ -97,14 +102,18 @@ def _resolve(graph: fx.Graph, nodes: Collection[fx.Node | str]) -> set[fx.Node]:
     return {known[node] if isinstance(node, str) else node for node in nodes}
 
 
+_Mark = tuple[torch.Tensor, int]
+
+
 @dataclass(frozen=True)
 class _Step:
     """A node as it was when the run was planned: a callback may edit the graph.
 
     Args:
-        attributes: the tensors among its operands that the module holds.
+        attributes: the module's tensors whose memory can be given back after it, if they lie in files.
         dropped: what nobody reads after it.
         is_read: whether a later step reads its value.
+        behind: if it is computed from the module's tensors alone, and of none that is watched, their names.
     """
 
     node: fx.Node
@@ -115,6 +124,7 @@ class _Step:
     attributes: tuple[str, ...]
     dropped: tuple[fx.Node, ...]
     is_read: bool
+    behind: tuple[str, ...]
 
 
 def _steps(graph: fx.Graph, watched: Collection[fx.Node]) -> list[_Step]:
@@ -124,14 +134,42 @@ def _steps(graph: fx.Graph, watched: Collection[fx.Node]) -> list[_Step]:
     dropped: dict[fx.Node, list[fx.Node]] = {}
     for source, node in last_reader.items():
         dropped.setdefault(node, []).append(source)
+    attributes, behind = _attributes(order, _behind(order)), _behind(order, watched)
     return [
         _Step(
-            node, node.op, node.target, node.args, node.kwargs,
-            tuple(str(source.target) for source in node.all_input_nodes if source.op == "get_attr"),
+            node, node.op, node.target, node.args, node.kwargs, attributes.get(node, ()),
             tuple(dropped.get(node, ())), node in last_reader,
+            behind.get(node, ()) if node.op == "call_function" else (),
         )
         for node in order
     ]  # fmt: skip
+
+
+def _behind(order: Sequence[fx.Node], shown: Collection[fx.Node] = ()) -> dict[fx.Node, tuple[str, ...]]:
+    """The module's tensors that a node is made of, for each that is made of nothing else, nor of those ``shown``."""
+    behind: dict[fx.Node, tuple[str, ...]] = {}
+    for node in order:
+        sources = node.all_input_nodes
+        if node in shown:
+            continue
+        if node.op == "get_attr":
+            behind[node] = (str(node.target),)
+        elif node.op == "call_function" and sources and all(source in behind for source in sources):
+            behind[node] = tuple(dict.fromkeys(name for source in sources for name in behind[source]))
+    return behind
+
+
+def _attributes(order: Sequence[fx.Node], behind: Mapping[fx.Node, Sequence[str]]) -> dict[fx.Node, tuple[str, ...]]:
+    """The tensors of the module that a step reads, or the last of all steps through views of them, such as slices."""
+    last = {name: node for node in order for source in node.all_input_nodes for name in behind.get(source, ())}
+    released: dict[fx.Node, dict[str, None]] = {}
+    for node in order:
+        for source in node.all_input_nodes:
+            if source.op == "get_attr":
+                released.setdefault(node, {})[str(source.target)] = None
+    for name, node in last.items():
+        released.setdefault(node, {})[name] = None
+    return {node: tuple(names) for node, names in released.items()}
 
 
 def _order(graph: fx.Graph, watched: Collection[fx.Node]) -> list[fx.Node]:
@@ -158,18 +196,26 @@ def _order(graph: fx.Graph, watched: Collection[fx.Node]) -> list[fx.Node]:
 
 
 class _Runner(fx.Interpreter):
-    """Runs what the watched nodes depend on; values that nobody reads later are dropped."""
+    """Runs what the watched nodes depend on; values that nobody reads later are dropped.
 
-    def __init__(self, module: fx.GraphModule, watched: Collection[fx.Node]) -> None:
+    Args:
+        module: is run.
+        watched: the nodes whose values are shown.
+        reused: bytes of values that are held for the next run, of those that depend on parameters alone.
+    """
+
+    def __init__(self, module: fx.GraphModule, watched: Collection[fx.Node], reused: int = 0) -> None:
         super().__init__(module, garbage_collect_values=False)
         self._watched, self._steps = frozenset(watched), _steps(module.graph, watched)
+        self._reuses, self._room = reused > 0, reused
+        self._reused: dict[fx.Node, tuple[list[_Mark], torch.Tensor]] = {}
 
     def values(self, arguments: list[torch.Tensor]) -> Generator[tuple[fx.Node, Any], Any, None]:
         """Run once and give the watched nodes' values on the way; what is sent back, unless None, takes their place."""
         self.args_iter, self.env = iter(arguments), {}
         for step in self._steps:
             with torch.no_grad(), _noted(step.node):
-                value = self._run(step)
+                value = self._reusable(step) if step.behind and self._reuses else self._run(step)
             if step.node in self._watched:
                 replacement = yield step.node, value
                 value = value if replacement is None else replacement
@@ -181,9 +227,34 @@ class _Runner(fx.Interpreter):
             for source in step.dropped:
                 del self.env[source]
 
+    def _reusable(self, step: _Step) -> Any:
+        """The value of a step that depends on parameters alone, from an earlier run if they are what they were."""
+        marks = [_mark(self.fetch_attr(name)) for name in step.behind]
+        earlier = self._reused.get(step.node)
+        if earlier is not None and all(a is b and v == w for (a, v), (b, w) in zip(earlier[0], marks, strict=True)):
+            return earlier[1]
+        value = self._run(step)
+        if earlier is not None:
+            self._room += self._reused.pop(step.node)[1].nbytes
+        if isinstance(value, torch.Tensor) and value.nbytes <= self._room and not self._is_view(value, step):
+            self._room -= value.nbytes
+            self._reused[step.node] = marks, value
+        return value
+
+    def _is_view(self, value: torch.Tensor, step: _Step) -> bool:
+        """Whether ``value`` lies where an operand of its step does."""
+        place = value.untyped_storage().data_ptr()
+        operands = (self.env[source] for source in step.node.all_input_nodes)
+        return any(isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() == place for x in operands)
+
     def _run(self, step: _Step) -> Any:
         args, kwargs = (fx.node.map_arg(part, self.env.__getitem__) for part in (step.args, step.kwargs))
         return getattr(self, step.op)(step.target, args, kwargs)
+
+
+def _mark(tensor: torch.Tensor) -> _Mark:
+    """What changes when ``tensor`` is replaced or written to."""
+    return tensor, 0 if tensor.is_inference() else tensor._version
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bitlower.ir.quantization import numerics
+from bitlower.ir.quantization.by_rows import by_rows
 from bitlower.ir.quantization.granularity import Granularity
 from bitlower.ir.quantization.grid import Grid, ScaleConvention
 from bitlower.ir.quantization.rounding import Clipping, fake_quantize_gradients
@@ -30,7 +31,9 @@ def _fake_quantize(
 ) -> torch.Tensor:
     if not calibrated:
         return x.clone()
-    return numerics.fake(x, scale, torch.round(zero_point), quant_min, quant_max)
+    return by_rows(
+        x, scale, torch.round(zero_point), lambda v, s, z: numerics.fake(v, s, z, quant_min, quant_max), x.dtype
+    )
 
 
 @_fake_quantize.register_fake
@@ -67,7 +70,10 @@ _fake_quantize.register_autograd(_gradients, setup_context=_save)
 def _quantize(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int, dtype: str
 ) -> torch.Tensor:
-    return numerics.codes(x, scale, zero_point, quant_min, quant_max).to(DTYPES[dtype])
+    def rounded(v: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return numerics.codes(v, s, z, quant_min, quant_max).to(DTYPES[dtype])
+
+    return by_rows(x, scale, zero_point, rounded, DTYPES[dtype])
 
 
 @_quantize.register_fake
@@ -79,7 +85,7 @@ def _(
 
 @torch.library.custom_op("bitlower::dequantize", mutates_args=())
 def _dequantize(code: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-    return numerics.values(code, scale, zero_point)
+    return by_rows(code, scale, zero_point, numerics.values, torch.float32)
 
 
 @_dequantize.register_fake

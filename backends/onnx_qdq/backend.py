@@ -25,7 +25,7 @@ from bitlower.backends.onnx_qdq.rewrite.rule import RuleLog
 from bitlower.backends.onnx_qdq.runtime.products import Signs, chosen_signs
 from bitlower.backends.onnx_qdq.sizes import OnnxSizes
 from bitlower.backends.onnx_qdq.verify.artifact import ArtifactReport, verify_artifact, write_manifest
-from bitlower.backends.onnx_qdq.verify.compare import verify_export
+from bitlower.backends.onnx_qdq.verify.compare import compare_export, verify_export
 from bitlower.backends.onnx_qdq.verify.record import Verification
 from bitlower.backends.onnx_qdq.verify.runtime_kernels import LEVEL_ENTRY
 from bitlower.backends.onnx_qdq.verify.stages import join_stages
@@ -172,19 +172,17 @@ class OnnxQdq(Backend):
         Raises:
             CheckError: a file is no valid ONNX, or does not compute what its Program does.
         """
-        by_stage, found = part_batches(parts, batches), {}
-        for stage, part in parts.items():
+        for stage in parts:
             _check_model(folder / model_file(stage))
-            found[stage] = verify_export(
-                part,
-                folder,
-                by_stage[stage],
-                session_config=config,
-                accuracy_level=self.accuracy_level,
-                split=split,
-                file=model_file(stage),
-            )
-        return found[WHOLE] if WHOLE in found else join_stages(program, folder, found, batches[0], config)
+        options: dict[str, Any] = {"session_config": config, "accuracy_level": self.accuracy_level, "split": split}
+        if WHOLE in parts:
+            return verify_export(program, folder, batches, **options)
+        by_stage = part_batches(parts, batches)
+        figures = {
+            stage: compare_export(part, folder, by_stage[stage], file=model_file(stage), **options).figures
+            for stage, part in parts.items()
+        }
+        return join_stages(program, folder, figures, batches[0], config)
 
     @classmethod
     def verify(cls, folder: Path) -> ArtifactReport:

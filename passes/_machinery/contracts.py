@@ -13,7 +13,7 @@ from torch import fx
 from bitlower.ir import Batch, BitlowerError, CheckError, Level, Program, describe, ops
 from bitlower.ir.document import encode
 from bitlower.ir.float_noise import shaken
-from bitlower.ir.observe import observe, run
+from bitlower.ir.observe import observe, run, stream
 from bitlower.ir.quantizer_node import is_uncalibrated
 from bitlower.passes._machinery.base import Contract, Pass
 from bitlower.passes._machinery.digest import Fingerprint, fingerprint
@@ -156,10 +156,12 @@ def excess(expected: torch.Tensor, actual: torch.Tensor, noise: float = 0.0) -> 
         return f"{wrong} of {expected.numel()} values" if wrong else ""
     moments = _Moments()
     for a, b in zip(*(torch.split(t.detach().reshape(-1), _PART) for t in (expected, actual)), strict=True):
-        if not torch.equal(a.isfinite(), b.isfinite()):
-            return "NaN or Inf"
         finite = a.isfinite()
-        moments.add(a[finite].double(), b[finite].double())
+        if not torch.equal(finite, b.isfinite()):
+            return "NaN or Inf"
+        if not bool(finite.all()):  # picking takes longer than all else here
+            a, b = a[finite], b[finite]
+        moments.add(a.double(), b.double())
     tolerance = RTOL * (moments.spread if moments.spread > _CONSTANT * moments.largest else moments.largest)
     tolerance = max(tolerance, noise)
     return f"by up to {moments.worst:.3g}, tolerance {tolerance:.3g}" if moments.worst > tolerance else ""
@@ -196,35 +198,46 @@ class _Moments:
 def equal_between_roundings(before: Program, after: Program, batch: Batch) -> bool:
     """Whether all outputs, and all values that ``before`` rounds and ``after`` computes too, are equal in tolerance.
 
-    ``after`` goes on from the values of ``before``, so that none differs because of a code before it.
+    ``after`` goes on from the values of ``before``, so that none differs because of a code before it. Both run side by
+    side: what has been compared is let go of.
     """
     rounding = (ops.fake_quantize, ops.quantize)
     quantizers = [n for n in before.graph.nodes if n.target in rounding and not is_uncalibrated(n)]
     rounded = {n.all_input_nodes[0] for n in quantizers}
     known = {node.name for node in after.graph.nodes}
     names = {node.name for node in rounded if node.op == "call_function" and node.name in known}
-    outputs = [list(program.graph.output_node().all_input_nodes) for program in (before, after)]
+    results, after_results = (list(program.graph.output_node().all_input_nodes) for program in (before, after))
+    run_before = stream(before, {*names, *(node.name for node in results)}, batch)
     values: dict[str, torch.Tensor] = {}
-    after_values: dict[fx.Node, torch.Tensor] = {}
+    outputs: dict[fx.Node, torch.Tensor] = {}
+    after_outputs: dict[fx.Node, torch.Tensor] = {}
 
-    def keep(node: fx.Node, value: torch.Tensor, batch: Batch) -> None:
-        values[node.name] = value
+    def keep(node: fx.Node, value: torch.Tensor) -> None:
+        if node.name in names:
+            values[node.name] = value
+        if node in results:
+            outputs[node] = value
 
     def compare(node: fx.Node, value: torch.Tensor, batch: Batch) -> torch.Tensor | None:
         if node.name in names:
-            if excess(values[node.name], value):
+            while node.name not in values:
+                keep(*next(run_before))
+            expected = values.pop(node.name)
+            if excess(expected, value):
                 raise _FoundError(node)
-            value = values[node.name]
-        after_values[node] = value
+            value = expected
+        if node in after_results:
+            after_outputs[node] = value
         return value
 
-    observe(before, {*names, *(node.name for node in outputs[0])}, [batch], keep)
     try:
-        observe(after, {*names, *(node.name for node in outputs[1])}, [batch], compare)
+        observe(after, {*names, *(node.name for node in after_results)}, [batch], compare)
     except _FoundError:
         return False
-    pairs = zip(*outputs, strict=True)
-    return bool(names) and not any(excess(values[old.name], after_values[new]) for old, new in pairs)
+    for node, value in run_before:
+        keep(node, value)
+    pairs = zip(results, after_results, strict=True)
+    return bool(names) and not any(excess(outputs[old], after_outputs[new]) for old, new in pairs)
 
 
 def _worst_sample(batch: Batch, expected: torch.Tensor, actual: torch.Tensor) -> Batch:

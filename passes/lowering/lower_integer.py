@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from bitlower.ir import BitlowerError, Level, Program, TensorType, ops, set_tensor
 from bitlower.ir.quantization import numerics
+from bitlower.ir.quantization.by_rows import by_rows
 from bitlower.ir.quantizer_node import QuantizerNode, is_uncalibrated
 from bitlower.ir.storage import like, release
 from bitlower.passes._machinery.base import Context, Contract, Pass
@@ -51,7 +53,11 @@ def lower(module: fx.GraphModule, node: fx.Node) -> None:
 
 def _weight_codes(module: fx.GraphModule, view: QuantizerNode) -> fx.Node:
     grid, weight = view.spec.grid, view.weight(module)
-    codes = like(numerics.codes(weight, *view.range(module), grid.quant_min, grid.quant_max).to(grid.dtype), weight)
+
+    def rounded(v: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return numerics.codes(v, s, z, grid.quant_min, grid.quant_max).to(grid.dtype)
+
+    codes = like(by_rows(weight, *view.range(module), rounded, grid.dtype), weight)
     release(weight)
     target = f"{view.parameter}_codes"
     set_tensor(module, target, codes)

@@ -1,12 +1,15 @@
 import math
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from torch import fx
 
-from bitlower.ir import BitlowerError, Level, Program, TensorType, ValueSpec
+from bitlower.ir import BitlowerError, Level, Program, TensorType, ValueSpec, set_tensor
 from bitlower.ir.observe import observe, stream
+from bitlower.ir.storage import spill
 
 KIND = TensorType(torch.float32, ("batch", 4))
 
@@ -187,3 +190,121 @@ def test_what_a_callback_gives_back_takes_the_place_of_a_value():
 
     observe(chain(), ["relu", "neg"], [batch(0)], look)
     torch.testing.assert_close(seen[1], torch.full((2, 4), -math.exp(3.0)))
+
+
+def resident(tensor: torch.Tensor) -> int:
+    """Bytes of the file behind ``tensor`` that the kernel counts as this process's memory."""
+    address, size, inside = tensor.data_ptr(), 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if "-" in head and not head.endswith(":"):
+            first, last = (int(end, 16) for end in head.split("-"))
+            inside = first <= address < last
+        elif inside and head == "Rss:":
+            size += 1024 * int(line.split()[1])
+    return size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's view of memory")
+def test_a_weight_in_a_file_goes_after_its_last_slice_is_read():
+    """Its pages come when a product reads the slice, not when the slice is taken."""
+    graph, module, size = fx.Graph(), torch.nn.Module(), 1024
+    weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    module.register_buffer("w", spill(weight))
+    x, whole = graph.placeholder("x"), graph.get_attr("w")
+    halves = [(x, 0, size // 2), (whole, 0, size // 2), (x, size // 2, size), (whole, size // 2, size)]
+    parts = [graph.call_function(torch.ops.aten.slice.Tensor, (value, 1, *ends)) for value, *ends in halves]
+    products = [graph.call_function(torch.ops.aten.linear.default, tuple(parts[i : i + 2])) for i in (0, 2)]
+    total = graph.call_function(torch.ops.aten.add.Tensor, tuple(products))
+    doubled = graph.call_function(torch.ops.aten.add.Tensor, (total, total))
+    graph.output((doubled,))
+    kind = TensorType(torch.float32, ("batch", size))
+    program = Program(
+        {"model": fx.GraphModule(module, graph)},
+        Level.FLOAT,
+        "custom",
+        (ValueSpec("x", kind),),
+        (ValueSpec("y", kind),),
+    )
+    inputs, held = torch.randn(3, size, generator=torch.Generator().manual_seed(1)), {}
+
+    def look(node: fx.Node, value: torch.Tensor, _: object) -> None:
+        held[node] = resident(program.module.w), value
+
+    observe(program, [*products, total], [{"x": inputs}], look)
+    assert held[products[0]][0] >= 4 * size * size // 2
+    assert held[total][0] == 0
+    expected = inputs.double() @ weight.double().T
+    torch.testing.assert_close(held[total][1].double(), expected, rtol=0, atol=1e-3)
+
+
+def doubling(monkeypatch: pytest.MonkeyPatch) -> tuple[Program, list[str]]:
+    """x · exp(w), and the operators that run."""
+    graph, module, ran = fx.Graph(), torch.nn.Module(), list[str]()
+    module.register_buffer("w", torch.arange(4.0))
+    x, w = graph.placeholder("x"), graph.get_attr("w")
+    exp = apply(graph, "exp", w)
+    product = graph.create_node("call_function", torch.ops.aten.mul.Tensor, (x, exp), name="product")
+    graph.output((product,))
+    for node in graph.nodes:
+        node.meta["type"] = KIND
+    specs = (ValueSpec("x", KIND),), (ValueSpec("y", KIND),)
+    original = fx.Interpreter.call_function
+    monkeypatch.setattr(fx.Interpreter, "call_function", lambda s, t, a, k: ran.append(str(t)) or original(s, t, a, k))
+    return Program({"model": fx.GraphModule(module, graph)}, Level.FLOAT, "custom", *specs), ran
+
+
+EXP = "aten.exp.default"
+INPUTS = [{"x": batch(seed)["x"]} for seed in range(3)]
+
+
+def test_what_depends_on_parameters_alone_is_computed_once_for_all_batches(monkeypatch):
+    program, ran = doubling(monkeypatch)
+    seen = []
+    observe(program, ["product"], INPUTS, lambda node, value, _: seen.append(value))
+    assert ran.count(EXP) == 1
+    torch.testing.assert_close(seen, [part["x"] * torch.arange(4.0).exp() for part in INPUTS], rtol=0, atol=0)
+
+
+def test_a_parameter_that_changes_between_batches_counts_from_then_on(monkeypatch):
+    program, ran = doubling(monkeypatch)
+    changes = [lambda: program.module.w.add_(1), lambda: set_tensor(program.module, "w", torch.ones(4)), lambda: None]
+    seen = []
+
+    def change(node: fx.Node, value: torch.Tensor, _: object) -> None:
+        seen.append(value)
+        changes[len(seen) - 1]()
+
+    observe(program, ["product"], INPUTS, change)
+    weights = [torch.arange(4.0), torch.arange(4.0) + 1, torch.ones(4)]
+    expected = [part["x"] * weight.exp() for part, weight in zip(INPUTS, weights, strict=True)]
+    torch.testing.assert_close(seen, expected, rtol=0, atol=0)
+    assert ran.count(EXP) == 3
+
+
+def test_what_a_callback_replaces_is_shown_for_every_batch(monkeypatch):
+    program, _ = doubling(monkeypatch)
+    seen, steps = [], iter(range(3))
+
+    def replace(node: fx.Node, value: torch.Tensor, _: object) -> torch.Tensor | None:
+        if node.name == "exp":
+            return torch.full_like(value, float(next(steps)))
+        seen.append(value)
+        return None
+
+    observe(program, ["exp", "product"], INPUTS, replace)
+    torch.testing.assert_close(seen, [part["x"] * factor for factor, part in enumerate(INPUTS)], rtol=0, atol=0)
+
+
+def test_no_more_than_the_bound_is_held_for_the_next_batch(monkeypatch):
+    program, ran = doubling(monkeypatch)
+    monkeypatch.setattr("bitlower.ir.observe.REUSED_BYTES", 15)
+    observe(program, ["product"], INPUTS, lambda *_: None)
+    assert ran.count(EXP) == 3
+    ran.clear()
+    monkeypatch.setattr("bitlower.ir.observe.REUSED_BYTES", 16)
+    observe(program, ["product"], INPUTS, lambda *_: None)
+    assert ran.count(EXP) == 1
+    ran.clear()
+    observe(program, ["product"], iter(INPUTS), lambda *_: None)
+    assert ran.count(EXP) == 3

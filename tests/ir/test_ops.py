@@ -5,6 +5,7 @@ import torch
 
 from bitlower.ir import Granularity, Grid, ScaleConvention, ops
 from bitlower.ir.quantization import numerics
+from bitlower.ir.storage import spill
 
 LAYOUTS = [(), (1, 1, 1), (3, 1, 1), (1, 4, 1), (1, 1, 8), (1, 1, 2), (3, 2, 4), (3, 4, 8)]
 SHAPE = (3, 4, 8)
@@ -200,3 +201,27 @@ def test_row_groups_factor_out_of_an_integer_matmul():
         numerics.fake(x, x_scale, x_zero, -127, 127).double() @ numerics.fake(w, w_scale, w_zero, -127, 127).double().T
     )
     torch.testing.assert_close(integer, simulated, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_matrix_in_a_file_is_rounded_in_parts_to_the_same_bits(layout, monkeypatch):
+    monkeypatch.setattr("bitlower.ir.quantization.by_rows.PART", 40)  # two of three rows hold more
+    taken = []
+    fake = numerics.fake
+    monkeypatch.setattr(numerics, "fake", lambda x, *args: taken.append(len(x)) or fake(x, *args))
+    x, scale, zero = _case(layout)
+    rounded = ops.fake_quantize(x, scale, zero, 0, 15)
+    taken.clear()
+    assert torch.equal(ops.fake_quantize(spill(x), scale, zero, 0, 15), rounded)
+    assert taken == [1, 1, 1]
+    assert torch.equal(
+        ops.quantize(spill(x), scale, zero, 0, 15, "uint8"), ops.quantize(x, scale, zero, 0, 15, "uint8")
+    )
+    codes = torch.randint(0, 15, SHAPE, dtype=torch.uint8)
+    assert torch.equal(ops.dequantize(spill(codes), scale, zero), ops.dequantize(codes, scale, zero))
+
+
+def test_scales_of_several_rows_are_not_cut(monkeypatch):
+    monkeypatch.setattr("bitlower.ir.quantization.by_rows.PART", 16)
+    x, scale, zero = torch.randn(4, 8), torch.rand(2, 1) + 0.1, torch.zeros(2, 1)
+    assert torch.equal(ops.fake_quantize(spill(x), scale, zero, -8, 7), ops.fake_quantize(x, scale, zero, -8, 7))

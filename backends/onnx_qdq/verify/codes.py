@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,21 +35,6 @@ LARGEST_VALUES = 256 << 20
 """Bytes of float values and their codes that are read from the runtime at once, to round the values."""
 
 
-@dataclass(frozen=True)
-class CodeRun:
-    """One batch's outputs.
-
-    Args:
-        alone: the Program's.
-        given_codes: the Program's, given the runtime's codes.
-        runtime: the runtime's while its codes are read; empty where there are none.
-    """
-
-    alone: dict[str, torch.Tensor]
-    given_codes: dict[str, torch.Tensor]
-    runtime: dict[str, Array]
-
-
 class CodeComparison:
     """Compares codes batch by batch.
 
@@ -70,7 +54,8 @@ class CodeComparison:
         self.names = list(dict.fromkeys([*(n.name for n in self._nodes), *self._computed_parameters().values()]))
         floats = [source.x.name or "" for source in self._sources.values() if source is not None]
         self._session = self._open_deployed(optimized, config) or self._open(path, self.names, config)
-        self._float_session = self._open(path, list(dict.fromkeys([*self.names, *floats])), config)
+        self._float_names = list(dict.fromkeys([*self.names, *floats]))
+        self._float_session = self._open(path, self._float_names, config)
         read = {node for codes in self._nodes for node in (codes, QuantizerNode(codes).value)}
         self._exact_types = [node.meta["type"] for node in read]
         self._tallies = {node: Tally() for node in self._nodes}
@@ -101,20 +86,11 @@ class CodeComparison:
                     found[ours] = theirs.name
         return found
 
-    def run(self, batch: Batch) -> CodeRun:
-        """Compare one batch.
-
-        Raises:
-            CheckError: a scale that is computed at run time is not the Program's.
-        """
-        runtime = self._session.run(batch) if self._session else {}
-        alone = self._compare_alone(batch, runtime)
-        if self._float_session is None:
-            return CodeRun(alone, alone, {})
-        given = self._compare_given_codes(batch, runtime)
-        self._explain(batch, runtime)
-        self._compare_exactly(self._float_session.run(within(self._program, batch, self._exact_types, LARGEST_VALUES)))
-        return CodeRun(alone, given, {name: runtime[name] for name in given})
+    def read(self, batch: Batch) -> tuple[dict[str, Array], dict[str, Array]]:
+        """The codes that the runtime computes on ``batch``, with scales that it computes; and its outputs meanwhile."""
+        assert self._session is not None  # where there are names, there is one
+        values = self._session.run(batch)
+        return {name: values[name] for name in self.names}, {s.name: values[s.name] for s in self._program.outputs}
 
     def rows(self) -> tuple[CodeError, ...]:
         """A row for each quantized value, in execution order."""
@@ -124,8 +100,8 @@ class CodeComparison:
             rows.append(tally.row(node.name, quantizer, str(node.meta.get("path", ""))))
         return tuple(rows)
 
-    def _compare_alone(self, batch: Batch, runtime: Mapping[str, Array]) -> dict[str, torch.Tensor]:
-        """Count equal codes when both compute on their own; the Program's outputs."""
+    def compare_alone(self, batch: Batch, runtime: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+        """Count codes equal to those of :meth:`read` when both compute on their own; the Program's outputs."""
         results = output_nodes(self._program)
         outputs: dict[fx.Node, torch.Tensor] = {}
 
@@ -138,8 +114,14 @@ class CodeComparison:
         observe(self._program, {*self._nodes, *results.values()}, [batch], look)
         return {name: outputs[node] for name, node in results.items()}
 
-    def _compare_given_codes(self, batch: Batch, runtime: Mapping[str, Array]) -> dict[str, torch.Tensor]:
-        """Run the Program with the runtime's codes; compare each with what the Program itself would have given."""
+    def compare_given_codes(self, batch: Batch, runtime: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+        """Run the Program with the runtime's codes; compare each with what the Program itself would have given.
+
+        The Program's outputs, given those codes.
+
+        Raises:
+            CheckError: a scale that is computed at run time is not the Program's.
+        """
         results = output_nodes(self._program)
         given = {node: to_tensor(runtime[name]) for node, name in self._computed_parameters().items()}
         given |= {node: to_tensor(runtime[node.name]) for node in self._nodes}
@@ -164,7 +146,7 @@ class CodeComparison:
         observe(self._program, {*given, *last, *results.values()}, [batch], look)
         return {name: kept[node] for name, node in results.items()}
 
-    def _explain(self, batch: Batch, runtime: Mapping[str, Array]) -> None:
+    def explain(self, batch: Batch, runtime: Mapping[str, Array]) -> None:
         """Measure what float arithmetic does to the values whose codes lie further off than ties do as a rule.
 
         Errors of a stream that no quantizer interrupts add up from layer to layer, as in an encoder of sound.
@@ -183,8 +165,12 @@ class CodeComparison:
             ours, other = (Rounding(v[x], v[scale], v[zero], *grid_limits(node)) for v in (plain, shaken))
             self._tallies[node].add_noise(ours, other)
 
-    def _compare_exactly(self, runtime: Mapping[str, Array]) -> None:
-        """Round the runtime's own float inputs and compare with its codes."""
+    def compare_exactly(self, batch: Batch) -> None:
+        """Round the runtime's own float inputs and compare with its codes, on so much of a batch as fits at once."""
+        if self._float_session is None:
+            return
+        part = within(self._program, batch, self._exact_types, LARGEST_VALUES)
+        runtime = self._float_session.run(part, self._float_names)
         computed = self._computed_parameters()
         for node, source in self._sources.items():
             view = QuantizerNode(node)

@@ -15,10 +15,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from bitlower.backends.artifact.outputs import NOISE, Array, OutputComparison, OutputError
+from bitlower.backends.artifact.outputs import NOISE, OutputComparison, OutputError
 from bitlower.backends.artifact.rounding import TIE
 from bitlower.backends.artifact.selftest import SelfTest, make_selftest
 from bitlower.backends.artifact.unseen import Seen, Unseen, at, with_small_batch
@@ -27,7 +28,7 @@ from bitlower.backends.onnx_qdq.encoding.nbits import FLOAT_ACTIVATIONS
 from bitlower.backends.onnx_qdq.runtime.session import read_model, runtime_versions
 from bitlower.backends.onnx_qdq.verify.codes import CodeComparison
 from bitlower.backends.onnx_qdq.verify.constants import check_constants, weights
-from bitlower.backends.onnx_qdq.verify.record import CodeError, Verification
+from bitlower.backends.onnx_qdq.verify.record import CodeError, Figures, Verification
 from bitlower.backends.onnx_qdq.verify.runtime_kernels import Optimized, inspect_kernels, optimized_model
 from bitlower.backends.onnx_qdq.write.files import MODEL
 from bitlower.ir import Batch, BitlowerError, CheckError, Program
@@ -46,8 +47,18 @@ HELD_BYTES = 256 << 20
 """Weights of more bytes in float lie in files for the comparison, not in memory."""
 UNPACKED_BYTES = 2 << 30
 """Weights of more bytes in float are dequantized anew in each run, so that no disk has to hold them either."""
+REMEMBERED_BYTES = 64 << 20
+"""Outputs of the Program that take no more are remembered until the next batch, which may be the tokens that follow."""
 CODES_EQUAL = 0.5
 """The least share of equal codes of at most 8 bits when both run on their own; that encoder shows 0.97 and 0.93."""
+
+
+class Compared(NamedTuple):
+    """A model that holds what its Program promises: the figures, a self-test if one was made, and the new sizes."""
+
+    figures: Figures
+    selftest: SelfTest | None
+    unseen: Unseen
 
 
 def verify_export(
@@ -59,9 +70,34 @@ def verify_export(
     session_config: Mapping[str, str] | None = None,
     accuracy_level: int = FLOAT_ACTIVATIONS,
     split: Collection[str] = (),
-    file: str = MODEL,
 ) -> Verification:
-    """Check that ``folder/model.onnx`` computes what ``program`` does.
+    """Check that ``folder/model.onnx`` computes what ``program`` does; see :func:`compare_export`.
+
+    Raises:
+        BitlowerError: there is no batch.
+        CheckError: the model does not load or run, or computes something else: the tensor and the figures are named.
+    """
+    figures, selftest, unseen = compare_export(
+        program, folder, batches, limit=limit, session_config=session_config, accuracy_level=accuracy_level,
+        split=split, tested=True,
+    )  # fmt: skip
+    assert selftest is not None
+    return Verification(**vars(figures), selftest=selftest, unseen=unseen)
+
+
+def compare_export(
+    program: Program,
+    folder: Path,
+    batches: Iterable[Batch],
+    *,
+    limit: int = 4,
+    session_config: Mapping[str, str] | None = None,
+    accuracy_level: int = FLOAT_ACTIVATIONS,
+    split: Collection[str] = (),
+    file: str = MODEL,
+    tested: bool = False,
+) -> Compared:
+    """Check that a model in ``folder`` computes what ``program`` does.
 
     Only one batch's values are held at a time, and the weights in float if they are not large. A decoder also decodes:
     part of the first batch is run again in steps, the last of one token, with the keys and values of those before. At
@@ -75,7 +111,8 @@ def verify_export(
         session_config: session configuration entries that the model is meant to run with.
         accuracy_level: of MatMulNBits that the export was asked for.
         split: the names of codes that the export multiplies with float activations as integers of several digits.
-        file: another name of the model in the folder.
+        file: the name of the model in the folder.
+        tested: whether self-tests are made.
 
     Raises:
         BitlowerError: there is no batch.
@@ -91,10 +128,10 @@ def verify_export(
         kernels = inspect_kernels(
             program, path, graph, session_config=config, accuracy_level=accuracy_level, split=split
         )
-        comparison = _Comparison(floats, path, optimized, config)
+        comparison = _Comparison(floats, path, optimized, config, tested=tested)
         trim()
         selftest, unseen = comparison.run_all(itertools.islice(batches, limit), rounds=kernels.rounds_activations)
-    return Verification(
+    figures = Figures(
         runtime=runtime_versions(),
         session_config=config,
         batches=comparison.batches,
@@ -104,27 +141,27 @@ def verify_export(
         constants={"tensors": constants.tensors, "codes": constants.codes},
         exposing=max((row.worst for row in comparison.exposing.rows()), default=0.0),
         kernels=kernels,
-        selftest=selftest,
-        unseen=unseen,
     )
+    return Compared(figures, selftest, unseen)
 
 
 class _Comparison:
     """All comparisons, summed over batches."""
 
-    def __init__(self, program: Program, path: Path, optimized: Optimized, config: Mapping[str, str]) -> None:
-        self._program, self._session = program, optimized.session
+    def __init__(
+        self, program: Program, path: Path, optimized: Optimized, config: Mapping[str, str], *, tested: bool
+    ) -> None:
+        self._program, self._session, self._tested = program, optimized.session, tested
         for spec in program.outputs:
             if spec.name not in self._session.outputs:
                 raise CheckError(f"{path.name} has no output {spec.name!r}")
         self.codes = CodeComparison(program, path, optimized.path, config)
         self.outputs, self.exposing, self._noise = (OutputComparison(program) for _ in range(3))
-        self._selftest: SelfTest | None = None
         self._last: tuple[Batch, Mapping[str, torch.Tensor]] = {}, {}
         self.batches = self.tokens = 0
 
-    def run_all(self, batches: Iterable[Batch], *, rounds: bool) -> tuple[SelfTest, Unseen]:
-        """Compare a part of the first batch, all of them, and one of other sizes; the self-tests.
+    def run_all(self, batches: Iterable[Batch], *, rounds: bool) -> tuple[SelfTest | None, Unseen]:
+        """Compare a part of the first batch, all of them, and one of other sizes; self-tests where they are wanted.
 
         Args:
             batches: real ones.
@@ -134,44 +171,62 @@ class _Comparison:
             BitlowerError: there is no batch.
             CheckError: the model fails, or computes something else.
         """
-        seen = Seen(self._program)
+        seen, selftest = Seen(self._program), None
         for batch in with_small_batch(self._program, batches, self._outputs):
-            self.run(batch)
+            made = self.run(batch, tested=self._tested and selftest is None)
+            selftest = selftest or made
             seen.add(batch)
-        if self._selftest is None:
+        if not self.batches:
             raise BitlowerError("an export cannot be verified without a batch of inputs", hint="give at least one")
         self._check(rounds=rounds)
         other = seen.other()
         sizes = seen.describe(other)
         if other is None:
-            return self._selftest, Unseen(sizes)
+            return selftest, Unseen(sizes)
         with at(sizes):
-            batch = self._program.complete(other)
-            deployed = self.run(batch)
+            unseen = self.run(self._program.complete(other), tested=self._tested)
             self._check(rounds=rounds)
-        return self._selftest, Unseen(sizes, make_selftest(batch, deployed))
+        return selftest, Unseen(sizes, unseen)
 
     def _check(self, *, rounds: bool) -> None:
         outputs = _output_problems(self.outputs.rows(), self.limits(), rounds=rounds)
         _require([*_code_problems(self.codes.rows()), *outputs])
 
-    def run(self, batch: Batch) -> Mapping[str, Array]:
-        """Compare one batch; what the model returns. The first becomes the self-test."""
+    def run(self, batch: Batch, *, tested: bool) -> SelfTest | None:
+        """Compare one batch; a self-test of it if it is to be ``tested``.
+
+        What a comparison alone needs goes after it: logits are as large as all else together.
+        """
         self._last = {}, {}
         given, batch = batch, self._program.complete(batch)
-        deployed = self._session.run(batch)
-        run, shown = self.codes.run(batch), visible(self._program, batch)
-        self._last = given, run.alone
-        self.outputs.add(run.alone, deployed, shown)
-        self.outputs.add_given_codes(run.given_codes, deployed, shown)
-        if not run.runtime and any(row.given_codes > OUTPUT_GIVEN_CODES for row in self.outputs.rows()):
-            self._noise.add(run.alone, {k: v.numpy() for k, v in shaken(self._program, batch).items()}, shown)
-        if run.runtime:
-            self.exposing.add({name: torch.from_numpy(value) for name, value in deployed.items()}, run.runtime)
-        self._selftest = self._selftest or make_selftest(batch, deployed)
+        shown = visible(self._program, batch)
+        if self.codes.names:
+            deployed = self._session.run(batch)
+            codes, meanwhile = self.codes.read(batch)
+            self.exposing.add({name: torch.from_numpy(value) for name, value in deployed.items()}, meanwhile)
+            del meanwhile
+            alone = self.codes.compare_alone(batch, codes)
+        else:
+            codes, alone = {}, run(self._program, batch)  # before the model's own outputs are there too
+            deployed = self._session.run(batch)
+        self.outputs.add(alone, deployed, shown)
+        if sum(value.nbytes for value in alone.values()) <= REMEMBERED_BYTES:
+            self._last = given, alone
+        if codes:
+            del alone
+            self.outputs.add_given_codes(self.codes.compare_given_codes(batch, codes), deployed, shown)
+            self.codes.explain(batch, codes)
+        else:
+            self.outputs.add_given_codes(alone, deployed, shown)
+            if any(row.given_codes > OUTPUT_GIVEN_CODES for row in self.outputs.rows()):
+                self._noise.add(alone, {k: v.numpy() for k, v in shaken(self._program, batch).items()}, shown)
+            del alone
+        selftest = make_selftest(batch, deployed) if tested else None
+        del codes, deployed
+        self.codes.compare_exactly(batch)
         self.batches, self.tokens = self.batches + 1, self.tokens + next(iter(batch.values())).numel()
         trim()  # what was compared leaves holes as large as itself
-        return deployed
+        return selftest
 
     def _outputs(self, batch: Batch) -> Mapping[str, torch.Tensor]:
         """The Program's outputs; those of the batch that was compared last are known."""

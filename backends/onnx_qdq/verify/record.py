@@ -51,8 +51,8 @@ class CodeError:
 
 
 @dataclass(frozen=True)
-class Verification(Verified):
-    """A comparison that held.
+class Figures:
+    """What was compared of a model, or of a stage of one; all of it held.
 
     Args:
         runtime: the runtime's version and provider.
@@ -65,8 +65,6 @@ class Verification(Verified):
         exposing: the largest change of an output from reading the codes, which could keep the runtime from fusing; 0
             says that the codes are those of the model as it is deployed.
         kernels: what the runtime runs.
-        selftest: lets the artifact be checked without the Program.
-        unseen: the sizes that neither tracing nor the batches had, and a self-test of them.
     """
 
     runtime: Mapping[str, str]
@@ -78,6 +76,17 @@ class Verification(Verified):
     constants: Mapping[str, int]
     exposing: float
     kernels: KernelReport
+
+
+@dataclass(frozen=True)
+class Verification(Figures, Verified):
+    """A comparison that held, and what lets the artifact be checked without the Program.
+
+    Args:
+        selftest: inputs, and what came out.
+        unseen: the sizes that neither tracing nor the batches had, and a self-test of them.
+    """
+
     selftest: SelfTest
     unseen: Unseen
 

@@ -13,7 +13,7 @@ from bitlower.backends.artifact.outputs import Array
 from bitlower.backends.artifact.stages import compare_together
 from bitlower.backends.onnx_qdq.runtime.session import Session
 from bitlower.backends.onnx_qdq.verify.compare import OUTPUT_COSINE
-from bitlower.backends.onnx_qdq.verify.record import Verification
+from bitlower.backends.onnx_qdq.verify.record import Figures, Verification
 from bitlower.backends.onnx_qdq.verify.runtime_kernels import joined
 from bitlower.backends.onnx_qdq.write.files import model_file
 from bitlower.ir import Batch, Program
@@ -21,9 +21,9 @@ from bitlower.ir.stages import DECODER, ENCODER, crossing, decoder_batch, encode
 
 
 def join_stages(
-    program: Program, folder: Path, stages: Mapping[str, Verification], batch: Batch, config: Mapping[str, str]
+    program: Program, folder: Path, stages: Mapping[str, Figures], batch: Batch, config: Mapping[str, str]
 ) -> Verification:
-    """One verification of the whole from those of its stages.
+    """The verification of the whole from the figures of its stages.
 
     Args:
         program: the whole.
@@ -39,16 +39,15 @@ def join_stages(
     selftest, unseen = compare_together(program, together.run, batch, OUTPUT_COSINE)
     parts = list(stages.values())
     constants = sum((Counter(dict(part.constants)) for part in parts), Counter[str]())
-    return replace(
+    figures = replace(
         parts[-1],
         outputs=tuple(row for part in parts for row in part.outputs),
         quantized=tuple(row for part in parts for row in part.quantized),
         constants=dict(constants),
         exposing=max(part.exposing for part in parts),
         kernels=joined([part.kernels for part in parts]),
-        selftest=selftest,
-        unseen=unseen,
     )
+    return Verification(**vars(figures), selftest=selftest, unseen=unseen)
 
 
 class StageSessions:
