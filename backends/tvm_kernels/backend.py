@@ -81,7 +81,7 @@ class TvmKernels(Backend):
 
     def _known(self) -> Target:
         """The target, as far as it is known without a look at the processor."""
-        return Target.LLVM if self.target == HOST else find_target(self.target)
+        return dataclasses.replace(Target.LLVM, name=HOST) if self.target == HOST else find_target(self.target)
 
     def resolve(self) -> Target:
         """The target that it stands for.

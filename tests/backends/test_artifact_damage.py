@@ -284,10 +284,22 @@ def kinds() -> dict[str, Any]:
             "gptq-v2", "float16", 1, 8, (layer,), 0.0, (output,), "transformers", {"torch": "2"}, Unseen("")
         ),
         "library": library.Verification(
-            {"target": "llvm"}, 1, 8, (error,), (kernel,), 0.0, selftest(), Unseen("", selftest())
+            {"target": "llvm"},
+            1,
+            8,
+            (error,),
+            (kernel,),
+            0.0,
+            {"expected": {"linear": 2}, "found": {"linear": 2}},
+            selftest(),
+            Unseen("", selftest()),
         ),
         "signature": library_files.Signature(
-            library_files.Target.LLVM, "", "other", {"main": library_files.Function((value,), (value,))}
+            "llvm",
+            "",
+            "other",
+            {"main": library_files.Function((value,), (value,))},
+            library_files.Operators({"linear": 2}, {"fused_linear": 2}, {"why": ("%linear",)}),
         ),
     }
 

@@ -54,7 +54,7 @@ def written(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("library")
     report = export(program, folder, batches=[tokens(3, 9), tokens(1, 20)], provenance={"seed": 3})
     form = report.to_dict()
-    assert form["operators"]["fused_linear"] > 4
+    assert form["operators"]["compiled"]["fused_linear"] > 4
     assert form["files"]["library.so"] > 10_000
     summary = form["verification"]["summary"]
     assert summary["output_relative_error"] < 5e-6

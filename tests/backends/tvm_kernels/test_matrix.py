@@ -131,6 +131,6 @@ def test_fragments_of_other_tiles(make_linear, on_fibers, changes, config):
 )
 def test_blocks_that_shared_memory_does_not_hold_are_refused(changes):
     with pytest.raises(
-        BitlowerError, match=r"tiles of 640 x 640 results take \d+ bytes of shared memory, and cuda has"
+        BitlowerError, match=r"tiles of 960 x 960 results take \d+ bytes of shared memory, and cuda has"
     ):
-        device_source(replace(SPEC, **changes), config=GemmConfig(block_m=640, block_n=640))
+        device_source(replace(SPEC, **changes), config=GemmConfig(block_m=960, block_n=960))
