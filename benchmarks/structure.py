@@ -2,11 +2,12 @@
 
     python benchmarks/structure.py [--root CHECKOUT]
 
-A room is a file of the folder, or a folder in it with all that it holds; an arrow leads from a room to another that it
-imports, for types alone too; a circle is a set of rooms that reach each other; floors are the levels of the rooms, each
-above all that it imports. ``modules`` and ``circles of modules`` are the same file by file. ``by place`` counts where
-an argument of a node is read by its number: ``.args[…]`` and ``operand(node, 1)``. ``closure`` is how many pass modules
-``lower_integer.py`` pulls in, itself among them. Of another checkout the numbers of folders are printed alone.
+Each backend is measured like a top-level folder too. A room is a file of the folder, or a folder in it with all that it
+holds; an arrow leads from a room to another that it imports, for types alone too; a circle is a set of rooms that reach
+each other; floors are the levels of the rooms, each above all that it imports. ``modules`` and ``circles of modules``
+are the same file by file. ``by place`` counts where an argument of a node is read by its number: ``.args[…]`` and
+``operand(node, 1)``. ``closure`` is how many pass modules ``lower_integer.py`` pulls in, itself among them.
+Of another checkout the numbers of folders are printed alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from _common import show_table, write_result
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("ir", "passes", "frontends", "backends", "tools")
+BACKENDS = tuple(f"backends/{name}" for name in ("onnx_qdq", "checkpoint", "tvm_kernels"))
 ENTRY = "bitlower.passes.lowering.lower_integer"
 
 
@@ -51,9 +53,9 @@ def graph_of(folder: str, root: Path = ROOT) -> nx.DiGraph:
     return graph
 
 
-def room(name: str) -> str:
-    """The file or folder in a top-level folder that a module belongs to."""
-    return ".".join(name.split(".")[:3])
+def room(name: str, folder: str) -> str:
+    """The file or folder in a folder that a module belongs to."""
+    return ".".join(name.split(".")[: folder.count("/") + 3])
 
 
 def circles(graph: nx.DiGraph) -> list[list[str]]:
@@ -75,10 +77,11 @@ def by_place(path: Path) -> int:
 def measure(folder: str, root: Path) -> dict[str, int]:
     """The numbers of one folder, its own ``__init__.py`` left out: it only names what is public."""
     files = graph_of(folder, root)
-    files.remove_node(f"bitlower.{folder}")
+    files.remove_node(f"bitlower.{folder.replace('/', '.')}")
     rooms = nx.DiGraph()
-    rooms.add_nodes_from(map(room, files))
-    rooms.add_edges_from((room(a), room(b)) for a, b in files.edges if room(a) != room(b))
+    home = {name: room(name, folder) for name in files}
+    rooms.add_nodes_from(home.values())
+    rooms.add_edges_from((home[a], home[b]) for a, b in files.edges if home[a] != home[b])
     return {
         "modules": len(files), "circles of modules": len(circles(files)), "rooms": len(rooms),
         "floors": nx.dag_longest_path_length(nx.condensation(rooms)) + 1, "arrows": rooms.number_of_edges(),
@@ -97,7 +100,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=ROOT, help="another checkout, whose numbers are printed alone")
     root = parser.parse_args().root.resolve()
-    rows = [{"folder": folder, **measure(folder, root)} for folder in FOLDERS]
+    rows = [
+        {"folder": folder, **measure(folder, root)} for folder in FOLDERS + (BACKENDS if root == ROOT.resolve() else ())
+    ]
     show_table(list(rows[0]), [list(row.values()) for row in rows])
     if root != ROOT.resolve():
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import runpy
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from bitlower.backends.tvm_kernels import Library, Target
 from bitlower.backends.tvm_kernels.inspect.launches import Launch, launches_of
 from bitlower.backends.tvm_kernels.library.library import Code
 from bitlower.backends.tvm_kernels.schedules.gpu.fallback import launches, schedule
+from bitlower.backends.tvm_kernels.spec.operators import families
 from bitlower.backends.tvm_kernels.target import tvm_target
 from bitlower.backends.tvm_kernels.verify.trace import KernelComparison, trace
 from bitlower.ir import BitlowerError, CheckError
@@ -33,12 +33,6 @@ LAYERS = 2
 HALF = 8 * LAYERS * 2.0**-11
 """Of an output's standard deviation: values, weights and results are rounded to 11 bits eight times a layer or more,
 each by 2⁻¹¹ at most; not all of them in the same direction."""
-
-
-def families(names: list[str]) -> Counter[str]:
-    """How often kernels of each family were launched."""
-    known = ("bitlower_linear", "bitlower_norm", "bitlower_activation", "attention")
-    return Counter(next((family for family in known if name.startswith(family)), "other") for name in names)
 
 
 @pytest.mark.parametrize("scheme", ["W8A8-full", pytest.param("W8A8-token", marks=pytest.mark.nightly)])
