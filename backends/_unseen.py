@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bitlower.backends._selftest import Run, SelfTest, run_selftest
+from bitlower.backends._selftest import Run, SelfTest, run_selftest, with_drawn
 from bitlower.backends.decoding import cached_steps
 from bitlower.ir import Batch, BitlowerError, CheckError, Program
 from bitlower.ir.batch_sizes import (
@@ -20,7 +20,7 @@ from bitlower.ir.batch_sizes import (
     wanted_size,
     with_small_outputs,
 )
-from bitlower.ir.tokens import MASK, is_past
+from bitlower.ir.tokens import BATCH, MASK, PICTURES, is_past
 
 _ROWS = (3, 4, 5, 7)
 _LENGTHS = (7, 5, 9, 11, 13, 15, 17, 19, 23, 29)
@@ -81,11 +81,11 @@ class Seen:
         """
         wanted: dict[str, int] = {}
         for name in self._sizes:
-            for size in _ROWS if name == "batch" else _LENGTHS:
+            for size in _ROWS if name in (BATCH, PICTURES) else _LENGTHS:
                 if size not in self._sizes[name] and self._takes({**wanted, name: size}, name):
                     wanted[name] = size
                     break
-        return self._program.fitted(self._resized(wanted)) if wanted else None
+        return with_drawn(self._program.fitted(self._resized(wanted))) if wanted else None
 
     def describe(self, batch: Batch | None) -> str:
         """The sizes of the symbolic dimensions of a batch that :meth:`other` gave, in words."""
@@ -150,7 +150,7 @@ def with_small_batch(
     """
     for count, batch in enumerate(batches):
         if count == 0:
-            small = small_batch(program, batch)
+            small = with_drawn(small_batch(program, batch))
             yield small
             yield from cached_steps(program, small, outputs)
         yield with_small_outputs(program, batch)

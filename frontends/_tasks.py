@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bitlower.frontends._scans import CHUNKED, SELECTIVE
 from bitlower.ir import BitlowerError, nearest
 from bitlower.ir.quiet import quiet
-from bitlower.ir.tasks import PICTURE_FEATURES, SPEECH_RECOGNITION, TASKS, TEXT_TO_TEXT
+from bitlower.ir.tasks import CAPTIONS, PICTURE_FEATURES, SPEECH_RECOGNITION, TASKS, TEXT_TO_TEXT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ _TABLES = (
     (TEXT_TO_TEXT, "SEQ_TO_SEQ_CAUSAL_LM"),
     (SPEECH_RECOGNITION, "SPEECH_SEQ_2_SEQ"),
     ("image-classification", "IMAGE_CLASSIFICATION"),
+    (CAPTIONS, "ZERO_SHOT_IMAGE_CLASSIFICATION"),
     ("fill-mask", "MASKED_LM"),
     ("text-generation", "CAUSAL_LM"),
     ("feature-extraction", "TEXT_ENCODING"),
@@ -34,6 +35,13 @@ _BODY = (
 )
 _TEXT, _TEXT_PART = "input_ids", "text_config"
 PIXELS = "pixel_values"
+_CAPTIONED = frozenset(
+    (
+        "self", _TEXT, PIXELS, "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "return_loss",
+        "interpolate_pos_encoding", "kwargs",
+    )
+)  # fmt: skip
+"""What models of texts and pictures are called with; who asks for more reads something else too."""
 _OTHER_INPUTS = "pass `example_inputs`"
 SPEECH = "WhisperForConditionalGeneration"
 """The one class whose features of sound an encoder reads here."""
@@ -126,12 +134,16 @@ def refuse_class(kind: type[PreTrainedModel], config: Any, task: str) -> None:
     others = [name.removesuffix("_config") for name in parts if name != _TEXT_PART] if _TEXT_PART in parts else []
     if kind.__name__ == SPEECH and task == SPEECH_RECOGNITION:
         return
+    if TASKS[task].captions:
+        _refuse_captions(kind)
+        return
     if TASKS[task].pictures or (kind.main_input_name == PIXELS and _TEXT_PART not in parts):
         _refuse_pictures(kind, config, task)
         return
     if kind.main_input_name != _TEXT or others:
         reads = kind.main_input_name if kind.main_input_name != _TEXT else f"text and {' and '.join(others)}"
-        raise BitlowerError(f"{kind.__name__} reads {reads}, not token ids", hint=_OTHER_INPUTS)
+        known = f"name {CAPTIONS} as the task" if _reads_captions(kind) else _OTHER_INPUTS
+        raise BitlowerError(f"{kind.__name__} reads {reads}, not token ids", hint=known)
     if getattr(config, "is_encoder_decoder", False) and not (TASKS[task].whole or TASKS[task].sequence_to_sequence):
         raise BitlowerError(
             f"{kind.__name__} is an encoder and a decoder, which together are not supported for {task}",
@@ -140,6 +152,29 @@ def refuse_class(kind: type[PreTrainedModel], config: Any, task: str) -> None:
     if getattr(kind, "_is_stateful", False) and config.model_type not in (*SELECTIVE, *CHUNKED):
         raise state_refused(kind.__name__)
     refuse_rope(kind.__name__, config.to_dict())
+
+
+def _reads_captions(kind: type[PreTrainedModel]) -> bool:
+    """Whether a model reads texts and pictures, and nothing else."""
+    names = set(inspect.signature(kind.forward).parameters)
+    return {_TEXT, PIXELS} <= names <= _CAPTIONED
+
+
+def _refuse_captions(kind: type[PreTrainedModel]) -> None:
+    """See that a model reads texts and pictures, and nothing else.
+
+    Raises:
+        BitlowerError: it is not so.
+    """
+    if _reads_captions(kind):
+        return
+    names = set(inspect.signature(kind.forward).parameters)
+    others = sorted(names - _CAPTIONED)
+    raise BitlowerError(
+        f"{kind.__name__} reads {', '.join(others or [str(kind.main_input_name)])}, and {CAPTIONS} is for models of"
+        " texts and of pictures of one size",
+        hint=_OTHER_INPUTS,
+    )
 
 
 def _refuse_pictures(kind: type[PreTrainedModel], config: Any, task: str) -> None:

@@ -12,9 +12,9 @@ import torch
 from bitlower.frontends._beside import check_float, check_padding, collect, plain_config
 from bitlower.frontends._encoder import export, plain_outputs, trace_encoder, trace_given
 from bitlower.frontends._failure import explain_failure
-from bitlower.frontends._pictures import picture_inputs
+from bitlower.frontends._pictures import caption_inputs, picture_inputs
 from bitlower.frontends._precision import in_float32
-from bitlower.frontends._samples import text_inputs
+from bitlower.frontends._samples import EncoderInputs, text_inputs
 from bitlower.frontends._tasks import check_task, refuse_class, refuse_folder, task_of
 from bitlower.frontends._trace import check_replay, evaluating, releasing, to_program
 from bitlower.frontends.context import context_length, stated_length
@@ -119,9 +119,7 @@ def _trace(
         if generates:
             program = _trace_decoder(model, task, traces)
         elif example_inputs is None:
-            pictures = TASKS[task].pictures
-            inputs = picture_inputs(model, pretrained.assets) if pictures else text_inputs(model)
-            program = trace_encoder(model, task, inputs, traces)
+            program = trace_encoder(model, task, _inputs(model, task, pretrained.assets), traces)
         else:
             program = trace_given(model, task, example_inputs)
         program.config = plain_config(model)
@@ -138,6 +136,13 @@ def _trace(
         outputs = ", ".join(spec.name for spec in program.outputs if "." not in spec.name)
         program.notes += (f"the configuration sets {', '.join(changed)} otherwise: the model gives {outputs} here",)
     return program
+
+
+def _inputs(model: PreTrainedModel, task: str, assets: Mapping[str, bytes]) -> EncoderInputs:
+    """What a model reads that does its task in one run."""
+    if TASKS[task].pictures:
+        return picture_inputs(model, assets)
+    return caption_inputs(model, assets) if TASKS[task].captions else text_inputs(model)
 
 
 def _longest(program: Program, model: PreTrainedModel, dim: str) -> int | None:

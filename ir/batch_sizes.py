@@ -9,7 +9,7 @@ import torch
 
 from bitlower.ir.fit import Batch
 from bitlower.ir.program import Program
-from bitlower.ir.tokens import BATCH, MASK, TOKENS, is_past
+from bitlower.ir.tokens import BATCH, MASK, PICTURES, TOKENS, is_past
 from bitlower.ir.types import TensorType
 
 ROWS = 2
@@ -56,7 +56,7 @@ def keep_ends(program: Program, batch: dict[str, torch.Tensor], whole: Batch) ->
 def _cut(tensor: torch.Tensor, shape: tuple[int | str, ...], rows: int, length: int) -> torch.Tensor:
     for axis, dim in enumerate(shape):
         if isinstance(dim, str):
-            tensor = tensor.narrow(axis, 0, min(tensor.shape[axis], rows if dim == BATCH else length))
+            tensor = tensor.narrow(axis, 0, min(tensor.shape[axis], rows if dim in (BATCH, PICTURES) else length))
     return tensor.clone(memory_format=torch.contiguous_format)
 
 

@@ -202,7 +202,6 @@ def _film() -> Any:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "clip": (_clip, "CLIPModel reads text and vision, not token ids"),
     "film": (_film, "TimesformerModel reads the frames of a film, and image-feature-extraction is for one picture"),
     "bart": (
         lambda: transformers.BartModel(transformers.BartConfig(**BART)),

@@ -21,7 +21,7 @@ from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.files import check_name
 from bitlower.ir.generation import before_stop, program_stages, stop_tokens, target_prompt, write_targets
 from bitlower.ir.stages import encoder_batch, is_encoder_decoder
-from bitlower.tools.data.sounds import NamedRows
+from bitlower.tools.data.named_rows import SOUNDS, NamedRows
 from bitlower.tools.data.texts import Row, read_examples, split_column
 from bitlower.tools.evaluation.artifacts import load_artifact
 from bitlower.tools.evaluation.packages import metric_package
@@ -106,7 +106,7 @@ def evaluate_targets(
         raise BitlowerError(f"{beams} beams make no sense", hint="ask for at least 1")
     METRICS[task]([rows[0].values[1]], [rows[0].values[1]])  # a package that is missing is named before the work
     if task == SPEECH:
-        NamedRows(path, lambda: rows).check_sounds()
+        NamedRows(path, lambda: rows).check(SOUNDS)
     writer = _Writer.open(target, _Limits(max_length, language, beams))
     written = [text for batch in track(writer.batches(path, rows, batch_size), "evaluating") for text in writer(batch)]
     name = target.source if isinstance(target, Program) else os.fspath(target)

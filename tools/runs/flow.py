@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 import torch
 
 from bitlower.frontends import load
-from bitlower.frontends.task import is_decoder, is_picture_model, is_speech_reader
+from bitlower.frontends.task import is_decoder, is_picture_model
 from bitlower.ir import Program, Scheme
 from bitlower.passes import Context, PassManager, make_pass
 from bitlower.passes.outliers.analyze_outliers import OutlierReport
+from bitlower.tools.data.named_rows import files_of
 from bitlower.tools.data.pictures import picture_recipe, python_pictures, refuse_training
 from bitlower.tools.data.sources import Calibration, DataSource, python_source, recipe_source
 from bitlower.tools.data.training import python_training, with_training
@@ -61,8 +62,7 @@ def recipe_job(recipe: Recipe) -> Job:
     else:
         decoder = is_decoder(recipe.model_source, recipe.model.task)
         source = with_training(recipe_source(recipe, decoder), recipe, decoder)
-    if is_speech_reader(recipe.model_source, recipe.model.task):
-        source.check_sounds()
+    source.check_files(files_of(recipe.model_source, recipe.model.task))
     return Job(
         load=lambda traces: replace(
             load(recipe.model_source, task=recipe.model.task, traces=traces), source=_portable(recipe.model.path)
@@ -159,8 +159,7 @@ def _python_job(
     if is_picture_model(model, task):
         refuse_training(training)
     source = python_training(source, training, seed=seed, max_length=max_length, decoder=decoder, bos=bos)
-    if is_speech_reader(model, task):
-        source.check_sounds()
+    source.check_files(files_of(model, task))
     passes = standard_passes(
         scheme, ignore, algorithm=algorithm, calibrated=calibrated, trained=trained, formats=formats
     )
@@ -205,8 +204,7 @@ def analyze_model(
     """
     display = display or Display(quiet=True)
     source = _source(model, calibration, task=task, samples=samples, max_length=max_length, seed=seed, bos=bos)
-    if is_speech_reader(model, task):
-        source.check_sounds()
+    source.check_files(files_of(model, task))
     display.note("loading and tracing the model")
     program = load(model, task=task)
     for note in program.notes:
