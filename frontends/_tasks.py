@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitlower.frontends._scans import CHUNKED, SELECTIVE
+from bitlower.frontends._sounds import VALUES, reads_samples, reads_spectrogram
 from bitlower.ir import BitlowerError, nearest
 from bitlower.ir.quiet import quiet
-from bitlower.ir.tasks import CAPTIONS, PICTURE_FEATURES, SPEECH_RECOGNITION, TASKS, TEXT_TO_TEXT
+from bitlower.ir.tasks import CAPTIONS, CTC, PICTURE_FEATURES, SOUND_CLASSES, SPEECH_RECOGNITION, TASKS, TEXT_TO_TEXT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +23,8 @@ _TABLES = (
     (TEXT_TO_TEXT, "SEQ_TO_SEQ_CAUSAL_LM"),
     (SPEECH_RECOGNITION, "SPEECH_SEQ_2_SEQ"),
     ("image-classification", "IMAGE_CLASSIFICATION"),
+    (SOUND_CLASSES, "AUDIO_CLASSIFICATION"),
+    (CTC, "CTC"),
     (CAPTIONS, "ZERO_SHOT_IMAGE_CLASSIFICATION"),
     ("fill-mask", "MASKED_LM"),
     ("text-generation", "CAUSAL_LM"),
@@ -77,6 +80,22 @@ def task_of(architectures: Sequence[str], where: str) -> str:
     )
 
 
+def refuse_texts_of_sound(architectures: Sequence[str], task: str) -> None:
+    """See that a model that hears sound alone is loaded for a task of sounds.
+
+    Raises:
+        BitlowerError: it is not.
+    """
+    for name in architectures:
+        if getattr(_class(name), "main_input_name", None) == VALUES and not TASKS[task].sounds:
+            own = next((known for known, table in _TABLES if name in _names(f"MODEL_FOR_{table}_MAPPING_NAMES")), None)
+            known = TASKS[own].sounds if own else False
+            raise BitlowerError(
+                f"{name} hears sound alone, and {task} is not for that",
+                hint=f"name {own} as the task" if known else _OTHER_INPUTS,
+            )
+
+
 def _reads_pictures(architecture: str) -> bool:
     kind = _class(architecture)
     return getattr(kind, "main_input_name", None) == PIXELS and _TEXT_PART not in _parts(kind.config_class)
@@ -130,9 +149,13 @@ def refuse_class(kind: type[PreTrainedModel], config: Any, task: str) -> None:
         BitlowerError: it reads something else than the task says, is several models, or keeps a state in a way that
             cannot be traced.
     """
+    refuse_texts_of_sound([kind.__name__], task)
     parts = _parts(config)
     others = [name.removesuffix("_config") for name in parts if name != _TEXT_PART] if _TEXT_PART in parts else []
     if kind.__name__ == SPEECH and task == SPEECH_RECOGNITION:
+        return
+    if TASKS[task].sounds:
+        _refuse_sounds(kind, config, task)
         return
     if TASKS[task].captions:
         _refuse_captions(kind)
@@ -175,6 +198,20 @@ def _refuse_captions(kind: type[PreTrainedModel]) -> None:
         " texts and of pictures of one size",
         hint=_OTHER_INPUTS,
     )
+
+
+def _refuse_sounds(kind: type[PreTrainedModel], config: Any, task: str) -> None:
+    """See that a model reads sound in a form that is known here.
+
+    Raises:
+        BitlowerError: it does not.
+    """
+    if kind.main_input_name != VALUES or not (reads_samples(config) or reads_spectrogram(config)):
+        raise BitlowerError(
+            f"{kind.__name__} reads {kind.main_input_name}, and {task} is for models of samples (wav2vec 2.0, HuBERT)"
+            " and of spectrograms of one size (AST)",
+            hint=_OTHER_INPUTS,
+        )
 
 
 def _refuse_pictures(kind: type[PreTrainedModel], config: Any, task: str) -> None:

@@ -15,7 +15,8 @@ from bitlower.frontends._failure import explain_failure
 from bitlower.frontends._pictures import caption_inputs, picture_inputs
 from bitlower.frontends._precision import in_float32
 from bitlower.frontends._samples import EncoderInputs, text_inputs
-from bitlower.frontends._tasks import check_task, refuse_class, refuse_folder, task_of
+from bitlower.frontends._sounds import sound_inputs
+from bitlower.frontends._tasks import check_task, refuse_class, refuse_folder, refuse_texts_of_sound, task_of
 from bitlower.frontends._trace import check_replay, evaluating, releasing, to_program
 from bitlower.frontends.context import context_length, stated_length
 from bitlower.frontends.decoder import Signature
@@ -38,6 +39,9 @@ _REPLAY_SIZES = (
 _SCAN_TRACE = {"sequence": 37}
 _SCAN_REPLAY = {"batch": 3, "past": 0, "sequence": 70}
 """Of models with states of a fixed size, which may scan the tokens in blocks: several blocks, and another number."""
+
+_NO_MASKS = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}
+"""Sound is masked in training alone: a model with these settings has no vector for it, which no run reads."""
 
 
 @dataclass
@@ -80,6 +84,7 @@ def load_folder(
     architectures = [shorten(name) for name in named if isinstance(name, str)] if isinstance(named, list) else []
     check_task(task)
     task = task or task_of(architectures, f"{folder}: ")
+    refuse_texts_of_sound(architectures, task)
     kind = auto_class(task, architectures)
     refuse_folder(folder, kind, task)
     model = load_weights(folder, task, kind, mapped=mapped)
@@ -122,7 +127,7 @@ def _trace(
             program = trace_encoder(model, task, _inputs(model, task, pretrained.assets), traces)
         else:
             program = trace_given(model, task, example_inputs)
-        program.config = plain_config(model)
+        program.config = plain_config(model) | (_NO_MASKS if TASKS[task].sounds else {})
     program.assets = dict(pretrained.assets)
     program.notes = (*pretrained.notes, *program.notes)
     program.source = pretrained.source or type(model).__name__
@@ -142,6 +147,8 @@ def _inputs(model: PreTrainedModel, task: str, assets: Mapping[str, bytes]) -> E
     """What a model reads that does its task in one run."""
     if TASKS[task].pictures:
         return picture_inputs(model, assets)
+    if TASKS[task].sounds:
+        return sound_inputs(model, assets)
     return caption_inputs(model, assets) if TASKS[task].captions else text_inputs(model)
 
 

@@ -47,6 +47,15 @@ def is_caption_model(model: str | os.PathLike[str] | torch.nn.Module, task: str 
     return _says(model, task, lambda known: known.captions)
 
 
+def is_sound_model(model: str | os.PathLike[str] | torch.nn.Module, task: str | None = None) -> bool:
+    """Whether ``model`` will be traced as one of sound alone, in one run; of a folder only the configuration is read.
+
+    Raises:
+        BitlowerError: there is no such model.
+    """
+    return _says(model, task, lambda known: known.sounds)
+
+
 def is_picture_model(model: str | os.PathLike[str] | torch.nn.Module, task: str | None = None) -> bool:
     """Whether ``model`` will be traced as one that reads pictures alone; of a folder only the configuration is read.
 

@@ -14,6 +14,7 @@ from bitlower.frontends.captions import attends_to_padding, reads_captions, text
 from bitlower.frontends.pairs import pair_batches, random_pairs
 from bitlower.frontends.pictures import picture_batches, random_pictures, reads_pictures
 from bitlower.frontends.sound import reads_sound, sound_batches
+from bitlower.frontends.waveforms import random_waveforms, reads_waveforms, waveform_batches
 from bitlower.ir import BitlowerError, Program, nearest
 from bitlower.ir.assets import is_tokenizer
 from bitlower.ir.stages import is_encoder_decoder
@@ -55,6 +56,8 @@ def batches(
     check_sizes(batch_size, max_length)
     if reads_pictures(program):
         return picture_batches(program, [Path(text) for text in texts], batch_size=batch_size)
+    if reads_waveforms(program):
+        return waveform_batches(program, [Path(text) for text in texts], batch_size=batch_size)
     if reads_sound(program):
         files = [Path(text) for text in texts]
         return sound_batches(program, files, pairs, max_length=max_length, batch_size=batch_size).batches
@@ -72,7 +75,7 @@ def batches(
 
 def reads_files(program: Program) -> bool:
     """Whether what :func:`batches` takes as texts of ``program`` are paths of files."""
-    return reads_pictures(program) or reads_sound(program) or reads_captions(program)
+    return any(reads(program) for reads in (reads_pictures, reads_sound, reads_captions, reads_waveforms))
 
 
 def _text_batches(
@@ -247,13 +250,17 @@ def windows(program: Program, ids: torch.Tensor, *, batch_size: int = 1) -> list
 def random_windows(
     program: Program, *, count: int = 2, length: int = 32, seed: int = 0
 ) -> list[dict[str, torch.Tensor]]:
-    """``count`` batches of one row of tokens, one picture or both, drawn at random: for comparisons that need no data.
+    """``count`` batches of one row of tokens, one picture or both, or one sound, drawn at random.
+
+    They are for comparisons that need no data.
 
     Raises:
-        BitlowerError: the program reads neither token ids of a known vocabulary nor pictures alone.
+        BitlowerError: the program reads something else, or token ids of a vocabulary whose size is not known.
     """
     if reads_pictures(program):
         return random_pictures(program, count=count, seed=seed)
+    if reads_waveforms(program):
+        return random_waveforms(program, count=count, seed=seed)
     if is_encoder_decoder(program):
         return random_pairs(program, count=count, length=length, seed=seed)
     entries = text_settings(program).get("vocab_size")

@@ -11,6 +11,8 @@ from bitlower.ir.fit import Batch, ValueSpec
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "past + sequence"
 ENCODER_SEQUENCE = "encoder_sequence"
+SAMPLES = "samples"
+"""Values of a sound, along its time."""
 PICTURES = "pictures"
 """How many pictures there are, where they need not be as many as the texts."""
 TARGET, TARGET_MASK = "decoder_input_ids", "decoder_attention_mask"

@@ -58,6 +58,12 @@ def seq2seq() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
+def sound_models() -> SimpleNamespace:
+    """Small models of sound and files of tones: what ``sound_models.py`` defines."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("sound_models.py"))))
+
+
+@pytest.fixture(scope="session")
 def run_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """``run_script(script, *arguments, env={}, cwd=…)``: as ``python -c`` in a process of its own, which may be killed.
 

@@ -16,8 +16,9 @@ from bitlower.frontends import batches
 from bitlower.frontends.captions import reads_captions
 from bitlower.ir import BitlowerError, Program
 from bitlower.ir.tasks import CAPTIONS
+from bitlower.tools.data.media import PICTURES
+from bitlower.tools.evaluation.media import read_labelled
 from bitlower.tools.evaluation.metrics import accuracy
-from bitlower.tools.evaluation.pictures import read_labelled
 from bitlower.tools.evaluation.results import Evaluation
 from bitlower.tools.evaluation.runners import Array, Runner, Track, open_runner
 
@@ -44,7 +45,7 @@ def evaluate_zero_shot(
         BitlowerError: the model reads no texts with pictures, there is one class alone, or a file is missing or no
             picture.
     """
-    rows = read_labelled(path, columns)
+    rows = read_labelled(path, columns, CAPTIONS, PICTURES)
     files = [str(path.parent / row.values[0]) for row in rows]
     labels = [row.values[1] for row in rows]
     classes = sorted(set(labels))

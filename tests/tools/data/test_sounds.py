@@ -31,7 +31,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    for place in ("runs.flow.load", "evaluation.targets.load"):
+    for place in ("runs.flow.load", "evaluation.runners.load"):
         monkeypatch.setattr(f"bitlower.tools.{place}", refuse)
 
 
