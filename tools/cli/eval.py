@@ -26,8 +26,8 @@ Task = Annotated[
     typer.Option(
         help="sts-b, classification, token-classification (F1 by entity), question-answering (SQuAD's F1), "
         "fill-mask (accuracy of masked tokens), image-classification, zero-shot-image-classification (classes by their "
-        "names) or text-generation; of encoder-decoders "
-        "summarization (ROUGE), translation (BLEU) or speech-recognition (word error rate)."
+        "names), audio-classification or text-generation; of encoder-decoders "
+        "summarization (ROUGE), translation (BLEU) or speech-recognition (word error rate; also of ctc)."
     ),
 ]
 Data = Annotated[
@@ -43,7 +43,7 @@ Columns = Annotated[
         help="sts-b: score,sentence1,sentence2 (4,5,6 if not given: the benchmark's own files). "
         "classification: text[,text2],label (sentence,label if not given). token-classification: words,tags (of a "
         "CoNLL file the first and the last if not given). question-answering: question,context,answers. "
-        "image-classification and zero-shot-image-classification: path,label. "
+        "image-classification, zero-shot-image-classification and audio-classification: path,label. "
         "Encoder-decoders: source,reference."
     ),
 ]
