@@ -163,6 +163,12 @@ def refuse_class(kind: type[PreTrainedModel], config: Any, task: str) -> None:
     if TASKS[task].pictures or (kind.main_input_name == PIXELS and _TEXT_PART not in parts):
         _refuse_pictures(kind, config, task)
         return
+    if kind.__name__ in _names("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES") and others:
+        raise BitlowerError(
+            f"{kind.__name__} writes from pictures among its tokens, and decoders here read token ids alone",
+            hint="its vision tower works as a module, its language model with `inputs_embeds` among `example_inputs`,"
+            " without a cache",
+        )
     if kind.main_input_name != _TEXT or others:
         reads = kind.main_input_name if kind.main_input_name != _TEXT else f"text and {' and '.join(others)}"
         known = f"name {CAPTIONS} as the task" if _reads_captions(kind) else _OTHER_INPUTS

@@ -124,3 +124,23 @@ def test_pictures_of_many_sizes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(form))
     with pytest.raises(BitlowerError, match=r"Siglip2Model reads pixel_attention_mask, spatial_shapes, .*of one size"):
         load(tmp_path)
+
+
+def test_a_language_model_that_sees_is_refused_and_its_halves_work() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    texts = transformers.LlamaConfig(**sizes, vocab_size=20, max_position_embeddings=32)
+    pictures = transformers.CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+    config = transformers.LlavaConfig(text_config=texts, vision_config=pictures, image_token_id=5)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    with pytest.raises(BitlowerError, match="writes from pictures among its tokens, and decoders here read token ids"):
+        load(model)
+    pixels = torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        seen = model.model.vision_tower(pixel_values=pixels).last_hidden_state
+    assert torch.allclose(load(model.model.vision_tower)(pixel_values=pixels)["last_hidden_state"], seen, atol=1e-5)
+    language, embedded = model.model.language_model, {"inputs_embeds": torch.randn(2, 9, 16)}
+    program = load(language, task="feature-extraction", example_inputs=embedded)
+    other = torch.randn(3, 7, 16)
+    with torch.no_grad():
+        expected = language(inputs_embeds=other, use_cache=False).last_hidden_state
+    assert torch.allclose(program(inputs_embeds=other)["last_hidden_state"], expected, atol=1e-5)
