@@ -10,12 +10,11 @@ import torch
 from bitlower.frontends._samples import EncoderInputs
 from bitlower.ir import BitlowerError
 from bitlower.ir.json_files import object_of, parse_json
-from bitlower.ir.tokens import BATCH, MASK, SAMPLES
+from bitlower.ir.tokens import BATCH, MASK, SAMPLES, SOUND
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VALUES = "input_values"
 EXTRACTOR = "preprocessor_config.json"
 _FRAMES = (9, 4, 6)
 """What a model of samples is traced with, and compared on: frames that its convolutions make of them."""
@@ -49,11 +48,11 @@ def sound_inputs(model: PreTrainedModel, assets: Mapping[str, bytes]) -> Encoder
         shape = (config.max_length, config.num_mel_bins)
 
         def draw(rows: int, length: int) -> dict[str, torch.Tensor]:
-            return {VALUES: torch.randn((rows, *shape), generator=torch.Generator().manual_seed(0))}
+            return {SOUND: torch.randn((rows, *shape), generator=torch.Generator().manual_seed(0))}
 
-        return EncoderInputs({VALUES: (BATCH, *shape)}, draw, (1,), ((1, 1), (3, 1)))
+        return EncoderInputs({SOUND: (BATCH, *shape)}, draw, (1,), ((1, 1), (3, 1)))
     default = getattr(config, "feat_extract_norm", None) == "layer"
-    names = (VALUES, MASK) if sound_settings(assets).get("return_attention_mask", default) else (VALUES,)
+    names = (SOUND, MASK) if sound_settings(assets).get("return_attention_mask", default) else (SOUND,)
     lengths = [_samples(config, frames) for frames in _FRAMES]
     return EncoderInputs(
         dict.fromkeys(names, (BATCH, SAMPLES)),
@@ -90,4 +89,4 @@ def _noise(rows: int, length: int) -> dict[str, torch.Tensor]:
     values = torch.randn((rows, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones((rows, length), dtype=torch.int64)
     mask[-1, length * 3 // 4 :] = int(rows == 1)
-    return {VALUES: values * mask, MASK: mask}
+    return {SOUND: values * mask, MASK: mask}

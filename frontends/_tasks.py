@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitlower.frontends._scans import CHUNKED, SELECTIVE
-from bitlower.frontends._sounds import VALUES, reads_samples, reads_spectrogram
+from bitlower.frontends._sounds import reads_samples, reads_spectrogram
 from bitlower.ir import BitlowerError, nearest
 from bitlower.ir.quiet import quiet
 from bitlower.ir.tasks import CAPTIONS, CTC, PICTURE_FEATURES, SOUND_CLASSES, SPEECH_RECOGNITION, TASKS, TEXT_TO_TEXT
+from bitlower.ir.tokens import SOUND
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +88,7 @@ def refuse_texts_of_sound(architectures: Sequence[str], task: str) -> None:
         BitlowerError: it is not.
     """
     for name in architectures:
-        if getattr(_class(name), "main_input_name", None) == VALUES and not TASKS[task].sounds:
+        if getattr(_class(name), "main_input_name", None) == SOUND and not TASKS[task].sounds:
             own = next((known for known, table in _TABLES if name in _names(f"MODEL_FOR_{table}_MAPPING_NAMES")), None)
             known = TASKS[own].sounds if own else False
             raise BitlowerError(
@@ -212,7 +213,7 @@ def _refuse_sounds(kind: type[PreTrainedModel], config: Any, task: str) -> None:
     Raises:
         BitlowerError: it does not.
     """
-    if kind.main_input_name != VALUES or not (reads_samples(config) or reads_spectrogram(config)):
+    if kind.main_input_name != SOUND or not (reads_samples(config) or reads_spectrogram(config)):
         raise BitlowerError(
             f"{kind.__name__} reads {kind.main_input_name}, and {task} is for models of samples (wav2vec 2.0, HuBERT)"
             " and of spectrograms of one size (AST)",

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from bitlower.frontends._sounds import EXTRACTOR, VALUES, sound_settings
+from bitlower.frontends._sounds import EXTRACTOR, sound_settings
 from bitlower.frontends._tokenizer import tokenizer_of
 from bitlower.frontends.sound import read_sound
 from bitlower.ir import BitlowerError, Program, shorten
 from bitlower.ir.quiet import quiet
 from bitlower.ir.scratch import scratch_folder
-from bitlower.ir.tokens import MASK, SAMPLES
+from bitlower.ir.tokens import MASK, SAMPLES, SOUND
 
 ENDINGS = (".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".ogg", ".opus", ".wav")
 """Endings of the names of sound files that libsndfile reads, in small letters."""
@@ -30,7 +30,7 @@ _RATE = 16_000
 
 def reads_waveforms(program: Program) -> bool:
     """Whether ``program`` reads sounds alone, as samples or as spectrograms of one size."""
-    return {spec.name for spec in program.inputs} in ({VALUES}, {VALUES, MASK})
+    return {spec.name for spec in program.inputs} in ({SOUND}, {SOUND, MASK})
 
 
 def random_waveforms(program: Program, *, count: int, seed: int) -> list[dict[str, torch.Tensor]]:
@@ -72,8 +72,8 @@ def waveform_batches(program: Program, paths: Sequence[Path], *, batch_size: int
         padding: dict[str, Any] = {"padding": True, "return_attention_mask": MASK in names} if _samples(program) else {}
         made = extractor(sounds, sampling_rate=extractor.sampling_rate, return_tensors="pt", **padding)
         batch = {name: made[name] for name in names}
-        batch[VALUES] = batch[VALUES].float()
-        _check_shape(program, batch[VALUES])
+        batch[SOUND] = batch[SOUND].float()
+        _check_shape(program, batch[SOUND])
         result.append({name: value.long() if name == MASK else value for name, value in batch.items()})
     return result
 
@@ -125,7 +125,7 @@ def spoken(program: Program, frames: torch.Tensor) -> str:
 def own_frames(program: Program, batch: Mapping[str, torch.Tensor]) -> list[int]:
     """How many frames of each row of ``batch`` its convolutions make of samples that are no padding."""
     mask = batch.get(MASK)
-    counts = [int(n) for n in mask.sum(1)] if mask is not None else [batch[VALUES].shape[1]] * len(batch[VALUES])
+    counts = [int(n) for n in mask.sum(1)] if mask is not None else [batch[SOUND].shape[1]] * len(batch[SOUND])
     for kernel, stride in zip(program.config["conv_kernel"], program.config["conv_stride"], strict=True):
         counts = [(count - kernel) // stride + 1 for count in counts]
     return counts
@@ -141,7 +141,7 @@ def _check_shape(program: Program, values: torch.Tensor) -> None:
     Raises:
         BitlowerError: it is not.
     """
-    wanted = next(spec.type.shape for spec in program.inputs if spec.name == VALUES)[1:]
+    wanted = next(spec.type.shape for spec in program.inputs if spec.name == SOUND)[1:]
     made = tuple(values.shape[1:])
     if len(made) != len(wanted) or any(isinstance(a, int) and a != b for a, b in zip(wanted, made, strict=True)):
         ours, theirs = (" × ".join(map(str, sizes)) for sizes in (wanted, made))
