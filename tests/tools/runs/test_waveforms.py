@@ -16,6 +16,8 @@ import bitlower
 from bitlower.frontends import batches, load
 from bitlower.ir import BitlowerError
 from bitlower.ir.quiet import quiet
+from bitlower.passes import Context, PassManager, parse_pipeline
+from bitlower.passes.training._report import TrainReport
 from bitlower.tools.evaluation.evaluate import evaluate
 from bitlower.tools.runs.flow import quantize
 
@@ -145,3 +147,15 @@ def test_bad_sounds_are_named_before_the_model_is_loaded(
         quantize(folders / "ast", calibration=tmp_path / "sounds", max_length=64, output=tmp_path / "out")
     with pytest.raises(BitlowerError, match=r"the folder .* has no sounds; files that end with .aif"):
         quantize(folders / "ast", calibration=folders / "ast", output=tmp_path / "out")
+
+
+def test_frames_of_sound_are_trained_on(sound_models: Any, folders: Path, tmp_path: Path) -> None:
+    """The divergence of all frames' logits from the float model's falls, whatever the mask of the samples says."""
+    program = load(folders / "wav2vec2-layer")
+    paths = [str(path) for path in sound_models.save_tones(tmp_path, 12)]
+    made = batches(program, paths, batch_size=3)
+    context = Context(made[:3], made[3:], training=made[:3], held_out=made[3:])
+    pipeline = "clean,quantize{scheme=W3A16},calibrate,qat{steps=12 evaluate-every=4}"
+    PassManager(parse_pipeline(pipeline)).run(program, context)
+    curve = [point.held_out for point in context[TrainReport].curve if point.held_out is not None]
+    assert curve[0] > curve[1] > curve[2]
