@@ -77,14 +77,11 @@ def evaluate(
     usual = WINDOW if task == QUESTION_ANSWERING else TOKENS
     length = usual if max_length is None else max_length
     check_sizes(batch_size, length)
-    if task in METRICS:
-        return evaluate_targets(
-            target, task, data,
-            columns=columns, batch_size=batch_size, max_length=length, beams=beams, track=track,
-        )  # fmt: skip
-    path, named = split_column(data)
-    columns = tuple(columns) or tuple(named.split(",") if named else ())
     rows: dict[str, Any] = {"columns": columns, "batch_size": batch_size, "track": track}
+    if task in METRICS:
+        return evaluate_targets(target, task, data, max_length=length, beams=beams, **rows)
+    path, named = split_column(data)
+    rows["columns"] = columns = tuple(columns) or tuple(named.split(",") if named else ())
     if task in HEADS:
         return HEADS[task](target, path, max_length=length, **rows)
     if task == FILL_MASK:
