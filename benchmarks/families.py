@@ -33,11 +33,13 @@ import bitlower
 from bitlower.backends.onnx_qdq import OnnxQdq
 from bitlower.frontends import batches, load
 from bitlower.frontends._encoder import plain_outputs
+from bitlower.frontends.captions import reads_captions
 from bitlower.frontends.pairs import random_pairs
 from bitlower.frontends.pictures import random_pictures, reads_pictures
 from bitlower.frontends.sound import reads_sound
-from bitlower.frontends.task import is_picture_model, is_speech_reader
-from bitlower.frontends.tokenize import token_ids, windows
+from bitlower.frontends.task import is_caption_model, is_picture_model, is_sound_model, is_speech_reader
+from bitlower.frontends.tokenize import random_windows, token_ids, windows
+from bitlower.frontends.waveforms import reads_waveforms
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.ir.quantization.scheme import WEIGHT_ROLES
 from bitlower.ir.quiet import quiet
@@ -81,6 +83,8 @@ def run(folder: Path, scheme: str, algorithm: str | None, texts: Path, text: Pat
     how: dict[str, Any] = {"calibration": str(data), "samples": SAMPLES, "max_length": LENGTH}
     if is_picture_model(folder):
         how = {"calibration": random_pictures(load(folder), count=SAMPLES, seed=0)}
+    if is_caption_model(folder) or is_sound_model(folder):
+        how = {"calibration": random_windows(load(folder), count=SAMPLES, length=LENGTH, seed=0)}
     if is_speech_reader(folder):
         how = {"calibration": random_pairs(load(folder), count=SAMPLES, length=LENGTH, seed=0)}
     with tempfile.TemporaryDirectory() as place:
@@ -112,7 +116,7 @@ def cosine(program: Program, artifact: Path, model: torch.nn.Module, data: Path)
         found = program.cropped({name: deployed(**given)[name]}, batch)[name]
         expected = model(**batch)[name]
         mask = token_mask(batch)
-        keep = mask if mask is not None and expected.shape[:2] == mask.shape else ...
+        keep = mask if mask is not None and expected.shape[:2] == mask.shape and expected.dim() > 2 else ...
         ours.append(found[keep].double().flatten())
         theirs.append(expected[keep].double().flatten())
     a, b = torch.cat(ours), torch.cat(theirs)
@@ -127,6 +131,11 @@ def held_out(program: Program, data: Path) -> list[Batch]:
     if reads_pictures(program):
         drawn = [batch["pixel_values"] for batch in random_pictures(program, count=HELD_OUT, seed=1)]
         return [{"pixel_values": drawn[0]}, {"pixel_values": torch.cat(drawn[1:])}]
+    if reads_captions(program) or reads_waveforms(program):
+        first, *others = random_windows(program, count=HELD_OUT, length=LENGTH - 7, seed=1)
+        more = {name: torch.cat([batch[name] for batch in others]) for name in first}
+        fewer = {"pixel_values": more["pixel_values"][1:]} if reads_captions(program) else {}
+        return [first, {**more, **fewer}]
     if reads_sound(program):
         return random_pairs(program, count=HELD_OUT, length=LENGTH - 7, seed=1)
     lines = [line for line in data.read_text().splitlines() if line.strip()]

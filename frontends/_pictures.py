@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from bitlower.frontends._samples import EncoderInputs
+from bitlower.frontends._samples import EncoderInputs, text_inputs
 from bitlower.frontends._tasks import PIXELS
 from bitlower.ir import BitlowerError, shorten
 from bitlower.ir.json_files import object_of, parse_json
-from bitlower.ir.tokens import BATCH
+from bitlower.ir.tokens import BATCH, PICTURES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +33,11 @@ class PictureSize(NamedTuple):
     width: int
     source: str
 
+    def notes(self) -> tuple[str, ...]:
+        """What to say where nobody says it."""
+        unsaid = "neither a processor's settings nor the configuration says how large pictures are"
+        return () if self.source else (f"{unsaid}: {self.height} × {self.width}",)
+
 
 def picture_inputs(model: PreTrainedModel, assets: Mapping[str, bytes]) -> EncoderInputs:
     """One picture a row, ``pixel_values`` ``[batch, channels, height, width]`` float32: the batch alone varies.
@@ -49,10 +54,33 @@ def picture_inputs(model: PreTrainedModel, assets: Mapping[str, bytes]) -> Encod
     shape = (int(channels), size.height, size.width)
 
     def draw(rows: int, length: int) -> dict[str, torch.Tensor]:
-        return {PIXELS: torch.randn((rows, *shape), generator=torch.Generator().manual_seed(0))}
+        return {PIXELS: _noise(rows, shape)}
 
-    unsaid = f"neither a processor's settings nor the configuration says how large pictures are: {_USUAL} × {_USUAL}"
-    return EncoderInputs({PIXELS: (BATCH, *shape)}, draw, (1,), ((1, 1), (3, 1)), () if size.source else (unsaid,))
+    return EncoderInputs({PIXELS: (BATCH, *shape)}, draw, (1,), ((1, 1), (3, 1)), size.notes())
+
+
+def caption_inputs(model: PreTrainedModel, assets: Mapping[str, bytes]) -> EncoderInputs:
+    """Texts as :func:`~bitlower.frontends._samples.text_inputs` has them, and any number of pictures.
+
+    Args:
+        model: of texts and pictures, each part with a configuration of its own.
+        assets: the files beside it; its processor's settings may be among them.
+
+    Raises:
+        BitlowerError: as :func:`picture_inputs`.
+    """
+    texts, config = text_inputs(model), model.config.vision_config
+    size = picture_size(config.to_dict(), assets)
+    shape = (int(getattr(config, "num_channels", None) or _CHANNELS), size.height, size.width)
+
+    def draw(rows: int, length: int) -> dict[str, torch.Tensor]:
+        return {**texts.draw(rows, length), PIXELS: _noise(2 * rows - 1, shape)}
+
+    return EncoderInputs({**texts.shapes, PIXELS: (PICTURES, *shape)}, draw, notes=size.notes())
+
+
+def _noise(count: int, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn((count, *shape), generator=torch.Generator().manual_seed(0))
 
 
 def picture_size(config: Mapping[str, Any], assets: Mapping[str, bytes]) -> PictureSize:

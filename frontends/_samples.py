@@ -56,7 +56,7 @@ def layout(model: PreTrainedModel) -> dict[str, tuple[int | str, ...]]:
     shapes: dict[str, tuple[int | str, ...]] = {"input_ids": _TEXT}
     if "attention_mask" in parameters or open_ended:
         shapes["attention_mask"] = _TEXT
-    if (getattr(model.config, "type_vocab_size", 0) or 0) > 0 and ("token_type_ids" in parameters or open_ended):
+    if (getattr(text_config(model), "type_vocab_size", 0) or 0) > 0 and ("token_type_ids" in parameters or open_ended):
         shapes["token_type_ids"] = _TEXT
     if "bbox" in parameters:
         shapes["bbox"] = (*_TEXT, 4)
@@ -99,15 +99,21 @@ def sample(model: PreTrainedModel, names: Mapping[str, Any], rows: int, length: 
 
 def vocabulary(model: PreTrainedModel) -> int:
     """How many token ids the model's table takes."""
-    table = model.get_input_embeddings()
-    entries = getattr(table, "num_embeddings", None) or model.config.vocab_size
+    config = text_config(model)
+    table = model.get_input_embeddings() if config is model.config else None
+    entries = getattr(table, "num_embeddings", None) or config.vocab_size
     return int(entries)
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """What the configuration says about the texts: all of it, or a part where there is another for pictures."""
+    return getattr(model.config, "text_config", None) or model.config
 
 
 def _ordinary_tokens(model: PreTrainedModel) -> torch.Tensor:
     """The token ids that the configuration gives no meaning of their own; all where none is left."""
     keep = torch.ones(vocabulary(model), dtype=torch.bool)
-    for key, value in model.config.to_dict().items():
+    for key, value in text_config(model).to_dict().items():
         for token in value if isinstance(value, list) else [value]:
             if key.endswith("_token_id") and isinstance(token, int) and 0 <= token < len(keep):
                 keep[token] = False
@@ -116,5 +122,5 @@ def _ordinary_tokens(model: PreTrainedModel) -> torch.Tensor:
 
 def _token(model: PreTrainedModel, name: str) -> int | None:
     """A token that the configuration names, if the model's table has it."""
-    value = getattr(model.config, name, None)
+    value = getattr(text_config(model), name, None)
     return value if isinstance(value, int) and 0 <= value < vocabulary(model) else None

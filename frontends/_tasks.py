@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitlower.frontends._scans import CHUNKED, SELECTIVE
+from bitlower.frontends._sounds import reads_samples, reads_spectrogram
 from bitlower.ir import BitlowerError, nearest
 from bitlower.ir.quiet import quiet
-from bitlower.ir.tasks import PICTURE_FEATURES, SPEECH_RECOGNITION, TASKS, TEXT_TO_TEXT
+from bitlower.ir.tasks import CAPTIONS, CTC, PICTURE_FEATURES, SOUND_CLASSES, SPEECH_RECOGNITION, TASKS, TEXT_TO_TEXT
+from bitlower.ir.tokens import SOUND
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +24,9 @@ _TABLES = (
     (TEXT_TO_TEXT, "SEQ_TO_SEQ_CAUSAL_LM"),
     (SPEECH_RECOGNITION, "SPEECH_SEQ_2_SEQ"),
     ("image-classification", "IMAGE_CLASSIFICATION"),
+    (SOUND_CLASSES, "AUDIO_CLASSIFICATION"),
+    (CTC, "CTC"),
+    (CAPTIONS, "ZERO_SHOT_IMAGE_CLASSIFICATION"),
     ("fill-mask", "MASKED_LM"),
     ("text-generation", "CAUSAL_LM"),
     ("feature-extraction", "TEXT_ENCODING"),
@@ -34,6 +39,13 @@ _BODY = (
 )
 _TEXT, _TEXT_PART = "input_ids", "text_config"
 PIXELS = "pixel_values"
+_CAPTIONED = frozenset(
+    (
+        "self", _TEXT, PIXELS, "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "return_loss",
+        "interpolate_pos_encoding", "kwargs",
+    )
+)  # fmt: skip
+"""What models of texts and pictures are called with; who asks for more reads something else too."""
 _OTHER_INPUTS = "pass `example_inputs`"
 SPEECH = "WhisperForConditionalGeneration"
 """The one class whose features of sound an encoder reads here."""
@@ -67,6 +79,22 @@ def task_of(architectures: Sequence[str], where: str) -> str:
         + (f"is for {other}, which is not supported" if other else "fits no task"),
         hint=_other_hint(architectures) if other else f"name one of {', '.join(TASKS)} as the task",
     )
+
+
+def refuse_texts_of_sound(architectures: Sequence[str], task: str) -> None:
+    """See that a model that hears sound alone is loaded for a task of sounds.
+
+    Raises:
+        BitlowerError: it is not.
+    """
+    for name in architectures:
+        if getattr(_class(name), "main_input_name", None) == SOUND and not TASKS[task].sounds:
+            own = next((known for known, table in _TABLES if name in _names(f"MODEL_FOR_{table}_MAPPING_NAMES")), None)
+            known = TASKS[own].sounds if own else False
+            raise BitlowerError(
+                f"{name} hears sound alone, and {task} is not for that",
+                hint=f"name {own} as the task" if known else _OTHER_INPUTS,
+            )
 
 
 def _reads_pictures(architecture: str) -> bool:
@@ -122,16 +150,30 @@ def refuse_class(kind: type[PreTrainedModel], config: Any, task: str) -> None:
         BitlowerError: it reads something else than the task says, is several models, or keeps a state in a way that
             cannot be traced.
     """
+    refuse_texts_of_sound([kind.__name__], task)
     parts = _parts(config)
     others = [name.removesuffix("_config") for name in parts if name != _TEXT_PART] if _TEXT_PART in parts else []
     if kind.__name__ == SPEECH and task == SPEECH_RECOGNITION:
         return
+    if TASKS[task].sounds:
+        _refuse_sounds(kind, config, task)
+        return
+    if TASKS[task].captions:
+        _refuse_captions(kind)
+        return
     if TASKS[task].pictures or (kind.main_input_name == PIXELS and _TEXT_PART not in parts):
         _refuse_pictures(kind, config, task)
         return
+    if kind.__name__ in _names("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES") and others:
+        raise BitlowerError(
+            f"{kind.__name__} writes from pictures among its tokens, and decoders here read token ids alone",
+            hint="its vision tower works as a module, its language model with `inputs_embeds` among `example_inputs`,"
+            " without a cache",
+        )
     if kind.main_input_name != _TEXT or others:
         reads = kind.main_input_name if kind.main_input_name != _TEXT else f"text and {' and '.join(others)}"
-        raise BitlowerError(f"{kind.__name__} reads {reads}, not token ids", hint=_OTHER_INPUTS)
+        known = f"name {CAPTIONS} as the task" if _reads_captions(kind) else _OTHER_INPUTS
+        raise BitlowerError(f"{kind.__name__} reads {reads}, not token ids", hint=known)
     if getattr(config, "is_encoder_decoder", False) and not (TASKS[task].whole or TASKS[task].sequence_to_sequence):
         raise BitlowerError(
             f"{kind.__name__} is an encoder and a decoder, which together are not supported for {task}",
@@ -140,6 +182,43 @@ def refuse_class(kind: type[PreTrainedModel], config: Any, task: str) -> None:
     if getattr(kind, "_is_stateful", False) and config.model_type not in (*SELECTIVE, *CHUNKED):
         raise state_refused(kind.__name__)
     refuse_rope(kind.__name__, config.to_dict())
+
+
+def _reads_captions(kind: type[PreTrainedModel]) -> bool:
+    """Whether a model reads texts and pictures, and nothing else."""
+    names = set(inspect.signature(kind.forward).parameters)
+    return {_TEXT, PIXELS} <= names <= _CAPTIONED
+
+
+def _refuse_captions(kind: type[PreTrainedModel]) -> None:
+    """See that a model reads texts and pictures, and nothing else.
+
+    Raises:
+        BitlowerError: it is not so.
+    """
+    if _reads_captions(kind):
+        return
+    names = set(inspect.signature(kind.forward).parameters)
+    others = sorted(names - _CAPTIONED)
+    raise BitlowerError(
+        f"{kind.__name__} reads {', '.join(others or [str(kind.main_input_name)])}, and {CAPTIONS} is for models of"
+        " texts and of pictures of one size",
+        hint=_OTHER_INPUTS,
+    )
+
+
+def _refuse_sounds(kind: type[PreTrainedModel], config: Any, task: str) -> None:
+    """See that a model reads sound in a form that is known here.
+
+    Raises:
+        BitlowerError: it does not.
+    """
+    if kind.main_input_name != SOUND or not (reads_samples(config) or reads_spectrogram(config)):
+        raise BitlowerError(
+            f"{kind.__name__} reads {kind.main_input_name}, and {task} is for models of samples (wav2vec 2.0, HuBERT)"
+            " and of spectrograms of one size (AST)",
+            hint=_OTHER_INPUTS,
+        )
 
 
 def _refuse_pictures(kind: type[PreTrainedModel], config: Any, task: str) -> None:

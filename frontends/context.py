@@ -19,7 +19,7 @@ from torch.utils import _pytree
 
 from bitlower.ir import Program, get_tensor
 from bitlower.ir.dataflow import EMBEDDING
-from bitlower.ir.tokens import BATCH, ENCODER_SEQUENCE, SEQUENCE
+from bitlower.ir.tokens import BATCH, ENCODER_SEQUENCE, PICTURES, SEQUENCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -73,7 +73,7 @@ def context_length(program: Program, stated: int | None, dim: str = SEQUENCE) ->
 @torch.no_grad()
 def _takes(program: Program, tokens: Mapping[str, int]) -> bool:
     """Whether no index points outside of its table and all shapes fit at so many ``tokens``."""
-    sizes = {BATCH: 2, "past": 0, "past + sequence": tokens[SEQUENCE], **tokens}
+    sizes = {BATCH: 2, PICTURES: 1, "past": 0, "past + sequence": tokens[SEQUENCE], **tokens}
     examples = []
     for spec in program.inputs:
         if any(isinstance(dim, str) and dim not in sizes for dim in spec.type.shape):

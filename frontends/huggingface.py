@@ -12,10 +12,11 @@ import torch
 from bitlower.frontends._beside import check_float, check_padding, collect, plain_config
 from bitlower.frontends._encoder import export, plain_outputs, trace_encoder, trace_given
 from bitlower.frontends._failure import explain_failure
-from bitlower.frontends._pictures import picture_inputs
+from bitlower.frontends._pictures import caption_inputs, picture_inputs
 from bitlower.frontends._precision import in_float32
-from bitlower.frontends._samples import text_inputs
-from bitlower.frontends._tasks import check_task, refuse_class, refuse_folder, task_of
+from bitlower.frontends._samples import EncoderInputs, text_inputs
+from bitlower.frontends._sounds import sound_inputs
+from bitlower.frontends._tasks import check_task, refuse_class, refuse_folder, refuse_texts_of_sound, task_of
 from bitlower.frontends._trace import check_replay, evaluating, releasing, to_program
 from bitlower.frontends.context import context_length, stated_length
 from bitlower.frontends.decoder import Signature
@@ -38,6 +39,9 @@ _REPLAY_SIZES = (
 _SCAN_TRACE = {"sequence": 37}
 _SCAN_REPLAY = {"batch": 3, "past": 0, "sequence": 70}
 """Of models with states of a fixed size, which may scan the tokens in blocks: several blocks, and another number."""
+
+_NO_MASKS = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}
+"""Sound is masked in training alone: a model with these settings has no vector for it, which no run reads."""
 
 
 @dataclass
@@ -80,6 +84,7 @@ def load_folder(
     architectures = [shorten(name) for name in named if isinstance(name, str)] if isinstance(named, list) else []
     check_task(task)
     task = task or task_of(architectures, f"{folder}: ")
+    refuse_texts_of_sound(architectures, task)
     kind = auto_class(task, architectures)
     refuse_folder(folder, kind, task)
     model = load_weights(folder, task, kind, mapped=mapped)
@@ -119,12 +124,10 @@ def _trace(
         if generates:
             program = _trace_decoder(model, task, traces)
         elif example_inputs is None:
-            pictures = TASKS[task].pictures
-            inputs = picture_inputs(model, pretrained.assets) if pictures else text_inputs(model)
-            program = trace_encoder(model, task, inputs, traces)
+            program = trace_encoder(model, task, _inputs(model, task, pretrained.assets), traces)
         else:
             program = trace_given(model, task, example_inputs)
-        program.config = plain_config(model)
+        program.config = plain_config(model) | (_NO_MASKS if TASKS[task].sounds else {})
     program.assets = dict(pretrained.assets)
     program.notes = (*pretrained.notes, *program.notes)
     program.source = pretrained.source or type(model).__name__
@@ -138,6 +141,15 @@ def _trace(
         outputs = ", ".join(spec.name for spec in program.outputs if "." not in spec.name)
         program.notes += (f"the configuration sets {', '.join(changed)} otherwise: the model gives {outputs} here",)
     return program
+
+
+def _inputs(model: PreTrainedModel, task: str, assets: Mapping[str, bytes]) -> EncoderInputs:
+    """What a model reads that does its task in one run."""
+    if TASKS[task].pictures:
+        return picture_inputs(model, assets)
+    if TASKS[task].sounds:
+        return sound_inputs(model, assets)
+    return caption_inputs(model, assets) if TASKS[task].captions else text_inputs(model)
 
 
 def _longest(program: Program, model: PreTrainedModel, dim: str) -> int | None:

@@ -1,4 +1,4 @@
-"""From picture files to batches of a model that reads pictures alone.
+"""From picture files to batches of a model that reads pictures.
 
 Files are read by Pillow (``pip install bitlower[pictures]``) and prepared by the model's own image processor, as
 transformers' Pillow backend does it: resized, cut out and normalized as ``preprocessor_config.json`` says.
@@ -38,20 +38,26 @@ def random_pictures(program: Program, *, count: int, seed: int) -> list[dict[str
     """``count`` batches of one picture of noise, ``[1, channels, height, width]`` float32, normalized as pictures are.
 
     Args:
-        program: of :func:`reads_pictures`.
+        program: of :func:`reads_pictures`, or one that reads texts too.
         count: of batches.
         seed: of the drawing.
     """
-    shape = [int(size) for size in program.inputs[0].type.shape[1:]]
-    generator = torch.Generator().manual_seed(seed)
+    shape, generator = _shape(program), torch.Generator().manual_seed(seed)
     return [{PIXELS: torch.randn((1, *shape), generator=generator)} for _ in range(count)]
+
+
+def _shape(program: Program) -> tuple[int, ...]:
+    """Channels, height and width of a picture."""
+    pixels = next(spec for spec in program.inputs if spec.name == PIXELS)
+    return tuple(int(size) for size in pixels.type.shape[1:])
 
 
 def picture_batches(program: Program, paths: Sequence[Path], *, batch_size: int) -> list[dict[str, torch.Tensor]]:
     """Batches in the order of ``paths``: ``pixel_values`` ``[batch, channels, height, width]`` float32.
 
     Args:
-        program: of :func:`reads_pictures`, with the settings of its image processor among its assets.
+        program: of :func:`reads_pictures`, or one that reads texts too; the settings of its image processor are among
+            its assets.
         paths: files that Pillow reads; of a film the first picture.
         batch_size: pictures in a batch.
 
@@ -59,11 +65,9 @@ def picture_batches(program: Program, paths: Sequence[Path], *, batch_size: int)
         BitlowerError: a file is missing, no picture or cut off, Pillow is missing, there are no settings, or they give
             pictures of another size than the model takes.
     """
-    processor = image_processor(program)
-    shape = tuple(program.inputs[0].type.shape[1:])
-    rows = []
+    processor, shape, rows = image_processor(program), _shape(program), []
     for path in paths:
-        pixels = processor(images=read_picture(path, channels=int(shape[0])), return_tensors="pt")[PIXELS][0].float()
+        pixels = processor(images=read_picture(path, channels=shape[0]), return_tensors="pt")[PIXELS][0].float()
         if tuple(pixels.shape) != shape:
             ours, theirs = (" × ".join(map(str, sizes)) for sizes in (shape, pixels.shape))
             raise BitlowerError(
@@ -86,7 +90,7 @@ def image_processor(program: Program) -> Any:
             f"{owner} has no {SETTINGS}, which says how its pictures are prepared",
             hint=f"put {SETTINGS} beside config.json, or give batches of tensors",
         )
-    _pillow()
+    picture_package()
     try:
         return _processor(tuple(sorted(program.assets.items())), json.dumps(program.config))
     except BitlowerError:  # no room for the files
@@ -117,7 +121,7 @@ def read_picture(path: Path, *, channels: int = 3) -> Image:
     Raises:
         BitlowerError: the file is missing, no picture, cut off or damaged, or Pillow is not installed.
     """
-    image = _pillow()
+    image = picture_package()
     from PIL import ImageOps
 
     if not check_name(path).is_file():
@@ -133,7 +137,7 @@ def read_picture(path: Path, *, channels: int = 3) -> Image:
         raise BitlowerError(f"the picture {path} is cut off or damaged: {why}", hint="leave it out") from None
 
 
-def _pillow() -> Any:
+def picture_package() -> Any:
     """The module of Pillow that opens pictures.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -10,7 +11,7 @@ from bitlower.frontends._tasks import PIXELS, SPEECH, task_of
 from bitlower.frontends.locate import GGUF, locate
 from bitlower.ir import BitlowerError
 from bitlower.ir.json_files import read_json
-from bitlower.ir.tasks import SPEECH_RECOGNITION, TASKS, TEXT_GENERATION
+from bitlower.ir.tasks import SPEECH_RECOGNITION, TASKS, TEXT_GENERATION, Task
 
 _SUFFIXES = ("ForCausalLM", "LMHeadModel")
 
@@ -37,20 +38,43 @@ def is_speech_reader(model: str | os.PathLike[str] | torch.nn.Module, task: str 
     return task in (None, SPEECH_RECOGNITION) and _architectures(model)[:1] == [SPEECH]
 
 
+def is_caption_model(model: str | os.PathLike[str] | torch.nn.Module, task: str | None = None) -> bool:
+    """Whether ``model`` will be traced as one of texts and pictures; of a folder only the configuration is read.
+
+    Raises:
+        BitlowerError: there is no such model.
+    """
+    return _says(model, task, lambda known: known.captions)
+
+
+def is_sound_model(model: str | os.PathLike[str] | torch.nn.Module, task: str | None = None) -> bool:
+    """Whether ``model`` will be traced as one of sound alone, in one run; of a folder only the configuration is read.
+
+    Raises:
+        BitlowerError: there is no such model.
+    """
+    return _says(model, task, lambda known: known.sounds)
+
+
 def is_picture_model(model: str | os.PathLike[str] | torch.nn.Module, task: str | None = None) -> bool:
     """Whether ``model`` will be traced as one that reads pictures alone; of a folder only the configuration is read.
 
     Raises:
         BitlowerError: there is no such model.
     """
-    if task is not None:
-        return task in TASKS and TASKS[task].pictures
-    if isinstance(model, torch.nn.Module):
+    if task is None and isinstance(model, torch.nn.Module):
         return getattr(model, "main_input_name", None) == PIXELS
-    if locate(model).suffix == GGUF:
+    return _says(model, task, lambda known: known.pictures)
+
+
+def _says(model: str | os.PathLike[str] | torch.nn.Module, task: str | None, about: Callable[[Task], bool]) -> bool:
+    """What holds for the task that is named, or that the model's architecture is for."""
+    if task is not None:
+        return task in TASKS and about(TASKS[task])
+    if not isinstance(model, torch.nn.Module) and locate(model).suffix == GGUF:
         return False
     try:
-        return TASKS[task_of(_architectures(model), "")].pictures
+        return about(TASKS[task_of(_architectures(model), "")])
     except BitlowerError:
         return False  # the frontend refuses it
 

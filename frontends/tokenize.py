@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bitlower.frontends._tokenizer import check_same_tokens, leading_tokens, load_tokenizer, tokenizer_of
+from bitlower.frontends.captions import attends_to_padding, reads_captions, text_settings
 from bitlower.frontends.pairs import pair_batches, random_pairs
 from bitlower.frontends.pictures import picture_batches, random_pictures, reads_pictures
 from bitlower.frontends.sound import reads_sound, sound_batches
+from bitlower.frontends.waveforms import random_waveforms, reads_waveforms, waveform_batches
 from bitlower.ir import BitlowerError, Program, nearest
 from bitlower.ir.assets import is_tokenizer
 from bitlower.ir.stages import is_encoder_decoder
-from bitlower.ir.tokens import positions
+from bitlower.ir.tokens import MASK, positions
 
 BOS = ("auto", "always", "never")
 """Rules for what windows begin with; see :func:`window_lead`."""
@@ -38,7 +41,7 @@ def batches(
         texts: one sequence each; of an encoder-decoder, its sources; of a model that reads sound or pictures, paths of
             files.
         pairs: the second sequence of each, for tasks on pairs; of an encoder-decoder, its targets, which it writes
-            itself where there are none.
+            itself where there are none; of a model that reads pictures and texts, the texts.
         max_length: in tokens; longer sequences are cut, to what the model can take at most.
         batch_size: texts in a batch.
 
@@ -53,14 +56,35 @@ def batches(
     check_sizes(batch_size, max_length)
     if reads_pictures(program):
         return picture_batches(program, [Path(text) for text in texts], batch_size=batch_size)
+    if reads_waveforms(program):
+        return waveform_batches(program, [Path(text) for text in texts], batch_size=batch_size)
     if reads_sound(program):
         files = [Path(text) for text in texts]
         return sound_batches(program, files, pairs, max_length=max_length, batch_size=batch_size).batches
     if is_encoder_decoder(program):
         with explaining(program):
             return pair_batches(program, texts, pairs, max_length=max_length, batch_size=batch_size).batches
+    if not reads_captions(program):
+        return _text_batches(program, texts, pairs, max_length, batch_size)
+    if pairs is None:
+        raise BitlowerError(f"{program.source or 'the model'} reads texts beside pictures, and there are none")
+    pictures = picture_batches(program, [Path(text) for text in texts], batch_size=batch_size)
+    captions = _text_batches(program, pairs, None, max_length, batch_size)
+    return [{**text, **picture} for text, picture in zip(captions, pictures, strict=True)]
+
+
+def reads_files(program: Program) -> bool:
+    """Whether what :func:`batches` takes as texts of ``program`` are paths of files."""
+    return any(reads(program) for reads in (reads_pictures, reads_sound, reads_captions, reads_waveforms))
+
+
+def _text_batches(
+    program: Program, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int, batch_size: int
+) -> list[dict[str, torch.Tensor]]:
+    """Texts as a tokenizer has them, with the second sequence of each, if there is one."""
     tokenizer = tokenizer_of(program, pads=True)
-    limit = token_limit(program, max_length)
+    limit, whole = token_limit(program, max_length), attends_to_padding(program)
+    padding: dict[str, Any] = {"padding": "max_length" if whole else True, "truncation": True, "max_length": limit}
     names = [spec.name for spec in program.inputs]
     result = []
     for start in range(0, len(texts), batch_size):
@@ -68,9 +92,11 @@ def batches(
         second = [list(pairs[part])] if pairs is not None else []
         with explaining(program):
             encoded = tokenizer(
-                list(texts[part]), *second, padding=True, truncation=True, max_length=limit, return_tensors="pt",
-                return_attention_mask="attention_mask" in names, return_token_type_ids="token_type_ids" in names,
+                list(texts[part]), *second, **padding, return_tensors="pt",
+                return_attention_mask=MASK in names, return_token_type_ids="token_type_ids" in names,
             )  # fmt: skip
+        if whole and MASK in encoded:
+            encoded[MASK] = torch.ones_like(encoded[MASK])
         result.append(model_inputs(program, dict(encoded)))
     return result
 
@@ -90,10 +116,14 @@ def check_sizes(batch_size: int, max_length: int) -> None:
 def token_limit(program: Program, max_length: int) -> int:
     """Tokens of a text at most: ``max_length``, or what the model or its tokenizer takes if that is less.
 
+    Texts that are all padded to one length have that.
+
     Raises:
         BitlowerError: the program has no tokenizer.
     """
     tokenizer = tokenizer_of(program)
+    if attends_to_padding(program) and program.context_length:
+        return program.context_length
     with explaining(program):
         return min(max_length, program.context_length or max_length, int(tokenizer.model_max_length))
 
@@ -120,7 +150,7 @@ def _check_ids(program: Program, ids: torch.Tensor) -> None:
     Raises:
         BitlowerError: one is beyond its vocabulary.
     """
-    entries, largest = program.config.get("vocab_size"), int(ids.max()) if ids.numel() else 0
+    entries, largest = text_settings(program).get("vocab_size"), int(ids.max()) if ids.numel() else 0
     if isinstance(entries, int) and largest >= entries:
         token = tokenizer_of(program).convert_ids_to_tokens(largest) if program.assets else ""
         raise BitlowerError(
@@ -220,23 +250,29 @@ def windows(program: Program, ids: torch.Tensor, *, batch_size: int = 1) -> list
 def random_windows(
     program: Program, *, count: int = 2, length: int = 32, seed: int = 0
 ) -> list[dict[str, torch.Tensor]]:
-    """``count`` batches of one row of tokens, or one picture, drawn at random: for comparisons that need no data.
+    """``count`` batches of one row of tokens, one picture or both, or one sound, drawn at random.
+
+    They are for comparisons that need no data.
 
     Raises:
-        BitlowerError: the program reads neither token ids of a known vocabulary nor pictures alone.
+        BitlowerError: the program reads something else, or token ids of a vocabulary whose size is not known.
     """
     if reads_pictures(program):
         return random_pictures(program, count=count, seed=seed)
+    if reads_waveforms(program):
+        return random_waveforms(program, count=count, seed=seed)
     if is_encoder_decoder(program):
         return random_pairs(program, count=count, length=length, seed=seed)
-    entries = program.config.get("vocab_size")
+    entries = text_settings(program).get("vocab_size")
     if not isinstance(entries, int) or "input_ids" not in (spec.name for spec in program.inputs):
         raise BitlowerError(
             f"{program.source or 'the model'} reads no token ids, so that inputs cannot be drawn for its checks",
             hint="give calibration batches",
         )
     length = min(length, program.context_length or length)
-    return windows(program, torch.randint(entries, (count, length), generator=torch.Generator().manual_seed(seed)))
+    rows = windows(program, torch.randint(entries, (count, length), generator=torch.Generator().manual_seed(seed)))
+    pictures = random_pictures(program, count=count, seed=seed) if reads_captions(program) else [{}] * count
+    return [{**text, **picture} for text, picture in zip(rows, pictures, strict=True)]
 
 
 def check_tokenizer(program: Program, folder: Path) -> None:

@@ -9,13 +9,15 @@ import torch
 
 from bitlower.ir.fit import Batch
 from bitlower.ir.program import Program
-from bitlower.ir.tokens import BATCH, MASK, TOKENS, is_past
+from bitlower.ir.tokens import BATCH, MASK, PICTURES, SAMPLES, TOKENS, is_past
 from bitlower.ir.types import TensorType
 
 ROWS = 2
 """Rows of a small batch."""
 LENGTH = 16
 """Tokens of each of its rows."""
+SOUND = 6_000
+"""Samples of a sound in it: more than convolutions make the first few frames of."""
 LARGEST_OUTPUTS = 128 << 20
 """Bytes of the outputs of a batch on which two programs, or a program and a runtime, are compared: what a model with
 hundreds of thousands of tokens says of each position takes gigabytes, several times over."""
@@ -56,7 +58,8 @@ def keep_ends(program: Program, batch: dict[str, torch.Tensor], whole: Batch) ->
 def _cut(tensor: torch.Tensor, shape: tuple[int | str, ...], rows: int, length: int) -> torch.Tensor:
     for axis, dim in enumerate(shape):
         if isinstance(dim, str):
-            tensor = tensor.narrow(axis, 0, min(tensor.shape[axis], rows if dim == BATCH else length))
+            most = rows if dim in (BATCH, PICTURES) else max(length, SOUND) if dim == SAMPLES else length
+            tensor = tensor.narrow(axis, 0, min(tensor.shape[axis], most))
     return tensor.clone(memory_format=torch.contiguous_format)
 
 

@@ -16,6 +16,8 @@ class Task:
         whole: whether an encoder with a decoder behind it does the task in one run.
         sequence_to_sequence: whether an encoder reads a source, and a decoder writes a target from it token by token.
         pictures: whether the model reads pictures alone.
+        sounds: whether it reads sound alone, and does its task in one run.
+        captions: whether it reads texts and pictures, so many of each, and says how well they fit.
     """
 
     auto_class: str
@@ -23,12 +25,17 @@ class Task:
     whole: bool = False
     sequence_to_sequence: bool = False
     pictures: bool = False
+    sounds: bool = False
+    captions: bool = False
 
 
 TEXT_GENERATION = "text-generation"
 TEXT_TO_TEXT = "text2text-generation"
 SPEECH_RECOGNITION = "automatic-speech-recognition"
 PICTURE_FEATURES = "image-feature-extraction"
+SOUND_CLASSES = "audio-classification"
+CTC = "ctc"
+CAPTIONS = "zero-shot-image-classification"
 TASKS = {
     "feature-extraction": Task("AutoModel"),
     "text-classification": Task("AutoModelForSequenceClassification", ("logits",), whole=True),
@@ -41,8 +48,16 @@ TASKS = {
     SPEECH_RECOGNITION: Task("AutoModelForSpeechSeq2Seq", sequence_to_sequence=True),
     "image-classification": Task("AutoModelForImageClassification", ("logits",), pictures=True),
     PICTURE_FEATURES: Task("AutoModel", pictures=True),
+    SOUND_CLASSES: Task("AutoModelForAudioClassification", ("logits",), sounds=True),
+    CTC: Task("AutoModelForCTC", ("logits",), sounds=True),
+    CAPTIONS: Task(
+        "AutoModelForZeroShotImageClassification",
+        ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds"),
+        captions=True,
+    ),
 }
-"""All tasks, by the names that transformers' pipelines have (``pre-training``, which has none, by its class)."""
+"""All tasks, by the names that transformers' pipelines have (``pre-training`` and ``ctc``, which have none, by their
+classes)."""
 _ENCODER = "EncoderModel"
 
 

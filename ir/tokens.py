@@ -11,6 +11,10 @@ from bitlower.ir.fit import Batch, ValueSpec
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "past + sequence"
 ENCODER_SEQUENCE = "encoder_sequence"
+SAMPLES, SOUND = "samples", "input_values"
+"""Values of a sound along its time, and the input that has them; its mask is of them, and not of tokens."""
+PICTURES = "pictures"
+"""How many pictures there are, where they need not be as many as the texts."""
 TARGET, TARGET_MASK = "decoder_input_ids", "decoder_attention_mask"
 """Inputs of an encoder-decoder: the target's tokens, and which of them and of those before are no padding."""
 SOURCE_MASK = "encoder_attention_mask"
@@ -61,7 +65,7 @@ def _whole_mask(batch: Batch, dim: str | None) -> torch.Tensor | None:
     """The mask along ``dim``; of :data:`SEQUENCE` and :data:`TOTAL` the one mask with the past."""
     if dim == ENCODER_SEQUENCE:
         mask = batch.get(SOURCE_MASK, batch.get(MASK))
-    elif dim in (SEQUENCE, TOTAL):
+    elif dim in (SEQUENCE, TOTAL) and SOUND not in batch:
         mask = batch.get(TARGET_MASK if TARGET in batch else MASK)
     else:
         return None

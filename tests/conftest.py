@@ -58,6 +58,12 @@ def seq2seq() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
+def sound_models() -> SimpleNamespace:
+    """Small models of sound and files of tones: what ``sound_models.py`` defines."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("sound_models.py"))))
+
+
+@pytest.fixture(scope="session")
 def run_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """``run_script(script, *arguments, env={}, cwd=…)``: as ``python -c`` in a process of its own, which may be killed.
 
@@ -228,6 +234,54 @@ def save_pictures() -> Callable[..., list[Path]]:
             paths.append(folder / f"{number:02}.{'jpg' if number % 2 else 'png'}")
             Image.fromarray(pixels).save(paths[-1])
         return paths
+
+    return save
+
+
+WORDS = "This is a photo of the cat dog bird red blue green"
+
+
+def _save_words(folder: Path) -> None:
+    """A tokenizer of a few words, each of which is a token, between a start and an end."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = f"<pad> <s> </s> <unk> . {WORDS}".split()
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def caption_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``caption_models("CLIP")``: the folder of a tiny CLIP or Siglip for pictures of 8 × 8 and up to 12 tokens."""
+    import transformers
+
+    @cache
+    def save(family: str) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+        special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        texts = {**sizes, **special, "vocab_size": 20, "max_position_embeddings": 12, "projection_size": 16}
+        parts = {"text_config": texts, "vision_config": {**sizes, "image_size": 8, "patch_size": 4}}
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{family}Config")(
+            **parts, **({"projection_dim": 16} if family == "CLIP" else {})
+        )
+        model = getattr(transformers, f"{family}Model")(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim():
+                    parameter += 0.2 * torch.randn(parameter.shape)
+        model.save_pretrained(folder)
+        _save_words(folder)
+        transformers.ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
+        return folder
 
     return save
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from bitlower.backends.artifact.outputs import OutputComparison
-from bitlower.backends.artifact.selftest import Run, SelfTest, drawn, make_selftest
+from bitlower.backends.artifact.selftest import Run, SelfTest, make_selftest, with_drawn
 from bitlower.backends.artifact.unseen import Seen, Unseen, at
 from bitlower.ir import Batch, CheckError, Program
 from bitlower.ir.batch_sizes import small_batch
@@ -21,9 +21,6 @@ from bitlower.ir.tokens import TARGET_MASK
 
 WHOLE = ""
 """The name of the stage that a model in one piece is."""
-_SEED = 1
-_WRITTEN = 4096
-"""Entries of an input of floats up to which it is written down in a self-test."""
 
 
 def parts_of(program: Program, *, states: bool = False) -> dict[str, Program]:
@@ -63,28 +60,19 @@ def compare_together(program: Program, runtime: Run, batch: Batch, least: float)
     Raises:
         CheckError: both together do not compute what the program does.
     """
-    small, seeds = _with_drawn_features(small_batch(program, batch))
+    small = with_drawn(small_batch(program, batch))
     seen = Seen(program)
     seen.add(small)
     other = seen.other()
     sizes = seen.describe(other)
-    selftest = _selftest(program, runtime, small, seeds, least)
+    selftest = _selftest(program, runtime, small, least)
     if other is None:
         return selftest, Unseen(sizes)
     with at(sizes):
-        return selftest, Unseen(
-            sizes, _selftest(program, runtime, *_with_drawn_features(program.complete(other)), least)
-        )
+        return selftest, Unseen(sizes, _selftest(program, runtime, program.complete(other), least))
 
 
-def _with_drawn_features(batch: Batch) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """``batch`` with inputs of very many floats drawn anew, and the seeds of these."""
-    large = [name for name, value in batch.items() if value.is_floating_point() and value.numel() > _WRITTEN]
-    seeds = dict.fromkeys(large, _SEED)
-    return {**batch, **{name: drawn(batch[name].shape, _SEED) for name in large}}, seeds
-
-
-def _selftest(program: Program, runtime: Run, batch: Batch, seeds: Mapping[str, int], least: float) -> SelfTest:
+def _selftest(program: Program, runtime: Run, batch: Batch, least: float) -> SelfTest:
     whole = {**batch, TARGET_MASK: torch.ones_like(batch[TARGET_MASK])}
     outputs = runtime(whole)
     comparison = OutputComparison(program)
@@ -95,4 +83,4 @@ def _selftest(program: Program, runtime: Run, batch: Batch, seeds: Mapping[str, 
                 f"the encoder and the decoder together return {row.name} with the cosine {row.cosine:.6g} to the"
                 " program's"
             )
-    return make_selftest({name: value for name, value in batch.items() if name != TARGET_MASK}, outputs, seeds)
+    return make_selftest({name: value for name, value in batch.items() if name != TARGET_MASK}, outputs)

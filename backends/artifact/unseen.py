@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bitlower.backends.artifact.selftest import Run, SelfTest, run_selftest
+from bitlower.backends.artifact.selftest import Run, SelfTest, run_selftest, with_drawn
 from bitlower.backends.decoding import cached_steps
 from bitlower.ir import Batch, BitlowerError, CheckError, Program
 from bitlower.ir.batch_sizes import (
@@ -20,11 +20,13 @@ from bitlower.ir.batch_sizes import (
     wanted_size,
     with_small_outputs,
 )
-from bitlower.ir.tokens import MASK, is_past
+from bitlower.ir.tokens import BATCH, MASK, PICTURES, SAMPLES, is_past
 
 _ROWS = (3, 4, 5, 7)
 _LENGTHS = (7, 5, 9, 11, 13, 15, 17, 19, 23, 29)
-"""Sizes to choose from, for the dimension ``batch`` and for others; no graph is traced with one of them."""
+"""Sizes to choose from, for numbers of rows and for others; no graph is traced with one of them."""
+_SOUNDS = (5_003, 7_001, 9_011)
+"""The same of samples of sound, of which convolutions make a frame of some hundred."""
 NEW = "which tracing and calibration did not have"
 
 
@@ -81,11 +83,11 @@ class Seen:
         """
         wanted: dict[str, int] = {}
         for name in self._sizes:
-            for size in _ROWS if name == "batch" else _LENGTHS:
+            for size in _SOUNDS if name == SAMPLES else _ROWS if name in (BATCH, PICTURES) else _LENGTHS:
                 if size not in self._sizes[name] and self._takes({**wanted, name: size}, name):
                     wanted[name] = size
                     break
-        return self._program.fitted(self._resized(wanted)) if wanted else None
+        return with_drawn(self._program.fitted(self._resized(wanted))) if wanted else None
 
     def describe(self, batch: Batch | None) -> str:
         """The sizes of the symbolic dimensions of a batch that :meth:`other` gave, in words."""
@@ -150,7 +152,7 @@ def with_small_batch(
     """
     for count, batch in enumerate(batches):
         if count == 0:
-            small = small_batch(program, batch)
+            small = with_drawn(small_batch(program, batch))
             yield small
             yield from cached_steps(program, small, outputs)
         yield with_small_outputs(program, batch)

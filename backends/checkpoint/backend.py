@@ -166,18 +166,21 @@ class Checkpoint(Backend):
         """
         skeleton = Skeleton(program)
         check_experts(skeleton)
-        _check_readers(program)
+        _check_readers(program, skeleton)
         for name, tensor in program.tensors():
             target = name.removeprefix("model/")
-            if isinstance(tensor, torch.nn.Parameter) and target not in skeleton.shapes:
+            if isinstance(tensor, torch.nn.Parameter) and not skeleton.names_of(target):
                 raise BitlowerError(
                     f"{target} is no weight of {skeleton.architecture}, so no checkpoint can hold it",
                     hint="export with the backend `onnx-qdq`",
                 )
 
 
-def _check_readers(program: Program) -> None:
-    """Refuse few bits for a layer whose weight the module above multiplies with itself (the time steps of Mamba)."""
+def _check_readers(program: Program, skeleton: Skeleton) -> None:
+    """Refuse few bits for a layer whose weight the module above multiplies with itself (the time steps of Mamba).
+
+    Or draws anew before a checkpoint is loaded (the projection of features in wav2vec 2.0).
+    """
     for node, quantizer in program.quantizers():
         layer = quantizer.tensor.removesuffix(".weight")
         above = layer.rpartition(".")[0]
@@ -186,6 +189,13 @@ def _check_readers(program: Program) -> None:
             raise BitlowerError(
                 f"{layer} is multiplied with by {above}, past its own layer: no client reads it in few bits there",
                 hint=f"leave it in float, quantize{{ignore=[{pattern}]}}, or export with the backend `onnx-qdq`",
+            )
+        if quantizer.role == "linear-weight" and layer in skeleton.initialized:
+            raise BitlowerError(
+                f"{layer} is initialized by {skeleton.initialized[layer]} when transformers makes the model: it loads"
+                " no checkpoint with few bits there",
+                hint=f'leave it in float, quantize{{ignore=["re:.*[.]{layer.rpartition(".")[2]}"]}}, or export with the'
+                " backend `onnx-qdq`",
             )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from bitlower.backends.checkpoint.skeleton import CONV1D, LINEAR, Skeleton
+from bitlower.backends.checkpoint.skeleton import CONV1D, LINEAR, NORMED, Skeleton
 from bitlower.ir import BitlowerError, Program, QuantSpec, ScaleConvention, get_tensor, ops, packing
 from bitlower.ir.operators import LinearNode, operand
 from bitlower.ir.quantizer_node import QuantizerNode
@@ -106,6 +106,8 @@ class Float:
         transposed: the Program holds it the other way round than the model.
         module: holds the tensor.
         kernel: the sizes of a convolution's kernel that the Program holds as a matrix ``[out, in · sizes]``.
+        lengths: the axes along which a model has lengths of its weight's slices beside their directions (weight
+            normalization), of which this entry is the former; a weight is a direction as it is.
     """
 
     name: str
@@ -113,10 +115,15 @@ class Float:
     transposed: bool
     module: fx.GraphModule
     kernel: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
 
     def value(self) -> torch.Tensor:
         """In the model's orientation and shape."""
         tensor = get_tensor(self.module, self.target).detach()
+        if self.lengths:
+            across = tuple(axis for axis in range(tensor.dim()) if axis not in self.lengths)
+            length: torch.Tensor = torch.linalg.vector_norm(tensor, dim=across, keepdim=True)
+            return length
         if self.kernel:
             return tensor.reshape(len(tensor), -1, *self.kernel)
         return tensor.T if self.transposed else tensor
@@ -246,8 +253,8 @@ def _float_weights(program: Program, skeleton: Skeleton) -> Iterator[tuple[str, 
     """The weights of the model that stay in float; buffers that it makes anew when it loads are left out."""
     for node in program.graph.find_nodes(op="get_attr", sort=True):
         target = str(node.target)
-        if target in skeleton.shapes:
-            yield target, node
+        if names := skeleton.names_of(target):
+            yield from ((name, node) for name in names)
         elif isinstance(get_tensor(program.module, target), torch.nn.Parameter):
             raise BitlowerError(f"{target} is no weight of {skeleton.architecture}, so no checkpoint can hold it")
 
@@ -257,7 +264,8 @@ def _float(name: str, node: fx.Node, module: fx.GraphModule, skeleton: Skeleton)
     shape, expected = node.meta["type"].shape, skeleton.shapes[name]
     kernel = expected[2:] if len(shape) == 2 and shape[1] == math.prod(expected[1:]) else ()
     turned = across and skeleton.kinds.get(name.rpartition(".")[0]) == CONV1D
-    entry = Float(name, str(node.target), turned, module, kernel)
+    long = tuple(axis for axis, size in enumerate(expected) if size > 1) if name.endswith(NORMED[0]) else ()
+    entry = Float(name, str(node.target), turned, module, kernel, long)
     if tuple(entry.value().shape) != expected:
         shapes = list(entry.value().shape), list(expected)
         raise BitlowerError(f"{name} has the shape {shapes[0]}, {skeleton.architecture} {shapes[1]}")

@@ -21,6 +21,8 @@ from bitlower.ir.quiet import quiet
 from bitlower.ir.tasks import TASKS, auto_class
 
 LINEAR, CONV1D, EMBEDDING = "Linear", "Conv1D", "Embedding"
+NORMED = ("parametrizations.weight.original0", "parametrizations.weight.original1")
+"""How torch names the lengths and the directions of a weight that is stored as both."""
 
 
 class Skeleton:
@@ -51,8 +53,28 @@ class Skeleton:
         """The linear layers of experts, which transformers holds in one tensor."""
         self.own = {path: type(m).__name__ for path, m in self._model.named_modules() if _computes_by_itself(m)}
         """Linear layers whose class has a ``forward`` of its own, which reads the weight, by module path: the class."""
+        self.initialized = dict(self._initialized())
+        """Linear layers whose weight the module around them reads when a model is made, by module path: its class."""
         self.head = self._head()
         """The module path of the output head, empty if there is none."""
+
+    def _initialized(self) -> Iterator[tuple[str, str]]:
+        for path, module in self._model.named_modules():
+            for name, layer in module.named_children():
+                if not isinstance(layer, nn.Linear):
+                    continue
+                parameters, layer._parameters = layer._parameters, {}
+                try:
+                    self._model._init_weights(module)
+                except AttributeError:  # as where a client holds the layer packed, without a weight
+                    yield f"{path}.{name}" if path else name, type(module).__name__
+                finally:
+                    layer._parameters = parameters
+
+    def names_of(self, parameter: str) -> tuple[str, ...]:
+        """Under which names a checkpoint holds a parameter of the Program: its own, or those of its parts; none."""
+        parts = tuple(parameter.removesuffix("weight") + part for part in NORMED)
+        return next((names for names in ((parameter,), parts) if names[0] in self.shapes), ())
 
     def _ties(self) -> dict[str, str]:
         first: dict[int, str] = {}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from bitlower.passes.canonical import _attention, _conv, _gelu, _half, _linear, _norm, _patches
+from bitlower.passes.canonical import _attention, _conv, _gelu, _half, _linear, _norm, _patches, _weight_norm
 
 RULES = (
     *_half.RULES,
+    *_weight_norm.RULES,
     *_conv.RULES,
     *_patches.RULES,
     *_linear.RULES,

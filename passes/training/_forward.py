@@ -20,7 +20,7 @@ from bitlower.ir.dataflow import ADD, ATTENTION, LINEAR, ancestors, is_scores, v
 from bitlower.ir.operators import AttentionNode, BinaryNode, LinearNode, graph_results, value_operands
 from bitlower.ir.stages import is_encoder_decoder
 from bitlower.ir.subgraph import subgraph
-from bitlower.ir.tokens import SEQUENCE, TOTAL, token_ids, token_mask
+from bitlower.ir.tokens import SEQUENCE, SOUND, TOTAL, token_ids, token_mask
 from bitlower.passes._machinery.loss import Values
 
 LOGITS = "logits"
@@ -149,7 +149,8 @@ class Forward:
     def __call__(self, batch: Batch) -> tuple[Values, torch.Tensor | None]:
         """What the losses look at, and the rows that the head reads (or the logits, where it is not apart).
 
-        Rows are those of tokens that are no padding, ``[rows, channels]``; of whole texts, ``[batch, classes]``.
+        Rows are those of tokens that are no padding, or of all frames of sound, ``[rows, channels]``; of whole texts,
+        ``[batch, classes]``.
         """
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         device = next(iter(inputs.values())).device
@@ -162,7 +163,9 @@ class Forward:
         if not self._last:
             return values, None
         rows = tensors[self._names[-1]]
-        return values, rows[real_tokens(batch)] if rows.dim() == 3 else rows
+        if rows.dim() == 3:
+            rows = rows.flatten(0, 1) if SOUND in batch else rows[real_tokens(batch)]
+        return values, rows
 
 
 def real_tokens(batch: Batch) -> torch.Tensor:

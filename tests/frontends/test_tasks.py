@@ -202,7 +202,6 @@ def _film() -> Any:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "clip": (_clip, "CLIPModel reads text and vision, not token ids"),
     "film": (_film, "TimesformerModel reads the frames of a film, and image-feature-extraction is for one picture"),
     "bart": (
         lambda: transformers.BartModel(transformers.BartConfig(**BART)),
@@ -257,8 +256,8 @@ def test_a_task_of_texts_or_pictures_is_for_models_that_read_them() -> None:
 def test_a_head_that_no_task_is_for_is_told_what_it_is_for() -> None:
     with pytest.raises(BitlowerError, match="DPTForDepthEstimation is for depth estimation, which is not") as error:
         task_of(["DPTForDepthEstimation"], "")
-    with pytest.raises(BitlowerError, match=r"for ctc, which is not supported; load .* and pass `example_inputs`"):
-        task_of(["Wav2Vec2ForCTC"], "")
+    with pytest.raises(BitlowerError, match=r"for audio xvector, which is not .*; load .* and pass `example_inputs`"):
+        task_of(["Wav2Vec2ForXVector"], "")
     assert error.value.hint == (
         "an encoder loads without its head: name feature-extraction as the task for one of text,"
         " image-feature-extraction for one of pictures"

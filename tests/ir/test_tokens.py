@@ -101,3 +101,9 @@ def test_the_decoder_alone_knows_the_mask_of_the_source() -> None:
 )
 def test_the_dimension_of_tokens(shape: tuple[int | str, ...], expected: str | None) -> None:
     assert token_dim(shape) == expected
+
+
+def test_the_mask_of_a_sound_is_of_its_samples_and_of_no_tokens() -> None:
+    batch = {"input_values": torch.zeros(2, 50), "attention_mask": torch.ones(2, 50, dtype=torch.int64)}
+    assert token_mask(batch) is None
+    assert value_mask(("batch", "sequence", 4), batch) is None

@@ -25,8 +25,9 @@ Task = Annotated[
     str,
     typer.Option(
         help="sts-b, classification, token-classification (F1 by entity), question-answering (SQuAD's F1), "
-        "fill-mask (accuracy of masked tokens), image-classification or text-generation; of encoder-decoders "
-        "summarization (ROUGE), translation (BLEU) or speech-recognition (word error rate)."
+        "fill-mask (accuracy of masked tokens), image-classification, zero-shot-image-classification (classes by their "
+        "names), audio-classification or text-generation; of encoder-decoders "
+        "summarization (ROUGE), translation (BLEU) or speech-recognition (word error rate; also of ctc)."
     ),
 ]
 Data = Annotated[
@@ -42,7 +43,7 @@ Columns = Annotated[
         help="sts-b: score,sentence1,sentence2 (4,5,6 if not given: the benchmark's own files). "
         "classification: text[,text2],label (sentence,label if not given). token-classification: words,tags (of a "
         "CoNLL file the first and the last if not given). question-answering: question,context,answers. "
-        "image-classification: path,label. "
+        "image-classification, zero-shot-image-classification and audio-classification: path,label. "
         "Encoder-decoders: source,reference."
     ),
 ]

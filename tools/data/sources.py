@@ -27,16 +27,17 @@ import torch
 from bitlower.frontends import batches
 from bitlower.frontends.pairs import PairBatches, pair_batches
 from bitlower.frontends.sound import reads_sound, sound_batches
-from bitlower.frontends.tokenize import BOS, check_length, text_ids, window_lead, windows
+from bitlower.frontends.tokenize import BOS, check_length, reads_files, text_ids, window_lead, windows
 from bitlower.ir import Batch, BitlowerError, Program, nearest
 from bitlower.ir.stages import is_encoder_decoder
 from bitlower.tools.data.batches import Data
-from bitlower.tools.data.sounds import NamedRows
+from bitlower.tools.data.named_rows import FileKind, NamedRows
 from bitlower.tools.data.texts import (
     PARAGRAPH,
     Column,
     Text,
     TextSplit,
+    check_one_column,
     read_text,
     read_texts,
     split_column,
@@ -45,7 +46,7 @@ from bitlower.tools.data.texts import (
 )
 from bitlower.tools.recipes.recipe import DataSection, Recipe
 
-Calibration = str | os.PathLike[str] | Sequence[str] | Sequence[Batch]
+Calibration = str | os.PathLike[str] | Sequence[str] | Sequence[tuple[str, str]] | Sequence[Batch]
 TEXTS, TEXT_LENGTH, TEXT_BATCH, HELD_OUT_TEXTS = 128, 128, 8, 32
 """Texts, tokens of each, texts of a batch and held-out texts, where a recipe does not say."""
 WINDOWS, WINDOW_LENGTH, WINDOW_BATCH, HELD_OUT_WINDOWS = 32, 512, 1, 2
@@ -99,14 +100,15 @@ class DataSource:
     samples: int | None = None
     rows: tuple[NamedRows, ...] = ()
 
-    def check_sounds(self) -> None:
-        """See that the rows name sound files; for models that read sound.
+    def check_files(self, kind: FileKind | None) -> None:
+        """See that the rows name files of this kind, if they name any.
 
         Raises:
             BitlowerError: one does not; its file and line are named.
         """
-        for rows in self.rows:
-            rows.check_sounds()
+        if kind is not None:
+            for rows in self.rows:
+                rows.check(kind)
 
 
 def recipe_source(recipe: Recipe, decoder: bool) -> DataSource:
@@ -165,13 +167,24 @@ def python_source(
             raise BitlowerError("the calibration data are empty")
         if isinstance(calibration[0], Mapping):
             return batches_source(cast(Sequence[Batch], calibration))
-    texts = cast("str | os.PathLike[str] | Sequence[str]", calibration)
+    texts = cast("str | os.PathLike[str] | Sequence[Text]", calibration)
     amount = Amount.make(samples, max_length, decoder)
     if not decoder:
         path, column = split_column(texts) if isinstance(texts, str | os.PathLike) else (None, None)
         return _texts(split_texts(texts, samples=samples, seed=seed), amount, path, column)
-    text = read_text(texts, limit=LONGEST_TEXT) if isinstance(texts, str | os.PathLike) else PARAGRAPH.join(texts)
+    text = read_text(texts, limit=LONGEST_TEXT) if isinstance(texts, str | os.PathLike) else _one_text(texts)
     return DataSource(lambda program: _windows(program, text, amount, seed, bos), amount.samples)
+
+
+def _one_text(texts: Sequence[Text]) -> str:
+    """The texts of a caller with an empty line between them.
+
+    Raises:
+        BitlowerError: there are pairs among them.
+    """
+    for text in texts:
+        check_one_column(() if isinstance(text, str) else text)
+    return PARAGRAPH.join(cast(Sequence[str], texts))
 
 
 def batches_source(inputs: Sequence[Batch]) -> DataSource:
@@ -215,7 +228,8 @@ def _texts(texts: TextSplit, amount: Amount, path: Path | None, column: Column) 
         return Data(calibration.batches, held_out_rows.batches, notes=tuple(dict.fromkeys(notes)))
 
     drawn = (*texts.calibration, *texts.held_out)
-    return DataSource(made, len(texts.calibration), (NamedRows.of_texts(path, column, drawn),) if path else ())
+    rows = NamedRows.of_texts(path, column, drawn) if path else NamedRows.of_caller(drawn)
+    return DataSource(made, len(texts.calibration), (rows,))
 
 
 @dataclass(frozen=True)
@@ -227,16 +241,18 @@ class _Rows:
 
 
 def _rows(program: Program, texts: Sequence[Text], amount: Amount, base: Path) -> _Rows:
-    """Batches of ``texts``; of a model that reads sound they are paths, relative to ``base``."""
+    """Batches of ``texts``; of a model that reads sound or pictures they are paths, relative to ``base``."""
     if not texts:
         return _Rows()
     first = [text if isinstance(text, str) else text[0] for text in texts]
     second = [text[1] for text in texts if not isinstance(text, str)] or None
     length, size = amount.length(program), amount.batch_size
+    if reads_files(program):
+        first = [str(base / name) for name in first]
     if not is_encoder_decoder(program):
         return _Rows(batches(program, first, pairs=second, max_length=length, batch_size=size))
     if reads_sound(program):
-        pairs = sound_batches(program, [base / name for name in first], second, max_length=length, batch_size=size)
+        pairs = sound_batches(program, list(map(Path, first)), second, max_length=length, batch_size=size)
     else:
         pairs = pair_batches(program, first, second, max_length=length, batch_size=size)
     return _Rows(pairs.batches, tuple(_pair_notes(pairs, len(first), second is not None)))

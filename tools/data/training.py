@@ -26,12 +26,11 @@ from typing import TypeVar, cast
 import torch
 
 from bitlower.frontends import batches
-from bitlower.frontends.sound import reads_sound
-from bitlower.frontends.tokenize import check_length, text_ids, window_lead
+from bitlower.frontends.tokenize import check_length, reads_files, text_ids, window_lead
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.tools.data.batches import Data
 from bitlower.tools.data.labels import ClassifierHead
-from bitlower.tools.data.sounds import NamedRows
+from bitlower.tools.data.named_rows import NamedRows
 from bitlower.tools.data.sources import (
     LONGEST_TEXT,
     TEXT_LENGTH,
@@ -91,7 +90,7 @@ class Examples:
         labels = ClassifierHead.of(program).tensor(self.path, self.rows) if self.labelled else None
         columns = list(zip(*(row.values for row in self.rows), strict=True))
         texts, *pairs = columns[:-1] if self.labelled else columns
-        if reads_sound(program):
+        if reads_files(program):
             texts = tuple(str(self.path.parent / text) for text in texts)
         pair = pairs[0] if pairs else None
         made: list[Batch] = [*batches(program, texts, pairs=pair, max_length=max_length, batch_size=batch_size)]

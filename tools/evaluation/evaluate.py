@@ -6,26 +6,29 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bitlower.frontends import batches
 from bitlower.frontends.tokenize import check_sizes
 from bitlower.ir import Batch, BitlowerError, Program, nearest
+from bitlower.ir.tasks import CAPTIONS
 from bitlower.tools.data.labels import ClassifierHead
 from bitlower.tools.data.texts import Row, number, read_rows, split_column
 from bitlower.tools.evaluation.answers import QUESTION_ANSWERING, evaluate_answers
 from bitlower.tools.evaluation.masked import FILL_MASK, evaluate_masked
+from bitlower.tools.evaluation.media import MEDIA, evaluate_media
 from bitlower.tools.evaluation.metrics import accuracy, f1, matthews, pearson, spearman
-from bitlower.tools.evaluation.pictures import PICTURES, evaluate_pictures
 from bitlower.tools.evaluation.results import Evaluation
 from bitlower.tools.evaluation.runners import Array, Runner, Track, open_runner
 from bitlower.tools.evaluation.tags import TOKEN_CLASSIFICATION, evaluate_tags
 from bitlower.tools.evaluation.targets import METRICS, evaluate_targets
+from bitlower.tools.evaluation.zero_shot import evaluate_zero_shot
 
 HEADS = {TOKEN_CLASSIFICATION: evaluate_tags, QUESTION_ANSWERING: evaluate_answers}
 """Heads that say something about single tokens."""
-TASKS = ("sts-b", "classification", *HEADS, FILL_MASK, PICTURES)
+TASKS = ("sts-b", "classification", *HEADS, FILL_MASK, *MEDIA, CAPTIONS)
 UNMEASURED = ("pre-training", "image-feature-extraction")
 TOKENS, WINDOW = 128, 384
 """Tokens of a text, and of a question with a window of its context, where nobody says; the latter as BERT's authors."""
@@ -51,14 +54,15 @@ def evaluate(
         target: an artifact's folder (ONNX or library), a model as the frontends take it, or a Program of any level.
         task: ``sts-b`` (score, two sentences: correlation of the score with the cosine of mean-pooled embeddings),
             ``classification`` (text, an optional second text, label; of a model with one output, a value),
-            ``fill-mask`` (texts), ``image-classification`` (the path of a picture, label), or one of :data:`HEADS` or
+            ``fill-mask`` (texts), ``image-classification``, ``zero-shot-image-classification`` (a picture's path,
+            label), ``audio-classification`` (a sound's path, label), or one of :data:`HEADS` or
             :data:`~bitlower.tools.evaluation.targets.METRICS`.
         data: a .tsv, .csv or .jsonl file, whose columns may be named behind a colon; for tags see
             :func:`~bitlower.tools.data.tagged.read_tagged`, for questions
             :func:`~bitlower.tools.data.questions.read_questions`.
         columns: by name or, in a file without a header line, by number from 0. ``sts-b`` takes the columns of the
             benchmark's own files if none is given, ``classification`` takes ``sentence,label``,
-            ``image-classification`` takes ``path,label``; see
+            those of pictures and sounds take ``path,label``; see
             :func:`~bitlower.tools.evaluation.targets.evaluate_targets` for what encoder-decoders write.
         batch_size: texts or pictures in a batch; texts of like length go together.
         max_length: in tokens; None: :data:`TOKENS`, or :data:`WINDOW` for questions.
@@ -73,21 +77,19 @@ def evaluate(
     usual = WINDOW if task == QUESTION_ANSWERING else TOKENS
     length = usual if max_length is None else max_length
     check_sizes(batch_size, length)
+    rows: dict[str, Any] = {"columns": columns, "batch_size": batch_size, "track": track}
     if task in METRICS:
-        return evaluate_targets(
-            target, task, data,
-            columns=columns, batch_size=batch_size, max_length=length, beams=beams, track=track,
-        )  # fmt: skip
+        return evaluate_targets(target, task, data, max_length=length, beams=beams, **rows)
     path, named = split_column(data)
-    columns = tuple(columns) or tuple(named.split(",") if named else ())
+    rows["columns"] = columns = tuple(columns) or tuple(named.split(",") if named else ())
     if task in HEADS:
-        return HEADS[task](target, path, columns=columns, batch_size=batch_size, max_length=length, track=track)
+        return HEADS[task](target, path, max_length=length, **rows)
     if task == FILL_MASK:
-        return evaluate_masked(
-            target, path, columns=columns, batch_size=batch_size, max_length=length, seed=seed, track=track
-        )
-    if task == PICTURES:
-        return evaluate_pictures(target, path, columns=columns, batch_size=batch_size, track=track)
+        return evaluate_masked(target, path, max_length=length, seed=seed, **rows)
+    if task in MEDIA:
+        return evaluate_media(target, task, path, **rows)
+    if task == CAPTIONS:
+        return evaluate_zero_shot(target, path, **rows)
     texts = Texts(_read(path, task, columns), length, batch_size, track)
     measured = _sts_b if task == "sts-b" else _classification
     metrics = measured(open_runner(target), texts, path)

@@ -38,11 +38,21 @@ def open_runner(target: str | os.PathLike[str] | Program) -> Runner:
     Raises:
         BitlowerError: there is no such model, or an artifact is not as it was written.
     """
-    if isinstance(target, Program):
-        return _of_program(target)
-    folder = check_name(target)
-    model = load_artifact(folder)
-    return _of_program(load(target)) if model is None else _of_model(model)
+    return runner_of(open_model(target))
+
+
+def open_model(target: str | os.PathLike[str] | Program) -> Model | Program:
+    """A Program as it is, an artifact in its runtime, or the float model as a Program.
+
+    Raises:
+        BitlowerError: as :func:`open_runner`.
+    """
+    return target if isinstance(target, Program) else load_artifact(check_name(target)) or load(target)
+
+
+def runner_of(model: Model | Program) -> Runner:
+    """What :func:`open_model` gives, to run on texts."""
+    return _of_program(model) if isinstance(model, Program) else _of_model(model)
 
 
 def _of_model(model: Model) -> Runner:

@@ -13,20 +13,21 @@ from pathlib import Path
 
 import torch
 
+from bitlower.backends.base import Model
 from bitlower.backends.running import StagedModel
-from bitlower.frontends import batches, load
+from bitlower.frontends import batches
 from bitlower.frontends.sound import LANGUAGE, reads_sound, sound_batches, speech_prompt, stop_token
 from bitlower.frontends.tokenize import decode
+from bitlower.frontends.waveforms import reads_waveforms
 from bitlower.ir import Batch, BitlowerError, Program
-from bitlower.ir.files import check_name
 from bitlower.ir.generation import before_stop, program_stages, stop_tokens, target_prompt, write_targets
 from bitlower.ir.stages import encoder_batch, is_encoder_decoder
-from bitlower.tools.data.sounds import NamedRows
+from bitlower.tools.data.named_rows import SOUNDS, NamedRows
 from bitlower.tools.data.texts import Row, read_examples, split_column
-from bitlower.tools.evaluation.artifacts import load_artifact
+from bitlower.tools.evaluation.ctc import heard
 from bitlower.tools.evaluation.packages import metric_package
 from bitlower.tools.evaluation.results import Evaluation
-from bitlower.tools.evaluation.runners import Track
+from bitlower.tools.evaluation.runners import Track, open_model, runner_of
 
 Write = Callable[[Batch], list[str]]
 """From a batch of sources to the texts that a model writes."""
@@ -106,9 +107,16 @@ def evaluate_targets(
         raise BitlowerError(f"{beams} beams make no sense", hint="ask for at least 1")
     METRICS[task]([rows[0].values[1]], [rows[0].values[1]])  # a package that is missing is named before the work
     if task == SPEECH:
-        NamedRows(path, lambda: rows).check_sounds()
-    writer = _Writer.open(target, _Limits(max_length, language, beams))
-    written = [text for batch in track(writer.batches(path, rows, batch_size), "evaluating") for text in writer(batch)]
+        NamedRows(path, lambda: rows).check(SOUNDS)
+    model, limits = open_model(target), _Limits(max_length, language, beams)
+    if task == SPEECH and reads_waveforms(model if isinstance(model, Program) else model.program):
+        if beams != 1:
+            raise BitlowerError("a model of frames searches for nothing, and has no beams", hint="leave out --beams")
+        files = [path.parent / row.values[0] for row in rows]
+        written = [*heard(runner_of(model), files, batch_size=batch_size, track=track)]
+    else:
+        writer = _Writer.open(model, limits)
+        written = [t for batch in track(writer.batches(path, rows, batch_size), "evaluating") for t in writer(batch)]
     name = target.source if isinstance(target, Program) else os.fspath(target)
     return Evaluation(name, task, str(path), len(rows), METRICS[task](written, [row.values[1] for row in rows]))
 
@@ -131,13 +139,12 @@ class _Writer:
     limits: _Limits
 
     @classmethod
-    def open(cls, target: str | os.PathLike[str] | Program, limits: _Limits) -> _Writer:
-        """A Program, an artifact in its runtime, or the float model.
+    def open(cls, model: Model | Program, limits: _Limits) -> _Writer:
+        """A Program, or an artifact in its runtime.
 
         Raises:
-            BitlowerError: there is no such model, or it is no encoder-decoder.
+            BitlowerError: it is no encoder-decoder.
         """
-        model = target if isinstance(target, Program) else load_artifact(check_name(target)) or load(target)
         if isinstance(model, StagedModel):
             staged = model
             return cls(staged.program, lambda source, **options: staged.generate(**source, **options), limits)

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import torch
 
 from bitlower.frontends import load
-from bitlower.frontends.task import is_decoder, is_picture_model, is_speech_reader
+from bitlower.frontends.task import is_decoder
 from bitlower.ir import Program, Scheme
 from bitlower.passes import Context, PassManager, make_pass
 from bitlower.passes.outliers.analyze_outliers import OutlierReport
-from bitlower.tools.data.pictures import picture_recipe, python_pictures, refuse_training
+from bitlower.tools.data.media import media_recipe, medium_of, python_media, refuse_training
+from bitlower.tools.data.named_rows import files_of
 from bitlower.tools.data.sources import Calibration, DataSource, python_source, recipe_source
 from bitlower.tools.data.training import python_training, with_training
 from bitlower.tools.recipes.recipe import Recipe, Section, dump_recipe, validate_recipe
@@ -56,13 +57,12 @@ def recipe_job(recipe: Recipe) -> Job:
         BitlowerError: a pass, a parameter or a data file is wrong.
     """
     passes = validate_recipe(recipe)
-    if is_picture_model(recipe.model_source, recipe.model.task):
-        source = picture_recipe(recipe)
+    if medium := medium_of(recipe.model_source, recipe.model.task):
+        source = media_recipe(recipe, medium)
     else:
         decoder = is_decoder(recipe.model_source, recipe.model.task)
         source = with_training(recipe_source(recipe, decoder), recipe, decoder)
-    if is_speech_reader(recipe.model_source, recipe.model.task):
-        source.check_sounds()
+    source.check_files(files_of(recipe.model_source, recipe.model.task))
     return Job(
         load=lambda traces: replace(
             load(recipe.model_source, task=recipe.model.task, traces=traces), source=_portable(recipe.model.path)
@@ -156,11 +156,10 @@ def _python_job(
     """The run of :func:`quantize` where a model or data lie in memory, of which no recipe can speak."""
     decoder, calibrated, trained = is_decoder(model, task), calibration is not None, training is not None
     source = _source(model, calibration, task=task, samples=samples, max_length=max_length, seed=seed, bos=bos)
-    if is_picture_model(model, task):
-        refuse_training(training)
+    if medium := medium_of(model, task):
+        refuse_training(training, medium)
     source = python_training(source, training, seed=seed, max_length=max_length, decoder=decoder, bos=bos)
-    if is_speech_reader(model, task):
-        source.check_sounds()
+    source.check_files(files_of(model, task))
     passes = standard_passes(
         scheme, ignore, algorithm=algorithm, calibrated=calibrated, trained=trained, formats=formats
     )
@@ -177,8 +176,8 @@ def _source(
     model: str | os.PathLike[str] | torch.nn.Module, calibration: Calibration | None, *, task: str | None, **how: Any
 ) -> DataSource:
     """Data to calibrate on, of the kind that ``model`` reads."""
-    if is_picture_model(model, task):
-        return python_pictures(calibration, **how)
+    if medium := medium_of(model, task):
+        return python_media(calibration, medium, **how)
     return python_source(calibration, decoder=is_decoder(model, task), **how)
 
 
@@ -205,8 +204,7 @@ def analyze_model(
     """
     display = display or Display(quiet=True)
     source = _source(model, calibration, task=task, samples=samples, max_length=max_length, seed=seed, bos=bos)
-    if is_speech_reader(model, task):
-        source.check_sounds()
+    source.check_files(files_of(model, task))
     display.note("loading and tracing the model")
     program = load(model, task=task)
     for note in program.notes:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from bitlower.backends.artifact.outputs import NOISE, Array, OutputComparison, OutputError
-from bitlower.backends.artifact.selftest import SelfTest, make_selftest
+from bitlower.backends.artifact.selftest import SelfTest, make_selftest, with_drawn
 from bitlower.backends.artifact.stages import WHOLE, compare_together, part_batches, parts_of
 from bitlower.backends.artifact.unseen import Seen, Unseen, at, with_small_batch
 from bitlower.backends.decoding import visible
@@ -149,7 +149,7 @@ def expect(program: Program, batches: Sequence[Batch], *, target: Target, activa
 
 
 def _expected_tests(program: Program, batches: Sequence[Batch]) -> tuple[SelfTest, Unseen]:
-    small, seen = program.complete(small_batch(program, batches[0])), Seen(program)
+    small, seen = with_drawn(program.complete(small_batch(program, batches[0]))), Seen(program)
     for batch in (small, *batches[:BATCHES]):
         seen.add(batch)
     other = seen.other()

@@ -10,7 +10,7 @@ import torch
 
 from bitlower.frontends.pictures import picture_batches
 from bitlower.ir import BitlowerError, Program, TensorType, ValueSpec
-from bitlower.tools.data.pictures import picture_paths, picture_recipe, python_pictures, refuse_training
+from bitlower.tools.data.media import PICTURES, media_paths, media_recipe, python_media, refuse_training
 from bitlower.tools.recipes.recipe import Recipe
 
 Save = Callable[..., list[Path]]
@@ -38,7 +38,7 @@ def test_a_folder_gives_its_pictures_by_name_and_those_below_it(save_pictures: S
     save_pictures(tmp_path / "below", 1)
     (tmp_path / "labels.csv").write_text("path\n")
     (tmp_path / ".hidden.png").write_text("")
-    names = [path.relative_to(tmp_path).as_posix() for _, path in picture_paths(tmp_path)]
+    names = [path.relative_to(tmp_path).as_posix() for _, path in media_paths(tmp_path, PICTURES)]
     assert names == ["00.png", "01.jpg", "below/00.png"]
 
 
@@ -55,56 +55,56 @@ def test_a_file_gives_paths_that_are_relative_to_its_folder(
     name: str, text: str, column: str | None, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(text)
-    paths = [path.relative_to(tmp_path).as_posix() for _, path in picture_paths(tmp_path / name, column)]
+    paths = [path.relative_to(tmp_path).as_posix() for _, path in media_paths(tmp_path / name, PICTURES, column)]
     assert paths == ["below/00.png", "below/01.jpg"]
 
 
 def test_what_is_drawn_is_calibrated_on_and_held_out(reader: Program, save_pictures: Save, tmp_path: Path) -> None:
     paths = save_pictures(tmp_path, 12)
-    source = picture_recipe(recipe(tmp_path, samples=9, batch_size=5))
+    source = media_recipe(recipe(tmp_path, samples=9, batch_size=5), PICTURES)
     assert source.samples == 9
     data = source.batches(reader)
     assert [len(batch["pixel_values"]) for batch in data.calibration] == [5, 4]
     rows = torch.cat([b["pixel_values"] for b in (*data.calibration, *data.evaluation)])
     every = picture_batches(reader, paths, batch_size=12)[0]["pixel_values"]
     assert sorted(map(float, rows.sum((1, 2, 3)))) == sorted(map(float, every.sum((1, 2, 3))))
-    alone = python_pictures([str(path) for path in paths], samples=9, seed=0, max_length=None)
+    alone = python_media([str(path) for path in paths], PICTURES, samples=9, seed=0, max_length=None)
     assert torch.equal(alone.batches(reader).calibration[0]["pixel_values"][:5], data.calibration[0]["pixel_values"])
     whole = {"calibration": {"data": str(tmp_path)}, "evaluation": {"data": str(tmp_path), "samples": 3}}
     other = Recipe.model_validate({"model": {"path": "m"}, "passes": ["clean"], "export": ["onnx-qdq"], **whole})
-    assert [len(b["pixel_values"]) for b in picture_recipe(other).batches(reader).evaluation] == [3]
+    assert [len(b["pixel_values"]) for b in media_recipe(other, PICTURES).batches(reader).evaluation] == [3]
 
 
 def test_bad_data_are_named_before_a_model_is_loaded(save_pictures: Save, tmp_path: Path) -> None:
     empty, few, folder = tmp_path / "empty", tmp_path / "few", tmp_path / "pictures"
     empty.mkdir()
     with pytest.raises(BitlowerError, match=f"the folder {empty} has no pictures; files that end with .bmp"):
-        picture_recipe(recipe(empty))
+        media_recipe(recipe(empty), PICTURES)
     save_pictures(few, 3)
     with pytest.raises(BitlowerError, match="few is too short: 3 pictures, 8 are needed; add pictures"):
-        picture_recipe(recipe(few))
+        media_recipe(recipe(few), PICTURES)
     bad = save_pictures(folder, 9)[4]
     bad.write_bytes(bad.read_bytes()[:70])
     for data in (folder, [str(path) for path in sorted(folder.iterdir())]):
         with pytest.raises(BitlowerError, match=f"the picture {bad} is cut off or damaged"):
-            python_pictures(data, samples=None, seed=0, max_length=None)
+            python_media(data, PICTURES, samples=None, seed=0, max_length=None)
     (tmp_path / "list.txt").write_text("".join(f"pictures/0{n}.png\n" for n in range(8)))
     with pytest.raises(BitlowerError, match=f"the picture {folder / '01.png'} is missing"):
-        picture_recipe(recipe(tmp_path / "list.txt"))
+        media_recipe(recipe(tmp_path / "list.txt"), PICTURES)
     (tmp_path / "list.csv").write_text("a,b\n1,2\n")
     with pytest.raises(BitlowerError, match=r"list.csv has several columns: a, b; name one"):
-        picture_recipe(recipe(tmp_path / "list.csv"))
+        media_recipe(recipe(tmp_path / "list.csv"), PICTURES)
 
 
 def test_what_is_about_texts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BitlowerError, match="max_length is in tokens, and this model reads pictures; leave it out"):
-        picture_recipe(recipe(tmp_path, max_length=12))
+        media_recipe(recipe(tmp_path, max_length=12), PICTURES)
     (tmp_path / "a.csv").write_text("a,b\n")
     with pytest.raises(BitlowerError, match="pairs are of texts, and this model reads pictures"):
-        picture_recipe(recipe(tmp_path / "a.csv", column=["a", "b"]))
+        media_recipe(recipe(tmp_path / "a.csv", column=["a", "b"]), PICTURES)
     with pytest.raises(BitlowerError, match="is a folder, and has no column 'a'"):
-        picture_recipe(recipe(tmp_path, column="a"))
+        media_recipe(recipe(tmp_path, column="a"), PICTURES)
     with pytest.raises(BitlowerError, match="training on picture files is not available; give input batches"):
-        refuse_training("folder")
-    refuse_training([{"pixel_values": torch.zeros(1)}])
-    refuse_training(None)
+        refuse_training("folder", PICTURES)
+    refuse_training([{"pixel_values": torch.zeros(1)}], PICTURES)
+    refuse_training(None, PICTURES)

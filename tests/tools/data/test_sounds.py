@@ -12,7 +12,7 @@ import soundfile
 
 from bitlower.frontends.task import is_speech_reader
 from bitlower.ir import BitlowerError
-from bitlower.tools.data.sounds import NamedRows
+from bitlower.tools.data.named_rows import SOUNDS, NamedRows
 from bitlower.tools.data.texts import Row
 from bitlower.tools.evaluation.evaluate import evaluate
 from bitlower.tools.recipes.recipe import load_recipe
@@ -31,7 +31,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    for place in ("runs.flow.load", "evaluation.targets.load"):
+    for place in ("runs.flow.load", "evaluation.runners.load"):
         monkeypatch.setattr(f"bitlower.tools.{place}", refuse)
 
 
@@ -48,23 +48,23 @@ def table(tmp_path: Path) -> Path:
 
 def test_rows_are_named_by_file_and_line(table: Path) -> None:
     good = [Row(2, ("0.wav", "the cat"))]
-    NamedRows(table, lambda: good).check_sounds()
+    NamedRows(table, lambda: good).check(SOUNDS)
     for name, message in (("4.wav", "4.wav is no sound that can be read"), ("no.wav", "no.wav is missing")):
         rows = NamedRows(table, lambda name=name: [*good, Row(7, (name, ""))])
         with pytest.raises(BitlowerError, match=rf"data\.tsv, line 7: .*{message}"):
-            rows.check_sounds()
+            rows.check(SOUNDS)
     soundfile.write(table.parent / "empty.wav", np.zeros(0, np.float32), 16_000)
     with pytest.raises(BitlowerError, match=r"data\.tsv, line 3: .*empty.wav is empty; leave it out"):
-        NamedRows(table, lambda: [Row(3, ("empty.wav",))]).check_sounds()
+        NamedRows(table, lambda: [Row(3, ("empty.wav",))]).check(SOUNDS)
     rows = NamedRows.of_texts(table, ["source", "target"], [("0.wav", "the cat"), ("3.wav", "the cat")])
     assert [row.line for row in rows.read()] == [2, 5]
-    rows.check_sounds()
+    rows.check(SOUNDS)
 
 
 def test_a_package_that_is_missing_is_named_alone(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "soundfile", None)
     with pytest.raises(BitlowerError, match=r"^reading sound needs the package soundfile"):
-        NamedRows(table, list).check_sounds()
+        NamedRows(table, list).check(SOUNDS)
 
 
 def test_an_evaluation_looks_first(whisper: Path, table: Path) -> None:

@@ -13,8 +13,9 @@ from PIL import Image
 from bitlower.frontends import load
 from bitlower.ir import BitlowerError, Program
 from bitlower.ir.quiet import quiet
+from bitlower.tools.data.media import PICTURES
 from bitlower.tools.evaluation.evaluate import evaluate
-from bitlower.tools.evaluation.pictures import picture_scores, read_labelled
+from bitlower.tools.evaluation.media import media_scores, read_labelled
 from bitlower.tools.evaluation.runners import Runner
 
 Save = Callable[..., list[Path]]
@@ -58,8 +59,10 @@ def test_of_many_classes_the_first_five_count_too(program: Program, save_picture
     def run(batch: object) -> dict[str, object]:
         return {"logits": -torch.arange(8.0).repeat(2, 1).numpy()}
 
-    rows = read_labelled(path, ())
-    scores = picture_scores(Runner(program, run), path, rows, batch_size=2, track=lambda items, label: iter(items))
+    rows = read_labelled(path, (), "image-classification", PICTURES)
+    scores = media_scores(
+        Runner(program, run), "image-classification", path, rows, batch_size=2, track=lambda items, label: iter(items)
+    )
     assert scores == {"accuracy": 0.0, "top-5 accuracy": 50.0}
 
 
