@@ -13,7 +13,6 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from bitlower.backends.artifact.rounding import Rounding
 from bitlower.backends.onnx_qdq import export
 from bitlower.backends.onnx_qdq.rewrite.pipeline import lower
 from bitlower.backends.onnx_qdq.verify import codes as code_comparison
@@ -348,17 +347,6 @@ def test_a_float_program_is_compared_by_its_outputs(tiny_program: Program, tmp_p
         tiny_program.module.get_parameter("head.bias").add_(0.01)
     with pytest.raises(CheckError, match="the output logits"):
         verify_export(tiny_program, tmp_path, batches)
-
-
-def test_excess_is_the_distance_from_the_rounding_interval():
-    scale, zero = torch.tensor(0.5), torch.tensor(3.0)
-    x = torch.tensor([0.0, 0.25, 0.3, -10.0, 500.0])
-    rounding = Rounding(x, scale, zero, 0, 255)
-    assert rounding.excess(torch.tensor([3, 3, 4, 0, 255])) == 0
-    assert rounding.excess(torch.tensor([3, 4, 4, 0, 255])) == 0
-    assert rounding.excess(torch.tensor([3, 3, 3, 0, 255])) == pytest.approx(0.1, abs=1e-6)
-    assert rounding.excess(torch.tensor([5, 3, 4, 0, 255])) == pytest.approx(1.5, abs=1e-6)
-    assert rounding.excess(torch.tensor([3, 3, 4, 0, 254])) == pytest.approx(1003 - 254.5)
 
 
 def test_tallies_are_shares_over_all_batches(handmade):

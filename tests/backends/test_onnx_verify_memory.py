@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bitlower.backends.onnx_qdq.runtime.session import Session
-from bitlower.backends.onnx_qdq.verify import compare as _verify
+from bitlower.backends.onnx_qdq.verify import compare
 from bitlower.backends.onnx_qdq.verify.codes import CodeComparison
 from bitlower.backends.onnx_qdq.verify.compare import compare_export, verify_export
 from bitlower.ir import Batch
@@ -66,5 +66,5 @@ def test_outputs_that_are_not_remembered_are_computed_again(
 ) -> None:
     folder = handmade.write(tmp_path)
     whole = verify_export(handmade.program, folder, handmade.batches)
-    monkeypatch.setattr(_verify, "REMEMBERED_BYTES", 0)
+    monkeypatch.setattr(compare, "REMEMBERED_BYTES", 0)
     assert verify_export(handmade.program, folder, handmade.batches) == whole
