@@ -77,11 +77,11 @@ def test_options_of_backends_are_as_documented(backend: str) -> None:
 
 
 def test_what_checkpoint_formats_hold_is_as_documented() -> None:
-    from bitlower.backends.checkpoint.formats.gptq import GptqV2
-    from bitlower.backends.checkpoint.formats.registry import FORMATS
+    from bitlower.backends.checkpoint.format import known_formats
+    from bitlower.backends.checkpoint.formats.gptq_v2 import GptqV2
 
     text = section("recipes.md", "`export`", "`checkpoint`")
-    assert all(f"`{name}`" in text for name in FORMATS)
+    assert all(f"`{name}`" in text for name in known_formats())
     table = {row[0]: row[2] for row in rows(text, "")}
     assert table["bits"] == ", ".join(map(str, GptqV2.bits))
     assert table["groups"] == f"{', '.join(map(str, GptqV2.group_sizes[1:]))}, or whole rows"

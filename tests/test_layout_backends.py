@@ -13,13 +13,13 @@ _modules, _imports, _imported = (_LAYOUT[name] for name in ("_modules", "_import
 
 ORDER = {
     "artifact": (),
-    "checkpoint": ("experts", "skeleton", "contents", "safetensors", "formats", "sizes", "verify", "backend"),
+    "checkpoint": ("experts", "skeleton", "contents", "safetensors", "format", "formats", "sizes", "verify", "backend"),
     "onnx_qdq": (
         *("graph", "encoding", "write", "translate", "runtime", "rewrite"),
         *("sizes", "model", "verify", "backend"),
     ),
     "tvm_kernels": (
-        *("pins", "spec", "target", "tir", "schedules", "kernel", "relax", "library", "inspect", "verify"),
+        *("pins", "spec", "internals", "target", "tir", "schedules", "kernel", "relax", "library", "inspect", "verify"),
         "backend",
     ),
 }

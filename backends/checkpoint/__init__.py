@@ -7,12 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from bitlower.backends.checkpoint.backend import Checkpoint, ExportReport
+from bitlower.backends.checkpoint.format import Format, Packed, Weight
+from bitlower.backends.checkpoint.safetensors import Entry
 from bitlower.backends.checkpoint.verify.artifact import ArtifactReport
 from bitlower.backends.checkpoint.verify.artifact import verify_artifact as verify
 from bitlower.backends.checkpoint.verify.record import Verification
 from bitlower.ir import Batch, Program
 
-__all__ = ["ArtifactReport", "Checkpoint", "ExportReport", "Verification", "export", "verify"]
+__all__ = [
+    "ArtifactReport",
+    "Checkpoint",
+    "Entry",
+    "ExportReport",
+    "Format",
+    "Packed",
+    "Verification",
+    "Weight",
+    "export",
+    "verify",
+]
 
 
 def export(

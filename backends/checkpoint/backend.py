@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge
@@ -24,8 +24,7 @@ from bitlower.backends.checkpoint.contents import (
     is_symmetric,
     readers,
 )
-from bitlower.backends.checkpoint.formats.base import Format, cast
-from bitlower.backends.checkpoint.formats.registry import FORMATS, refusal
+from bitlower.backends.checkpoint.format import Format, cast, find_format, known_formats, refusal
 from bitlower.backends.checkpoint.safetensors import INDEX, MODEL, Entry, write_tensors
 from bitlower.backends.checkpoint.sizes import CheckpointSizes
 from bitlower.backends.checkpoint.skeleton import EMBEDDING, LINEAR, Skeleton
@@ -36,7 +35,10 @@ from bitlower.ir import Batch, BitlowerError, Program, QuantSpec, ops
 from bitlower.ir.assets import GENERATION, MODULES
 from bitlower.ir.folding import with_float_weights
 
-FormatName = Literal["compressed-tensors", "gptq-v2"]
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = Literal[known_formats()]
 Dtype = Literal["float16", "bfloat16", "float32"]
 _DTYPES: dict[str, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -78,7 +80,7 @@ class Checkpoint(Backend):
     """Hugging Face folders with packed weights, for transformers, vLLM and GPTQModel, verified against the Program."""
 
     name: ClassVar[str] = "checkpoint"
-    formats: ClassVar[Mapping[str, Mapping[str, Any]]] = {name: {"format": name} for name in FORMATS}
+    formats: ClassVar[Mapping[str, Mapping[str, Any]]] = {name: {"format": name} for name in known_formats()}
     holds_heads: ClassVar[bool] = False
     node_seconds: ClassVar[float] = 0.001
     copies_model: ClassVar[bool] = False
@@ -105,7 +107,7 @@ class Checkpoint(Backend):
             CheckError: what was written is not the program.
         """
         self.check_level(program.level)
-        form, number = FORMATS[self.format], _DTYPES[self.dtype]
+        form, number = find_format(self.format), _DTYPES[self.dtype]
         skeleton = Skeleton(program)
         tables = dict(_float_tables(program, skeleton, form))
         program = with_float_weights(program, tables) if tables else program
@@ -155,7 +157,7 @@ class Checkpoint(Backend):
         if role != "linear-weight" or len(shape) != 2:
             return "a checkpoint holds the weights of linear layers and embedding tables in few bits, nothing else"
         rows, columns = shape
-        return refusal(FORMATS[self.format], spec, (rows, columns), LINEAR)
+        return refusal(find_format(self.format), spec, (rows, columns), LINEAR)
 
     def check_program(self, program: Program) -> None:
         """See that Hugging Face's model has every weight of ``program``.
@@ -225,7 +227,7 @@ def check(contents: Contents, format: str) -> None:
         BitlowerError: it cannot; the first layer that it cannot hold is named, and the reason.
     """
     for layer in contents.layers:
-        reason = refusal(FORMATS[format], layer.spec, layer.shape, layer.kind)
+        reason = refusal(find_format(format), layer.spec, layer.shape, layer.kind)
         if reason:
             hint = "" if "the format" in reason else "choose another scheme, or leave the layer in float with `ignore`"
             raise BitlowerError(f"the format {format} cannot hold {layer.path}: {reason}", hint=hint)
@@ -245,7 +247,7 @@ def _config(program: Program, skeleton: Skeleton, contents: Contents, options: C
     if contents.ties != skeleton.ties:
         form["tie_word_embeddings"] = False
     if contents.layers:
-        how = form["quantization_config"] = FORMATS[options.format].config(contents.layers, skeleton)
+        how = form["quantization_config"] = find_format(options.format).config(contents.layers, skeleton)
         if MODULES in program.assets and len(how.get("config_groups", ())) == 1:
             how["dequantize"] = True  # sentence-transformers passes by the hook that would unpack at the first call
     return form

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from bitlower.backends.checkpoint.format import Packed, find_format
 from bitlower.backends.sizes import ENTRY_BYTES, stored_tensors
 from bitlower.ir import Program, Quantizer
 from bitlower.ir.dataflow import EMBEDDING
-
-_WORD = 32
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,11 @@ class CheckpointSizes:
         spec = quantizer.spec
         if len(shape) != 2 or any(node.target in EMBEDDING for node in readers):
             return self.width * math.prod(shape)
-        (rows, columns), bits = shape, spec.grid.bits
-        scales = math.prod(spec.granularity.scale_shape(shape))
-        groups = max(1, scales // rows)
-        if self.format == "gptq-v2":
-            return 4 * rows * _words(columns, bits) + 4 * groups * _words(rows, bits) + 2 * scales + 4 * columns
-        zeros = 0 if spec.grid.symmetric else 4 * groups * _words(rows, bits)
-        return 4 * rows * _words(columns, bits) + self.width * scales + zeros + 16
+        rows, columns = shape
+        count = math.prod(spec.granularity.scale_shape(shape))
+        groups = max(1, count // rows)
+        packed = Packed(spec.grid.bits, columns // groups, spec.grid.symmetric)
+        return find_format(self.format).stored_bytes(packed, (rows, columns), (count, groups), self.width)
 
     def floats(self, tensor: torch.Tensor, readers: Collection[fx.Node] = ()) -> int:
         """Floats have ``width`` bytes."""
@@ -43,7 +40,3 @@ class CheckpointSizes:
     def overhead(self, program: Program) -> int:
         """Bytes of the headers of safetensors files."""
         return ENTRY_BYTES * stored_tensors(program)
-
-
-def _words(count: int, bits: int) -> int:
-    return -(-count * bits // _WORD)

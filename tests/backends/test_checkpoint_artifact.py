@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitlower.backends.checkpoint import export, verify
-from bitlower.backends.checkpoint.formats.base import Packed, Weight
+from bitlower.backends.checkpoint.format import Packed, Weight
 from bitlower.backends.checkpoint.verify.compare import check_weight
 from bitlower.backends.checkpoint.verify.record import Verification
 from bitlower.ir import BitlowerError, CheckError, Program

@@ -126,9 +126,9 @@ def test_positions_that_depend_on_padding() -> None:
         torch.testing.assert_close(program(**batch)["last_hidden_state"], model(**batch).last_hidden_state, **CLOSE)
 
 
-def test_a_model_that_reads_no_tokens_is_an_error() -> None:
+def test_a_model_without_a_head_that_hears_is_an_error() -> None:
     config = ASTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, max_length=64)
-    with pytest.raises(BitlowerError, match="ASTModel reads input_values, not token ids; pass `example_inputs`"):
+    with pytest.raises(BitlowerError, match="ASTModel hears sound alone, and feature-extraction is not for that; pass"):
         load(ASTModel(config))
 
 

@@ -7,23 +7,34 @@ reads; other widths need one that packs densely (0.20 does).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
 from bitlower.backends.checkpoint.contents import Layer, unpacked_linears
-from bitlower.backends.checkpoint.formats.base import Packed, Weight, cast, how_packed, pack_codes, packed_paths
+from bitlower.backends.checkpoint.format import (
+    Format,
+    Packed,
+    Weight,
+    cast,
+    how_packed,
+    pack_codes,
+    packed_paths,
+    words,
+)
 from bitlower.backends.checkpoint.safetensors import Entry, TensorFolder
 from bitlower.backends.checkpoint.skeleton import CONV1D, EMBEDDING, Skeleton
 from bitlower.ir import BitlowerError, CheckError, packing
 
 
-class CompressedTensors:
+@dataclass(frozen=True)
+class CompressedTensors(Format):
     """compressed-tensors' ``pack-quantized``."""
 
-    name = "compressed-tensors"
-    one_way_with_zeros = True
-    readers = ("compressed_tensors", "accelerate")
+    name: ClassVar[str] = "compressed-tensors"
+    one_way_with_zeros: ClassVar[bool] = True
+    readers: ClassVar[tuple[str, ...]] = ("compressed_tensors", "accelerate")
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """That of the other weights: its decompressor returns weights in the type of the scales."""
@@ -41,8 +52,8 @@ class CompressedTensors:
         """``weight_packed``, ``weight_scale``, ``weight_shape`` and, if asymmetric, ``weight_zero_point``."""
         (rows, columns), groups, bits = layer.shape, layer.groups, layer.bits
         name = f"{layer.path}.weight"
-        words = -(-columns * bits // packing.WORD)
-        yield Entry(f"{name}_packed", torch.int32, (rows, words), lambda: pack_codes(layer, packing.pack_compressed))
+        across = words(columns, bits)
+        yield Entry(f"{name}_packed", torch.int32, (rows, across), lambda: pack_codes(layer, packing.pack_compressed))
         yield Entry(
             f"{name}_scale", dtype, (rows, groups), lambda: cast(layer.scales(), dtype, f"the scale of {layer.path}")
         )
@@ -51,9 +62,15 @@ class CompressedTensors:
             yield Entry(
                 f"{name}_zero_point",
                 torch.int32,
-                (-(-rows * bits // packing.WORD), groups),
+                (words(rows, bits), groups),
                 lambda: packing.pack_compressed_zeros(layer.zeros(), bits),
             )
+
+    def stored_bytes(self, packed: Packed, shape: tuple[int, int], scales: tuple[int, int], width: int) -> int:
+        """Codes, zero points if there are any, scales as wide as the other weights, and the shape."""
+        (rows, columns), (count, groups) = shape, scales
+        zeros = 0 if packed.symmetric else 4 * groups * words(rows, packed.bits)
+        return 4 * rows * words(columns, packed.bits) + width * count + zeros + 16
 
     def config(self, layers: Sequence[Layer], skeleton: Skeleton) -> dict[str, Any]:
         """One group for each way of packing; all ``Linear`` modules and a list of exceptions where there is one way.

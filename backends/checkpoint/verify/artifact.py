@@ -11,7 +11,7 @@ from bitlower.backends.artifact import manifest as artifact_manifest
 from bitlower.backends.artifact.folder import CONFIG
 from bitlower.backends.artifact.json_files import read_json, rounded_figures
 from bitlower.backends.artifact.record import FILE
-from bitlower.backends.checkpoint.formats.registry import FORMATS
+from bitlower.backends.checkpoint.format import find_format, known_formats
 from bitlower.backends.checkpoint.skeleton import Skeleton
 from bitlower.backends.checkpoint.verify.client import CLIENT, Client, obstacle
 from bitlower.backends.checkpoint.verify.compare import Stored, check_weight
@@ -64,9 +64,9 @@ def verify_artifact(folder: Path) -> ArtifactReport:
     """
     files = artifact_manifest.check_artifact(folder)
     recorded = Verification.read(folder)
-    if recorded.format not in FORMATS:
+    if recorded.format not in known_formats():
         raise CheckError(f"{FILE} in {folder} names the unknown format {recorded.format!r}")
-    form, config = FORMATS[recorded.format], read_json(folder / CONFIG)
+    form, config = find_format(recorded.format), read_json(folder / CONFIG)
     stored = Stored(folder, form, config)
     expected = {row.path: row for row in recorded.layers}
     if set(stored.packed) != set(expected):

@@ -29,7 +29,7 @@ from torch import fx
 from bitlower.backends.artifact.selftest import SelfTest, make_selftest
 from bitlower.backends.artifact.unseen import Seen, Unseen, at
 from bitlower.backends.checkpoint.contents import Contents, Float, Layer
-from bitlower.backends.checkpoint.formats.base import Format, Packed, Weight
+from bitlower.backends.checkpoint.format import Format, Packed, Weight
 from bitlower.backends.checkpoint.safetensors import TensorFolder
 from bitlower.backends.checkpoint.skeleton import CONV1D, Skeleton
 from bitlower.backends.checkpoint.verify.client import CLIENT, Client, obstacle

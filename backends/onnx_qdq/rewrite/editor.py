@@ -32,18 +32,20 @@ class Editor:
         self.split: set[str] = set()
         """The names of codes that are multiplied with float activations as integers of several digits."""
         self._made: dict[ir.Value, str] = {}
+        self._by_name: dict[str, list[ir.Value]] = {}
         self._lazy: dict[tuple[str, str], ir.Value] = {}
 
     def constant(self, name: str, array: Array | np.generic) -> ir.Value:
         """A tensor; it will be called ``name`` unless an equal name was taken before."""
         data = np.asarray(array, order="C")
-        for value, taken in self._made.items():
-            same = taken == name and isinstance(value.const_value, ir.Tensor)
+        for value in self._by_name.get(name, ()):
+            same = value in self._made and isinstance(value.const_value, ir.Tensor)
             if same and np.array_equal(_numpy(value), data) and _numpy(value).dtype == data.dtype:
                 return value
         value = ir.Value(name=name, const_value=ir.tensor(data, name=name))
         value.dtype, value.shape = ir.DataType.from_numpy(data.dtype), ir.Shape(data.shape)
         self._made[value] = name
+        self._by_name.setdefault(name, []).append(value)
         return value
 
     def lazy(

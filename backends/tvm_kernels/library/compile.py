@@ -7,7 +7,8 @@ from contextlib import nullcontext
 
 import tvm
 
-from bitlower.backends.tvm_kernels.library.fatbin import own_compiler
+from bitlower.backends.tvm_kernels.internals import compiling_cuda_by
+from bitlower.backends.tvm_kernels.library.fatbin import compile_source
 from bitlower.backends.tvm_kernels.library.library import Code, Library, StagedLibrary, staged_library
 from bitlower.backends.tvm_kernels.relax.pipeline import lowering
 from bitlower.backends.tvm_kernels.relax.precision import AUTO, activations_of, typed
@@ -48,7 +49,7 @@ def compile_program(
     parts = functions_of(program)
     static = not any(open_sizes(module[name]) for name in parts)
     graphs = {"relax.backend.use_cuda_graph": target.graphs and static}
-    compiler = own_compiler() if target.kind == "cuda" else nullcontext()
+    compiler = compiling_cuda_by(compile_source) if target.kind == "cuda" else nullcontext()
     with tvm.transform.PassContext(opt_level=3, config=graphs), compiler:
         executable = tvm.compile(module, target=device, relax_pipeline=lowering(target))
     code, dtype = Code(executable, target, operators), activations_of(target, activations)

@@ -9,14 +9,11 @@ lowest first. (TVM 0.27; another version is refused by the check of the pins.)
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import tvm_ffi
-
+from bitlower.backends.tvm_kernels.internals import packed_modules, with_code
 from bitlower.backends.tvm_kernels.library.nvcc import REGISTERS, find_tool
 from bitlower.backends.tvm_kernels.spec.target import Target
 from bitlower.ir import BitlowerError, CheckError
@@ -25,7 +22,6 @@ from bitlower.ir.scratch import scratch_folder
 ARCHITECTURES = ("sm_80", "sm_90")
 SOURCE = "kernels.cu"
 _SYMBOL = "__tvm_ffi__library_bin"
-_CALLBACK = "tvm_callback_cuda_compile"
 _ASSEMBLY = f"""
     .section .rodata
     .globl {_SYMBOL}
@@ -69,17 +65,6 @@ def compile_source(source: str) -> bytes:
         return (folder / "kernels.fatbin").read_bytes()
 
 
-@contextmanager
-def own_compiler() -> Iterator[None]:
-    """Within, TVM compiles CUDA source by :func:`compile_source`, where it has a driver and compiles at once."""
-    before = tvm_ffi.get_global_func(_CALLBACK)
-    tvm_ffi.register_global_func(_CALLBACK, compile_source, override=True)
-    try:
-        yield
-    finally:
-        tvm_ffi.register_global_func(_CALLBACK, before, override=True)
-
-
 def device_module(executable: Any) -> Any:
     """The module of the device functions of a compiled Program.
 
@@ -119,57 +104,10 @@ def export_cuda(executable: Any, path: Path) -> str:
     code = compile_source(source)
 
     def pack(module: Any, _: bool, __: str, folder: str) -> str:
-        blob = bytes(tvm_ffi.get_global_func("runtime.ModulePackImportsToTensor")(module).numpy())
         held, assembly = Path(folder) / "modules.bin", Path(folder) / "modules.S"
-        held.write_bytes(with_code(blob, source.encode(), code))
+        held.write_bytes(with_code(packed_modules(module), source.encode(), code))
         assembly.write_text(_ASSEMBLY.format(path=held))
         return str(assembly)
 
     executable.mod.export_library(str(path), fpack_imports=pack)
     return source
-
-
-def with_code(blob: bytes, source: bytes, code: bytes) -> bytes:
-    """Packed modules with ``code`` in place of the CUDA ``source``.
-
-    Raises:
-        CheckError: the source is not there, and neither is other code.
-    """
-    total, start = _read(blob, 0)
-    places = [start]
-    for _ in range(2):  # how modules import each other: two arrays of numbers
-        count, at = _read(blob, places[-1])
-        places.append(at + 8 * count)
-    at, found = places[-1], [blob[start : places[-1]]]
-    while at < 8 + total:
-        kind, at = _text(blob, at)
-        found.append(_packed(kind))
-        if kind == b"_lib":
-            continue
-        held, at = _text(blob, at)
-        found.append(_packed(_compiled(held, source, code) if kind == b"cuda" else held))
-    return _packed(b"".join(found))
-
-
-def _compiled(held: bytes, source: bytes, code: bytes) -> bytes:
-    """The bytes of the module of CUDA: its functions stay, its format and its code change."""
-    form, at = _text(held, 0)
-    if form != b"cuda":
-        return held
-    functions, end = held[at:], _packed(source)
-    if not functions.endswith(end):
-        raise CheckError("TVM packs CUDA modules in another way than is known")
-    return _packed(b"fatbin") + functions.removesuffix(end) + _packed(code)
-
-
-def _read(blob: bytes, at: int) -> tuple[int, int]:
-    return int.from_bytes(blob[at : at + 8], "little"), at + 8
-
-
-def _text(blob: bytes, at: int) -> tuple[bytes, int]:
-    size, at = _read(blob, at)
-    return blob[at : at + size], at + size
-
-
-def _packed(text: bytes) -> bytes:
-    return len(text).to_bytes(8, "little") + text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,6 @@ from bitlower.ir.stages import DECODER, ENCODER, enters_cross, whole_inputs
 LIBRARY, SIGNATURE = "library.so", "library.json"
 """The code with the weights; what it takes, returns and runs on."""
 RUNTIME = "TVM"
-_CALLED = re.compile(r"^\s*call\s+(\w+)\s", re.MULTILINE)
 
 
 def is_library(folder: Path) -> bool:
@@ -91,8 +89,9 @@ class Code:
 
     def kernel_calls(self) -> Counter[str]:
         """How often kernels of each family are called, counted in the code of TVM's virtual machine."""
-        read = self.executable.as_text if hasattr(self.executable, "as_text") else self.executable["as_text"]
-        return families(_CALLED.findall(str(read())))
+        from bitlower.backends.tvm_kernels.internals import called_functions
+
+        return families(called_functions(self.executable))
 
     def put(self, value: torch.Tensor, dtype: torch.dtype) -> Any:
         """A tensor in the memory of TVM on the device; floats become ``dtype``."""

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 import tvm
 from torch import fx
 from tvm import relax, te, tirx
-from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
+from bitlower.backends.tvm_kernels.internals import imported, imported_names
 from bitlower.backends.tvm_kernels.relax.attention import convert_float_attention
 from bitlower.backends.tvm_kernels.relax.builder import Frame, dimension, dtype_name
 from bitlower.backends.tvm_kernels.relax.embedding import convert_float_embedding
@@ -66,19 +65,13 @@ def check_operator(node: fx.Node) -> None:
     kind = node.meta.get("type")
     if node.target not in _CONVERTERS and not str(node.target).startswith("bitlower."):
         arithmetic = kind is None and not isinstance(node.target, torch._ops.OpOverload)
-        if not arithmetic and (kind is None or _name(node) not in _imported_names()):
+        if not arithmetic and (kind is None or _name(node) not in imported_names()):
             raise _unknown(node)
     for size in kind.shape if kind is not None else ():
         try:
             dimension(size, {})
         except BitlowerError as error:
             raise BitlowerError(f"{where(node)}: {error.message}", hint=error.hint) from None
-
-
-@cache
-def _imported_names() -> frozenset[str]:
-    """The operators that TVM's importer converts."""
-    return frozenset(ExportedProgramImporter().convert_map)
 
 
 def _name(node: fx.Node) -> str:
@@ -97,16 +90,15 @@ def _scalar(frame: Frame, node: fx.Node) -> Any:
 
 def _imported(frame: Frame, node: fx.Node) -> Any:
     """Let TVM's importer convert it, and hold it to its type."""
-    importer = ExportedProgramImporter()
-    importer.block_builder = frame.builder
     name = _name(node)
-    if name not in importer.convert_map or node.kwargs.get("alpha", 1) != 1:
+    if name not in imported_names() or node.kwargs.get("alpha", 1) != 1:
         raise _unknown(node)
-    for source in node.all_input_nodes:
-        value = frame.value(source)
-        importer.env[source] = _as_tensor(frame, value) if name.endswith((".Tensor", ".Scalar")) else value
+    values = {source: frame.value(source) for source in node.all_input_nodes}
+    if name.endswith((".Tensor", ".Scalar")):
+        values = {source: _as_tensor(frame, value) for source, value in values.items()}
     try:
-        return frame.cast(_of_dtype(frame, importer.convert_map[name](node), node), frame.kind_of(node))
+        value = imported(frame.builder, node, name, values)
+        return frame.cast(_of_dtype(frame, value, node), frame.kind_of(node))
     except Exception as error:  # TVM raises many kinds
         raise BitlowerError(
             f"{where(node)}: TVM does not convert {node.target} here: {str(error).splitlines()[0]}",

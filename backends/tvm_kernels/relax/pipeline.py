@@ -7,7 +7,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from bitlower.backends.tvm_kernels.relax.determinism import sort_shape_functions
+from bitlower.backends.tvm_kernels.internals import sort_shape_functions
 from bitlower.backends.tvm_kernels.spec.target import Target
 
 

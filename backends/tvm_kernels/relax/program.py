@@ -8,11 +8,11 @@ from typing import Any
 from torch import fx
 from tvm import relax
 
+from bitlower.backends.tvm_kernels.internals import variables_in_order
 from bitlower.backends.tvm_kernels.relax.aten import convert_operator
 from bitlower.backends.tvm_kernels.relax.attention import convert_attention
 from bitlower.backends.tvm_kernels.relax.builder import Frame
 from bitlower.backends.tvm_kernels.relax.call import Call
-from bitlower.backends.tvm_kernels.relax.determinism import variables_in_order
 from bitlower.backends.tvm_kernels.relax.embedding import convert_embedding
 from bitlower.backends.tvm_kernels.relax.linear import convert_linear
 from bitlower.backends.tvm_kernels.relax.pipeline import fusion

@@ -16,7 +16,7 @@ import torch
 import tvm
 
 from bitlower.backends.artifact.selftest import run_selftest
-from bitlower.backends.tvm_kernels import Target, TvmKernels, compile_program, export, verify
+from bitlower.backends.tvm_kernels import Target, TvmKernels, compile_program, export, internals, verify
 from bitlower.backends.tvm_kernels.inspect.sass import device_functions
 from bitlower.backends.tvm_kernels.library import fatbin as cuda_library
 from bitlower.backends.tvm_kernels.library.files import load_library, write_library
@@ -95,11 +95,11 @@ def test_functions_and_weights_stay_what_they_were(exported: tuple[Path, str], t
     executable = compile_program(fused("bert", "W8A8", layers=1), Target.CUDA).code.executable
     pack = tvm.get_global_func("runtime.ModulePackImportsToTensor")
     blob = bytes(pack(executable.mod).numpy())
-    changed = cuda_library.with_code(blob, source.encode(), b"machine code")
+    changed = internals.with_code(blob, source.encode(), b"machine code")
     assert len(blob) - len(changed) == len(source.encode()) - len(b"machine code") + len(b"cuda") - len(b"fatbin")
-    assert cuda_library.with_code(changed, source.encode(), b"other") == changed
+    assert internals.with_code(changed, source.encode(), b"other") == changed
     with pytest.raises(CheckError, match="in another way than is known"):
-        cuda_library.with_code(blob, b"another source", b"machine code")
+        internals.with_code(blob, b"another source", b"machine code")
 
 
 def test_without_nvcc_one_message_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

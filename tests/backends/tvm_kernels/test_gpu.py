@@ -125,15 +125,20 @@ def test_activations_are_one_kernel(make_rows, on_pocl, function, gate):
         assert len(launched) == 1
 
 
+WIDE = GemmConfig(many_rows=2, block_m=16, block_n=48, block_k=16, warps_m=1, warps_n=1)
+HIGH = GemmConfig(many_rows=1, block_m=32, block_n=16, block_k=64, warps_m=1, warps_n=1)
+
+
 @pytest.mark.parametrize(
-    "config",
+    ("activation", "config"),
     [
-        GemmConfig(many_rows=2, block_m=16, block_n=48, block_k=16, warps_m=1, warps_n=1),
-        GemmConfig(many_rows=1, block_m=32, block_n=16, block_k=64, warps_m=1, warps_n=1),
+        ("peg", WIDE),
+        ("float", HIGH),
+        pytest.param("peg", HIGH, marks=pytest.mark.nightly),
+        pytest.param("float", WIDE, marks=pytest.mark.nightly),
     ],
-    ids=["wide", "high"],
+    ids=["peg-wide", "float-high", "peg-high", "float-wide"],
 )
-@pytest.mark.parametrize("activation", ["peg", "float"])
 def test_tiles_of_other_sizes(make_linear, on_pocl, activation, config):
     """They compute the same under another name."""
     spec = replace(SPEC, weight=WEIGHTS["w4-asym"], activation=ACTIVATIONS[activation])

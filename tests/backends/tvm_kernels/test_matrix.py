@@ -106,16 +106,20 @@ def test_rows_by_warp_shuffles(make_rows, on_fibers, dtype):
             case.check(on_fibers(spec, case.given)[0], limit=2e-6)
 
 
+WIDE = GemmConfig(block_m=32, block_n=64, block_k=32, warps_m=1, warps_n=2)
+HIGH = GemmConfig(block_m=32, block_n=16, block_k=16, warps_m=2, warps_n=1)
+BYTES_ALONE, HALVES = {"activation": STATIC}, {"weight": low_bit(4), "dtype": "float16"}
+
+
 @pytest.mark.parametrize(
-    "config",
+    ("changes", "config"),
     [
-        GemmConfig(block_m=32, block_n=64, block_k=32, warps_m=1, warps_n=2),
-        GemmConfig(block_m=32, block_n=16, block_k=16, warps_m=2, warps_n=1),
+        (BYTES_ALONE, WIDE),
+        (HALVES, HIGH),
+        pytest.param(BYTES_ALONE, HIGH, marks=pytest.mark.nightly),
+        pytest.param(HALVES, WIDE, marks=pytest.mark.nightly),
     ],
-    ids=["wide", "high"],
-)
-@pytest.mark.parametrize(
-    "changes", [{"activation": STATIC}, {"weight": low_bit(4), "dtype": "float16"}], ids=["s8", "w4"]
+    ids=["s8-wide", "w4-high", "s8-high", "w4-wide"],
 )
 def test_fragments_of_other_tiles(make_linear, on_fibers, changes, config):
     spec = replace(SPEC, **changes)

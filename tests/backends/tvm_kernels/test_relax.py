@@ -18,6 +18,7 @@ from bitlower.backends.tvm_kernels.library.compile import compile_program
 from bitlower.backends.tvm_kernels.relax.builder import Frame
 from bitlower.backends.tvm_kernels.relax.pipeline import lowering
 from bitlower.backends.tvm_kernels.relax.program import build_module, fuse_module
+from bitlower.backends.tvm_kernels.spec.operators import OperatorLog
 from bitlower.backends.tvm_kernels.spec.target import Target
 from bitlower.backends.tvm_kernels.target import host_target, tvm_target
 from bitlower.ir import BitlowerError, Level, ValueSpec, kernels
@@ -151,7 +152,7 @@ def test_a_manifest_names_the_scales_that_kernels_hold() -> None:
 
 
 def test_dimensions_are_sums_and_products_of_names() -> None:
-    frame = Frame(fused("bert", "W8A8").module, None, Target.LLVM)
+    frame = Frame(fused("bert", "W8A8").module, None, Target.LLVM, OperatorLog())
     assert frame.dim("past + sequence").a.same_as(frame.dim("past"))
     assert int(frame.dim(7)) == 7
     for text in ("max(a, b)", "a +", "a ** 2"):

@@ -18,7 +18,7 @@ import tvm
 from tvm import te, tirx
 
 from bitlower.backends.tvm_kernels import Layout, LinearSpec, Target
-from bitlower.backends.tvm_kernels.relax.determinism import sort_shape_functions
+from bitlower.backends.tvm_kernels.internals import sort_shape_functions
 from bitlower.backends.tvm_kernels.relax.rowwise import _epsilon
 from bitlower.backends.tvm_kernels.relax.views import heads_of
 from bitlower.backends.tvm_kernels.schedules.cpu import vectors

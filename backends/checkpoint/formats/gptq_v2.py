@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
 from bitlower.backends.checkpoint.contents import Layer, unpacked_linears
-from bitlower.backends.checkpoint.formats.base import Packed, Weight, cast, how_packed, pack_codes, packed_paths
+from bitlower.backends.checkpoint.format import (
+    Format,
+    Packed,
+    Weight,
+    cast,
+    how_packed,
+    pack_codes,
+    packed_paths,
+    words,
+)
 from bitlower.backends.checkpoint.safetensors import Entry, TensorFolder
 from bitlower.backends.checkpoint.skeleton import EMBEDDING, Skeleton
 from bitlower.ir import BitlowerError, CheckError, packing
 from bitlower.ir.version import __version__
 
 
-class GptqV2:
+@dataclass(frozen=True)
+class GptqV2(Format):
     """GPTQModel's ``gptq_v2``."""
 
-    name = "gptq-v2"
-    one_way_with_zeros = False
-    readers = ("gptqmodel",)
-    bits = (2, 3, 4, 8)
-    group_sizes = (-1, 16, 32, 64, 128, 256, 512, 1024)
+    name: ClassVar[str] = "gptq-v2"
+    one_way_with_zeros: ClassVar[bool] = False
+    readers: ClassVar[tuple[str, ...]] = ("gptqmodel",)
+    bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
+    group_sizes: ClassVar[tuple[int, ...]] = (-1, 16, 32, 64, 128, 256, 512, 1024)
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """float16, whatever the other weights are."""
@@ -56,6 +67,11 @@ class GptqV2:
             f"{path}.scales", half, (groups, rows), lambda: cast(layer.scales().T, half, f"the scale of {path}")
         )
         yield Entry(f"{path}.g_idx", torch.int32, (columns,), lambda: packing.gptq_groups(columns, columns // groups))
+
+    def stored_bytes(self, packed: Packed, shape: tuple[int, int], scales: tuple[int, int], width: int) -> int:
+        """Codes, zero points whether there are any or not, scales in 2 bytes, and the group of each input in 4."""
+        (rows, columns), (count, groups) = shape, scales
+        return 4 * rows * words(columns, packed.bits) + 4 * groups * words(rows, packed.bits) + 2 * count + 4 * columns
 
     def config(self, layers: Sequence[Layer], skeleton: Skeleton) -> dict[str, Any]:
         """The most common way of packing for all, and ``dynamic`` for what differs (``+:``) or stays float (``-:``).
