@@ -1,7 +1,7 @@
 """Products of many rows on a GPU by ``dp4a`` or in float32: tiles of results, operands staged in shared memory.
 
-The producer of the weight's tile unpacks and centres the codes (or dequantizes them), so that the inner loops read bytes
-or floats. Each of 256 threads has as many results: 4 x 4 of a tile of 64 x 64.
+The producer of the weight's tile unpacks and centres the codes (or dequantizes them), so that the inner loops read
+bytes or floats. Each of 256 threads has as many results: 4 x 4 of a tile of 64 x 64.
 """
 
 from __future__ import annotations
