@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from bitlower.frontends._assets import loading, unpacked
 from bitlower.ir import BitlowerError, CheckError, Program
 from bitlower.ir.assets import is_tokenizer
 from bitlower.ir.quiet import quiet
-from bitlower.ir.scratch import scratch_folder
 
 PROBES = (
     "The quick brown fox, 3.14 times (or 1,024?) over it's lazy dogs.",
@@ -28,7 +26,7 @@ def load_tokenizer(folder: Path, owner: str) -> Any:
     Raises:
         BitlowerError: it cannot be loaded.
     """
-    with _loading(owner):
+    with loading("tokenizer", owner):
         return _load(folder)
 
 
@@ -37,17 +35,6 @@ def _load(folder: Path) -> Any:
 
     with quiet():
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-@contextmanager
-def _loading(owner: str) -> Iterator[None]:
-    """Whatever transformers and its libraries raise on damaged files, as an error that names whose they are."""
-    try:
-        yield
-    except BitlowerError:  # no room for the files
-        raise
-    except Exception as error:
-        raise BitlowerError(f"the tokenizer of {owner} cannot be loaded: {error}") from None
 
 
 def tokenizer_of(program: Program, *, pads: bool = False) -> Any:
@@ -77,18 +64,13 @@ def from_files(files: tuple[tuple[str, bytes], ...], config: str, owner: str, pa
     Raises:
         BitlowerError: it cannot be loaded.
     """
-    with _loading(owner):
+    with loading("tokenizer", owner):
         return _from_files(files, config, pads_with_end)
 
 
 @lru_cache(maxsize=2)
 def _from_files(files: tuple[tuple[str, bytes], ...], config: str, pads_with_end: bool) -> Any:
-    with scratch_folder() as folder:
-        for name, data in files:
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        (folder / "config.json").write_text(config)
+    with unpacked(files, config) as folder:
         tokenizer = _load(folder)
     if pads_with_end and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked, so that any token will do

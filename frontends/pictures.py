@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitlower.frontends._assets import loading, unpacked
 from bitlower.frontends._pictures import SETTINGS, picture_settings
 from bitlower.frontends._tasks import PIXELS
 from bitlower.ir import BitlowerError, Program, shorten
 from bitlower.ir.files import check_name
 from bitlower.ir.quiet import quiet
-from bitlower.ir.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -91,27 +91,15 @@ def image_processor(program: Program) -> Any:
             hint=f"put {SETTINGS} beside config.json, or give batches of tensors",
         )
     picture_package()
-    try:
+    with loading("image processor", owner, f"check {SETTINGS}"):
         return _processor(tuple(sorted(program.assets.items())), json.dumps(program.config))
-    except BitlowerError:  # no room for the files
-        raise
-    except Exception as error:  # whatever transformers raises on damaged settings
-        why = shorten(" ".join(str(error).split()))
-        raise BitlowerError(
-            f"the image processor of {owner} cannot be loaded: {why}", hint=f"check {SETTINGS}"
-        ) from None
 
 
 @lru_cache(maxsize=2)
 def _processor(files: tuple[tuple[str, bytes], ...], config: str) -> Any:
     from transformers import AutoImageProcessor
 
-    with scratch_folder() as folder, quiet():
-        for name, data in files:
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        (folder / "config.json").write_text(config)
+    with unpacked(files, config) as folder, quiet():
         return AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True, trust_remote_code=False)
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from bitlower.frontends._assets import loading, unpacked
 from bitlower.frontends._sounds import EXTRACTOR, sound_settings
 from bitlower.frontends._tokenizer import tokenizer_of
 from bitlower.frontends.sound import read_sound
-from bitlower.ir import BitlowerError, Program, shorten
+from bitlower.ir import BitlowerError, Program
 from bitlower.ir.quiet import quiet
-from bitlower.ir.scratch import scratch_folder
 from bitlower.ir.tokens import MASK, SAMPLES, SOUND
 
 ENDINGS = (".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".ogg", ".opus", ".wav")
@@ -90,24 +90,15 @@ def feature_extractor(program: Program) -> Any:
             f"{owner} has no {EXTRACTOR}, which says how its sounds are prepared",
             hint=f"put {EXTRACTOR} beside config.json, or give batches of tensors",
         )
-    try:
+    with loading("feature extractor", owner, f"check {EXTRACTOR}"):
         return _extractor(program.assets[EXTRACTOR], json.dumps(program.config))
-    except BitlowerError:  # no room for the files
-        raise
-    except Exception as error:  # whatever transformers raises on damaged settings
-        why = shorten(" ".join(str(error).split()))
-        raise BitlowerError(
-            f"the feature extractor of {owner} cannot be loaded: {why}", hint=f"check {EXTRACTOR}"
-        ) from None
 
 
 @lru_cache(maxsize=2)
 def _extractor(settings: bytes, config: str) -> Any:
     from transformers import AutoFeatureExtractor
 
-    with scratch_folder() as folder, quiet():
-        (folder / EXTRACTOR).write_bytes(settings)
-        (folder / "config.json").write_text(config)
+    with unpacked([(EXTRACTOR, settings)], config) as folder, quiet():
         return AutoFeatureExtractor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 

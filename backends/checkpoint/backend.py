@@ -148,7 +148,7 @@ class Checkpoint(Backend):
 
     def sizes(self, placed: Program) -> CheckpointSizes:
         """Bytes of tensors in the files."""
-        return CheckpointSizes(self.format, _DTYPES[self.dtype].itemsize)
+        return CheckpointSizes(find_format(self.format), _DTYPES[self.dtype].itemsize)
 
     def supports(self, spec: QuantSpec, shape: Sequence[int], role: str) -> str:
         """Why a tensor cannot be held; tables that a format cannot hold and kernels are written in float."""

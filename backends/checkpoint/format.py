@@ -134,8 +134,14 @@ def refusal(form: Format, spec: QuantSpec, shape: tuple[int, int], kind: str) ->
         granularity.scale_shape(shape)
     except BitlowerError as error:
         return str(error)
-    size = granularity.block_size(shape[1]) if granularity.kind == "group" else -1
-    return form.refusal(Packed(spec.grid.bits, size, is_symmetric(spec)), shape, kind)
+    return form.refusal(packed_as(spec, shape[1]), shape, kind)
+
+
+def packed_as(spec: QuantSpec, columns: int) -> Packed:
+    """How a weight of so many columns is packed."""
+    granularity = spec.granularity
+    size = granularity.block_size(columns) if granularity.kind == "group" else -1
+    return Packed(spec.grid.bits, size, is_symmetric(spec))
 
 
 def how_packed(layer: Layer) -> Packed:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from bitlower.backends.checkpoint.format import Packed, find_format
+from bitlower.backends.checkpoint.format import Format, packed_as
 from bitlower.backends.sizes import ENTRY_BYTES, stored_tensors
 from bitlower.ir import Program, Quantizer
 from bitlower.ir.dataflow import EMBEDDING
@@ -17,9 +17,9 @@ from bitlower.ir.dataflow import EMBEDDING
 
 @dataclass(frozen=True)
 class CheckpointSizes:
-    """Sizes in a ``format``; ``width``: bytes of a number that stays float."""
+    """Sizes in the format ``form``; ``width``: bytes of a number that stays float."""
 
-    format: str = "compressed-tensors"
+    form: Format
     width: int = 2
 
     def quantized(self, quantizer: Quantizer, shape: tuple[int, ...], readers: Collection[fx.Node] = ()) -> int:
@@ -30,8 +30,7 @@ class CheckpointSizes:
         rows, columns = shape
         count = math.prod(spec.granularity.scale_shape(shape))
         groups = max(1, count // rows)
-        packed = Packed(spec.grid.bits, columns // groups, spec.grid.symmetric)
-        return find_format(self.format).stored_bytes(packed, (rows, columns), (count, groups), self.width)
+        return self.form.stored_bytes(packed_as(spec, columns), (rows, columns), (count, groups), self.width)
 
     def floats(self, tensor: torch.Tensor, readers: Collection[fx.Node] = ()) -> int:
         """Floats have ``width`` bytes."""

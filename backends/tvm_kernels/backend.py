@@ -41,7 +41,7 @@ class ExportReport:
         target: whose code it is.
         operators: what became of the Program's operators: ``calls`` of kernels by family, the operators that were
             ``compiled`` as kernels, and those in ``float``, by reason.
-        notes: why operators run in float32, a line for each reason.
+        notes: why operators run in float, a line for each reason.
         verification: how the library compares with the Program; without kernels and outputs if it was not run.
     """
 
@@ -169,13 +169,13 @@ class TvmKernels(Backend):
             by_stage = part_batches(parts, batches[:BATCHES])
             for stage, part in parts.items():
                 check_range(part, by_stage[stage])
-        written, operators = write_library(program, folder, resolved, dtype)
+        written, code = write_library(program, folder, resolved, dtype)
         files = [*written, write_config(program, folder, self.name)]
         files += artifact_folder.write_assets(program, folder, RESERVED)
         if has_device(resolved):
             verification = verify_export(program, folder, batches, target=resolved, activations=dtype)
         else:
-            verification = expect(program, batches, target=resolved, activations=dtype)
+            verification = expect(program, batches, code, activations=dtype)
         verification.write(folder)
         options = {"target": str(resolved), "activations": dtype}
         write_manifest(
@@ -185,11 +185,11 @@ class TvmKernels(Backend):
             packages=PACKAGES,
             backend_options=options,
             provenance=provenance,
-            operators=operators.to_dict(),
+            operators=code.operators.to_dict(),
         )
-        notes = operators.notes() if program.level is Level.FUSED else ()
+        notes = code.operators.notes() if program.level is Level.FUSED else ()
         return ExportReport(
-            artifact_folder.sizes(folder, files), str(resolved), operators.to_dict(), tuple(notes), verification
+            artifact_folder.sizes(folder, files), str(resolved), code.operators.to_dict(), tuple(notes), verification
         )
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bitlower.backends.checkpoint.format import find_format
 from bitlower.backends.checkpoint.sizes import CheckpointSizes
 from bitlower.backends.onnx_qdq.sizes import OnnxSizes
 from bitlower.ir import Granularity, Grid, Quantizer, QuantSpec, packing
@@ -70,7 +71,7 @@ def test_blocked_dequantize_linear() -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_compressed_tensors(bits: int, symmetric: bool) -> None:
-    target = CheckpointSizes()
+    target = CheckpointSizes(find_format("compressed-tensors"))
     rows, columns, size = 24, 96, 32
     expected = sizeof(packing.pack_compressed(torch.zeros(rows, columns, dtype=torch.uint8), bits)) + rows * 3 * 2 + 16
     if not symmetric:
@@ -81,7 +82,7 @@ def test_compressed_tensors(bits: int, symmetric: bool) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gptq_v2(bits: int) -> None:
-    target = CheckpointSizes("gptq-v2")
+    target = CheckpointSizes(find_format("gptq-v2"))
     rows, columns, size = 64, 96, 32
     weight = packing.pack_gptq(torch.zeros(rows, columns, dtype=torch.uint8), bits)
     zeros = packing.pack_gptq_zeros(torch.zeros(rows, 3, dtype=torch.uint8), bits)
@@ -92,6 +93,6 @@ def test_gptq_v2(bits: int) -> None:
 def test_what_stays_float() -> None:
     tensor, ids = torch.zeros(3, 5), torch.zeros(4, dtype=torch.int64)
     assert OnnxSizes().floats(tensor) == 60
-    assert CheckpointSizes().floats(tensor) == 30
-    assert CheckpointSizes(width=4).floats(tensor) == 60
-    assert CheckpointSizes().floats(ids) == 32
+    assert CheckpointSizes(find_format("compressed-tensors")).floats(tensor) == 30
+    assert CheckpointSizes(find_format("compressed-tensors"), width=4).floats(tensor) == 60
+    assert CheckpointSizes(find_format("compressed-tensors")).floats(ids) == 32

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bitlower.backends.artifact import manifest as artifact_manifest
 from bitlower.backends.artifact.folder import CONFIG
-from bitlower.backends.artifact.json_files import read_json, rounded_figures
+from bitlower.backends.artifact.json_files import read_json
 from bitlower.backends.artifact.record import FILE
+from bitlower.backends.artifact.report import CheckReport
 from bitlower.backends.checkpoint.format import find_format, known_formats
 from bitlower.backends.checkpoint.skeleton import Skeleton
 from bitlower.backends.checkpoint.verify.client import CLIENT, Client, obstacle
@@ -19,35 +18,21 @@ from bitlower.backends.checkpoint.verify.record import Verification
 from bitlower.ir import CheckError, Level, Program
 
 
-@dataclass(frozen=True)
-class ArtifactReport:
+@dataclass(frozen=True, kw_only=True)
+class ArtifactReport(CheckReport):
     """A sound checkpoint.
 
     Args:
-        files: how many there are.
-        bytes: of all of them.
-        unlisted: files that the manifest does not know.
         format: of the packed layers.
         layers: how many were unpacked; their codes, scales and zero points are those of the export.
         codes: how many these are.
         client: what loaded the folder and gave what was recorded at export, or ``not run`` and why.
-        unseen: the cosine of each of its outputs to that, at sizes that neither tracing nor calibration had.
-        unseen_sizes: these.
     """
 
-    files: int
-    bytes: int
-    unlisted: tuple[str, ...]
     format: str
     layers: int
     codes: int
     client: str
-    unseen: Mapping[str, float]
-    unseen_sizes: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {**asdict(self), "unlisted": list(self.unlisted), "unseen": rounded_figures(self.unseen)}
 
 
 def verify_artifact(folder: Path) -> ArtifactReport:
@@ -82,13 +67,13 @@ def verify_artifact(folder: Path) -> ArtifactReport:
     )
     reason = obstacle(skeleton, form.readers if stored.packed else ())
     return ArtifactReport(
-        files.count,
-        files.bytes,
-        files.unlisted,
-        recorded.format,
-        len(expected),
-        codes,
-        reason or CLIENT,
-        {} if reason else Client(folder, skeleton).test(recorded.unseen),
-        recorded.unseen.sizes,
+        files=files.count,
+        bytes=files.bytes,
+        unlisted=files.unlisted,
+        format=recorded.format,
+        layers=len(expected),
+        codes=codes,
+        client=reason or CLIENT,
+        unseen={} if reason else Client(folder, skeleton).test(recorded.unseen),
+        unseen_sizes=recorded.unseen.sizes,
     )

@@ -39,8 +39,11 @@ class Editor:
         """A tensor; it will be called ``name`` unless an equal name was taken before."""
         data = np.asarray(array, order="C")
         for value in self._by_name.get(name, ()):
-            same = value in self._made and isinstance(value.const_value, ir.Tensor)
-            if same and np.array_equal(_numpy(value), data) and _numpy(value).dtype == data.dtype:
+            if (
+                isinstance(value.const_value, ir.Tensor)
+                and np.array_equal(_numpy(value), data)
+                and _numpy(value).dtype == data.dtype
+            ):
                 return value
         value = ir.Value(name=name, const_value=ir.tensor(data, name=name))
         value.dtype, value.shape = ir.DataType.from_numpy(data.dtype), ir.Shape(data.shape)
@@ -122,6 +125,9 @@ class Editor:
         """Remove nodes and tensors that nothing reads."""
         common.RemoveUnusedNodesPass()(self.model)
         self._made = {value: name for value, name in self._made.items() if value.uses() or value.is_graph_output()}
+        self._by_name = {}
+        for value, name in self._made.items():
+            self._by_name.setdefault(name, []).append(value)
 
     def finish(self) -> None:
         """Register the tensors and give everything its final, unique name.

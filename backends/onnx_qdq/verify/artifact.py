@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bitlower.backends.artifact import manifest as artifact_manifest
 from bitlower.backends.artifact.json_files import rounded_figures
+from bitlower.backends.artifact.report import CheckReport
 from bitlower.backends.artifact.selftest import run_selftest
 from bitlower.backends.onnx_qdq.runtime.session import read_model, runtime_versions
 from bitlower.backends.onnx_qdq.verify.record import Verification
@@ -27,41 +28,25 @@ BACKEND = "onnx-qdq"
 PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime")
 
 
-@dataclass(frozen=True)
-class ArtifactReport:
+@dataclass(frozen=True, kw_only=True)
+class ArtifactReport(CheckReport):
     """A sound artifact.
 
     Args:
-        files: how many there are.
-        bytes: of all of them.
-        unlisted: files that the manifest does not know.
         runtime: the runtime's version and provider here.
         recorded_runtime: those of the export.
         kernels: what the runtime runs here.
         selftest: the cosine of each output to the recorded one.
-        unseen: the same at the sizes that neither tracing nor calibration had.
-        unseen_sizes: these.
     """
 
-    files: int
-    bytes: int
-    unlisted: tuple[str, ...]
     runtime: Mapping[str, str]
     recorded_runtime: Mapping[str, str]
     kernels: KernelReport
     selftest: Mapping[str, float]
-    unseen: Mapping[str, float]
-    unseen_sizes: str
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {
-            **asdict(self),
-            "unlisted": list(self.unlisted),
-            "kernels": self.kernels.to_dict(),
-            "selftest": rounded_figures(self.selftest),
-            "unseen": rounded_figures(self.unseen),
-        }
+        return super().to_dict() | {"kernels": self.kernels.to_dict(), "selftest": rounded_figures(self.selftest)}
 
 
 def write_manifest(
@@ -111,15 +96,15 @@ def verify_artifact(folder: Path) -> ArtifactReport:
     sessions = [model.session for model in models]
     run = sessions[0].run if len(sessions) == 1 else StageSessions(*sessions).run
     return ArtifactReport(
-        files.count,
-        files.bytes,
-        files.unlisted,
-        runtime_versions(),
-        recorded.runtime,
-        kernels,
-        run_selftest(recorded.selftest, run),
-        recorded.unseen.check(run),
-        recorded.unseen.sizes,
+        files=files.count,
+        bytes=files.bytes,
+        unlisted=files.unlisted,
+        runtime=runtime_versions(),
+        recorded_runtime=recorded.runtime,
+        kernels=kernels,
+        selftest=run_selftest(recorded.selftest, run),
+        unseen=recorded.unseen.check(run),
+        unseen_sizes=recorded.unseen.sizes,
     )
 
 

@@ -87,8 +87,8 @@ class Signature:
 
 def write_library(
     program: Program, folder: Path, target: Target, activations: str = AUTO
-) -> tuple[tuple[str, ...], OperatorLog]:
-    """Compile ``program`` into ``folder``; the names of the files, each of which appears whole, and of its operators.
+) -> tuple[tuple[str, ...], Code]:
+    """Compile ``program`` into ``folder``; the names of the files, each of which appears whole, and what was compiled.
 
     Raises:
         BitlowerError: the program cannot be compiled.
@@ -109,7 +109,7 @@ def write_library(
             artifact_folder.flush(Path(scratch) / name)
             (Path(scratch) / name).replace(folder / name)
     write_json(folder / SIGNATURE, _signature(library))
-    return (*RESERVED, *further), library.code.operators
+    return (*RESERVED, *further), library.code
 
 
 def _signature(library: Library | StagedLibrary) -> dict[str, Any]:

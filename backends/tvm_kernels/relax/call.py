@@ -56,7 +56,7 @@ class Call:
         return HALF if any(name == "value" and node in self.frame.halves for (_, name), node in read) else "float32"
 
     def refuse(self, reason: str) -> None:
-        """Note that the node is computed in float32."""
+        """Note that the node is computed in float."""
         self.frame.log.refuse(self.node, reason)
 
     def quantizer(self, name: str) -> QuantSpec | None:

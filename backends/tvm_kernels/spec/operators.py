@@ -1,4 +1,4 @@
-"""What became of a Program's operators in a library: kernels, or float32 operator by operator, and why."""
+"""What became of a Program's operators in a library: kernels, or floats operator by operator, and why."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class OperatorLog:
     Args:
         calls: how often kernels of each family are called by one run of all functions.
         compiled: how many kernel operators of the Program became kernels, by operator.
-        floating: the operators that could be kernels and are computed in float32, by reason.
+        floating: the operators that could be kernels and are computed in float, by reason.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -40,7 +40,7 @@ class OperatorLog:
         self.calls[family_of(name)] += 1
 
     def refuse(self, node: fx.Node, reason: str) -> None:
-        """Note that a node is computed in float32."""
+        """Note that a node is computed in float."""
         self.floating.setdefault(reason, []).append(where(node))
         self._refused.add(node)
 
@@ -50,10 +50,11 @@ class OperatorLog:
             self.compiled[kernels.kind(node)] += 1
 
     def notes(self) -> list[str]:
-        """A line for each reason."""
+        """A line for each reason, which names one operator."""
         return [
-            f"{len(names)} {'operator runs' if len(names) == 1 else 'operators run'} in float32, {names[0]} among"
-            f" them: {reason}"
+            f"{names[0]} runs in float: {reason}"
+            if len(names) == 1
+            else f"{len(names)} operators run in float, the first of them {names[0]}: {reason}"
             for reason, names in self.floating.items()
         ]
 

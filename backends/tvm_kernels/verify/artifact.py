@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bitlower.backends.artifact import manifest as artifact_manifest
 from bitlower.backends.artifact.json_files import rounded_figures
+from bitlower.backends.artifact.report import CheckReport
 from bitlower.backends.artifact.selftest import run_selftest
 from bitlower.backends.tvm_kernels.pins import require_tvm
 from bitlower.backends.tvm_kernels.verify.calls import compared_calls
@@ -16,34 +17,23 @@ from bitlower.backends.tvm_kernels.verify.record import Verification
 from bitlower.ir import Batch
 
 
-@dataclass(frozen=True)
-class ArtifactReport:
+@dataclass(frozen=True, kw_only=True)
+class ArtifactReport(CheckReport):
     """A sound library.
 
     Args:
-        files: how many there are.
-        bytes: of all of them.
-        unlisted: files that the manifest does not know.
         runtime: the target, and the processor and TVM's version of the export.
         calls: how often one run calls kernels of each family, ``expected`` and ``found``.
         selftest: the cosine of each output to the recorded one.
-        unseen: the same at the sizes that neither tracing nor calibration had.
-        unseen_sizes: these.
     """
 
-    files: int
-    bytes: int
-    unlisted: tuple[str, ...]
     runtime: Mapping[str, str]
     calls: Mapping[str, Mapping[str, int]]
     selftest: Mapping[str, float]
-    unseen: Mapping[str, float]
-    unseen_sizes: str
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        figures = {"selftest": rounded_figures(self.selftest), "unseen": rounded_figures(self.unseen)}
-        return {**asdict(self), "unlisted": list(self.unlisted), **figures}
+        return super().to_dict() | {"selftest": rounded_figures(self.selftest)}
 
 
 def verify_artifact(folder: Path) -> ArtifactReport:
@@ -63,12 +53,12 @@ def verify_artifact(folder: Path) -> ArtifactReport:
         return {name: value.numpy() for name, value in library(**batch).items()}
 
     return ArtifactReport(
-        files.count,
-        files.bytes,
-        files.unlisted,
-        dict(recorded.runtime),
-        compared_calls(library.code),
-        run_selftest(recorded.selftest, run),
-        recorded.unseen.check(run),
-        recorded.unseen.sizes,
+        files=files.count,
+        bytes=files.bytes,
+        unlisted=files.unlisted,
+        runtime=dict(recorded.runtime),
+        calls=compared_calls(library.code),
+        selftest=run_selftest(recorded.selftest, run),
+        unseen=recorded.unseen.check(run),
+        unseen_sizes=recorded.unseen.sizes,
     )

@@ -24,7 +24,7 @@ from bitlower.backends.artifact.unseen import Seen, Unseen, at, with_small_batch
 from bitlower.backends.decoding import visible
 from bitlower.backends.tvm_kernels.library.compile import compile_program
 from bitlower.backends.tvm_kernels.library.files import load_library, processor
-from bitlower.backends.tvm_kernels.library.library import Library
+from bitlower.backends.tvm_kernels.library.library import Code, Library
 from bitlower.backends.tvm_kernels.relax.precision import typed
 from bitlower.backends.tvm_kernels.spec.base import HALF
 from bitlower.backends.tvm_kernels.spec.target import Target
@@ -123,11 +123,14 @@ def _result(
     )
 
 
-def expect(program: Program, batches: Sequence[Batch], *, target: Target, activations: str = "float32") -> Verification:
+def expect(program: Program, batches: Sequence[Batch], code: Code, *, activations: str = "float32") -> Verification:
     """What a library that does not run here is checked by where it does: the Program's outputs for a small input.
+
+    The kernels that its code calls are counted all the same.
 
     Raises:
         BitlowerError: there is no batch.
+        CheckError: the code calls other kernels than the program needs.
     """
     if not batches:
         raise BitlowerError("an export has no self-test without a batch of inputs", hint="give at least one")
@@ -136,13 +139,13 @@ def expect(program: Program, batches: Sequence[Batch], *, target: Target, activa
     else:
         tests = _expected_tests(program, batches)
     return Verification(
-        runtime=_runtime(target, activations),
+        runtime=_runtime(code.target, activations),
         batches=0,
         tokens=0,
         outputs=(),
         kernels=(),
         exposing=0.0,
-        calls={},
+        calls=compared_calls(code),
         selftest=tests[0],
         unseen=tests[1],
     )

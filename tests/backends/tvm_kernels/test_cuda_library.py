@@ -130,6 +130,9 @@ def test_an_export_that_was_not_run_expects_what_the_program_gives(tmp_path: Pat
         pytest.skip("there is a GPU")
     program = fused("bert", "W8A8", layers=1)
     report = export(program, tmp_path, batches=[_batch()], target="cuda", unrun=True).to_dict()
+    calls = report["verification"]["calls"]
+    assert calls["found"] == calls["expected"] == report["operators"]["calls"]
+    assert calls["found"]["linear"] > 0
     assert set(report["files"]) >= {"library.so", "library.json", "kernels.cu", "config.json"}
     assert report["verification"]["summary"] == {"not_run": True}
     options = json.loads((tmp_path / "manifest.json").read_text())["backend_options"]

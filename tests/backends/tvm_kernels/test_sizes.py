@@ -6,6 +6,7 @@ import json
 import runpy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from bitlower.backends.artifact.manifest import describe_file
 from bitlower.backends.tvm_kernels import Target, compile_program, export, verify
 from bitlower.backends.tvm_kernels import target as targets
 from bitlower.backends.tvm_kernels.library import files as library_files
+from bitlower.backends.tvm_kernels.library.library import Code
 from bitlower.backends.tvm_kernels.verify import compare
 from bitlower.backends.tvm_kernels.verify.trace import trace
 from bitlower.frontends import load
@@ -105,7 +107,7 @@ def test_a_program_that_has_the_sizes_of_its_batches_baked_in_is_refused(bert: P
     with pytest.raises(CheckError, match=rf"^the program itself fails at batch 3, sequence 7, {NEW}: shape '\[2, 9"):
         export(program, tmp_path, batches=batches(program))
     with pytest.raises(CheckError, match=rf"^the program itself fails at batch 3, sequence 7, {NEW}: shape '\[2, 9"):
-        compare.expect(program, batches(program), target=Target.CUDA)
+        compare.expect(program, batches(program), Code(SimpleNamespace(as_text=str), Target.CUDA))
 
 
 def mean_by(length: int) -> tuple[tuple[Any, tuple[Any, ...]], ...]:
@@ -128,7 +130,7 @@ def test_a_constant_that_was_a_size_is_found_where_every_shape_is_right(bert: Pr
 
 
 def test_where_the_library_does_not_run_the_program_says_what_other_sizes_give(bert: Program) -> None:
-    unseen = compare.expect(bert, batches(bert), target=Target.CUDA).unseen
+    unseen = compare.expect(bert, batches(bert), Code(SimpleNamespace(as_text=str), Target.CUDA)).unseen
     assert unseen.sizes == "batch 3, sequence 7"
 
     def run(program: Program) -> Any:
