@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,16 @@ from bitlower.backends.tvm_kernels import GemmConfig, Layout, LinearSpec, host_t
 from bitlower.ir import QuantSpec
 
 NAME = "kernel_configs"
+OWN = host_target().gemm
 CPU = {
-    "own": GemmConfig(),
-    "8 rows": GemmConfig(row_tiles=(1, 2, 4, 8)),
-    "3 rows": GemmConfig(row_tiles=(1, 3)),
-    "unpack from 16": GemmConfig(many_rows=16),
-    "unpack from 256": GemmConfig(many_rows=256),
-    "prefetch 2 KiB": GemmConfig(prefetch_bytes=2048),
-    "prefetch 16 KiB": GemmConfig(prefetch_bytes=16384),
+    "own": OWN,
+    "8 rows": replace(OWN, row_tiles=(1, 2, 4, 8)),
+    "3 rows": replace(OWN, row_tiles=(1, 3)),
+    "unpack from 16": replace(OWN, many_rows=16),
+    "unpack from 64": replace(OWN, many_rows=64),
+    "unpack from 256": replace(OWN, many_rows=256),
+    "prefetch 2 KiB": replace(OWN, prefetch_bytes=2048),
+    "prefetch 16 KiB": replace(OWN, prefetch_bytes=16384),
 }
 GPU = {
     "own": GemmConfig(many_rows=16),

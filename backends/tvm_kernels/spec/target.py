@@ -99,7 +99,9 @@ class Target:
 
 _THREADS = ("max_num_threads", 256)
 """Of a block: TVM's rule takes the most that the target allows."""
-Target.LLVM = Target(name="llvm", kind="llvm", device="cpu", needs="a processor of this kind")
+Target.LLVM = Target(
+    name="llvm", kind="llvm", device="cpu", needs="a processor of this kind", gemm=GemmConfig(many_rows=16)
+)
 Target.VNNI = Target(
     name="llvm-avx512-vnni",
     kind="llvm",

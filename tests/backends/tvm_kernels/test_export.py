@@ -57,7 +57,7 @@ def written(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert form["operators"]["compiled"]["fused_linear"] > 4
     assert form["files"]["library.so"] > 10_000
     summary = form["verification"]["summary"]
-    assert summary["output_relative_error"] < 5e-6
+    assert summary["output_relative_error"] < 1e-5  # float32 sums; a code that is turned over makes 1e-3
     assert summary["kernel_error"] < 5e-6
     return folder
 
