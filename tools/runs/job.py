@@ -37,9 +37,10 @@ from bitlower.tools.render import Display, format_bytes
 from bitlower.tools.runs.float_share import float_parts
 from bitlower.tools.runs.heads import HeadNotes
 from bitlower.tools.runs.output import disk_errors, new_folder
-from bitlower.tools.runs.reports import Reports
+from bitlower.tools.runs.reports import TENSORS, Reports, report_text
 from bitlower.tools.runs.set_aside import setting_aside
 from bitlower.tools.runs.summary import RunSummary, peak_bytes
+from bitlower.tools.runs.tensor_statistics import TensorStatistics
 
 CUT = f"held-out samples are cut to the tokens whose outputs take {format_bytes(LARGEST_OUTPUTS)}"
 
@@ -152,6 +153,7 @@ class _Run:
         self.stages: list[PassTime] = []
         self.notes: tuple[str, ...] = ()
         self.heads = HeadNotes()
+        self.tensors = TensorStatistics()
 
     def run(self, folder: Path | None) -> tuple[Program, RunSummary]:
         """All stages; the artifact goes into ``folder`` if there is one."""
@@ -207,6 +209,7 @@ class _Run:
             "ledger.json": f"{json.dumps(ledger, indent=1, sort_keys=True)}\n",
             "recipe.yaml": self.job.recipe,
             **self.reports.files,
+            TENSORS: report_text(self.tensors.form) if self.tensors.form else "",
         }
         reports = {}
         batches = data.evaluation or data.calibration[:2] or random_windows(program, seed=self.job.seed)
@@ -236,7 +239,7 @@ class _Run:
         """Timing comes first, so that it leaves out the others."""
         observers: list[Observer] = [self.timing, TargetCheck(self.job.exports), self.heads, ledger, self.reports]
         if folder is not None:
-            observers.append(FolderCheck(folder))
+            observers += [FolderCheck(folder), self.tensors]
         display = self.options.display
         if not (display.machine or display.quiet):
             observers.append(Progress(total=len(self.job.passes)))

@@ -13,6 +13,8 @@ from bitlower.passes import Context, Observer, Pass, Report
 
 FOLDER = "reports"
 """Where reports are in an artifact."""
+TENSORS = f"{FOLDER}/tensors.json"
+"""What is known of every quantized tensor; no pass is called so."""
 
 
 class Reports(Observer):
@@ -49,14 +51,14 @@ class Reports(Observer):
         self._places[kind] = owner, number
         place = f"{FOLDER}/{owner}" if number == 1 else f"{FOLDER}/{owner}-{number}"
         form = {"report": kind.__name__, "summary": report.summary(), **dataclasses.asdict(report)}  # type: ignore[call-overload]
-        self.files[f"{place}.json"] = _text(_finite(form))
+        self.files[f"{place}.json"] = report_text(form)
         if hasattr(report, "svg"):
             self.files[f"{place}.svg"] = report.svg()
 
 
-def _text(form: dict[str, Any]) -> str:
-    """JSON with a line for each field, and for each row of a list."""
-    fields = []
+def report_text(form: dict[str, Any]) -> str:
+    """JSON with a line for each field, and for each row of a list; numbers that JSON does not have are null."""
+    form, fields = _finite(form), []
     for key, value in form.items():
         rows = (
             ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in value) if isinstance(value, list) else ""
