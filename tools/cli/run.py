@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bitlower.tools.cli.eval import Bos, evaluate
+from bitlower.tools.cli.report import report
 from bitlower.tools.cli.settings import Settings, settings_of
 
 if TYPE_CHECKING:
@@ -75,13 +76,13 @@ NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep nothing, and sta
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there already.")]
 
 
-COMMANDS = ("run", "quantize", "analyze", "plan", "verify", "eval", "replay")
+COMMANDS = ("run", "quantize", "analyze", "plan", "verify", "eval", "report", "replay")
 EPILOG = "Options of every command (--json, --quiet, --plugin FILE, ...): bitlower --help"
 
 
 def register(app: typer.Typer) -> None:
     """Add these commands to ``app``."""
-    commands: tuple[Callable[..., None], ...] = (run, quantize, analyze, plan, verify, evaluate, replay)
+    commands: tuple[Callable[..., None], ...] = (run, quantize, analyze, plan, verify, evaluate, report, replay)
     for name, command in zip(COMMANDS, commands, strict=True):
         app.command(name, epilog=EPILOG)(command)
 
@@ -154,7 +155,7 @@ def analyze(
     from bitlower.tools.runs.flow import analyze_model
 
     display = settings.display()
-    report = analyze_model(
+    outliers = analyze_model(
         model,
         calibration,
         task=task,
@@ -166,12 +167,12 @@ def analyze(
         display=display,
     )
     named = {
-        "tensors": report.table(),
-        "feed-forward networks": report.feed_forward_table(),
-        "attention heads": report.head_table(),
+        "tensors": outliers.table(),
+        "feed-forward networks": outliers.feed_forward_table(),
+        "attention heads": outliers.head_table(),
     }
     tables = [make_table(title, headers, body[:rows]) for title, (headers, body) in named.items() if body]
-    display.result(dataclasses.asdict(report), *tables)
+    display.result(dataclasses.asdict(outliers), *tables)
 
 
 def plan(
@@ -210,8 +211,8 @@ def verify(
     from bitlower.tools.render import make_table
     from bitlower.tools.runs.summary import flatten
 
-    report = verify_artifact(folder)
-    settings.display().result(report, make_table(f"{folder} is sound", ("", ""), flatten(report)))
+    record = verify_artifact(folder)
+    settings.display().result(record, make_table(f"{folder} is sound", ("", ""), flatten(record)))
 
 
 def replay(

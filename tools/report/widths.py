@@ -1,0 +1,115 @@
+"""Part 4: the bits of every tensor, layer by role, with the reason for each width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bitlower.tools.report.blocks import Block, Chapter, DataTable, Field, plain_table
+from bitlower.tools.report.charts import chart_blocks
+from bitlower.tools.report.contents import Material
+from bitlower.tools.report.naming import OTHER, ladder, layer_name, place_of, stacks_of
+
+ABOUT = (
+    "The bits that every tensor got; darker is fewer. Hover over a cell, or look into the table below, for the reason: "
+    "the scheme's rule, a budget, or why a tensor stays float."
+)
+WIDEST = 16
+"""Bits of the lightest cells."""
+
+
+@dataclass(frozen=True)
+class Width:
+    """One tensor: its name, module path and role, its bits (None: float), and why."""
+
+    tensor: str
+    path: str
+    role: str
+    bits: int | None
+    reason: str
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is a parameter, and not a value."""
+        return "weight" in self.role or "table" in self.role
+
+
+def widths_chapter(material: Material) -> Chapter:
+    """A map of weights and one of values, all reasons, and what analyses say about groups of tensors."""
+    widths = list(widths_of(material))
+    title = "Bits, layer by role"
+    if not widths:
+        return Chapter("widths", title, ABOUT, (), "Nothing is quantized in this artifact.")
+    blocks: list[Block] = []
+    for what, chosen in (
+        ("Weights", [width for width in widths if width.is_weight]),
+        ("Values between layers", [width for width in widths if not width.is_weight]),
+    ):
+        if any(width.bits is not None for width in chosen):
+            blocks.append(_map(f"{what}: bits, or float", chosen))
+    rows = [(w.tensor, w.path, w.role, w.bits if w.bits is not None else "float", w.reason) for w in widths]
+    columns = ("tensor", "module", "role", "bits", "why")
+    blocks.append(plain_table("Why every tensor has its bits", columns, rows, folded=True))
+    blocks += chart_blocks(material, "sensitivity")
+    return Chapter("widths", title, ABOUT, tuple(blocks))
+
+
+def widths_of(material: Material) -> Iterable[Width]:
+    """Every tensor that could be quantized, in execution order of the placement, and what became of it."""
+    resolved = {(row["tensor"], row["role"]): row for row in material.manifest.tensors}
+    seen = set()
+    for row in _placed(material):
+        key = row["tensor"], row["role"]
+        if key in seen:
+            continue
+        seen.add(key)
+        final = resolved.get(key)
+        if final is not None:
+            bits = int(final["spec"]["num_bits"])
+            why = f"the scheme has {row['spec']} for {row['role']}" if row["spec"] else row["reason"]
+            yield Width(row["tensor"], row["path"], row["role"], bits, why)
+        else:
+            yield Width(
+                row["tensor"], row["path"], row["role"], None, row["reason"] or "left in float when integers were made"
+            )
+    for key, row in resolved.items():
+        if key not in seen:
+            yield Width(row["tensor"], row["path"], row["role"], int(row["spec"]["num_bits"]), "a pass placed it")
+
+
+def _placed(material: Material) -> Iterable[dict[str, str]]:
+    """Rows of reports on placement: those that say of tensors what they became and why."""
+    needed = {"tensor", "role", "path", "spec", "reason"}
+    for report in material.reports.values():
+        for row in report.get("rows", ()):
+            if isinstance(row, dict) and needed <= row.keys():
+                yield row
+
+
+def _map(caption: str, widths: Sequence[Width]) -> DataTable:
+    places = [place_of(width.path) for width in widths]
+    stacks = stacks_of(places)
+    cells: dict[tuple[str, str], list[Width]] = {}
+    for place, width in zip(places, widths, strict=True):
+        name = layer_name(place, stacks)
+        column = place.role if place.layer is not None else OTHER
+        cells.setdefault((place.role if name == OTHER else name, column), []).append(width)
+    rows, columns = ladder([name for name, _ in cells]), ladder([column for _, column in cells])
+    body = []
+    for name in rows:
+        fields = [Field(name)]
+        for column in columns:
+            fields.append(_cell(cells.get((name, column), [])))
+        body.append(tuple(fields))
+    return DataTable(caption, ("layer", *columns), tuple(body), is_map=True)
+
+
+def _cell(widths: Sequence[Width]) -> Field:
+    if not widths:
+        return Field("")
+    bits = sorted({width.bits for width in widths if width.bits is not None})
+    floats = any(width.bits is None for width in widths)
+    text = ", ".join([*map(str, bits), *(["float"] if floats else [])])
+    note = "; ".join(dict.fromkeys(f"{w.tensor}: {w.bits or 'float'}, {w.reason}" for w in widths))
+    heat = max(0.08, 1 - bits[0] / WIDEST) if bits else None
+    return Field(text, note=note, heat=heat)
