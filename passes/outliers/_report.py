@@ -190,7 +190,7 @@ class OutlierReport(Report):
         """How far the largest value of residual sums and of networks' outputs lies from the others."""
         shown = [tensor for tensor in self.tensors if {"residual", "linear-output"} & {*tensor.roles}]
         if shown:
-            names = tuple(f"{tensor.path} ({', '.join(tensor.roles)})" for tensor in shown)
+            names = tuple(tensor.path for tensor in shown)
             bars = {"largest value": tuple(tensor.max_over_std for tensor in shown)}
             yield BarChart("Largest values, before any quantizer", "standard deviations", names, bars, "outliers")
 

@@ -22,8 +22,9 @@ def report(
 ) -> None:
     """Write one HTML file that shows what an artifact is, what it cost and why; it loads nothing from anywhere."""
     settings = settings_of(context)
-    from bitlower.tools.report.page import default_target, write_report
+    from bitlower.tools.render import format_bytes
+    from bitlower.tools.report.page import report as write
 
-    target = output or default_target(folder)
-    size = write_report(folder, target, other)
-    settings.display().text({"report": str(target), "bytes": size}, f"wrote {target} ({size:,} bytes)")
+    target = write(folder, other, output=output)
+    size = target.stat().st_size
+    settings.display().text({"report": str(target), "bytes": size}, f"wrote {target} ({format_bytes(size)})")

@@ -47,11 +47,12 @@ class Field:
 
 @dataclass(frozen=True)
 class Prose:
-    """A paragraph of text; ``strong`` stands in front of it."""
+    """A paragraph of text; ``strong`` stands in front of it, and ``lead`` makes it larger."""
 
     kind: ClassVar[str] = "prose"
     text: str
     strong: str = ""
+    lead: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,15 @@ class Heading:
     back: str = ""
 
 
-Block = Prose | DataTable | Picture | Facts | Listing | Heading
+@dataclass(frozen=True)
+class SideBySide:
+    """Two pictures side by side where there is room."""
+
+    kind: ClassVar[str] = "pair"
+    pictures: tuple[Picture, ...]
+
+
+Block = SideBySide | Prose | DataTable | Picture | Facts | Listing | Heading
 
 
 @dataclass(frozen=True)
@@ -154,8 +163,9 @@ def as_field(value: Cell | Field) -> Field:
     """A cell with the digits that matter."""
     if isinstance(value, Field):
         return value
-    numeric = isinstance(value, int | float)
-    return Field(number(value) if numeric else format_cell(value), numeric=numeric)
+    if isinstance(value, int | float):
+        return Field(number(value), numeric=True)
+    return Field(format_cell(value))
 
 
 def number(value: float | None) -> str:

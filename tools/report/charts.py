@@ -12,10 +12,13 @@ from bitlower.ir.charts import BarChart, Chart, LineChart, MapChart, Topic
 from bitlower.passes import known_passes
 from bitlower.tools.report.blocks import Block, Chapter, DataTable, Field, Picture, Prose, number, plain_table
 from bitlower.tools.report.contents import Material
+from bitlower.tools.report.naming import OTHER, place_of
 from bitlower.tools.report.svg import Axis, Plot, Series, axis_of, box, legend, lines, picture, rule, short
 
 _WIDEST = 0.84
 """Share of a name's room that its bars take."""
+_FEW, _LETTERS, _LEAST = 8, 100, 8
+"""Bars that have their names below them; letters for all names together, and for one at least."""
 _KINDS = Mapping[str, type[Any]]
 _READ: _KINDS = {"lines": LineChart, "bars": BarChart, "map": MapChart}
 
@@ -110,11 +113,10 @@ def _lines(key: str, chart: LineChart) -> Picture:
 
 
 def _bars(key: str, chart: BarChart) -> Picture:
-    numbers = [y for bars in chart.bars.values() for y in bars if _fits(y, chart.logarithmic)]
+    numbers = [y for bars in chart.bars.values() for y in bars if y is not None and _fits(y, chart.logarithmic)]
     up = axis_of(numbers, chart.up, logarithmic=chart.logarithmic and bool(numbers), zero=not chart.logarithmic)
     plot = Plot(Axis(-0.5, len(chart.names) - 0.5, ""), up)
-    every = math.ceil(len(chart.names) / 12)
-    body = plot.frame([(i, _tail(name, len(chart.names))) for i, name in enumerate(chart.names) if not i % every])
+    body = plot.frame(_names(chart.names))
     width = _WIDEST / max(len(chart.bars), 1)
     for place, (what, bars) in enumerate(chart.bars.items()):
         marks = []
@@ -122,8 +124,9 @@ def _bars(key: str, chart: BarChart) -> Picture:
             if _fits(y, chart.logarithmic):
                 assert y is not None
                 left = i - _WIDEST / 2 + place * width
-                ends = sorted((y, up.low if chart.logarithmic else 0.0))
-                marks.append(box(plot, left, left + width, *ends, f"{chart.names[i]}, {what}: {number(y)}", "bar"))
+                low, high = sorted((y, up.low if chart.logarithmic else 0.0))
+                said = f"{chart.names[i]}, {what}: {number(y)}"
+                marks.append(box(plot, left, left + width, low, high, said, "bar"))
         body += f'<g class="s{place}">{"".join(marks)}</g>'
     rows = [(name, *(bars[i] for bars in chart.bars.values())) for i, name in enumerate(chart.names)]
     table = plain_table(chart.title, ("name", *chart.bars), rows, folded=True)
@@ -132,10 +135,14 @@ def _bars(key: str, chart: BarChart) -> Picture:
     return Picture(head + picture(key, chart.title, about, body), chart.title, table)
 
 
-def _tail(name: str, count: int) -> str:
-    """The end of a name, as long as there is room for it below a bar."""
-    room = max(100 // min(count, 12), 8)
-    return name if len(name) <= room else f"…{name[-room + 1 :]}"
+def _names(names: Sequence[str]) -> list[tuple[float, str]]:
+    """What stands below bars: the layer where one begins, or the ends of names where they belong to no layers."""
+    places = [place_of(name) for name in names]
+    if len(names) > _FEW and len({place.layer for place in places}) > 2:
+        first = {(place.stack, place.layer): i for i, place in reversed(list(enumerate(places)))}
+        return sorted((i, f"layer {layer}" if layer is not None else OTHER) for (_, layer), i in first.items())
+    room = max(_LETTERS // max(len(names), 1), _LEAST)
+    return [(i, name if len(name) <= room else f"…{name[1 - room :]}") for i, name in enumerate(names)]
 
 
 def _map(chart: MapChart) -> DataTable:

@@ -12,7 +12,6 @@ from bitlower.tools.report.blocks import (
     Fact,
     Facts,
     Field,
-    Prose,
     as_field,
     number,
     plain_table,
@@ -55,9 +54,17 @@ def checks_chapter(material: Material) -> Chapter:
         blocks += _kernels(kernels)
     if material.manifest.operators:
         blocks += _sections("operators", material.manifest.operators)
-    for key, value in record.items():
-        if key not in ("summary", *_HIDDEN) and not (key == "kernels" and isinstance(value, Mapping)):
+    rest = {k: v for k, v in record.items() if k not in ("summary", *_HIDDEN) and v not in ({}, [], None)}
+    if isinstance(kernels, Mapping):
+        rest.pop("kernels", None)
+    for key, value in rest.items():
+        if isinstance(value, Mapping | list):
             blocks += _sections(key, value)
+    amounts = [
+        (key.replace("_", " "), _shown(value)) for key, value in rest.items() if not isinstance(value, Mapping | list)
+    ]
+    if amounts:
+        blocks.append(plain_table("What was compared, and how much", ("entry", "value"), amounts))
     return Chapter("checks", title, ABOUT, tuple(blocks))
 
 
@@ -91,14 +98,12 @@ def _sections(name: str, value: Any) -> Iterator[Block]:
     if isinstance(value, Mapping):
         plain = {key: entry for key, entry in value.items() if not isinstance(entry, Mapping | list)}
         if plain:
-            yield plain_table(caption, ("name", "value"), [(key, _shown(entry)) for key, entry in plain.items()])
+            yield plain_table(caption, ("entry", "value"), [(key, _shown(entry)) for key, entry in plain.items()])
         for key, entry in value.items():
             if isinstance(entry, Mapping | list) and entry:
                 yield from _sections(f"{name}: {key}", entry)
     elif isinstance(value, Sequence) and not isinstance(value, str):
         yield from _table(caption, [row for row in value if isinstance(row, Mapping)])
-    elif value is not None:
-        yield Prose(_shown(value), strong=caption)
 
 
 def _table(caption: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[DataTable]:
@@ -109,7 +114,8 @@ def _table(caption: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[DataTabl
     columns = (*first, *(key for key in keys if key not in first))
     body = tuple(tuple(_field(row.get(key)) for key in columns) for row in rows)
     titles = tuple(column.replace("_", " ") for column in columns)
-    yield DataTable(caption, titles, body, folded=len(rows) > _FOLDED_ROWS)
+    folded = len(rows) > _FOLDED_ROWS
+    yield DataTable(f"{caption}: {len(rows)} rows" if folded else caption, titles, body, folded)
 
 
 def _is_nested(rows: Sequence[Mapping[str, Any]], key: str) -> bool:

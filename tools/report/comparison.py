@@ -132,12 +132,12 @@ def _layers(material: Material, other: Material, names: tuple[str, str]) -> Iter
     if left is None or right is None:
         return
     before = {layer.node: layer for layer in left.layers}
-    moved = []
+    changes = []
     for layer in right.layers:
         first = before.get(layer.node)
         if first is not None and first.sqnr_db is not None and layer.sqnr_db is not None and layer.path == first.path:
-            moved.append((layer.path or layer.node, first.sqnr_db, layer.sqnr_db, layer.sqnr_db - first.sqnr_db))
-    moved.sort(key=lambda row: -abs(row[3]))
-    if moved and moved[0][3]:
+            changes.append((layer.path or layer.node, first.sqnr_db, layer.sqnr_db, layer.sqnr_db - first.sqnr_db))
+    changes.sort(key=lambda row: -abs(row[3]))
+    if changes and changes[0][3]:
         columns = ("layer", *names, "change (dB)")
-        yield plain_table("Layers whose signal over noise moved most, in dB", columns, moved[:_LAYERS])
+        yield plain_table("Layers whose signal over noise moved most, in dB", columns, changes[:_LAYERS])

@@ -134,14 +134,16 @@ def _table(row: LedgerRow, pages: Mapping[str, str]) -> DataTable:
     for name in rows:
         fields = [Field(name)]
         for column in columns:
-            layer = cells.get((name, column))
-            if layer is None:
-                fields.append(Field("", numeric=True))
-                continue
-            value = layer.sqnr_db
-            heat = None if value is None else min(max((CLEAN - float(value)) / CLEAN, 0.0), 1.0)
-            text = "–" if value is None else f"{value:.1f}"
-            fields.append(Field(text, pages.get(layer.path, ""), layer.path or layer.node, heat, True, value))
+            fields.append(_cell(cells.get((name, column)), pages))
         body.append(tuple(fields))
     return DataTable("Signal over noise in dB, layer by role; darker is noisier", ("layer", *columns), tuple(body),
                      is_map=True)  # fmt: skip
+
+
+def _cell(layer: LayerLoss | None, pages: Mapping[str, str]) -> Field:
+    if layer is None:
+        return Field("", numeric=True)
+    value = layer.sqnr_db
+    heat = None if value is None else min(max((CLEAN - float(value)) / CLEAN, 0.0), 1.0)
+    text = "–" if value is None else f"{value:.1f}"
+    return Field(text, pages.get(layer.path, ""), layer.path or layer.node, heat, True, value)

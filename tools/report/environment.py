@@ -24,9 +24,9 @@ def environment_chapter(material: Material) -> Chapter:
     manifest = material.manifest
     blocks: list[Block] = [
         plain_table("Versions", ("package", "version"), list(manifest.versions.items())),
-        plain_table("The model", ("", "value"), _program(material)),
+        plain_table("The model", ("entry", "value"), _program(material)),
         plain_table(
-            "Data and seed", ("", "value"), [(key, _plain(value)) for key, value in manifest.provenance.items()]
+            "Data and seed", ("entry", "value"), [(key, _plain(value)) for key, value in manifest.provenance.items()]
         ),
         Prose(_licence(material), strong="Licence."),
     ]

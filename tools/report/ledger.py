@@ -99,10 +99,10 @@ def _table(material: Material) -> DataTable:
     rows = material.ledger.rows
     measures = [m for m in MEASURES if any(m in losses for row in rows for losses in row.outputs.values())]
     columns = ("pass", "output", *(MEASURES[m] for m in measures), "size of all tensors", "seconds", "peak memory")
-    taken = {stage.name: stage for stage in material.stages}
+    stages = {stage.name: stage for stage in material.stages}
     body = [_row("the float model", "", [], material.ledger.reference.get("bytes", 0), None, measures)]
     for row in rows:
-        stage = taken.get(row.step.partition("{")[0])
+        stage = stages.get(row.step.partition("{")[0])
         for place, (output, losses) in enumerate((row.outputs or {"": {}}).items()):
             first = place == 0
             body.append(

@@ -12,13 +12,13 @@ from bitlower.tools.report.svg import BOTTOM, LEFT, RIGHT, TOP, WIDTH, picture, 
 ABOUT = (
     "The largest value of every channel of the residual stream on held-out data, one row a residual sum, from the "
     "first layer to the last. A vertical stripe is a channel that is large in many layers: one scale for the whole "
-    "tensor then has few steps for all others. The second map is of the program that was exported; rotation and permutation "
-    "change it, scale migration changes what linears read and not these sums."
+    "tensor then has few steps for all others. The second map is of the program that was exported; rotation and "
+    "permutation change it, scale migration changes what linears read and not these sums."
 )
 ROW = 14
 """Height of a row of a map."""
-LEAST = 8
-"""Steps of colour."""
+LEVELS = 8
+"""Steps of colour; the lightest begins at a 64th of the largest value, since levels go by its root."""
 
 
 def outliers_chapter(material: Material) -> Chapter:
@@ -60,7 +60,7 @@ def _picture(
         per = -(-one.width // len(side(one)))
         for place, value in enumerate(side(one)):
             share = (value / most) ** 0.5 if most else 0.0
-            level = round(LEAST * share)
+            level = int(LEVELS * share)
             if level:
                 ends = (
                     f"channel {place}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from bitlower.ir import BitlowerError
 from bitlower.ir.version import __version__
-from bitlower.tools.report.blocks import Chapter, Prose
+from bitlower.tools.report.blocks import Chapter, Heading, Prose
 from bitlower.tools.report.charts import chart_blocks, chart_chapter
 from bitlower.tools.report.checks import checks_chapter
 from bitlower.tools.report.comparison import comparison_chapter
@@ -25,7 +26,7 @@ from bitlower.tools.report.environment import environment_chapter
 from bitlower.tools.report.ledger import ledger_chapter
 from bitlower.tools.report.outliers import outliers_chapter
 from bitlower.tools.report.tensor_pages import tensor_chapter, tensor_pages
-from bitlower.tools.report.verdict import headline, verdict_chapter
+from bitlower.tools.report.verdict import verdict_chapter
 from bitlower.tools.report.widths import widths_chapter
 
 MOST_BYTES = 3_000_000
@@ -36,32 +37,42 @@ DATA_BYTES = 700_000
 """Of it, for the data at its end; longer lists are cut, and it says so."""
 MARK = '<meta name="generator" content="bitlower'
 """What our pages begin with, so that a page of ours may be replaced and nothing else."""
+_JOINT = re.compile(r"(?<=[A-Za-z\d])[._/](?=[A-Za-z])")
 _HEAD = 2_000
 """Characters in which the mark is looked for."""
 FILE = "report.html"
 """Its name in an artifact."""
 
 
-def write_report(folder: Path, target: Path, other: Path | None = None) -> int:
-    """Write the report of the artifact in ``folder``, compared with ``other``, to ``target``; its bytes.
+def report(
+    folder: str | os.PathLike[str],
+    other: str | os.PathLike[str] | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Write one HTML file that shows an artifact, or two side by side; its path.
+
+    >>> report("minilm-w8a8", output="report.html")  # doctest: +SKIP
+
+    Args:
+        folder: the artifact's.
+        other: that of another one, to compare it with.
+        output: the file; the folder's name with ``.html``, beside it, if left out. A report that is there is replaced.
 
     Raises:
-        BitlowerError: a folder is missing, or ``target`` is no report of ours or cannot be written.
+        BitlowerError: a folder is missing or holds several artifacts, or ``output`` is something else than a report or
+            cannot be written.
         CheckError: a file of an artifact is missing or damaged.
     """
+    whole = Path(folder).resolve()
+    target = Path(output) if output is not None else whole.with_name(f"{whole.name}.html")
     _check_target(target)
-    text = render(read_material(folder), read_material(other) if other is not None else None)
-    return _write(target, text)
-
-
-def default_target(folder: Path) -> Path:
-    """``DIR.html`` beside the folder."""
-    whole = folder.resolve()
-    return whole.with_name(f"{whole.name}.html")
+    _write(target, render(read_material(Path(folder)), read_material(Path(other)) if other is not None else None))
+    return target
 
 
 def write_run_report(folder: Path, name: str, stages: Sequence[Stage]) -> None:
-    """Write the report of a run that is just done into its artifact's ``folder``; ``name`` is what it will be called."""
+    """Write the report of a run that is just done into its artifact's ``folder``, which will be called ``name``."""
     _write(folder / FILE, render(read_material(folder, stages, name)))
 
 
@@ -76,8 +87,8 @@ def render(material: Material, other: Material | None = None) -> str:
         chapters = parts(material, other, room)
         data = embedded(material, other)
         text = _template().render(
-            chapters=chapters, title=f"{material.name} · bitlower", name=material.name, headline=headline(material),
-            version=__version__, data=data, mark=Markup(MARK),
+            chapters=chapters, title=f"{material.name} · bitlower", name=material.name, version=__version__, data=data,
+            mark=Markup(MARK),
         )  # fmt: skip
         if len(text.encode()) <= MOST_BYTES:
             return text
@@ -95,7 +106,7 @@ def parts(material: Material, other: Material | None = None, room: int = PAGES_B
         ledger.anchor, ledger.title, ledger.about, (*ledger.blocks, *chart_blocks(material, ""), *said), ledger.missing
     )
     tensors = tensor_chapter(material, room)
-    shown = {block.anchor for block in tensors.blocks if block.kind == "heading"}
+    shown = {block.anchor for block in tensors.blocks if isinstance(block, Heading)}
     linked = {path: anchor for path, anchor in pages.items() if anchor in shown}
     front = chart_chapter(
         material, "front", "front", "Pareto fronts",
@@ -160,8 +171,18 @@ def _template() -> Template:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["as_svg"] = Markup
+    environment.filters |= {"as_svg": Markup, "words": _words, "breakable": _breakable}
     return environment.get_template("page.html.j2")
+
+
+def _words(text: str) -> Markup:
+    """Text as HTML: what stands between backticks is code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _breakable(text: str) -> Markup:
+    """A name that may be broken behind its dots and underscores."""
+    return Markup(_JOINT.sub(r"\g<0><wbr>", str(escape(text))))
 
 
 def _check_target(target: Path) -> None:
@@ -176,7 +197,7 @@ def _head(path: Path) -> str:
         return file.read(_HEAD)
 
 
-def _write(target: Path, text: str) -> int:
+def _write(target: Path, text: str) -> None:
     data, temporary = text.encode(), target.with_name(f".{target.name}.partial")
     try:
         temporary.write_bytes(data)
@@ -185,4 +206,3 @@ def _write(target: Path, text: str) -> int:
         raise BitlowerError(f"the report {target} cannot be written: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
-    return len(data)

@@ -80,10 +80,11 @@ class Plot:
     across: Axis
     up: Axis
     height: int = HEIGHT
+    width: int = WIDTH
 
     def x(self, value: float) -> float:
         """The place of a number along the lower axis."""
-        return LEFT + self.across.share(value) * (WIDTH - LEFT - RIGHT)
+        return LEFT + self.across.share(value) * (self.width - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
         """The height of a number."""
@@ -94,10 +95,12 @@ class Plot:
         bottom, parts = self.height - BOTTOM, []
         for value in self.up.ticks():
             y = self.y(value)
-            parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+            parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{self.width - RIGHT}"/>')
             parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
-        places = names if names is not None else [(value, short(value)) for value in self.across.ticks(7)]
-        parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{WIDTH - RIGHT}"/>')
+        places = (
+            names if names is not None else [(value, short(value)) for value in self.across.ticks(self.width // 100)]
+        )
+        parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{self.width - RIGHT}"/>')
         right = -math.inf
         for value, name in places:
             x = self.x(value)
@@ -107,7 +110,7 @@ class Plot:
                 )
                 right = x + len(name) * _LETTER / 2 + _LETTER
         middle = (TOP + bottom) / 2
-        parts.append(_label((LEFT + WIDTH - RIGHT) / 2, self.height - 6, self.across.label))
+        parts.append(_label((LEFT + self.width - RIGHT) / 2, self.height - 6, self.across.label))
         parts.append(
             f'<text class="label" transform="translate(13 {middle:.1f}) rotate(-90)" text-anchor="middle">'
             f"{escape(self.up.label)}</text>"
@@ -119,10 +122,10 @@ def _label(x: float, y: float, text: str) -> str:
     return f'<text class="label" x="{x:.1f}" y="{y}" text-anchor="middle">{escape(text)}</text>'
 
 
-def picture(key: str, title: str, about: str, body: str, height: int = HEIGHT) -> str:
+def picture(key: str, title: str, about: str, body: str, height: int = HEIGHT, width: int = WIDTH) -> str:
     """An SVG element; ``key`` makes its ids, and no other picture of the page has it."""
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="{key}-t {key}-d">'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-labelledby="{key}-t {key}-d">'
         f'<title id="{key}-t">{escape(title)}</title><desc id="{key}-d">{escape(about)}</desc>{body}</svg>'
     )
 
@@ -168,7 +171,7 @@ def rule(plot: Plot, value: float, name: str, *, upright: bool = True, css: str 
     """A straight mark at ``value``, upright or across, with its name."""
     if upright:
         x = plot.x(value)
-        anchor = "end" if x > WIDTH / 2 else "start"
+        anchor = "end" if x > plot.width / 2 else "start"
         shift = -4 if anchor == "end" else 4
         return (
             f'<path class="{css}" d="M{x:.1f} {TOP}V{plot.height - BOTTOM}"/>'
@@ -176,8 +179,8 @@ def rule(plot: Plot, value: float, name: str, *, upright: bool = True, css: str 
         )
     y = plot.y(value)
     return (
-        f'<path class="{css}" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>'
-        f'<text class="note" x="{WIDTH - RIGHT - 2}" y="{y - 4:.1f}" text-anchor="end">{escape(name)}</text>'
+        f'<path class="{css}" d="M{LEFT} {y:.1f}H{plot.width - RIGHT}"/>'
+        f'<text class="note" x="{plot.width - RIGHT - 2}" y="{y - 4:.1f}" text-anchor="end">{escape(name)}</text>'
     )
 
 

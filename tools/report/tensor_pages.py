@@ -14,6 +14,7 @@ from bitlower.tools.report.blocks import (
     Heading,
     Picture,
     Prose,
+    SideBySide,
     number,
     plain_table,
 )
@@ -25,8 +26,8 @@ ABOUT = (
     "channels sorted from narrow to wide, and how many codes are used. Values beyond the ends are clipped. Few codes "
     "in use, or channels of very different width under one scale, are where bits are lost."
 )
-HEIGHT = 190
-"""Of the pictures of a page."""
+HEIGHT, HALF = 220, 470
+"""Of the pictures of a page, two of which stand side by side."""
 CLIPPED = 0.01
 """Share of clipped values from which on it is marked."""
 POOR = 20.0
@@ -91,13 +92,13 @@ def _pages(tensors: Sequence[TensorRow], room: int) -> Iterator[tuple[int, list[
 
 def _size(block: Block) -> int:
     """Characters of a block in the page, about."""
-    if isinstance(block, Picture):
-        return len(block.svg) + 60 * sum(map(len, block.table.rows))
+    if isinstance(block, SideBySide):
+        return sum(len(one.svg) + 60 * sum(map(len, one.table.rows)) for one in block.pictures)
     return 700
 
 
 def _overview(tensors: Sequence[TensorRow], pages: Mapping[int, list[Block]]) -> DataTable:
-    columns = ("tensor", "role", "spec", "least", "greatest", "range", "clipped", "codes used", "rounding (dB)")
+    columns = ("tensor", "role", "spec", "rounding (dB)", "clipped", "codes used", "values", "range")
     rows = []
     for index, row in enumerate(tensors):
         ends = f"{short(row.low)} to {short(row.high)}" if row.low is not None and row.high is not None else "per token"
@@ -106,15 +107,19 @@ def _overview(tensors: Sequence[TensorRow], pages: Mapping[int, list[Block]]) ->
                 Field(row.name, page_id(index) if index in pages else ""),
                 Field(row.role),
                 Field(row.spec),
-                Field(number(row.minimum), numeric=True, sort=row.minimum),
-                Field(number(row.maximum), numeric=True, sort=row.maximum),
-                Field(ends, numeric=True),
+                Field(_decibels(row), numeric=True, sort=row.sqnr_db),
                 Field(f"{row.clipped:.2%}", numeric=True, sort=row.clipped),
                 Field(_codes(row), numeric=True, sort=row.codes_used),
-                Field(_decibels(row), numeric=True, sort=row.sqnr_db),
+                Field(f"{number(row.minimum)} to {number(row.maximum)}", numeric=True, sort=_width(row)),
+                Field(ends, numeric=True),
             )
         )
     return DataTable("Every quantized tensor", columns, tuple(rows))
+
+
+def _width(row: TensorRow) -> float | None:
+    """Greatest value less the least."""
+    return row.maximum - row.minimum if row.maximum is not None and row.minimum is not None else None
 
 
 def _decibels(row: TensorRow) -> str:
@@ -138,10 +143,11 @@ def _page(index: int, row: TensorRow) -> Iterator[Block]:
             Fact("Codes used", _codes(row), "of the grid"),
         )
     )
-    if row.histogram.counts:
-        yield _histogram(index, row)
+    pictures = [_histogram(index, row)] if row.histogram.counts else []
     if row.channels is not None and row.channels.count > 1:
-        yield _channels(index, row, row.channels)
+        pictures.append(_channels(index, row, row.channels))
+    if pictures:
+        yield SideBySide(tuple(pictures))
 
 
 def _histogram(index: int, row: TensorRow) -> Picture:
@@ -150,7 +156,7 @@ def _histogram(index: int, row: TensorRow) -> Picture:
     end = bins.start + bins.step * len(bins.counts)
     limits = [value for value in (row.low, row.high) if value is not None]
     across = axis_of([bins.start, end, *limits], "value")
-    plot = Plot(across, Axis(0.0, 1.02, "√ share"), HEIGHT)
+    plot = Plot(across, Axis(0.0, 1.02, "√ share"), HEIGHT, HALF)
     most = max(bins.counts)
     body = plot.frame()
     if len(limits) == 2:
@@ -162,16 +168,18 @@ def _histogram(index: int, row: TensorRow) -> Picture:
     about = (
         f"{row.values:,} values from {number(row.minimum)} to {number(row.maximum)}; {ends}; {row.clipped:.2%} clipped"
     )
+    caption = "Histogram, and the ends of the range" if limits else "Histogram"
     rows = [(bins.start + i * bins.step, count) for i, count in enumerate(bins.counts) if count]
     table = plain_table(f"Values of {row.name} by bins of {short(bins.step)}", ("from", "values"), rows, folded=True)
-    return Picture(picture(f"histogram-{index}", f"Histogram of {row.name}", about, body, HEIGHT), "Histogram", table)
+    return Picture(picture(f"histogram-{index}", f"Histogram of {row.name}", about, body, HEIGHT, HALF), caption, table)
 
 
 def _channels(index: int, row: TensorRow, channels: Channels) -> Picture:
     plot = Plot(
-        Axis(-0.5, len(channels.low) - 0.5, "channels, from narrow to wide"),
+        Axis(-0.5, len(channels.low) - 0.5, f"{len(channels.low)} of them"),
         axis_of([*channels.low, *channels.high], "range"),
         HEIGHT,
+        HALF,
     )
     parts = []
     marks: dict[int, list[str]] = {}
@@ -182,13 +190,11 @@ def _channels(index: int, row: TensorRow, channels: Channels) -> Picture:
     for group, path in sorted(marks.items()):
         parts.append(f'<path class="fan s{group}" d="{"".join(path)}"/>')
     groups = len(set(channels.group))
-    shared = f", coloured by {groups} groups that share scales" if groups else ""
-    title = f"Ranges of {min(len(channels.low), channels.count)} of {channels.count:,} channels{shared}"
+    shared = f", in the colours of {groups} groups that share scales" if groups else ""
+    title = f"{channels.count:,} channels, from narrow to wide{shared}"
     widest = channels.high[-1] - channels.low[-1]
     middle = channels.high[len(channels.high) // 2] - channels.low[len(channels.low) // 2]
-    about = (
-        f"the widest channel is {widest / middle:.3g} times as wide as the median one" if middle else "flat channels"
-    )
+    about = f"the widest is {widest / middle:.3g}× the median" if middle else "the median one is flat"
     columns = ("channel", "least", "greatest", *(("group",) if groups else ()))
     rows = [
         (Field(str(i)), low, high, *((channels.group[place],) if groups else ()))
@@ -197,5 +203,5 @@ def _channels(index: int, row: TensorRow, channels: Channels) -> Picture:
     table = plain_table(f"{title} of {row.name}", columns, rows, folded=True)
     body = plot.frame([]) + "".join(parts)
     return Picture(
-        picture(f"channels-{index}", f"Channels of {row.name}", about, body, HEIGHT), f"{title}; {about}", table
+        picture(f"channels-{index}", f"Channels of {row.name}", about, body, HEIGHT, HALF), f"{title}; {about}", table
     )

@@ -14,7 +14,7 @@ ABOUT = "What was made, what it cost on held-out data, and whether what was writ
 
 def verdict_chapter(material: Material) -> Chapter:
     """The headline and the figures."""
-    blocks: list[Block] = [Prose(headline(material)), Facts(tuple(_facts(material)))]
+    blocks: list[Block] = [Prose(headline(material), lead=True), Facts(tuple(_facts(material)))]
     return Chapter("verdict", "Verdict", ABOUT, tuple(blocks))
 
 
@@ -67,4 +67,3 @@ def _facts(material: Material) -> Iterator[Fact]:
         yield Fact("Codes as computed", f"{share:.4%}", "each operator on the program's codes; 100% but for ties")
     if material.stages:
         yield Fact("Time", f"{sum(stage.seconds for stage in material.stages):.0f} s", "from the model to the artifact")
-    yield Fact("Program", manifest.program.digest[:12], "equal inputs, seed and versions give this digest again")

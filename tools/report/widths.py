@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from bitlower.tools.report.blocks import Block, Chapter, DataTable, Field, plain_table
+from bitlower.tools.report.blocks import Block, Chapter, DataTable, Field, Prose, plain_table
 from bitlower.tools.report.charts import chart_blocks
 from bitlower.tools.report.contents import Material
 from bitlower.tools.report.naming import OTHER, ladder, layer_name, place_of, stacks_of
 
 ABOUT = (
-    "The bits that every tensor got; darker is fewer. Hover over a cell, or look into the table below, for the reason: "
-    "the scheme's rule, a budget, or why a tensor stays float."
+    "The bits that every tensor of a module got; darker is fewer. `8 + float` are two tensors, such as what a linear "
+    "reads and what it writes. Hover over a cell, or look into the table below, for the reason: the scheme's rule, a "
+    "budget, or why a tensor stays float."
 )
 WIDEST = 16
 """Bits of the lightest cells."""
@@ -46,7 +47,7 @@ def widths_chapter(material: Material) -> Chapter:
         ("Values between layers", [width for width in widths if not width.is_weight]),
     ):
         if any(width.bits is not None for width in chosen):
-            blocks.append(_map(f"{what}: bits, or float", chosen))
+            blocks += _map(what, chosen)
     rows = [(w.tensor, w.path, w.role, w.bits if w.bits is not None else "float", w.reason) for w in widths]
     columns = ("tensor", "module", "role", "bits", "why")
     blocks.append(plain_table("Why every tensor has its bits", columns, rows, folded=True))
@@ -72,9 +73,10 @@ def widths_of(material: Material) -> Iterable[Width]:
             yield Width(
                 row["tensor"], row["path"], row["role"], None, row["reason"] or "left in float when integers were made"
             )
-    for key, row in resolved.items():
+    for key, entry in resolved.items():
         if key not in seen:
-            yield Width(row["tensor"], row["path"], row["role"], int(row["spec"]["num_bits"]), "a pass placed it")
+            bits = int(entry["spec"]["num_bits"])
+            yield Width(entry["tensor"], entry["path"], entry["role"], bits, "a pass placed it")
 
 
 def _placed(material: Material) -> Iterable[dict[str, str]]:
@@ -86,7 +88,8 @@ def _placed(material: Material) -> Iterable[dict[str, str]]:
                 yield row
 
 
-def _map(caption: str, widths: Sequence[Width]) -> DataTable:
+def _map(what: str, widths: Sequence[Width]) -> Iterator[Block]:
+    """A table of layers and roles; roles that are float in every layer are named below it."""
     places = [place_of(width.path) for width in widths]
     stacks = stacks_of(places)
     cells: dict[tuple[str, str], list[Width]] = {}
@@ -95,13 +98,21 @@ def _map(caption: str, widths: Sequence[Width]) -> DataTable:
         column = place.role if place.layer is not None else OTHER
         cells.setdefault((place.role if name == OTHER else name, column), []).append(width)
     rows, columns = ladder([name for name, _ in cells]), ladder([column for _, column in cells])
+    floating = [
+        column for column in columns if all(w.bits is None for key in cells if key[1] == column for w in cells[key])
+    ]
+    columns = [column for column in columns if column not in floating]
     body = []
     for name in rows:
+        if not any((name, column) in cells for column in columns):
+            continue
         fields = [Field(name)]
         for column in columns:
             fields.append(_cell(cells.get((name, column), [])))
         body.append(tuple(fields))
-    return DataTable(caption, ("layer", *columns), tuple(body), is_map=True)
+    yield DataTable(f"{what}: bits, or float", ("layer", *columns), tuple(body), is_map=True)
+    if floating:
+        yield Prose(f"{', '.join(floating)}.", strong="Float in every layer:")
 
 
 def _cell(widths: Sequence[Width]) -> Field:
@@ -109,7 +120,7 @@ def _cell(widths: Sequence[Width]) -> Field:
         return Field("")
     bits = sorted({width.bits for width in widths if width.bits is not None})
     floats = any(width.bits is None for width in widths)
-    text = ", ".join([*map(str, bits), *(["float"] if floats else [])])
+    text = " + ".join([*map(str, bits), *(["float"] if floats else [])])
     note = "; ".join(dict.fromkeys(f"{w.tensor}: {w.bits or 'float'}, {w.reason}" for w in widths))
     heat = max(0.08, 1 - bits[0] / WIDEST) if bits else None
     return Field(text, note=note, heat=heat)

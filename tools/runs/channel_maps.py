@@ -67,7 +67,7 @@ def _sizes(program: Program, names: list[str], context: Context) -> dict[str, to
 
 def _stretches(sizes: torch.Tensor) -> list[float]:
     width = -(-len(sizes) // COLUMNS)
-    return [_short(float(part.max())) for part in sizes.split(width)]
+    return [_short(float(part.max())) for part in torch.split(sizes, width)]
 
 
 def _short(value: float) -> float:

@@ -72,6 +72,7 @@ def recipe_job(recipe: Recipe) -> Job:
         exports=recipe.build_exports(),
         recipe=dump_recipe(_resolved(recipe, source.samples)),
         seed=recipe.seed,
+        report=recipe.report,
     )
 
 

@@ -34,6 +34,8 @@ from bitlower.passes import (
 from bitlower.tools.data.batches import Data
 from bitlower.tools.data.texts import check_finite
 from bitlower.tools.render import Display, format_bytes
+from bitlower.tools.report.contents import Stage
+from bitlower.tools.report.page import write_run_report
 from bitlower.tools.runs.float_share import float_parts
 from bitlower.tools.runs.heads import HeadNotes
 from bitlower.tools.runs.output import disk_errors, new_folder
@@ -86,6 +88,7 @@ class Job:
         exports: backends; several write into folders of their names.
         recipe: goes into the artifact as ``recipe.yaml``, if it is not empty.
         seed: the root of all randomness.
+        report: whether every artifact gets a report.
     """
 
     load: Callable[[Path | None], Program]
@@ -94,6 +97,7 @@ class Job:
     exports: tuple[Backend, ...] = ()
     recipe: str = ""
     seed: int = 0
+    report: bool = False
 
     def read(self, program: Program) -> Data:
         """The data; held-out batches are cut where their outputs would take too much memory, several times over."""
@@ -139,15 +143,15 @@ def run_job(job: Job, output: Path | None, options: RunOptions) -> tuple[Program
         with disk_errors(options.cache or Path()):
             return _Run(job, options).run(None)
     with new_folder(output, overwrite=options.overwrite) as folder:
-        program, summary = _Run(job, options).run(folder)
+        program, summary = _Run(job, options, output.resolve().name).run(folder)
     return program, replace(summary, output=output)
 
 
 class _Run:
     """The state of one run: its observers and what the stages took."""
 
-    def __init__(self, job: Job, options: RunOptions) -> None:
-        self.job, self.options = job, options
+    def __init__(self, job: Job, options: RunOptions, name: str = "") -> None:
+        self.job, self.options, self.name = job, options, name
         self.timing = Timing()
         self.reports = Reports(options.display.note)
         self.stages: list[PassTime] = []
@@ -166,9 +170,11 @@ class _Run:
             self.stages.clear()
             set_aside()  # the float program goes
             reports = self.export(program, data, ledger, folder) if folder else {}
+        stages = (*before_export, *self.stages)
+        if folder and self.job.report:
+            self.write_reports(folder, stages)
         files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in _files(folder)} if folder else {}
         pipeline = format_pipeline(self.job.passes)
-        stages = (*before_export, *self.stages)
         return program, RunSummary(
             pipeline, None, stages, peak_bytes(), float_bytes, files, ledger, reports, self.notes, float_parts(program)
         )
@@ -228,6 +234,14 @@ class _Run:
                     self.say(f"{name} has the rounded values of {table} in float: {reason}")
                 self.say(*reports[name].get("notes", ()))
         return reports
+
+    def write_reports(self, folder: Path, stages: Sequence[PassTime]) -> None:
+        """A report in every artifact, of what its files say and what the run took."""
+        known = [Stage(stage.name, stage.seconds, stage.peak_bytes) for stage in stages]
+        several = len(self.job.exports) > 1
+        for backend in self.job.exports:
+            place = folder / backend.name if several else folder
+            write_run_report(place, backend.name if several else self.name, known)
 
     def say(self, *notes: str) -> None:
         """Show notes, and keep them for the summary."""

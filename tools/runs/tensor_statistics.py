@@ -17,7 +17,6 @@ from torch import fx
 from bitlower.ir import Batch, Level, Program
 from bitlower.ir.observe import observe
 from bitlower.ir.quantization import numerics
-from bitlower.ir.quantization.by_rows import by_rows
 from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.tokens import value_mask
 from bitlower.passes import Context, Pass, Recorder, digest_batches
@@ -116,8 +115,11 @@ class _Tally:
         """Take a parameter; of a large one some rows."""
         weight, (scale, zero) = self.view.weight(program.module), self.view.range(program.module)
         step = math.ceil(weight.numel() / ENTRIES) if weight.dim() > 1 else 1
-        if step > 1 and scale.dim() and scale.shape[0] in (1, len(weight)):
-            scale, zero = (part[::step] if part.shape[0] == len(weight) else part for part in (scale, zero))
+        whole = scale.dim() == 0 or scale.shape[0] in (1, len(weight))
+        if step > 1 and whole:
+            scale, zero = (
+                part[::step] if part.dim() and part.shape[0] == len(weight) else part for part in (scale, zero)
+            )
             self.share = len(weight[::step]) / len(weight)
             weight, self.step = weight[::step], step
         self._take(weight, scale, zero, None)
@@ -147,9 +149,9 @@ class _Tally:
     def _take(self, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, mask: torch.Tensor | None) -> None:
         grid, stored = self.view.spec.grid, self.view.is_static
         x, zero = x.detach().float(), torch.round(zero)
-        codes = by_rows(x, scale, zero, lambda v, s, z: torch.round(v / s + z), torch.float32)
+        codes = numerics.blockwise(x, scale, zero, lambda v, s, z: torch.round(v / s) + z)
         rounded = codes.clamp(grid.quant_min, grid.quant_max)
-        error = by_rows(rounded, scale, zero, numerics.values, torch.float32) - x
+        error = numerics.values(rounded, scale, zero) - x
         outside = codes != rounded
         if stored:
             ends = ((grid.quant_min - zero) * scale).min(), ((grid.quant_max - zero) * scale).max()

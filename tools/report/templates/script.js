@@ -37,3 +37,41 @@ for (const table of document.querySelectorAll("table:not(.map)")) {
   });
   table.parentElement.before(input);
 }
+
+// What marks say on hover, at once and on focus too.
+const tip = document.createElement("div");
+tip.id = "tip";
+tip.hidden = true;
+tip.setAttribute("role", "tooltip");
+document.body.append(tip);
+for (const title of document.querySelectorAll("svg :not(svg) > title")) {
+  const mark = title.parentElement;
+  mark.dataset.said = title.textContent;
+  title.remove();
+  mark.setAttribute("aria-label", mark.dataset.said);
+}
+for (const cell of document.querySelectorAll("td[title]")) {
+  cell.dataset.said = cell.title;
+  cell.setAttribute("aria-description", cell.title);
+  cell.removeAttribute("title");
+}
+const show = (target, x, y) => {
+  const mark = target.closest?.("[data-said]") ?? target.querySelector?.("[data-said]");
+  tip.hidden = !mark;
+  if (!mark) return;
+  tip.textContent = mark.dataset.said;
+  tip.style.left = `${Math.max(4, Math.min(x + 12, innerWidth - tip.offsetWidth - 8))}px`;
+  tip.style.top = `${y + 18 + tip.offsetHeight > innerHeight ? y - tip.offsetHeight - 10 : y + 18}px`;
+};
+document.addEventListener("pointermove", (event) => {
+  if (event.target.closest?.("[data-said]")) show(event.target, event.clientX, event.clientY);
+  else tip.hidden = true;
+});
+document.addEventListener("focusin", (event) => {
+  const box = event.target.getBoundingClientRect();
+  if (event.target.matches("svg a")) show(event.target, box.left, box.bottom);
+  else tip.hidden = true;
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") tip.hidden = true;
+});
