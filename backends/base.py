@@ -20,7 +20,12 @@ class Summary(Protocol):
     """What an export or a check found."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON. Of an export, ``notes`` (lines) and ``float_tables`` (reasons by name) are shown."""
+        """Plain data for JSON.
+
+        Of an export, ``notes`` (lines) and ``float_tables`` (reasons by name) are shown; of an export and of a check,
+        ``headline``: ``runtime`` in words, empty where nothing ran, and the figures that a person asks for first, by
+        name: numbers, or pairs ``[found, expected]``.
+        """
         ...
 
 

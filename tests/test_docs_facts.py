@@ -115,6 +115,17 @@ def test_losses_are_documented() -> None:
     assert found == wanted
 
 
+def test_figures_of_the_verdict_are_documented() -> None:
+    from bitlower.tools.verdict.figures import MEANINGS
+
+    table = rows(section("artifact.md", "The verdict"), "figure")
+    assert names(table) == list(MEANINGS)
+    for (_, text, normal), meaning in zip(table, MEANINGS.values(), strict=True):
+        unit = f" ({meaning.unit})" if meaning.unit else ""
+        assert text == meaning.text + unit
+        assert normal in (meaning.normal, "all")
+
+
 def test_reports_and_rules_are_documented() -> None:
     from bitlower.backends.onnx_qdq.encoding.narrow import SMALL
     from bitlower.ir.token_weights import CLIP

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -55,8 +56,8 @@ class Display:
         if not (self.machine or self.quiet):
             print(text, file=sys.stderr, flush=True)
 
-    def result(self, form: Mapping[str, Any], *tables: Table) -> None:
-        """Print a command's result: ``form`` as JSON for machines, else ``tables``."""
+    def result(self, form: Mapping[str, Any], *tables: Table | str) -> None:
+        """Print a command's result: ``form`` as JSON for machines, else ``tables`` and lines of text."""
         if self.machine:
             print(json.dumps(form, indent=2, ensure_ascii=False), file=result_stream())
         elif not self.quiet:
@@ -67,15 +68,24 @@ class Display:
         print(json.dumps(form, indent=2, ensure_ascii=False) if self.machine else text, file=result_stream())
 
 
-def show(*tables: Table) -> None:
-    """Print ``tables`` to standard output; as wide as they need to be where it is not a terminal."""
+WIDE = 200
+"""Columns of tables where standard output is no terminal and ``$COLUMNS`` does not say."""
+
+
+def show(*parts: Table | str) -> None:
+    """Print tables and lines to standard output: tables as wide as the terminal, or ``$COLUMNS``, lines as they are."""
     console = Console(file=result_stream(), markup=False, highlight=False)
-    if not console.is_terminal:
-        console = Console(file=result_stream(), width=200, markup=False, highlight=False)
-    for table in tables:
-        title, table.title = table.title, None
-        console.print(title, style="bold")
-        console.print(table)
+    terminal = console.is_terminal
+    if not terminal:
+        width = shutil.get_terminal_size((WIDE, 0)).columns
+        console = Console(file=result_stream(), width=width, markup=False, highlight=False)
+    for part in parts:
+        if isinstance(part, str):
+            console.print(part, soft_wrap=not terminal)
+            continue
+        title, part.title = part.title, None
+        console.print(title, style="bold", soft_wrap=not terminal)
+        console.print(part)
 
 
 def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Table:

@@ -3,11 +3,13 @@
 from bitlower.backends.artifact.config import write_config
 from bitlower.backends.artifact.folder import RESERVED, shell, sizes, write_assets
 from bitlower.backends.artifact.json_files import write_json
-from bitlower.backends.artifact.manifest import check_artifact, write_manifest
+from bitlower.backends.artifact.manifest import add_files, check_artifact, list_files, write_manifest
 
 __all__ = [
     "RESERVED",
+    "add_files",
     "check_artifact",
+    "list_files",
     "shell",
     "sizes",
     "write_assets",

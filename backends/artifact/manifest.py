@@ -127,6 +127,23 @@ def write_manifest(
     write_json(folder / FILE, form)
 
 
+def add_files(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write more files into an artifact that is being made, and list them in its manifest, if that lists files.
+
+    Args:
+        folder: the artifact's.
+        texts: by file name.
+    """
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    form = read_json(folder / FILE) if (folder / FILE).is_file() else {}
+    if "files" not in form:
+        return
+    form["files"] = dict(sorted({**form["files"], **{name: describe_file(folder / name) for name in texts}}.items()))
+    form["bytes"] = sum(file["bytes"] for file in form["files"].values())
+    write_json(folder / FILE, form)
+
+
 def versions(packages: Collection[str]) -> dict[str, str]:
     """The versions of this package, of Python and of ``packages``."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"

@@ -20,6 +20,13 @@ class Verified(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, floats with six significant digits; the inverse of :meth:`from_dict`."""
 
+    @abstractmethod
+    def headline(self) -> dict[str, Any]:
+        """What a person asks first: ``runtime`` in words (empty: it was not run), and figures by name.
+
+        A pair is ``[found, expected]``. What figures mean says ``bitlower.tools.verdict``.
+        """
+
     @classmethod
     def from_dict(cls, form: Mapping[str, Any]) -> Self:
         """The verification of plain data.

@@ -30,3 +30,8 @@ class CheckReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {**asdict(self), "unlisted": list(self.unlisted), "unseen": rounded_figures(self.unseen)}
+
+    def agreement(self, selftest: Mapping[str, float]) -> dict[str, float]:
+        """The least cosine of an output with what was recorded, if any was compared."""
+        cosines = [*selftest.values(), *self.unseen.values()]
+        return rounded_figures({"selftest_cosine": min(cosines)}) if cosines else {}

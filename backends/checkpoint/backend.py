@@ -72,7 +72,7 @@ class ExportReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         form = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return form | {"verification": self.verification.to_dict()}
+        return form | {"verification": self.verification.to_dict(), "headline": self.verification.headline()}
 
 
 @dataclass(frozen=True)

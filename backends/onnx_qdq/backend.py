@@ -71,6 +71,7 @@ class ExportReport:
             "operators": self.operators,
             "rules": self.rules,
             "verification": self.verification.to_dict(),
+            "headline": self.verification.headline(),
             "notes": list(self.notes),
         }
 

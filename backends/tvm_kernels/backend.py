@@ -54,7 +54,8 @@ class ExportReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         form = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return form | {"notes": list(self.notes), "verification": self.verification.to_dict()}
+        form |= {"notes": list(self.notes), "verification": self.verification.to_dict()}
+        return form | {"headline": self.verification.headline()}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from bitlower.ir import Batch, Program
 from bitlower.ir.dataflow import linears, residual_sums
 from bitlower.ir.observe import stream
 from bitlower.ir.operators import graph_results
-from bitlower.ir.tokens import token_dim, token_mask
+from bitlower.ir.tasks import TASKS, TEXT_GENERATION
+from bitlower.ir.tokens import token_dim, token_ids, token_mask
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.digest import digest_batches, digest_program
 from bitlower.passes._machinery.observers import Recorder
@@ -31,8 +32,10 @@ class Ledger(Recorder):
 
     A row holds the pass as text, the bytes of all tensors, for each output the relative error ``‖ŷ − y‖ / ‖y‖``, the
     mean cosine similarity of vectors along the last axis and, for logits, the mean KL divergence of the softmax
-    (nats), and for each linear and residual sum the signal-to-quantization-noise ratio in dB (None: no noise at all).
-    Padded positions do not count. Without evaluation batches a row holds sizes only.
+    (nats) and the share of vectors whose largest entry stays the largest, of a model that writes also the perplexity
+    of both programs on the next tokens; and for each linear and residual sum the
+    signal-to-quantization-noise ratio in dB (None: no noise at all). Padded positions do not count. Without evaluation
+    batches a row holds sizes only.
     """
 
     def __init__(self) -> None:
@@ -61,7 +64,7 @@ class Ledger(Recorder):
     def key(self, context: Context) -> str:
         """The reference and the evaluation batches."""
         reference = digest_program(self.reference) if self.reference else ""
-        return f"ledger-{hashlib.sha256(f'{reference} {digest_batches(context.evaluation)}'.encode()).hexdigest()}"
+        return f"ledger-2-{hashlib.sha256(f'{reference} {digest_batches(context.evaluation)}'.encode()).hexdigest()}"
 
     def row(self) -> dict[str, Any] | None:
         """The row of the last pass."""
@@ -75,31 +78,57 @@ class Ledger(Recorder):
 
 @dataclass
 class _Energies:
-    """Sums over batches for one value: of the signal, of the noise, of vectors' cosines and KL divergences."""
+    """Sums over batches for one value: of the signal, of the noise, of vectors' cosines and KL divergences.
+
+    ``same`` counts vectors whose largest entry stays the largest; ``losses`` are sums of both programs' cross-entropy
+    over ``targets`` next tokens.
+    """
 
     signal: float = 0.0
     noise: float = 0.0
     cosine: float = 0.0
     divergence: float = 0.0
     vectors: int = 0
+    same: int = 0
+    losses: tuple[float, float] = (0.0, 0.0)
+    targets: int = 0
 
-    def add(self, expected: torch.Tensor, actual: torch.Tensor, *, deep: bool = False) -> None:
-        """Take one batch; ``deep`` also takes cosines and divergences along the last axis."""
+    def add(
+        self, expected: torch.Tensor, actual: torch.Tensor, *, deep: bool = False, following: torch.Tensor | None = None
+    ) -> None:
+        """Take one batch.
+
+        Args:
+            expected: the reference's.
+            actual: of the same shape.
+            deep: also take what is of vectors along the last axis.
+            following: the next token of each of these vectors, -1 where there is none; int64[vectors].
+        """
         if not expected.numel():
             return
         width = expected.shape[-1] if expected.dim() else 1
-        pairs = (torch.split(t.reshape(-1, width), max(_PART // width, 1)) for t in (expected, actual))
-        for rows, others in zip(*pairs, strict=True):
-            self._add_rows(rows.double(), others.double(), deep=deep and expected.dim() > 0)
+        size = max(_PART // width, 1)
+        pairs = (torch.split(t.reshape(-1, width), size) for t in (expected, actual))
+        for part, (rows, others) in enumerate(zip(*pairs, strict=True)):
+            a, b = rows.double(), others.double()
+            self.signal += float(a.square().sum())
+            self.noise += float((b - a).square().sum())
+            if deep and expected.dim():
+                tokens = None if following is None else following[part * size : part * size + len(rows)]
+                self._add_vectors(a, b, tokens)
 
-    def _add_rows(self, rows: torch.Tensor, others: torch.Tensor, *, deep: bool) -> None:
-        self.signal += float(rows.square().sum())
-        self.noise += float((others - rows).square().sum())
-        if deep:
-            self.vectors += rows.shape[0]
-            self.cosine += float(torch.cosine_similarity(rows, others, dim=-1).sum())
-            log_p, log_q = rows.log_softmax(-1), others.log_softmax(-1)
-            self.divergence += float((log_p.exp() * (log_p - log_q)).sum())
+    def _add_vectors(self, rows: torch.Tensor, others: torch.Tensor, tokens: torch.Tensor | None) -> None:
+        self.vectors += rows.shape[0]
+        self.cosine += float(torch.cosine_similarity(rows, others, dim=-1).sum())
+        self.same += int((rows.argmax(-1) == others.argmax(-1)).sum())
+        logs = rows.log_softmax(-1), others.log_softmax(-1)
+        self.divergence += float((logs[0].exp() * (logs[0] - logs[1])).sum())
+        if tokens is not None:
+            known = tokens >= 0
+            self.targets += int(known.sum())
+            picked = (-log[known].gather(1, tokens[known, None]).sum() for log in logs)
+            first, second = (total + float(loss) for total, loss in zip(self.losses, picked, strict=True))
+            self.losses = first, second
 
     @property
     def relative_error(self) -> float:
@@ -134,6 +163,7 @@ class _Comparison:
     def add(self, batch: Batch) -> None:
         """Run both programs on ``batch``, side by side: what has been compared is let go of."""
         ours, pending = _values(self.reference, self.layers, batch), dict[str, torch.Tensor]()
+        tokens = _next_tokens(self.reference, batch)
         for name, value in _values(self.program, self.layers, batch):
             while name not in pending:
                 first, expected = next(ours)
@@ -142,7 +172,8 @@ class _Comparison:
             if name in self.layers:
                 self.layers[name].add(*pair)
             else:
-                self.outputs[name.removeprefix(_OUTPUT)].add(*pair, deep=True)
+                output = name.removeprefix(_OUTPUT)
+                self.outputs[output].add(*pair, deep=True, following=tokens.get(output))
 
 
 def compare(reference: Program, program: Program, context: Context) -> dict[str, Any]:
@@ -168,7 +199,25 @@ def _output_row(name: str, energies: _Energies) -> dict[str, float | None]:
     }
     if "logits" in name:
         row["kl_divergence"] = _rounded(max(energies.divergence / count, 0.0))
+        row["top1_agreement"] = _rounded(energies.same / count)
+    if energies.targets:
+        losses = (_rounded(math.exp(loss / energies.targets)) for loss in energies.losses)
+        row["reference_perplexity"], row["perplexity"] = losses
     return row
+
+
+def _next_tokens(program: Program, batch: Batch) -> dict[str, torch.Tensor]:
+    """Of a model that writes: what follows each token that counts, by the output that foretells it; -1 at the end."""
+    writes = program.task == TEXT_GENERATION or (program.task in TASKS and TASKS[program.task].sequence_to_sequence)
+    ids = token_ids(batch)
+    logits = next((spec for spec in program.outputs if spec.name == "logits" and spec.type.rank == 3), None)
+    if not writes or ids is None or logits is None:
+        return {}
+    mask = token_mask(batch, token_dim(logits.type.shape))
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    following = torch.full_like(ids, -1)
+    following[:, :-1] = torch.where(mask[:, 1:], ids[:, 1:], -1)
+    return {logits.name: following[mask]}
 
 
 def _rounded(value: float | None) -> float | None:

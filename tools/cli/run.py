@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +14,12 @@ from bitlower.tools.cli.report import report
 from bitlower.tools.cli.settings import Settings, settings_of
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from bitlower.tools.recipes.recipe import Recipe
+    from bitlower.tools.render import Display
     from bitlower.tools.runs.flow import RunOptions
+    from bitlower.tools.verdict.conditions import Judgement
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or package:NAME.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="The artifact's folder; it must not exist yet.")]
@@ -74,6 +79,13 @@ Ignore = Annotated[list[str] | None, typer.Option(help="Modules that stay float:
 CacheFolder = Annotated[Path | None, typer.Option("--cache", help="Where finished passes are kept, to go on from.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep nothing, and start from the beginning.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there already.")]
+FailIf = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="CONDITION",
+        help='End with exit code 1 if a figure of the verdict is so: "kl > 0.05", "size_ratio < 3"; may be repeated.',
+    ),
+]
 
 
 COMMANDS = ("run", "quantize", "analyze", "plan", "verify", "eval", "report", "replay")
@@ -94,12 +106,13 @@ def run(
     cache: CacheFolder = None,
     no_cache: NoCache = False,
     overwrite: Overwrite = False,
+    fail_if: FailIf = None,
 ) -> None:
     """Run a recipe. Killed at any moment, the same command goes on where it was."""
     settings = settings_of(context)
     from bitlower.tools.recipes.recipe import load_recipe
 
-    _run(settings, load_recipe(recipe), output, _options(settings, cache, no_cache, overwrite))
+    _run(load_recipe(recipe), output, _options(settings, cache, no_cache, overwrite), fail_if)
 
 
 def quantize(
@@ -120,6 +133,7 @@ def quantize(
     cache: CacheFolder = None,
     no_cache: NoCache = False,
     overwrite: Overwrite = False,
+    fail_if: FailIf = None,
 ) -> None:
     """Quantize a model in one line, to verified ONNX, a checkpoint or a library."""
     settings = settings_of(context)
@@ -132,7 +146,7 @@ def quantize(
     )  # fmt: skip
     options = _options(settings, cache, no_cache, overwrite)
     options.display.note(f"passes: {format_pipeline(recipe.build_passes())}")
-    _run(settings, recipe, output, options)
+    _run(recipe, output, options, fail_if)
 
 
 def analyze(
@@ -203,16 +217,31 @@ def plan(
 
 
 def verify(
-    context: typer.Context, folder: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact's folder.")]
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact's folder.")],
+    fail_if: FailIf = None,
 ) -> None:
     """Check an artifact again: its files against the manifest, and the model in its runtime."""
     settings = settings_of(context)
     from bitlower.backends.registry import verify_artifact
     from bitlower.tools.render import make_table
     from bitlower.tools.runs.summary import flatten
+    from bitlower.tools.verdict.conditions import judge, parse_conditions
+    from bitlower.tools.verdict.figures import MEANINGS, headline_figures
+    from bitlower.tools.verdict.verdict import checked_verdict
 
+    conditions = parse_conditions(fail_if, MEANINGS)
     record = verify_artifact(folder)
-    settings.display().result(record, make_table(f"{folder} is sound", ("", ""), flatten(record)))
+    verdict = checked_verdict(folder, record.get("headline", {}))
+    if verdict is None:
+        figures = {figure.name: figure.value for figure in headline_figures(record.get("headline", {}))}
+        parts: tuple[Table | str, ...] = (make_table(f"{folder} is sound", ("", ""), flatten(record)),)
+        judged = [judge(conditions, figures)] if conditions else []
+    else:
+        parts = (f"{folder} is sound: {verdict.line}", verdict.table(), *_beside(record.get("unlisted", ())))
+        judged = [verdict.judged(conditions)] if conditions else []
+        record |= {"verdict": verdict.to_dict()}
+    _finish(settings.display(), record, parts, judged)
 
 
 def replay(
@@ -243,8 +272,27 @@ def _options(settings: Settings, cache: Path | None, no_cache: bool, overwrite: 
     )
 
 
-def _run(settings: Settings, recipe: Recipe, output: Path, options: RunOptions) -> None:
+def _run(recipe: Recipe, output: Path, options: RunOptions, fail_if: Sequence[str] | None) -> None:
     from bitlower.tools.runs.flow import run_recipe
+    from bitlower.tools.verdict.conditions import parse_conditions
+    from bitlower.tools.verdict.figures import MEANINGS
 
+    conditions = parse_conditions(fail_if, MEANINGS)
     summary = run_recipe(recipe, output, options)
-    options.display.result(summary.to_dict(), *summary.tables())
+    judged = [verdict.judged(conditions) for verdict in summary.verdicts.values()] if conditions else []
+    _finish(options.display, summary.to_dict(), summary.text(), judged)
+
+
+def _beside(unlisted: Sequence[str]) -> tuple[str, ...]:
+    return (f"files that the manifest does not list: {', '.join(unlisted)}",) if unlisted else ()
+
+
+def _finish(display: Display, form: dict[str, Any], parts: Sequence[Table | str], judged: Sequence[Judgement]) -> None:
+    """Show a result, and end with exit code 1 if a condition of ``--fail-if`` holds."""
+    accepted = all(judgement.accepted for judgement in judged)
+    more = {"accepted": accepted, "conditions": [judgement.text for judgement in judged]} if judged else {}
+    display.result(form | more, *parts)
+    for judgement in judged:
+        print(judgement.text, file=sys.stderr)
+    if not accepted:
+        raise typer.Exit(1)

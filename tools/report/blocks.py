@@ -96,7 +96,7 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class Facts:
+class FactList:
     """Figures side by side."""
 
     kind: ClassVar[str] = "facts"
@@ -130,7 +130,7 @@ class SideBySide:
     pictures: tuple[Picture, ...]
 
 
-Block = SideBySide | Prose | DataTable | Picture | Facts | Listing | Heading
+Block = SideBySide | Prose | DataTable | Picture | FactList | Listing | Heading
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from bitlower.tools.report.blocks import (
     Chapter,
     DataTable,
     Fact,
-    Facts,
+    FactList,
     Field,
     as_field,
     number,
@@ -48,7 +48,7 @@ def checks_chapter(material: Material) -> Chapter:
     summary = record.get("summary")
     if isinstance(summary, Mapping):
         facts = (Fact(key.replace("_", " "), _shown(value), MEANINGS.get(key, "")) for key, value in summary.items())
-        blocks.append(Facts(tuple(facts)))
+        blocks.append(FactList(tuple(facts)))
     kernels = record.get("kernels")
     if isinstance(kernels, Mapping):
         blocks += _kernels(kernels)
@@ -73,7 +73,7 @@ def _kernels(kernels: Mapping[str, Any]) -> Iterator[Block]:
     expected, present = kernels.get("expected"), kernels.get("found")
     if isinstance(expected, int) and isinstance(present, int):
         state = "good" if present >= expected else "bad"
-        yield Facts((Fact("Integer kernels", f"{present} of {expected}", "that run, of those expected", state),))
+        yield FactList((Fact("Integer kernels", f"{present} of {expected}", "that run, of those expected", state),))
     missing = [str(name) for name in kernels.get("fell_back", ())]
     if missing:
         yield plain_table("Multiplications that run in float though their operands have codes", ("name",),

@@ -10,7 +10,7 @@ from bitlower.tools.render import format_bytes
 from bitlower.tools.report.blocks import Block, Chapter, DataTable, Field, Prose, number, plain_table
 from bitlower.tools.report.contents import Material
 from bitlower.tools.report.depth import last_measured
-from bitlower.tools.report.ledger import MEASURES, loss_of
+from bitlower.tools.report.ledger import GOOD, MEASURES
 
 ABOUT = "What is written differently in the two recipes, and which figures it moved."
 _LAYERS = 12
@@ -18,7 +18,7 @@ _LAYERS = 12
 
 
 @dataclass(frozen=True)
-class Figure:
+class Compared:
     """A number of a run; ``better`` is -1 where less is better, 1 where more is, 0 where neither."""
 
     name: str
@@ -60,26 +60,19 @@ def _recipes(material: Material, other: Material, names: tuple[str, str]) -> Blo
     return plain_table("Lines of the recipes that differ", ("in", "line"), rows)
 
 
-def figures_of(material: Material) -> Iterator[Figure]:
-    """The numbers of a run that can be compared: losses, sizes, kernels, verification."""
-    if material.ledger.rows:
-        for output, losses in material.ledger.rows[-1].outputs.items():
-            for measure, label in MEASURES.items():
-                value = loss_of(material.ledger.rows[-1], output, measure)
-                if measure in losses:
-                    yield Figure(f"{label} of {output}", value, 1 if measure == "cosine" else -1, number(value))
+def figures_of(material: Material) -> Iterator[Compared]:
+    """The numbers of a run that can be compared: those of its verdict, its size, and losses of all outputs."""
+    for figure in material.verdict.figures if material.verdict else ():
+        better = 1 if figure.meaning.least is not None else -1 if figure.meaning.most is not None else 0
+        yield Compared(figure.name.replace("_", " "), figure.value, better, figure.text)
     manifest = material.manifest
-    yield Figure("size of the artifact", float(manifest.bytes), -1, format_bytes(manifest.bytes))
-    yield Figure("quantized tensors", float(len(manifest.tensors)), 0, str(len(manifest.tensors)))
-    kernels = material.verification.get("kernels")
-    present = kernels.get("found") if isinstance(kernels, dict) else None
-    if isinstance(present, int):
-        yield Figure("integer kernels", float(present), 0, str(present))
-    summary = material.verification.get("summary")
-    if isinstance(summary, dict):
-        for key, value in summary.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                yield Figure(f"verification: {key.replace('_', ' ')}", float(value), 0, number(value))
+    yield Compared("size of the artifact", float(manifest.bytes), -1, format_bytes(manifest.bytes))
+    yield Compared("quantized tensors", float(len(manifest.tensors)), 0, str(len(manifest.tensors)))
+    for output, losses in (material.ledger.rows[-1].outputs if material.ledger.rows else {}).items():
+        for measure, label in MEASURES.items():
+            if measure in losses:
+                value = losses[measure]
+                yield Compared(f"{label} of {output}", value, GOOD.get(measure, -1), number(value))
 
 
 def _figures(material: Material, other: Material, names: tuple[str, str]) -> DataTable:

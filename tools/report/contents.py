@@ -17,6 +17,7 @@ from bitlower.backends.artifact.schema import parsed
 from bitlower.ir import BitlowerError
 from bitlower.ir.files import reason
 from bitlower.tools.runs.reports import FOLDER, TENSORS
+from bitlower.tools.verdict.verdict import Verdict, read_verdict
 
 LEDGER, RECIPE = "ledger.json", "recipe.yaml"
 Number = float | int | None
@@ -139,6 +140,7 @@ class Material:
         recipe: the recipe's text; empty where there was none.
         reports: what passes left, by the name of the file.
         tensors: statistics; None where there are none.
+        verdict: what it is and what it cost; None where no run wrote it.
         stages: of the run that is just done; a folder read later has none.
     """
 
@@ -149,6 +151,7 @@ class Material:
     recipe: str
     reports: Mapping[str, Mapping[str, Any]]
     tensors: TensorFile | None
+    verdict: Verdict | None = None
     stages: Sequence[Stage] = ()
 
     @property
@@ -186,6 +189,7 @@ def read_material(folder: Path, stages: Sequence[Stage] = (), name: str = "") ->
         _text(folder / RECIPE),
         {path.stem: read_json(path) for path in sorted((folder / FOLDER).glob("*.json")) if path != folder / TENSORS},
         tensors,
+        read_verdict(folder),
         tuple(stages),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from bitlower.tools.report.blocks import Block, Chapter, DataTable, Fact, Facts, Field, Picture, number
+from bitlower.tools.report.blocks import Block, Chapter, DataTable, Fact, FactList, Field, Picture, number
 from bitlower.tools.report.contents import LayerLoss, LedgerRow, Material
 from bitlower.tools.report.naming import OTHER, Place, ladder, layer_name, place_of, stacks_of
 from bitlower.tools.report.svg import Plot, Series, axis_of, legend, lines, picture, rule
@@ -36,7 +36,7 @@ def depth_chapter(material: Material, pages: Mapping[str, str]) -> Chapter:
     layers = [layer for layer in row.layers if layer.sqnr_db is not None]
     if not layers:
         return Chapter("depth", title, ABOUT, (), "No layer has any noise: the outputs are those of the float model.")
-    blocks: list[Block] = [Facts(tuple(_facts(layers, pages))), _picture(row, pages), _table(row, pages)]
+    blocks: list[Block] = [FactList(tuple(_facts(layers, pages))), _picture(row, pages), _table(row, pages)]
     return Chapter("depth", title, ABOUT, tuple(blocks))
 
 

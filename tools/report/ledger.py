@@ -13,8 +13,12 @@ MEASURES = {
     "kl_divergence": "KL divergence (nats)",
     "relative_error": "relative error",
     "cosine": "cosine",
+    "top1_agreement": "top-1 agreement",
+    "perplexity": "perplexity",
 }
 """What the ledger measures of an output; the first that is there is drawn."""
+GOOD = {"cosine": 1, "top1_agreement": 1}
+"""Of which more is better; of the others less is."""
 _BAR = 0.36
 """Half the width of a bar, of the distance to the next."""
 _LETTERS = 15

@@ -9,7 +9,7 @@ from bitlower.tools.report.blocks import (
     Chapter,
     DataTable,
     Fact,
-    Facts,
+    FactList,
     Field,
     Heading,
     Picture,
@@ -135,7 +135,7 @@ def _page(index: int, row: TensorRow) -> Iterator[Block]:
     poor = row.sqnr_db is not None and row.sqnr_db < POOR
     seen = f"{row.values:,} values" if row.share == 1 else f"{row.values:,} values, {row.share:.0%} of the rows"
     exact = "no value is rounded: a pass wrote values of the grid" if row.sqnr_db is None else "signal over noise"
-    yield Facts(
+    yield FactList(
         (
             Fact("Grid", row.spec, seen),
             Fact("Rounding alone", f"{_decibels(row)} dB", exact, "bad" if poor else ""),

@@ -1,69 +1,36 @@
-"""Part 1: the run in one line, and the figures that matter with their meaning."""
+"""Part 1: the verdict in one line, and the figures that matter with their meaning and their normal range."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from bitlower.tools.render import format_bytes
-from bitlower.tools.report.blocks import Block, Chapter, Fact, Facts, Prose, number
+from bitlower.tools.report.blocks import Chapter, Fact, FactList, Prose
 from bitlower.tools.report.contents import Material
-from bitlower.tools.report.ledger import MEASURES, loss_of, main_measure
+from bitlower.tools.verdict.verdict import Verdict
 
 ABOUT = "What was made, what it cost on held-out data, and whether what was written is what was computed."
 
 
 def verdict_chapter(material: Material) -> Chapter:
-    """The headline and the figures."""
-    blocks: list[Block] = [Prose(headline(material), lead=True), Facts(tuple(_facts(material)))]
-    return Chapter("verdict", "Verdict", ABOUT, tuple(blocks))
-
-
-def headline(material: Material) -> str:
-    """Model, widths, sizes and the loss in one sentence."""
-    manifest = material.manifest
-    ratio = manifest.float_bytes / manifest.bytes if manifest.bytes else 0.0
-    text = (
-        f"{material.model} in {_widths(material)}: {format_bytes(manifest.float_bytes)} of float tensors became an "
-        f"artifact of {format_bytes(manifest.bytes)} ({ratio:.2f}× smaller)"
-    )
-    output, measure = main_measure(material.ledger.rows)
-    if measure:
-        loss = loss_of(material.ledger.rows[-1], output, measure)
-        text += f", at a {MEASURES[measure]} of {number(loss)} in {output} on held-out data"
-    return f"{text}."
-
-
-def _widths(material: Material) -> str:
-    """The bits of weights and of values: ``8-bit weights and 8-bit values``."""
-    weights, values = set[int](), set[int]()
-    for row in material.manifest.tensors:
-        side = weights if "weight" in row["role"] or "table" in row["role"] else values
-        side.add(int(row["spec"]["num_bits"]))
-    parts = [
-        f"{'/'.join(map(str, sorted(bits)))}-bit {what}"
-        for bits, what in ((weights, "weights"), (values, "values"))
-        if bits
-    ]
-    return " and ".join(parts) or "float"
-
-
-def _facts(material: Material) -> Iterator[Fact]:
-    manifest = material.manifest
-    yield Fact("Size", format_bytes(manifest.bytes), f"from {format_bytes(manifest.float_bytes)} in float32")
-    rows = material.ledger.rows
-    for output, losses in (rows[-1].outputs if rows else {}).items():
-        for measure, label in MEASURES.items():
-            if losses.get(measure) is not None:
-                yield Fact(label.capitalize() if label[0].islower() else label, number(losses[measure]), f"of {output}")
-    kernels = material.verification.get("kernels")
-    if isinstance(kernels, dict) and isinstance(kernels.get("found"), int) and isinstance(kernels.get("expected"), int):
-        state = "good" if kernels["found"] >= kernels["expected"] else "bad"
-        yield Fact(
-            "Integer kernels", f"{kernels['found']} of {kernels['expected']}", "that run, of those expected", state
+    """The line, and the figures."""
+    if material.verdict is None:
+        missing = (
+            "This artifact has no verdict.json: it was written by an older version, or by an export without a run. Run "
+            "its recipe again."
         )
-    summary = material.verification.get("summary")
-    if isinstance(summary, dict) and isinstance(summary.get("codes_equal_given_codes"), int | float):
-        share = float(summary["codes_equal_given_codes"])
-        yield Fact("Codes as computed", f"{share:.4%}", "each operator on the program's codes; 100% but for ties")
+        return Chapter("verdict", "Verdict", ABOUT, (), missing)
+    blocks = (Prose(f"{material.verdict.line}.", lead=True), FactList(tuple(_facts(material, material.verdict))))
+    return Chapter("verdict", "Verdict", ABOUT, blocks)
+
+
+def _facts(material: Material, verdict: Verdict) -> Iterator[Fact]:
+    if verdict.bytes:
+        yield Fact("size", format_bytes(verdict.bytes), f"from {format_bytes(verdict.float_bytes)} in float32")
+    for figure in verdict.figures:
+        normal = f"; normal {figure.normal}" if figure.normal and figure.of is None else ""
+        state = {None: "", True: "good", False: "bad"}[figure.is_normal]
+        yield Fact(figure.name.replace("_", " "), figure.text, f"{figure.meaning.text}{normal}", state)
     if material.stages:
-        yield Fact("Time", f"{sum(stage.seconds for stage in material.stages):.0f} s", "from the model to the artifact")
+        seconds = sum(stage.seconds for stage in material.stages)
+        yield Fact("time", f"{seconds:.0f} s", "from the model to the artifact")

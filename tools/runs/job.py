@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bitlower.backends.artifact import add_files, list_files
 from bitlower.backends.base import Backend
 from bitlower.backends.registry import answering
 from bitlower.frontends.tokenize import check_tokenizer, lead_names, random_windows
@@ -43,6 +44,8 @@ from bitlower.tools.runs.reports import TENSORS, Reports, report_text
 from bitlower.tools.runs.set_aside import setting_aside
 from bitlower.tools.runs.summary import RunSummary, peak_bytes
 from bitlower.tools.runs.tensor_statistics import TensorStatistics
+from bitlower.tools.verdict.verdict import FILE as VERDICT
+from bitlower.tools.verdict.verdict import Facts, Verdict
 
 CUT = f"held-out samples are cut to the tokens whose outputs take {format_bytes(LARGEST_OUTPUTS)}"
 
@@ -169,14 +172,16 @@ class _Run:
             before_export = [*self.stages, *self.timing.rows]
             self.stages.clear()
             set_aside()  # the float program goes
-            reports = self.export(program, data, ledger, folder) if folder else {}
+            floats = float_parts(program)
+            facts = Facts(program, self.job.passes, float_bytes, ledger, sum(part.share for part in floats))
+            reports, verdicts = self.export(facts, data, folder) if folder else ({}, {"": facts.verdict({}, 0)})
         stages = (*before_export, *self.stages)
         if folder and self.job.report:
             self.write_reports(folder, stages)
         files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in _files(folder)} if folder else {}
         pipeline = format_pipeline(self.job.passes)
         return program, RunSummary(
-            pipeline, None, stages, peak_bytes(), float_bytes, files, ledger, reports, self.notes, float_parts(program)
+            pipeline, None, stages, peak_bytes(), float_bytes, files, ledger, reports, self.notes, floats, verdicts
         )
 
     def load(self) -> tuple[Program, Data]:
@@ -209,15 +214,16 @@ class _Run:
         self.say(*self.heads.notes)
         return result, ledger.to_dict()
 
-    def export(self, program: Program, data: Data, ledger: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
-        """Write the files that all artifacts have, then what every backend makes of the program beside them."""
+    def export(self, facts: Facts, data: Data, folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Verdict]]:
+        """Write the files that all artifacts have, what every backend makes of the program beside them, a verdict."""
+        program = facts.program
         texts = {
-            "ledger.json": f"{json.dumps(ledger, indent=1, sort_keys=True)}\n",
+            "ledger.json": f"{json.dumps(facts.ledger, indent=1, sort_keys=True)}\n",
             "recipe.yaml": self.job.recipe,
             **self.reports.files,
             TENSORS: report_text(self.tensors.form) if self.tensors.form else "",
         }
-        reports = {}
+        reports, verdicts = dict[str, dict[str, Any]](), dict[str, Verdict]()
         batches = data.evaluation or data.calibration[:2] or random_windows(program, seed=self.job.seed)
         provenance = {"seed": self.job.seed, **data.provenance()}
         for backend in self.job.exports:
@@ -233,7 +239,10 @@ class _Run:
                 for table, reason in reports[name].get("float_tables", {}).items():
                     self.say(f"{name} has the rounded values of {table} in float: {reason}")
                 self.say(*reports[name].get("notes", ()))
-        return reports
+                written = sum((place / name).stat().st_size for name in list_files(place))
+                verdicts[name] = facts.verdict(reports[name].get("headline", {}), written)
+                add_files(place, {VERDICT: verdicts[name].text()})
+        return reports, verdicts
 
     def write_reports(self, folder: Path, stages: Sequence[PassTime]) -> None:
         """A report in every artifact, of what its files say and what the run took."""

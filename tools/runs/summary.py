@@ -12,8 +12,9 @@ import psutil
 from rich.table import Table
 
 from bitlower.passes import PassTime
-from bitlower.tools.render import Cell, format_bytes, make_table
+from bitlower.tools.render import format_bytes
 from bitlower.tools.runs.float_share import FloatPart
+from bitlower.tools.verdict.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class RunSummary:
         reports: what each backend said, by its name.
         notes: what was done to the model that the user should know, a line each.
         floats: the parameters that stay in float, by what reads them.
+        verdicts: on what each backend wrote, by its name; on the program, by an empty name, if nothing was written.
     """
 
     pipeline: str
@@ -44,6 +46,7 @@ class RunSummary:
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     floats: tuple[FloatPart, ...] = ()
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
 
     @property
     def artifact_bytes(self) -> int:
@@ -72,43 +75,27 @@ class RunSummary:
             "reports": self.reports,
             "notes": list(self.notes),
             "float_parameters": [part.to_dict() for part in self.floats],
+            "verdicts": {name: verdict.to_dict() for name, verdict in self.verdicts.items()},
         }
 
-    def tables(self) -> tuple[Table, ...]:
-        """The stages, what each lossy pass cost, and the artifact."""
-        stages = [(s.name, round(s.seconds, 2), format_bytes(s.peak_bytes)) for s in self.stages]
-        stages.append(("total", round(self.seconds, 2), format_bytes(self.peak_bytes)))
-        tables = [make_table("stages", ("stage", "seconds", "peak memory"), stages)]
-        if self.ledger.get("rows"):
-            columns = ("pass", "output", "size", "relative error", "cosine", "KL divergence", "worst layer")
-            tables.append(make_table("ledger (against the float model, held-out data)", columns, self._ledger_rows()))
+    def text(self) -> tuple[str | Table, ...]:
+        """What people read at the end: a verdict and its figures for each artifact, what stayed float, and the time."""
+        lines: list[str | Table] = []
+        for name, verdict in self.verdicts.items():
+            prefix = f"{name}: " if len(self.verdicts) > 1 else ""
+            lines += [f"{prefix}{verdict.line}; {self.seconds:.0f} s", verdict.table()]
+            lines += [
+                f"{name}: in float though it has codes: {kernel}"
+                for kernel in _missing_kernels(self.reports.get(name, {}))
+            ]
+        lines += [f"stays in float: {part}" for part in self.floats]
+        stages = ", ".join(f"{stage.name} {stage.seconds:.1f}" for stage in self.stages)
+        lines.append(f"seconds: {stages}; peak memory {format_bytes(self.peak_bytes)}")
         if self.output:
-            tables.append(make_table("artifact", ("", ""), self._artifact_rows()))
-        return tuple(tables)
-
-    def _ledger_rows(self) -> Iterator[tuple[Cell, ...]]:
-        for row in self.ledger["rows"]:
-            losses = row.get("outputs") or {"": {}}
-            for place, (output, loss) in enumerate(losses.items()):
-                numbers = (loss.get("relative_error"), loss.get("cosine"), loss.get("kl_divergence"))
-                first = (row["pass"], output, format_bytes(row["bytes"])) if place == 0 else ("", output, "")
-                yield (*first, *numbers, _worst_layer(row) if place == 0 else "")
-
-    def _artifact_rows(self) -> Iterator[tuple[Cell, ...]]:
-        yield "folder", str(self.output)
-        yield "size", f"{format_bytes(self.float_bytes)} → {format_bytes(self.artifact_bytes)}"
-        for name, size in self.files.items():
-            yield name, format_bytes(size)
-        yield from (("parameters in float" if place == 0 else "", str(part)) for place, part in enumerate(self.floats))
-        for backend, report in self.reports.items():
-            yield from ((f"{backend}: {key}", str(value)) for key, value in flatten(_highlights(report)))
-            yield from ((f"{backend}: missing kernel", str(name)) for name in _missing_kernels(report))
-
-
-def _highlights(report: dict[str, Any]) -> dict[str, Any]:
-    """Of a backend's report: how what was written compares with the Program, and what the runtime makes of it."""
-    verification = report.get("verification", {})
-    return {key: verification[key] for key in ("runtime", "kernels", "summary") if key in verification}
+            lines.append(
+                f"{self.output}: what each pass cost is in ledger.json, what was compared in verification.json"
+            )
+        return tuple(lines)
 
 
 def _missing_kernels(report: dict[str, Any]) -> list[str]:
@@ -134,11 +121,3 @@ def peak_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
-
-
-def _worst_layer(row: dict[str, Any]) -> str:
-    layers = [layer for layer in row.get("layers", []) if layer["sqnr_db"] is not None]
-    if not layers:
-        return ""
-    worst = min(layers, key=lambda layer: float(layer["sqnr_db"]))
-    return f"{worst['path'] or worst['node']} {worst['sqnr_db']:.1f} dB"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from bitlower.backends.artifact import manifest as artifact_manifest
 from bitlower.backends.artifact.folder import CONFIG
@@ -33,6 +35,13 @@ class ArtifactReport(CheckReport):
     layers: int
     codes: int
     client: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        runtime = f"{CLIENT} {version(CLIENT)}" if self.client == CLIENT else ""
+        return super().to_dict() | {
+            "headline": {"runtime": runtime, "packed_layers": self.layers, **self.agreement({})}
+        }
 
 
 def verify_artifact(folder: Path) -> ArtifactReport:

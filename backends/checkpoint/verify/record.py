@@ -9,6 +9,7 @@ from typing import Any
 from bitlower.backends.artifact.json_files import rounded_figures
 from bitlower.backends.artifact.record import Verified
 from bitlower.backends.artifact.unseen import Unseen
+from bitlower.backends.checkpoint.verify.client import CLIENT
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,13 @@ class Verification(Verified):
         form["outputs"] = [rounded_figures(asdict(row)) for row in self.outputs]
         form |= {"versions": dict(self.versions), "unseen": self.unseen.to_dict(), "summary": self.summary()}
         return rounded_figures(form)
+
+    def headline(self) -> dict[str, Any]:
+        """What ran the model, how many layers are packed, and how it agrees with the Program."""
+        version = self.versions.get("transformers", "")
+        whole = "" if self.client == CLIENT else ", module by module"
+        figures: dict[str, Any] = {"runtime": f"transformers {version}{whole}", "packed_layers": len(self.layers)}
+        return figures | {"runtime_cosine": self.summary()["output_cosine"]}
 
     def summary(self) -> dict[str, Any]:
         """The figures that people look at first."""

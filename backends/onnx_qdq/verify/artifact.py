@@ -46,7 +46,13 @@ class ArtifactReport(CheckReport):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return super().to_dict() | {"kernels": self.kernels.to_dict(), "selftest": rounded_figures(self.selftest)}
+        form = super().to_dict() | {"kernels": self.kernels.to_dict(), "selftest": rounded_figures(self.selftest)}
+        return form | {"headline": self.headline()}
+
+    def headline(self) -> dict[str, Any]:
+        """The runtime here, its kernels, and how its outputs agree with the recorded ones."""
+        runtime = {"runtime": f"onnxruntime {self.runtime['onnxruntime']}"}
+        return runtime | self.kernels.headline() | self.agreement(self.selftest)
 
 
 def write_manifest(

@@ -103,6 +103,16 @@ class Verification(Figures, Verified):
             form[key] = dict(form[key])
         return form
 
+    def headline(self) -> dict[str, Any]:
+        """The runtime, the kernels that it runs of those expected, and how it agrees with the Program."""
+        summary, kernels = self.summary(), self.kernels
+        figures: dict[str, Any] = {"runtime": f"onnxruntime {self.runtime['onnxruntime']}"}
+        figures |= kernels.headline()
+        figures["runtime_cosine"] = summary["output_cosine"]
+        if self.quantized:
+            figures["codes_given_codes"] = summary["codes_equal_given_codes"]
+        return figures
+
     def summary(self) -> dict[str, Any]:
         """The figures that people look at first: the worst over all outputs and over all quantized tensors."""
         figures: dict[str, Any] = {

@@ -65,6 +65,12 @@ class KernelReport:
         """Plain data for JSON."""
         return {**asdict(self), "fell_back": list(self.fell_back)}
 
+    def headline(self) -> dict[str, Any]:
+        """Products in integers, and those that read packed weights: ``[found, expected]`` where any is expected."""
+        packed = sum(self.low_bit_weights.values())
+        pairs = {"integer_products": (self.found, self.expected), "packed_products": (packed, self.expected_low_bit)}
+        return {name: list(pair) for name, pair in pairs.items() if pair[1]}
+
     @property
     def rounds_activations(self) -> bool:
         """Whether a MatMulNBits quantizes its float activations to 8 bits."""

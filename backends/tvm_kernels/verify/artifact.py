@@ -13,7 +13,7 @@ from bitlower.backends.artifact.report import CheckReport
 from bitlower.backends.artifact.selftest import run_selftest
 from bitlower.backends.tvm_kernels.pins import require_tvm
 from bitlower.backends.tvm_kernels.verify.calls import compared_calls
-from bitlower.backends.tvm_kernels.verify.record import Verification
+from bitlower.backends.tvm_kernels.verify.record import Verification, calls_headline, runtime_words
 from bitlower.ir import Batch
 
 
@@ -33,7 +33,12 @@ class ArtifactReport(CheckReport):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return super().to_dict() | {"selftest": rounded_figures(self.selftest)}
+        headline = {
+            "runtime": runtime_words(self.runtime),
+            **calls_headline(self.calls),
+            **self.agreement(self.selftest),
+        }
+        return super().to_dict() | {"selftest": rounded_figures(self.selftest), "headline": headline}
 
 
 def verify_artifact(folder: Path) -> ArtifactReport:

@@ -58,6 +58,17 @@ class KernelError:
         )
 
 
+def calls_headline(calls: Mapping[str, Mapping[str, int]]) -> dict[str, list[int]]:
+    """How many kernels one run calls, of all families: ``[found, expected]``; nothing where none is expected."""
+    found, expected = (sum(calls[side].values()) for side in ("found", "expected"))
+    return {"kernel_calls": [found, expected]} if expected else {}
+
+
+def runtime_words(runtime: Mapping[str, str]) -> str:
+    """TVM's version and the target."""
+    return f"TVM {runtime['tvm']} on {runtime['target']}"
+
+
 @dataclass(frozen=True)
 class Verification(Verified):
     """A comparison that held, or was left to where the library runs.
@@ -95,6 +106,16 @@ class Verification(Verified):
         for name in ("outputs", "kernels"):
             form[name] = [rounded_figures(asdict(row)) for row in form[name]]
         return rounded_figures(form)
+
+    def headline(self) -> dict[str, Any]:
+        """The runtime, the calls of kernels of those expected, and how it agrees with the Program."""
+        summary, calls = self.summary(), calls_headline(self.calls)
+        if not self.batches:
+            return {"runtime": "", **calls}
+        figures = {"runtime": runtime_words(self.runtime), **calls, "runtime_cosine": summary["output_cosine"]}
+        if "codes_equal_given_inputs" in summary:
+            figures["codes_given_codes"] = summary["codes_equal_given_inputs"]
+        return figures
 
     def summary(self) -> dict[str, Any]:
         """The figures that people look at first: the worst of all."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -77,7 +78,40 @@ def test_losses_agree_with_numpy(
         assert row["outputs"][name]["cosine"] == pytest.approx(cosine, rel=1e-5)
     p, q = (log_softmax(values["logits"], axis=1) for values in (expected, found))
     assert row["outputs"]["logits"]["kl_divergence"] == pytest.approx((np.exp(p) * (p - q)).sum(1).mean(), rel=1e-4)
-    assert "kl_divergence" not in row["outputs"]["hidden"]
+    same = (p.argmax(1) == q.argmax(1)).mean()
+    assert 0 < same < 1
+    assert row["outputs"]["logits"]["top1_agreement"] == pytest.approx(same)
+    assert not {"kl_divergence", "top1_agreement"} & set(row["outputs"]["hidden"])
+    assert not any("perplexity" in row["outputs"][name] for name in ("hidden", "logits"))
+
+
+@pytest.mark.parametrize("part", [1 << 20, 640])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_perplexity_of_a_decoder_is_that_of_its_next_tokens(
+    family: Callable[[str], Program], part: int, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PART", part)
+    program = family("llama")
+    rounded = program.clone()
+    name, weight = next((name, t) for name, t in rounded.module.named_parameters() if t.dim() == 2)
+    set_tensor(rounded.module, name, torch.nn.Parameter(weight + 0.05 * torch.randn_like(weight)))
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :3] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    batch = {spec.name: batch[spec.name] for spec in program.inputs if spec.name in batch}
+    row = module.compare(program, rounded, Context(evaluation=[batch]))["outputs"]["logits"]
+    for key, model in (("reference_perplexity", program), ("perplexity", rounded)):
+        logits = model(**batch)["logits"].detach().double().numpy()
+        losses = [
+            -log_softmax(logits[text, place])[ids[text, place + 1]]
+            for text in range(2)
+            for place in range(8)
+            if mask[text, place]
+        ]
+        assert row[key] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+    assert row["perplexity"] != row["reference_perplexity"]
 
 
 def test_layers_are_linears_and_residual_sums_in_order(tiny_program: Program, context: Context) -> None:

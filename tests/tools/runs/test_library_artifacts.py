@@ -63,10 +63,16 @@ def test_a_recipe_ends_in_a_library(recipe: Path, bert: Path, tmp_path: Path) ->
     assert summary.reports["tvm-kernels"]["operators"]["compiled"]["fused_norm"] == 4
     figures = summary.reports["tvm-kernels"]["verification"]["summary"]
     assert figures["kernel_error"] < 1e-4
-    assert any("kernel_error" in cell for table in summary.tables() for cell in table.columns[0]._cells)
+    found, expected = (
+        sum(summary.reports["tvm-kernels"]["verification"]["calls"][side].values()) for side in ("found", "expected")
+    )
+    assert found == expected > 0
+    assert f"{found} of {expected} calls of low-bit kernels" in summary.verdicts["tvm-kernels"].line
     library = bitlower.load(tmp_path / "out")
     assert isinstance(library, Library)
-    assert registry.verify_artifact(tmp_path / "out")["selftest"]["last_hidden_state"] > 0.999
+    checked = registry.verify_artifact(tmp_path / "out")
+    assert checked["selftest"]["last_hidden_state"] > 0.999
+    assert checked["headline"]["kernel_calls"] == [found, expected]
     runner = open_runner(tmp_path / "out")
     texts = bitlower.batches(runner.program, ["the cat sings", "a dog"])
     assert load_recipe(tmp_path / "out" / "recipe.yaml").passes == load_recipe(recipe).passes
