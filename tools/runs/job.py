@@ -160,7 +160,7 @@ class _Run:
         self.stages: list[PassTime] = []
         self.notes: tuple[str, ...] = ()
         self.heads = HeadNotes()
-        self.tensors = TensorStatistics()
+        self.tensors: dict[str, Any] = {}
 
     def run(self, folder: Path | None) -> tuple[Program, RunSummary]:
         """All stages; the artifact goes into ``folder`` if there is one."""
@@ -204,14 +204,15 @@ class _Run:
 
     def lower(self, program: Program, data: Data, folder: Path | None) -> tuple[Program, dict[str, Any]]:
         """Run the passes, which have no business in ``folder``; the rows of the ledger, whose float program goes."""
-        ledger = Ledger()
+        ledger, statistics = Ledger(), TensorStatistics()
         context = self.job.context(data)
         context.track = self.options.display.track
         cache = self.open_cache()
-        observers = self.observers(ledger, cache, folder)
+        observers = self.observers(ledger, statistics, cache, folder)
         manager = PassManager(self.job.passes, observers, cache, verify=self.options.verify)
         result = manager.run(program, context)
         self.say(*self.heads.notes)
+        self.tensors = statistics.form
         return result, ledger.to_dict()
 
     def export(self, facts: Facts, data: Data, folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Verdict]]:
@@ -221,7 +222,7 @@ class _Run:
             "ledger.json": f"{json.dumps(facts.ledger, indent=1, sort_keys=True)}\n",
             "recipe.yaml": self.job.recipe,
             **self.reports.files,
-            TENSORS: report_text(self.tensors.form) if self.tensors.form else "",
+            TENSORS: report_text(self.tensors) if self.tensors else "",
         }
         reports, verdicts = dict[str, dict[str, Any]](), dict[str, Verdict]()
         batches = data.evaluation or data.calibration[:2] or random_windows(program, seed=self.job.seed)
@@ -258,11 +259,13 @@ class _Run:
         for note in notes:
             self.options.display.note(note)
 
-    def observers(self, ledger: Ledger, cache: Cache | None, folder: Path | None) -> list[Observer]:
+    def observers(
+        self, ledger: Ledger, statistics: TensorStatistics, cache: Cache | None, folder: Path | None
+    ) -> list[Observer]:
         """Timing comes first, so that it leaves out the others."""
         observers: list[Observer] = [self.timing, TargetCheck(self.job.exports), self.heads, ledger, self.reports]
         if folder is not None:
-            observers += [FolderCheck(folder), self.tensors]
+            observers += [FolderCheck(folder), statistics]
         display = self.options.display
         if not (display.machine or display.quiet):
             observers.append(Progress(total=len(self.job.passes)))

@@ -38,8 +38,8 @@ class TensorStatistics(Recorder):
         self._reference: Program | None = None
         self._simulated: Program | None = None
         self._row: dict[str, Any] | None = None
-        self.form: dict[str, Any] | None = None
-        """Plain data for ``reports/tensors.json``; None where no program became integers."""
+        self.form: dict[str, Any] = {}
+        """Plain data for ``reports/tensors.json``; empty where no program became integers."""
 
     def before(self, pass_: Pass, program: Program, context: Context) -> None:
         """Remember the first program, and the one that is about to become integers."""
