@@ -74,6 +74,15 @@ class DataTable:
     folded: bool = False
     is_map: bool = False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all cells but the first of each row are numbers and nothing more."""
+        return not self.is_map and all(
+            field.numeric and not field.note and field.sort is None and field.heat is None
+            for row in self.rows
+            for field in row[1:]
+        )
+
 
 @dataclass(frozen=True)
 class Picture:

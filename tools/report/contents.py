@@ -17,6 +17,7 @@ from bitlower.backends.artifact.schema import parsed
 from bitlower.ir import BitlowerError
 from bitlower.ir.files import reason
 from bitlower.tools.runs.reports import FOLDER, TENSORS
+from bitlower.tools.runs.samples import SampleText
 from bitlower.tools.verdict.verdict import Verdict, read_verdict
 
 LEDGER, RECIPE = "ledger.json", "recipe.yaml"
@@ -112,11 +113,24 @@ class ChannelMap:
 
 
 @dataclass(frozen=True)
+class SampleRow:
+    """A held-out sample whose output lies far from the float model's (:mod:`bitlower.tools.runs.samples`)."""
+
+    sample: int
+    tokens: int
+    relative_error: float
+    kl_divergence: float | None = None
+    differs_at: int | None = None
+
+
+@dataclass(frozen=True)
 class TensorFile:
-    """All statistics."""
+    """All statistics; ``output`` is what samples are judged by."""
 
     tensors: tuple[TensorRow, ...] = ()
     channels: tuple[ChannelMap, ...] = ()
+    output: str = ""
+    samples: tuple[SampleRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,6 +156,7 @@ class Material:
         tensors: statistics; None where there are none.
         verdict: what it is and what it cost; None where no run wrote it.
         stages: of the run that is just done; a folder read later has none.
+        texts: of samples, likewise.
     """
 
     name: str
@@ -153,6 +168,7 @@ class Material:
     tensors: TensorFile | None
     verdict: Verdict | None = None
     stages: Sequence[Stage] = ()
+    texts: Sequence[SampleText] = ()
 
     @property
     def model(self) -> str:
@@ -160,12 +176,15 @@ class Material:
         return self.manifest.program.source.removeprefix("package:") or "a module in memory"
 
 
-def read_material(folder: Path, stages: Sequence[Stage] = (), name: str = "") -> Material:
+def read_material(
+    folder: Path, stages: Sequence[Stage] = (), texts: Sequence[SampleText] = (), name: str = ""
+) -> Material:
     """Read the files of an artifact; nothing of the model is loaded.
 
     Args:
         folder: the artifact's.
         stages: what the run took, where it is known.
+        texts: of samples, where they are known.
         name: of the artifact, if not that of the folder.
 
     Raises:
@@ -191,6 +210,7 @@ def read_material(folder: Path, stages: Sequence[Stage] = (), name: str = "") ->
         tensors,
         read_verdict(folder),
         tuple(stages),
+        tuple(texts),
     )
 
 

@@ -25,13 +25,15 @@ from bitlower.tools.report.depth import depth_chapter
 from bitlower.tools.report.environment import environment_chapter
 from bitlower.tools.report.ledger import ledger_chapter
 from bitlower.tools.report.outliers import outliers_chapter
+from bitlower.tools.report.samples import samples_chapter
 from bitlower.tools.report.tensor_pages import tensor_chapter, tensor_pages
 from bitlower.tools.report.verdict import verdict_chapter
 from bitlower.tools.report.widths import widths_chapter
+from bitlower.tools.runs.samples import SampleText
 
 MOST_BYTES = 3_000_000
 """Of a page."""
-PAGES_BYTES = 1_500_000
+PAGES_BYTES = 1_700_000
 """Of it, for pages of tensors."""
 DATA_BYTES = 700_000
 """Of it, for the data at its end; longer lists are cut, and it says so."""
@@ -71,9 +73,9 @@ def report(
     return target
 
 
-def write_run_report(folder: Path, name: str, stages: Sequence[Stage]) -> None:
+def write_run_report(folder: Path, name: str, stages: Sequence[Stage], texts: Sequence[SampleText]) -> None:
     """Write the report of a run that is just done into its artifact's ``folder``, which will be called ``name``."""
-    _write(folder / FILE, render(read_material(folder, stages, name)))
+    _write(folder / FILE, render(read_material(folder, stages, texts, name)))
 
 
 def render(material: Material, other: Material | None = None) -> str:
@@ -121,8 +123,8 @@ def parts(material: Material, other: Material | None = None, room: int = PAGES_B
     )  # fmt: skip
     return [
         verdict_chapter(material), ledger, depth_chapter(material, linked), widths_chapter(material), tensors,
-        outliers_chapter(material), front, training, checks_chapter(material), comparison_chapter(material, other),
-        environment_chapter(material),
+        outliers_chapter(material), front, training, checks_chapter(material), samples_chapter(material),
+        comparison_chapter(material, other), environment_chapter(material),
     ]  # fmt: skip
 
 
@@ -150,6 +152,7 @@ def _data(material: Material) -> dict[str, Any]:
         "reports": {name: _short(report) for name, report in material.reports.items()},
         "tensors": tensors["tensors"],
         "channels": tensors["channels"],
+        "samples": tensors.get("samples", []),
         "stages": [asdict(stage) for stage in material.stages],
     }
 

@@ -212,6 +212,4 @@ def legend(names: Sequence[str]) -> str:
 
 def short(value: float) -> str:
     """A number of an axis."""
-    text = f"{value:.4g}"
-    mantissa, mark, power = text.partition("e")
-    return f"{mantissa}e{int(power)}" if mark else text
+    return f"{value:.4g}"

@@ -32,6 +32,8 @@ CLIPPED = 0.01
 """Share of clipped values from which on it is marked."""
 POOR = 20.0
 """Signal over noise of the rounding itself, in dB, below which it is marked."""
+_CELL = 22
+"""Characters of a cell of a table in the page, about."""
 _GROUPS = 8
 """Groups with a colour of their own."""
 
@@ -93,7 +95,7 @@ def _pages(tensors: Sequence[TensorRow], room: int) -> Iterator[tuple[int, list[
 def _size(block: Block) -> int:
     """Characters of a block in the page, about."""
     if isinstance(block, SideBySide):
-        return sum(len(one.svg) + 60 * sum(map(len, one.table.rows)) for one in block.pictures)
+        return sum(len(one.svg) + _CELL * sum(map(len, one.table.rows)) for one in block.pictures)
     return 700
 
 
@@ -176,7 +178,11 @@ def _histogram(index: int, row: TensorRow) -> Picture:
 
 def _channels(index: int, row: TensorRow, channels: Channels) -> Picture:
     plot = Plot(
-        Axis(-0.5, len(channels.low) - 0.5, f"{len(channels.low)} of them"),
+        Axis(
+            -0.5,
+            len(channels.low) - 0.5,
+            "channels" if len(channels.low) == channels.count else f"{len(channels.low)} of them",
+        ),
         axis_of([*channels.low, *channels.high], "range"),
         HEIGHT,
         HALF,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,9 +11,7 @@ from torch import fx
 
 from bitlower.ir import Batch, Program
 from bitlower.ir.dataflow import residual_sums
-from bitlower.ir.observe import observe
 from bitlower.ir.tokens import value_mask
-from bitlower.passes import Context
 
 COLUMNS = 96
 """Stretches of neighbouring channels that a row has at most; of each the largest channel counts."""
@@ -19,24 +19,37 @@ LARGEST = 5
 """Channels of a row that are named."""
 
 
-def channel_maps(reference: Program, program: Program, context: Context) -> list[dict[str, Any]]:
-    """A row for each residual sum that both programs have, in order; none without evaluation batches.
-
-    ``before`` and ``after`` hold the largest absolute values over all tokens, in the float program and in ``program``,
-    of at most :data:`COLUMNS` stretches of channels; ``largest`` are the channels with the largest values before.
-    """
-    if not context.evaluation:
-        return []
+def compared_sums(reference: Program, program: Program) -> list[fx.Node]:
+    """The residual sums of ``reference`` that ``program`` has too, and whose channels are counted, in order."""
     names = {node.name for node in program.graph.nodes}
-    sums = [node for node in residual_sums(reference.graph) if node.name in names]
-    sums = [node for node in sums if isinstance(node.meta["type"].shape[-1], int)]
-    if not sums:
-        return []
-    before = _sizes(reference, [node.name for node in sums], context)
-    after = _sizes(program, [node.name for node in sums], context)
+    sums = (node for node in residual_sums(reference.graph) if node.name in names)
+    return [node for node in sums if isinstance(node.meta["type"].shape[-1], int)]
+
+
+@dataclass
+class ChannelSizes:
+    """The largest absolute value of each channel of some nodes, by the node's name, over all batches."""
+
+    sizes: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, node: fx.Node, value: torch.Tensor, batch: Batch) -> None:
+        """Take a value, channels last; padding does not count."""
+        mask = value_mask(node.meta["type"].shape, batch)
+        value = value.abs() if mask is None else value.abs() * mask
+        most = value.reshape(-1, value.shape[-1]).amax(0).float()
+        known = self.sizes.get(node.name)
+        self.sizes[node.name] = most if known is None else torch.maximum(known, most)
+
+
+def channel_rows(sums: Iterable[fx.Node], before: ChannelSizes, after: ChannelSizes) -> list[dict[str, Any]]:
+    """A row for each residual sum.
+
+    ``before`` and ``after`` hold the largest absolute values over all tokens, in the float program and in the other, of
+    at most :data:`COLUMNS` stretches of channels; ``largest`` are the channels with the largest values before.
+    """
     rows = []
     for node in sums:
-        sizes = before[node.name], after[node.name]
+        sizes = before.sizes[node.name], after.sizes[node.name]
         order = torch.argsort(sizes[0], descending=True, stable=True)[:LARGEST].tolist()
         rows.append(
             {
@@ -49,20 +62,6 @@ def channel_maps(reference: Program, program: Program, context: Context) -> list
             }
         )
     return rows
-
-
-def _sizes(program: Program, names: list[str], context: Context) -> dict[str, torch.Tensor]:
-    """The largest absolute value of each channel over all batches, padding left out."""
-    sizes: dict[str, torch.Tensor] = {}
-
-    def look(node: fx.Node, value: torch.Tensor, batch: Batch) -> None:
-        mask = value_mask(node.meta["type"].shape, batch)
-        value = value.abs() if mask is None else value.abs() * mask
-        most = value.reshape(-1, value.shape[-1]).amax(0).float()
-        sizes[node.name] = torch.maximum(sizes[node.name], most) if node.name in sizes else most
-
-    observe(program, names, context.evaluation, look, track=context.track, label="channels")
-    return sizes
 
 
 def _stretches(sizes: torch.Tensor) -> list[float]:

@@ -36,7 +36,7 @@ class GrowingHistogram:
         low, high = (float(end) for end in torch.aminmax(values))
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         self._reach_to(max(-low, high))
-        places = ((values.double() / self.reach + 1) * (FINE / 2)).long().clamp_(0, FINE - 1)
+        places = (torch.floor(values.double() / self.reach * (FINE // 2)).long() + FINE // 2).clamp_(0, FINE - 1)
         self.counts += torch.bincount(places, minlength=FINE)
 
     def _reach_to(self, size: float) -> None:

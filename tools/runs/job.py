@@ -41,6 +41,7 @@ from bitlower.tools.runs.float_share import float_parts
 from bitlower.tools.runs.heads import HeadNotes
 from bitlower.tools.runs.output import disk_errors, new_folder
 from bitlower.tools.runs.reports import TENSORS, Reports, report_text
+from bitlower.tools.runs.samples import sample_texts
 from bitlower.tools.runs.set_aside import setting_aside
 from bitlower.tools.runs.summary import RunSummary, peak_bytes
 from bitlower.tools.runs.tensor_statistics import TensorStatistics
@@ -177,7 +178,7 @@ class _Run:
             reports, verdicts = self.export(facts, data, folder) if folder else ({}, {"": facts.verdict({}, 0)})
         stages = (*before_export, *self.stages)
         if folder and self.job.report:
-            self.write_reports(folder, stages)
+            self.write_reports(program, data, folder, stages)
         files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in _files(folder)} if folder else {}
         pipeline = format_pipeline(self.job.passes)
         return program, RunSummary(
@@ -245,13 +246,14 @@ class _Run:
                 add_files(place, {VERDICT: verdicts[name].text()})
         return reports, verdicts
 
-    def write_reports(self, folder: Path, stages: Sequence[PassTime]) -> None:
-        """A report in every artifact, of what its files say and what the run took."""
+    def write_reports(self, program: Program, data: Data, folder: Path, stages: Sequence[PassTime]) -> None:
+        """A report in every artifact, of what its files say, of what the run took, and with the worst texts."""
         known = [Stage(stage.name, stage.seconds, stage.peak_bytes) for stage in stages]
+        texts = sample_texts(program, data.evaluation, self.tensors.get("samples", ()))
         several = len(self.job.exports) > 1
         for backend in self.job.exports:
             place = folder / backend.name if several else folder
-            write_run_report(place, backend.name if several else self.name, known)
+            write_run_report(place, backend.name if several else self.name, known, texts)
 
     def say(self, *notes: str) -> None:
         """Show notes, and keep them for the summary."""

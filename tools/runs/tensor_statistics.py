@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +15,14 @@ import torch
 from torch import fx
 
 from bitlower.ir import Batch, Level, Program
-from bitlower.ir.observe import observe
+from bitlower.ir.observe import observe, stream
 from bitlower.ir.quantization import numerics
 from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.tokens import value_mask
 from bitlower.passes import Context, Pass, Recorder, digest_batches
-from bitlower.tools.runs.channel_maps import channel_maps
+from bitlower.tools.runs.channel_maps import ChannelSizes, channel_rows, compared_sums
 from bitlower.tools.runs.histogram import GrowingHistogram
+from bitlower.tools.runs.samples import SampleLosses, judged_output, output_node
 
 ENTRIES = 1 << 22
 """Of a weight; a larger one is seen in rows at even distances."""
@@ -32,7 +33,7 @@ _COUNTED_BITS = 16
 
 
 class TensorStatistics(Recorder):
-    """Statistics of every quantized tensor on the held-out batches, and of the channels of the residual stream."""
+    """Statistics of every quantized tensor on held-out batches, of channels of the residual stream, and of samples."""
 
     def __init__(self) -> None:
         self._reference: Program | None = None
@@ -67,30 +68,87 @@ class TensorStatistics(Recorder):
 
 
 def measure(reference: Program, program: Program, context: Context) -> dict[str, Any]:
-    """``tensors``, a row for each quantizer in graph order, and ``channels``, a row for each residual sum.
+    """What there is to know of ``program`` beside ``reference``, each run once over the evaluation batches.
+
+    ``tensors`` has a row for each quantizer in graph order, ``channels`` one for each residual sum, ``samples`` those
+    of the held-out samples whose ``output`` lies farthest from the reference's. Without evaluation batches only
+    weights are seen.
 
     Args:
         reference: the float program.
         program: simulated and calibrated.
-        context: its evaluation batches are run; without any only weights are seen.
+        context: its evaluation batches are run.
     """
-    tallies = {node: _Tally(QuantizerNode(node)) for node, _ in program.quantizers()}
-    readers: dict[fx.Node, list[_Tally]] = {}
-    for tally in tallies.values():
+    look = _Look(reference, program)
+    for tally in look.tallies:
         if tally.view.rounds_parameter:
             tally.add_weight(program)
-        else:
-            readers.setdefault(tally.view.value, []).append(tally)
+    if context.evaluation:
+        pairs = _Pairs(look, context.evaluation)
+        observe(program, look.watched, pairs, look.see, track=context.track, label="tensor statistics")
+    return {
+        "tensors": [tally.to_dict() for tally in look.tallies if tally.count],
+        "channels": channel_rows(look.sums, look.before, look.after) if context.evaluation else [],
+        "output": look.losses.name,
+        "samples": look.losses.worst(),
+    }
 
-    def look(node: fx.Node, value: torch.Tensor, batch: Batch) -> None:
+
+class _Look:
+    """What is seen of the two programs."""
+
+    def __init__(self, reference: Program, program: Program) -> None:
+        self.reference, self.program = reference, program
+        self.tallies = [_Tally(QuantizerNode(node)) for node, _ in program.quantizers()]
+        self.readers: dict[fx.Node, list[_Tally]] = {}
+        for tally in self.tallies:
+            if not tally.view.rounds_parameter:
+                self.readers.setdefault(tally.view.value, []).append(tally)
+        self.sums = compared_sums(reference, program)
+        self.before, self.after = ChannelSizes(), ChannelSizes()
+        name, place = judged_output(reference)
+        self.losses = SampleLosses(name)
+        self.outputs = (output_node(reference, place), output_node(program, place)) if name else None
+        self.expected: torch.Tensor | None = None
+        by_name = {node.name: node for node in program.graph.nodes}
+        self.own_sums = {by_name[node.name] for node in self.sums}
+        self.watched = {*self.readers, *self.own_sums, *(self.outputs[1:] if self.outputs else ())}
+
+    def prepare(self, batch: Batch) -> None:
+        """Run the reference on ``batch``; its output waits for the program's."""
+        watched = {*self.sums, *(self.outputs[:1] if self.outputs else ())}
+        for node, value in stream(self.reference, watched, batch) if watched else ():
+            if node in self.sums:
+                self.before.add(node, value, batch)
+            if self.outputs and node is self.outputs[0]:
+                self.expected = value
+
+    def see(self, node: fx.Node, value: torch.Tensor, batch: Batch) -> None:
+        """Look at a value of the program."""
         mask = value_mask(node.meta["type"].shape, batch)
-        for tally in readers[node]:
-            tally.add(value, program, mask)
+        for tally in self.readers.get(node, ()):
+            tally.add(value, self.program, mask)
+        if node in self.own_sums:
+            self.after.add(node, value, batch)
+        if self.outputs and node is self.outputs[1] and self.expected is not None:
+            self.losses.add(node, self.expected, value, batch)
+            self.expected = None
 
-    if context.evaluation and readers:
-        observe(program, set(readers), context.evaluation, look, track=context.track, label="tensor statistics")
-    rows = [tally.to_dict() for tally in tallies.values() if tally.count]
-    return {"tensors": rows, "channels": channel_maps(reference, program, context)}
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Batches; before each the reference is run on it."""
+
+    look: _Look
+    batches: Sequence[Batch]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches:
+            self.look.prepare(batch)
+            yield batch
 
 
 @dataclass

@@ -20,8 +20,8 @@ from bitlower.tools.cli import main
 from bitlower.tools.report.page import DATA_BYTES, MOST_BYTES
 
 PARTS = (
-    "verdict", "ledger", "depth", "widths", "tensors", "outliers", "front", "training", "checks", "comparison",
-    "environment",
+    "verdict", "ledger", "depth", "widths", "tensors", "outliers", "front", "training", "checks", "samples",
+    "comparison", "environment",
 )  # fmt: skip
 
 
@@ -216,6 +216,16 @@ def test_sensitivity_is_in_the_part_of_the_bits(page: Any, artifacts: Any) -> No
     assert row[table[0].index(group["role"])] == shown(group["one_in"])
 
 
+def test_samples_are_those_of_the_file(page: Any, artifacts: Any) -> None:
+    samples = read(artifacts.plain, "reports/tensors.json")["samples"]
+    table = page.tables["By last_hidden_state, the worst first"]
+    assert [row[2] for row in table[1:]] == [shown(row["relative_error"]) for row in samples]
+    assert len(samples) == 8, "a fifth of the texts is left for that"
+    whole = read(artifacts.plain, "ledger.json")["rows"][-1]["outputs"]["last_hidden_state"]["relative_error"]
+    assert samples[-1]["relative_error"] <= whole <= samples[0]["relative_error"]
+    assert "report: true" in page.parts["samples"]
+
+
 def test_two_runs_are_compared(artifacts: Any, tmp_path: Path, page_of: Any) -> None:
     both = page_of(write(artifacts.plain, artifacts.other, output=tmp_path / "both.html").read_text())
     lines = {tuple(row) for row in both.tables["Lines of the recipes that differ"][1:]}
@@ -236,6 +246,8 @@ def test_a_run_with_a_report_has_its_times_and_the_same_artifact(artifacts: Any,
     stages = [row[0] for row in page.tables["Seconds and peak memory of every stage"][1:]]
     assert stages[:4] == ["load", "data", "clean", "analyze-outliers"]
     assert stages[-1] == "onnx-qdq"
+    lines = (artifacts.other.parent / "texts.txt").read_text().splitlines()
+    assert {row[-1] for row in page.tables["By last_hidden_state, the worst first"][1:]} <= {*lines}
     assert "report.html" not in read(artifacts.other, "manifest.json")["files"]
     assert verify_artifact(artifacts.other)["unlisted"] == ["report.html"]
 
