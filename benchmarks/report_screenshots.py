@@ -1,8 +1,8 @@
 """Reports of all-MiniLM-L6-v2 W8A8-full, SmolLM2-135M W4A16-g128 and SmolLM2-135M static, and pictures of them.
 
-    python benchmarks/report_screenshots.py --output DIR [minilm | smollm2-w4 | smollm2-static | RECIPE | ARTIFACT ...]
-
     python benchmarks/report_screenshots.py --output DIR [minilm | smollm2-w4 | smollm2-static | RECIPE | ARTIFACT]…
+
+    python benchmarks/report_screenshots.py --output DIR [minilm|smollm2-w4|smollm2-static|RECIPE|ARTIFACT]…
 without seconds and texts. Pictures are taken in Chromium by playwright, part by part at two widths, light and dark.
 """
 
