@@ -88,6 +88,7 @@ class Job:
         exports: backends; several write into folders of their names.
         recipe: goes into the artifact as ``recipe.yaml``, if it is not empty.
         seed: the root of all randomness.
+        advice: what would do better, a line each; it is said first and last.
     """
 
     load: Callable[[Path | None], Program]
@@ -96,6 +97,7 @@ class Job:
     exports: tuple[Backend, ...] = ()
     recipe: str = ""
     seed: int = 0
+    advice: tuple[str, ...] = ()
 
     def read(self, program: Program) -> Data:
         """The data; held-out batches are cut where their outputs would take too much memory, several times over."""
@@ -173,13 +175,25 @@ class _Run:
         pipeline = format_pipeline(self.job.passes)
         stages = (*before_export, *self.stages)
         return program, RunSummary(
-            pipeline, None, stages, peak_bytes(), float_bytes, files, ledger, reports, self.notes, floats, verdicts
+            pipeline,
+            None,
+            stages,
+            peak_bytes(),
+            float_bytes,
+            files,
+            ledger,
+            reports,
+            self.notes,
+            floats,
+            verdicts,
+            self.job.advice,
         )
 
     def load(self) -> tuple[Program, Data]:
         """The float program and its data."""
         job, display = self.job, self.options.display
         with self.stage("load"):
+            self.say(*job.advice)
             display.note("loading and tracing the model")
             program = job.load(traces_in(self.options.cache))
             self.say(*program.notes)
