@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bitlower.tools.cli.eval import Bos, evaluate
+from bitlower.tools.cli.explain import explain
 from bitlower.tools.cli.settings import Settings, settings_of
 
 if TYPE_CHECKING:
@@ -97,13 +98,13 @@ FailIf = Annotated[
 ]
 
 
-COMMANDS = ("run", "quantize", "analyze", "plan", "verify", "eval", "replay")
+COMMANDS = ("run", "quantize", "analyze", "plan", "verify", "explain", "eval", "replay")
 EPILOG = "Options of every command (--json, --quiet, --plugin FILE, ...): bitlower --help"
 
 
 def register(app: typer.Typer) -> None:
     """Add these commands to ``app``."""
-    commands: tuple[Callable[..., None], ...] = (run, quantize, analyze, plan, verify, evaluate, replay)
+    commands: tuple[Callable[..., None], ...] = (run, quantize, analyze, plan, verify, explain, evaluate, replay)
     for name, command in zip(COMMANDS, commands, strict=True):
         app.command(name, epilog=EPILOG)(command)
 
@@ -234,7 +235,7 @@ def plan(
     place = _options(settings, cache, no_cache, overwrite).cache
     if output is not None:
         check_output(output, overwrite=overwrite)
-    how = {"algorithm": algorithm, "formats": formats or (), "task": task, "ignore": ignore or ()}
+    how: dict[str, Any] = {"algorithm": algorithm, "formats": formats or (), "task": task, "ignore": ignore or ()}
     how |= {"samples": samples, "max_length": max_length}
     if Path(target).suffix in (".yaml", ".yml"):
         made = plan_recipe(load_recipe(target), place)
