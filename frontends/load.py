@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from bitlower.frontends.gguf import load_gguf
+from bitlower.frontends.hub import is_hub_name, pinned
 from bitlower.frontends.huggingface import PreTrained, is_huggingface, load_folder, trace_model
 from bitlower.frontends.locate import GGUF, locate
 from bitlower.frontends.module import trace_module
@@ -28,7 +29,8 @@ def load(
 
     Args:
         model: a folder as Hugging Face writes it (``config.json``, safetensors, tokenizer files), a GGUF file,
-            ``package:NAME`` for either inside an installed package, or a module in memory.
+            ``package:NAME`` for either inside an installed package, ``hf:ORG/NAME[@REVISION]`` for a model of the
+            Hugging Face hub, or a module in memory.
         task: one of :data:`bitlower.ir.tasks.TASKS`, by the names of transformers' pipelines; as the model's
             architecture says if left out.
         example_inputs: needed for a module that is not Hugging Face's: its inputs by name, at least 2 in each dimension
@@ -44,6 +46,7 @@ def load(
     """
     if not isinstance(model, torch.nn.Module):
         place, source = locate(model), os.fspath(model)
+        source = pinned(source) if is_hub_name(source) else source
         if place.suffix == GGUF:
             return trace_model(replace(load_gguf(place, task, mapped=mapped), source=source), traces=traces)
         return load_folder(place, task=task, source=source, mapped=mapped, traces=traces)

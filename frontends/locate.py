@@ -1,17 +1,34 @@
-"""Where a model lies: a folder, a GGUF file, or ``package:NAME`` for weights inside an installed package."""
+"""Where a model lies: a folder, a GGUF file, ``package:NAME`` of a package, or ``hf:ORG/NAME`` of the hub."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 from pathlib import Path
 
+from bitlower.frontends.hub import PREFIX, hub_folder, is_hub_name
 from bitlower.ir import BitlowerError, nearest
 from bitlower.ir.assets import transformer_folder
 from bitlower.ir.files import check_name
 
 GGUF = ".gguf"
+"""How the files of llama.cpp end."""
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PREFIX = "package:"
+FORMS = "a folder with config.json, a GGUF file, package:NAME of an installed package, or hf:ORG/NAME of the hub"
+"""What names a model."""
+
+
+def is_named(model: str) -> bool:
+    """Whether ``model`` is a name, of a package or of the hub, and not a path."""
+    return model.startswith(_PREFIX) or is_hub_name(model)
+
+
+def missing(model: str) -> BitlowerError:
+    """What to say where there is no model at the path ``model``; what looks like a name of the hub is taken for one."""
+    on_the_hub = f"; if it is a model of the hub, write {PREFIX}{model}" if _HUB_NAME.fullmatch(model) else ""
+    return BitlowerError(f"no model folder at {model!r}", hint=f"give {FORMS}{on_the_hub}")
 
 
 def locate(model: str | os.PathLike[str]) -> Path:
@@ -25,13 +42,28 @@ def locate(model: str | os.PathLike[str]) -> Path:
     name = os.fspath(model)
     if name.startswith(_PREFIX):
         return _inside_package(name.removeprefix(_PREFIX))
+    if is_hub_name(name):
+        return _inside(hub_folder(name), name)
     folder = check_name(name)
     if folder.is_file() and folder.suffix == GGUF:
         return folder
     if not folder.is_dir():
-        raise BitlowerError(
-            f"no model folder at {name!r}", hint="give a folder with config.json, a GGUF file, or package:NAME"
-        )
+        raise missing(name)
+    return _inside(folder, name)
+
+
+def check_place(model: str) -> None:
+    """See that something lies at ``model``, unless it is a name; nothing is read.
+
+    Raises:
+        BitlowerError: there is nothing.
+    """
+    if not is_named(model) and not check_name(model).exists():
+        raise missing(model)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The part of ``folder`` that holds the model called ``name``."""
     if (folder / "config.json").is_file():
         return folder
     if (inner := transformer_folder(folder)) is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from bitlower.ir.diagnostics import BitlowerError, nearest, shorten
+from bitlower.ir.quantization.foreign_names import nearest_scheme
 from bitlower.ir.quantization.granularity import COUNTED, Granularity
 from bitlower.ir.quantization.grid import Grid, ScaleConvention
 
@@ -250,9 +251,10 @@ class Scheme:
             return _module_wise([int(bits) for bits in module_wise.groups()[:3]], static=bool(module_wise[4]))
         match = _NAME.fullmatch(text)
         if not match:
+            meant = f"did you mean {text.upper()}?" if _NAME.fullmatch(text.upper()) else nearest_scheme(text)
             raise BitlowerError(
                 f"{shorten(repr(name))} is not a scheme",
-                hint="examples: W8A8, W4A16-g128, W4A8-token, 2-2-8",
+                hint=f"{meant} examples: W8A8, W4A16-g128, W4A8-token, 2-2-8".strip(),
             )
         weight_bits, activation_bits = int(match[1]), int(match[2])
         weights = _weight_spec(weight_bits) if weight_bits < 16 else None

@@ -28,7 +28,8 @@ app = typer.Typer(
     name="bitlower",
     help="Lower transformer models to few bits: a pipeline of passes, out to verified ONNX.",
     no_args_is_help=True,
-    add_completion=False,
+    epilog="Begin with: bitlower plan MODEL (what a run would give), then bitlower quantize MODEL --calibration TEXTS. "
+    "MODEL is a Hugging Face folder, a GGUF file, package:NAME or hf:ORG/NAME.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -90,12 +91,15 @@ def run(args: Sequence[str]) -> int:
 def fail(error: BaseException, arguments: Sequence[str]) -> int:
     """Say what went wrong, in one line unless a traceback is asked for, and return the exit code."""
     machine = "--json" in arguments
+    if isinstance(error, SystemExit):  # whoever read standard output has gone
+        return int(error.code or 0)
     if isinstance(error, KeyboardInterrupt):
         return _report("interrupted", INTERRUPTED, machine=machine)
     if "--debug" in arguments:
         traceback.print_exception(error)
     if isinstance(error, _USAGE_ERROR):
-        return _report(error.format_message(), 2, machine=machine)  # type: ignore[attr-defined]
+        message = error.format_message()  # type: ignore[attr-defined]
+        return _report(message or "no command was given", 2, machine=machine)
     from bitlower.ir import BitlowerError
 
     if isinstance(error, BitlowerError):

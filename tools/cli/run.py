@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bitlower.tools.cli.eval import Bos, evaluate
+from bitlower.tools.cli.explain import explain
 from bitlower.tools.cli.report import report
 from bitlower.tools.cli.settings import Settings, settings_of
 
@@ -19,10 +20,20 @@ if TYPE_CHECKING:
     from bitlower.tools.recipes.recipe import Recipe
     from bitlower.tools.render import Display
     from bitlower.tools.runs.flow import RunOptions
-    from bitlower.tools.verdict.conditions import Judgement
+    from bitlower.tools.verdict.conditions import Condition, Judgement
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or package:NAME.")]
-Output = Annotated[Path, typer.Option("-o", "--output", help="The artifact's folder; it must not exist yet.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a GGUF file, package:NAME, or hf:ORG/NAME.")
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "-o",
+        "--output",
+        help="The artifact's folder, which must not exist yet; if not given, one in the working folder that is called "
+        "after the model and the scheme, or after the recipe.",
+    ),
+]
 Scheme = Annotated[str, typer.Option(help="For example W8A8, W8A8-full, W8A8-token, W4A16-g128.")]
 Algorithm = Annotated[
     str | None,
@@ -88,13 +99,15 @@ FailIf = Annotated[
 ]
 
 
-COMMANDS = ("run", "quantize", "analyze", "plan", "verify", "eval", "report", "replay")
+COMMANDS = ("run", "quantize", "analyze", "plan", "verify", "explain", "eval", "report", "replay")
 EPILOG = "Options of every command (--json, --quiet, --plugin FILE, ...): bitlower --help"
 
 
 def register(app: typer.Typer) -> None:
     """Add these commands to ``app``."""
-    commands: tuple[Callable[..., None], ...] = (run, quantize, analyze, plan, verify, evaluate, report, replay)
+    commands: tuple[Callable[..., None], ...] = (
+        run, quantize, analyze, plan, verify, explain, evaluate, report, replay,
+    )  # fmt: skip
     for name, command in zip(COMMANDS, commands, strict=True):
         app.command(name, epilog=EPILOG)(command)
 
@@ -102,7 +115,7 @@ def register(app: typer.Typer) -> None:
 def run(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")],
-    output: Output,
+    output: Output = None,
     cache: CacheFolder = None,
     no_cache: NoCache = False,
     overwrite: Overwrite = False,
@@ -112,13 +125,13 @@ def run(
     settings = settings_of(context)
     from bitlower.tools.recipes.recipe import load_recipe
 
-    _run(load_recipe(recipe), output, _options(settings, cache, no_cache, overwrite), fail_if)
+    _run(load_recipe(recipe), output, str(recipe), "", _options(settings, cache, no_cache, overwrite), fail_if)
 
 
 def quantize(
     context: typer.Context,
     model: Model,
-    output: Output,
+    output: Output = None,
     calibration: OptionalCalibration = None,
     training: Training = None,
     scheme: Scheme = "W8A8",
@@ -146,7 +159,7 @@ def quantize(
     )  # fmt: skip
     options = _options(settings, cache, no_cache, overwrite)
     options.display.note(f"passes: {format_pipeline(recipe.build_passes())}")
-    _run(recipe, output, options, fail_if)
+    _run(recipe, output, model, scheme, options, fail_if)
 
 
 def analyze(
@@ -192,27 +205,48 @@ def analyze(
 def plan(
     context: typer.Context,
     target: Annotated[
-        str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe file, or a model: a folder or package:NAME.")
+        str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe file, or a model as `quantize` takes it.")
     ],
+    output: Output = None,
+    calibration: OptionalCalibration = None,
+    training: Training = None,
     scheme: Scheme = "W8A8",
     algorithm: Algorithm = None,
     formats: Formats = None,
+    task: Task = None,
     samples: Samples = None,
     max_length: MaxLength = None,
-    task: Task = None,
+    seed: Seed = 0,
+    bos: Bos = "auto",
+    ignore: Ignore = None,
+    cache: CacheFolder = None,
+    no_cache: NoCache = False,
+    overwrite: Overwrite = False,
+    fail_if: FailIf = None,
 ) -> None:
-    """Predict size, memory and time, and show the bits of every tensor, before any work."""
+    """Predict size, memory and time, and show the bits of every tensor, before any work.
+
+    It takes what `quantize` takes; what cannot be predicted (the seed, conditions) is checked.
+    """
     settings = settings_of(context)
     from bitlower.tools.planning.plan import plan_model, plan_recipe
     from bitlower.tools.recipes.recipe import load_recipe
+    from bitlower.tools.runs.output import check_output
+    from bitlower.tools.runs.standard import standard_recipe
 
+    _known_conditions(fail_if)
+    place = _options(settings, cache, no_cache, overwrite).cache
+    if output is not None:
+        check_output(output, overwrite=overwrite)
+    how: dict[str, Any] = {"algorithm": algorithm, "formats": formats or (), "task": task, "ignore": ignore or ()}
+    how |= {"samples": samples, "max_length": max_length}
     if Path(target).suffix in (".yaml", ".yml"):
-        made = plan_recipe(load_recipe(target))
+        made = plan_recipe(load_recipe(target), place)
+    elif calibration is None and training is None:
+        made = plan_model(target, scheme, cache=place, **how)
     else:
-        made = plan_model(
-            target, scheme, algorithm=algorithm, formats=formats or (), samples=samples, max_length=max_length,
-            task=task,
-        )  # fmt: skip
+        recipe = standard_recipe(target, scheme, calibration, seed=seed, bos=bos, training=training, **how)
+        made = plan_recipe(recipe, place)
     settings.display().result(made.to_dict(), *made.tables())
 
 
@@ -226,11 +260,11 @@ def verify(
     from bitlower.backends.registry import verify_artifact
     from bitlower.tools.render import make_table
     from bitlower.tools.runs.summary import flatten
-    from bitlower.tools.verdict.conditions import judge, parse_conditions
-    from bitlower.tools.verdict.figures import MEANINGS, headline_figures
+    from bitlower.tools.verdict.conditions import judge
+    from bitlower.tools.verdict.figures import headline_figures
     from bitlower.tools.verdict.verdict import checked_verdict
 
-    conditions = parse_conditions(fail_if, MEANINGS)
+    conditions = _known_conditions(fail_if)
     record = verify_artifact(folder)
     verdict = checked_verdict(folder, record.get("headline", {}))
     if verdict is None:
@@ -272,12 +306,24 @@ def _options(settings: Settings, cache: Path | None, no_cache: bool, overwrite: 
     )
 
 
-def _run(recipe: Recipe, output: Path, options: RunOptions, fail_if: Sequence[str] | None) -> None:
-    from bitlower.tools.runs.flow import run_recipe
+def _known_conditions(fail_if: Sequence[str] | None) -> tuple[Condition, ...]:
+    """Conditions on figures of the verdict."""
     from bitlower.tools.verdict.conditions import parse_conditions
     from bitlower.tools.verdict.figures import MEANINGS
 
-    conditions = parse_conditions(fail_if, MEANINGS)
+    return parse_conditions(fail_if, MEANINGS)
+
+
+def _run(
+    recipe: Recipe, output: Path | None, name: str, scheme: str, options: RunOptions, fail_if: Sequence[str] | None
+) -> None:
+    from bitlower.tools.runs.flow import run_recipe
+    from bitlower.tools.runs.output import default_output
+
+    conditions = _known_conditions(fail_if)
+    if output is None:
+        output = default_output(name, scheme)
+        options.display.note(f"the artifact goes to {output}")
     summary = run_recipe(recipe, output, options)
     judged = [verdict.judged(conditions) for verdict in summary.verdicts.values()] if conditions else []
     _finish(options.display, summary.to_dict(), summary.text(), judged)

@@ -137,20 +137,24 @@ class Plan:
         )
 
 
-def plan_recipe(recipe: Recipe) -> Plan:
+def plan_recipe(recipe: Recipe, cache: Path | None = None) -> Plan:
     """Predict what :func:`~bitlower.tools.runs.flow.run_recipe` will give and take.
+
+    Args:
+        recipe: what will run.
+        cache: where the run will look for results of passes; the default cache if None.
 
     Raises:
         BitlowerError: bad input, as the run itself would find.
     """
     job = recipe_job(recipe)
     job.check()
-    program, trace_cached = _loaded(job.load)
+    program, trace_cached = _loaded(job.load, cache)
     decoder = program.task == TEXT_GENERATION
     amount = Amount.of(recipe.calibration, decoder) if recipe.calibration else Amount.make(None, None, decoder)
     data = job.read(program)
     lesson = Lesson.of(data) if any(map(trains, job.passes)) else None
-    cached = len(PassManager(job.passes, cache=Cache(default_cache())).cached(program, job.context(data)))
+    cached = len(PassManager(job.passes, cache=Cache(cache or default_cache())).cached(program, job.context(data)))
     return make_plan(
         program, job.passes, Load.of(amount, program), job.exports, lesson, trace_cached=trace_cached, cached=cached
     )
@@ -165,21 +169,24 @@ def plan_model(
     samples: int | None = None,
     max_length: int | None = None,
     task: str | None = None,
+    ignore: Sequence[str] = (),
+    cache: Path | None = None,
 ) -> Plan:
-    """Predict what ``bitlower quantize`` will give and take.
+    """Predict what ``bitlower quantize`` will give and take, with calibration data that are not at hand yet.
 
     Raises:
         BitlowerError: bad input.
     """
-    passes, exports = standard_passes(scheme, algorithm=algorithm, formats=formats), standard_exports(scheme, formats)
-    program, trace_cached = _loaded(lambda traces: load(model, task=task, traces=traces))
+    passes = standard_passes(scheme, ignore, algorithm=algorithm, formats=formats)
+    exports = standard_exports(scheme, formats)
+    program, trace_cached = _loaded(lambda traces: load(model, task=task, traces=traces), cache)
     amount = Amount.make(samples, max_length, program.task == TEXT_GENERATION)
     return make_plan(program, passes, Load.of(amount, program), exports, trace_cached=trace_cached)
 
 
-def _loaded(read: Callable[[Path | None], Program]) -> tuple[Program, bool]:
+def _loaded(read: Callable[[Path | None], Program], cache: Path | None) -> tuple[Program, bool]:
     """The float Program, and whether its trace lies in the cache now: a run after the plan reads weights alone."""
-    folder, start = traces_in(default_cache()), time.time()
+    folder, start = traces_in(cache or default_cache()), time.time()
     program = read(folder)
     return program, folder is not None and is_kept(folder, start)
 

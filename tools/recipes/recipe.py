@@ -1,7 +1,8 @@
 """Recipes: a YAML file that says which model, which data, which passes and which artifacts.
 
 Paths are relative to the recipe file's folder (to the working directory for a recipe made in Python); ``package:NAME``
-names weights inside an installed package. Every mistake is reported with file and line.
+names weights inside an installed package, ``hf:ORG/NAME`` those of the Hugging Face hub. Every mistake is reported with
+file and line.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pydantic import (
 
 from bitlower.backends.base import Backend
 from bitlower.backends.registry import make_backend
+from bitlower.frontends.locate import is_named, missing
 from bitlower.ir import BitlowerError, Level, nearest, shorten
 from bitlower.ir.files import check_name
 from bitlower.passes import (
@@ -52,7 +54,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The model: a Hugging Face folder or ``package:NAME``; ``task`` as the model's configuration says if left out.
+    """The model: a Hugging Face folder, ``package:NAME`` or ``hf:ORG/NAME``; ``task`` as it says itself if left out.
 
     ``bos`` says what the windows of a language model begin with: what its tokenizer puts first (``auto``), its token
     for the beginning even where the tokenizer does not add it (``always``), or nothing (``never``).
@@ -165,8 +167,8 @@ class Recipe(Section):
 
     @property
     def model_source(self) -> str:
-        """The model, ready for ``frontends.load``: ``package:NAME``, or the path of a folder."""
-        return self.model.path if self.model.path.startswith("package:") else str(self.resolve(self.model.path))
+        """The model, ready for ``frontends.load``: ``package:NAME``, ``hf:ORG/NAME``, or the path of a folder."""
+        return self.model.path if is_named(self.model.path) else str(self.resolve(self.model.path))
 
     @property
     def seed(self) -> int:
@@ -236,8 +238,8 @@ def validate_recipe(recipe: Recipe) -> tuple[Pass, ...]:
     if recipe.training and isinstance(held_out := recipe.training.held_out, str):
         place = ("training", "held_out")
         with_place(recipe._source, place, _require, recipe.resolve(held_out), "the held-out data")
-    if not recipe.model.path.startswith("package:"):
-        with_place(recipe._source, ("model", "path"), _require, Path(recipe.model_source), "the model folder")
+    if not is_named(recipe.model.path):
+        with_place(recipe._source, ("model", "path"), _require_model, recipe)
     return passes
 
 
@@ -270,6 +272,12 @@ def _require(path: Path, what: str) -> None:
         raise BitlowerError(f"{what} {path} does not exist", hint="paths are relative to the recipe's folder")
 
 
+def _require_model(recipe: Recipe) -> None:
+    if not check_name(recipe.model_source).exists():
+        error = missing(recipe.model.path)
+        raise BitlowerError(error.message, hint=f"{error.hint}; paths are relative to the recipe's folder")
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, defaults left out: loading it returns an equal recipe."""
     return yaml_text(recipe.model_dump(exclude_defaults=True))
@@ -295,11 +303,11 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def starter_recipe(model: str) -> str:
-    """A recipe to begin with, for ``model`` (a folder or ``package:NAME``), as commented YAML."""
+    """A recipe to begin with, for ``model`` (a folder or a name), as commented YAML."""
     return f"""\
 # Run it: bitlower run recipe.yaml -o artifact
 model:
-  path: {json.dumps(model)}  # a Hugging Face folder, or package:NAME
+  path: {json.dumps(model)}  # a Hugging Face folder, package:NAME or hf:ORG/NAME
 calibration:  # ranges are estimated on these texts
   data: calibration.txt  # one text a line; for a TSV or JSONL file add `column: NAME`
   samples: 128

@@ -16,6 +16,8 @@ from bitlower.backends.artifact.record import FILE as VERIFICATION
 from bitlower.backends.artifact.schema import parsed
 from bitlower.ir import BitlowerError
 from bitlower.ir.files import reason
+from bitlower.passes.quantizers.quantize import PlacementReport
+from bitlower.tools.explain import Explanation, explanations
 from bitlower.tools.runs.reports import FOLDER, TENSORS
 from bitlower.tools.runs.samples import SampleText
 from bitlower.tools.verdict.verdict import Verdict, read_verdict
@@ -155,6 +157,7 @@ class Material:
         reports: what passes left, by the name of the file.
         tensors: statistics; None where there are none.
         verdict: what it is and what it cost; None where no run wrote it.
+        explanations: why tensors have their bits; none where no placement was reported.
         stages: of the run that is just done; a folder read later has none.
         texts: of samples, likewise.
     """
@@ -167,6 +170,7 @@ class Material:
     reports: Mapping[str, Mapping[str, Any]]
     tensors: TensorFile | None
     verdict: Verdict | None = None
+    explanations: Sequence[Explanation] = ()
     stages: Sequence[Stage] = ()
     texts: Sequence[SampleText] = ()
 
@@ -200,18 +204,26 @@ def read_material(
     tensors = None
     if (folder / TENSORS).is_file():
         tensors = parsed(TensorFile, read_json(folder / TENSORS), f"{TENSORS} in {folder}")
+    files = sorted((folder / FOLDER).glob("*.json"))
+    reports = {path.stem: read_json(path) for path in files if path != folder / TENSORS}
     return Material(
         name or folder.resolve().name,
         manifest,
         parsed(LedgerFile, ledger, f"{LEDGER} in {folder}"),
         read_json(folder / VERIFICATION) if (folder / VERIFICATION).is_file() else {},
         _text(folder / RECIPE),
-        {path.stem: read_json(path) for path in sorted((folder / FOLDER).glob("*.json")) if path != folder / TENSORS},
+        reports,
         tensors,
         read_verdict(folder),
+        explanations(folder) if any(_places(report) for report in reports.values()) else (),
         tuple(stages),
         tuple(texts),
     )
+
+
+def _places(report: Mapping[str, Any]) -> bool:
+    """Whether a report is of a placement of quantizers."""
+    return report.get("report") == PlacementReport.__name__
 
 
 def _text(path: Path) -> str:

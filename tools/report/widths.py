@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from bitlower.tools.explain import FLOAT_BITS
 from bitlower.tools.report.blocks import Block, Chapter, DataTable, Field, Prose, plain_table
 from bitlower.tools.report.charts import chart_blocks
 from bitlower.tools.report.contents import Material
@@ -21,13 +22,14 @@ WIDEST = 16
 
 @dataclass(frozen=True)
 class Width:
-    """One tensor: its name, module path and role, its bits (None: float), and why."""
+    """One tensor: its name, module path and role, its bits (None: float), why, and how to change that."""
 
     tensor: str
     path: str
     role: str
     bits: int | None
     reason: str
+    change: str = ""
 
     @property
     def is_weight(self) -> bool:
@@ -48,44 +50,23 @@ def widths_chapter(material: Material) -> Chapter:
     ):
         if any(width.bits is not None for width in chosen):
             blocks += _map(what, chosen)
-    rows = [(w.tensor, w.path, w.role, w.bits if w.bits is not None else "float", w.reason) for w in widths]
-    columns = ("tensor", "module", "role", "bits", "why")
+    rows = [(w.tensor, w.path, w.role, "float" if w.bits is None else w.bits, w.reason, w.change) for w in widths]
+    columns = ("tensor", "module", "role", "bits", "why", "how to change it")
     blocks.append(plain_table("Why every tensor has its bits", columns, rows, folded=True))
     blocks += chart_blocks(material, "sensitivity")
     return Chapter("widths", title, ABOUT, tuple(blocks))
 
 
-def widths_of(material: Material) -> Iterable[Width]:
-    """Every tensor that could be quantized, in execution order of the placement, and what became of it."""
-    resolved = {(row["tensor"], row["role"]): row for row in material.manifest.tensors}
-    seen = set()
-    for row in _placed(material):
-        key = row["tensor"], row["role"]
-        if key in seen:
-            continue
-        seen.add(key)
-        final = resolved.get(key)
-        if final is not None:
-            bits = int(final["spec"]["num_bits"])
-            why = f"the scheme has {row['spec']} for {row['role']}" if row["spec"] else row["reason"]
-            yield Width(row["tensor"], row["path"], row["role"], bits, why)
-        else:
-            yield Width(
-                row["tensor"], row["path"], row["role"], None, row["reason"] or "left in float when integers were made"
-            )
-    for key, entry in resolved.items():
-        if key not in seen:
+def widths_of(material: Material) -> Iterator[Width]:
+    """Every tensor that could be quantized, in execution order, and those that passes quantized beside these."""
+    explained = {row.tensor for row in material.explanations}
+    for row in material.explanations:
+        bits = None if row.bits == FLOAT_BITS else row.bits
+        yield Width(row.tensor, row.path, row.role, bits, "; ".join(row.reasons), "; ".join(row.change))
+    for entry in material.manifest.tensors:
+        if entry["tensor"] not in explained:
             bits = int(entry["spec"]["num_bits"])
-            yield Width(entry["tensor"], entry["path"], entry["role"], bits, "a pass placed it")
-
-
-def _placed(material: Material) -> Iterable[dict[str, str]]:
-    """Rows of reports on placement: those that say of tensors what they became and why."""
-    needed = {"tensor", "role", "path", "spec", "reason"}
-    for report in material.reports.values():
-        for row in report.get("rows", ()):
-            if isinstance(row, dict) and needed <= row.keys():
-                yield row
+            yield Width(entry["tensor"], entry["path"], entry["role"], bits, "no report of a placement has it")
 
 
 def _map(what: str, widths: Sequence[Width]) -> Iterator[Block]:

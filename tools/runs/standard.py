@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from bitlower.backends.base import Backend
 from bitlower.backends.registry import BACKENDS, find_backend, known_backends, make_backend
+from bitlower.frontends.locate import check_place
 from bitlower.ir import BitlowerError, Level, Scheme, nearest
 from bitlower.ir.quantization.scheme import ACTIVATION_ROLES
 from bitlower.passes import Pass, make_pass
@@ -19,8 +20,31 @@ from bitlower.tools.recipes.recipe import Recipe, steps_of
 
 ALGORITHMS = ("adaround", "calibrate", "gptq", "rtn")
 _LEARNED = ("adaround", "gptq")
+_ELSEWHERE = {
+    "awq": "awq's scales protect channels with large inputs: here gptq weighs weights by their inputs, take gptq",
+    "smoothquant": "its scales are the pass `smooth`, which every algorithm has before it with quantized activations",
+    "spinquant": "its rotations are the pass `rotate`, for recipes",
+    "quarot": "its rotations are the pass `rotate`, for recipes",
+    "autoround": "it trains: the pass `autoround`, for recipes",
+    "auto_round": "it trains: the pass `autoround`, for recipes",
+    "minmax": "take calibrate",
+    "round_to_nearest": "take rtn",
+    "qat": "it trains: give training data",
+    "hqq": "without data take rtn",
+    "gguf": "it is a file format, not an algorithm",
+    "onnx": "did you mean onnx-qdq?",
+    "qdq": "did you mean onnx-qdq?",
+    "onnxruntime": "did you mean onnx-qdq?",
+    "safetensors": "did you mean compressed-tensors?",
+    "hf": "did you mean compressed-tensors?",
+    "vllm": "did you mean compressed-tensors?",
+    "gptq": "did you mean gptq-v2?",
+    "tvm": "did you mean tvm-kernels?",
+}
+"""What other tools call algorithms and formats, and what comes nearest here."""
 DEFAULT = "onnx-qdq"
 """The format if nobody says."""
+_GIVE = "give texts to calibrate on: --calibration FILE (`calibration` in Python)"
 _FULL_WIDTH = 8
 """Bits of weights from which rounding to nearest is the default."""
 
@@ -73,13 +97,13 @@ def standard_passes(
     made = as_scheme(scheme)
     algorithm = algorithm or default_algorithm(made, calibrated=calibrated)
     if algorithm not in ALGORITHMS:
-        raise BitlowerError(f"unknown algorithm {algorithm!r}", hint=nearest(algorithm, ALGORITHMS))
+        raise BitlowerError(f"unknown algorithm {algorithm!r}", hint=_hint(algorithm, ALGORITHMS))
+    fused = _of_kernels(formats)
     if not calibrated:
         _check_needs_no_data(made, algorithm)
     if made.heads and formats and not any(_format(name)[0].holds_heads for name in formats):
         scheme = replace(made, heads=None)
     parameters: dict[str, Any] = {"scheme": scheme, "ignore": list(ignore)}
-    fused = _of_kernels(formats)
     smooth = ("smooth",) if calibrated and not fused else ()
     names = (*smooth, algorithm, "calibrate") if made.activations else (algorithm,)
     names += ("qat",) if trained else ()
@@ -129,22 +153,38 @@ def _format(name: str) -> tuple[type[Backend], dict[str, Any]]:
     if name not in formats:
         others = [cls for backend in known_backends() if name in (cls := find_backend(backend)).formats]
         if not others:
-            raise BitlowerError(f"unknown format {name!r}", hint=nearest(name, formats))
+            raise BitlowerError(f"unknown format {name!r}", hint=_hint(name, formats))
         return others[0], dict(others[0].formats[name])
     backend, options = formats[name]
     return find_backend(backend), options
 
 
+def _hint(name: str, known: Iterable[str]) -> str:
+    """What comes nearest to ``name``, also if it is another tool's word."""
+    elsewhere = _ELSEWHERE.get(name.lower().replace("-", "_"))
+    return f"{elsewhere}; known: {', '.join(sorted(known))}" if elsewhere else nearest(name, known)
+
+
+def rounding_advice(passes: Sequence[Pass], *, calibrated: bool) -> tuple[str, ...]:
+    """What would do better than rounding few bits to nearest only because there are no data to calibrate on."""
+    if calibrated or not any(pass_.name == "rtn" for pass_ in passes):
+        return ()
+    return (
+        "there are no calibration data, so weights are rounded to nearest; gptq costs less accuracy: give calibration "
+        "data (--calibration FILE, in a recipe the section `calibration`) and the algorithm gptq",
+    )
+
+
 def _check_needs_no_data(scheme: Scheme, algorithm: str) -> None:
     if algorithm in _LEARNED:
         raise BitlowerError(
-            f"{algorithm} needs calibration data", hint="give calibration data, or round to nearest: algorithm rtn"
+            f"{algorithm} needs calibration data", hint=f"{_GIVE}, or round to nearest: --algorithm rtn"
         )
     specs = [spec for role in ACTIVATION_ROLES if (spec := scheme.spec(role))]
     if not all(spec.granularity.dynamic for spec in specs):
         raise BitlowerError(
             f"{scheme} has static activations, whose ranges need calibration data",
-            hint="give calibration data, or take scales of each token, such as W8A8-token",
+            hint=f"{_GIVE}, or take scales of each token, such as --scheme W8A8-token",
         )
 
 
@@ -180,8 +220,9 @@ def standard_recipe(
     data the program is trained on them.
 
     Raises:
-        BitlowerError: not a scheme, or not an algorithm.
+        BitlowerError: not a scheme, not an algorithm, or no model is there.
     """
+    check_place(model)
     calibrated = calibration is not None
     trained = training is not None
     passes = standard_passes(

@@ -34,6 +34,7 @@ class RunSummary:
         notes: what was done to the model that the user should know, a line each.
         floats: the parameters that stay in float, by what reads them.
         verdicts: on what each backend wrote, by its name; on the program, by an empty name, if nothing was written.
+        advice: what would do better, a line each.
     """
 
     pipeline: str
@@ -47,6 +48,7 @@ class RunSummary:
     notes: tuple[str, ...] = ()
     floats: tuple[FloatPart, ...] = ()
     verdicts: dict[str, Verdict] = field(default_factory=dict)
+    advice: tuple[str, ...] = ()
 
     @property
     def artifact_bytes(self) -> int:
@@ -95,7 +97,7 @@ class RunSummary:
             lines.append(
                 f"{self.output}: what each pass cost is in ledger.json, what was compared in verification.json"
             )
-        return tuple(lines)
+        return (*lines, *self.advice)
 
 
 def _missing_kernels(report: dict[str, Any]) -> list[str]:

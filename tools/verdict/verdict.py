@@ -107,7 +107,7 @@ class Verdict:
         """
         figures = (Figure(row["name"], row["value"], row.get("of")) for row in form["figures"])
         names = ("model", "scheme", "float_bytes", "bytes", "output", "runtime")
-        return cls(*(form[name] for name in names), tuple(figures))
+        return cls(**{name: form[name] for name in names}, figures=tuple(figures))
 
     def judged(self, conditions: Sequence[Condition]) -> Judgement:
         """Whether its figures are accepted.

@@ -1,12 +1,14 @@
 """Schemes: names, long forms, roles, and one clear error for everything else."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec, ScaleConvention, Scheme
+from bitlower.ir.quantization.foreign_names import FOREIGN_NAMES, nearest_scheme
 from bitlower.ir.quantization.scheme import ACTIVATION_ROLES, FULL_PLACEMENT, LINEAR_PLACEMENT, WEIGHT_ROLES
 
 NAMES = [
@@ -237,7 +239,9 @@ def test_the_long_form_uses_the_names_of_compressed_tensors():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("int8", "is not a scheme; examples: W8A8"),
+        ("integer", "is not a scheme; examples: W8A8"),
+        ("int8", r"is not a scheme; did you mean W8A8 \(static activations\)"),
+        ("Q4-K-M", "did you mean W4A16-g32-asym"),
         ("", "is not a scheme"),
         ("W8", "is not a scheme"),
         ("W8A8-", "is not a scheme"),
@@ -262,6 +266,14 @@ def test_the_long_form_uses_the_names_of_compressed_tensors():
 def test_other_names_are_errors(name, words):
     with pytest.raises(BitlowerError, match=words):
         Scheme.parse(name)
+
+
+@pytest.mark.parametrize("name", FOREIGN_NAMES)
+def test_names_of_other_tools_lead_to_schemes(name):
+    meant = re.findall(r"\bW\d+A\d+[\w-]*", nearest_scheme(name.upper().replace("_", "-")))
+    assert meant
+    for scheme in meant:
+        assert str(Scheme.parse(scheme)) == scheme
 
 
 WRITTEN = r"W\d{1,2}A\d{1,2}(-[a-z]{1,6}\d{0,2}){0,3}|\d{1,2}-\d{1,2}-\d{1,2}(-static)?"

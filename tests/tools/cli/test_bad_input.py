@@ -167,9 +167,8 @@ def test_weight_files(quantize: Refused, own_bert: Path) -> None:
 
 
 def test_models(quantize: Refused, own_bert: Path, tmp_path: Path) -> None:
-    assert "no model folder" in quantize(model=own_bert / "none") or "does not exist" in quantize(
-        model=own_bert / "none"
-    )
+    assert "no model folder at" in quantize(model=own_bert / "none")
+    assert "if it is a model of the hub, write hf:bert-base-uncased" in quantize(model="bert-base-uncased")
     assert "no package 'no-such-model' is installed" in quantize(model="package:no-such-model")
     path = own_bert / "config.json"
     config = json.loads(path.read_text())
@@ -243,11 +242,43 @@ def test_a_full_disk(quantize: Refused, monkeypatch: pytest.MonkeyPatch, writer:
 def test_usage(refused: Refused) -> None:
     assert "No such command 'runn'" in refused("runn")
     assert "No such option: --schem" in refused("quantize", "x", "--schem", "W8A8")
-    assert "Missing option" in refused("quantize", "x")
-    assert "ranges need calibration data" in refused("quantize", "x", "-o", "y")
+    assert "Missing option" in refused("eval", "x")
     assert "exclude each other" in refused(
-        "quantize", "x", "--calibration", "y", "-o", "z", "--cache", "c", "--no-cache"
+        "quantize", ".", "--calibration", "y", "-o", "z", "--cache", "c", "--no-cache"
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "ranges need calibration data; give texts to calibrate on: --calibration FILE"),
+        (
+            ("--scheme", "W4A16-g128", "--algorithm", "gptq"),
+            "--calibration FILE (`calibration` in Python), or round to",
+        ),
+        (("--scheme", "int8"), "'int8' is not a scheme; did you mean W8A8 (static"),
+        (("--scheme", "Q4_K_M"), "did you mean W4A16-g32-asym"),
+        (("--scheme", "nf4"), "grids are of equal steps here"),
+        (("--algorithm", "awq"), "unknown algorithm 'awq'; awq's scales protect channels"),
+        (("--algorithm", "auto-round"), "it trains: the pass `autoround`"),
+        (("--algorithm", "gptk"), "did you mean 'gptq'?"),
+        (("--format", "gguf"), "unknown format 'gguf'"),
+        (("--format", "ONNX"), "did you mean onnx-qdq?"),
+    ],
+)
+def test_words_of_other_tools_and_missing_data(
+    refused: Refused, bert: Path, options: tuple[str, ...], message: str
+) -> None:
+    assert message in refused("quantize", bert, *options)
+    if options and "--calibration" not in message:  # a plan needs no data
+        assert message in refused("plan", bert, *options)
+
+
+def test_plans_check_what_runs_would(refused: Refused, bert: Path, texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    assert "there exists already" in refused("plan", bert, "-o", tmp_path / "there")
+    assert "is no condition" in refused("plan", bert, "--fail-if", "small")
+    assert "none.txt does not exist" in refused("plan", bert, "--calibration", tmp_path / "none.txt")
 
 
 def test_errors_for_machines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -65,7 +65,11 @@ def test_hoisting_keeps_every_argument_and_the_order_of_the_rest(arguments: list
 def test_no_command_prints_help(call: Any) -> None:
     code, out, err = call()
     assert code == 2
-    assert "quantize" in out + err
+    assert "quantize" in out
+    assert "Begin with: bitlower plan MODEL" in out
+    assert err == "error: no command was given\n"
+    code, out, err = call("passes")
+    assert (code, "show" in out, err) == (2, True, "error: no command was given\n")
 
 
 def test_passes(call: Any) -> None:
@@ -207,6 +211,30 @@ def test_quantize_takes_algorithm_and_formats(
     assert (code, "unknown algorithm 'gptk'; did you mean 'gptq'" in err) == (2, True)
     code, _, err = call(*arguments, "--format", "gptqv2", "-o", tmp_path / "b")
     assert (code, "unknown format 'gptqv2'; did you mean 'gptq-v2'" in err) == (2, True)
+
+
+def test_an_output_that_is_not_named_is_called_after_model_and_scheme(
+    call: Any, llama: Path, tmp_path: Path, backend: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call("quantize", llama, "--scheme", "W4A16-g16", "--no-cache")
+    name = f"{llama.name}-w4a16-g16".lower()
+    assert (code, (tmp_path / name / "manifest.json").is_file()) == (0, True)
+    assert f"the artifact goes to {name}\n" in err
+    advice = "there are no calibration data, so weights are rounded to nearest; gptq costs less accuracy"
+    assert advice in err
+    assert advice in out
+    assert "exists already" in call("quantize", llama, "--scheme", "W4A16-g16", "--no-cache")[2]
+
+
+def test_a_plan_takes_the_line_of_quantize(call: Any, bert: Path, texts: Path, tmp_path: Path) -> None:
+    line = (bert, "--calibration", texts, "--scheme", "W8A8", "--samples", 16, "-o", tmp_path / "out", "--seed", 3)
+    code, out, _ = call("plan", *line, "--ignore", "pooler", "--cache", tmp_path / "cache", "--json")
+    form = json.loads(out)
+    assert code == 0
+    assert not (tmp_path / "out").exists()
+    assert "quantize{ignore=[pooler]}" in form["pipeline"]
+    assert {t["bits"] for t in form["tensors"] if t["name"] == "pooler.dense.weight"} == {32}
 
 
 def test_what_gptq_noticed_is_shown(
