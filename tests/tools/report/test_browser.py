@@ -38,6 +38,15 @@ BOXES = """() => {
 }"""
 
 
+PARTS = """() => [...document.querySelectorAll("section")].map(
+  (e) => [e.id, e.getBoundingClientRect().height, e.innerText.length])"""
+PICTURES = """() => [...document.querySelectorAll("figure > svg")].map((e) => {
+  const box = e.getBoundingClientRect();
+  const marks = [...e.querySelectorAll("path, rect, circle")].filter((m) => m.checkVisibility());
+  return [e.querySelector("title").textContent, Math.min(box.width, box.height), marks.length];
+})"""
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium of the system."""
@@ -83,15 +92,16 @@ class Visit:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_part_is_rendered_and_nothing_runs_over(browser: Any, address: str, width: int) -> None:
     with Visit(browser, address, width) as page:
-        for section in page.query_selector_all("section"):
-            box = section.bounding_box()
-            assert box["height"] > 60, section.get_attribute("id")
-            assert len(section.inner_text()) > 80
-        assert page.locator("section").count() == len(page.query_selector_all("nav a"))
-        for picture in page.query_selector_all("figure > svg"):
-            box = picture.bounding_box()
-            assert min(box["width"], box["height"]) > 60
-            assert picture.query_selector("path, rect, circle")
+        parts = page.evaluate(PARTS)
+        assert len(parts) == page.locator("nav a").count() == 12
+        for name, height, letters in parts:
+            assert height > 60, name
+            assert letters > 80, name
+        pictures = page.evaluate(PICTURES)
+        assert len(pictures) > 20
+        for title, least, marks in pictures:
+            assert least > 60, title
+            assert marks > 1, title
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         outside = page.evaluate(
             """() => [...document.querySelectorAll("h1, h2, h3, p, dl, figcaption, summary, pre")]
@@ -136,10 +146,11 @@ def test_tables_sort_and_filter(browser: Any, address: str) -> None:
         table = page.locator("#tensors .scroll table").first
         column = [head.inner_text().split(" ")[0] for head in table.locator("thead th").all()].index("rounding")
         table.locator("thead th button").nth(column).click()
-        values = [float(row.locator("td").nth(column - 1).inner_text()) for row in table.locator("tbody tr").all()]
+        cells = table.evaluate("(e, place) => [...e.tBodies[0].rows].map((row) => row.cells[place].innerText)", column)
+        values = [float(cell) for cell in cells]
         assert values == sorted(values)
         page.locator("#tensors input.filter").first.fill("query")
-        shown = [row.inner_text() for row in table.locator("tbody tr").all() if row.is_visible()]
+        shown = table.evaluate("e => [...e.tBodies[0].rows].filter((r) => r.checkVisibility()).map((r) => r.innerText)")
         assert shown
         assert all("query" in text for text in shown)
         assert len(shown) < len(values)
