@@ -375,8 +375,8 @@ def test_the_wheel_holds_bitlower_and_nothing_beside_it(wheel):
     assert {n.parts[0].split("-")[0] for n in names} == {"bitlower"}
     installed = {n for n in names if n.parts[0] == "bitlower"}
     expected = {Path("bitlower") / p if p.parts[0] != "bitlower" else p for p in SOURCES}
-    templates = {Path("bitlower") / path.relative_to(ROOT) for path in (ROOT / "tools/report/templates").iterdir()}
-    assert installed == expected | templates | {Path("bitlower/py.typed")}
+    data = {path.relative_to(ROOT) for path in (ROOT / "tools/report/templates").iterdir()}
+    assert installed == expected | {Path("bitlower") / path for path in (*data, "py.typed")}
     licences = {n.name for n in names if "licenses" in n.parts}
     assert licences == {"LICENSE", "NOTICE"}
 

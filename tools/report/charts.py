@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bitlower.backends.artifact.schema import parsed
+from bitlower.backends.artifact import parsed
 from bitlower.ir.charts import BarChart, Chart, LineChart, MapChart, Topic
 from bitlower.passes import known_passes
 from bitlower.tools.report.blocks import Block, Chapter, DataTable, Field, Picture, Prose, number, plain_table

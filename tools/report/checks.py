@@ -45,11 +45,12 @@ def checks_chapter(material: Material) -> Chapter:
     if not record:
         return Chapter("checks", title, ABOUT, (), "This artifact has no verification.json: its backend wrote none.")
     blocks: list[Block] = []
-    summary = record.get("summary")
+    summary, kernels = record.get("summary"), record.get("kernels")
+    facts = list(_kernel_facts(kernels)) if isinstance(kernels, Mapping) else []
     if isinstance(summary, Mapping):
-        facts = (Fact(key.replace("_", " "), _shown(value), MEANINGS.get(key, "")) for key, value in summary.items())
+        facts += [Fact(key.replace("_", " "), _shown(value), MEANINGS.get(key, "")) for key, value in summary.items()]
+    if facts:
         blocks.append(FactList(tuple(facts)))
-    kernels = record.get("kernels")
     if isinstance(kernels, Mapping):
         blocks += _kernels(kernels)
     if material.manifest.operators:
@@ -68,12 +69,16 @@ def checks_chapter(material: Material) -> Chapter:
     return Chapter("checks", title, ABOUT, tuple(blocks))
 
 
-def _kernels(kernels: Mapping[str, Any]) -> Iterator[Block]:
-    """What the runtime makes of the graph: integer kernels expected and there, and what is computed in float."""
+def _kernel_facts(kernels: Mapping[str, Any]) -> Iterator[Fact]:
+    """How many integer kernels run, of those expected."""
     expected, present = kernels.get("expected"), kernels.get("found")
     if isinstance(expected, int) and isinstance(present, int):
         state = "good" if present >= expected else "bad"
-        yield FactList((Fact("Integer kernels", f"{present} of {expected}", "that run, of those expected", state),))
+        yield Fact("integer kernels", f"{present} of {expected}", "that run, of those expected", state)
+
+
+def _kernels(kernels: Mapping[str, Any]) -> Iterator[Block]:
+    """What the runtime computes in float though it has codes, and why; and all kernels that run."""
     missing = [str(name) for name in kernels.get("fell_back", ())]
     if missing:
         yield plain_table("Multiplications that run in float though their operands have codes", ("name",),

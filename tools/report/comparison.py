@@ -19,12 +19,13 @@ _LAYERS = 12
 
 @dataclass(frozen=True)
 class Compared:
-    """A number of a run; ``better`` is -1 where less is better, 1 where more is, 0 where neither."""
+    """A number of a run; ``better`` is -1 where less is better, 1 where more is, 0 where neither; ``size`` is of bytes."""
 
     name: str
     value: float | None
     better: int
     shown: str
+    size: bool = False
 
 
 def comparison_chapter(material: Material, other: Material | None) -> Chapter:
@@ -65,11 +66,11 @@ def figures_of(material: Material) -> Iterator[Compared]:
     for figure in material.verdict.figures if material.verdict else ():
         better = 1 if figure.meaning.least is not None else -1 if figure.meaning.most is not None else 0
         yield Compared(figure.name.replace("_", " "), figure.value, better, figure.text)
-    manifest = material.manifest
-    yield Compared("size of the artifact", float(manifest.bytes), -1, format_bytes(manifest.bytes))
+    judged, manifest = material.verdict.output if material.verdict else "", material.manifest
+    yield Compared("size of the artifact", float(manifest.bytes), -1, format_bytes(manifest.bytes), True)
     yield Compared("quantized tensors", float(len(manifest.tensors)), 0, str(len(manifest.tensors)))
     for output, losses in (material.ledger.rows[-1].outputs if material.ledger.rows else {}).items():
-        for measure, label in MEASURES.items():
+        for measure, label in MEASURES.items() if output != judged else ():
             if measure in losses:
                 value = losses[measure]
                 yield Compared(f"{label} of {output}", value, GOOD.get(measure, -1), number(value))
@@ -83,7 +84,8 @@ def _figures(material: Material, other: Material, names: tuple[str, str]) -> Dat
         change, verdict = "", ""
         if a and b and a.value is not None and b.value is not None:
             delta = b.value - a.value
-            change = f"{delta:+.4g}" if delta else "equal"
+            grown = f"{'+' if delta > 0 else '-'}{format_bytes(abs(delta))}" if a.size else f"{delta:+.4g}"
+            change = grown if delta else "equal"
             verdict = ("better" if delta * a.better > 0 else "worse") if delta and a.better else ""
         rows.append(
             (
@@ -94,7 +96,7 @@ def _figures(material: Material, other: Material, names: tuple[str, str]) -> Dat
                 Field(verdict),
             )
         )
-    return DataTable("Figures of both", ("figure", *names, "change", ""), tuple(rows))
+    return DataTable("Figures of both", ("figure", *names, "change", "is"), tuple(rows))
 
 
 def _specs(material: Material, other: Material, names: tuple[str, str]) -> Iterator[Block]:

@@ -9,11 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from bitlower.backends.artifact.json_files import read_json
-from bitlower.backends.artifact.manifest import FILE as MANIFEST
-from bitlower.backends.artifact.manifest import Manifest, read_manifest
-from bitlower.backends.artifact.record import FILE as VERIFICATION
-from bitlower.backends.artifact.schema import parsed
+from bitlower.backends.artifact import MANIFEST, VERIFICATION, Manifest, parsed, read_json, read_manifest
 from bitlower.ir import BitlowerError
 from bitlower.ir.files import reason
 from bitlower.passes.quantizers.quantize import PlacementReport

@@ -25,7 +25,7 @@ for (const table of document.querySelectorAll("table:not(.map)")) {
       body.append(...rows.map(([, row]) => row));
     });
   }
-  if (body.rows.length < 12) continue;
+  if (body.rows.length < 20) continue;
   const input = document.createElement("input");
   input.className = "filter";
   input.type = "search";
