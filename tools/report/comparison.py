@@ -19,7 +19,7 @@ _LAYERS = 12
 
 @dataclass(frozen=True)
 class Compared:
-    """A number of a run; ``better`` is -1 where less is better, 1 where more is, 0 where neither; ``size`` is of bytes."""
+    """A number of a run; less (-1) or more (1) is ``better``, or neither (0); a ``size`` is in bytes."""
 
     name: str
     value: float | None
