@@ -138,7 +138,7 @@ def _bars(key: str, chart: BarChart) -> Picture:
 def _names(names: Sequence[str]) -> list[tuple[float, str]]:
     """What stands below bars: the layer where one begins, or the ends of names where they belong to no layers."""
     places = [place_of(name) for name in names]
-    if len(names) > _FEW and len({place.layer for place in places}) > 2:
+    if len(names) > _FEW and len({place.layer for place in places}) > 1:
         first = {(place.stack, place.layer): i for i, place in reversed(list(enumerate(places)))}
         return sorted((i, f"layer {layer}" if layer is not None else OTHER) for (_, layer), i in first.items())
     room = max(_LETTERS // max(len(names), 1), _LEAST)

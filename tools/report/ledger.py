@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from bitlower.tools.render import format_bytes
 from bitlower.tools.report.blocks import Block, Chapter, DataTable, Field, Picture, Prose, number, plain_table
@@ -21,6 +22,8 @@ GOOD = {"cosine": 1, "top1_agreement": 1}
 """Of which more is better; of the others less is."""
 _BAR = 0.36
 """Half the width of a bar, of the distance to the next."""
+_OUTPUTS = 2
+"""Outputs that all stand in one table."""
 _LETTERS = 15
 """Of a pass's name below its bar."""
 ABOUT = (
@@ -42,7 +45,7 @@ def ledger_chapter(material: Material) -> Chapter:
         blocks.append(
             Prose("There were no held-out data, so the ledger knows sizes alone: a section `evaluation` gives some.")
         )
-    blocks.append(_table(material))
+    blocks += _tables(material)
     blocks += _stages(material)
     return Chapter("ledger", "What each pass cost", ABOUT, tuple(blocks))
 
@@ -99,8 +102,20 @@ def _named(step: str, count: int) -> str:
     return name if len(name) <= room else f"{name[: room - 1]}…"
 
 
-def _table(material: Material) -> DataTable:
+def _tables(material: Material) -> list[Block]:
+    """The ledger; of many outputs the one that matters, and all of them behind their caption."""
     rows = material.ledger.rows
+    main = main_measure(rows)[0]
+    if max((len(row.outputs) for row in rows), default=0) <= _OUTPUTS:
+        return [_table(material, "The ledger: every figure after every lossy pass", rows)]
+    short_rows = [replace(row, outputs={main: row.outputs[main]} if main in row.outputs else {}) for row in rows]
+    return [
+        _table(material, f"The ledger: {main} after every lossy pass", short_rows),
+        _table(material, "The same of all outputs", rows, folded=True),
+    ]
+
+
+def _table(material: Material, caption: str, rows: Sequence[LedgerRow], *, folded: bool = False) -> DataTable:
     measures = [m for m in MEASURES if any(m in losses for row in rows for losses in row.outputs.values())]
     columns = ("pass", "output", *(MEASURES[m] for m in measures), "size of all tensors", "seconds", "peak memory")
     stages = {stage.name: stage for stage in material.stages}
@@ -112,7 +127,7 @@ def _table(material: Material) -> DataTable:
             body.append(
                 _row(row.step if first else "″", output, [losses.get(m) for m in measures], row.bytes, stage, measures)
             )
-    return DataTable("The ledger: every figure after every lossy pass", columns, tuple(body))
+    return DataTable(caption, columns, tuple(body), folded)
 
 
 def _row(

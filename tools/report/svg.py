@@ -51,7 +51,9 @@ class Axis:
         if self.logarithmic:
             powers = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
             step = math.ceil(len(powers) / (count + 1)) or 1
-            return [10.0**power for power in powers][::step] if len(powers) > 1 else [self.low, self.high]
+            if len(powers) < 2:
+                return [value for value in Axis(self.low, self.high, "").ticks(count) if value > 0]
+            return [10.0**power for power in powers][::step]
         span = self.high - self.low
         if span <= 0:
             return [self.low]
