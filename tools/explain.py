@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitlower.backends.artifact import check_artifact
-from bitlower.ir import BitlowerError, QuantSpec, nearest
+from bitlower.ir import BitlowerError, CheckError, QuantSpec, nearest
 from bitlower.ir.files import check_name
 from bitlower.ir.json_files import read_json
 from bitlower.passes.precision.analyze_sensitivity import SensitivityReport
@@ -80,8 +80,12 @@ def explanations(folder: Path) -> tuple[Explanation, ...]:
 
     Raises:
         BitlowerError: none that a run with a placement wrote.
+        CheckError: a report is damaged.
     """
-    return tuple(_Artifact.read(folder).explanations())
+    try:
+        return tuple(_Artifact.read(folder).explanations())
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckError(f"a report in {folder} is damaged: {error!r}") from error
 
 
 def _matches(row: Explanation, pattern: str) -> bool:

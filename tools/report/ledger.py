@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from html import escape
 
 from bitlower.tools.render import format_bytes
 from bitlower.tools.report.blocks import Block, Chapter, DataTable, Field, Picture, Prose, number, plain_table
@@ -164,7 +165,7 @@ def _stages(material: Material) -> list[Block]:
         inside = stage.seconds > 0.6 * most
         x = plot.x(stage.seconds) + (-6 if inside else 6)
         css, anchor = ("value inside", "end") if inside else ("value", "start")
-        text = f"{stage.name} {stage.seconds:.1f} s"
+        text = f"{escape(stage.name)} {stage.seconds:.1f} s"
         body += f'<text class="{css}" x="{x:.1f}" y="{plot.y(row) + 4:.1f}" text-anchor="{anchor}">{text}</text>'
     table = plain_table(
         "Seconds and peak memory of every stage",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from html import escape
 
 from bitlower.tools.report.blocks import Block, Chapter, DataTable, Field, Picture, Prose, plain_table
 from bitlower.tools.report.charts import chart_blocks, who_draws
@@ -69,7 +70,7 @@ def _picture(
                 )
                 parts.append(
                     f'<rect class="h{level}" x="{LEFT + place * width:.1f}" y="{y}" width="{width + 0.2:.1f}" '
-                    f'height="{ROW - 1}"><title>{one.path}, {ends}: {short(value)}</title></rect>'
+                    f'height="{ROW - 1}"><title>{escape(one.path)}, {ends}: {short(value)}</title></rect>'
                 )
         if not index % max(1, len(maps) // 12):
             parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + ROW - 3}" text-anchor="end">{index}</text>')

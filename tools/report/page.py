@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
-from bitlower.ir import BitlowerError
+from bitlower.ir import BitlowerError, CheckError
 from bitlower.ir.version import __version__
 from bitlower.tools.report.blocks import Chapter, Heading, Prose
 from bitlower.tools.report.charts import chart_blocks, chart_chapter
@@ -86,8 +86,10 @@ def render(material: Material, other: Material | None = None) -> str:
         BitlowerError: the page would be larger than :data:`MOST_BYTES`.
     """
     for room in (PAGES_BYTES, PAGES_BYTES // 3, 0):
-        chapters = parts(material, other, room)
-        data = embedded(material, other)
+        try:
+            chapters, data = parts(material, other, room), embedded(material, other)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # reports are plain data
+            raise CheckError(f"a file of {material.name} is damaged: {error!r}") from error
         text = _template().render(
             chapters=chapters, title=f"{material.name} · bitlower", name=material.name, version=__version__, data=data,
             mark=Markup(MARK),

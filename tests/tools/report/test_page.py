@@ -262,6 +262,30 @@ def test_the_data_are_embedded(text: str, artifacts: Any) -> None:
     assert len(data["tensors"]) == len(read(artifacts.plain, "reports/tensors.json")["tensors"])
 
 
+def test_names_in_files_are_text_and_never_markup(artifacts: Any, tmp_path: Path, page_of: Any) -> None:
+    hostile = "</script><script>alert(1)</script>\"'&<b>"
+    copy = Path(shutil.copytree(artifacts.other, tmp_path / "copy"))
+    places = (
+        "encoder.layer.0.attention.output",
+        "analyze-outliers",
+        "onnx-qdq",
+        "last_hidden_state",
+        "[batch",
+        "mse-golden",
+    )
+    for path in (*copy.glob("*.json"), *copy.glob("reports/*.json"), copy / "recipe.yaml"):
+        text = path.read_text()
+        for place in places:
+            text = text.replace(place, place + (json.dumps(hostile)[1:-1] if path.suffix == ".json" else hostile))
+        path.write_text(text)
+    text = write(copy, output=tmp_path / "out.html").read_text()
+    assert "<script>alert" not in text
+    page = page_of(text)
+    assert "alert(1)" in page.parts["depth"]
+    assert sum(tag == "script" for tag, _ in page.attributes) == 2
+    assert not [tag for tag, _ in page.attributes if tag == "b"]
+
+
 def test_the_command_writes_beside_the_folder(
     artifacts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
