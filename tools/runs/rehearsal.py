@@ -119,7 +119,7 @@ def few(program: Program, data: Data) -> Data:
 
 def _few(program: Program, batches: Sequence[Batch]) -> list[Batch]:
     names = {spec.name for spec in program.inputs}
-    small = []
+    small = list[Batch]()
     for batch in batches[:BATCHES]:
         inputs = {name: tensor for name, tensor in batch.items() if name in names}
         labels = {name: tensor for name, tensor in batch.items() if name not in names}
