@@ -12,6 +12,7 @@ import torch
 from bitlower.frontends._beside import check_float, check_padding, collect, plain_config
 from bitlower.frontends._encoder import export, plain_outputs, trace_encoder, trace_given
 from bitlower.frontends._failure import explain_failure
+from bitlower.frontends._layers import representatives, shortened
 from bitlower.frontends._pictures import caption_inputs, picture_inputs
 from bitlower.frontends._precision import in_float32
 from bitlower.frontends._samples import EncoderInputs, text_inputs
@@ -62,19 +63,12 @@ def is_huggingface(model: torch.nn.Module) -> bool:
     return isinstance(model, PreTrainedModel)
 
 
-def load_folder(
-    folder: Path,
-    *,
-    task: str | None = None,
-    source: str = "",
-    mapped: bool | None = None,
-    traces: Path | None = None,
-) -> Program:
-    """Load and trace the model in ``folder``; ``mapped`` and ``traces`` as for :func:`~bitlower.frontends.load`.
+def read_folder(folder: Path, *, task: str | None = None, source: str = "", mapped: bool | None = None) -> PreTrained:
+    """The model in ``folder`` and what belongs to it; ``mapped`` as for :func:`~bitlower.frontends.load`.
 
     Raises:
         BitlowerError: weights are missing, truncated or mis-shaped, the configuration asks for remote code, the task is
-            unknown, the tokenizer has tokens that the model has not, or the model cannot be traced.
+            unknown, or the tokenizer has tokens that the model has not.
         CheckError: the tokenizer reads files that do not go along.
     """
     config = read_json(folder / "config.json")
@@ -89,7 +83,22 @@ def load_folder(
     refuse_folder(folder, kind, task)
     model = load_weights(folder, task, kind, mapped=mapped)
     assets, notes = collect(folder, model, task, source or str(folder))
-    return trace_model(PreTrained(model, task, assets, source or str(folder), tuple(notes)), traces=traces)
+    return PreTrained(model, task, assets, source or str(folder), tuple(notes))
+
+
+def trace_few_layers(pretrained: PreTrained, traces: Path | None = None) -> Program:
+    """The trace of a model with the first of its layers of each kind alone; of them all, where they do not repeat.
+
+    Raises:
+        BitlowerError, CheckError: as :func:`trace_model`.
+    """
+    layers = representatives(pretrained.model)
+    if layers is None:
+        return trace_model(pretrained, traces=traces)
+    with shortened(pretrained.model, layers):
+        program = trace_model(pretrained, traces=traces)
+    program.notes += (f"{len(layers.traced)} of {len(layers.stands_for)} layers",)
+    return program
 
 
 def trace_model(

@@ -11,7 +11,7 @@ import torch
 
 from bitlower.frontends.gguf import load_gguf
 from bitlower.frontends.hub import is_hub_name, pinned
-from bitlower.frontends.huggingface import PreTrained, is_huggingface, load_folder, trace_model
+from bitlower.frontends.huggingface import PreTrained, is_huggingface, read_folder, trace_few_layers, trace_model
 from bitlower.frontends.locate import GGUF, locate
 from bitlower.frontends.module import trace_module
 from bitlower.ir import BitlowerError, Program
@@ -24,6 +24,7 @@ def load(
     example_inputs: Mapping[str, torch.Tensor] | None = None,
     mapped: bool | None = None,
     traces: Path | None = None,
+    few_layers: bool = False,
 ) -> Program:
     """Trace ``model`` into a Program at level ``float``.
 
@@ -39,6 +40,7 @@ def load(
             not fit into memory; None: if they take more than 768 MiB in float32.
         traces: a folder in which what was traced is kept without its weights: another model of that architecture, or
             this one again, is not traced. None: the folder that the environment's ``BITLOWER_TRACES`` names, or none.
+        few_layers: take the first layers alone, of each kind that there is, of a folder or file whose layers repeat.
 
     Raises:
         BitlowerError: the model is not there, is damaged, wants to run remote code, or cannot be traced (the message
@@ -48,8 +50,10 @@ def load(
         place, source = locate(model), os.fspath(model)
         source = pinned(source) if is_hub_name(source) else source
         if place.suffix == GGUF:
-            return trace_model(replace(load_gguf(place, task, mapped=mapped), source=source), traces=traces)
-        return load_folder(place, task=task, source=source, mapped=mapped, traces=traces)
+            pretrained = replace(load_gguf(place, task, mapped=mapped), source=source)
+        else:
+            pretrained = read_folder(place, task=task, source=source, mapped=mapped)
+        return trace_few_layers(pretrained, traces) if few_layers else trace_model(pretrained, traces=traces)
     if is_huggingface(model):
         return trace_model(PreTrained(model, task=task), example_inputs=example_inputs, traces=traces)
     if example_inputs is None:

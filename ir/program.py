@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from bitlower.ir.document import encode
 from bitlower.ir.learnable import RangeSettings
 from bitlower.ir.program_data import ProgramData
 from bitlower.ir.tensors import tensor_digest
-from bitlower.ir.text import format_program
+from bitlower.ir.text import format_program, html_table
 from bitlower.ir.trainable import TrainableModule, restored, write_trained
 
 
@@ -54,3 +55,18 @@ class Program(ProgramData):
 
     def __str__(self) -> str:
         return format_program(self)
+
+    def _repr_html_(self) -> str:
+        """A short table, for notebooks: the text of a whole program is long."""
+        bits = Counter(f"{q.role}: {q.spec}" for _, q in self.quantizers())
+        rows = {
+            "source": self.source,
+            "task": self.task,
+            "level": str(self.level),
+            "passes": ", ".join(self.passes),
+            "inputs": ", ".join(map(str, self.inputs)),
+            "outputs": ", ".join(map(str, self.outputs)),
+            "tensors": f"{self.size_bytes():,} bytes",
+            "quantized": "; ".join(f"{count} × {name}" for name, count in bits.items()),
+        }
+        return html_table("Program", [(name, value) for name, value in rows.items() if value])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 
 @contextmanager
@@ -23,3 +24,10 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """As :func:`quiet`, and without the bars that other libraries draw on standard error by themselves."""
+    with quiet(), redirect_stderr(io.StringIO()):
+        yield

@@ -6,6 +6,8 @@ Program has beside its graphs (configuration, files, passes).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from html import escape
 from typing import Any
 
 import torch
@@ -100,3 +102,18 @@ def _format_range(module: fx.GraphModule, node: fx.Node) -> str:
     low = ((grid.quant_min - zero) * scale).min().item()
     high = ((grid.quant_max - zero) * scale).max().item()
     return f"[{low:.6g}, {high:.6g}]"
+
+
+def html_table(caption: str, rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> str:
+    """A table for notebooks, every cell escaped; the first cell of a row is its heading.
+
+    >>> html_table("a < b", [("x", "1")])
+    '<table><caption>a &lt; b</caption><tbody><tr><th scope="row">x</th><td>1</td></tr></tbody></table>'
+    """
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    body = "".join(
+        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
+        for first, *rest in rows
+    )
+    titles = f"<thead><tr>{head}</tr></thead>" if head else ""
+    return f"<table><caption>{escape(caption)}</caption>{titles}<tbody>{body}</tbody></table>"

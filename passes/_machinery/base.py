@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 
@@ -163,6 +163,10 @@ class Pass:
     def unforeseen(self, program: Program) -> Iterable[str]:
         """Why :meth:`run`, or what follows it, takes more time and memory than is predicted, a line for each reason."""
         return ()
+
+    def rehearsed(self) -> Self:
+        """The pass with as few iterations as it can have, for a rehearsal of the recipe; itself if it has none."""
+        return self
 
     def trains(self) -> bool:
         """Whether :meth:`run` trains on data: on ``context.training``, or on the calibration data where it is empty.

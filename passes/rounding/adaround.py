@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from annotated_types import Ge, Gt, Interval
@@ -148,6 +148,10 @@ class Adaround(Pass):
         """For each step and weight 4 operations a token, forwards and backwards, and ``STEP_WORK``."""
         steps = self.iterations * (4.0 * self.batch + STEP_WORK)
         return steps * sum(rows * columns for rows, columns in workload.shapes)
+
+    def rehearsed(self) -> Self:
+        """Two iterations a layer."""
+        return replace(self, iterations=min(self.iterations, 2))
 
     def needs_calibration(self) -> bool:
         """Always."""

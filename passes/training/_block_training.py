@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from annotated_types import Ge, Interval
@@ -56,6 +56,10 @@ class BlockTraining(Pass, abc.ABC):
     def trains(self) -> bool:
         """Block by block."""
         return True
+
+    def rehearsed(self) -> Self:
+        """Two iterations a block."""
+        return replace(self, iterations=min(self.iterations, 2))
 
     def training_steps(self, batches: int) -> int:
         """Those of each block."""

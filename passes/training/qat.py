@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from annotated_types import Ge, Interval
@@ -154,6 +154,10 @@ class Qat(Pass):
     def trains(self) -> bool:
         """It does."""
         return True
+
+    def rehearsed(self) -> Self:
+        """Two steps."""
+        return replace(self, steps=min(self.steps, 2), epochs=0.0)
 
     def training_steps(self, batches: int) -> int:
         """Batches of all steps together."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bitlower.frontends._promises import Held, check_numbers, check_skeleton
-from bitlower.frontends.huggingface import load_folder
+from bitlower.frontends.huggingface import read_folder
 from bitlower.ir import BitlowerError
 
 HELD = Held({"layers.0.weight": (64, 32), "position_embeddings.weight": (512, 32)}, 64 * 32 + 512 * 32)
@@ -41,7 +41,7 @@ def test_what_the_weights_do_not_hold_is_refused_before_it_is_built(
 ) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(BitlowerError) as refusal:
-        load_folder(copy(**changes))
+        read_folder(copy(**changes))
     assert message in str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB

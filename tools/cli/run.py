@@ -90,6 +90,13 @@ Ignore = Annotated[list[str] | None, typer.Option(help="Modules that stay float:
 CacheFolder = Annotated[Path | None, typer.Option("--cache", help="Where finished passes are kept, to go on from.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep nothing, and start from the beginning.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there already.")]
+Rehearse = Annotated[
+    bool,
+    typer.Option(
+        "--rehearse",
+        help="Run all of it on the first layers of each kind, with few data and steps, and write nothing.",
+    ),
+]
 FailIf = Annotated[
     list[str] | None,
     typer.Option(
@@ -120,12 +127,17 @@ def run(
     no_cache: NoCache = False,
     overwrite: Overwrite = False,
     fail_if: FailIf = None,
+    rehearse: Rehearse = False,
 ) -> None:
     """Run a recipe. Killed at any moment, the same command goes on where it was."""
     settings = settings_of(context)
     from bitlower.tools.recipes.recipe import load_recipe
 
-    _run(load_recipe(recipe), output, str(recipe), "", _options(settings, cache, no_cache, overwrite), fail_if)
+    options = _options(settings, cache, no_cache, overwrite)
+    if rehearse:
+        _rehearse(load_recipe(recipe), output, options, fail_if)
+    else:
+        _run(load_recipe(recipe), output, str(recipe), "", options, fail_if)
 
 
 def quantize(
@@ -147,6 +159,7 @@ def quantize(
     no_cache: NoCache = False,
     overwrite: Overwrite = False,
     fail_if: FailIf = None,
+    rehearse: Rehearse = False,
 ) -> None:
     """Quantize a model in one line, to verified ONNX, a checkpoint or a library."""
     settings = settings_of(context)
@@ -159,7 +172,10 @@ def quantize(
     )  # fmt: skip
     options = _options(settings, cache, no_cache, overwrite)
     options.display.note(f"passes: {format_pipeline(recipe.build_passes())}")
-    _run(recipe, output, model, scheme, options, fail_if)
+    if rehearse:
+        _rehearse(recipe, output, options, fail_if)
+    else:
+        _run(recipe, output, model, scheme, options, fail_if)
 
 
 def analyze(
@@ -312,6 +328,17 @@ def _known_conditions(fail_if: Sequence[str] | None) -> tuple[Condition, ...]:
     from bitlower.tools.verdict.figures import MEANINGS
 
     return parse_conditions(fail_if, MEANINGS)
+
+
+def _rehearse(recipe: Recipe, output: Path | None, options: RunOptions, fail_if: Sequence[str] | None) -> None:
+    from bitlower.tools.runs.output import check_output
+    from bitlower.tools.runs.rehearsal import rehearse
+
+    _known_conditions(fail_if)
+    if output is not None:
+        check_output(output, overwrite=options.overwrite)
+    rehearsal = rehearse(recipe, options)
+    options.display.result(rehearsal.to_dict(), rehearsal.text())
 
 
 def _run(

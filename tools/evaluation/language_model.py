@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping
-from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from bitlower.ir.decoder_step import Step, decoder_step, with_memory
 from bitlower.ir.files import check_name, reason
 from bitlower.ir.folding import with_float_weights
 from bitlower.ir.json_files import read_json
-from bitlower.ir.quiet import quiet
+from bitlower.ir.quiet import silent
 from bitlower.tools.evaluation.artifacts import load_artifact
 
 _READERS = {
@@ -104,7 +102,7 @@ def _of_checkpoint(folder: Path, method: str) -> LanguageModel:
     from transformers import AutoModelForCausalLM
 
     try:
-        with quiet(), redirect_stderr(io.StringIO()):  # the libraries draw bars of their own
+        with silent():
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
             ).eval()
@@ -118,7 +116,7 @@ def _of_checkpoint(folder: Path, method: str) -> LanguageModel:
 
     def step(feed: Batch, cache: Any) -> tuple[torch.Tensor, Any]:
         options = {argument: cache, "use_cache": True} if cached else {}
-        with torch.no_grad():
+        with torch.no_grad(), silent():  # packed weights may be unfolded at the first run
             outputs = model(input_ids=feed["input_ids"], attention_mask=feed["attention_mask"], **options)
         return outputs.logits.float(), cache_of(outputs) if cached else None
 

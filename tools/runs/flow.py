@@ -39,6 +39,10 @@ class Quantized:
     output: Path | None
     summary: RunSummary
 
+    def _repr_html_(self) -> str:
+        """The verdict on each artifact and its figures, for notebooks."""
+        return "".join(verdict.html() for verdict in self.summary.verdicts.values())
+
 
 def run_recipe(recipe: Recipe, output: Path, options: RunOptions | None = None) -> RunSummary:
     """Do what ``recipe`` says and write the artifact to ``output``.

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from bitlower.ir import CheckError, Program
 from bitlower.ir.json_files import read_json
+from bitlower.ir.text import html_table
 from bitlower.passes import Pass
 from bitlower.tools.render import format_bytes, make_table
 from bitlower.tools.verdict.conditions import Condition, Judgement, judge
@@ -84,6 +85,11 @@ class Verdict:
     def table(self) -> Table:
         """The figures with what they mean and where they normally lie."""
         return make_table("figures", COLUMNS, [figure.row() for figure in self.figures])
+
+    def html(self) -> str:
+        """The line above a table of the figures, for notebooks."""
+        rows = [tuple("" if cell is None else str(cell) for cell in figure.row()) for figure in self.figures]
+        return html_table(self.line, rows, COLUMNS)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; the inverse of :meth:`from_dict`."""

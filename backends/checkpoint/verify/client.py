@@ -6,10 +6,8 @@ a name that the client reads otherwise, a weight that it leaves uninitialized. N
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Collection, Mapping
-from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from bitlower.backends.artifact.outputs import Array, Sums, flat_parts
 from bitlower.backends.artifact.unseen import Unseen
 from bitlower.backends.checkpoint.skeleton import Skeleton
 from bitlower.ir import Batch, CheckError
-from bitlower.ir.quiet import quiet
+from bitlower.ir.quiet import silent
 
 CLIENT = "transformers"
 LIMIT = 2 << 30
@@ -68,7 +66,8 @@ class Client:
         """
         cache = {"use_cache": False} if hasattr(self._model.config, "use_cache") else {}
         try:
-            outputs: Mapping[str, torch.Tensor] = self._model(**batch, **cache)
+            with silent():  # packed weights may be unfolded at the first run
+                outputs: Mapping[str, torch.Tensor] = self._model(**batch, **cache)
         except Exception as error:  # whatever a model raises that is not what it should be
             raise _unusable("run", error) from None
         return outputs
@@ -105,7 +104,7 @@ class Client:
 
 def _load(folder: Path, skeleton: Skeleton) -> Any:
     try:
-        with quiet(), redirect_stderr(io.StringIO()):  # the libraries draw bars of their own
+        with silent():
             model, info = skeleton.loader.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -100,3 +101,19 @@ def test_mixed_widths_are_said(llama: Path) -> None:
     program = PassManager(passes).run(load(llama), Context())
     assert scheme_words(passes, program) == "W8A16 + W4A16-g16 with weights of 4 and 8 bits"
     assert scheme_words(passes[:1], load(llama)) == ""
+
+
+def test_notebooks_show_the_verdict_and_the_program(artifact: Path, bert: Path) -> None:
+    verdict = read_verdict(artifact)
+    assert verdict is not None
+    page = ElementTree.fromstring(verdict.html())
+    assert page.findtext("caption") == verdict.line
+    cells = [[cell.text or "" for cell in row] for row in page.findall("tbody/tr")]
+    assert [row[0] for row in cells] == [figure.name for figure in verdict.figures]
+    assert [row[1] for row in cells] == [figure.text for figure in verdict.figures]
+    made = quantize(bert, scheme="W8A8-token")
+    assert made._repr_html_() == made.summary.verdicts[""].html()
+    rows = {row[0].text: row[1].text for row in ElementTree.fromstring(made.program._repr_html_()).findall("tbody/tr")}
+    assert rows["level"] == "integer"
+    linears = sum(row.role == "linear-weight" for _, row in made.program.quantizers())
+    assert f"{linears} × linear-weight: s8 per-channel(0)" in rows["quantized"]
