@@ -136,8 +136,8 @@ def _table(row: LedgerRow, pages: Mapping[str, str]) -> DataTable:
         for column in columns:
             fields.append(_cell(cells.get((name, column)), pages))
         body.append(tuple(fields))
-    return DataTable("Signal over noise in dB, layer by role; darker is noisier", ("layer", *columns), tuple(body),
-                     is_map=True)  # fmt: skip
+    caption = "Signal over noise in dB, layer by role; the stronger the colour, the noisier"
+    return DataTable(caption, ("layer", *columns), tuple(body), is_map=True)
 
 
 def _cell(layer: LayerLoss | None, pages: Mapping[str, str]) -> Field:

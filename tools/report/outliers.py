@@ -29,10 +29,10 @@ def outliers_chapter(material: Material) -> Chapter:
     charts = list(chart_blocks(material, "outliers"))
     blocks: list[Block] = []
     if maps:
-        most = max(max(one.before) for one in maps), max(max(one.after) for one in maps)
-        blocks.append(_picture("outliers-before", "Before: the float model", maps, lambda one: one.before, most[0]))
+        most = max(max(*one.before, *one.after) for one in maps)
+        blocks.append(_picture("outliers-before", "Before: the float model", maps, lambda one: one.before, most))
         blocks.append(
-            _picture("outliers-after", "After: the program that was exported", maps, lambda one: one.after, most[1])
+            _picture("outliers-after", "After: the program that was exported", maps, lambda one: one.after, most)
         )
         blocks.append(_largest(maps))
     if charts:
@@ -91,7 +91,9 @@ def _picture(
         folded=True,
     )
     about = f"{len(maps)} residual sums of {maps[0].width} channels; the largest value is {short(most)}"
-    return Picture(picture(key, title, about, "".join(parts), height), f"{title}; darkest is {short(most)}", table)
+    return Picture(
+        picture(key, title, about, "".join(parts), height), f"{title}; the strongest colour is {short(most)}", table
+    )
 
 
 def _largest(maps: Sequence[ChannelMap]) -> DataTable:

@@ -12,12 +12,12 @@ from bitlower.tools.report.contents import Material
 from bitlower.tools.report.naming import OTHER, ladder, layer_name, place_of, stacks_of
 
 ABOUT = (
-    "The bits that every tensor of a module got; darker is fewer. `8 + float` are two tensors, such as what a linear "
-    "reads and what it writes. Hover over a cell, or look into the table below, for the reason: the scheme's rule, a "
-    "budget, or why a tensor stays float."
+    "The bits that every tensor of a module got; a stronger colour is fewer. `8 + float` are two tensors, such as what a "
+    "linear reads and what it writes. Hover over a cell, or look into the table below, for the reason: the scheme's "
+    "rule, a budget, or why a tensor stays float."
 )
 WIDEST = 16
-"""Bits of the lightest cells."""
+"""Bits of the cells with the weakest colour."""
 
 
 @dataclass(frozen=True)

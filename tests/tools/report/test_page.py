@@ -103,7 +103,9 @@ def test_depth_has_every_layer_of_the_last_row(page: Any, artifacts: Any) -> Non
     assert [row[:2] for row in table[1:]] == [[layer["path"], layer["node"]] for layer in layers]
     assert [float(row[2]) for row in table[1:]] == pytest.approx([layer["sqnr_db"] for layer in layers], rel=1e-3)
     cells = [
-        cell for row in page.tables["Signal over noise in dB, layer by role; darker is noisier"][1:] for cell in row[1:]
+        cell
+        for row in page.tables["Signal over noise in dB, layer by role; the stronger the colour, the noisier"][1:]
+        for cell in row[1:]
     ]
     assert sorted(cell for cell in cells if cell) == sorted(f"{layer['sqnr_db']:.1f}" for layer in layers)
 
