@@ -12,8 +12,8 @@ from bitlower.tools.report.contents import Material
 from bitlower.tools.report.naming import OTHER, ladder, layer_name, place_of, stacks_of
 
 ABOUT = (
-    "The bits that every tensor of a module got; a stronger colour is fewer. `8 + float` are two tensors, such as what a "
-    "linear reads and what it writes. Hover over a cell, or look into the table below, for the reason: the scheme's "
+    "The bits that every tensor of a module got; a stronger colour is fewer. `8 + float` are two tensors, such as what "
+    "a linear reads and what it writes. Hover over a cell, or look into the table below, for the reason: the scheme's "
     "rule, a budget, or why a tensor stays float."
 )
 WIDEST = 16
