@@ -72,11 +72,12 @@ VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
 
 @dataclass(frozen=True)
 class Artifacts:
-    """A plain artifact, another one with a report, and the folder of the model."""
+    """A plain artifact, another one with a report, the folder of the model, and what the last run said at its end."""
 
     plain: Path
     other: Path
     model: Path
+    said: tuple[object, ...]
 
 
 @pytest.fixture(scope="session")
@@ -92,8 +93,8 @@ def artifacts(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifacts
     ):
         text = RECIPE.format(model=bert, scheme=scheme, ranges=ranges, more=more)
         (folder / f"{name}.yaml").write_text(text)
-        run_recipe(load_recipe(folder / f"{name}.yaml"), folder / name, RunOptions(cache=None))
-    return Artifacts(folder / "plain", folder / "other", bert)
+        summary = run_recipe(load_recipe(folder / f"{name}.yaml"), folder / name, RunOptions(cache=None))
+    return Artifacts(folder / "plain", folder / "other", bert, summary.text())
 
 
 class Page(HTMLParser):

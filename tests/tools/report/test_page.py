@@ -251,6 +251,7 @@ def test_a_run_with_a_report_has_its_times_and_the_same_artifact(artifacts: Any,
     assert stages[-1] == "onnx-qdq"
     lines = (artifacts.other.parent / "texts.txt").read_text().splitlines()
     assert {row[-1] for row in page.tables["By last_hidden_state, the worst first"][1:]} <= {*lines}
+    assert f"to look at: {artifacts.other / 'report.html'}" in artifacts.said
     assert "report.html" not in read(artifacts.other, "manifest.json")["files"]
     assert verify_artifact(artifacts.other)["unlisted"] == ["report.html"]
 
