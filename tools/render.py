@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +26,8 @@ from rich.table import Table
 from bitlower.tools.stdout import result_stream
 
 Cell = str | int | float | None
+_TICK, _FULL = 0.2, 0.99
+"""Seconds between two looks at the time, and how far a bar goes before what it stands for is done."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,37 @@ class Display:
             for item in items:
                 yield item
                 progress.update(task, advance=1, description=str(label))
+
+    @contextmanager
+    def expecting(self, label: str, seconds: float | None = None) -> Iterator[None]:
+        """Show what is going on while the block runs, if standard error is a terminal.
+
+        Args:
+            label: what it is.
+            seconds: that it will take by prediction: a bar with the time left, which waits at its end if it takes
+                longer; None: the time so far alone.
+        """
+        console = Console(stderr=True)
+        if self.machine or self.quiet or not console.is_terminal:
+            yield
+            return
+        left = (TextColumn("left"), TimeRemainingColumn()) if seconds else ()
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), *left)
+        done, start = threading.Event(), time.monotonic()
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(label, total=seconds)
+
+            def advance() -> None:
+                while seconds and not done.wait(_TICK):
+                    progress.update(task, completed=min(time.monotonic() - start, _FULL * seconds))
+
+            ticking = threading.Thread(target=advance, name="progress", daemon=True)
+            ticking.start()
+            try:
+                yield
+            finally:
+                done.set()
+                ticking.join()
 
     def note(self, text: str) -> None:
         """Print one line about what is going on, to standard error."""

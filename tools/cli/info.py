@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitlower.tools.cli.settings import settings_of
+from bitlower.tools.cli.settings import Settings, settings_of
 
 if TYPE_CHECKING:
     from bitlower.passes import Pass
@@ -27,13 +27,15 @@ def register(app: typer.Typer) -> None:
 @passes_app.command("list")
 def passes_list(context: typer.Context) -> None:
     """List every pass: the contract on the numbers, the levels, and what it does."""
+    from bitlower.tools.cli.pass_table import PassRow, own_passes
     from bitlower.tools.render import make_table
 
     settings = settings_of(context)
-    forms = [_describe(cls) for cls in _all_passes().values()]
+    forms = [] if _static(settings) else [_describe(cls) for cls in _all_passes().values()]
+    rows = [PassRow(f["name"], f["contract"], f["requires"], f["ensures"] or "same", f["summary"]) for f in forms]
+    cells = [(row.name, row.contract, f"{row.requires} → {row.ensures}", row.summary) for row in rows or own_passes()]
     columns = ("pass", "contract", "levels", "what it does")
-    rows = [(f["name"], f["contract"], f"{f['requires']} → {f['ensures'] or 'same'}", f["summary"]) for f in forms]
-    settings.display().result({"passes": forms}, make_table("passes", columns, rows))
+    settings.display().result({"passes": forms}, make_table("passes", columns, cells))
 
 
 @passes_app.command("show")
@@ -108,6 +110,18 @@ def recipe_schema(context: typer.Context) -> None:
 
     form = recipe_schema()
     settings_of(context).display().text(form, json.dumps(form, indent=2))
+
+
+def _static(settings: Settings) -> bool:
+    """Whether the source says what a table of passes has: JSON has parameters too, and plugins are run anyway."""
+    from bitlower.tools.cli.pass_table import UnreadableError, own_passes
+
+    if settings.machine or settings.plugins:
+        return False
+    try:
+        return bool(own_passes())
+    except (UnreadableError, KeyError, OSError, SyntaxError):
+        return False
 
 
 def _default(parameter: dict[str, Any]) -> str:

@@ -204,7 +204,8 @@ class _Run:
         with self.stage("load"):
             self.say(*job.advice)
             display.note("loading and tracing the model")
-            program = job.load(traces_in(self.options.cache))
+            with display.expecting("loading and tracing"):
+                program = job.load(traces_in(self.options.cache))
             self.say(*program.notes)
         with self.stage("data"):
             data = job.read(program)
@@ -249,7 +250,8 @@ class _Run:
                 place = folder if len(self.job.exports) == 1 else folder / name
                 place.mkdir(exist_ok=True)
                 write_texts(place, texts)
-                with answering(type(backend)):
+                seconds = backend.node_seconds * len(program.graph.nodes)
+                with answering(type(backend)), self.options.display.expecting(f"writing and verifying {name}", seconds):
                     reports[name] = backend.export(program, place, batches, provenance).to_dict()
                 check_tokenizer(program, place)
                 for table, reason in reports[name].get("float_tables", {}).items():

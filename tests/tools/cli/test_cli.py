@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from bitlower.backends.registry import known_backends
 from bitlower.ir import CheckError
-from bitlower.passes import format_pipeline
+from bitlower.passes import format_pipeline, known_passes
 from bitlower.tools.cli import main
+from bitlower.tools.cli.info import _describe
+from bitlower.tools.cli.pass_table import PassRow, own_passes
 from bitlower.tools.cli.settings import hoist
 from bitlower.tools.runs.flow import standard_passes
 
@@ -87,6 +89,22 @@ def test_passes(call: Any) -> None:
     assert json.loads(call("passes", "schema")[1])["passes"]
     code, _, err = call("passes", "show", "quantise")
     assert (code, "did you mean 'quantize'" in err) == (2, True)
+
+
+def test_the_table_of_passes_is_read_from_source_and_says_what_they_say() -> None:
+    expected = [
+        PassRow(form["name"], form["contract"], form["requires"], form["ensures"] or "same", form["summary"])
+        for form in (_describe(cls) for _, cls in sorted(known_passes().items()))
+    ]
+    assert own_passes() == expected
+    probe = (
+        "import sys; from bitlower.tools.cli import main\n"
+        "assert main(['passes', 'list']) == 0\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "peg-permute" in done.stdout
 
 
 def test_recipes_can_be_begun_and_checked(call: Any, bert: Path, texts: Path, tmp_path: Path, traced: None) -> None:
