@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bitlower.passes._machinery.registry import PASSES
 from bitlower.tools.recipes.recipe import load_recipe
 from bitlower.tools.runs.flow import RunOptions, run_recipe
 
@@ -83,7 +84,7 @@ class Artifacts:
 @pytest.fixture(scope="session")
 def artifacts(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     """The tiny encoder with 8 bits, and with 4-bit weights and all values in 8 bits; not to be written to."""
-    folder = tmp_path_factory.mktemp("reports")
+    folder, loose = tmp_path_factory.mktemp("reports"), dict(PASSES.loose)
     (folder / "toy.py").write_text(PLUGIN)
     lines = (" ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 8)) for i in range(1, 41))
     (folder / "texts.txt").write_text("\n".join(lines) + "\n")
@@ -94,6 +95,7 @@ def artifacts(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifacts
         text = RECIPE.format(model=bert, scheme=scheme, ranges=ranges, more=more)
         (folder / f"{name}.yaml").write_text(text)
         summary = run_recipe(load_recipe(folder / f"{name}.yaml"), folder / name, RunOptions(cache=None))
+    PASSES.loose = loose  # other tests know nothing of the plugin
     return Artifacts(folder / "plain", folder / "other", bert, summary.text())
 
 
