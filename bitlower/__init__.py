@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from bitlower.ir.version import __version__
     from bitlower.passes import Context, Contract, Pass, PassManager, Record, Report, parse_pipeline
     from bitlower.tools.load import load
+    from bitlower.tools.report.page import report
     from bitlower.tools.runs.flow import quantize
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "load",
     "parse_pipeline",
     "quantize",
+    "report",
 ]
 
 _HOMES = {
@@ -68,6 +70,7 @@ _HOMES = {
     "bitlower.ir.version": ("__version__",),
     "bitlower.tools.runs.flow": ("quantize",),
     "bitlower.tools.load": ("load",),
+    "bitlower.tools.report.page": ("report",),
 }
 
 

@@ -374,10 +374,10 @@ def test_the_wheel_holds_bitlower_and_nothing_beside_it(wheel):
     names = [Path(name) for name in zipfile.ZipFile(wheel).namelist()]
     assert {n.parts[0].split("-")[0] for n in names} == {"bitlower"}
     installed = {n for n in names if n.parts[0] == "bitlower"}
-    expected = {Path("bitlower") / p if p.parts[0] != "bitlower" else p for p in SOURCES}
+    sources = [*SOURCES, *(path.relative_to(ROOT) for path in ROOT.glob("tools/report/templates/*"))]
+    expected = {Path("bitlower") / p if p.parts[0] != "bitlower" else p for p in sources}
     assert installed == expected | {Path("bitlower/py.typed")}
-    licences = {n.name for n in names if "licenses" in n.parts}
-    assert licences == {"LICENSE", "NOTICE"}
+    assert {n.name for n in names if "licenses" in n.parts} == {"LICENSE", "NOTICE"}
 
 
 def test_the_wheel_is_bitlower_without_the_checkout(wheel, tmp_path):

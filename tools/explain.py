@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitlower.backends.artifact import check_artifact
-from bitlower.ir import BitlowerError, QuantSpec, nearest
+from bitlower.ir import BitlowerError, CheckError, QuantSpec, nearest
 from bitlower.ir.files import check_name
 from bitlower.ir.json_files import read_json
 from bitlower.passes.precision.analyze_sensitivity import SensitivityReport
@@ -65,7 +65,7 @@ def explain(folder: Path, pattern: str = "") -> tuple[Explanation, ...]:
         CheckError: a file of the artifact is missing or changed.
     """
     check_artifact(check_name(folder))
-    rows = tuple(_Artifact.read(folder).explanations())
+    rows = explanations(folder)
     if not pattern:
         return rows
     chosen = tuple(row for row in rows if _matches(row, pattern))
@@ -73,6 +73,19 @@ def explain(folder: Path, pattern: str = "") -> tuple[Explanation, ...]:
         names = {name for row in rows for name in (row.tensor, row.path) if name}
         raise BitlowerError(f"no tensor or module of {folder} is called {pattern!r}", hint=nearest(pattern, names))
     return chosen
+
+
+def explanations(folder: Path) -> tuple[Explanation, ...]:
+    """All that :func:`explain` says of an artifact, whose files are not held against its manifest.
+
+    Raises:
+        BitlowerError: none that a run with a placement wrote.
+        CheckError: a report is damaged.
+    """
+    try:
+        return tuple(_Artifact.read(folder).explanations())
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckError(f"a report in {folder} is damaged: {error!r}") from error
 
 
 def _matches(row: Explanation, pattern: str) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 
 from bitlower.ir import Batch, BitlowerError, Level, Program
+from bitlower.ir.charts import Topic
 from bitlower.ir.plugins.kinds import check_bounds
 from bitlower.ir.plugins.parameters import changed_fields
 from bitlower.passes._machinery.workload import BlockSchedule, Workload
@@ -107,6 +108,8 @@ class Pass:
     """Whether it gives weights other values, so that those before are held as well; for predictions of memory."""
     keeps_sizes: ClassVar[bool] = False
     """Whether the artifact is as large as without it; for predictions."""
+    draws: ClassVar[frozenset[Topic]] = frozenset()
+    """The parts of the report that charts of what the pass leaves belong to (:mod:`bitlower.ir.charts`)."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterable
 
+from bitlower.ir.charts import Chart
+
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 """Column names, and rows of as many cells."""
 MOST_LINES = 8
@@ -14,9 +16,9 @@ MOST_LINES = 8
 class Report(abc.ABC):
     """Base of results: frozen dataclasses of plain data, which a pass hands to ``context.put``.
 
-    ``bitlower run`` prints :meth:`summary` and :meth:`details`. It writes the fields to ``reports/<pass>.json``, and
-    what a method ``svg`` returns to ``reports/<pass>.svg``. A report is void as soon as a pass changes the program,
-    unless it is a :class:`Record`.
+    ``bitlower run`` prints :meth:`summary` and :meth:`details`. It writes the fields to ``reports/<pass>.json``, with
+    what :meth:`charts` returns under ``charts``, and what a method ``svg`` returns to ``reports/<pass>.svg``. A report
+    is void as soon as a pass changes the program, unless it is a :class:`Record`.
     """
 
     @abc.abstractmethod
@@ -25,6 +27,10 @@ class Report(abc.ABC):
 
     def details(self) -> Iterable[str]:
         """Lines below the summary: what a user should know of, and not all that is in the fields."""
+        return ()
+
+    def charts(self) -> Iterable[Chart]:
+        """What of it is worth a picture; ``bitlower report`` draws it."""
         return ()
 
     def text(self) -> str:

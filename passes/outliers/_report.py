@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from bitlower.ir.charts import BarChart, Chart
 from bitlower.passes._machinery.report import Report, Table, counted
 
 NO_OP_SHARE = 0.9
@@ -184,6 +185,14 @@ class OutlierReport(Report):
         if self.clamps:
             most = max(self.clamps, key=lambda clamp: clamp.rate)
             yield f"{most.tensor} is clamped most: {most.rate:.3%} of its values"
+
+    def charts(self) -> Iterable[Chart]:
+        """How far the largest value of residual sums and of networks' outputs lies from the others."""
+        shown = [tensor for tensor in self.tensors if {"residual", "linear-output"} & {*tensor.roles}]
+        if shown:
+            names = tuple(tensor.path for tensor in shown)
+            bars = {"largest value": tuple(tensor.max_over_std for tensor in shown)}
+            yield BarChart("Largest values, before any quantizer", "standard deviations", names, bars, "outliers")
 
     def __getitem__(self, node: str) -> TensorRange:
         """The tensor that the node called ``node`` computes; KeyError if it was not looked at."""

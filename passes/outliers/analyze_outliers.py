@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt
 from torch import fx
 
 from bitlower.ir import Batch, BitlowerError, Level, Program, describe, get_tensor
+from bitlower.ir.charts import Topic
 from bitlower.ir.feed_forward import feed_forwards
 from bitlower.ir.observe import Track, observe
 from bitlower.ir.tokens import token_dim, token_ids
@@ -62,6 +63,7 @@ class AnalyzeOutliers(Pass):
 
     name: ClassVar[str] = "analyze-outliers"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.FLOAT, Level.SIMULATED})
+    draws: ClassVar[frozenset[Topic]] = frozenset({"outliers"})
     contract: ClassVar[Contract] = Contract.ANALYSIS
     sigma: Annotated[float, Gt(0)] = 6.0
     """From how many standard deviations on a value is an outlier."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from bitlower.ir.charts import Chart, LineChart
 from bitlower.passes._machinery.report import Record, Table
 
 TIME = "time"
@@ -166,6 +167,19 @@ class PrecisionReport(Record):
                 f"predicted loss {optimum.predicted:.4g}, at most {optimum.gap:.2g} of it above the optimum; "
                 f"measured {_number(self.measured)}"
             )
+
+    def charts(self) -> Iterable[Chart]:
+        """The front: losses over the budget, with the assignment that was made."""
+        if not self.front:
+            return
+        lines = {
+            "predicted": tuple((point.budget, point.predicted) for point in self.front),
+            "measured": tuple((point.budget, point.measured) for point in self.front if point.measured is not None),
+        }
+        shown = {name: points for name, points in lines.items() if points}
+        loss = self.measured if self.measured is not None else self.optimum.predicted if self.optimum else None
+        chosen = (self.budgets[0].most, loss) if self.budgets and loss is not None else None
+        yield LineChart("Loss under a budget", self._axis, f"loss ({self.measure})", shown, "front", True, chosen)
 
     def svg(self) -> str:
         """The front as a picture: the budget to the right, losses upwards on a logarithmic scale."""

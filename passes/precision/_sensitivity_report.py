@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bitlower.ir.charts import BarChart, Chart, MapChart
 from bitlower.passes._machinery.report import Report, Table
 from bitlower.passes.precision._measures import Kind, decibels
 from bitlower.passes.precision._quantizer_groups import By
@@ -106,6 +107,23 @@ class SensitivityReport(Report):
         yield from (f"raise {role}" for role in self.raised)
         yield from (f"exclude {layer}" for layer in self.excluded)
         yield from self.recipe.splitlines()
+
+    def charts(self) -> Iterable[Chart]:
+        """Two views of the same groups: what leaving them out gains, and these alone."""
+        whole = [group for group in self.groups if not (group.role and group.layer)]
+        cells = {(group.layer, group.role): group for group in self.groups if group.role and group.layer}
+        for title, key in (("Gain of leaving these out", "gain"), ("Loss with these alone", "one_in")):
+            if whole:
+                names = tuple(group.name for group in whole)
+                bars = {title: tuple(getattr(group, key) for group in whole)}
+                yield BarChart(f"{title}, by role or layer", f"loss ({self.measure})", names, bars, "sensitivity")
+            if cells:
+                layers, roles = (tuple(dict.fromkeys(place[axis] for place in cells)) for axis in (0, 1))
+                numbers = tuple(
+                    tuple(getattr(cells[layer, role], key) if (layer, role) in cells else None for role in roles)
+                    for layer in layers
+                )
+                yield MapChart(f"{title} ({self.measure})", layers, roles, numbers, "sensitivity", "layer")
 
 
 def recipe_text(steps: list[str | dict[str, Any]]) -> str:

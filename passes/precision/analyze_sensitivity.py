@@ -10,6 +10,7 @@ from annotated_types import Ge, Interval, MinLen
 from torch import fx
 
 from bitlower.ir import BitlowerError, Grid, Level, Program, QuantSpec, Scheme
+from bitlower.ir.charts import Topic
 from bitlower.ir.plugins.parameters import plain_parameters
 from bitlower.ir.quantization.scheme import WEIGHT_ROLES
 from bitlower.ir.quantizer_node import require_calibrated
@@ -40,6 +41,7 @@ class AnalyzeSensitivity(Pass):
     name: ClassVar[str] = "analyze-sensitivity"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.ANALYSIS
+    draws: ClassVar[frozenset[Topic]] = frozenset({"sensitivity"})
     by: Annotated[tuple[By, ...], MinLen(1)] = ("role", "layer", "both")
     """How quantizers are grouped: by their role, by the layer of the model that they belong to, by both."""
     measure: Choice = "auto"

@@ -10,6 +10,7 @@ from annotated_types import Ge, Interval, MinLen
 from torch import fx
 
 from bitlower.ir import BitlowerError, Level, Program
+from bitlower.ir.charts import Topic
 from bitlower.ir.feed_forward import feed_forwards
 from bitlower.ir.quantizer_node import is_uncalibrated
 from bitlower.ir.weight_ranges import WeightRanges
@@ -42,6 +43,7 @@ class AssignPrecision(Pass):
     name: ClassVar[str] = "assign-precision"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.LOSSY
+    draws: ClassVar[frozenset[Topic]] = frozenset({"front"})
     set: Literal["none", "paper"] = "none"
     """A fixed set, which needs no data and no budget."""
     bits: Annotated[tuple[Annotated[int, Interval(ge=2, le=16)], ...], MinLen(1)] = (2, 3, 4, 6, 8, 16)

@@ -13,6 +13,7 @@ from torch import fx
 from torch.nn import functional
 
 from bitlower.ir import BitlowerError, Level, Program, get_tensor, set_tensor
+from bitlower.ir.charts import BarChart, Chart, Topic
 from bitlower.ir.dataflow import ACTIVATION, linears
 from bitlower.ir.folding import without_quantizers
 from bitlower.ir.lockstep import Read, steps
@@ -80,6 +81,14 @@ class AdaroundReport(Record):
         """What was unusual."""
         return few(note for row in self.rows for note in row.notes)
 
+    def charts(self) -> Iterable[Chart]:
+        """The errors beside those of round-to-nearest, weight by weight."""
+        names = tuple(row.weight for row in self.rows)
+        if names:
+            learned, nearest = (tuple(getattr(row, key) for row in self.rows) for key in ("loss", "nearest_loss"))
+            bars = {"AdaRound": learned, "round to nearest": nearest}
+            yield BarChart("Error of layers' outputs", "squared error a token", names, bars, "training", True)
+
 
 @dataclass(frozen=True)
 class Adaround(Pass):
@@ -93,6 +102,7 @@ class Adaround(Pass):
 
     name: ClassVar[str] = "adaround"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
+    draws: ClassVar[frozenset[Topic]] = frozenset({"training"})
     contract: ClassVar[Contract] = Contract.LOSSY
     rewrites_weights: ClassVar[bool] = True
     keeps_sizes: ClassVar[bool] = True

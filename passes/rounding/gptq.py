@@ -13,6 +13,7 @@ from torch import fx
 from torch.nn import functional
 
 from bitlower.ir import BitlowerError, Granularity, Level, Program, QuantSpec, get_tensor, set_tensor
+from bitlower.ir.charts import BarChart, Chart, Topic
 from bitlower.ir.dataflow import linears
 from bitlower.ir.folding import without_quantizers
 from bitlower.ir.lockstep import Read, walk
@@ -84,6 +85,15 @@ class GptqReport(Record):
         """What was unusual."""
         return few(note for row in self.rows for note in row.notes)
 
+    def charts(self) -> Iterable[Chart]:
+        """The errors beside those of round-to-nearest, weight by weight."""
+        names = tuple(row.weight for row in self.rows)
+        if names:
+            bars: dict[str, tuple[float | None, ...]] = {"GPTQ": tuple(row.loss for row in self.rows)}
+            if any(row.rtn_loss is not None for row in self.rows):
+                bars["round to nearest"] = tuple(row.rtn_loss for row in self.rows)
+            yield BarChart("Error of weights under the Hessian", "E H Eᵀ", names, bars, "training", logarithmic=True)
+
 
 @dataclass(frozen=True)
 class Gptq(Pass):
@@ -99,6 +109,7 @@ class Gptq(Pass):
     name: ClassVar[str] = "gptq"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.LOSSY
+    draws: ClassVar[frozenset[Topic]] = frozenset({"training"})
     rewrites_weights: ClassVar[bool] = True
     keeps_sizes: ClassVar[bool] = True
     damping: Annotated[float, Interval(ge=0, le=1)] = 0.01

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bitlower.ir import BitlowerError, Program, get_tensor
+from bitlower.ir.charts import BarChart, Chart
 from bitlower.ir.trainable import write_tensors
 from bitlower.passes._machinery.base import Context
 from bitlower.passes._machinery.checkpoints import Stored, load_checkpoint, save_checkpoint
@@ -61,6 +62,14 @@ class BlockReport(Record):
         """The blocks that stay as they were, and what was unusual."""
         yield from few(f"unchanged: {row.block}" for row in self.rows if not row.step)
         yield from few(note for row in self.rows for note in row.notes)
+
+    def charts(self) -> Iterable[Chart]:
+        """The error of every block before it learned and after."""
+        names = tuple(row.block for row in self.rows)
+        if names:
+            before, after = (tuple(getattr(row, key) for row in self.rows) for key in ("before", "after"))
+            bars = {"before": before, "after": after}
+            yield BarChart("Error of blocks' outputs, held out", "relative squared error", names, bars, "training")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from annotated_types import Ge, Interval
 
 from bitlower.ir import Level, Program
+from bitlower.ir.charts import Topic
 from bitlower.passes._machinery.base import Context, Contract, Pass
 from bitlower.passes._machinery.workload import BlockSchedule
 from bitlower.passes.training._block_data import TOKENS, BlockData, BlockSplit, chosen_data
@@ -28,6 +29,7 @@ class BlockTraining(Pass, abc.ABC):
     """
 
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
+    draws: ClassVar[frozenset[Topic]] = frozenset({"training"})
     contract: ClassVar[Contract] = Contract.LOSSY
     rewrites_weights: ClassVar[bool] = True
     keeps_sizes: ClassVar[bool] = True

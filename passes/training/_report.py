@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from bitlower.ir.charts import BarChart, Chart, LineChart
 from bitlower.passes._machinery.report import Record, few
 from bitlower.passes.training._curves import curves_svg
 
@@ -92,6 +93,28 @@ class TrainReport(Record):
         if dead:
             yield f"{len(dead)} quantizers have scales that fell to nothing: {', '.join(dead[:5])}"
         yield from few(self.notes)
+
+    def charts(self) -> Iterable[Chart]:
+        """The losses over the steps, and what became of scales and codes, tensor by tensor."""
+        lines = {name: self._points(key) for name, key in (("training", "loss"), ("held out", "held_out"))}
+        best = [point for point in self._points("held_out") if point[0] == self.best_step]
+        shown = {name: points for name, points in lines.items() if points}
+        yield LineChart("Losses over the steps", "step", "loss", shown, "training", True, next(iter(best), None))
+        if self.quantizers:
+            drift = tuple(row.drift for row in self.quantizers)
+            names = tuple(row.tensor for row in self.quantizers)
+            bars = {"largest change of a scale": drift}
+            yield BarChart("Drift of ranges", "share of the first scale", names, bars, "training")
+        if weights := [row for row in self.quantizers if row.changed is not None]:
+            changed, flipped = (tuple(getattr(row, key) for row in weights) for key in ("changed", "flipped"))
+            names = tuple(row.tensor for row in weights)
+            bars = {"changed": changed, "flipped in the last tenth of the steps": flipped}
+            yield BarChart("Codes that changed", "share of codes", names, bars, "training")
+
+    def _points(self, key: str) -> tuple[tuple[float, float], ...]:
+        """A loss over the steps, where it is known."""
+        known = (point for point in self.curve if getattr(point, key) is not None)
+        return tuple((float(point.step), float(getattr(point, key))) for point in known)
 
     def svg(self) -> str:
         """The losses over the steps, as a picture."""

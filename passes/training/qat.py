@@ -10,6 +10,7 @@ import torch
 from annotated_types import Ge, Interval
 
 from bitlower.ir import BitlowerError, Level, Program
+from bitlower.ir.charts import Topic
 from bitlower.ir.learnable import ClippedGradient, Edge, GradientScale, Parametrization, Ranges, RangeSettings
 from bitlower.ir.trainable import TrainableModule, write_trained
 from bitlower.passes._machinery.base import Context, Contract, Pass
@@ -61,6 +62,7 @@ class Qat(Pass):
     name: ClassVar[str] = "qat"
     requires: ClassVar[frozenset[Level]] = frozenset({Level.SIMULATED})
     contract: ClassVar[Contract] = Contract.LOSSY
+    draws: ClassVar[frozenset[Topic]] = frozenset({"training"})
     keeps_sizes: ClassVar[bool] = True
     preset: Literal["own", "ranges", "bondarenko", "quantgpt"] = "own"
     """What the parameters are that are left out. ``ranges``: scales and zero points alone learn, scales as logarithms,

@@ -24,13 +24,18 @@ from bitlower.frontends.gguf import load_gguf
 from bitlower.frontends.weights import load_weights
 from bitlower.ir import Program, Scheme
 from bitlower.ir.storage import map_safetensors
-from bitlower.passes import parse_pipeline
+from bitlower.passes import make_pass, parse_pipeline
 from bitlower.tools.data.labels import ClassifierHead
+from bitlower.tools.data.sources import python_source
 from bitlower.tools.data.texts import read_text, split_texts
 from bitlower.tools.data.training import read_examples
 from bitlower.tools.evaluation.runners import open_runner
 from bitlower.tools.recipes.recipe import load_recipe, validate_recipe
+from bitlower.tools.report.contents import read_material
+from bitlower.tools.report.page import render
 from bitlower.tools.runs.flow import quantize
+from bitlower.tools.runs.job import Job, RunOptions, run_job
+from bitlower.tools.runs.standard import standard_exports
 
 RECIPE = """\
 model: {path: package:some-model, task: feature-extraction}
@@ -90,6 +95,7 @@ class Kinds:
             "manifest": lambda: self._artifact("manifest.json", "onnx-qdq"),
             "verification": lambda: self._artifact("verification.json", "onnx-qdq"),
             "library": lambda: self._artifact("library.json", "tvm-kernels"),
+            "report": self._report,
         }  # fmt: skip
 
     def _recipe(self) -> Kind:
@@ -239,6 +245,29 @@ class Kinds:
             return verify_artifact(folder), open_runner(folder)
 
         return Kind(write, attempt)
+
+    def _report(self) -> Kind:
+        sound = self._place / "reported"
+        if not sound.exists():
+            module = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 16)).eval()
+            given = [{"input": torch.randn(4, 16)} for _ in range(10)]
+            names = ("clean", "quantize", "calibrate", "analyze-sensitivity", "lower-integer")
+            job = Job(
+                lambda traces: load(module, example_inputs=given[0]),
+                python_source(given, samples=None, seed=0, max_length=None, decoder=False).batches,
+                tuple(map(make_pass, names)),
+                standard_exports("W8A8"),
+            )
+            run_job(job, sound, RunOptions(cache=None))
+
+        def write(folder: Path, random: Random) -> None:
+            artifact = folder / "artifact"
+            shutil.copytree(sound, artifact)
+            files = sorted(path for path in (*artifact.glob("*.json"), *artifact.glob("reports/*.json")))
+            changed = random.choice([path for path in files if "token" not in path.name])
+            changed.write_bytes(mutations.document(json.loads(changed.read_text()), random))
+
+        return Kind(write, lambda folder: render(read_material(folder / "artifact")))
 
 
 def _load(folder: Path) -> object:

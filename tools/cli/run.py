@@ -11,6 +11,7 @@ import typer
 
 from bitlower.tools.cli.eval import Bos, evaluate
 from bitlower.tools.cli.explain import explain
+from bitlower.tools.cli.report import report
 from bitlower.tools.cli.settings import Settings, settings_of
 
 if TYPE_CHECKING:
@@ -105,13 +106,15 @@ FailIf = Annotated[
 ]
 
 
-COMMANDS = ("run", "quantize", "analyze", "plan", "verify", "explain", "eval", "replay")
+COMMANDS = ("run", "quantize", "analyze", "plan", "verify", "explain", "eval", "report", "replay")
 EPILOG = "Options of every command (--json, --quiet, --plugin FILE, ...): bitlower --help"
 
 
 def register(app: typer.Typer) -> None:
     """Add these commands to ``app``."""
-    commands: tuple[Callable[..., None], ...] = (run, quantize, analyze, plan, verify, explain, evaluate, replay)
+    commands: tuple[Callable[..., None], ...] = (
+        run, quantize, analyze, plan, verify, explain, evaluate, report, replay,
+    )  # fmt: skip
     for name, command in zip(COMMANDS, commands, strict=True):
         app.command(name, epilog=EPILOG)(command)
 
@@ -195,7 +198,7 @@ def analyze(
     from bitlower.tools.runs.flow import analyze_model
 
     display = settings.display()
-    report = analyze_model(
+    outliers = analyze_model(
         model,
         calibration,
         task=task,
@@ -207,12 +210,12 @@ def analyze(
         display=display,
     )
     named = {
-        "tensors": report.table(),
-        "feed-forward networks": report.feed_forward_table(),
-        "attention heads": report.head_table(),
+        "tensors": outliers.table(),
+        "feed-forward networks": outliers.feed_forward_table(),
+        "attention heads": outliers.head_table(),
     }
     tables = [make_table(title, headers, body[:rows]) for title, (headers, body) in named.items() if body]
-    display.result(dataclasses.asdict(report), *tables)
+    display.result(dataclasses.asdict(outliers), *tables)
 
 
 def plan(
@@ -278,17 +281,17 @@ def verify(
     from bitlower.tools.verdict.verdict import checked_verdict
 
     conditions = _known_conditions(fail_if)
-    report = verify_artifact(folder)
-    verdict = checked_verdict(folder, report.get("headline", {}))
+    record = verify_artifact(folder)
+    verdict = checked_verdict(folder, record.get("headline", {}))
     if verdict is None:
-        figures = {figure.name: figure.value for figure in headline_figures(report.get("headline", {}))}
-        parts: tuple[Table | str, ...] = (make_table(f"{folder} is sound", ("", ""), flatten(report)),)
+        figures = {figure.name: figure.value for figure in headline_figures(record.get("headline", {}))}
+        parts: tuple[Table | str, ...] = (make_table(f"{folder} is sound", ("", ""), flatten(record)),)
         judged = [judge(conditions, figures)] if conditions else []
     else:
-        parts = (f"{folder} is sound: {verdict.line}", verdict.table(), *_beside(report.get("unlisted", ())))
+        parts = (f"{folder} is sound: {verdict.line}", verdict.table(), *_beside(record.get("unlisted", ())))
         judged = [verdict.judged(conditions)] if conditions else []
-        report |= {"verdict": verdict.to_dict()}
-    _finish(settings.display(), report, parts, judged)
+        record |= {"verdict": verdict.to_dict()}
+    _finish(settings.display(), record, parts, judged)
 
 
 def replay(

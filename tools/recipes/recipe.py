@@ -144,7 +144,7 @@ class PassStep(Section):
 
 
 class Recipe(Section):
-    """A whole recipe."""
+    """A whole recipe; with ``report`` an artifact has a report that also knows what the run took."""
 
     model: ModelSection
     calibration: DataSection | None = None
@@ -153,6 +153,7 @@ class Recipe(Section):
     plugins: list[str] = Field(default_factory=list, max_length=PASSES)
     passes: list[PassStep] = Field(max_length=PASSES)
     export: list[PassStep] = Field(min_length=1, max_length=PASSES)
+    report: bool = False
 
     _source: RecipeSource | None = PrivateAttr(None)
 

@@ -77,6 +77,7 @@ def recipe_job(recipe: Recipe) -> Job:
         exports=recipe.build_exports(),
         recipe=dump_recipe(_resolved(recipe, source.samples)),
         seed=recipe.seed,
+        report=recipe.report,
         advice=rounding_advice(passes, calibrated=recipe.calibration is not None),
     )
 

@@ -35,12 +35,16 @@ from bitlower.passes import (
 from bitlower.tools.data.batches import Data
 from bitlower.tools.data.texts import check_finite
 from bitlower.tools.render import Display, format_bytes
+from bitlower.tools.report.contents import Stage
+from bitlower.tools.report.page import write_run_report
 from bitlower.tools.runs.float_share import float_parts
 from bitlower.tools.runs.heads import HeadNotes
 from bitlower.tools.runs.output import disk_errors, new_folder
-from bitlower.tools.runs.reports import Reports
+from bitlower.tools.runs.reports import TENSORS, Reports, report_text
+from bitlower.tools.runs.samples import sample_texts
 from bitlower.tools.runs.set_aside import setting_aside
 from bitlower.tools.runs.summary import RunSummary, peak_bytes
+from bitlower.tools.runs.tensor_statistics import TensorStatistics
 from bitlower.tools.verdict.verdict import FILE as VERDICT
 from bitlower.tools.verdict.verdict import Facts, Verdict
 
@@ -88,6 +92,7 @@ class Job:
         exports: backends; several write into folders of their names.
         recipe: goes into the artifact as ``recipe.yaml``, if it is not empty.
         seed: the root of all randomness.
+        report: whether every artifact gets a report.
         advice: what would do better, a line each; it is said first and last.
     """
 
@@ -97,6 +102,7 @@ class Job:
     exports: tuple[Backend, ...] = ()
     recipe: str = ""
     seed: int = 0
+    report: bool = False
     advice: tuple[str, ...] = ()
 
     def read(self, program: Program) -> Data:
@@ -143,20 +149,21 @@ def run_job(job: Job, output: Path | None, options: RunOptions) -> tuple[Program
         with disk_errors(options.cache or Path()):
             return _Run(job, options).run(None)
     with new_folder(output, overwrite=options.overwrite) as folder:
-        program, summary = _Run(job, options).run(folder)
+        program, summary = _Run(job, options, output.resolve().name).run(folder)
     return program, replace(summary, output=output)
 
 
 class _Run:
     """The state of one run: its observers and what the stages took."""
 
-    def __init__(self, job: Job, options: RunOptions) -> None:
-        self.job, self.options = job, options
+    def __init__(self, job: Job, options: RunOptions, name: str = "") -> None:
+        self.job, self.options, self.name = job, options, name
         self.timing = Timing()
         self.reports = Reports(options.display.note)
         self.stages: list[PassTime] = []
         self.notes: tuple[str, ...] = ()
         self.heads = HeadNotes()
+        self.tensors: dict[str, Any] = {}
 
     def run(self, folder: Path | None) -> tuple[Program, RunSummary]:
         """All stages; the artifact goes into ``folder`` if there is one."""
@@ -171,9 +178,11 @@ class _Run:
             floats = float_parts(program)
             facts = Facts(program, self.job.passes, float_bytes, ledger, sum(part.share for part in floats))
             reports, verdicts = self.export(facts, data, folder) if folder else ({}, {"": facts.verdict({}, 0)})
+        stages = (*before_export, *self.stages)
+        if folder and self.job.report:
+            self.write_reports(program, data, folder, stages)
         files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in _files(folder)} if folder else {}
         pipeline = format_pipeline(self.job.passes)
-        stages = (*before_export, *self.stages)
         return program, RunSummary(
             pipeline,
             None,
@@ -211,14 +220,15 @@ class _Run:
 
     def lower(self, program: Program, data: Data, folder: Path | None) -> tuple[Program, dict[str, Any]]:
         """Run the passes, which have no business in ``folder``; the rows of the ledger, whose float program goes."""
-        ledger = Ledger()
+        ledger, statistics = Ledger(), TensorStatistics()
         context = self.job.context(data)
         context.track = self.options.display.track
         cache = self.open_cache()
-        observers = self.observers(ledger, cache, folder)
+        observers = self.observers(ledger, statistics, cache, folder)
         manager = PassManager(self.job.passes, observers, cache, verify=self.options.verify)
         result = manager.run(program, context)
         self.say(*self.heads.notes)
+        self.tensors = statistics.form
         return result, ledger.to_dict()
 
     def export(self, facts: Facts, data: Data, folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Verdict]]:
@@ -228,6 +238,7 @@ class _Run:
             "ledger.json": f"{json.dumps(facts.ledger, indent=1, sort_keys=True)}\n",
             "recipe.yaml": self.job.recipe,
             **self.reports.files,
+            TENSORS: report_text(self.tensors) if self.tensors else "",
         }
         reports, verdicts = dict[str, dict[str, Any]](), dict[str, Verdict]()
         batches = data.evaluation or data.calibration[:2] or random_windows(program, seed=self.job.seed)
@@ -251,17 +262,28 @@ class _Run:
                 add_files(place, {VERDICT: verdicts[name].text()})
         return reports, verdicts
 
+    def write_reports(self, program: Program, data: Data, folder: Path, stages: Sequence[PassTime]) -> None:
+        """A report in every artifact, of what its files say, of what the run took, and with the worst texts."""
+        known = [Stage(stage.name, stage.seconds, stage.peak_bytes) for stage in stages]
+        texts = sample_texts(program, data.evaluation, self.tensors.get("samples", ()))
+        several = len(self.job.exports) > 1
+        for backend in self.job.exports:
+            place = folder / backend.name if several else folder
+            write_run_report(place, backend.name if several else self.name, known, texts)
+
     def say(self, *notes: str) -> None:
         """Show notes, and keep them for the summary."""
         self.notes += notes
         for note in notes:
             self.options.display.note(note)
 
-    def observers(self, ledger: Ledger, cache: Cache | None, folder: Path | None) -> list[Observer]:
+    def observers(
+        self, ledger: Ledger, statistics: TensorStatistics, cache: Cache | None, folder: Path | None
+    ) -> list[Observer]:
         """Timing comes first, so that it leaves out the others."""
         observers: list[Observer] = [self.timing, TargetCheck(self.job.exports), self.heads, ledger, self.reports]
         if folder is not None:
-            observers.append(FolderCheck(folder))
+            observers += [FolderCheck(folder), statistics]
         display = self.options.display
         if not (display.machine or display.quiet):
             observers.append(Progress(total=len(self.job.passes)))

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from bitlower.ir import Program
+from bitlower.ir.charts import chart_form
 from bitlower.passes import Context, Observer, Pass, Report
 
 FOLDER = "reports"
 """Where reports are in an artifact."""
+TENSORS = f"{FOLDER}/tensors.json"
+"""What is known of every quantized tensor; no pass is called so."""
 
 
 class Reports(Observer):
@@ -26,7 +29,8 @@ class Reports(Observer):
         self._note = note
         self._before: dict[type, Any] = {}
         self.files: dict[str, str] = {}
-        """Texts by file name: ``reports/<pass>.json``, all fields with the summary, and ``reports/<pass>.svg``, the
+        """Texts by file name: ``reports/<pass>.json``, all fields with the summary and
+        charts, and ``reports/<pass>.svg``, the
         picture if there is one. ``<pass>-2`` is of the second step of that name. What a later pass changes in the
         report of another stands in the other's file."""
         self._places: dict[type, tuple[str, int]] = {}
@@ -49,14 +53,16 @@ class Reports(Observer):
         self._places[kind] = owner, number
         place = f"{FOLDER}/{owner}" if number == 1 else f"{FOLDER}/{owner}-{number}"
         form = {"report": kind.__name__, "summary": report.summary(), **dataclasses.asdict(report)}  # type: ignore[call-overload]
-        self.files[f"{place}.json"] = _text(_finite(form))
+        if charts := [chart_form(chart) for chart in report.charts()]:
+            form["charts"] = charts
+        self.files[f"{place}.json"] = report_text(form)
         if hasattr(report, "svg"):
             self.files[f"{place}.svg"] = report.svg()
 
 
-def _text(form: dict[str, Any]) -> str:
-    """JSON with a line for each field, and for each row of a list."""
-    fields = []
+def report_text(form: dict[str, Any]) -> str:
+    """JSON with a line for each field, and for each row of a list; numbers that JSON does not have are null."""
+    form, fields = _finite(form), []
     for key, value in form.items():
         rows = (
             ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in value) if isinstance(value, list) else ""

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from bitlower.passes import PassTime
 from bitlower.tools.render import format_bytes
+from bitlower.tools.report.page import FILE as REPORT
 from bitlower.tools.runs.float_share import FloatPart
 from bitlower.tools.verdict.verdict import Verdict
 
@@ -97,6 +98,8 @@ class RunSummary:
             lines.append(
                 f"{self.output}: what each pass cost is in ledger.json, what was compared in verification.json"
             )
+            pages = [name for name in self.files if name.rpartition("/")[2] == REPORT]
+            lines += [f"to look at: {self.output / name}" for name in pages]
         return (*lines, *self.advice)
 
 

@@ -42,7 +42,7 @@ def test_a_run_writes_everything_and_tells_what_it_took(
     summary = run_recipe(recipe_of(bert, texts), output)
     assert listing(output) == [
         "ledger.json", "manifest.json", "model.txt", "recipe.yaml", "reports", "reports/clean.json",
-        "reports/quantize.json", "verdict.json",
+        "reports/quantize.json", "reports/tensors.json", "verdict.json",
     ]  # fmt: skip
     names = [pass_.name for pass_ in standard_passes("W8A8")]
     assert [stage.name for stage in summary.stages] == ["load", "data", *names, "onnx-qdq"]
@@ -163,7 +163,7 @@ def test_several_exports_get_folders_of_their_own(
     form = recipe.model_dump(exclude_unset=True) | {"export": [{"onnx-qdq": {"opset": 23}}, "other"]}
     run_recipe(Recipe.model_validate(form), tmp_path / "out")
     files = {"ledger.json", "manifest.json", "model.txt", "recipe.yaml", "reports/clean.json", "reports/quantize.json"}
-    files.add("verdict.json")
+    files |= {"verdict.json", "reports/tensors.json"}
     assert set(contents(tmp_path / "out")) == {f"{name}/{file}" for name in ("onnx-qdq", "other") for file in files}
     assert [call[1] for call in backend.calls] == [23, 21]
 

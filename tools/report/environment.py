@@ -1,0 +1,91 @@
+"""Part 12: what the artifact was made of and by what, its files with their hashes, licence and model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bitlower.tools.recipes.yaml_writer import yaml_text
+from bitlower.tools.render import format_bytes
+from bitlower.tools.report.blocks import Block, Chapter, Field, Listing, Prose, plain_table
+from bitlower.tools.report.contents import Material
+from bitlower.tools.report.ledger import MEASURES, loss_of, main_measure
+
+ABOUT = (
+    "What the figures depend on. Equal inputs, seed and versions give an artifact of equal bytes on the same kind of "
+    "processor; the hashes say whether two runs had them."
+)
+_LICENCES = ("license", "licence", "copying", "notice")
+"""How names of files begin that say what one may do with a model."""
+
+
+def environment_chapter(material: Material) -> Chapter:
+    """Versions, data, files, licence, recipe and model card."""
+    manifest = material.manifest
+    blocks: list[Block] = [
+        plain_table("Versions", ("package", "version"), list(manifest.versions.items())),
+        plain_table("The model", ("entry", "value"), _program(material)),
+        plain_table(
+            "Data and seed", ("entry", "value"), [(key, _plain(value)) for key, value in manifest.provenance.items()]
+        ),
+        Prose(_licence(material), strong="Licence."),
+    ]
+    if material.recipe:
+        blocks.append(Listing("The recipe", material.recipe))
+    blocks.append(
+        plain_table(
+            f"{len(manifest.files)} files, {format_bytes(manifest.bytes)}",
+            ("file", "bytes", "sha256"),
+            [(name, entry.bytes, Field(entry.sha256)) for name, entry in manifest.files.items()],
+            folded=True,
+        )
+    )
+    blocks.append(Listing("Model card: a block to begin README.md with", f"---\n{yaml_text(card(material))}---\n"))
+    return Chapter("environment", "Environment and model card", ABOUT, tuple(blocks))
+
+
+def card(material: Material) -> dict[str, Any]:
+    """The front matter of a model card, as model hubs read it."""
+    manifest = material.manifest
+    specs = sorted({f"{row['role']}: {row['spec']['type']}{row['spec']['num_bits']}" for row in manifest.tensors})
+    output, measure = main_measure(material.ledger.rows)
+    form: dict[str, Any] = {
+        "base_model": material.model,
+        "base_model_relation": "quantized",
+        "pipeline_tag": manifest.program.task,
+        "tags": ["bitlower", manifest.backend],
+        "quantization": specs or ["none"],
+        "bytes": manifest.bytes,
+        "float_bytes": manifest.float_bytes,
+    }
+    if measure and (loss := loss_of(material.ledger.rows[-1], output, measure)) is not None:
+        form["loss"] = {"output": output, "measure": MEASURES[measure], "value": loss}
+    return form
+
+
+def _program(material: Material) -> list[tuple[str, str]]:
+    program, manifest = material.manifest.program, material.manifest
+    rows = [
+        ("source", program.source or "a module in memory"),
+        ("task", program.task),
+        ("passes", ", ".join(program.passes)),
+        ("inputs", "; ".join(program.inputs)),
+        ("outputs", "; ".join(program.outputs)),
+        ("written by", manifest.backend),
+        ("options", ", ".join(f"{key}: {value}" for key, value in manifest.backend_options.items()) or "none"),
+        ("digest of the program", program.digest),
+    ]
+    return [(name, value or "–") for name, value in rows]
+
+
+def _licence(material: Material) -> str:
+    names = [name for name in material.manifest.files if name.rpartition("/")[2].lower().startswith(_LICENCES)]
+    if names:
+        return f"The model came with {', '.join(names)}, which the artifact carries along."
+    return "No licence file came with the model; what its publisher asks for holds for the artifact too."
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {entry}" for key, entry in value.items())
+    return str(value)
