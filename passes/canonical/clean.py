@@ -34,7 +34,7 @@ class CleanReport(Record):
 
     def summary(self) -> str:
         """How many places stay as the model has them."""
-        return f"{counted(len(self.misses), 'place')} began like a known pattern and stay as the model has them"
+        return f"{counted(len(self.misses), 'place')} that began like a known pattern: left as the model has it"
 
     def details(self) -> Iterable[str]:
         """Which, and why."""
