@@ -16,14 +16,19 @@ from bitlower.tools.cli.eval_options import (
     Columns,
     Compare,
     Data,
+    Harness,
+    IncludePath,
     Joiner,
+    Limit,
     MaxLength,
     NewTokens,
     Prompt,
     Seed,
+    Shots,
     Stride,
     Target,
     Task,
+    Tasks,
     Window,
     Windows,
 )
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
     from bitlower.tools.evaluation.generation import Sample
     from bitlower.tools.evaluation.perplexity import TextEvaluation
     from bitlower.tools.evaluation.results import Evaluation
+    from bitlower.tools.harness.tasks import Request
     from bitlower.tools.render import Cell, Display
 
 GENERATION = "text-generation"
@@ -44,7 +50,7 @@ GENERATION = "text-generation"
 def evaluate(
     context: typer.Context,
     target: Target,
-    task: Task,
+    task: Task = None,
     data: Data = None,
     compare: Compare = None,
     columns: Columns = "",
@@ -59,6 +65,11 @@ def evaluate(
     new_tokens: NewTokens = 64,
     bos: Bos = "auto",
     beams: Beams = 1,
+    harness: Harness = None,
+    tasks: Tasks = "",
+    include_path: IncludePath = None,
+    num_fewshot: Shots = None,
+    limit: Limit = None,
 ) -> None:
     """Measure accuracy on labelled data, or perplexity, samples and speed of a language model, with intervals."""
     from bitlower.ir import BitlowerError
@@ -67,6 +78,15 @@ def evaluate(
 
     display = settings_of(context).display()
     targets = [target] if compare is None else [target, compare]
+    if harness is not None:
+        from bitlower.tools.harness.tasks import Request
+
+        _run_harness(display, harness, targets, Request(
+            _names(tasks), include_path, num_fewshot, limit, batch_size, max_length, seed
+        ))  # fmt: skip
+        return
+    if task is None:
+        raise BitlowerError("there is no task to measure", hint="give --task, or --harness with --tasks")
     if task == GENERATION:
         if beams != 1:
             raise BitlowerError("text-generation continues prompts greedily", hint="leave out --beams")
@@ -81,12 +101,41 @@ def evaluate(
         return
     if data is None:
         raise BitlowerError("there is nothing to evaluate on", hint="give --data")
-    names = [name.strip() for name in columns.split(",")] if columns else []
     of_rows = partial(
-        measure, task=task, data=data, columns=names, batch_size=batch_size, max_length=max_length, seed=seed,
+        measure, task=task, data=data, columns=_names(columns), batch_size=batch_size, max_length=max_length, seed=seed,
         beams=beams, track=display.track,
     )  # fmt: skip
     _show_rows(display, [of_rows(name) for name in targets], seed)
+
+
+def _names(listed: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in listed.split(",")) if listed else ()
+
+
+def _run_harness(display: Display, harness: str, targets: Sequence[str], request: Request) -> None:
+    """Run tasks of a harness on one model or two, and show what they measure."""
+    from bitlower.tools.evaluation.compare import compare
+    from bitlower.tools.harness.tasks import run_harness
+    from bitlower.tools.render import make_table
+
+    results = [run_harness(harness, target, request, track=display.track) for target in targets]
+    first, tables = results[0], []
+    form: dict[str, Any] = {"target": targets[0], "harness": harness, "tasks": {}}
+    for name, result in first.items():
+        measured = result.evaluation
+        for note in dict.fromkeys((*measured.notes, *measured.cautions)):
+            display.note(note)
+        form["tasks"][name] = measured.to_dict()
+        title = f"{targets[0]}, {harness}"
+        if len(results) == 1:
+            rows = [(key, value, _interval(measured.intervals, key, 4)) for key, value in measured.metrics.items()]
+            tables.append(make_table(title, (name, "", "95 % interval"), rows))
+            continue
+        other = results[1][name].evaluation
+        pairs = compare(measured, other, seed=request.seed, lower=result.lower)
+        form["tasks"][name] |= _compared(other.to_dict(), pairs)
+        tables.append(_comparison(f"{title}, against {targets[1]}", name, pairs, measured.units, 4))
+    display.result(form, *tables)
 
 
 def _show_rows(display: Display, results: Sequence[Evaluation], seed: int) -> None:
@@ -141,24 +190,28 @@ def _compared(other: Mapping[str, Any], pairs: Mapping[str, Difference]) -> dict
     return {"compare": other, "differences": {name: pair.to_dict() for name, pair in pairs.items()}}
 
 
-def _comparison(title: str, task: str, pairs: Mapping[str, Difference], units: Mapping[str, str]) -> Table:
+def _comparison(
+    title: str, task: str, pairs: Mapping[str, Difference], units: Mapping[str, str], digits: int = 2
+) -> Table:
+    """Both figures of each pair, and the difference; numbers have so many digits behind the point."""
     from bitlower.tools.render import make_table
 
     rows: list[tuple[Cell, ...]] = []
     for name, pair in pairs.items():
-        interval = "" if pair.interval is None else _ends(pair.interval)
-        values = (round(pair.first, 2), round(pair.second, 2), f"{pair.difference:+.2f}")
-        rows.append((name, *values, interval, pair.verdict, units[name]))
+        interval = "" if pair.interval is None else _ends(pair.interval, digits)
+        first, second = round(pair.first, digits), round(pair.second, digits)
+        difference = f"{pair.difference:+.{digits}f}"
+        rows.append((name, first, second, difference, interval, pair.verdict, units[name]))
     columns = (task, "first", "second", "difference", "95 % interval, paired", "first is", "unit")
     return make_table(title, columns, rows)
 
 
-def _interval(intervals: Mapping[str, tuple[float, float]], name: str) -> str:
-    return _ends(intervals[name]) if name in intervals else ""
+def _interval(intervals: Mapping[str, tuple[float, float]], name: str, digits: int = 2) -> str:
+    return _ends(intervals[name], digits) if name in intervals else ""
 
 
-def _ends(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:.2f} to {interval[1]:.2f}"
+def _ends(interval: tuple[float, float], digits: int) -> str:
+    return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
 
 
 def _text_rows(result: TextEvaluation) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +15,7 @@ Bos = Annotated[
     ),
 ]
 Task = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="sts-b, classification, token-classification (F1 by entity), question-answering (SQuAD's F1), "
         "fill-mask (accuracy of masked tokens), image-classification, zero-shot-image-classification (classes by their "
@@ -75,3 +76,16 @@ Prompt = Annotated[
     list[str] | None, typer.Option(help="text-generation: a text to continue greedily; may be repeated.")
 ]
 NewTokens = Annotated[int, typer.Option(help="text-generation: tokens of a sample at most.", min=1)]
+Harness = Annotated[
+    str | None, typer.Option(help="lm-eval or mteb: tasks of that harness, in place of --task and --data.")
+]
+Tasks = Annotated[str, typer.Option(help="--harness: names of its tasks, with commas between them.")]
+IncludePath = Annotated[
+    Path | None,
+    typer.Option(help="--harness: tasks of yours; for lm-eval a folder with YAML files, for mteb a Python file."),
+]
+Shots = Annotated[
+    int | None,
+    typer.Option("--num-fewshot", min=0, help="lm-eval: examples before each question; as the task says if not given."),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="lm-eval: the first so many rows of each task.")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -78,22 +78,27 @@ class Difference:
         }
 
 
-def compare(first: Measured, second: Measured, *, seed: int = 0) -> dict[str, Difference]:
+def compare(
+    first: Measured, second: Measured, *, seed: int = 0, lower: Collection[str] = LOWER
+) -> dict[str, Difference]:
     """Each figure of ``first`` against that of ``second``, with the paired interval of the difference.
 
     Args:
         first: what was measured of the one.
         second: of the other, by the same data and options.
         seed: of the resamples.
+        lower: metrics of which less is better.
 
     Raises:
         BitlowerError: there is nothing to compare, or the models read the data as different units.
     """
-    if first.figures is None or second.figures is None:
+    if not first.metrics.keys() & second.metrics.keys():
         raise BitlowerError("there is no figure to compare", hint="give --data; samples alone are not compared")
-    ranges = differences(first.figures, second.figures, seed=seed)
+    ranges = (
+        {} if first.figures is None or second.figures is None else differences(first.figures, second.figures, seed=seed)
+    )
     return {
-        name: Difference(value, second.metrics[name], ranges.get(name), name in LOWER)
+        name: Difference(value, second.metrics[name], ranges.get(name), name in lower)
         for name, value in first.metrics.items()
         if name in second.metrics
     }
