@@ -11,19 +11,21 @@ from bitlower.ir import BitlowerError, Level, Program
 from bitlower.ir.assets import is_inside, read_assets
 from bitlower.ir.files import reason
 from bitlower.ir.json_files import read_json
+from bitlower.ir.model_card import CARD
 
 CONFIG = "config.json"
 RESERVED = (CONFIG, "manifest.json", "verification.json", "ledger.json", "recipe.yaml")
-"""Names that are ours in every artifact."""
+"""Names that are ours in every artifact, besides that of the card, which is made of the model's own."""
 
 
 def write_assets(program: Program, folder: Path, reserved: Collection[str]) -> list[str]:
-    """Write what lies beside the model, such as its tokenizer's files; their names.
+    """Write what lies beside the model, such as its tokenizer's files, but for its card; their names.
 
     Raises:
         BitlowerError: a file would lie outside the folder, or over one of ours or of ``reserved``.
     """
-    for name, data in sorted(program.assets.items()):
+    files = {name: data for name, data in sorted(program.assets.items()) if name != CARD}
+    for name, data in files.items():
         if not is_inside(name) or name in (*RESERVED, *reserved):
             raise BitlowerError(f"the file {name!r} of the model cannot lie in an artifact")
         path = folder / name
@@ -35,7 +37,7 @@ def write_assets(program: Program, folder: Path, reserved: Collection[str]) -> l
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-    return sorted(program.assets)
+    return list(files)
 
 
 def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
