@@ -41,7 +41,7 @@ def write_assets(program: Program, folder: Path, reserved: Collection[str]) -> l
 
 
 def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The model's configuration, and the files beside it that go along with it, by name.
+    """The model's configuration, and the files beside it that go along with it, by name; not the artifact's own card.
 
     Raises:
         BitlowerError: there is no configuration.
@@ -50,7 +50,7 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         config = read_json(folder / CONFIG, finite=False)
     except (OSError, ValueError) as error:
         raise BitlowerError(f"{folder} holds no readable {CONFIG}: {reason(error)}") from None
-    return config, read_assets(folder)
+    return config, {name: data for name, data in read_assets(folder).items() if name != CARD}
 
 
 def shell(folder: Path) -> Program:
