@@ -200,7 +200,7 @@ def _comparison(
     for name, pair in pairs.items():
         interval = "" if pair.interval is None else _ends(pair.interval, digits)
         first, second = round(pair.first, digits), round(pair.second, digits)
-        difference = f"{pair.difference:+.{digits}f}"
+        difference = f"{round(pair.difference, digits) + 0.0:+.{digits}f}"  # no negative zero
         rows.append((name, first, second, difference, interval, pair.verdict, units[name]))
     columns = (task, "first", "second", "difference", "95 % interval, paired", "first is", "unit")
     return make_table(title, columns, rows)

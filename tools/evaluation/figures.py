@@ -45,7 +45,7 @@ def of_sums(values: ArrayLike, function: Callable[[Floats], Floats], scale: floa
         function: from sums ``[resamples, k]`` to ``[resamples]``.
         scale: 100 for percent.
     """
-    matrix = csr_array(np.asarray(values, np.float64))
+    matrix = csr_array(np.asarray(values)).astype(np.float64)
     return lambda counts: scale * function(np.asarray((matrix.T @ counts.T).T))
 
 
