@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitlower.tools.cli.eval import Bos, evaluate
+from bitlower.tools.cli.eval import evaluate
+from bitlower.tools.cli.eval_options import Bos
 from bitlower.tools.cli.explain import explain
 from bitlower.tools.cli.report import report
 from bitlower.tools.cli.settings import Settings, settings_of

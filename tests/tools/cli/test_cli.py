@@ -198,7 +198,7 @@ def test_eval_of_a_masked_language_model(call: Any, save_head: Callable[..., Pat
     code, out, notes = call(*arguments, "--max-length", 8)
     assert code == 0
     assert re.search(r"pseudo_perplexity +\S +\d", out)
-    assert re.search(r"accuracy +\S +[\d.]+ \S %", out)
+    assert re.search(r"accuracy +\S +[\d.]+ \S [\d.]+ to [\d.]+ +\S %", out)
     assert "tokens are masked, drawn with seed 5" in notes
     assert "of 40 texts are longer than the model or max_length takes, and are cut" in notes
 
@@ -217,6 +217,26 @@ def test_eval_of_a_language_model(call: Any, llama: Path, story: Path, traced: N
     assert call("eval", llama, "--task", "text-generation")[0] == 2
     assert call("eval", llama, "--task", "text-generation", "--prompt", "rain", "--beams", 2)[0] == 2
     assert call("eval", llama, "--task", "sts-b")[0] == 2
+
+
+def test_eval_of_two_models(
+    call: Any, classifier: Path, llama: Path, story: Path, tmp_path: Path, traced: None
+) -> None:
+    data = tmp_path / "data.tsv"
+    data.write_text("sentence\tlabel\n" + "the cat\t1\nrain\t0\n" * 15)
+    arguments = ("eval", classifier, "--task", "classification", "--data", data, "--compare", classifier)
+    form = json.loads(call(*arguments, "--json")[1])
+    assert form["accuracy"] == form["compare"]["accuracy"]
+    low, high = form["intervals"]["accuracy"]
+    assert low <= form["accuracy"] <= high
+    assert form["differences"]["accuracy"]["verdict"] == "equal"
+    assert re.search(r"accuracy +\S +[\d.]+ \S +[\d.]+ \S \+0.00 +\S 0.00 to 0.00 +\S equal +\S %", call(*arguments)[1])
+    texts = ("eval", llama, "--task", "text-generation", "--compare", llama)
+    out = call(*texts, "--data", story, "--window", 16, "--windows", 2)[1]
+    assert re.search(r"95 % interval +\S [\d.]+ to [\d.]+", out)
+    assert re.search(r"perplexity .* equal", out)
+    code, _, notes = call(*texts, "--prompt", "rain")
+    assert (code, "no figure to compare" in notes) == (2, True)
 
 
 def test_quantize_takes_algorithm_and_formats(
