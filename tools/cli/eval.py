@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from bitlower.tools.cli.conditions import FailIf, finish
 from bitlower.tools.cli.eval_options import (
     BatchSize,
     Beams,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from bitlower.tools.evaluation.results import Evaluation
     from bitlower.tools.harness.tasks import Request
     from bitlower.tools.render import Cell, Display
+    from bitlower.tools.verdict.conditions import Condition
 
 GENERATION = "text-generation"
 
@@ -70,18 +72,20 @@ def evaluate(
     include_path: IncludePath = None,
     num_fewshot: Shots = None,
     limit: Limit = None,
+    fail_if: FailIf = None,
 ) -> None:
     """Measure accuracy on labelled data, or perplexity, samples and speed of a language model, with intervals."""
     from bitlower.ir import BitlowerError
     from bitlower.tools.evaluation.evaluate import evaluate as measure
     from bitlower.tools.evaluation.perplexity import evaluate_text
+    from bitlower.tools.verdict.conditions import parse_conditions
 
-    display = settings_of(context).display()
+    display, conditions = settings_of(context).display(), parse_conditions(fail_if)
     targets = [target] if compare is None else [target, compare]
     if harness is not None:
         from bitlower.tools.harness.tasks import Request
 
-        _run_harness(display, harness, targets, Request(
+        _run_harness(display, conditions, harness, targets, Request(
             _names(tasks), include_path, num_fewshot, limit, batch_size, max_length, seed
         ))  # fmt: skip
         return
@@ -97,7 +101,7 @@ def evaluate(
             evaluate_text, data=data, joiner=unescaped, window=window, stride=stride, windows=windows,
             prompts=prompt or (), new_tokens=new_tokens, bos=bos, seed=seed, track=display.track,
         )  # fmt: skip
-        _show_texts(display, [of_text(name) for name in targets], seed)
+        _show_texts(display, conditions, [of_text(name) for name in targets], seed)
         return
     if data is None:
         raise BitlowerError("there is nothing to evaluate on", hint="give --data")
@@ -105,27 +109,31 @@ def evaluate(
         measure, task=task, data=data, columns=_names(columns), batch_size=batch_size, max_length=max_length, seed=seed,
         beams=beams, track=display.track,
     )  # fmt: skip
-    _show_rows(display, [of_rows(name) for name in targets], seed)
+    _show_rows(display, conditions, [of_rows(name) for name in targets], seed)
 
 
 def _names(listed: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in listed.split(",")) if listed else ()
 
 
-def _run_harness(display: Display, harness: str, targets: Sequence[str], request: Request) -> None:
+def _run_harness(
+    display: Display, conditions: Sequence[Condition], harness: str, targets: Sequence[str], request: Request
+) -> None:
     """Run tasks of a harness on one model or two, and show what they measure."""
     from bitlower.tools.evaluation.compare import compare
     from bitlower.tools.harness.tasks import run_harness
     from bitlower.tools.render import make_table
 
     results = [run_harness(harness, target, request, track=display.track) for target in targets]
-    first, tables = results[0], []
+    first, figures = results[0], dict[str, float]()
+    tables: list[Table | str] = []
     form: dict[str, Any] = {"target": targets[0], "harness": harness, "tasks": {}}
     for name, result in first.items():
         measured = result.evaluation
         for note in dict.fromkeys((*measured.notes, *measured.cautions)):
             display.note(note)
         form["tasks"][name] = measured.to_dict()
+        figures |= {f"{name}.{key}": value for key, value in measured.metrics.items()}
         title = f"{targets[0]}, {harness}"
         if len(results) == 1:
             rows = [(key, value, _interval(measured.intervals, key, 4)) for key, value in measured.metrics.items()]
@@ -134,11 +142,17 @@ def _run_harness(display: Display, harness: str, targets: Sequence[str], request
         other = results[1][name].evaluation
         pairs = compare(measured, other, seed=request.seed, lower=result.lower)
         form["tasks"][name] |= _compared(other.to_dict(), pairs)
+        figures |= _differences(pairs, f"{name}.")
         tables.append(_comparison(f"{title}, against {targets[1]}", name, pairs, measured.units, 4))
-    display.result(form, *tables)
+    finish(display, form, tables, conditions, figures)
 
 
-def _show_rows(display: Display, results: Sequence[Evaluation], seed: int) -> None:
+def _differences(pairs: Mapping[str, Difference], prefix: str = "") -> dict[str, float]:
+    """The differences of a comparison as figures for conditions: first minus second."""
+    return {f"difference.{prefix}{name}": pair.difference for name, pair in pairs.items()}
+
+
+def _show_rows(display: Display, conditions: Sequence[Condition], results: Sequence[Evaluation], seed: int) -> None:
     """Show what was measured on the rows of a file, of one model or of two."""
     from bitlower.tools.evaluation.compare import compare
     from bitlower.tools.render import make_table
@@ -153,19 +167,25 @@ def _show_rows(display: Display, results: Sequence[Evaluation], seed: int) -> No
             (name, round(value, 2), _interval(first.intervals, name), units[name])
             for name, value in first.metrics.items()
         ]
-        display.result(first.to_dict(), make_table(title, (first.task, "", "95 % interval", "unit"), rows))
+        table = make_table(title, (first.task, "", "95 % interval", "unit"), rows)
+        finish(display, first.to_dict(), [table], conditions, first.metrics)
         return
     pairs = compare(*results, seed=seed)
     form = first.to_dict() | _compared(results[1].to_dict(), pairs)
-    display.result(form, _comparison(f"{title}, against {results[1].target}", first.task, pairs, units))
+    table = _comparison(f"{title}, against {results[1].target}", first.task, pairs, units)
+    finish(display, form, [table], conditions, first.metrics | _differences(pairs))
 
 
-def _show_texts(display: Display, results: Sequence[TextEvaluation], seed: int) -> None:
+def _show_texts(
+    display: Display, conditions: Sequence[Condition], results: Sequence[TextEvaluation], seed: int
+) -> None:
     """Show perplexity and samples, of one language model or of two."""
     from bitlower.tools.evaluation.compare import compare
     from bitlower.tools.render import make_table
 
-    first, form, tables = results[0], results[0].to_dict(), []
+    first, form = results[0], results[0].to_dict()
+    tables: list[Table | str] = []
+    figures = {} if first.perplexity is None else {"perplexity": first.perplexity.perplexity}
     for note in dict.fromkeys(note for result in results for note in result.cautions):
         display.note(note)
     for result in results:
@@ -175,6 +195,7 @@ def _show_texts(display: Display, results: Sequence[TextEvaluation], seed: int) 
     if len(results) == 2:
         pairs = compare(*results, seed=seed)
         form |= _compared(results[1].to_dict(), pairs)
+        figures |= _differences(pairs)
         title = f"{first.target} against {results[1].target}"
         tables.append(_comparison(title, GENERATION, pairs, {"perplexity": ""}))
     for result in results:
@@ -182,7 +203,7 @@ def _show_texts(display: Display, results: Sequence[TextEvaluation], seed: int) 
             make_table(f"sample of {result.target} in {result.runtime}", ("", ""), _sample_rows(sample))
             for sample in result.samples
         ]
-    display.result(form, *tables)
+    finish(display, form, tables, conditions, figures)
 
 
 def _compared(other: Mapping[str, Any], pairs: Mapping[str, Difference]) -> dict[str, Any]:

@@ -191,6 +191,13 @@ def test_eval(call: Any, classifier: Path, tmp_path: Path) -> None:
     assert (code, json.loads(out)["samples"]) == (0, 2)
     code, out, _ = call("eval", classifier, "--task", "classification", "--data", data, "--beams", 2, "--json")
     assert (code, "classification searches for nothing" in out) == (2, True)
+    arguments = ("eval", classifier, "--task", "classification", "--data", data, "--compare", classifier)
+    code, out, err = call(*arguments, "--fail-if", "accuracy > 100", "--fail-if", "difference.f1 < 0", "--json")
+    assert (code, json.loads(out)["accepted"], "ACCEPT: accuracy is " in err) == (0, True, True)
+    code, out, err = call(*arguments, "--fail-if", "accuracy <= 100", "--json")
+    assert (code, json.loads(out)["accepted"], "REGRESSION: accuracy is " in err) == (1, False, True)
+    assert "bleu was not measured; measured were accuracy, f1" in call(*arguments, "--fail-if", "bleu < 9")[2]
+    assert "is no condition" in call("eval", "nowhere", "--task", "classification", "--fail-if", "x")[2]
 
 
 def test_eval_of_a_masked_language_model(call: Any, save_head: Callable[..., Path], texts: Path) -> None:
@@ -209,6 +216,8 @@ def test_eval_of_a_language_model(call: Any, llama: Path, story: Path, traced: N
     form = json.loads(out)
     assert (code, form["windows"], form["stride"], form["tokens_scored"]) == (0, 2, 16, 30)
     assert (form["joiner"], form["runtime"], form["samples"][0]["prompt"]) == ("\n", "Program", "the cat")
+    code, _, err = call(*arguments, "--fail-if", "perplexity > 1")
+    assert (code, "REGRESSION: perplexity is " in err) == (1, True)
     out = call(*arguments, "--stride", 4)[1]
     assert "2 windows of 16 tokens, stride 4, 19 tokens scored of" in out
     assert "as they are" in out
