@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from bitlower.backends.artifact.card import Usage
 from bitlower.backends.sizes import Sizes
 from bitlower.ir import Batch, BitlowerError, Level, Program, QuantSpec, Scheme
 from bitlower.ir.plugins.kinds import check_bounds
@@ -116,6 +117,10 @@ class Backend(abc.ABC):
             BitlowerError: what runs it is not installed, or it does not run on this machine.
         """
         return None
+
+    def usage(self, program: Program) -> Usage:
+        """How the artifact of ``program`` is loaded, for its model card; with bitlower, as a rule."""
+        return Usage("bitlower", "import bitlower\n\nmodel = bitlower.load(folder)", "bitlower")
 
     def check_level(self, level: Level) -> None:
         """See that programs at ``level`` are taken.

@@ -221,15 +221,25 @@ def lead_names(program: Program, lead: Sequence[int]) -> str:
     return " ".join(map(str, tokenizer_of(program).convert_ids_to_tokens(list(lead)))) if lead else ""
 
 
-def decode(program: Program, ids: Sequence[int]) -> str:
-    """The text of token ids; special tokens are left out.
+def text_ends(program: Program) -> tuple[int | None, int | None]:
+    """The tokens that begin and that end a text, as the tokenizer names them.
+
+    Raises:
+        BitlowerError: the program has no tokenizer.
+    """
+    tokenizer = tokenizer_of(program)
+    return tokenizer.bos_token_id, tokenizer.eos_token_id
+
+
+def decode(program: Program, ids: Sequence[int], *, special: bool = False) -> str:
+    """The text of token ids; special tokens are left out, unless ``special``.
 
     Raises:
         BitlowerError: the program has no tokenizer.
     """
     tokenizer = tokenizer_of(program)
     with explaining(program):
-        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(tokenizer.decode(list(ids), skip_special_tokens=not special))
 
 
 def windows(program: Program, ids: torch.Tensor, *, batch_size: int = 1) -> list[dict[str, torch.Tensor]]:

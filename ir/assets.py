@@ -2,7 +2,7 @@
 
 Files are known by their names: those that transformers' tokenizers and processors read, those of SentencePiece,
 tiktoken and Mistral, and those of a sentence-transformers folder, whose ``modules.json`` names the folders of the
-modules that follow the transformer.
+modules that follow the transformer. Licences go along too, and so does the model's card, which says what it is.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from bitlower.ir.diagnostics import BitlowerError
 from bitlower.ir.files import is_file, read_bytes, read_text, reason
 from bitlower.ir.json_files import parse_json
+from bitlower.ir.model_card import CARD
 
 GENERATION = "generation_config.json"
 MODULES = "modules.json"
@@ -31,6 +32,8 @@ _OTHERS = (
     "processor_config.json", "audio_tokenizer_config.json", MODULES, "config_sentence_transformers.json",
     "sentence_*_config.json",
 )  # fmt: skip
+_LICENCES = ("licen[sc]e*", "notice*", "use_policy*")
+"""Patterns of the names of files that say what may be done with a model, in small letters."""
 _MODEL = (
     "config.json", "manifest.json", "verification.json", "ledger.json", "recipe.yaml", "*.safetensors", "*.index.json",
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx.data", "*.gguf", "*.tflite",
@@ -125,7 +128,8 @@ def left_behind(folder: Path, assets: Collection[str]) -> list[str]:
 
 
 def _belongs(name: str) -> bool:
-    return is_tokenizer(name) or _matches(name, _OTHERS)
+    about = name == CARD or _matches(name.lower(), _LICENCES)
+    return about or is_tokenizer(name) or _matches(name, _OTHERS)
 
 
 def _read(folder: Path, names: Collection[str]) -> dict[str, bytes]:

@@ -1,5 +1,6 @@
 """What every artifact's folder holds besides the model: for backends, those of third parties among them."""
 
+from bitlower.backends.artifact.card import Usage, write_card
 from bitlower.backends.artifact.config import write_config
 from bitlower.backends.artifact.folder import RESERVED, shell, sizes, write_assets
 from bitlower.backends.artifact.json_files import read_json, write_json
@@ -20,6 +21,7 @@ __all__ = [
     "RESERVED",
     "VERIFICATION",
     "Manifest",
+    "Usage",
     "add_files",
     "check_artifact",
     "list_files",
@@ -29,6 +31,7 @@ __all__ = [
     "shell",
     "sizes",
     "write_assets",
+    "write_card",
     "write_config",
     "write_json",
     "write_manifest",

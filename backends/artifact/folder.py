@@ -11,19 +11,21 @@ from bitlower.ir import BitlowerError, Level, Program
 from bitlower.ir.assets import is_inside, read_assets
 from bitlower.ir.files import reason
 from bitlower.ir.json_files import read_json
+from bitlower.ir.model_card import CARD
 
 CONFIG = "config.json"
 RESERVED = (CONFIG, "manifest.json", "verification.json", "ledger.json", "recipe.yaml")
-"""Names that are ours in every artifact."""
+"""Names that are ours in every artifact, besides that of the card, which is made of the model's own."""
 
 
 def write_assets(program: Program, folder: Path, reserved: Collection[str]) -> list[str]:
-    """Write what lies beside the model, such as its tokenizer's files; their names.
+    """Write what lies beside the model, such as its tokenizer's files, but for its card; their names.
 
     Raises:
         BitlowerError: a file would lie outside the folder, or over one of ours or of ``reserved``.
     """
-    for name, data in sorted(program.assets.items()):
+    files = {name: data for name, data in sorted(program.assets.items()) if name != CARD}
+    for name, data in files.items():
         if not is_inside(name) or name in (*RESERVED, *reserved):
             raise BitlowerError(f"the file {name!r} of the model cannot lie in an artifact")
         path = folder / name
@@ -35,11 +37,11 @@ def write_assets(program: Program, folder: Path, reserved: Collection[str]) -> l
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-    return sorted(program.assets)
+    return list(files)
 
 
 def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The model's configuration, and the files beside it that go along with it, by name.
+    """The model's configuration, and the files beside it that go along with it, by name; not the artifact's own card.
 
     Raises:
         BitlowerError: there is no configuration.
@@ -48,7 +50,7 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         config = read_json(folder / CONFIG, finite=False)
     except (OSError, ValueError) as error:
         raise BitlowerError(f"{folder} holds no readable {CONFIG}: {reason(error)}") from None
-    return config, read_assets(folder)
+    return config, {name: data for name, data in read_assets(folder).items() if name != CARD}
 
 
 def shell(folder: Path) -> Program:

@@ -12,6 +12,7 @@ import torch
 from annotated_types import Ge
 
 from bitlower.backends.artifact import manifest as artifact_manifest
+from bitlower.backends.artifact.card import Usage, write_card
 from bitlower.backends.artifact.folder import CONFIG, sizes, write_assets
 from bitlower.backends.artifact.json_files import read_json, write_json
 from bitlower.backends.base import Backend
@@ -34,6 +35,7 @@ from bitlower.backends.checkpoint.verify.record import Verification
 from bitlower.ir import Batch, BitlowerError, Program, QuantSpec, ops
 from bitlower.ir.assets import GENERATION, MODULES
 from bitlower.ir.folding import with_float_weights
+from bitlower.ir.tasks import TASKS
 
 if TYPE_CHECKING:
     FormatName = str
@@ -123,6 +125,7 @@ class Checkpoint(Backend):
         verification = verify_export(program, contents, skeleton, stored, batches, form=form, dtype=number)
         verification.write(folder)
         options = asdict(self)
+        files.append(write_card(program, folder, self.usage(program)))
         artifact_manifest.write_manifest(
             program, folder, backend=self.name, packages=PACKAGES, backend_options=options, provenance=provenance
         )
@@ -145,6 +148,17 @@ class Checkpoint(Backend):
             CheckError: a file is missing or changed, or the tensors are not those that were written.
         """
         return verify_artifact(folder)
+
+    def usage(self, program: Program) -> Usage:
+        """With transformers, or sentence-transformers, and what reads the format."""
+        tags = (self.format,)
+        readers = " ".join(name.replace("_", "-") for name in find_format(self.format).readers)
+        if MODULES in program.assets:
+            code = "from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer(folder)"
+            return Usage("sentence-transformers", code, f"sentence-transformers {readers}", tags)
+        name = TASKS[program.task].auto_class if program.task in TASKS else "AutoModel"
+        code = f"from transformers import {name}\n\nmodel = {name}.from_pretrained(folder)"
+        return Usage("transformers", code, f"transformers {readers}", tags)
 
     def sizes(self, placed: Program) -> CheckpointSizes:
         """Bytes of tensors in the files."""

@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 from annotated_types import Interval
 
+from bitlower.backends.artifact.card import Usage, write_card
 from bitlower.backends.artifact.config import write_config
 from bitlower.backends.artifact.folder import sizes
 from bitlower.backends.artifact.stages import WHOLE, part_batches, parts_of
@@ -29,8 +30,10 @@ from bitlower.backends.onnx_qdq.verify.compare import compare_export, verify_exp
 from bitlower.backends.onnx_qdq.verify.record import Verification
 from bitlower.backends.onnx_qdq.verify.runtime_kernels import LEVEL_ENTRY
 from bitlower.backends.onnx_qdq.verify.stages import join_stages
+from bitlower.backends.onnx_qdq.write.annotate import annotate, annotations_of, write_overlays
 from bitlower.backends.onnx_qdq.write.files import model_file, share_tensors, write_assets, write_model
 from bitlower.backends.onnx_qdq.write.genai import write_genai_config, writes_speech
+from bitlower.backends.onnx_qdq.write.usage import usage_of
 from bitlower.backends.sizes import weights_only
 from bitlower.ir import Batch, BitlowerError, CheckError, Program, Scheme
 from bitlower.ir.quantization.scheme import ACTIVATION_ROLES
@@ -100,6 +103,9 @@ class OnnxQdq(Backend):
     fastest, and exact where the processor has integer dot products; x86 processors without them (AVX2, AVX512 before
     VNNI) clip sums of two products. ``unsigned`` is exact everywhere, and slower where there are such instructions.
     ``auto`` tries on the processor that exports, and records what it chose."""
+    annotate: bool = False
+    """Note on nodes their module, bits and noise, and on values their scales, which Netron shows; and write files of
+    node data for Model Explorer into ``overlays``. Weights and what the runtime fuses stay as they are."""
 
     @classmethod
     def suited_to(cls, scheme: Scheme) -> Mapping[str, Any]:
@@ -130,11 +136,16 @@ class OnnxQdq(Backend):
         files += [*write_assets(program, folder), *described]
         verification = options.verify_parts(program, parts, folder, batches, log.split, config)
         verification.write(folder)
+        files.append(write_card(program, folder, self.usage(program)))
         write_manifest(program, folder, backend_options=asdict(options), provenance=provenance)
         return ExportReport(
             sizes(folder, files), self.opset, self.form, self.accuracy_level, dict(sorted(counts.items())),
             log.to_dict(), verification, notes,
         )  # fmt: skip
+
+    def usage(self, program: Program) -> Usage:
+        """With sentence-transformers, onnxruntime, or onnxruntime and bitlower where text is written."""
+        return usage_of(program)
 
     def write_parts(self, parts: Mapping[str, Program], folder: Path) -> tuple[list[str], Counter[str], RuleLog]:
         """Write the model of each part; the names of the files, the operators, and what the rules did.
@@ -154,7 +165,11 @@ class OnnxQdq(Backend):
             models.append(model)
             log.add(rules)
             counts += operators(model)
-        files = share_tensors(models, folder)
+        names = []
+        for stage, part, model in zip(parts, parts.values(), models, strict=True) if self.annotate else ():
+            annotate(model, annotations_of(part, folder))
+            names += write_overlays(model, folder, stage)
+        files = [*names, *share_tensors(models, folder)]
         for stage, model in zip(parts, models, strict=True):
             files += write_model(model, folder, threshold=self.external_data_threshold, name=model_file(stage))
         return files, counts, log

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from bitlower.backends.artifact import folder as artifact_folder
+from bitlower.backends.artifact.card import Usage, write_card
 from bitlower.backends.artifact.config import write_config
 from bitlower.backends.artifact.manifest import check_artifact, write_manifest
 from bitlower.backends.artifact.stages import part_batches, parts_of
@@ -179,6 +180,7 @@ class TvmKernels(Backend):
             verification = expect(program, batches, code, activations=dtype)
         verification.write(folder)
         options = {"target": str(resolved), "activations": dtype}
+        files.append(write_card(program, folder, self.usage(program)))
         write_manifest(
             program,
             folder,
@@ -216,6 +218,10 @@ class TvmKernels(Backend):
 
         check_artifact(folder, RESERVED)
         return load_library(folder)
+
+    def usage(self, program: Program) -> Usage:
+        """With bitlower, and TVM."""
+        return dataclasses.replace(super().usage(program), needs="'bitlower[tvm]'", tags=("tvm",))
 
     def sizes(self, placed: Program) -> LibrarySizes:
         """Bytes of tensors in the library."""

@@ -155,9 +155,9 @@ def test_a_file_that_something_would_load_must_be_listed(artifact: Path, name: s
 
 
 def test_other_files_may_lie_there(artifact: Path) -> None:
-    for name in ("README.md", ".gitattributes", "notes.txt"):
+    for name in ("CHANGES.md", ".gitattributes", "notes.txt"):
         (artifact / name).write_text("mine")
-    assert check_artifact(artifact).unlisted == (".gitattributes", "README.md", "notes.txt")
+    assert check_artifact(artifact).unlisted == (".gitattributes", "CHANGES.md", "notes.txt")
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "config.json", "verification.json", "manifest.json"])

@@ -160,7 +160,7 @@ def test_the_folder_has_what_clients_ask_for(lowered: Lowered, prompts, tmp_path
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "manifest.json",
-        "verification.json",
+        "verification.json", "README.md",
     }  # fmt: skip
     assert set(report.files) == names - {"manifest.json", "verification.json"}
     generation = json.loads((tmp_path / "generation_config.json").read_text())

@@ -338,7 +338,7 @@ def test_two_exports_are_equal_byte_for_byte_and_name_no_path(tmp_path: Path) ->
         (tmp_path / name).mkdir()
         export(integer("W8A8"), tmp_path / name, batches=BATCHES)
     files = sorted(path.name for path in (tmp_path / "first").iterdir())
-    assert files == ["config.json", "manifest.json", "model.onnx", "verification.json"]
+    assert files == ["README.md", "config.json", "manifest.json", "model.onnx", "verification.json"]
     for name in files:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
     data = (tmp_path / "first" / "model.onnx").read_bytes()
@@ -383,7 +383,7 @@ def test_the_configuration_says_what_is_quantized(tmp_path: Path) -> None:
 def test_large_tensors_go_to_a_file_of_their_own(tmp_path: Path) -> None:
     program = integer("W8A8")
     report = export(program, tmp_path, batches=BATCHES, external_data_threshold=1000)
-    assert set(report.files) == {"model.onnx", "model.onnx.data", "config.json"}
+    assert set(report.files) == {"model.onnx", "model.onnx.data", "config.json", "README.md"}
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     places = {entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"}
     assert places == {"model.onnx.data"}

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from bitlower.tools.cli import info
+from bitlower.tools.cli import info, push
 from bitlower.tools.cli import run as running
 from bitlower.tools.cli.settings import Settings, hoist
 
@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 running.register(app)
 info.register(app)
+push.register(app, running.EPILOG)
 
 
 def _version(wanted: bool) -> None:

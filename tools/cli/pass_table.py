@@ -91,7 +91,7 @@ def _tree(path: Path) -> ast.Module:
 @cache
 def _imported_from(folder: Path, path: Path) -> dict[str, Path]:
     """Where names come from that ``path`` imports from other files of the passes."""
-    places = {}
+    places = dict[str, Path]()
     for node in _tree(path).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE}."):
             file = folder.joinpath(*(node.module or "").split(".")[2:]).with_suffix(".py")
@@ -101,17 +101,17 @@ def _imported_from(folder: Path, path: Path) -> dict[str, Path]:
 
 @cache
 def _classes(path: Path) -> dict[str, _Class]:
-    classes = {}
+    classes = dict[str, _Class]()
     for node in _tree(path).body:
         if isinstance(node, ast.ClassDef):
             bases = tuple(base.id for base in node.bases if isinstance(base, ast.Name))
             cls = _Class(path, inspect.cleandoc(ast.get_docstring(node) or ""), bases)
             for line in node.body:
-                target = line.target if isinstance(line, ast.AnnAssign) else None
-                if isinstance(line, ast.Assign) and len(line.targets) == 1:
-                    target = line.targets[0]
-                if isinstance(line, ast.AnnAssign | ast.Assign) and isinstance(target, ast.Name) and line.value:
-                    cls.values[target.id] = line.value
+                match line:
+                    case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+                        cls.values[name] = value
+                    case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                        cls.values[name] = value
             classes[node.name] = cls
     return classes
 

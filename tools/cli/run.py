@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitlower.tools.cli.eval import Bos, evaluate
+from bitlower.tools.cli.conditions import FailIf, finish, verdict_conditions
+from bitlower.tools.cli.eval import evaluate
+from bitlower.tools.cli.eval_options import Bos
 from bitlower.tools.cli.explain import explain
 from bitlower.tools.cli.report import report
 from bitlower.tools.cli.settings import Settings, settings_of
@@ -18,9 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from bitlower.tools.recipes.recipe import Recipe
-    from bitlower.tools.render import Display
     from bitlower.tools.runs.flow import RunOptions
-    from bitlower.tools.verdict.conditions import Condition, Judgement
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a GGUF file, package:NAME, or hf:ORG/NAME.")
@@ -97,15 +96,6 @@ Rehearse = Annotated[
         help="Run all of it on the first layers of each kind, with few data and steps, and write nothing.",
     ),
 ]
-FailIf = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="CONDITION",
-        help='End with exit code 1 if a figure of the verdict is so: "kl > 0.05", "size_ratio < 3"; may be repeated.',
-    ),
-]
-
-
 COMMANDS = ("run", "quantize", "analyze", "plan", "verify", "explain", "eval", "report", "replay")
 EPILOG = "Options of every command (--json, --quiet, --plugin FILE, ...): bitlower --help"
 
@@ -250,7 +240,7 @@ def plan(
     from bitlower.tools.runs.output import check_output
     from bitlower.tools.runs.standard import standard_recipe
 
-    _known_conditions(fail_if)
+    verdict_conditions(fail_if)
     place = _options(settings, cache, no_cache, overwrite).cache
     if output is not None:
         check_output(output, overwrite=overwrite)
@@ -276,22 +266,20 @@ def verify(
     from bitlower.backends.registry import verify_artifact
     from bitlower.tools.render import make_table
     from bitlower.tools.runs.summary import flatten
-    from bitlower.tools.verdict.conditions import judge
     from bitlower.tools.verdict.figures import headline_figures
     from bitlower.tools.verdict.verdict import checked_verdict
 
-    conditions = _known_conditions(fail_if)
+    conditions = verdict_conditions(fail_if)
     record = verify_artifact(folder)
     verdict = checked_verdict(folder, record.get("headline", {}))
     if verdict is None:
         figures = {figure.name: figure.value for figure in headline_figures(record.get("headline", {}))}
         parts: tuple[Table | str, ...] = (make_table(f"{folder} is sound", ("", ""), flatten(record)),)
-        judged = [judge(conditions, figures)] if conditions else []
     else:
         parts = (f"{folder} is sound: {verdict.line}", verdict.table(), *_beside(record.get("unlisted", ())))
-        judged = [verdict.judged(conditions)] if conditions else []
+        figures = verdict.values()
         record |= {"verdict": verdict.to_dict()}
-    _finish(settings.display(), record, parts, judged)
+    finish(settings.display(), record, parts, conditions, figures)
 
 
 def replay(
@@ -322,19 +310,11 @@ def _options(settings: Settings, cache: Path | None, no_cache: bool, overwrite: 
     )
 
 
-def _known_conditions(fail_if: Sequence[str] | None) -> tuple[Condition, ...]:
-    """Conditions on figures of the verdict."""
-    from bitlower.tools.verdict.conditions import parse_conditions
-    from bitlower.tools.verdict.figures import MEANINGS
-
-    return parse_conditions(fail_if, MEANINGS)
-
-
 def _rehearse(recipe: Recipe, output: Path | None, options: RunOptions, fail_if: Sequence[str] | None) -> None:
     from bitlower.tools.runs.output import check_output
     from bitlower.tools.runs.rehearsal import rehearse
 
-    _known_conditions(fail_if)
+    verdict_conditions(fail_if)
     if output is not None:
         check_output(output, overwrite=options.overwrite)
     rehearsal = rehearse(recipe, options)
@@ -347,25 +327,14 @@ def _run(
     from bitlower.tools.runs.flow import run_recipe
     from bitlower.tools.runs.output import default_output
 
-    conditions = _known_conditions(fail_if)
+    conditions = verdict_conditions(fail_if)
     if output is None:
         output = default_output(name, scheme)
         options.display.note(f"the artifact goes to {output}")
     summary = run_recipe(recipe, output, options)
-    judged = [verdict.judged(conditions) for verdict in summary.verdicts.values()] if conditions else []
-    _finish(options.display, summary.to_dict(), summary.text(), judged)
+    figures = [verdict.values() for verdict in summary.verdicts.values()]
+    finish(options.display, summary.to_dict(), summary.text(), conditions, *figures)
 
 
 def _beside(unlisted: Sequence[str]) -> tuple[str, ...]:
     return (f"files that the manifest does not list: {', '.join(unlisted)}",) if unlisted else ()
-
-
-def _finish(display: Display, form: dict[str, Any], parts: Sequence[Table | str], judged: Sequence[Judgement]) -> None:
-    """Show a result, and end with exit code 1 if a condition of ``--fail-if`` holds."""
-    accepted = all(judgement.accepted for judgement in judged)
-    more = {"accepted": accepted, "conditions": [judgement.text for judgement in judged]} if judged else {}
-    display.result(form | more, *parts)
-    for judgement in judged:
-        print(judgement.text, file=sys.stderr)
-    if not accepted:
-        raise typer.Exit(1)

@@ -17,6 +17,7 @@ import numpy as np
 from bitlower.frontends.token_rows import OVERLAP, Span, TokenRow, context_rows, first_token
 from bitlower.ir import Program
 from bitlower.tools.data.questions import Question, read_questions
+from bitlower.tools.evaluation.figures import Figures, mean
 from bitlower.tools.evaluation.packages import metric_package
 from bitlower.tools.evaluation.results import Evaluation
 from bitlower.tools.evaluation.runners import Array, Runner, Track, check_output, open_runner, run_rows
@@ -76,8 +77,11 @@ def evaluate_answers(
     optional = not all(question.answers for question in questions)
     answers = _answers(runner, questions, rows, optional, batch_size, track)
     name = target.source if isinstance(target, Program) else os.fspath(target)
-    notes = tuple(_notes(questions, rows))
-    return Evaluation(name, QUESTION_ANSWERING, str(path), len(questions), _squad(questions, answers), notes)
+    scores, notes = _squad(questions, answers), tuple(_notes(questions, rows))
+    metrics = {metric: float(np.mean(values)) for metric, values in scores.items()}
+    by_name = {metric: mean(values, scale=1.0) for metric, values in scores.items()}
+    figures = Figures(len(questions), "questions", by_name)
+    return Evaluation(name, QUESTION_ANSWERING, str(path), len(questions), metrics, notes, figures=figures)
 
 
 def best_span(start: Array, end: Array) -> tuple[float, int, int]:
@@ -130,16 +134,17 @@ def _better(best: _Best, row: TokenRow[Span], start: Array, end: Array, whole: i
     return _Best(best.score, best.span, none)
 
 
-def _squad(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """F1 of words and exact matches, each against the nearest of the answers."""
+def _squad(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, list[float]]:
+    """F1 of words and exact matches of each question in percent, each against the nearest of the answers."""
     squad = metric_package("torchmetrics.functional.text", "torchmetrics").squad
-    said = [{"id": str(place), "prediction_text": answer} for place, answer in enumerate(answers)]
-    right = [
-        {"id": str(place), "answers": {"text": list(question.answers) or [""], "answer_start": []}}
-        for place, question in enumerate(questions)
+    scores = [
+        squad(
+            [{"id": "", "prediction_text": answer}],
+            [{"id": "", "answers": {"text": list(question.answers) or [""], "answer_start": []}}],
+        )
+        for question, answer in zip(questions, answers, strict=True)
     ]
-    scores = squad(said, right)
-    return {name: float(scores[name]) for name in ("f1", "exact_match")}
+    return {name: [float(score[name]) for score in scores] for name in ("f1", "exact_match")}
 
 
 def _notes(questions: Sequence[Question], rows: Sequence[TokenRow[Span]]) -> Iterator[str]:

@@ -17,13 +17,15 @@ from bitlower.ir.tasks import CAPTIONS
 from bitlower.tools.data.labels import ClassifierHead
 from bitlower.tools.data.texts import Row, number, read_rows, split_column
 from bitlower.tools.evaluation.answers import QUESTION_ANSWERING, evaluate_answers
+from bitlower.tools.evaluation.figures import Figure, Figures, label_figures, pearson_of, spearman_of
 from bitlower.tools.evaluation.masked import FILL_MASK, evaluate_masked
 from bitlower.tools.evaluation.media import MEDIA, evaluate_media
 from bitlower.tools.evaluation.metrics import accuracy, f1, matthews, pearson, spearman
 from bitlower.tools.evaluation.results import Evaluation
 from bitlower.tools.evaluation.runners import Array, Runner, Track, open_runner
 from bitlower.tools.evaluation.tags import TOKEN_CLASSIFICATION, evaluate_tags
-from bitlower.tools.evaluation.targets import METRICS, evaluate_targets
+from bitlower.tools.evaluation.targets import evaluate_targets
+from bitlower.tools.evaluation.written import METRICS
 from bitlower.tools.evaluation.zero_shot import evaluate_zero_shot
 
 HEADS = {TOKEN_CLASSIFICATION: evaluate_tags, QUESTION_ANSWERING: evaluate_answers}
@@ -32,6 +34,8 @@ TASKS = ("sts-b", "classification", *HEADS, FILL_MASK, *MEDIA, CAPTIONS)
 UNMEASURED = ("pre-training", "image-feature-extraction")
 TOKENS, WINDOW = 128, 384
 """Tokens of a text, and of a question with a window of its context, where nobody says; the latter as BERT's authors."""
+Measured = tuple[dict[str, float], dict[str, Figure]]
+"""Metrics in percent, and the same as functions of the rows."""
 STS_B_COLUMNS = ("4", "5", "6")
 """Score, first and second sentence in the STS benchmark's own files, which have no header line."""
 
@@ -48,7 +52,7 @@ def evaluate(
     beams: int = 1,
     track: Track = lambda items, label: iter(items),
 ) -> Evaluation:
-    """Measure ``target`` on ``data``.
+    """Measure ``target`` on ``data``, each figure with its interval.
 
     Args:
         target: an artifact's folder (ONNX or library), a model as the frontends take it, or a Program of any level.
@@ -56,7 +60,7 @@ def evaluate(
             ``classification`` (text, an optional second text, label; of a model with one output, a value),
             ``fill-mask`` (texts), ``image-classification``, ``zero-shot-image-classification`` (a picture's path,
             label), ``audio-classification`` (a sound's path, label), or one of :data:`HEADS` or
-            :data:`~bitlower.tools.evaluation.targets.METRICS`.
+            :data:`~bitlower.tools.evaluation.written.METRICS`.
         data: a .tsv, .csv or .jsonl file, whose columns may be named behind a colon; for tags see
             :func:`~bitlower.tools.data.tagged.read_tagged`, for questions
             :func:`~bitlower.tools.data.questions.read_questions`.
@@ -66,7 +70,7 @@ def evaluate(
             :func:`~bitlower.tools.evaluation.targets.evaluate_targets` for what encoder-decoders write.
         batch_size: texts or pictures in a batch; texts of like length go together.
         max_length: in tokens; None: :data:`TOKENS`, or :data:`WINDOW` for questions.
-        seed: of the masks of ``fill-mask``.
+        seed: of the masks of ``fill-mask``, and of the resamples that intervals come from.
         beams: of what encoder-decoders write; 1 searches greedily.
         track: wraps the batches with a progress display.
 
@@ -74,6 +78,33 @@ def evaluate(
         BitlowerError: an unknown task, a missing file or column, a label that is none, or a model that does not fit.
     """
     _check_task(task, beams)
+    measured = _measured(
+        target,
+        task,
+        data,
+        columns=columns,
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+        beams=beams,
+        track=track,
+    )
+    return measured.with_intervals(seed=seed)
+
+
+def _measured(
+    target: str | os.PathLike[str] | Program,
+    task: str,
+    data: str | os.PathLike[str],
+    *,
+    columns: Sequence[str],
+    batch_size: int,
+    max_length: int | None,
+    seed: int,
+    beams: int,
+    track: Track,
+) -> Evaluation:
+    """What :func:`evaluate` measures, before the intervals."""
     usual = WINDOW if task == QUESTION_ANSWERING else TOKENS
     length = usual if max_length is None else max_length
     check_sizes(batch_size, length)
@@ -91,10 +122,11 @@ def evaluate(
     if task == CAPTIONS:
         return evaluate_zero_shot(target, path, **rows)
     texts = Texts(_read(path, task, columns), length, batch_size, track)
-    measured = _sts_b if task == "sts-b" else _classification
-    metrics = measured(open_runner(target), texts, path)
+    measure = _sts_b if task == "sts-b" else _classification
+    metrics, by_name = measure(open_runner(target), texts, path)
     name = target.source if isinstance(target, Program) else os.fspath(target)
-    return Evaluation(name, task, str(path), len(texts.rows), metrics)
+    figures = Figures(len(texts.rows), "rows", by_name)
+    return Evaluation(name, task, str(path), len(texts.rows), metrics, figures=figures)
 
 
 def _check_task(task: str, beams: int) -> None:
@@ -149,7 +181,14 @@ def cosine(a: Array, b: Array) -> Array:
     return np.asarray((a * b).sum(-1) / np.maximum(norms, 1e-12))
 
 
-def _sts_b(runner: Runner, texts: Texts, path: Path) -> dict[str, float]:
+def _correlations(predicted: Array, expected: Array, names: Sequence[str]) -> Measured:
+    """Pearson's and Spearman's, in percent, in the order of ``names``."""
+    both = {"pearson": (pearson, pearson_of), "spearman": (spearman, spearman_of)}
+    values = {name: 100 * both[name][0](predicted, expected) for name in names}
+    return values, {name: both[name][1](predicted, expected) for name in names}
+
+
+def _sts_b(runner: Runner, texts: Texts, path: Path) -> Measured:
     output = runner.program.outputs[0].name
     if output != "last_hidden_state":
         raise BitlowerError(f"sts-b needs token embeddings, the model gives {output!r}", hint="is the task right?")
@@ -157,12 +196,12 @@ def _sts_b(runner: Runner, texts: Texts, path: Path) -> dict[str, float]:
     def pool(outputs: dict[str, Array], batch: Batch) -> Array:
         return mean_pool(outputs[output], batch["attention_mask"].numpy())
 
-    scores = [number(path, row, row.values[0]) for row in texts.rows]
+    scores = np.array([number(path, row, row.values[0]) for row in texts.rows])
     similarity = cosine(texts.outputs(runner, 1, None, pool), texts.outputs(runner, 2, None, pool))
-    return {"spearman": 100 * spearman(similarity, scores), "pearson": 100 * pearson(similarity, scores)}
+    return _correlations(similarity, scores, ("spearman", "pearson"))
 
 
-def _classification(runner: Runner, texts: Texts, path: Path) -> dict[str, float]:
+def _classification(runner: Runner, texts: Texts, path: Path) -> Measured:
     if "logits" not in [spec.name for spec in runner.program.outputs]:
         raise BitlowerError("classification needs logits, the model gives none", hint="is the task right?")
     if any(spec.name == "logits" and spec.type.rank != 2 for spec in runner.program.outputs):
@@ -175,14 +214,14 @@ def _classification(runner: Runner, texts: Texts, path: Path) -> dict[str, float
     labels, second = head.tensor(path, texts.rows).numpy(), 1 if len(texts.rows[0].values) == 3 else None
     if head.regression:
         values = texts.outputs(runner, 0, second, lambda outputs, batch: outputs["logits"][:, 0])
-        return {"pearson": 100 * pearson(values, labels), "spearman": 100 * spearman(values, labels)}
+        return _correlations(values, labels, ("pearson", "spearman"))
     predictions = texts.outputs(runner, 0, second, lambda outputs, batch: outputs["logits"].argmax(-1))
     scores = {
         "accuracy": accuracy(predictions, labels),
         "f1": f1(predictions, labels),
         "matthews": matthews(predictions, labels),
     }
-    return {name: 100 * value for name, value in scores.items()}
+    return {name: 100 * value for name, value in scores.items()}, label_figures(predictions, labels)
 
 
 def _read(path: Path, task: str, columns: tuple[str, ...]) -> list[Row]:

@@ -7,12 +7,13 @@ Salazar et al. (2020) mask each token alone, which gives smaller numbers.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ from scipy.special import log_softmax
 from bitlower.frontends.token_rows import Span, TokenRow, first_rows, mask_token, text_rows
 from bitlower.ir import BitlowerError, Program
 from bitlower.tools.data.texts import read_texts
+from bitlower.tools.evaluation.figures import Figures, exponential, ratio
 from bitlower.tools.evaluation.results import Evaluation
-from bitlower.tools.evaluation.runners import Track, check_output, open_runner, run_rows
+from bitlower.tools.evaluation.runners import Array, Track, check_output, open_runner, run_rows
 
 FILL_MASK = "fill-mask"
 SHARE = 0.15
@@ -71,20 +73,30 @@ def evaluate_masked(
     check_output(runner, FILL_MASK, "logits", (None, None, runner.program.config.get("vocab_size")))
     mask, rows = mask_token(runner.program), text_rows(runner.program, texts, max_length=max_length)
     masked = [masked_row(row, mask, seed) for row in first_rows(rows)]
-    hits, losses = 0, list[float]()
+    hits, losses = np.zeros(len(masked)), [list[float]() for _ in masked]
     for place, outputs in run_rows(runner, [entry.row for entry in masked], batch_size, track):
         entry = masked[place]
         logits = outputs["logits"][list(entry.places)].astype(np.float64)
-        hits += int((logits.argmax(-1) == entry.tokens).sum())
-        losses += (-log_softmax(logits, axis=-1)[range(len(entry.tokens)), list(entry.tokens)]).tolist()
-    if not losses:
+        hits[place] = (logits.argmax(-1) == entry.tokens).sum()
+        losses[place] = (-log_softmax(logits, axis=-1)[range(len(entry.tokens)), list(entry.tokens)]).tolist()
+    total = sum(map(len, losses))
+    if not total:
         raise BitlowerError(f"no text of {path} has a token", hint="is this the right tokenizer?")
-    loss = math.fsum(losses) / len(losses)
+    loss = math.fsum(chain(*losses)) / total
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    metrics = {"accuracy": 100 * hits / len(losses), "cross_entropy": loss, "pseudo_perplexity": perplexity}
+    metrics = {"accuracy": 100 * float(hits.sum()) / total, "cross_entropy": loss, "pseudo_perplexity": perplexity}
     name = target.source if isinstance(target, Program) else os.fspath(target)
     notes = tuple(_notes(rows, masked, seed))
-    return Evaluation(name, FILL_MASK, str(path), len(texts), metrics, notes, _UNITS)
+    return Evaluation(name, FILL_MASK, str(path), len(texts), metrics, notes, _UNITS, _figures(masked, hits, losses))
+
+
+def _figures(masked: Sequence[MaskedRow], hits: Array, losses: Sequence[Sequence[float]]) -> Figures:
+    """The metrics by text; texts with the same tokens under the same masks compare."""
+    tokens, sums = [len(row) for row in losses], [math.fsum(row) for row in losses]
+    loss = ratio(sums, tokens, scale=1.0)
+    by_name = {"accuracy": ratio(hits, tokens), "cross_entropy": loss, "pseudo_perplexity": exponential(loss)}
+    rows = repr([(entry.row.ids, entry.tokens) for entry in masked])
+    return Figures(len(masked), "texts", by_name, hashlib.sha256(rows.encode()).hexdigest())
 
 
 def masked_row(row: TokenRow[Span], mask: int, seed: int) -> MaskedRow:

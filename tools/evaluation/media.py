@@ -14,9 +14,9 @@ from bitlower.ir.tasks import SOUND_CLASSES
 from bitlower.tools.data.labels import class_names, class_of
 from bitlower.tools.data.media import PICTURES, SOUNDS, Medium, media_rows
 from bitlower.tools.data.tables import Row
-from bitlower.tools.evaluation.metrics import accuracy
+from bitlower.tools.evaluation.figures import Figures, mean, point
 from bitlower.tools.evaluation.results import Evaluation
-from bitlower.tools.evaluation.runners import Runner, Track, open_runner
+from bitlower.tools.evaluation.runners import Array, Runner, Track, open_runner
 
 MEDIA = {"image-classification": PICTURES, SOUND_CLASSES: SOUNDS}
 """What each of the tasks is about."""
@@ -73,15 +73,17 @@ def evaluate_media(
     """
     rows = read_labelled(path, columns, task, MEDIA[task])
     runner = open_runner(target)
-    scores = media_scores(runner, task, path, rows, batch_size=batch_size, track=track)
+    hits = media_hits(runner, task, path, rows, batch_size=batch_size, track=track)
+    figures = Figures(len(rows), "rows", {metric: mean(values) for metric, values in hits.items()})
+    scores = {metric: point(figure, len(rows)) for metric, figure in figures.by_name.items()}
     name = target.source if isinstance(target, Program) else os.fspath(target)
-    return Evaluation(name, task, str(path), len(rows), scores)
+    return Evaluation(name, task, str(path), len(rows), scores, figures=figures)
 
 
-def media_scores(
+def media_hits(
     runner: Runner, task: str, path: Path, rows: Sequence[Row], *, batch_size: int, track: Track
-) -> dict[str, float]:
-    """What :func:`evaluate_media` measures on ``rows``, by name."""
+) -> dict[str, Array]:
+    """Whether each of ``rows`` is right in the sense of each metric of :func:`evaluate_media`, by its name."""
     program, medium = runner.program, MEDIA[task]
     if not medium.reads(program) or not any(s.name == "logits" and s.type.rank == 2 for s in program.outputs):
         raise BitlowerError(
@@ -95,8 +97,8 @@ def media_scores(
         for batch in medium.batches(program, files, batch_size=batch_size):
             ranked.append(np.argsort(-runner.run(batch)["logits"], axis=-1, kind="stable")[:, :_SEVERAL])
     order = np.concatenate(ranked)
-    scores = {"accuracy": 100 * accuracy(order[:, 0], labels)}
+    right = order == np.asarray(labels)[:, None]
+    hits = {"accuracy": right[:, 0]}
     if len(names) > _SEVERAL:
-        hits = (order == np.asarray(labels)[:, None]).any(1)
-        scores["top-5 accuracy"] = 100 * float(hits.mean())
-    return scores
+        hits["top-5 accuracy"] = right.any(1)
+    return hits

@@ -14,10 +14,11 @@ and that many is the default stride.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ from torch.nn.functional import cross_entropy
 from bitlower.frontends.tokenize import check_length, lead_names, text_ids, window_lead
 from bitlower.ir import BitlowerError, CheckError, Program
 from bitlower.tools.data.texts import read_text
+from bitlower.tools.evaluation.figures import Figures, exponential, ratio
 from bitlower.tools.evaluation.generation import Sample, samples
+from bitlower.tools.evaluation.intervals import Interval, cautions, intervals
 from bitlower.tools.evaluation.language_model import LanguageModel, language_model
 
 Track = Callable[[Iterable[Any], str], Iterator[Any]]
@@ -44,6 +47,7 @@ class Perplexity:
         tokens_scored: tokens that were predicted.
         tokens: of the whole text.
         lead: the tokens that each window begins with, before those of the text.
+        figures: the perplexity as a function of the windows.
     """
 
     perplexity: float
@@ -53,13 +57,15 @@ class Perplexity:
     tokens_scored: int
     tokens: int
     lead: tuple[int, ...] = ()
+    figures: Figures | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class TextEvaluation:
     """A language model's evaluation: perplexity, if there was a text, and samples, if there were prompts.
 
-    ``bos`` is the rule for what windows and prompts begin with, ``begins`` what that came to, as text.
+    ``bos`` is the rule for what windows and prompts begin with, ``begins`` what that came to, as text. ``intervals``
+    are those of the perplexity, over windows; ``cautions`` is what is to be said of them.
     """
 
     target: str
@@ -70,14 +76,29 @@ class TextEvaluation:
     samples: tuple[Sample, ...] = ()
     bos: str = "auto"
     begins: str = ""
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    cautions: tuple[str, ...] = ()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The perplexity by its name, if there is one."""
+        return {} if self.perplexity is None else {"perplexity": self.perplexity.perplexity}
+
+    @property
+    def figures(self) -> Figures | None:
+        """The same as a function of the windows."""
+        return None if self.perplexity is None else self.perplexity.figures
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         form: dict[str, Any] = {"target": self.target, "task": "text-generation", "runtime": self.runtime}
         form |= {"bos": self.bos, "begins": self.begins}
         if self.perplexity is not None:
-            numbers = {**asdict(self.perplexity), "lead": list(self.perplexity.lead)}
+            numbers = asdict(replace(self.perplexity, figures=None)) | {"lead": list(self.perplexity.lead)}
+            del numbers["figures"]
             form |= {"data": self.data, "joiner": self.joiner, **numbers, "perplexity": round(numbers["perplexity"], 4)}
+            ranges = {name: [round(end, 4) for end in ends] for name, ends in self.intervals.items()}
+            form |= {"intervals": ranges, "notes": list(self.cautions)}
         return form | {"samples": [sample.to_dict() for sample in self.samples]}
 
 
@@ -92,6 +113,7 @@ def evaluate_text(
     prompts: Sequence[str] = (),
     new_tokens: int = 64,
     bos: str = "auto",
+    seed: int = 0,
     track: Track = lambda items, label: iter(items),
 ) -> TextEvaluation:
     """Perplexity of ``target`` on ``data``, and greedy samples from ``prompts``.
@@ -106,6 +128,7 @@ def evaluate_text(
         prompts: to continue.
         new_tokens: of each sample, at most.
         bos: what windows and prompts begin with; see :func:`~bitlower.frontends.tokenize.window_lead`.
+        seed: of the resamples of windows that the interval comes from.
         track: wraps the windows with a progress display.
 
     Raises:
@@ -122,7 +145,11 @@ def evaluate_text(
         result = perplexity(model, ids, window=window, stride=stride, windows=windows, lead=lead, track=track)
     name, begins = None if data is None else os.fspath(data), lead_names(model.program, lead)
     continued = samples(model, prompts, new_tokens, bos=bos)
-    return TextEvaluation(os.fspath(target), model.runtime, name, joiner, result, continued, bos, begins)
+    measured = TextEvaluation(os.fspath(target), model.runtime, name, joiner, result, continued, bos, begins)
+    if result is None or result.figures is None:
+        return measured
+    ranges = intervals(result.figures, seed=seed)
+    return replace(measured, intervals=ranges, cautions=cautions(result.figures, ranges))
 
 
 def perplexity(
@@ -146,17 +173,21 @@ def perplexity(
     stride = room if stride is None else stride
     starts = _starts(ids.numel(), room, stride, windows)
     first, predicted = torch.tensor(lead, dtype=torch.int64), room if lead else room - 1
-    total, scored = 0.0, 0
+    losses, scored = list[float](), list[int]()
     for start in track(starts, "perplexity"):
         part = torch.cat([first, ids[start : start + room]])
         fresh = predicted if start == 0 else min(stride, predicted)
         loss = _cross_entropy(model, part)[-fresh:].double().sum().item()
         if math.isnan(loss):
             raise CheckError(f"the model gives NaN for the window of tokens {start} to {start + room}")
-        total, scored = total + loss, scored + fresh
-    mean = total / scored
+        losses.append(loss)
+        scored.append(fresh)
+    mean = sum(losses) / sum(scored)
     value = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(value, len(starts), window, stride, scored, ids.numel(), tuple(lead))
+    read = repr((ids.tolist(), tuple(lead), starts, window))
+    by_name = {"perplexity": exponential(ratio(losses, scored, scale=1.0))}
+    figures = Figures(len(starts), "windows", by_name, hashlib.sha256(read.encode()).hexdigest())
+    return Perplexity(value, len(starts), window, stride, sum(scored), ids.numel(), tuple(lead), figures)
 
 
 def _starts(tokens: int, window: int, stride: int, windows: int | None) -> range:

@@ -13,10 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
+
 from bitlower.frontends.token_rows import TokenRow, first_rows, word_rows
 from bitlower.ir import BitlowerError, Program
 from bitlower.tools.data.labels import class_names
 from bitlower.tools.data.tagged import read_tagged
+from bitlower.tools.evaluation.figures import Figure, Figures, Floats, of_sums, ratio
 from bitlower.tools.evaluation.packages import metric_package
 from bitlower.tools.evaluation.results import Evaluation
 from bitlower.tools.evaluation.runners import Runner, Track, check_output, configuration, open_runner, run_rows
@@ -69,9 +72,10 @@ def evaluate_tags(
     gold, guessed = ([[tags[pair[side]] for pair in pairs] for pairs in both if pairs] for side in (0, 1))
     if not gold:
         raise BitlowerError(f"no word of {path} has a token", hint="is this the right tokenizer?")
-    metrics, notes = _metrics(gold, guessed, tags.values()), tuple(_notes(rows, expected, predicted, tags.values()))
+    metrics, by_name = _metrics(gold, guessed, tags.values())
+    notes, figures = tuple(_notes(rows, expected, predicted, tags.values())), Figures(len(gold), "sentences", by_name)
     name = target.source if isinstance(target, Program) else os.fspath(target)
-    return Evaluation(name, TOKEN_CLASSIFICATION, str(path), len(sentences), metrics, notes)
+    return Evaluation(name, TOKEN_CLASSIFICATION, str(path), len(sentences), metrics, notes, figures=figures)
 
 
 def _predicted(runner: Runner, rows: Sequence[TokenRow[int]], batch_size: int, track: Track) -> list[dict[int, int]]:
@@ -86,17 +90,46 @@ def _predicted(runner: Runner, rows: Sequence[TokenRow[int]], batch_size: int, t
     return result
 
 
-def _metrics(gold: list[list[str]], guessed: list[list[str]], tags: Iterable[str]) -> dict[str, float]:
-    """Accuracy by word; F1, precision and recall by entity where tags name any, all other tags then being outside."""
+def _metrics(
+    gold: list[list[str]], guessed: list[list[str]], tags: Iterable[str]
+) -> tuple[dict[str, float], dict[str, Figure]]:
+    """Accuracy by word; F1, precision and recall by entity where tags name any, all other tags then being outside.
+
+    The same as functions of the sentences.
+    """
     pairs = list(zip(chain(*gold), chain(*guessed), strict=True))
     result = {"accuracy": 100 * sum(a == b for a, b in pairs) / len(pairs)}
+    right = [sum(a == b for a, b in zip(*rows, strict=True)) for rows in zip(gold, guessed, strict=True)]
+    figures = {"accuracy": ratio(right, [len(row) for row in gold])}
     if not _names_entities(tags):
-        return result
+        return result, figures
     seqeval = metric_package("seqeval.metrics", "seqeval")
     sides = [[[tag if _ENTITY.fullmatch(tag) else _OUTSIDE for tag in row] for row in side] for side in (gold, guessed)]
     for name in ("f1", "precision", "recall"):
         result[name] = 100 * float(getattr(seqeval, f"{name}_score")(*sides, zero_division=0))
-    return result
+    return result, figures | _entity_figures(*sides)
+
+
+def _entity_figures(gold: list[list[str]], guessed: list[list[str]]) -> dict[str, Figure]:
+    """F1, precision and recall from how many entities of each sentence are right, are there, and are named."""
+    entities = metric_package("seqeval.metrics.sequence_labeling", "seqeval").get_entities
+    sides = [(set(entities(a)), set(entities(b))) for a, b in zip(gold, guessed, strict=True)]
+    counts = [(len(there & named), len(there), len(named)) for there, named in sides]
+
+    def share(numerator: Sequence[float], denominator: Sequence[float]) -> Figure:
+        """Of counts; 0 where there is nothing to count."""
+        weights = np.stack([numerator, denominator], 1)
+        return of_sums(counts, lambda sums: _share(*(sums @ weights).T))
+
+    return {
+        "f1": share((2, 0, 0), (0, 1, 1)),
+        "precision": share((1, 0, 0), (0, 0, 1)),
+        "recall": share((1, 0, 0), (0, 1, 0)),
+    }
+
+
+def _share(part: Floats, whole: Floats) -> Floats:
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
 
 def _notes(

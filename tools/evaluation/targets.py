@@ -25,46 +25,12 @@ from bitlower.ir.stages import encoder_batch, is_encoder_decoder
 from bitlower.tools.data.named_rows import SOUNDS, NamedRows
 from bitlower.tools.data.texts import Row, read_examples, split_column
 from bitlower.tools.evaluation.ctc import heard
-from bitlower.tools.evaluation.packages import metric_package
 from bitlower.tools.evaluation.results import Evaluation
 from bitlower.tools.evaluation.runners import Track, open_model, runner_of
+from bitlower.tools.evaluation.written import METRICS, SPEECH, written_figures
 
 Write = Callable[[Batch], list[str]]
 """From a batch of sources to the texts that a model writes."""
-
-
-def _rouge(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """The mean F1 of ROUGE-1, -2 and -L (Lin, 2004)."""
-    scorer = metric_package("rouge_score.rouge_scorer", "rouge-score").RougeScorer(["rouge1", "rouge2", "rougeL"])
-    scores = [scorer.score(reference, text) for text, reference in zip(written, references, strict=True)]
-    return {name: 100 * sum(score[name].fmeasure for score in scores) / len(scores) for name in scores[0]}
-
-
-def _bleu(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """BLEU (Papineni et al., 2002) and chrF (Popović, 2015) of the corpus, as sacrebleu has them."""
-    sacrebleu = metric_package("sacrebleu", "sacrebleu")
-    return {
-        "bleu": sacrebleu.corpus_bleu(list(written), [list(references)]).score,
-        "chrf": sacrebleu.corpus_chrf(list(written), [list(references)]).score,
-    }
-
-
-def _wer(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Word and character error rates after Whisper's normalization (Radford et al., 2022, appendix C)."""
-    from transformers.models.whisper.english_normalizer import BasicTextNormalizer
-
-    jiwer, plain = metric_package("jiwer", "jiwer"), BasicTextNormalizer()
-    spoken, heard = ([plain(text).strip() for text in texts] for texts in (references, written))
-    return {"wer": 100 * jiwer.wer(spoken, heard), "cer": 100 * jiwer.cer(spoken, heard)}
-
-
-SPEECH = "speech-recognition"
-METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] = {
-    "summarization": _rouge,
-    "translation": _bleu,
-    SPEECH: _wer,
-}
-"""By task: from what was written and what should have been to figures in percent."""
 
 
 def evaluate_targets(
@@ -83,7 +49,7 @@ def evaluate_targets(
 
     Args:
         target: an ONNX artifact's folder, a model as the frontends take it, or a Program.
-        task: one of :data:`METRICS`.
+        task: one of :data:`~bitlower.tools.evaluation.written.METRICS`.
         data: a .tsv, .csv or .jsonl file; ``FILE:SOURCE,TARGET`` names the columns too.
         columns: of the source (a text, or the path of a sound file, relative to ``data``) and of the reference.
         batch_size: sources in a batch.
@@ -118,7 +84,9 @@ def evaluate_targets(
         writer = _Writer.open(model, limits)
         written = [t for batch in track(writer.batches(path, rows, batch_size), "evaluating") for t in writer(batch)]
     name = target.source if isinstance(target, Program) else os.fspath(target)
-    return Evaluation(name, task, str(path), len(rows), METRICS[task](written, [row.values[1] for row in rows]))
+    references = [row.values[1] for row in rows]
+    metrics, figures = METRICS[task](written, references), written_figures(task, written, references)
+    return Evaluation(name, task, str(path), len(rows), metrics, figures=figures)
 
 
 @dataclass(frozen=True)

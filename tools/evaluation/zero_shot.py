@@ -17,8 +17,8 @@ from bitlower.frontends.captions import reads_captions
 from bitlower.ir import BitlowerError, Program
 from bitlower.ir.tasks import CAPTIONS
 from bitlower.tools.data.media import PICTURES
+from bitlower.tools.evaluation.figures import Figures, accuracy_of, point
 from bitlower.tools.evaluation.media import read_labelled
-from bitlower.tools.evaluation.metrics import accuracy
 from bitlower.tools.evaluation.results import Evaluation
 from bitlower.tools.evaluation.runners import Array, Runner, Track, open_runner
 
@@ -61,9 +61,10 @@ def evaluate_zero_shot(
     texts = _embedded(runner, _TEXTS, files[:1] * len(prompts), prompts, batch_size, lambda items, label: iter(items))
     pictures = _embedded(runner, _PICTURES, files, prompts[:1] * len(files), batch_size, track)
     nearest = (_unit(pictures) @ _unit(texts).T).argmax(1)
-    score = accuracy(nearest, [classes.index(label) for label in labels])
+    right = accuracy_of(nearest, [classes.index(label) for label in labels])
     name = target.source if isinstance(target, Program) else os.fspath(target)
-    return Evaluation(name, CAPTIONS, str(path), len(rows), {"accuracy": 100 * score})
+    figures = Figures(len(rows), "rows", {"accuracy": right})
+    return Evaluation(name, CAPTIONS, str(path), len(rows), {"accuracy": point(right, len(rows))}, figures=figures)
 
 
 def _embedded(

@@ -23,7 +23,7 @@ class Condition:
     """A figure that makes a command fail.
 
     Args:
-        name: of the figure.
+        name: of the figure, dashes as underscores.
         operator: ``<``, ``<=``, ``>`` or ``>=``.
         limit: the number on its right.
     """
@@ -96,6 +96,7 @@ def judge(conditions: Sequence[Condition], figures: Mapping[str, float]) -> Judg
     Raises:
         BitlowerError: a figure was not measured.
     """
+    figures = {name.replace("-", "_"): value for name, value in figures.items()}
     for condition in conditions:
         if condition.name not in figures:
             raise BitlowerError(

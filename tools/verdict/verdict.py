@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from bitlower.ir.json_files import read_json
 from bitlower.ir.text import html_table
 from bitlower.passes import Pass
 from bitlower.tools.render import format_bytes, make_table
-from bitlower.tools.verdict.conditions import Condition, Judgement, judge
 from bitlower.tools.verdict.figures import COLUMNS, Figure, headline_figures, ledger_figures, ordered
 
 FILE = "verdict.json"
@@ -114,14 +113,6 @@ class Verdict:
         figures = (Figure(row["name"], row["value"], row.get("of")) for row in form["figures"])
         names = ("model", "scheme", "float_bytes", "bytes", "output", "runtime")
         return cls(**{name: form[name] for name in names}, figures=tuple(figures))
-
-    def judged(self, conditions: Sequence[Condition]) -> Judgement:
-        """Whether its figures are accepted.
-
-        Raises:
-            BitlowerError: a figure was not measured.
-        """
-        return judge(conditions, self.values())
 
     def text(self) -> str:
         """The file ``verdict.json``."""

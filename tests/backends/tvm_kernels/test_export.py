@@ -31,7 +31,15 @@ from bitlower.frontends import load
 from bitlower.ir import BitlowerError, CheckError, Level, Program, get_tensor, kernels, set_tensor
 from bitlower.passes import Context, PassManager, parse_pipeline
 
-FILES = {"library.so", "library.json", "verification.json", "config.json", "manifest.json", "tokenizer.json"}
+FILES = {
+    "library.so",
+    "library.json",
+    "verification.json",
+    "config.json",
+    "manifest.json",
+    "tokenizer.json",
+    "README.md",
+}
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -191,6 +191,13 @@ def test_eval(call: Any, classifier: Path, tmp_path: Path) -> None:
     assert (code, json.loads(out)["samples"]) == (0, 2)
     code, out, _ = call("eval", classifier, "--task", "classification", "--data", data, "--beams", 2, "--json")
     assert (code, "classification searches for nothing" in out) == (2, True)
+    arguments = ("eval", classifier, "--task", "classification", "--data", data, "--compare", classifier)
+    code, out, err = call(*arguments, "--fail-if", "accuracy > 100", "--fail-if", "difference.f1 < 0", "--json")
+    assert (code, json.loads(out)["accepted"], "ACCEPT: accuracy is " in err) == (0, True, True)
+    code, out, err = call(*arguments, "--fail-if", "accuracy <= 100", "--json")
+    assert (code, json.loads(out)["accepted"], "REGRESSION: accuracy is " in err) == (1, False, True)
+    assert "bleu was not measured; measured were accuracy, f1" in call(*arguments, "--fail-if", "bleu < 9")[2]
+    assert "is no condition" in call("eval", "nowhere", "--task", "classification", "--fail-if", "x")[2]
 
 
 def test_eval_of_a_masked_language_model(call: Any, save_head: Callable[..., Path], texts: Path) -> None:
@@ -198,7 +205,7 @@ def test_eval_of_a_masked_language_model(call: Any, save_head: Callable[..., Pat
     code, out, notes = call(*arguments, "--max-length", 8)
     assert code == 0
     assert re.search(r"pseudo_perplexity +\S +\d", out)
-    assert re.search(r"accuracy +\S +[\d.]+ \S %", out)
+    assert re.search(r"accuracy +\S +[\d.]+ \S [\d.]+ to [\d.]+ +\S %", out)
     assert "tokens are masked, drawn with seed 5" in notes
     assert "of 40 texts are longer than the model or max_length takes, and are cut" in notes
 
@@ -209,6 +216,8 @@ def test_eval_of_a_language_model(call: Any, llama: Path, story: Path, traced: N
     form = json.loads(out)
     assert (code, form["windows"], form["stride"], form["tokens_scored"]) == (0, 2, 16, 30)
     assert (form["joiner"], form["runtime"], form["samples"][0]["prompt"]) == ("\n", "Program", "the cat")
+    code, _, err = call(*arguments, "--fail-if", "perplexity > 1")
+    assert (code, "REGRESSION: perplexity is " in err) == (1, True)
     out = call(*arguments, "--stride", 4)[1]
     assert "2 windows of 16 tokens, stride 4, 19 tokens scored of" in out
     assert "as they are" in out
@@ -217,6 +226,26 @@ def test_eval_of_a_language_model(call: Any, llama: Path, story: Path, traced: N
     assert call("eval", llama, "--task", "text-generation")[0] == 2
     assert call("eval", llama, "--task", "text-generation", "--prompt", "rain", "--beams", 2)[0] == 2
     assert call("eval", llama, "--task", "sts-b")[0] == 2
+
+
+def test_eval_of_two_models(
+    call: Any, classifier: Path, llama: Path, story: Path, tmp_path: Path, traced: None
+) -> None:
+    data = tmp_path / "data.tsv"
+    data.write_text("sentence\tlabel\n" + "the cat\t1\nrain\t0\n" * 15)
+    arguments = ("eval", classifier, "--task", "classification", "--data", data, "--compare", classifier)
+    form = json.loads(call(*arguments, "--json")[1])
+    assert form["accuracy"] == form["compare"]["accuracy"]
+    low, high = form["intervals"]["accuracy"]
+    assert low <= form["accuracy"] <= high
+    assert form["differences"]["accuracy"]["verdict"] == "equal"
+    assert re.search(r"accuracy +\S +[\d.]+ \S +[\d.]+ \S \+0.00 +\S 0.00 to 0.00 +\S equal +\S %", call(*arguments)[1])
+    texts = ("eval", llama, "--task", "text-generation", "--compare", llama)
+    out = call(*texts, "--data", story, "--window", 16, "--windows", 2)[1]
+    assert re.search(r"95 % interval +\S [\d.]+ to [\d.]+", out)
+    assert re.search(r"perplexity .* equal", out)
+    code, _, notes = call(*texts, "--prompt", "rain")
+    assert (code, "no figure to compare" in notes) == (2, True)
 
 
 def test_quantize_takes_algorithm_and_formats(

@@ -174,4 +174,4 @@ def test_results_are_plain_data(classifier: Path, tmp_path: Path) -> None:
     data.write_text("sentence\tlabel\nthe cat\t1\nrain\t0\n")
     form = evaluate(classifier, "classification", data).to_dict()
     assert json.loads(json.dumps(form)) == form
-    assert form.keys() == {"target", "task", "data", "samples", "accuracy", "f1", "matthews", "notes"}
+    assert form.keys() == {"target", "task", "data", "samples", "accuracy", "f1", "matthews", "intervals", "notes"}

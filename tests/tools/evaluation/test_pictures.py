@@ -15,7 +15,7 @@ from bitlower.ir import BitlowerError, Program
 from bitlower.ir.quiet import quiet
 from bitlower.tools.data.media import PICTURES
 from bitlower.tools.evaluation.evaluate import evaluate
-from bitlower.tools.evaluation.media import media_scores, read_labelled
+from bitlower.tools.evaluation.media import media_hits, read_labelled
 from bitlower.tools.evaluation.runners import Runner
 
 Save = Callable[..., list[Path]]
@@ -60,10 +60,13 @@ def test_of_many_classes_the_first_five_count_too(program: Program, save_picture
         return {"logits": -torch.arange(8.0).repeat(2, 1).numpy()}
 
     rows = read_labelled(path, (), "image-classification", PICTURES)
-    scores = media_scores(
+    hits = media_hits(
         Runner(program, run), "image-classification", path, rows, batch_size=2, track=lambda items, label: iter(items)
     )
-    assert scores == {"accuracy": 0.0, "top-5 accuracy": 50.0}
+    assert {name: values.tolist() for name, values in hits.items()} == {
+        "accuracy": [False, False],
+        "top-5 accuracy": [True, False],
+    }
 
 
 def test_bad_rows_are_named(program: Program, tiny_program: Program, save_pictures: Save, tmp_path: Path) -> None:

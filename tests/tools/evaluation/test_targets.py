@@ -14,7 +14,7 @@ from bitlower.ir.assets import read_assets
 from bitlower.ir.generation import program_stages, write_targets
 from bitlower.tools.evaluation import targets
 from bitlower.tools.evaluation.evaluate import evaluate
-from bitlower.tools.evaluation.targets import METRICS
+from bitlower.tools.evaluation.written import METRICS
 
 SOURCES = ["the cat sings", "a small dog sleeps near the old river", "bird runs"]
 
