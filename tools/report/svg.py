@@ -18,6 +18,8 @@ COLORS = 8
 """Different colours of the style sheet; more series begin again, dashed."""
 _STEPS = (1, 2, 2.5, 5, 10)
 """Ticks lie at multiples of one of these times a power of ten."""
+_FLAT = 1e-300
+"""Axes that are no longer have one tick: a step of theirs would be no float."""
 _LETTER = 6.2
 """Width of a letter of an axis, about."""
 
@@ -55,7 +57,7 @@ class Axis:
                 return [value for value in Axis(self.low, self.high, "").ticks(count) if value > 0]
             return [10.0**power for power in powers][::step]
         span = self.high - self.low
-        if span <= 0:
+        if span <= _FLAT:
             return [self.low]
         rough = span / count
         scale = 10 ** math.floor(math.log10(rough))

@@ -18,6 +18,7 @@ from bitlower.ir import Batch, Level, Program
 from bitlower.ir.observe import observe, stream
 from bitlower.ir.quantization import numerics
 from bitlower.ir.quantizer_node import QuantizerNode
+from bitlower.ir.storage import release
 from bitlower.ir.tokens import value_mask
 from bitlower.passes import Context, Pass, Recorder, digest_batches
 from bitlower.tools.runs.channel_maps import ChannelSizes, channel_rows, compared_sums
@@ -186,6 +187,7 @@ class _Tally:
             self.channels = torch.stack([rows.amin(1), rows.amax(1)])
             if scale.dim() == weight.dim() and 1 < scale.shape[0] < len(weight):
                 self.groups = [row * scale.shape[0] // len(weight) for row in range(len(weight))]
+        release(self.view.weight(program.module))
 
     def add(self, value: torch.Tensor, program: Program, mask: torch.Tensor | None) -> None:
         """Take a batch of an activation; entries that ``mask`` leaves out are padding."""

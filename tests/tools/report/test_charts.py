@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bitlower.ir.charts import BarChart, Chart, LineChart, MapChart, chart_form
@@ -103,6 +103,7 @@ def test_passes_that_fill_a_part_say_so() -> None:
 NUMBERS = st.floats(-1e6, 1e6, allow_subnormal=False) | st.none()
 
 
+@example([(5e-324, None)], False)
 @given(st.lists(st.tuples(st.floats(-1e6, 1e6), NUMBERS), max_size=6), st.booleans())
 def test_whatever_numbers_a_chart_has_it_is_drawn(points: list[tuple[float, float | None]], logarithmic: bool) -> None:
     heights = tuple(y for _, y in points)
