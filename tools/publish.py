@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from bitlower.backends.artifact.manifest import FILE, check_artifact, is_artifact, read_manifest
+from bitlower.backends.artifact import MANIFEST, check_artifact, is_artifact, read_manifest
 from bitlower.ir import BitlowerError
 from bitlower.ir.files import check_name
 
@@ -72,7 +72,7 @@ def push(
     files = check_artifact(path)
     if files.unlisted:
         note(f"not the artifact's, and not uploaded: {', '.join(files.unlisted)}")
-    names = [*sorted(read_manifest(path).files), FILE]
+    names = [*sorted(read_manifest(path).files), MANIFEST]
     with _explained(repository):
         api = HfApi(library_name="bitlower")
         api.create_repo(repository, private=private, exist_ok=True)
@@ -92,7 +92,7 @@ def push(
             commit_message=message or f"{path.resolve().name}, by bitlower",
             revision=revision,
         )
-    count = files.bytes + (path / FILE).stat().st_size
+    count = files.bytes + (path / MANIFEST).stat().st_size
     return Pushed(repository, revision, commit.oid, commit.commit_url, len(names), count)
 
 

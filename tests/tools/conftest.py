@@ -71,6 +71,12 @@ def save_bert(folder: Path, *, labels: int | None = None) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables as wide as they need to be, whatever the terminal of the test run has."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 @pytest.fixture(scope="session")
 def save_head(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``save_head("TokenClassification", num_labels=5)``: the tiny encoder with a head, its weights large enough that

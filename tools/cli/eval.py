@@ -75,7 +75,6 @@ def evaluate(
     fail_if: FailIf = None,
 ) -> None:
     """Measure accuracy on labelled data, or perplexity, samples and speed of a language model, with intervals."""
-    from bitlower.ir import BitlowerError
     from bitlower.tools.evaluation.evaluate import evaluate as measure
     from bitlower.tools.evaluation.perplexity import evaluate_text
     from bitlower.tools.verdict.conditions import parse_conditions
@@ -89,13 +88,8 @@ def evaluate(
             _names(tasks), include_path, num_fewshot, limit, batch_size, max_length, seed
         ))  # fmt: skip
         return
-    if task is None:
-        raise BitlowerError("there is no task to measure", hint="give --task, or --harness with --tasks")
-    if task == GENERATION:
-        if beams != 1:
-            raise BitlowerError("text-generation continues prompts greedily", hint="leave out --beams")
-        if compare and data is None:
-            raise BitlowerError("there is no figure to compare", hint="give --data; samples alone are not compared")
+    measured, place = _measurable(task, data, beams=beams, compared=compare is not None)
+    if measured == GENERATION:
         unescaped = None if joiner is None else joiner.replace(r"\n", "\n").replace(r"\t", "\t")
         of_text = partial(
             evaluate_text, data=data, joiner=unescaped, window=window, stride=stride, windows=windows,
@@ -103,13 +97,30 @@ def evaluate(
         )  # fmt: skip
         _show_texts(display, conditions, [of_text(name) for name in targets], seed)
         return
-    if data is None:
-        raise BitlowerError("there is nothing to evaluate on", hint="give --data")
     of_rows = partial(
-        measure, task=task, data=data, columns=_names(columns), batch_size=batch_size, max_length=max_length, seed=seed,
+        measure, task=measured, data=place, columns=_names(columns), batch_size=batch_size, max_length=max_length, seed=seed,
         beams=beams, track=display.track,
     )  # fmt: skip
     _show_rows(display, conditions, [of_rows(name) for name in targets], seed)
+
+
+def _measurable(task: str | None, data: str | None, *, beams: int, compared: bool) -> tuple[str, str]:
+    """The task, and what it measures on: nothing, where a language model only continues prompts.
+
+    Raises:
+        BitlowerError: one is missing, or an option is for other tasks.
+    """
+    from bitlower.ir import BitlowerError
+
+    if task is None:
+        raise BitlowerError("there is no task to measure", hint="give --task, or --harness with --tasks")
+    if task == GENERATION and beams != 1:
+        raise BitlowerError("text-generation continues prompts greedily", hint="leave out --beams")
+    if data is None and task != GENERATION:
+        raise BitlowerError("there is nothing to evaluate on", hint="give --data")
+    if data is None and compared:
+        raise BitlowerError("there is no figure to compare", hint="give --data; samples alone are not compared")
+    return task, data or ""
 
 
 def _names(listed: str) -> tuple[str, ...]:

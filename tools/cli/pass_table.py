@@ -77,10 +77,10 @@ def _ancestors(folder: Path, cls: _Class) -> Iterator[_Class]:
     """The classes that ``cls`` derives from, the nearest first, as far as they lie among the passes."""
     for name in cls.bases:
         path = _imported_from(folder, cls.path).get(name, cls.path)
-        found = _classes(path).get(name)
-        if found is not None:
-            yield found
-            yield from _ancestors(folder, found)
+        ancestor = _classes(path).get(name)
+        if ancestor is not None:
+            yield ancestor
+            yield from _ancestors(folder, ancestor)
 
 
 @cache

@@ -242,7 +242,7 @@ def test_a_full_disk(quantize: Refused, monkeypatch: pytest.MonkeyPatch, writer:
 def test_usage(refused: Refused) -> None:
     assert "No such command 'runn'" in refused("runn")
     assert "No such option: --schem" in refused("quantize", "x", "--schem", "W8A8")
-    assert "Missing option" in refused("eval", "x")
+    assert "Missing option" in refused("analyze", "x")
     assert "exclude each other" in refused(
         "quantize", ".", "--calibration", "y", "-o", "z", "--cache", "c", "--no-cache"
     )

@@ -145,7 +145,7 @@ def test_a_wrong_form_is_named_with_its_line(folder: Path, old: str, new: str, l
         ("- clean", "- lower-integer", 7, "pass 1, 'lower-integer', takes a program at level simulated; here it is"),
         ("sentences.txt", "nowhere.txt", 3, "the calibration data "),
         ("held.tsv", "nowhere.txt", 5, "the evaluation data "),
-        ("package:some-model", "no-folder", 1, "the model folder "),
+        ("package:some-model", "no-folder", 1, "no model folder at "),
         ("passes:", "plugins: [nothing.py]\npasses:", 6, "no plugin file "),
     ],
 )
