@@ -11,7 +11,6 @@ from typing import Any
 from bitlower.backends.artifact.manifest import list_files
 from bitlower.backends.artifact.resolved import float_bytes
 from bitlower.ir import Program
-from bitlower.ir.files import write_whole
 from bitlower.ir.json_files import read_json
 from bitlower.ir.model_card import CARD, front_matter, with_front_matter
 from bitlower.ir.tasks import CTC, SPEECH_RECOGNITION, TASKS
@@ -67,7 +66,7 @@ def write_card(program: Program, folder: Path, usage: Usage) -> str:
         _making(program, folder),
     ]
     text = with_front_matter(_front(program, usage, folder), "\n\n".join(sections) + "\n")
-    write_whole(folder / CARD, text.encode())
+    (folder / CARD).write_text(text, encoding="utf-8")
     return CARD
 
 
