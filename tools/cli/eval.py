@@ -98,8 +98,8 @@ def evaluate(
         _show_texts(display, conditions, [of_text(name) for name in targets], seed)
         return
     of_rows = partial(
-        measure, task=measured, data=place, columns=_names(columns), batch_size=batch_size, max_length=max_length, seed=seed,
-        beams=beams, track=display.track,
+        measure, task=measured, data=place, columns=_names(columns), batch_size=batch_size, max_length=max_length,
+        seed=seed, beams=beams, track=display.track,
     )  # fmt: skip
     _show_rows(display, conditions, [of_rows(name) for name in targets], seed)
 
