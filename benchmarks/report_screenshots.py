@@ -2,8 +2,8 @@
 
     python benchmarks/report_screenshots.py --output DIR [minilm | smollm2-w4 | smollm2-static | RECIPE | ARTIFACT]…
 
-    python benchmarks/report_screenshots.py --output DIR [minilm|smollm2-w4|smollm2-static|RECIPE|ARTIFACT]…
-without seconds and texts. Pictures are taken in Chromium by playwright, part by part at two widths, light and dark.
+Recipes are run, with their data beside them; of an artifact that is there the report is made without seconds and texts.
+Pictures are taken in Chromium by playwright, part by part at two widths, light and dark.
 """
 
 from __future__ import annotations
