@@ -5,7 +5,7 @@ placed quantizers follow the bytes of every tensor (:mod:`bitlower.backends.size
 hold it. Memory and time are foreseen by :mod:`bitlower.tools.planning.costs`. Sizes are::
 
     model file = Σ codes + Σ scales and zero points + Σ tensors that stay float + overhead of nodes and tensors
-    artifact   = model file + tokenizer + FOLDER_BYTES + ROW_BYTES · quantizers
+    artifact   = model file + tokenizer + FOLDER_BYTES + ROW_BYTES · quantizers + SEEN_BYTES · tensors with statistics
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from bitlower.tools.runs.job import default_cache, traces_in
 from bitlower.tools.runs.standard import DEFAULT, standard_exports, standard_passes
 
 KEPT = "the trace of the model is in the cache: the run reads its weights alone"
-FOLDER_BYTES = 4_000
-"""Files of an artifact that hardly depend on the model, and those that have a row for each quantizer: measured."""
-ROW_BYTES = 1_100
+FOLDER_BYTES, ROW_BYTES, SEEN_BYTES = 6_000, 700, 2_200
+"""Files of an artifact that hardly depend on the model, those that have a row for each quantizer, and the statistics of
+a tensor, which weights have, and values where there are held-out data: measured."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def make_plan(
         sum(tensor.bytes for tensor in tensors) + target.overhead(placed)
         for tensors, target in zip(planned, targets, strict=True)
     ]
-    beside = sum(map(len, program.assets.values())) + FOLDER_BYTES + ROW_BYTES * len(list(placed.quantizers()))
+    beside = sum(map(len, program.assets.values())) + FOLDER_BYTES + _record_bytes(placed, data)
     later = [pass_ for pass_ in passes if pass_ not in early]
     costs = Costs(program, placed, passes, data, exports, lesson, trace_cached, cached, files[0])
     unknown = tuple(unforeseen(placed, passes, exports))
@@ -249,6 +249,13 @@ def make_plan(
         costs.seconds(),
         bool(unknown),
     )
+
+
+def _record_bytes(placed: Program, data: Load) -> int:
+    """Of what is recorded of each quantizer."""
+    views = [QuantizerNode(node) for node, _ in placed.quantizers()]
+    seen = views if data.held_out else [view for view in views if view.rounds_parameter]
+    return ROW_BYTES * len(views) + SEEN_BYTES * len(seen)
 
 
 def _tensor_plans(program: Program, reasons: dict[str, str], target: Sizes) -> tuple[TensorPlan, ...]:

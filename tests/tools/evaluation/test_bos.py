@@ -112,7 +112,7 @@ def test_calibration_windows_begin_with_it_and_keep_their_length(program: Progra
     text.write_text("the cat sings and a dog runs under the old tree " * 30)
     found = {}
     for bos in ("auto", "always", "never"):
-        recipe = standard_recipe("model", "W8A8", text, samples=3, max_length=16, bos=bos)
+        recipe = standard_recipe("package:model", "W8A8", text, samples=3, max_length=16, bos=bos)
         data = recipe_source(recipe, decoder=True).batches(program)
         rows = torch.cat([batch["input_ids"] for batch in (*data.calibration, *data.evaluation)])
         assert rows.shape == (5, 16)
@@ -125,14 +125,14 @@ def test_calibration_windows_begin_with_it_and_keep_their_length(program: Progra
     assert found["auto"] == found["always"] != found["never"]
     ids = text_ids(program, text.read_text())
     starts = {tuple(ids[i : i + 15].tolist()) for i in range(0, len(ids) - 14, 15)}
-    recipe = standard_recipe("model", "W8A8", text, samples=3, max_length=16)
+    recipe = standard_recipe("package:model", "W8A8", text, samples=3, max_length=16)
     for batch in recipe_source(recipe, decoder=True).batches(program).calibration:
         assert tuple(batch["input_ids"][0, 1:].tolist()) in starts
 
 
 def test_models_that_read_texts_have_no_such_rule(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a text\n" * 20)
-    recipe = standard_recipe("model", "W8A8", tmp_path / "text.txt", bos="never")
+    recipe = standard_recipe("package:model", "W8A8", tmp_path / "text.txt", bos="never")
     assert recipe.model.bos == "never"
     with pytest.raises(BitlowerError, match="bos 'never' is about the windows of language models"):
         recipe_source(recipe, decoder=False)
