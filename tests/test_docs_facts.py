@@ -123,7 +123,8 @@ def test_figures_of_the_verdict_are_documented() -> None:
     for (_, text, normal), meaning in zip(table, MEANINGS.values(), strict=True):
         unit = f" ({meaning.unit})" if meaning.unit else ""
         assert text == meaning.text + unit
-        assert normal in (meaning.normal, "all")
+        few = f"; fewer than 8 bits: {meaning.normal(few_bits=True)}" if meaning.few is not None else ""
+        assert normal in (meaning.normal() + few, "all")
 
 
 def test_reports_and_rules_are_documented() -> None:

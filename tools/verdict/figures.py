@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bitlower.tools.render import Cell
@@ -18,33 +18,42 @@ class Meaning:
         unit: of the number; empty for a plain one.
         least: the lower end of the range in which it normally lies; None: no end.
         most: the upper end.
+        few: the end that counts in their place where weights have fewer than 8 bits; None: the same.
     """
 
     text: str
     unit: str = ""
     least: float | None = None
     most: float | None = None
+    few: float | None = None
 
-    @property
-    def normal(self) -> str:
+    def ends(self, few_bits: bool) -> tuple[float | None, float | None]:
+        """Both ends of the range."""
+        if not few_bits or self.few is None:
+            return self.least, self.most
+        return (self.few, None) if self.least is not None else (None, self.few)
+
+    def normal(self, few_bits: bool = False) -> str:
         """The range in words."""
-        ends = [
-            f"≥ {self.least:g}" if self.least is not None else "",
-            f"≤ {self.most:g}" if self.most is not None else "",
-        ]
-        return " and ".join(f"{end} {self.unit}".rstrip() for end in ends if end)
+        low, high = self.ends(few_bits)
+        words = [f"≥ {low:g}" if low is not None else "", f"≤ {high:g}" if high is not None else ""]
+        return " and ".join(f"{end} {self.unit}".rstrip() for end in words if end)
 
 
 MEANINGS: Mapping[str, Meaning] = {
     "perplexity": Meaning("on held-out text, of the quantized model"),
     "perplexity_float": Meaning("on the same text, of the float model"),
     "perplexity_increase": Meaning("what quantization added to the perplexity", "%", most=10),
-    "top1": Meaning("held-out rows or tokens whose most likely class or token is the float model's", "%", least=90),
-    "kl": Meaning(
-        "mean KL divergence of the outputs' softmax from the float model's, on held-out data", "nats", most=0.1
+    "top1": Meaning(
+        "held-out rows or tokens whose most likely class or token is the float model's", "%", least=90, few=75
     ),
-    "cosine": Meaning("mean cosine of the outputs' vectors with the float model's, on held-out data", least=0.99),
-    "relative_error": Meaning("norm of the outputs' error over their norm, on held-out data", most=0.2),
+    "kl": Meaning(
+        "mean KL divergence of the outputs' softmax from the float model's, on held-out data", "nats", most=0.1, few=0.2
+    ),
+    "cosine": Meaning(
+        "mean cosine of the outputs' vectors with the float model's, on held-out data", least=0.99, few=0.95
+    ),
+    "relative_error": Meaning("norm of the outputs' error over their norm, on held-out data", most=0.15, few=0.3),
     "size_ratio": Meaning("how many times smaller the artifact is than the float32 model"),
     "float_share": Meaning("of all parameters, those that stay in float", "%"),
     "integer_products": Meaning("multiplications that the runtime does in integers, of those that have codes"),
@@ -59,7 +68,11 @@ MEANINGS: Mapping[str, Meaning] = {
     ),
     "selftest_cosine": Meaning("least cosine of an output with the one that was recorded at export", least=0.99),
 }
-"""All figures by name, in the order of tables. The ranges are those that the recipes in ``examples/`` keep."""
+"""All figures by name, in the order of tables.
+
+The ranges are a little wider than what ``examples/minilm-w8a8.yaml`` gives, and ``smollm2-w4.yaml`` where weights have
+fewer than 8 bits.
+"""
 
 
 @dataclass(frozen=True)
@@ -70,11 +83,13 @@ class Figure:
         name: one of :data:`MEANINGS`, or a backend's own.
         value: in its unit.
         of: how many there should be, where something is counted; None elsewhere.
+        few_bits: whether the model's weights have fewer than 8 bits.
     """
 
     name: str
     value: float
     of: float | None = None
+    few_bits: bool = False
 
     @property
     def meaning(self) -> Meaning:
@@ -84,7 +99,7 @@ class Figure:
     @property
     def is_normal(self) -> bool | None:
         """Whether it lies in its normal range; None where there is none."""
-        low, high = (self.of, None) if self.of is not None else (self.meaning.least, self.meaning.most)
+        low, high = (self.of, None) if self.of is not None else self.meaning.ends(self.few_bits)
         if low is None and high is None:
             return None
         return (low is None or self.value >= low) and (high is None or self.value <= high)
@@ -92,7 +107,7 @@ class Figure:
     @property
     def normal(self) -> str:
         """The normal range in words."""
-        return f"{self.of:g}" if self.of is not None else self.meaning.normal
+        return f"{self.of:g}" if self.of is not None else self.meaning.normal(self.few_bits)
 
     @property
     def text(self) -> str:
@@ -104,8 +119,9 @@ class Figure:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        head: dict[str, Any] = {"name": self.name, "value": float(f"{self.value:.6g}")}
+        head: dict[str, Any] = {"name": self.name, "value": self.value}
         head |= {} if self.of is None else {"of": self.of}
+        head |= {"few_bits": True} if self.few_bits else {}
         head |= {"unit": self.meaning.unit, "meaning": self.meaning.text, "normal": self.normal}
         return head | {"is_normal": self.is_normal}
 
@@ -120,9 +136,10 @@ COLUMNS = ("figure", "value", "normal", "meaning")
 
 
 def ordered(figures: Iterable[Figure]) -> tuple[Figure, ...]:
-    """In the order of :data:`MEANINGS`; others last."""
+    """In the order of :data:`MEANINGS`, others last; with the six significant digits that files have."""
     places = {name: place for place, name in enumerate(MEANINGS)}
-    return tuple(sorted(figures, key=lambda figure: places.get(figure.name, len(places))))
+    rounded = (replace(figure, value=float(f"{figure.value:.6g}")) for figure in figures)
+    return tuple(sorted(rounded, key=lambda figure: places.get(figure.name, len(places))))
 
 
 def headline_figures(headline: Mapping[str, Any]) -> Iterator[Figure]:

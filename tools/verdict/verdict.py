@@ -20,6 +20,8 @@ from bitlower.tools.verdict.figures import COLUMNS, Figure, headline_figures, le
 FILE = "verdict.json"
 NOT_MEASURED = "what it cost was not measured: there were no held-out data"
 LINEAR_WEIGHT = "linear-weight"
+FULL_WIDTH = 8
+"""Bits of weights below which figures lie in other ranges."""
 _PRODUCTS = {
     "integer_products": "{} products in integers",
     "packed_products": "{} products with packed weights",
@@ -110,7 +112,9 @@ class Verdict:
         Raises:
             KeyError, TypeError: the data are none.
         """
-        figures = (Figure(row["name"], row["value"], row.get("of")) for row in form["figures"])
+        figures = (
+            Figure(row["name"], row["value"], row.get("of"), row.get("few_bits", False)) for row in form["figures"]
+        )
         names = ("model", "scheme", "float_bytes", "bytes", "output", "runtime")
         return cls(**{name: form[name] for name in names}, figures=tuple(figures))
 
@@ -145,7 +149,10 @@ class Facts:
             written: its bytes; 0 if there is none.
         """
         output, costs = ledger_figures(self.ledger)
-        figures = [*costs, *headline_figures(headline), Figure("float_share", 100 * self.float_share)]
+        bits = weight_bits(self.program)
+        few_bits = bool(bits) and bits[0] < FULL_WIDTH
+        figures = [replace(figure, few_bits=few_bits) for figure in costs]
+        figures += [*headline_figures(headline), Figure("float_share", 100 * self.float_share)]
         if written:
             figures.append(Figure("size_ratio", self.float_bytes / written))
         scheme, runtime = scheme_words(self.passes, self.program), str(headline.get("runtime", ""))
@@ -155,12 +162,15 @@ class Facts:
 def scheme_words(passes: Iterable[Pass], program: Program) -> str:
     """The schemes that passes have as a parameter; where the weights of linears have several widths, these too."""
     schemes = " + ".join(dict.fromkeys(str(pass_.scheme) for pass_ in passes if hasattr(pass_, "scheme")))
-    bits = sorted(
-        {quantizer.spec.grid.bits for _, quantizer in program.quantizers() if quantizer.role == LINEAR_WEIGHT}
-    )
+    bits = weight_bits(program)
     if len(bits) < 2:
         return schemes
     return f"{schemes} with weights of {', '.join(map(str, bits[:-1]))} and {bits[-1]} bits"
+
+
+def weight_bits(program: Program) -> list[int]:
+    """The widths of the weights of linears, the least first; empty where all are in float."""
+    return sorted({q.spec.grid.bits for _, q in program.quantizers() if q.role == LINEAR_WEIGHT})
 
 
 def checked_verdict(folder: Path, headline: Mapping[str, Any]) -> Verdict | None:

@@ -44,6 +44,9 @@ def test_nothing_measured_gives_no_figures(form: dict[str, object]) -> None:
         (Figure("cosine", 0.99), True, "0.99"),
         (Figure("cosine", 0.9899), False, "0.9899"),
         (Figure("kl", 0.11), False, "0.11 nats"),
+        (Figure("kl", 0.11, few_bits=True), True, "0.11 nats"),
+        (Figure("cosine", 0.94, few_bits=True), False, "0.94"),
+        (Figure("perplexity_increase", 11.0, few_bits=True), False, "11 %"),
         (Figure("integer_products", 36, 37), False, "36 of 37"),
         (Figure("integer_products", 37, 37), True, "37 of 37"),
         (Figure("size_ratio", 3.76812), None, "3.768"),
@@ -64,3 +67,11 @@ def test_a_backends_words_and_lists_are_no_figures() -> None:
 def test_figures_stand_in_the_order_of_the_table_and_unknown_ones_last() -> None:
     names = ["own", *reversed(MEANINGS)]
     assert [figure.name for figure in ordered(Figure(name, 0) for name in names)] == [*MEANINGS, "own"]
+
+
+def test_ranges_in_words() -> None:
+    assert MEANINGS["kl"].normal() == "≤ 0.1 nats"
+    assert MEANINGS["kl"].normal(few_bits=True) == "≤ 0.2 nats"
+    assert MEANINGS["top1"].normal(few_bits=True) == "≥ 75 %"
+    assert MEANINGS["perplexity_increase"].normal(few_bits=True) == MEANINGS["perplexity_increase"].normal() == "≤ 10 %"
+    assert MEANINGS["size_ratio"].normal() == ""

@@ -117,3 +117,16 @@ def test_notebooks_show_the_verdict_and_the_program(artifact: Path, bert: Path) 
     assert rows["level"] == "integer"
     linears = sum(row.role == "linear-weight" for _, row in made.program.quantizers())
     assert f"{linears} × linear-weight: s8 per-channel(0)" in rows["quantized"]
+
+
+def test_few_bits_have_ranges_of_their_own(llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "story.txt"
+    text.write_text("the cat sings and a dog runs under the old tree " * 30)
+    made = quantize(llama, scheme="W4A16-g16", calibration=text, samples=4, max_length=12, algorithm="rtn")
+    verdict = made.summary.verdicts[""]
+    by_name = {figure.name: figure for figure in verdict.figures}
+    assert by_name["kl"].normal == "≤ 0.2 nats"
+    row = made.summary.ledger["rows"][-1]["outputs"]["logits"]
+    assert by_name["perplexity"].value == row["perplexity"]
+    assert verdict.cost.startswith(f"perplexity {row['reference_perplexity']:.4g} → {row['perplexity']:.4g} (")
+    assert Verdict.from_dict(json.loads(verdict.text())).to_dict() == json.loads(verdict.text())
