@@ -23,7 +23,14 @@ _CARRIED = ("license", "license_name", "license_link", "language")
 """What the source model's card says that holds for the artifact too."""
 _PIPELINES = {CTC: SPEECH_RECOGNITION, "pre-training": ""}
 """What the hub calls tasks that it has under another name, or not at all."""
-_FIGURES = {"cosine": "cosine", "relative_error": "relative error", "kl_divergence": "KL divergence"}
+_FIGURES = {
+    "perplexity": "perplexity",
+    "reference_perplexity": "perplexity of the float model",
+    "top1_agreement": "top-1 agreement",
+    "kl_divergence": "KL divergence",
+    "cosine": "cosine",
+    "relative_error": "relative error",
+}
 _MEGABYTE = 1e6
 
 

@@ -201,9 +201,18 @@ def _output_row(name: str, energies: _Energies) -> dict[str, float | None]:
         row["kl_divergence"] = _rounded(max(energies.divergence / count, 0.0))
         row["top1_agreement"] = _rounded(energies.same / count)
     if energies.targets:
-        losses = (_rounded(math.exp(loss / energies.targets)) for loss in energies.losses)
-        row["reference_perplexity"], row["perplexity"] = losses
+        row["reference_perplexity"], row["perplexity"] = (
+            _rounded(_exponential(loss / energies.targets)) for loss in energies.losses
+        )
     return row
+
+
+def _exponential(value: float) -> float:
+    """Infinity where it is larger than any float."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def _next_tokens(program: Program, batch: Batch) -> dict[str, torch.Tensor]:

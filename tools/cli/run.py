@@ -97,6 +97,8 @@ Rehearse = Annotated[
     ),
 ]
 COMMANDS = ("run", "quantize", "analyze", "plan", "verify", "explain", "eval", "report", "replay")
+_OF_ANY_PLAN = ("target", "output", "cache", "no_cache", "overwrite", "fail_if")
+"""Parameters of ``plan`` that count for a recipe too."""
 EPILOG = "Options of every command (--json, --quiet, --plugin FILE, ...): bitlower --help"
 
 
@@ -241,19 +243,36 @@ def plan(
     from bitlower.tools.runs.standard import standard_recipe
 
     verdict_conditions(fail_if)
-    place = _options(settings, cache, no_cache, overwrite).cache
+    options = _options(settings, cache, no_cache, overwrite)
     if output is not None:
         check_output(output, overwrite=overwrite)
     how: dict[str, Any] = {"algorithm": algorithm, "formats": formats or (), "task": task, "ignore": ignore or ()}
     how |= {"samples": samples, "max_length": max_length}
     if Path(target).suffix in (".yaml", ".yml"):
-        made = plan_recipe(load_recipe(target), place)
+        _refuse_for_recipe(context)
+        made = plan_recipe(load_recipe(target), options)
     elif calibration is None and training is None:
-        made = plan_model(target, scheme, cache=place, **how)
+        made = plan_model(target, scheme, options=options, **how)
     else:
         recipe = standard_recipe(target, scheme, calibration, seed=seed, bos=bos, training=training, **how)
-        made = plan_recipe(recipe, place)
+        made = plan_recipe(recipe, options)
     settings.display().result(made.to_dict(), *made.tables())
+
+
+def _refuse_for_recipe(context: typer.Context) -> None:
+    """See that nothing was asked for that a recipe says itself.
+
+    Raises:
+        BitlowerError: something was.
+    """
+    from bitlower.ir import BitlowerError
+
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE" and parameter.name not in _OF_ANY_PLAN:
+            raise BitlowerError(
+                f"{parameter.opts[0]} is for a model; a recipe says it itself", hint="leave it out, or edit the recipe"
+            )
 
 
 def verify(

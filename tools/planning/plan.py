@@ -38,7 +38,7 @@ from bitlower.tools.recipes.recipe import Recipe
 from bitlower.tools.render import format_bytes, make_table
 from bitlower.tools.runs.flow import recipe_job
 from bitlower.tools.runs.heads import head_notes
-from bitlower.tools.runs.job import default_cache, traces_in
+from bitlower.tools.runs.job import RunOptions, traces_in
 from bitlower.tools.runs.standard import DEFAULT, standard_exports, standard_passes
 
 KEPT = "the trace of the model is in the cache: the run reads its weights alone"
@@ -137,24 +137,25 @@ class Plan:
         )
 
 
-def plan_recipe(recipe: Recipe, cache: Path | None = None) -> Plan:
+def plan_recipe(recipe: Recipe, options: RunOptions | None = None) -> Plan:
     """Predict what :func:`~bitlower.tools.runs.flow.run_recipe` will give and take.
 
     Args:
         recipe: what will run.
-        cache: where the run will look for results of passes; the default cache if None.
+        options: of the run, which looks for results of passes and for traces in its cache, if it has one.
 
     Raises:
         BitlowerError: bad input, as the run itself would find.
     """
-    job = recipe_job(recipe)
+    job, cache = recipe_job(recipe), (options or RunOptions()).cache
     job.check()
     program, trace_cached = _loaded(job.load, cache)
     decoder = program.task == TEXT_GENERATION
     amount = Amount.of(recipe.calibration, decoder) if recipe.calibration else Amount.make(None, None, decoder)
     data = job.read(program)
     lesson = Lesson.of(data) if any(map(trains, job.passes)) else None
-    cached = len(PassManager(job.passes, cache=Cache(cache or default_cache())).cached(program, job.context(data)))
+    manager = PassManager(job.passes, cache=Cache(cache)) if cache else None
+    cached = len(manager.cached(program, job.context(data))) if manager else 0
     return make_plan(
         program, job.passes, Load.of(amount, program), job.exports, lesson, trace_cached=trace_cached, cached=cached
     )
@@ -170,7 +171,7 @@ def plan_model(
     max_length: int | None = None,
     task: str | None = None,
     ignore: Sequence[str] = (),
-    cache: Path | None = None,
+    options: RunOptions | None = None,
 ) -> Plan:
     """Predict what ``bitlower quantize`` will give and take, with calibration data that are not at hand yet.
 
@@ -179,6 +180,7 @@ def plan_model(
     """
     passes = standard_passes(scheme, ignore, algorithm=algorithm, formats=formats)
     exports = standard_exports(scheme, formats)
+    cache = (options or RunOptions()).cache
     program, trace_cached = _loaded(lambda traces: load(model, task=task, traces=traces), cache)
     amount = Amount.make(samples, max_length, program.task == TEXT_GENERATION)
     return make_plan(program, passes, Load.of(amount, program), exports, trace_cached=trace_cached)
@@ -186,7 +188,7 @@ def plan_model(
 
 def _loaded(read: Callable[[Path | None], Program], cache: Path | None) -> tuple[Program, bool]:
     """The float Program, and whether its trace lies in the cache now: a run after the plan reads weights alone."""
-    folder, start = traces_in(cache or default_cache()), time.time()
+    folder, start = traces_in(cache), time.time()
     program = read(folder)
     return program, folder is not None and is_kept(folder, start)
 

@@ -12,6 +12,7 @@ from pydantic import Field
 from bitlower.backends.artifact import MANIFEST, VERIFICATION, Manifest, parsed, read_json, read_manifest
 from bitlower.ir import BitlowerError
 from bitlower.ir.files import reason
+from bitlower.ir.model_card import CARD
 from bitlower.passes.quantizers.quantize import PlacementReport
 from bitlower.tools.explain import Explanation, explanations
 from bitlower.tools.runs.reports import FOLDER, TENSORS
@@ -156,6 +157,7 @@ class Material:
         explanations: why tensors have their bits; none where no placement was reported.
         stages: of the run that is just done; a folder read later has none.
         texts: of samples, likewise.
+        card: the model card; empty if there is none.
     """
 
     name: str
@@ -169,6 +171,7 @@ class Material:
     explanations: Sequence[Explanation] = ()
     stages: Sequence[Stage] = ()
     texts: Sequence[SampleText] = ()
+    card: str = ""
 
     @property
     def model(self) -> str:
@@ -214,6 +217,7 @@ def read_material(
         explanations(folder) if any(_places(report) for report in reports.values()) else (),
         tuple(stages),
         tuple(texts),
+        _text(folder / CARD),
     )
 
 

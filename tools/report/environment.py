@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bitlower.tools.recipes.yaml_writer import yaml_text
 from bitlower.tools.render import format_bytes
 from bitlower.tools.report.blocks import Block, Chapter, Field, Listing, Prose, plain_table
 from bitlower.tools.report.contents import Material
-from bitlower.tools.report.ledger import MEASURES, loss_of, main_measure
 
 ABOUT = (
     "What the figures depend on. Equal inputs, seed and versions give an artifact of equal bytes on the same kind of "
@@ -40,27 +38,9 @@ def environment_chapter(material: Material) -> Chapter:
             folded=True,
         )
     )
-    blocks.append(Listing("Model card: a block to begin README.md with", f"---\n{yaml_text(card(material))}---\n"))
+    if material.card:
+        blocks.append(Listing("The model card, README.md", material.card))
     return Chapter("environment", "Environment and model card", ABOUT, tuple(blocks))
-
-
-def card(material: Material) -> dict[str, Any]:
-    """The front matter of a model card, as model hubs read it."""
-    manifest = material.manifest
-    specs = sorted({f"{row['role']}: {row['spec']['type']}{row['spec']['num_bits']}" for row in manifest.tensors})
-    output, measure = main_measure(material.ledger.rows)
-    form: dict[str, Any] = {
-        "base_model": material.model,
-        "base_model_relation": "quantized",
-        "pipeline_tag": manifest.program.task,
-        "tags": ["bitlower", manifest.backend],
-        "quantization": specs or ["none"],
-        "bytes": manifest.bytes,
-        "float_bytes": manifest.float_bytes,
-    }
-    if measure and (loss := loss_of(material.ledger.rows[-1], output, measure)) is not None:
-        form["loss"] = {"output": output, "measure": MEASURES[measure], "value": loss}
-    return form
 
 
 def _program(material: Material) -> list[tuple[str, str]]:

@@ -114,8 +114,8 @@ class Figure:
         """The value with its unit."""
         if self.of is not None:
             return f"{self.value:g} of {self.of:g}"
-        digits = f"{self.value:g}" if self.value == int(self.value) else f"{self.value:.4g}"
-        return f"{digits} {self.meaning.unit}".rstrip()
+        digits = "g" if float(self.value).is_integer() else ".4g"
+        return f"{self.value:{digits}} {self.meaning.unit}".rstrip()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -36,7 +36,7 @@ class Verdict:
 
     Args:
         model: as the user wrote it.
-        scheme: its names; of mixed precision also the bits that a weight has on average.
+        scheme: its names; of mixed precision also the widths that weights of linears have.
         float_bytes: of the float32 model.
         bytes: of the artifact's files, without the verdict and the manifest; 0 if nothing was written.
         output: the output that the costs are of; empty if nothing was measured.
@@ -52,10 +52,6 @@ class Verdict:
     runtime: str
     figures: tuple[Figure, ...] = field(default_factory=tuple)
 
-    def value(self, name: str) -> float | None:
-        """The figure called ``name``, if it was measured."""
-        return self.values().get(name)
-
     def values(self) -> dict[str, float]:
         """All figures by name."""
         return {figure.name: figure.value for figure in self.figures}
@@ -69,7 +65,9 @@ class Verdict:
             return f"perplexity {before:.4g} → {after:.4g} ({values['perplexity_increase']:+.1f} %)"
         if "top1" in values:
             return f"{values['top1']:.4g} % of the answers are the float model's"
-        return f"the cosine of {self.output} with the float model's is {values['cosine']:.4f}" if self.output else ""
+        if "cosine" in values:
+            return f"the cosine of {self.output} with the float model's is {values['cosine']:.4f}"
+        return f"{self.output} is not finite, and cannot be compared" if self.output else ""
 
     @property
     def line(self) -> str:

@@ -112,6 +112,10 @@ def test_the_perplexity_of_a_decoder_is_that_of_its_next_tokens(
         ]
         assert row[key] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
     assert row["perplexity"] != row["reference_perplexity"]
+    for name in [name for name, tensor in rounded.module.named_parameters() if tensor.dim() == 1]:
+        set_tensor(rounded.module, name, torch.nn.Parameter(1e6 * get_tensor(rounded.module, name).detach()))
+    wrecked = module.compare(program, rounded, Context(evaluation=[batch]))["outputs"]["logits"]
+    assert wrecked["perplexity"] is None  # larger than any number
 
 
 def test_layers_are_linears_and_residual_sums_in_order(tiny_program: Program, context: Context) -> None:

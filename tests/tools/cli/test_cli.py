@@ -282,6 +282,28 @@ def test_a_plan_takes_the_line_of_quantize(call: Any, bert: Path, texts: Path, t
     assert not (tmp_path / "out").exists()
     assert "quantize{ignore=[pooler]}" in form["pipeline"]
     assert {t["bits"] for t in form["tensors"] if t["name"] == "pooler.dense.weight"} == {32}
+    assert (tmp_path / "cache" / "traces").is_dir()
+
+
+def test_a_plan_without_a_cache_keeps_nothing(
+    call: Any, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert call("plan", bert, "--no-cache", "-q")[0] == 0
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_plan_of_a_recipe_refuses_what_the_recipe_says(call: Any, bert: Path, texts: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{path: {bert}}}\ncalibration: {{data: {texts.name}, samples: 16}}\n"
+        "passes: [clean, quantize, calibrate, lower-integer]\nexport: [onnx-qdq]\n"
+    )
+    code, _, err = call("plan", recipe, "--scheme", "W8A8")
+    assert (code, err) == (
+        2, "error: --scheme is for a model; a recipe says it itself; leave it out, or edit the recipe\n"
+    )  # fmt: skip
+    assert call("plan", recipe, "--cache", tmp_path / "cache", "-o", tmp_path / "out", "-q")[0] == 0
 
 
 def test_what_gptq_noticed_is_shown(

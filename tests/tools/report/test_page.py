@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -227,6 +228,10 @@ def test_samples_are_those_of_the_file(page: Any, artifacts: Any) -> None:
     whole = read(artifacts.plain, "ledger.json")["rows"][-1]["outputs"]["last_hidden_state"]["relative_error"]
     assert samples[-1]["relative_error"] <= whole <= samples[0]["relative_error"]
     assert "report: true" in page.parts["samples"]
+
+
+def test_the_model_card_is_that_of_the_artifact(text: str, artifacts: Any) -> None:
+    assert (artifacts.plain / "README.md").read_text().strip() in html.unescape(text)
 
 
 def test_two_runs_are_compared(artifacts: Any, tmp_path: Path, page_of: Any) -> None:

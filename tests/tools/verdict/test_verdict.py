@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,6 +15,7 @@ from bitlower.ir import CheckError
 from bitlower.passes import Context, PassManager, make_pass
 from bitlower.tools.cli import main
 from bitlower.tools.runs.flow import quantize
+from bitlower.tools.verdict.figures import Figure
 from bitlower.tools.verdict.verdict import FILE, Verdict, read_verdict, scheme_words
 
 ANIMALS, VERBS, PLACES = ("cat", "dog", "bird"), ("sings", "runs", "sleeps"), ("near", "under", "over", "always")
@@ -130,3 +132,11 @@ def test_few_bits_have_ranges_of_their_own(llama: Path, tmp_path: Path) -> None:
     assert by_name["perplexity"].value == row["perplexity"]
     assert verdict.cost.startswith(f"perplexity {row['reference_perplexity']:.4g} → {row['perplexity']:.4g} (")
     assert Verdict.from_dict(json.loads(verdict.text())).to_dict() == json.loads(verdict.text())
+
+
+def test_a_model_that_was_wrecked_has_a_verdict_too() -> None:
+    figures = (Figure("runtime_cosine", math.nan), Figure("perplexity_increase", math.inf))
+    verdict = Verdict("m", "W2A16", 100, 50, "logits", "x 1", figures)
+    assert "logits is not finite, and cannot be compared" in verdict.line
+    assert [figure.text for figure in figures] == ["nan", "inf %"]
+    assert [figure.is_normal for figure in figures] == [False, False]
