@@ -3,8 +3,9 @@
     python benchmarks/finetune.py TASK --data DIR --output FOLDER [--seeds 0 1 2]
 
 TASK is sst-2, mrpc or cola; DIR holds SST-2/, MRPC/ and CoLA/ as they are distributed. AdamW with a linear schedule and
-a tenth of the steps as warm-up, products in bfloat16. FOLDER/TASK-SEED gets a Hugging Face folder each; those that are
-there are kept. The accuracy on the development set is printed, and written into ``training.json`` beside the weights.
+a tenth of the steps as warm-up, products in bfloat16 where the CPU has them. FOLDER/TASK-SEED gets a Hugging Face
+folder each; those there are kept. The accuracy on the development set is printed, and written to ``training.json``
+beside the weights.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from _common import MODEL, data_folder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
 from bitlower.frontends.locate import locate
+from bitlower.ir.quantization.numerics import bfloat16_products
 from bitlower.tools.data.texts import Row, read_rows
 from bitlower.tools.evaluation.evaluate import evaluate
 
@@ -91,7 +93,7 @@ def step(model: torch.nn.Module, tokenizer: object, rows: list[Row], tokens: int
         *map(list, texts), padding=True, truncation=True, max_length=tokens, return_tensors="pt"
     )
     labels = torch.tensor([int(row.values[-1]) for row in rows])
-    with torch.autocast("cpu", torch.bfloat16):
+    with bfloat16_products():
         loss = model(**inputs, labels=labels).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
