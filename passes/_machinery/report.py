@@ -17,8 +17,8 @@ class Report(abc.ABC):
     """Base of results: frozen dataclasses of plain data, which a pass hands to ``context.put``.
 
     ``bitlower run`` prints :meth:`summary` and :meth:`details`. It writes the fields to ``reports/<pass>.json``, with
-    what :meth:`charts` returns under ``charts``, and what a method ``svg`` returns to ``reports/<pass>.svg``. A report
-    is void as soon as a pass changes the program, unless it is a :class:`Record`.
+    what :meth:`charts` returns under ``charts``, and those charts as a picture to ``reports/<pass>.svg``. A report is
+    void as soon as a pass changes the program, unless it is a :class:`Record`.
     """
 
     @abc.abstractmethod

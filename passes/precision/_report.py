@@ -1,8 +1,7 @@
-"""What ``assign-precision`` leaves: plain data, the tables that people read, and the Pareto front as a picture."""
+"""What ``assign-precision`` leaves: plain data, the tables that people read, and the Pareto front as a chart."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,8 +10,6 @@ from bitlower.passes._machinery.report import Record, Table
 
 TIME = "time"
 """The budget whose use is calculated, and not counted."""
-_WIDTH, _HEIGHT, _MARGIN = 640, 400, 60
-"""Of the picture, in its units."""
 
 
 @dataclass(frozen=True)
@@ -181,49 +178,6 @@ class PrecisionReport(Record):
         chosen = (self.budgets[0].most, loss) if self.budgets and loss is not None else None
         yield LineChart("Loss under a budget", self._axis, f"loss ({self.measure})", shown, "front", True, chosen)
 
-    def svg(self) -> str:
-        """The front as a picture: the budget to the right, losses upwards on a logarithmic scale."""
-        curves = {
-            "predicted": [(p.budget, p.predicted) for p in self.front if p.predicted > 0],
-            "measured": [(p.budget, p.measured) for p in self.front if p.measured],
-        }
-        points = [point for curve in curves.values() for point in curve if math.isfinite(point[1])]
-        body = [f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 12}" text-anchor="middle">{self._axis}</text>']
-        body.append('<text x="12" y="20">loss</text>')
-        if points:
-            body += _curves(curves, points)
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" '
-            f'font-family="sans-serif" font-size="12">\n' + "\n".join(body) + "\n</svg>\n"
-        )
-
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
-
-
-def _curves(curves: dict[str, list[tuple[float, float]]], points: list[tuple[float, float]]) -> list[str]:
-    """Axes with their ends, a line through the predictions, and dots where losses were measured."""
-    left, right = min(x for x, _ in points), max(x for x, _ in points)
-    low, high = (math.log10(end(y for _, y in points)) for end in (min, max))
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - left) / (right - left) if right > left else 0.5
-        up = (math.log10(y) - low) / (high - low) if high > low else 0.5
-        return _MARGIN + across * (_WIDTH - 2 * _MARGIN), _HEIGHT - _MARGIN - up * (_HEIGHT - 2 * _MARGIN)
-
-    predicted, measured = ([place(*p) for p in curve if math.isfinite(p[1])] for curve in curves.values())
-    bottom = _HEIGHT - _MARGIN
-    body = [
-        f'<path d="M{_MARGIN} {_MARGIN} V{bottom} H{_WIDTH - _MARGIN}" fill="none" stroke="black"/>',
-        *(f'<text x="{place(x, 10**low)[0]:.1f}" y="{bottom + 18}" text-anchor="middle">{x:.4g}</text>'
-          for x in (left, right)),
-        *(f'<text x="{_MARGIN - 6}" y="{place(left, 10**y)[1]:.1f}" text-anchor="end">{10**y:.2g}</text>'
-          for y in (low, high)),
-        f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in predicted)}" fill="none" stroke="steelblue"/>',
-        *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="firebrick"/>' for x, y in measured),
-        f'<text x="{_WIDTH - _MARGIN}" y="20" text-anchor="end" fill="steelblue">predicted</text>',
-    ]  # fmt: skip
-    if measured:
-        body.append(f'<text x="{_WIDTH - _MARGIN}" y="36" text-anchor="end" fill="firebrick">measured</text>')
-    return body

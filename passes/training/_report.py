@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from bitlower.ir.charts import BarChart, Chart, LineChart
 from bitlower.passes._machinery.report import Record, few
-from bitlower.passes.training._curves import curves_svg
 
 
 @dataclass(frozen=True)
@@ -115,12 +114,6 @@ class TrainReport(Record):
         """A loss over the steps, where it is known."""
         known = (point for point in self.curve if getattr(point, key) is not None)
         return tuple((float(point.step), float(getattr(point, key))) for point in known)
-
-    def svg(self) -> str:
-        """The losses over the steps, as a picture."""
-        held_out = [(point.step, point.held_out) for point in self.curve if point.held_out is not None]
-        trained = [(point.step, point.loss) for point in self.curve if point.loss is not None]
-        return curves_svg({"training": trained, "held out": held_out}, across="step", up="loss")
 
 
 def _mean(values: Iterable[float | None]) -> float:

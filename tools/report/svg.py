@@ -208,7 +208,7 @@ def outline(plot: Plot, start: float, step: float, counts: Sequence[float], to_h
 def legend(names: Sequence[str]) -> str:
     """The names of series with their colours, as HTML that stands above a picture."""
     items = (
-        f'<li class="s{i % COLORS}{" dashed" if i >= COLORS else ""}"><span class="swatch"></span>{escape(name)}</li>'
+        f'<li{" class=dashed" if i >= COLORS else ""}><span class="swatch s{i % COLORS}"></span>{escape(name)}</li>'
         for i, name in enumerate(names)
     )
     return f'<ul class="legend">{"".join(items)}</ul>'

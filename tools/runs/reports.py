@@ -11,6 +11,7 @@ from typing import Any
 from bitlower.ir import Program
 from bitlower.ir.charts import chart_form
 from bitlower.passes import Context, Observer, Pass, Report
+from bitlower.tools.report.chart_file import chart_file
 
 FOLDER = "reports"
 """Where reports are in an artifact."""
@@ -30,9 +31,8 @@ class Reports(Observer):
         self._before: dict[type, Any] = {}
         self.files: dict[str, str] = {}
         """Texts by file name: ``reports/<pass>.json``, all fields with the summary and
-        charts, and ``reports/<pass>.svg``, the
-        picture if there is one. ``<pass>-2`` is of the second step of that name. What a later pass changes in the
-        report of another stands in the other's file."""
+        charts, and ``reports/<pass>.svg``, the charts of lines and bars if it has any. ``<pass>-2`` is of the second
+        step of that name. What a later pass changes in the report of another stands in the other's file."""
         self._places: dict[type, tuple[str, int]] = {}
 
     def before(self, pass_: Pass, program: Program, context: Context) -> None:
@@ -53,11 +53,12 @@ class Reports(Observer):
         self._places[kind] = owner, number
         place = f"{FOLDER}/{owner}" if number == 1 else f"{FOLDER}/{owner}-{number}"
         form = {"report": kind.__name__, "summary": report.summary(), **dataclasses.asdict(report)}  # type: ignore[call-overload]
-        if charts := [chart_form(chart) for chart in report.charts()]:
-            form["charts"] = charts
+        charts = list(report.charts())
+        if charts:
+            form["charts"] = [chart_form(chart) for chart in charts]
         self.files[f"{place}.json"] = report_text(form)
-        if hasattr(report, "svg"):
-            self.files[f"{place}.svg"] = report.svg()
+        if picture := chart_file(charts):
+            self.files[f"{place}.svg"] = picture
 
 
 def report_text(form: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
@@ -238,7 +237,7 @@ def test_a_share_of_the_time(model) -> None:
     assert [p.predicted for p in report.front] == sorted((p.predicted for p in report.front), reverse=True)
     assert "by calculation" in report.text()
     assert "by calculation" in report.front_table()[0][0]
-    assert "estimated by calculation" in report.svg()
+    assert "estimated by calculation" in next(iter(report.charts())).across
 
 
 def test_time_beside_other_budgets(model) -> None:
@@ -272,17 +271,13 @@ def test_the_front_falls(front: PrecisionReport) -> None:
     assert [point.measured is not None for point in front.front] == [True, *[False] * 4, True]
 
 
-def test_the_picture_is_one(front: PrecisionReport) -> None:
-    root = ElementTree.fromstring(front.svg())
-    tags = [child.tag.partition("}")[2] for child in root]
-    assert tags.count("polyline") == 1
-    assert tags.count("circle") == 2
-    [line] = [child for child in root if child.tag.endswith("polyline")]
-    points = [tuple(map(float, pair.split(","))) for pair in line.get("points", "").split()]
-    assert len(points) == 6
-    assert points == sorted(points)
-    assert [y for _, y in points] == sorted(y for _, y in points)
-    assert ElementTree.fromstring(PrecisionReport(()).svg()) is not None
+def test_the_front_is_a_chart(front: PrecisionReport) -> None:
+    [chart] = front.charts()
+    predicted, measured = chart.lines.values()
+    assert predicted == tuple((point.budget, point.predicted) for point in front.front)
+    assert [x for x, _ in measured] == [front.front[0].budget, front.front[-1].budget]
+    assert chart.chosen == (front.budgets[0].most, front.measured)
+    assert list(PrecisionReport(()).charts()) == []
 
 
 def test_the_report_survives_the_cache(front: PrecisionReport) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import xml.etree.ElementTree
 from collections import Counter
 from typing import Any
 
@@ -114,7 +113,7 @@ def test_a_table_in_float_has_no_rounded_cosine(words: Any) -> None:
     _, found = report(program, data, "quantize{scheme=W8A16-e16},calibrate,analyze-embeddings")
     assert found.rounded is None
     assert "the table has no quantizer" in found.summary()
-    assert "rounded" not in found.svg()
+    assert list(next(iter(found.charts())).lines) == ["float"]
 
 
 def test_rows_of_zeros_are_no_directions() -> None:
@@ -137,15 +136,19 @@ def test_people_can_read_it(words: Any) -> None:
     headers, table = found.table()
     assert len(table) == len(found.modules)
     assert all(len(row) == len(headers) for row in table)
-    picture = xml.etree.ElementTree.fromstring(found.svg())
-    kinds = Counter(part.tag.rpartition("}")[2] for part in picture)
-    assert kinds["polyline"] == 2
-    assert kinds["circle"] == len(found.modules)
-    width, height = (float(picture.attrib[key]) for key in ("width", "height"))
-    for part in picture:
-        if "cx" in part.attrib:
-            assert 0 < float(part.attrib["cx"]) < width
-            assert 0 < float(part.attrib["cy"]) < height
+
+
+def test_its_charts_are_histograms_and_clipping(words: Any) -> None:
+    program, data, _ = words
+    _, found = report(program, data, "quantize{scheme=2-2-8-static},calibrate,analyze-embeddings{tokens=10}")
+    cosines, clipping = found.charts()
+    assert list(cosines.lines) == ["float", "rounded"]
+    for points, alike in zip(cosines.lines.values(), (found.in_float, found.rounded), strict=True):
+        assert alike is not None
+        assert [x for x, _ in points] == pytest.approx(np.linspace(-0.975, 0.975, 40))
+        assert sum(x * share for x, share in points) == pytest.approx(alike.mean, abs=0.025)  # half a bin
+    assert clipping.names == tuple(module.tensor for module in found.modules)
+    assert clipping.bars == {"α / max|w|": tuple(module.covered for module in found.modules)}
 
 
 @pytest.mark.parametrize("tokens", [1, 10_001])

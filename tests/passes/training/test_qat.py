@@ -389,7 +389,11 @@ def test_the_report_tells_and_draws(simulated):
     text = report.text()
     assert f"the best was step {report.best_step}" in text
     assert "held-out loss" in text
-    assert report.svg().count("<polyline") == 2
+    losses, drift, changed = report.charts()
+    assert list(losses.lines) == ["training", "held out"]
+    assert losses.chosen == (report.best_step, dict(losses.lines["held out"])[report.best_step])
+    assert drift.names == tuple(row.tensor for row in report.quantizers)
+    assert set(changed.names) <= set(drift.names)
     weights = [row for row in report.quantizers if row.changed is not None]
     assert max(row.changed for row in weights) > 0.05
     assert all(0 <= row.flipped <= 1 and 0 <= row.clipped <= 1 for row in weights)
