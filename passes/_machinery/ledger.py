@@ -13,6 +13,7 @@ from torch import fx
 
 from bitlower.ir import Batch, Program
 from bitlower.ir.dataflow import linears, residual_sums
+from bitlower.ir.digits import significant
 from bitlower.ir.observe import stream
 from bitlower.ir.operators import graph_results
 from bitlower.ir.tasks import TASKS, TEXT_GENERATION
@@ -185,7 +186,7 @@ def compare(reference: Program, program: Program, context: Context) -> dict[str,
     return {
         "outputs": {name: _output_row(name, energies) for name, energies in comparison.outputs.items()},
         "layers": [
-            {"node": name, "path": paths[name], "sqnr_db": _rounded(energies.sqnr_db)}
+            {"node": name, "path": paths[name], "sqnr_db": significant(energies.sqnr_db)}
             for name, energies in comparison.layers.items()
         ],
     }
@@ -194,15 +195,15 @@ def compare(reference: Program, program: Program, context: Context) -> dict[str,
 def _output_row(name: str, energies: _Energies) -> dict[str, float | None]:
     count = max(energies.vectors, 1)
     row = {
-        "relative_error": _rounded(energies.relative_error),
-        "cosine": _rounded(energies.cosine / count),
+        "relative_error": significant(energies.relative_error),
+        "cosine": significant(energies.cosine / count),
     }
     if "logits" in name:
-        row["kl_divergence"] = _rounded(max(energies.divergence / count, 0.0))
-        row["top1_agreement"] = _rounded(energies.same / count)
+        row["kl_divergence"] = significant(max(energies.divergence / count, 0.0))
+        row["top1_agreement"] = significant(energies.same / count)
     if energies.targets:
         row["reference_perplexity"], row["perplexity"] = (
-            _rounded(_exponential(loss / energies.targets)) for loss in energies.losses
+            significant(_exponential(loss / energies.targets)) for loss in energies.losses
         )
     return row
 
@@ -227,11 +228,6 @@ def _next_tokens(program: Program, batch: Batch) -> dict[str, torch.Tensor]:
     following = torch.full_like(ids, -1)
     following[:, :-1] = torch.where(mask[:, 1:], ids[:, 1:], -1)
     return {logits.name: following[mask]}
-
-
-def _rounded(value: float | None) -> float | None:
-    """Six significant digits; None for what JSON cannot hold."""
-    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
 
 
 def _values(program: Program, layers: Mapping[str, Any], batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:

@@ -72,6 +72,29 @@ class Channels:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Some of ``count`` numbers, sorted, at even distances (:mod:`bitlower.tools.runs.spread`)."""
+
+    count: int
+    sorted: tuple[Number, ...]
+
+
+@dataclass(frozen=True)
+class TokenSizes(Spread):
+    """Norms of tokens; ``first``: the mean norm at the first places of texts."""
+
+    first: tuple[Number, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A weight's distance from the float model's, over its norm, and the share of codes that are not the nearest."""
+
+    distance: Number
+    codes: Share
+
+
+@dataclass(frozen=True)
 class TensorRow:
     """What a quantizer rounds (:mod:`bitlower.tools.runs.tensor_statistics`)."""
 
@@ -92,6 +115,9 @@ class TensorRow:
     codes: int
     histogram: Bins
     channels: Channels | None = None
+    tokens: TokenSizes | None = None
+    scales: Spread | None = None
+    rewritten: Rewritten | None = None
 
     @property
     def name(self) -> str:

@@ -124,7 +124,7 @@ def parts(material: Material, other: Material | None = None, room: int = PAGES_B
         "Nothing was trained, and no codes were chosen by their error",
     )  # fmt: skip
     return [
-        verdict_chapter(material), ledger, depth_chapter(material, linked), widths_chapter(material), tensors,
+        verdict_chapter(material, linked), ledger, depth_chapter(material, linked), widths_chapter(material), tensors,
         outliers_chapter(material), front, training, checks_chapter(material), samples_chapter(material),
         comparison_chapter(material, other), environment_chapter(material),
     ]  # fmt: skip

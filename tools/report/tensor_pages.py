@@ -18,13 +18,14 @@ from bitlower.tools.report.blocks import (
     number,
     plain_table,
 )
-from bitlower.tools.report.contents import Channels, Material, TensorRow
+from bitlower.tools.report.contents import Channels, Material, Number, Spread, TensorRow, TokenSizes
 from bitlower.tools.report.svg import Axis, Plot, axis_of, box, outline, picture, rule, short
 
 ABOUT = (
     "What each quantizer rounds, on held-out data: the histogram with the ends of the quantizer's range, the ranges of "
-    "channels sorted from narrow to wide, and how many codes are used. Values beyond the ends are clipped. Few codes "
-    "in use, or channels of very different width under one scale, are where bits are lost."
+    "channels sorted from narrow to wide, the norms of tokens, the stored scales, and how many codes are used. Values "
+    "beyond the ends are clipped. Few codes in use, or channels or tokens of very different size under one scale, are "
+    "where bits are lost."
 )
 HEIGHT, HALF = 220, 470
 """Of the pictures of a page, two of which stand side by side."""
@@ -137,17 +138,23 @@ def _page(index: int, row: TensorRow) -> Iterator[Block]:
     poor = row.sqnr_db is not None and row.sqnr_db < POOR
     seen = f"{row.values:,} values" if row.share == 1 else f"{row.values:,} values, {row.share:.0%} of the rows"
     exact = "no value is rounded: a pass wrote values of the grid" if row.sqnr_db is None else "signal over noise"
-    yield FactList(
-        (
-            Fact("Grid", row.spec, seen),
-            Fact("Rounding alone", f"{_decibels(row)} dB", exact, "bad" if poor else ""),
-            Fact("Clipped", f"{row.clipped:.2%}", "of the values", "bad" if row.clipped > CLIPPED else ""),
-            Fact("Codes used", _codes(row), "of the grid"),
-        )
-    )
+    facts = [
+        Fact("Grid", row.spec, seen),
+        Fact("Rounding alone", f"{_decibels(row)} dB", exact, "bad" if poor else ""),
+        Fact("Clipped", f"{row.clipped:.2%}", "of the values", "bad" if row.clipped > CLIPPED else ""),
+        Fact("Codes used", _codes(row), "of the grid"),
+    ]
+    if row.rewritten is not None and row.rewritten.distance:
+        other = f"of the codes are not the nearest to it: {row.rewritten.codes:.2%}"
+        facts.append(Fact("Distance from the float weight", f"{row.rewritten.distance:.2%}", f"of its norm; {other}"))
+    yield FactList(tuple(facts))
     pictures = [_histogram(index, row)] if row.histogram.counts else []
     if row.channels is not None and row.channels.count > 1:
         pictures.append(_channels(index, row, row.channels))
+    if row.tokens is not None and row.tokens.count > 1:
+        pictures.append(_tokens(index, row.name, row.tokens))
+    if row.scales is not None:
+        pictures.append(_scales(index, row.name, row.scales))
     if pictures:
         yield SideBySide(tuple(pictures))
 
@@ -211,3 +218,56 @@ def _channels(index: int, row: TensorRow, channels: Channels) -> Picture:
     return Picture(
         picture(f"channels-{index}", f"Channels of {row.name}", about, body, HEIGHT, HALF), f"{title}; {about}", table
     )
+
+
+def _tokens(index: int, name: str, tokens: TokenSizes) -> Picture:
+    """Few tokens far above the median are what a range of the whole tensor suffers from; a first one is a sink."""
+    about = f"the largest is {_times(tokens.sorted)} the median"
+    if tokens.first and (middle := _median(tokens.sorted)):
+        about += f", the first of a text {(tokens.first[0] or 0.0) / middle:.3g}×"
+    rows = [*_ranks(tokens), *((f"at place {place} of a text, mean", norm) for place, norm in enumerate(tokens.first))]
+    return _sorted("tokens", index, name, "norms of tokens", about, tokens, rows)
+
+
+def _scales(index: int, name: str, scales: Spread) -> Picture:
+    return _sorted(
+        "scales",
+        index,
+        name,
+        "stored scales",
+        f"the largest is {_times(scales.sorted)} the median",
+        scales,
+        _ranks(scales),
+    )
+
+
+def _sorted(
+    kind: str, index: int, name: str, what: str, about: str, numbers: Spread, rows: list[tuple[str, Number]]
+) -> Picture:
+    """Numbers from small to great, on a logarithmic axis where all are above 0."""
+    heights = [value for value in numbers.sorted if value is not None]
+    up = axis_of(heights, what.partition(" ")[0], logarithmic=bool(heights) and min(heights) > 0)
+    some = "sorted" if len(heights) == numbers.count else f"sorted, {len(heights)} of them"
+    plot = Plot(Axis(-0.5, len(heights) - 0.5, some), up, HEIGHT, HALF)
+    path = "L".join(f"{plot.x(place):.1f} {plot.y(value):.1f}" for place, value in enumerate(heights))
+    body = plot.frame([]) + f'<g class="s0"><path class="line" d="M{path}"/></g>'
+    title = f"{numbers.count:,} {what}, from small to great"
+    table = plain_table(f"{title}, of {name}", ("rank", "value"), rows, folded=True)
+    svg = picture(f"{kind}-{index}", f"{what.capitalize()} of {name}", about, body, HEIGHT, HALF)
+    return Picture(svg, f"{title}; {about}", table)
+
+
+def _ranks(numbers: Spread) -> list[tuple[str, Number]]:
+    """The share of numbers below each, in percent, beside it."""
+    last = max(len(numbers.sorted) - 1, 1)
+    return [(f"{place / last:.0%}", value) for place, value in enumerate(numbers.sorted)]
+
+
+def _median(values: Sequence[Number]) -> Number:
+    return values[len(values) // 2]
+
+
+def _times(values: Sequence[Number]) -> str:
+    """The last of sorted numbers over the median."""
+    middle, last = _median(values), values[-1]
+    return f"{last / middle:.3g}×" if middle and last is not None else "far above"

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from bitlower.tools.render import format_bytes
-from bitlower.tools.report.blocks import Chapter, Fact, FactList, Prose
+from bitlower.tools.report.blocks import Block, Chapter, Fact, FactList, Prose
 from bitlower.tools.report.contents import Material
+from bitlower.tools.report.next_steps import next_steps
 from bitlower.tools.verdict.verdict import Verdict
 
-ABOUT = "What was made, what it cost on held-out data, and whether what was written is what was computed."
+ABOUT = (
+    "What was made, what it cost on held-out data, whether what was written is what was computed, and what to try next."
+)
 
 
-def verdict_chapter(material: Material) -> Chapter:
-    """The line, and the figures."""
+def verdict_chapter(material: Material, pages: Mapping[str, str]) -> Chapter:
+    """The line, the figures, and what costs most.
+
+    Args:
+        material: the artifact.
+        pages: ids of tensor pages by module path.
+    """
+    steps = next_steps(material, pages)
+    further: tuple[Block, ...] = (steps,) if steps is not None else ()
     if material.verdict is None:
         missing = (
             "This artifact has no verdict.json: it was written by an older version, or by an export without a run. Run "
             "its recipe again."
         )
-        return Chapter("verdict", "Verdict", ABOUT, (), missing)
-    blocks = (Prose(f"{material.verdict.line}.", lead=True), FactList(tuple(_facts(material, material.verdict))))
-    return Chapter("verdict", "Verdict", ABOUT, blocks)
+        return Chapter("verdict", "Verdict", ABOUT, further, missing)
+    figures = FactList(tuple(_facts(material, material.verdict)))
+    return Chapter("verdict", "Verdict", ABOUT, (Prose(f"{material.verdict.line}.", lead=True), figures, *further))
 
 
 def _facts(material: Material, verdict: Verdict) -> Iterator[Fact]:

@@ -12,6 +12,7 @@ from torch import fx
 
 from bitlower.frontends.tokenize import decode
 from bitlower.ir import Batch, BitlowerError, Program
+from bitlower.ir.digits import significant
 from bitlower.ir.operators import graph_results
 from bitlower.ir.tokens import BATCH, token_dim, token_ids, token_mask
 
@@ -72,9 +73,11 @@ class SampleLosses:
                 differing = (a.argmax(-1) != b.argmax(-1)).nonzero().reshape(-1)
                 if first is None and len(differing):
                     first = int(part[differing[0]])
-        form: dict[str, Any] = {"relative_error": _rounded(math.sqrt(noise / signal) if signal else float(noise > 0))}
+        form: dict[str, Any] = {
+            "relative_error": significant(math.sqrt(noise / signal) if signal else float(noise > 0))
+        }
         if "logits" in self.name:
-            form["kl_divergence"] = _rounded(max(divergence / max(len(places), 1), 0.0))
+            form["kl_divergence"] = significant(max(divergence / max(len(places), 1), 0.0))
             form["differs_at"] = first
             if first is not None:
                 form["expected"], form["actual"] = int(rows[first].argmax()), int(others[first].argmax())
@@ -84,10 +87,6 @@ class SampleLosses:
         """The samples with the largest losses, the worst first."""
         key = "kl_divergence" if "logits" in self.name else "relative_error"
         return sorted(self.rows, key=lambda row: (-row[key], row["sample"]))[:WORST]
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from bitlower.ir import Batch, Level, Program
+from bitlower.ir import Batch, BitlowerError, Level, Program, get_tensor
+from bitlower.ir.digits import significant
 from bitlower.ir.observe import observe, stream
 from bitlower.ir.quantization import numerics
 from bitlower.ir.quantizer_node import QuantizerNode
@@ -24,11 +25,11 @@ from bitlower.passes import Context, Pass, Recorder, digest_batches
 from bitlower.tools.runs.channel_maps import ChannelSizes, channel_rows, compared_sums
 from bitlower.tools.runs.histogram import GrowingHistogram
 from bitlower.tools.runs.samples import SampleLosses, judged_output, output_node
+from bitlower.tools.runs.spread import even, spread
+from bitlower.tools.runs.token_norms import TokenNorms
 
 ENTRIES = 1 << 22
 """Of a weight; a larger one is seen in rows at even distances."""
-CHANNELS = 64
-"""Channel ranges that are kept of one tensor, at even distances after sorting."""
 _COUNTED_BITS = 16
 """Grids up to so many bits have their codes counted."""
 
@@ -57,7 +58,7 @@ class TensorStatistics(Recorder):
 
     def key(self, context: Context) -> str:
         """The evaluation batches; the program before the pass is in the entry's key."""
-        return f"tensors-{hashlib.sha256(digest_batches(context.evaluation).encode()).hexdigest()}"
+        return f"tensors-2-{hashlib.sha256(digest_batches(context.evaluation).encode()).hexdigest()}"
 
     def row(self) -> dict[str, Any] | None:
         """What was measured around the last pass."""
@@ -83,7 +84,7 @@ def measure(reference: Program, program: Program, context: Context) -> dict[str,
     look = _Look(reference, program)
     for tally in look.tallies:
         if tally.view.rounds_parameter:
-            tally.add_weight(program)
+            tally.add_weight(program, reference)
     if context.evaluation:
         pairs = _Pairs(look, context.evaluation)
         observe(program, look.watched, pairs, look.see, track=context.track, label="tensor statistics")
@@ -129,6 +130,7 @@ class _Look:
         mask = value_mask(node.meta["type"].shape, batch)
         for tally in self.readers.get(node, ()):
             tally.add(value, self.program, mask)
+            tally.tokens.add(value, node.meta["type"].shape, batch)
         if node in self.own_sums:
             self.after.add(node, value, batch)
         if self.outputs and node is self.outputs[1] and self.expected is not None:
@@ -165,14 +167,19 @@ class _Tally:
     low: float | None = None
     high: float | None = None
     channels: torch.Tensor | None = None
+    tokens: TokenNorms = field(default_factory=TokenNorms)
+    scales: torch.Tensor | None = None
+    rewritten: dict[str, Any] | None = None
     codes: torch.Tensor | None = None
     groups: list[int] = field(default_factory=list)
     step: int = 1
     share: float = 1.0
 
-    def add_weight(self, program: Program) -> None:
+    def add_weight(self, program: Program, reference: Program) -> None:
         """Take a parameter; of a large one some rows."""
         weight, (scale, zero) = self.view.weight(program.module), self.view.range(program.module)
+        before = _same_parameter(reference, self.view.quantizer.tensor, weight)
+        self.scales = scale
         step = math.ceil(weight.numel() / ENTRIES) if weight.dim() > 1 else 1
         whole = scale.dim() == 0 or scale.shape[0] in (1, len(weight))
         if step > 1 and whole:
@@ -181,13 +188,18 @@ class _Tally:
             )
             self.share = len(weight[::step]) / len(weight)
             weight, self.step = weight[::step], step
+            before = before[::step] if before is not None else None
         self._take(weight, scale, zero, None)
+        if before is not None:
+            self.rewritten = self._rewritten(before.float(), weight.float(), scale, zero)
         if weight.dim() > 1:
             rows = weight.detach().reshape(len(weight), -1)
             self.channels = torch.stack([rows.amin(1), rows.amax(1)])
             if scale.dim() == weight.dim() and 1 < scale.shape[0] < len(weight):
                 self.groups = [row * scale.shape[0] // len(weight) for row in range(len(weight))]
         release(self.view.weight(program.module))
+        if before is not None:
+            release(before)
 
     def add(self, value: torch.Tensor, program: Program, mask: torch.Tensor | None) -> None:
         """Take a batch of an activation; entries that ``mask`` leaves out are padding."""
@@ -209,7 +221,7 @@ class _Tally:
     def _take(self, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, mask: torch.Tensor | None) -> None:
         grid, stored = self.view.spec.grid, self.view.is_static
         x, zero = x.detach().float(), torch.round(zero)
-        codes = numerics.blockwise(x, scale, zero, lambda v, s, z: torch.round(v / s) + z)
+        codes = _codes(x, scale, zero)
         rounded = codes.clamp(grid.quant_min, grid.quant_max)
         error = numerics.values(rounded, scale, zero) - x
         outside = codes != rounded
@@ -229,6 +241,20 @@ class _Tally:
             counts = torch.bincount((rounded.reshape(-1) - grid.quant_min).long(), minlength=levels)
             self.codes = counts if self.codes is None else self.codes + counts
 
+    def _rewritten(
+        self, before: torch.Tensor, now: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+    ) -> dict[str, Any]:
+        """How far passes moved a weight, and the share of its codes that are not the nearest to what it was."""
+        grid = self.view.spec.grid
+        first, last = (
+            _codes(weight, scale, torch.round(zero)).clamp(grid.quant_min, grid.quant_max) for weight in (before, now)
+        )
+        size = float(before.double().norm())
+        return {
+            "distance": significant(float((now.double() - before.double()).norm()) / size) if size else None,
+            "codes": significant(float((first != last).double().mean())),
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data; floats have six significant digits."""
         quantizer, spec = self.view.quantizer, self.view.spec
@@ -241,41 +267,52 @@ class _Tally:
             "spec": str(spec),
             "bits": spec.grid.bits,
             "values": self.count,
-            "share": _rounded(self.share),
-            "minimum": _rounded(self.histogram.minimum),
-            "maximum": _rounded(self.histogram.maximum),
-            "low": _rounded(self.low),
-            "high": _rounded(self.high),
-            "clipped": _rounded(self.clipped / self.count),
-            "sqnr_db": _rounded(10 * math.log10(self.signal / self.noise)) if self.noise and self.signal else None,
+            "share": significant(self.share),
+            "minimum": significant(self.histogram.minimum),
+            "maximum": significant(self.histogram.maximum),
+            "low": significant(self.low),
+            "high": significant(self.high),
+            "clipped": significant(self.clipped / self.count),
+            "sqnr_db": significant(10 * math.log10(self.signal / self.noise)) if self.noise and self.signal else None,
             "codes_used": used,
             "codes": spec.grid.quant_max - spec.grid.quant_min + 1,
-            "histogram": {**shape, "start": _rounded(shape["start"]), "step": _rounded(shape["step"])},
+            "histogram": {**shape, "start": significant(shape["start"]), "step": significant(shape["step"])},
             "channels": self._channels(),
+            "tokens": self.tokens.to_dict(),
+            "scales": spread(self.scales) if self.scales is not None and self.scales.numel() > 1 else None,
+            "rewritten": self.rewritten,
         }
 
     def _channels(self) -> dict[str, Any] | None:
-        """Least and greatest value of channels, sorted by width, at most :data:`CHANNELS` of them."""
+        """Least and greatest value of channels, sorted by width, at most :data:`~spread.PLACES` of them."""
         if self.channels is None:
             return None
         low, high = self.channels
         order = torch.argsort(high - low, stable=True).tolist()
-        picked = [order[round(i)] for i in _even(len(order))]
+        picked = [order[i] for i in even(len(order))]
         form: dict[str, Any] = {
             "count": len(order),
             "index": [i * self.step for i in picked],
-            "low": [_rounded(float(low[i]), 4) for i in picked],
-            "high": [_rounded(float(high[i]), 4) for i in picked],
+            "low": [significant(float(low[i]), 4) for i in picked],
+            "high": [significant(float(high[i]), 4) for i in picked],
         }
         if self.groups:
             form["group"] = [self.groups[i] for i in picked]
         return form
 
 
-def _even(length: int) -> Iterable[float]:
-    """At most :data:`CHANNELS` places from 0 to ``length - 1``, the last among them."""
-    count = min(length, CHANNELS)
-    return (i * (length - 1) / max(count - 1, 1) for i in range(count))
+def _codes(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """The nearest codes, as floats, before they are clipped."""
+    return numerics.blockwise(x, scale, zero, lambda v, s, z: torch.round(v / s) + z)
+
+
+def _same_parameter(program: Program, name: str, weight: torch.Tensor) -> torch.Tensor | None:
+    """The parameter ``name`` of ``program`` where it has the shape of ``weight``; None for none."""
+    try:
+        other = get_tensor(program.module, name).detach()
+    except BitlowerError:
+        return None
+    return other if other.shape == weight.shape else None
 
 
 def _ends(value: torch.Tensor, mask: torch.Tensor | None, neutral: float) -> torch.Tensor:
@@ -284,7 +321,3 @@ def _ends(value: torch.Tensor, mask: torch.Tensor | None, neutral: float) -> tor
     if mask is not None:
         value = torch.where(mask, value, torch.tensor(neutral))
     return value.reshape(-1, value.shape[-1])
-
-
-def _rounded(value: float | None, digits: int = 6) -> float | None:
-    return float(f"{value:.{digits}g}") if value is not None and math.isfinite(value) else None

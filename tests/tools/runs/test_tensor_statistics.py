@@ -12,12 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitlower.frontends import batches, load
-from bitlower.ir import Program, TensorType
+from bitlower.ir import Program, TensorType, get_tensor
+from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.passes import Context, PassManager, make_pass
 from bitlower.tools.runs.histogram import FINE, SHOWN, GrowingHistogram
 from bitlower.tools.runs.samples import SampleLosses, judged_output, sample_texts
+from bitlower.tools.runs.spread import PLACES, spread
 from bitlower.tools.runs.tensor_statistics import measure
+from bitlower.tools.runs.token_norms import TokenNorms
 
+ENDS = (-8, 7)
+"""Codes of 4 bits."""
 PARTS = st.lists(
     st.lists(st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False), min_size=1, max_size=20),
     min_size=1,
@@ -95,8 +100,6 @@ def test_weights_in_groups_have_a_range_for_each_group(llama_program: Program) -
     form = measure(llama_program, program, Context())
     rows = {row["tensor"]: row for row in form["tensors"]}
     name = next(name for name in rows if name.endswith("up_proj.weight"))
-    from bitlower.ir import get_tensor
-
     weight = get_tensor(llama_program.module, name).detach().double().numpy()
     rounded = get_tensor(program.module, name).detach().double().numpy()
     assert rows[name]["values"] == weight.size
@@ -114,3 +117,61 @@ def test_the_float_model_is_its_own_best_copy(bert: Path) -> None:
     assert [row["relative_error"] for row in form["samples"]] == [0.0, 0.0]
     assert all(row["before"] == row["after"] for row in form["channels"])
     assert len(form["channels"]) == 4
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=200))
+def test_a_spread_is_the_sorted_values_at_even_distances(values: list[float]) -> None:
+    form = spread(torch.tensor(values))
+    ordered = np.sort(np.array(values, dtype=np.float32).astype(np.float64))
+    places = np.rint(np.linspace(0, len(values) - 1, min(len(values), PLACES))).astype(int)
+    assert form["count"] == len(values)
+    assert len(form["sorted"]) == len(places)
+    assert form["sorted"][0] == pytest.approx(ordered[0], rel=1e-3)
+    assert form["sorted"][-1] == pytest.approx(ordered[-1], rel=1e-3)
+    if len(values) <= PLACES:
+        assert form["sorted"] == pytest.approx(list(ordered), rel=1e-3)
+
+
+def test_norms_are_those_of_tokens_without_padding() -> None:
+    generator = np.random.default_rng(0)
+    value = generator.normal(size=(3, 20, 7)).astype(np.float32)
+    mask = np.ones((3, 20), dtype=np.int64)
+    mask[1, :5], mask[2, 9:] = 0, 0  # padding on the left, and on the right
+    value[0, 0] *= 50  # a sink
+    norms = TokenNorms()
+    batch = {"input_ids": torch.zeros(3, 20, dtype=torch.int64), "attention_mask": torch.tensor(mask)}
+    norms.add(torch.tensor(value), ("batch", "sequence", 7), batch)
+    norms.add(torch.tensor(value), ("batch", 7), batch)  # not laid out by tokens
+    norms.add(torch.tensor(value), ("batch", "sequence", "sequence"), batch)
+    form = norms.to_dict()
+    assert form is not None
+    expected = np.linalg.norm(value.astype(np.float64), axis=-1)
+    seen = np.sort(expected[mask == 1])
+    assert form["count"] == len(seen) == 44
+    assert form["sorted"] == pytest.approx(list(seen), rel=1e-3)
+    texts = [row[one == 1] for row, one in zip(expected, mask, strict=True)]
+    assert form["first"] == pytest.approx(
+        [np.mean([text[place] for text in texts if len(text) > place]) for place in range(16)], rel=1e-3
+    )
+    assert TokenNorms().to_dict() is None
+
+
+def test_what_gptq_rewrote_is_counted(llama_program: Program) -> None:
+    """Codes and distances against numpy: `rtn` leaves the nearest codes, `gptq` others."""
+    data = batches(llama_program, ["the cat sings near the old house , and the dog sleeps"] * 4, max_length=12)
+    for solver in ("rtn", "gptq"):
+        manager = PassManager([make_pass("clean"), make_pass("quantize", {"scheme": "W4A16-g16"}), make_pass(solver)])
+        program = manager.run(llama_program.clone(), Context(data))
+        rows = {row["tensor"]: row for row in measure(llama_program, program, Context())["tensors"]}
+        name = next(name for name in rows if name.endswith("up_proj.weight"))
+        node = next(node for node, q in program.quantizers() if q.tensor == name)
+        first, last = (get_tensor(made.module, name).detach().double().numpy() for made in (llama_program, program))
+        scale, zero = (part.double().numpy() for part in QuantizerNode(node).range(program.module))
+        blocks = [weight.reshape(*scale.shape, -1) for weight in (first, last)]
+        codes = [np.clip(np.rint(block / scale[..., None]) + zero[..., None], *ENDS) for block in blocks]
+        found = rows[name]["rewritten"]
+        assert found["codes"] == pytest.approx(np.mean(codes[0] != codes[1]), abs=1e-3)
+        assert found["distance"] == pytest.approx(np.linalg.norm(last - first) / np.linalg.norm(first), rel=1e-4)
+        assert (found["codes"] > 0.02) == (solver == "gptq")
+        assert rows[name]["scales"]["count"] == scale.size
+        assert rows[name]["scales"]["sorted"][-1] == pytest.approx(scale.max(), rel=1e-3)
