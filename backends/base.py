@@ -30,6 +30,21 @@ class Summary(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class KernelTime:
+    """What one kind of kernel takes in a run of a model.
+
+    Args:
+        kernel: its name in the runtime.
+        calls: how often a run calls it.
+        microseconds: of all its calls in one run.
+    """
+
+    kernel: str
+    calls: int
+    microseconds: float
+
+
 class Model(Protocol):
     """A model that runs."""
 
@@ -117,6 +132,16 @@ class Backend(abc.ABC):
             BitlowerError: what runs it is not installed, or it does not run on this machine.
         """
         return None
+
+    @classmethod
+    def kernel_times(cls, folder: Path) -> tuple[KernelTime, ...]:
+        """What the kernels of an artifact take here, the longest first; empty where the runtime does not say.
+
+        Raises:
+            BitlowerError: what runs it is not installed, or it does not run on this machine.
+            CheckError: a file is missing or damaged.
+        """
+        return ()
 
     def usage(self, program: Program) -> Usage:
         """How the artifact of ``program`` is loaded, for its model card; with bitlower, as a rule."""

@@ -16,7 +16,7 @@ from bitlower.backends.artifact.card import Usage, write_card
 from bitlower.backends.artifact.config import write_config
 from bitlower.backends.artifact.folder import sizes
 from bitlower.backends.artifact.stages import WHOLE, part_batches, parts_of
-from bitlower.backends.base import Backend
+from bitlower.backends.base import Backend, KernelTime
 from bitlower.backends.onnx_qdq.encoding.nbits import FLOAT_ACTIVATIONS, ROUNDS_ACTIVATIONS
 from bitlower.backends.onnx_qdq.model import OnnxEncoderDecoder, OnnxModel, open_model
 from bitlower.backends.onnx_qdq.rewrite.linear import Form
@@ -30,6 +30,7 @@ from bitlower.backends.onnx_qdq.verify.compare import compare_export, verify_exp
 from bitlower.backends.onnx_qdq.verify.record import Verification
 from bitlower.backends.onnx_qdq.verify.runtime_kernels import LEVEL_ENTRY
 from bitlower.backends.onnx_qdq.verify.stages import join_stages
+from bitlower.backends.onnx_qdq.verify.timing import kernel_times
 from bitlower.backends.onnx_qdq.write.annotate import annotate, annotations_of, write_overlays
 from bitlower.backends.onnx_qdq.write.files import model_file, share_tensors, write_assets, write_model
 from bitlower.backends.onnx_qdq.write.genai import write_genai_config, writes_speech
@@ -208,6 +209,15 @@ class OnnxQdq(Backend):
             CheckError: a file is missing or changed, or the model does not compute what it did.
         """
         return verify_artifact(folder)
+
+    @classmethod
+    def kernel_times(cls, folder: Path) -> tuple[KernelTime, ...]:
+        """What each kind of kernel takes; see :func:`~bitlower.backends.onnx_qdq.verify.timing.kernel_times`.
+
+        Raises:
+            CheckError: a file is missing or damaged, or the model does not run.
+        """
+        return kernel_times(folder)
 
     @classmethod
     def load(cls, folder: Path) -> OnnxModel | OnnxEncoderDecoder:

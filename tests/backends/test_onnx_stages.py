@@ -174,3 +174,10 @@ def test_stages_that_are_another_program_together_are_seen(artifact: tuple[str, 
     set_tensor(other.module, name.partition("/")[2], -codes.clamp(min=-127))
     with pytest.raises(CheckError, match="the encoder and the decoder together return"):
         join_stages(other, folder, recorded, seq2seq.batches(kind, 1)[0], {})
+
+
+def test_kernels_of_both_stages_are_timed(artifact: tuple[str, Program, Path]) -> None:
+    _, _, folder = artifact
+    times = OnnxQdq.kernel_times(folder)
+    assert sum(time.calls for time in times if time.kernel == "MatMulIntegerToFloat") > 0
+    assert [time.microseconds for time in times] == sorted((time.microseconds for time in times), reverse=True)

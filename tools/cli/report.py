@@ -19,12 +19,15 @@ def report(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The HTML file; DIR.html beside the folder if not given.")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Run the artifact in its runtime, and show what its kernels take here.")
+    ] = False,
 ) -> None:
     """Write one HTML file that shows what an artifact is, what it cost and why; it loads nothing from anywhere."""
     settings = settings_of(context)
     from bitlower.tools.render import format_bytes
     from bitlower.tools.report.page import report as write
 
-    target = write(folder, other, output=output)
+    target = write(folder, other, output=output, profile=profile)
     size = target.stat().st_size
     settings.display().text({"report": str(target), "bytes": size}, f"wrote {target} ({format_bytes(size)})")

@@ -17,6 +17,7 @@ from bitlower.tools.report.blocks import (
     plain_table,
 )
 from bitlower.tools.report.contents import Material
+from bitlower.tools.report.kernel_strip import kernel_blocks
 
 ABOUT = (
     "The artifact was read as its users will read it and compared with the program: the outputs, every code of every "
@@ -51,6 +52,7 @@ def checks_chapter(material: Material) -> Chapter:
         facts += [Fact(key.replace("_", " "), _shown(value), MEANINGS.get(key, "")) for key, value in summary.items()]
     if facts:
         blocks.append(FactList(tuple(facts)))
+    blocks += kernel_blocks(material)
     if isinstance(kernels, Mapping):
         blocks += _kernels(kernels)
     if material.manifest.operators:

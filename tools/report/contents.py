@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from bitlower.backends.artifact import MANIFEST, VERIFICATION, Manifest, parsed, read_json, read_manifest
+from bitlower.backends.base import KernelTime
 from bitlower.ir import BitlowerError
 from bitlower.ir.files import reason
 from bitlower.ir.model_card import CARD
@@ -183,6 +184,8 @@ class Material:
         explanations: why tensors have their bits; none where no placement was reported.
         stages: of the run that is just done; a folder read later has none.
         texts: of samples, likewise.
+        kernels: what they take on this machine, the longest first, as far as the runtime says.
+        timed: whether they were run for it.
         card: the model card; empty if there is none.
     """
 
@@ -198,6 +201,8 @@ class Material:
     stages: Sequence[Stage] = ()
     texts: Sequence[SampleText] = ()
     card: str = ""
+    kernels: Sequence[KernelTime] = ()
+    timed: bool = False
 
     @property
     def model(self) -> str:

@@ -23,6 +23,7 @@ from bitlower.tools.report.comparison import comparison_chapter
 from bitlower.tools.report.contents import Material, Stage, read_material
 from bitlower.tools.report.depth import depth_chapter
 from bitlower.tools.report.environment import environment_chapter
+from bitlower.tools.report.kernel_strip import with_kernel_times
 from bitlower.tools.report.ledger import ledger_chapter
 from bitlower.tools.report.outliers import outliers_chapter
 from bitlower.tools.report.samples import samples_chapter
@@ -51,6 +52,7 @@ def report(
     other: str | os.PathLike[str] | None = None,
     *,
     output: str | os.PathLike[str] | None = None,
+    profile: bool = False,
 ) -> Path:
     """Write one HTML file that shows an artifact, or two side by side; its path.
 
@@ -60,6 +62,7 @@ def report(
         folder: the artifact's.
         other: that of another one, to compare it with.
         output: the file; the folder's name with ``.html``, beside it, if left out. A report that is there is replaced.
+        profile: run the artifacts in their runtime and show what their kernels take on this machine.
 
     Raises:
         BitlowerError: a folder is missing or holds several artifacts, or ``output`` is something else than a report or
@@ -69,7 +72,11 @@ def report(
     whole = Path(folder).resolve()
     target = Path(output) if output is not None else whole.with_name(f"{whole.name}.html")
     _check_target(target)
-    _write(target, render(read_material(Path(folder)), read_material(Path(other)) if other is not None else None))
+    folders = [Path(one) for one in (folder, other) if one is not None]
+    materials = [read_material(one) for one in folders]
+    if profile:
+        materials = [with_kernel_times(material, one) for material, one in zip(materials, folders, strict=True)]
+    _write(target, render(*materials))
     return target
 
 

@@ -35,6 +35,7 @@ class Session:
         config: session configuration entries by key.
         optimized: where to write the graph that the runtime runs; its tensors go to a file beside it.
         optimize: with the runtime's default optimizations; without, as the graph stands.
+        profile: what the file that :meth:`end_profile` writes begins with; nothing is profiled without.
 
     Raises:
         CheckError: the runtime does not take the model.
@@ -48,9 +49,13 @@ class Session:
         config: Mapping[str, str] | None = None,
         optimized: Path | None = None,
         optimize: bool = True,
+        profile: Path | None = None,
     ) -> None:
         try:
             options = _options(folder, config or {}, optimized, optimize)
+            if profile is not None:
+                options.enable_profiling, options.profile_file_prefix = True, str(profile)
+                options.enable_cpu_mem_arena = True  # as users run it
             source = model if isinstance(model, bytes) else str(model)
             self._session = onnxruntime.InferenceSession(source, options, providers=[PROVIDER])
         except Exception as error:
@@ -76,6 +81,10 @@ class Session:
         except Exception as error:
             raise CheckError(f"onnxruntime cannot run {_name(self._model)}: {_first_line(error)}") from None
         return dict(zip(names, values, strict=True))
+
+    def end_profile(self) -> Path:
+        """The file of what was profiled, which is complete now."""
+        return Path(self._session.end_profiling())
 
 
 def _options(

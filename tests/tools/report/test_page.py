@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 
 from bitlower import report as write
+from bitlower.backends.base import Backend
+from bitlower.backends.onnx_qdq import OnnxQdq
 from bitlower.backends.registry import verify_artifact
 from bitlower.ir import BitlowerError, CheckError
 from bitlower.tools.cli import main
@@ -392,3 +395,29 @@ def test_the_verdict_ends_with_what_costs_most(page: Any, artifacts: Any) -> Non
         [row] = [row for name, row in rows.items() if name.startswith((tensor, path)) and "rounding alone" in row[1]]
         assert f"{decibels:.1f} dB" in row[1]
         assert f"--ignore {placed[tensor]}" in row[2]
+
+
+def test_kernels_are_timed_where_the_report_is_asked_to(artifacts: Any, tmp_path: Path, page_of: Any) -> None:
+    """Every kernel of the optimized graph, as often as it is there; the shares are of their sum."""
+    import onnx
+    import onnxruntime
+
+    target = write(artifacts.plain, output=tmp_path / "timed.html", profile=True)
+    page = page_of(target.read_text())
+    [rows] = [rows for caption, rows in page.tables.items() if "kernel by kernel" in caption]
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(artifacts.plain / "model.onnx", options, providers=["CPUExecutionProvider"])
+    counts = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert {row[0]: int(row[1]) for row in rows[1:]} == dict(counts)
+    assert sum(float(row[3].rstrip("%")) for row in rows[1:]) == pytest.approx(100, abs=0.1 * len(rows))
+    times = [float(row[2].replace(",", "")) for row in rows[1:]]
+    assert times == sorted(times, reverse=True)
+    assert times[-1] >= 0
+    assert "kernel by kernel" not in write(artifacts.plain, output=tmp_path / "timed.html").read_text()
+
+
+def test_a_runtime_that_does_not_say_is_named(artifacts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnnxQdq, "kernel_times", Backend.kernel_times)
+    text = write(artifacts.plain, output=tmp_path / "timed.html", profile=True).read_text()
+    assert "The runtime of onnx-qdq does not say what its kernels take." in text
