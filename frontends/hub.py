@@ -13,6 +13,8 @@ OTHER_WEIGHTS = (
     "*.onnx.data", "*.mlmodel", "*.mlpackage/*", "*.xml", "*.engine", "*.pkl", "*.npz",
 )  # fmt: skip
 """Files of the hub that are not downloaded: weights in formats other than safetensors."""
+WEIGHTS = "*.safetensors"
+"""Files that are not downloaded where only the configuration is asked for."""
 
 
 def is_hub_name(model: str) -> bool:
@@ -20,7 +22,7 @@ def is_hub_name(model: str) -> bool:
     return model.startswith(PREFIX)
 
 
-def hub_folder(name: str) -> Path:
+def hub_folder(name: str, *, weights: bool = True) -> Path:
     """The folder of ``hf:ORG/NAME[@REVISION]`` in the hub's cache, downloaded if it is not there.
 
     The environment says where (``HF_HOME``), from where (``HF_ENDPOINT``), with what token (``HF_TOKEN``), and whether
@@ -28,6 +30,7 @@ def hub_folder(name: str) -> Path:
 
     Args:
         name: a revision is a branch, a tag or a commit; the main branch if it is left out.
+        weights: whether the weights have to be there too.
 
     Raises:
         BitlowerError: no such repository or revision, no access, or it is neither reached nor in the cache.
@@ -35,7 +38,7 @@ def hub_folder(name: str) -> Path:
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
     if not repository or ("@" in name and not revision):
         raise BitlowerError(f"{name!r} names no model of the hub", hint="write hf:ORG/NAME or hf:ORG/NAME@REVISION")
-    return _download(repository, revision or None)
+    return _download(repository, revision or None, weights)
 
 
 def pinned(name: str) -> str:
@@ -49,12 +52,13 @@ def pinned(name: str) -> str:
 
 
 @cache
-def _download(repository: str, revision: str | None) -> Path:
+def _download(repository: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     where = f"{repository} at {revision}" if revision else repository
+    ignored = [*OTHER_WEIGHTS] if weights else [*OTHER_WEIGHTS, WEIGHTS]
     try:
-        return Path(snapshot_download(repository, revision=revision, ignore_patterns=list(OTHER_WEIGHTS)))
+        return Path(snapshot_download(repository, revision=revision, ignore_patterns=ignored))
     except errors.GatedRepoError:
         problem, hint = f"{where} is gated", "ask for access on its page, and log in: hf auth login, or set HF_TOKEN"
     except errors.RepositoryNotFoundError:

@@ -31,10 +31,14 @@ def missing(model: str) -> BitlowerError:
     return BitlowerError(f"no model folder at {model!r}", hint=f"give {FORMS}{on_the_hub}")
 
 
-def locate(model: str | os.PathLike[str]) -> Path:
+def locate(model: str | os.PathLike[str], *, weights: bool = True) -> Path:
     """The folder that holds ``config.json``, or the GGUF file; an installed package is searched and never imported.
 
     That of a sentence-transformers model may be the folder of its transformer (``0_Transformer``).
+
+    Args:
+        model: as a user names it.
+        weights: whether the weights have to be there too: those of a model of the hub are downloaded then.
 
     Raises:
         BitlowerError: no such folder, file or package, no configuration in it, or several GGUF files.
@@ -43,7 +47,7 @@ def locate(model: str | os.PathLike[str]) -> Path:
     if name.startswith(_PREFIX):
         return _inside_package(name.removeprefix(_PREFIX))
     if is_hub_name(name):
-        return _inside(hub_folder(name), name)
+        return _inside(hub_folder(name, weights=weights), name)
     folder = check_name(name)
     if folder.is_file() and folder.suffix == GGUF:
         return folder

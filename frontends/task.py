@@ -24,7 +24,7 @@ def is_decoder(model: str | os.PathLike[str] | torch.nn.Module, task: str | None
     """
     if task is not None:
         return task == TEXT_GENERATION
-    if not isinstance(model, torch.nn.Module) and locate(model).suffix == GGUF:
+    if not isinstance(model, torch.nn.Module) and locate(model, weights=False).suffix == GGUF:
         return True
     return any(name.endswith(_SUFFIXES) for name in _architectures(model)[:1])
 
@@ -71,7 +71,7 @@ def _says(model: str | os.PathLike[str] | torch.nn.Module, task: str | None, abo
     """What holds for the task that is named, or that the model's architecture is for."""
     if task is not None:
         return task in TASKS and about(TASKS[task])
-    if not isinstance(model, torch.nn.Module) and locate(model).suffix == GGUF:
+    if not isinstance(model, torch.nn.Module) and locate(model, weights=False).suffix == GGUF:
         return False
     try:
         return about(TASKS[task_of(_architectures(model), "")])
@@ -84,7 +84,7 @@ def _architectures(model: str | os.PathLike[str] | torch.nn.Module) -> list[str]
     if isinstance(model, torch.nn.Module):
         return [type(model).__name__]
     try:
-        named = read_json(locate(model) / "config.json", finite=False)["architectures"]
+        named = read_json(locate(model, weights=False) / "config.json", finite=False)["architectures"]
         return [str(name) for name in named]
     except (OSError, ValueError, KeyError, TypeError):
         return []

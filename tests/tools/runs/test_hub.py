@@ -15,6 +15,7 @@ import torch
 
 from bitlower.frontends import load
 from bitlower.frontends.hub import _download, hub_folder, pinned
+from bitlower.frontends.task import is_decoder
 from bitlower.ir import BitlowerError
 from bitlower.tools.recipes.recipe import Recipe
 from bitlower.tools.runs.flow import recipe_job
@@ -179,3 +180,11 @@ def test_what_looks_like_a_name_of_the_hub_is_taken_for_one(tmp_path: Path) -> N
         load(tmp_path / "none" / "there")
     assert "hf:ORG/NAME" in error.value.hint
     assert "write hf:" not in error.value.hint
+
+
+def test_the_task_of_a_model_is_known_before_its_weights_are_there(serve: Callable[[Path], Hub], llama: Path) -> None:
+    hub = serve(llama)
+    assert is_decoder("hf:org/tiny")
+    assert any(path.endswith("/config.json") for path in hub.asked)
+    assert not [path for path in hub.asked if path.endswith(".safetensors")]
+    assert any(path.suffix == ".safetensors" for path in hub_folder("hf:org/tiny").iterdir())
