@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from bitlower.frontends._beside import check_generation, check_tokens, plain_config
+from bitlower.frontends._gguf_card import gguf_card
 from bitlower.frontends._gguf_header import GgufArray, GgufHeader, NotGgufError, read_gguf_header
 from bitlower.frontends._promises import Held, check_numbers, check_skeleton
 from bitlower.frontends._tokenizer import from_files
@@ -29,6 +30,7 @@ from bitlower.frontends.weights import is_large
 from bitlower.ir import BitlowerError
 from bitlower.ir.assets import read_assets
 from bitlower.ir.files import reason
+from bitlower.ir.model_card import CARD
 from bitlower.ir.quiet import quiet
 from bitlower.ir.scratch import scratch_folder
 from bitlower.ir.storage import bound_heap, is_mapped, parts, settle, spill
@@ -42,7 +44,7 @@ _NEEDS = ("gguf", "accelerate")
 
 
 def load_gguf(path: Path, task: str | None = None, *, mapped: bool | None = None) -> PreTrained:
-    """Load the causal language model in the file ``path``, in float32, with its tokenizer files as assets.
+    """Load the causal language model in the file ``path``, in float32; its tokenizer files and a card are assets.
 
     Args:
         path: the file.
@@ -81,6 +83,8 @@ def load_gguf(path: Path, task: str | None = None, *, mapped: bool | None = None
             f"{path} cannot be read: {' '.join(str(error).split())[:300]}",
             hint="fetch the file again, or convert it to safetensors",
         ) from None
+    if card := gguf_card(header):
+        assets[CARD] = card
     _check_weights(path, model)
     _settle(model, mapped=mapped)
     tokenizer = from_files(tuple(sorted(assets.items())), json.dumps(plain_config(model)), str(path))

@@ -19,6 +19,8 @@ from bitlower.ir.version import __version__
 LEDGER, RECIPE = "ledger.json", "recipe.yaml"
 _HUB = re.compile(r"hf:(?P<id>[^@\s]+)|.*models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/")
 """Sources that name a model of the hub, by its name or by its folder in the hub's cache."""
+_CONVERTED = ".gguf"
+"""How a file ends that is another model's weights in another format; its card names that model."""
 _CARRIED = ("license", "license_name", "license_link", "language")
 """What the source model's card says that holds for the artifact too."""
 _PIPELINES = {CTC: SPEECH_RECOGNITION, "pre-training": ""}
@@ -80,7 +82,10 @@ def write_card(program: Program, folder: Path, usage: Usage) -> str:
 def _front(program: Program, usage: Usage, folder: Path) -> dict[str, Any]:
     """What the hub reads of the card."""
     source = front_matter(program.assets.get(CARD, b""))
-    base, bits = _base_model(program.source), {quantizer.spec.grid.bits for _, quantizer in program.quantizers()}
+    base = _base_model(program.source)
+    if not base and program.source.endswith(_CONVERTED):
+        base = str(source.get("base_model", ""))
+    bits = {quantizer.spec.grid.bits for _, quantizer in program.quantizers()}
     front: dict[str, Any] = {key: source[key] for key in _CARRIED if _is_plain(source.get(key))}
     stated = program.config.get("license")
     if "license" not in front and isinstance(stated, str):

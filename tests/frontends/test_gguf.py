@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bitlower.backends.artifact.card import Usage, write_card
 from bitlower.frontends import _tokenizer, load
 from bitlower.frontends import gguf as reading
 from bitlower.frontends import weights as _weights
@@ -22,6 +23,7 @@ from bitlower.frontends.huggingface import trace_model
 from bitlower.frontends.locate import locate
 from bitlower.frontends.tokenize import batches
 from bitlower.ir import BitlowerError
+from bitlower.ir.model_card import front_matter
 from bitlower.ir.storage import is_mapped
 
 gguf = pytest.importorskip("gguf")
@@ -78,6 +80,10 @@ def write(path: Path, model: LlamaForCausalLM, *, skip: str = "", architecture: 
     writer = gguf.GGUFWriter(path, architecture)
     config = model.config
     writer.add_name("tiny")
+    writer.add_license("apache-2.0")
+    writer.add_languages(["en", "de"])
+    writer.add_base_model_count(1)
+    writer.add_base_model_repo_url(0, "https://huggingface.co/org/tiny")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -123,6 +129,19 @@ def test_the_weights_come_back_bit_for_bit(model: LlamaForCausalLM, written: Pat
     ids = torch.arange(12).reshape(2, 6)
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(ids).logits, model(ids).logits, atol=1e-6, rtol=1e-5)
+
+
+def test_licence_and_origin_reach_the_card_of_the_artifact(written: Path, tmp_path: Path) -> None:
+    loaded = load_gguf(written)
+    assert front_matter(loaded.assets["README.md"]) == {
+        "license": "apache-2.0", "language": ["en", "de"], "base_model": "org/tiny",
+    }  # fmt: skip
+    program = trace_model(loaded)
+    write_card(program, tmp_path, Usage("bitlower", "", "bitlower"))
+    card = front_matter((tmp_path / "README.md").read_bytes())
+    expected = {"license": "apache-2.0", "language": ["en", "de"], "base_model": "org/tiny"}
+    assert {key: card[key] for key in expected} == expected
+    assert card["base_model_relation"] == "quantized"
 
 
 def test_the_configuration_is_that_of_a_plain_model(written: Path) -> None:
