@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,18 +67,24 @@ def writer_of(folder: Path) -> type[Backend] | None:
     return find_backend(_written_by(folder))
 
 
-def verify_artifact(folder: Path) -> dict[str, Any]:
+def verify_artifact(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Check an artifact with the backend that wrote it, and return its report as plain data.
+
+    >>> verify_artifact("minilm-w8a8")["headline"]  # doctest: +SKIP
+
+    Args:
+        folder: the artifact's; nothing but its files is needed.
 
     Raises:
         BitlowerError: not an artifact.
         CheckError: a file is missing or changed, or the model does not compute what it did.
     """
-    name = _written_by(check_name(folder))
+    place = check_name(folder)
+    name = _written_by(place)
     if name not in known_backends():
-        raise BitlowerError(f"{folder / FILE} names the unknown backend {name!r}", hint=nearest(name, known_backends()))
+        raise BitlowerError(f"{place / FILE} names the unknown backend {name!r}", hint=nearest(name, known_backends()))
     try:
-        return find_backend(name).verify(folder).to_dict()
+        return find_backend(name).verify(place).to_dict()
     except BitlowerError:
         raise
     except Exception as error:  # what is damaged makes the runtimes raise many kinds

@@ -17,6 +17,7 @@ if not (Path(__file__).parent / "ir").is_dir():
 
 if TYPE_CHECKING:
     from bitlower.backends.base import Backend
+    from bitlower.backends.registry import verify_artifact
     from bitlower.frontends import batches
     from bitlower.ir import (
         BitlowerError,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from bitlower.ir.learnable import RangeSettings
     from bitlower.ir.version import __version__
     from bitlower.passes import Context, Contract, Pass, PassManager, Record, Report, parse_pipeline
+    from bitlower.tools.evaluation.evaluate import evaluate
+    from bitlower.tools.explain import explain
     from bitlower.tools.load import load
     from bitlower.tools.report.page import report
     from bitlower.tools.runs.flow import quantize
@@ -56,19 +59,25 @@ __all__ = [
     "TensorType",
     "__version__",
     "batches",
+    "evaluate",
+    "explain",
     "load",
     "parse_pipeline",
     "quantize",
     "report",
+    "verify_artifact",
 ]
 
 _HOMES = {
     "bitlower.backends.base": ("Backend",),
+    "bitlower.backends.registry": ("verify_artifact",),
     "bitlower.frontends": ("batches",),
     "bitlower.ir.learnable": ("RangeSettings",),
     "bitlower.passes": ("Context", "Contract", "Pass", "PassManager", "Record", "Report", "parse_pipeline"),
     "bitlower.ir.version": ("__version__",),
     "bitlower.tools.runs.flow": ("quantize",),
+    "bitlower.tools.evaluation.evaluate": ("evaluate",),
+    "bitlower.tools.explain": ("explain",),
     "bitlower.tools.load": ("load",),
     "bitlower.tools.report.page": ("report",),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ class Explanation:
         return "\n".join([head, *(f"  {reason}" for reason in (*self.reasons, *self.change))])
 
 
-def explain(folder: Path, pattern: str = "") -> tuple[Explanation, ...]:
+def explain(folder: str | os.PathLike[str], pattern: str = "") -> tuple[Explanation, ...]:
     """Why tensors of an artifact have their bits.
 
     Args:
@@ -64,8 +65,9 @@ def explain(folder: Path, pattern: str = "") -> tuple[Explanation, ...]:
         BitlowerError: no artifact, none that a run with a placement wrote, or no tensor is called so.
         CheckError: a file of the artifact is missing or changed.
     """
-    check_artifact(check_name(folder))
-    rows = explanations(folder)
+    place = check_name(folder)
+    check_artifact(place)
+    rows = explanations(place)
     if not pattern:
         return rows
     chosen = tuple(row for row in rows if _matches(row, pattern))

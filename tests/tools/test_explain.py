@@ -47,7 +47,7 @@ def read(folder: Path, name: str) -> Any:
 
 
 def test_every_tensor_has_the_spec_that_the_manifest_says(artifact: Path) -> None:
-    rows = {row.tensor: row for row in explain(artifact)}
+    rows = {row.tensor: row for row in explain(str(artifact))}
     quantized = {row["tensor"]: QuantSpec.from_dict(row["spec"]) for row in read(artifact, "manifest.json")["tensors"]}
     assert {name for name, row in rows.items() if row.spec} >= set(quantized)
     for name, spec in quantized.items():
