@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from bitlower.frontends._tokenizer import check_same_tokens, leading_tokens, load_tokenizer, tokenizer_of
+from bitlower.frontends._tokenizer import PROBES, check_same_tokens, leading_tokens, load_tokenizer, tokenizer_of
 from bitlower.frontends.captions import attends_to_padding, reads_captions, text_settings
+from bitlower.frontends.locate import locate
 from bitlower.frontends.pairs import pair_batches, random_pairs
 from bitlower.frontends.pictures import picture_batches, random_pictures, reads_pictures
 from bitlower.frontends.sound import reads_sound, sound_batches
@@ -298,6 +299,31 @@ def check_tokenizer(program: Program, folder: Path) -> None:
     except BitlowerError:
         return  # the frontend noted that it cannot be loaded here
     check_same_tokens(load_tokenizer(folder, str(folder)), own, "the tokenizer of the artifact")
+
+
+def check_same_texts(first: str, second: str) -> None:
+    """See that two models split texts into the same tokens, before either runs; figures of others do not compare.
+
+    Models whose folders hold no tokenizer, such as GGUF files, are not looked at.
+
+    Args:
+        first: a model's or an artifact's folder, or its name.
+        second: that of the other.
+
+    Raises:
+        BitlowerError: they do not, or there is no such model.
+    """
+    folders = [locate(name, weights=False) for name in (first, second)]
+    if not all(folder.is_dir() and any(is_tokenizer(path.name) for path in folder.iterdir()) for folder in folders):
+        return
+    a, b = (load_tokenizer(folder, str(folder)) for folder in folders)
+    for text in PROBES:
+        if a(text, add_special_tokens=False)["input_ids"] != b(text, add_special_tokens=False)["input_ids"]:
+            raise BitlowerError(
+                f"{first} and {second} split texts into other tokens, such as {text!r}, so that no figure of one "
+                "compares with the other's",
+                hint="compare models that have the same tokenizer",
+            )
 
 
 def check_length(program: Program, length: int) -> None:

@@ -75,7 +75,9 @@ def evaluate(
     fail_if: FailIf = None,
 ) -> None:
     """Measure accuracy on labelled data, or perplexity, samples and speed of a language model, with intervals."""
+    from bitlower.frontends.tokenize import check_same_texts
     from bitlower.tools.evaluation.evaluate import evaluate as measure
+    from bitlower.tools.evaluation.masked import FILL_MASK
     from bitlower.tools.evaluation.perplexity import evaluate_text
     from bitlower.tools.verdict.conditions import parse_conditions
 
@@ -89,6 +91,8 @@ def evaluate(
         ))  # fmt: skip
         return
     measured, place = _measurable(task, data, beams=beams, compared=compare is not None)
+    if compare is not None and measured in (GENERATION, FILL_MASK):
+        check_same_texts(target, compare)
     if measured == GENERATION:
         unescaped = None if joiner is None else joiner.replace(r"\n", "\n").replace(r"\t", "\t")
         of_text = partial(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -288,3 +289,17 @@ def test_errors_for_machines(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert form["exit_code"] == 2
     assert form["error"].startswith(f"{tmp_path} is not an artifact")
     assert err == f"error: {form['error']}\n"
+
+
+def test_models_with_other_tokenizers_are_not_run_to_be_compared(refused: Refused, llama: Path, texts: Path) -> None:
+    """The other model's weights are never read: it has none."""
+    other = texts.parent / "other"
+    shutil.copytree(llama, other, ignore=shutil.ignore_patterns("*.safetensors"))
+    form = json.loads((other / "tokenizer.json").read_text())
+    words = form["model"]["vocab"]
+    form["model"]["vocab"] = {word: len(words) - 1 - place for word, place in words.items()}
+    form["added_tokens"] = []
+    (other / "tokenizer.json").write_text(json.dumps(form))
+    line = refused("eval", llama, "--task", "text-generation", "--data", texts, "--compare", other)
+    assert "split texts into other tokens" in line
+    assert "compare models that have the same tokenizer" in line
