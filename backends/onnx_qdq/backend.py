@@ -53,7 +53,8 @@ class ExportReport:
         operators: how many nodes of each operator the model has.
         rules: by rewrite rule, how often it was applied and why it was not.
         verification: how the artifact compares with the Program.
-        notes: what ``genai_config.json`` could not say of how the model generates, a line each.
+        notes: what ``genai_config.json`` could not say of how the model generates, and products of quantized operands
+            that run in float, a line each.
     """
 
     files: dict[str, int]
@@ -141,7 +142,7 @@ class OnnxQdq(Backend):
         write_manifest(program, folder, backend_options=asdict(options), provenance=provenance)
         return ExportReport(
             sizes(folder, files), self.opset, self.form, self.accuracy_level, dict(sorted(counts.items())),
-            log.to_dict(), verification, notes,
+            log.to_dict(), verification, (*notes, *verification.kernels.notes()),
         )  # fmt: skip
 
     def usage(self, program: Program) -> Usage:

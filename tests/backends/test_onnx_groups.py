@@ -102,6 +102,11 @@ def test_whole_groups_run_in_float_and_the_report_says_so(tmp_path: Path) -> Non
     assert reasons["the activation is quantized per-embedding-parts(3)"] == LINEARS - 2 + 4
     assert kernels.expected == kernels.found == 2
     assert kernels.floating["MatMul"] == LINEARS - 2 + 4
+    assert kernels.headline()["dequantized_products"] == LINEARS - 2 + 4
+    assert report.notes[-1] == (
+        f"products of quantized operands that run in float: {LINEARS + 2}, since the activation is quantized"
+        " per-embedding-parts(3); the pass `legalize` makes integer products of them"
+    )
 
 
 def test_what_is_put_together_again_is_named(tmp_path: Path) -> None:

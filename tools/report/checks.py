@@ -74,7 +74,7 @@ def checks_chapter(material: Material) -> Chapter:
 def _kernel_facts(kernels: Mapping[str, Any]) -> Iterator[Fact]:
     """How many integer kernels run, of those expected."""
     expected, present = kernels.get("expected"), kernels.get("found")
-    if isinstance(expected, int) and isinstance(present, int):
+    if isinstance(expected, int) and isinstance(present, int) and (expected or present):
         state = "good" if present >= expected else "bad"
         yield Fact("integer kernels", f"{present} of {expected}", "that run, of those expected", state)
 
@@ -87,7 +87,7 @@ def _kernels(kernels: Mapping[str, Any]) -> Iterator[Block]:
                           [(name,) for name in missing])  # fmt: skip
     reasons = kernels.get("float_reasons")
     if isinstance(reasons, Mapping) and reasons:
-        yield plain_table("Why they run in float", ("operator", "why"), [(k, str(v)) for k, v in reasons.items()])
+        yield plain_table("Why they run in float", ("why", "products"), [*reasons.items()])
     rows = [
         (kind, name, count)
         for kind, counts in kernels.items()

@@ -36,14 +36,14 @@ def _costliest_pass(material: Material) -> Iterator[tuple[Field, ...]]:
             before = after
     if not steps or max(steps)[0] <= 0:
         return
-    cost, low, high, step = max(steps)
+    _, low, high, step = max(steps)
     seen = f"it costs most: {MEASURES[measure]} of {output} {short(low)} → {short(high)}"
-    share = f", of {short(before)} in the end" if len(steps) > 1 and cost else ""
+    share = f"; it is {short(before)} in the end" if high != before else ""
     name = step.partition("{")[0]
     yield (
         Field(step, "ledger"),
         Field(f"{seen}{share}"),
-        Field(f"its parameters (bitlower passes show {name}), or a pass that prepares the model for it"),
+        Field(f"its parameters (`bitlower passes show {name}`), or a pass that prepares the model for it"),
     )
 
 
@@ -58,7 +58,7 @@ def _noisiest_layer(material: Material, pages: Mapping[str, str]) -> Iterator[tu
     if (worst.sqnr_db or 0.0) >= NOISY:
         advice = f"nothing is needed: {NOISY:g} dB is noise of a tenth of the signal"
     else:
-        advice = f"more bits, or float: --ignore {named}, or `ignore: [{named}]` in the pass that places quantizers"
+        advice = f"more bits, or float: `--ignore {named}`, or `ignore: [{named}]` in the pass that places quantizers"
     yield Field(named, pages.get(worst.path, "depth")), Field(seen), Field(advice)
 
 

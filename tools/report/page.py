@@ -193,8 +193,8 @@ def _words(text: str) -> Markup:
 
 
 def _breakable(text: str) -> Markup:
-    """A name that may be broken behind its dots and underscores."""
-    return Markup(_JOINT.sub(r"\g<0><wbr>", str(escape(text))))
+    """A name that may be broken behind its dots and underscores, with code as in :func:`_words`."""
+    return Markup(_JOINT.sub(r"\g<0><wbr>", str(_words(text))))
 
 
 def _check_target(target: Path) -> None:

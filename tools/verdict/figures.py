@@ -57,6 +57,9 @@ MEANINGS: Mapping[str, Meaning] = {
     "size_ratio": Meaning("how many times smaller the artifact is than the float32 model"),
     "float_share": Meaning("of all parameters, those that stay in float", "%"),
     "integer_products": Meaning("multiplications that the runtime does in integers, of those that have codes"),
+    "dequantized_products": Meaning(
+        "multiplications of quantized operands in float: no integer kernel takes their granularity or bits"
+    ),
     "packed_products": Meaning("multiplications whose weights the runtime reads packed, of those that have codes"),
     "kernel_calls": Meaning("low-bit kernels that one run of the library calls, of those expected"),
     "packed_layers": Meaning("layers that are stored packed"),

@@ -24,6 +24,7 @@ FULL_WIDTH = 8
 """Bits of weights below which figures lie in other ranges."""
 _PRODUCTS = {
     "integer_products": "{} products in integers",
+    "dequantized_products": "{} products of quantized operands in float",
     "packed_products": "{} products with packed weights",
     "kernel_calls": "{} calls of low-bit kernels",
 }

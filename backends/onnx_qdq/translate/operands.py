@@ -12,13 +12,23 @@ from bitlower.ir.quantizer_node import QuantizerNode
 CAT = torch.ops.aten.cat.default
 
 
+FLOAT_WEIGHT, FLOAT_OPERAND = "the weight is float", "an operand is float"
+FLOAT_OPERANDS = frozenset({FLOAT_WEIGHT, FLOAT_OPERAND})
+"""Reasons of products whose operands are not both quantized."""
+
+
 def float_reason(left: fx.Node, right: fx.Node) -> str:
-    """Why the product of two values is not one of integers; empty if it is."""
-    for operand in (unviewed(left), unviewed(right)):
-        if operand.target is CAT and all(part.target is ops.dequantize for part in operand.all_input_nodes):
+    """Why the product of two values is not one of integers; empty if it is.
+
+    Where an operand is float, that is the reason (:data:`FLOAT_OPERANDS`); any other holds for quantized operands.
+    """
+    operands = (unviewed(left), unviewed(right))
+    for operand in operands:
+        if operand.target is not ops.dequantize and not _is_sliced(operand):
+            return FLOAT_WEIGHT if operand.op == "get_attr" else FLOAT_OPERAND
+    for operand in operands:
+        if _is_sliced(operand):
             return "the activation is put together of slices with scales of their own"
-        if operand.target is not ops.dequantize:
-            return "the weight is float" if operand.op == "get_attr" else "an operand is float"
         quantizer: Quantizer = operand.meta["quantizer"]
         stored = QuantizerNode(operand).rounds_parameter
         what = "weight" if stored else "activation"
@@ -28,6 +38,11 @@ def float_reason(left: fx.Node, right: fx.Node) -> str:
         if kind not in (("tensor", "channel", "row-group") if stored else ("tensor", "token")):
             return f"the {what} is quantized {quantizer.spec.granularity}"
     return ""
+
+
+def _is_sliced(operand: fx.Node) -> bool:
+    """Whether a value is put together of quantized slices."""
+    return operand.target is CAT and all(part.target is ops.dequantize for part in operand.all_input_nodes)
 
 
 def unviewed(node: fx.Node) -> fx.Node:

@@ -15,7 +15,7 @@ from torch import fx
 from bitlower.backends.onnx_qdq.encoding.nbits import FLOAT_ACTIVATIONS, ROUNDS_ACTIVATIONS, Container, container
 from bitlower.backends.onnx_qdq.graph.structure import MOVES
 from bitlower.backends.onnx_qdq.runtime.session import Session, read_model
-from bitlower.backends.onnx_qdq.translate.operands import float_reason, unviewed
+from bitlower.backends.onnx_qdq.translate.operands import FLOAT_OPERANDS, float_reason, unviewed
 from bitlower.backends.onnx_qdq.translate.unfold import conv_reason
 from bitlower.ir import CheckError, Program, Quantizer, get_tensor, ops
 from bitlower.ir.dataflow import CONVOLUTION, LINEAR, MATMUL
@@ -32,6 +32,8 @@ ATTENTIONS = frozenset({"Attention", "MultiHeadAttention"})
 NBITS = "MatMulNBits"
 LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
 """The session configuration entry for the accuracy level of what onnxruntime makes of DequantizeLinear and MatMul."""
+_GROUPED = "per-embedding-"
+"""How the granularities of groups along the embedding begin in reasons."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,29 @@ class KernelReport:
         return {**asdict(self), "fell_back": list(self.fell_back)}
 
     def headline(self) -> dict[str, Any]:
-        """Products in integers, and those that read packed weights: ``[found, expected]`` where any is expected."""
+        """Products in integers, and those that read packed weights: ``[found, expected]`` where any is expected.
+
+        With them, where there are any, the products of quantized operands that no integer kernel computes.
+        """
         packed = sum(self.low_bit_weights.values())
         pairs = {"integer_products": (self.found, self.expected), "packed_products": (packed, self.expected_low_bit)}
-        return {name: list(pair) for name, pair in pairs.items() if pair[1]}
+        figures: dict[str, Any] = {name: list(pair) for name, pair in pairs.items() if pair[1]}
+        if self.dequantized:
+            figures["dequantized_products"] = sum(self.dequantized.values())
+        return figures
+
+    @property
+    def dequantized(self) -> dict[str, int]:
+        """Why products of quantized operands are computed in float, with how many of them are."""
+        return {reason: count for reason, count in self.float_reasons.items() if reason not in FLOAT_OPERANDS}
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of them, a line each."""
+        return tuple(
+            f"products of quantized operands that run in float: {count}, since {reason}"
+            + ("; the pass `legalize` makes integer products of them" if _GROUPED in reason else "")
+            for reason, count in self.dequantized.items()
+        )
 
     @property
     def rounds_activations(self) -> bool:
