@@ -1,17 +1,17 @@
-"""The ledger: what every lossy pass cost, against the program that entered the pipeline, on held-out batches."""
+"""The ledger: what every lossy pass cost, against the float program, on held-out batches."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from bitlower.ir import Batch, Program
+from bitlower.ir import Batch, Level, Program
 from bitlower.ir.dataflow import linears, residual_sums
 from bitlower.ir.digits import significant
 from bitlower.ir.observe import stream
@@ -29,7 +29,12 @@ _OUTPUT = "output: "
 
 
 class Ledger(Recorder):
-    """After every lossy pass that changed the program, a row of losses; the first program seen is the reference.
+    """After every lossy pass that changed the program, a row of losses.
+
+    Outputs are compared with those of the float program: the first one, as exact passes left it until a lossy one
+    changed its numbers. Layers are compared with those of the last program whose channels lie as they do now: a pass
+    that reorders or rotates them, such as ``peg-permute``, is exact and changes what a layer computes. Where lossy
+    passes came before it, it is the program right behind it, and what they cost the layers stands in their own rows.
 
     A row holds the pass as text, the bytes of all tensors, for each output the relative error ``‖ŷ − y‖ / ‖y‖``, the
     mean cosine similarity of vectors along the last axis and, for logits, the mean KL divergence of the softmax
@@ -40,32 +45,41 @@ class Ledger(Recorder):
     """
 
     def __init__(self) -> None:
-        self.reference: Program | None = None
         self.rows: list[dict[str, Any]] = []
+        self._bytes = 0
+        self._outputs = _Reference()
+        self._layers = _Reference()
         self._last: dict[str, Any] | None = None
 
     def before(self, pass_: Pass, program: Program, context: Context) -> None:
-        """Keep the first program as the reference."""
+        """Take the first program as the reference, and for layers that behind a pass which moved channels."""
         self._last = None
-        if self.reference is None:
-            self.reference = program
+        if self._outputs.program is None:
+            self._bytes = program.size_bytes()
+            self._outputs = self._layers = _Reference(program)
+        elif self._layers.is_outdated and pass_.contract is Contract.LOSSY:
+            self._layers = _Reference(program)
 
     def after(self, pass_: Pass, program: Program, context: Context, changed: bool) -> None:
-        """Measure a lossy change."""
-        if changed and pass_.contract is Contract.LOSSY and self.reference is not None:
+        """Measure a lossy change, or take what an exact pass made as the reference."""
+        if changed and pass_.contract is Contract.EXACT:
+            self._outputs, self._layers = (r.moved(program) for r in (self._outputs, self._layers))
+        elif changed and pass_.contract is Contract.LOSSY:
             row: dict[str, Any] = {"pass": format_pipeline([pass_]), "bytes": program.size_bytes()}
-            if context.evaluation:
-                row |= compare(self.reference, program, context)
+            if context.evaluation and self._outputs.program and self._layers.program:
+                row |= compare(self._outputs.program, program, context, layers=self._layers.program)
             self.restore(row)
 
     def to_dict(self) -> dict[str, Any]:
         """The reference's size and all rows, as plain data; floats have six significant digits."""
-        return {"reference": {"bytes": self.reference.size_bytes() if self.reference else 0}, "rows": self.rows}
+        return {"reference": {"bytes": self._bytes}, "rows": self.rows}
 
     def key(self, context: Context) -> str:
-        """The reference and the evaluation batches."""
-        reference = digest_program(self.reference) if self.reference else ""
-        return f"ledger-2-{hashlib.sha256(f'{reference} {digest_batches(context.evaluation)}'.encode()).hexdigest()}"
+        """Both references and the evaluation batches."""
+        references = (self._outputs.program, self._layers.program)
+        parts = [digest_program(program) if program else "" for program in references]
+        parts.append(digest_batches(context.evaluation))
+        return f"ledger-3-{hashlib.sha256(' '.join(parts).encode()).hexdigest()}"
 
     def row(self) -> dict[str, Any] | None:
         """The row of the last pass."""
@@ -75,6 +89,31 @@ class Ledger(Recorder):
         """Add a row."""
         self._last = row
         self.rows.append(row)
+        if any(loss["relative_error"] for loss in row.get("outputs", {}).values()):
+            self._outputs = replace(self._outputs, is_equal=False)
+        if any(layer["sqnr_db"] is not None for layer in row.get("layers", ())):
+            self._layers = replace(self._layers, is_equal=False)
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What others are compared with.
+
+    Args:
+        program: a float program, or one whose quantizers have no ranges yet and round nothing.
+        is_equal: whether only exact passes made the current program of it.
+        is_outdated: whether an exact pass may have moved channels of what lossy passes had made of it.
+    """
+
+    program: Program | None = None
+    is_equal: bool = True
+    is_outdated: bool = False
+
+    def moved(self, program: Program) -> _Reference:
+        """The reference after an exact pass that gave ``program``."""
+        if self.is_equal:
+            return _Reference(program)
+        return replace(self, is_outdated=self.is_outdated or program.level is Level.FLOAT)
 
 
 @dataclass
@@ -146,15 +185,22 @@ class _Energies:
 
 @dataclass
 class _Comparison:
-    """Runs two programs side by side, one batch at a time; a value is held until the other program's is there."""
+    """Runs programs side by side, one batch at a time; a value is held until the other program's is there.
+
+    Args:
+        reference: what outputs are compared with.
+        program: is measured.
+        base: what layers are compared with, often the reference itself.
+    """
 
     reference: Program
     program: Program
+    base: Program
     layers: dict[str, _Energies] = field(default_factory=dict)
     outputs: dict[str, _Energies] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        graph = self.reference.graph
+        graph = self.base.graph
         names = {node.name for node in self.program.graph.nodes}
         order = {node: position for position, node in enumerate(graph.nodes)}
         nodes = sorted({*linears(graph), *residual_sums(graph)}, key=order.__getitem__)
@@ -163,11 +209,13 @@ class _Comparison:
 
     def add(self, batch: Batch) -> None:
         """Run both programs on ``batch``, side by side: what has been compared is let go of."""
-        ours, pending = _values(self.reference, self.layers, batch), dict[str, torch.Tensor]()
+        whole = _values(self.reference, self.layers if self.base is self.reference else {}, batch)
+        inner = whole if self.base is self.reference else _values(self.base, self.layers, batch, outputs=False)
+        pending = dict[str, torch.Tensor]()
         tokens = _next_tokens(self.reference, batch)
         for name, value in _values(self.program, self.layers, batch):
             while name not in pending:
-                first, expected = next(ours)
+                first, expected = next(inner if name in self.layers else whole)
                 pending[first] = expected
             pair = pending.pop(name), value
             if name in self.layers:
@@ -177,12 +225,20 @@ class _Comparison:
                 self.outputs[output].add(*pair, deep=True, following=tokens.get(output))
 
 
-def compare(reference: Program, program: Program, context: Context) -> dict[str, Any]:
-    """Losses of ``program``'s outputs and layers against ``reference`` over the evaluation batches; rounded floats."""
-    comparison = _Comparison(reference, program)
+def compare(reference: Program, program: Program, context: Context, *, layers: Program | None = None) -> dict[str, Any]:
+    """Losses of ``program`` over the evaluation batches; rounded floats.
+
+    Args:
+        reference: what outputs are compared with.
+        program: is measured.
+        context: its evaluation batches are run.
+        layers: what layers are compared with; the reference if left out.
+    """
+    base = layers or reference
+    comparison = _Comparison(reference, program, base)
     for batch in context.track(context.evaluation, "ledger"):
         comparison.add(batch)
-    paths = {node.name: str(node.meta.get("path", "")) for node in reference.graph.nodes}
+    paths = {node.name: str(node.meta.get("path", "")) for node in base.graph.nodes}
     return {
         "outputs": {name: _output_row(name, energies) for name, energies in comparison.outputs.items()},
         "layers": [
@@ -230,14 +286,16 @@ def _next_tokens(program: Program, batch: Batch) -> dict[str, torch.Tensor]:
     return {logits.name: following[mask]}
 
 
-def _values(program: Program, layers: Mapping[str, Any], batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
-    """Those of ``layers`` by name, and the float outputs by ``_OUTPUT`` and theirs, as one run returns them.
+def _values(
+    program: Program, layers: Mapping[str, Any], batch: Batch, *, outputs: bool = True
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those of ``layers`` by name, and float ``outputs`` by ``_OUTPUT`` and theirs, as one run returns them.
 
     Padding is left out of those that are laid out ``[batch, tokens, …]``.
     """
     names: dict[fx.Node, list[str]] = {node: [node.name] for node in program.graph.nodes if node.name in layers}
     for spec, node in zip(program.outputs, graph_results(program.graph), strict=True):
-        if spec.type.is_float:
+        if spec.type.is_float and outputs:
             names.setdefault(node, []).append(f"{_OUTPUT}{spec.name}")
     for node, value in stream(program, names, batch):
         mask = token_mask(batch, token_dim(node.meta["type"].shape))

@@ -69,5 +69,8 @@ def _noisiest_tensors(material: Material, pages: Mapping[str, str]) -> Iterator[
         seen = f"rounding alone leaves {row.sqnr_db:.1f} dB in {row.spec}"
         if row.clipped:
             seen += f"; {row.clipped:.2%} of its values are clipped"
-        advice = "; ".join(changes.get(row.tensor, ())) or "bitlower explain names what decides its bits"
+        advice = (
+            "; ".join(changes.get(row.tensor, ()))
+            or f"more bits, or a finer granularity, for the role {row.role} in the scheme"
+        )
         yield Field(row.name, pages.get(row.path, "tensors")), Field(seen), Field(advice)

@@ -102,5 +102,8 @@ def _largest(maps: Sequence[ChannelMap]) -> DataTable:
         named = ", ".join(f"{index}: {short(before)} → {short(after)}" for index, before, after in one.largest)
         rows.append((Field(one.path), Field(one.node), Field(named)))
     return DataTable(
-        "The channels with the largest values: before → after", ("module", "node", "channel: value"), tuple(rows), True
+        "The places with the largest values, before → after; passes that reorder or rotate channels put others there",
+        ("module", "node", "place: value"),
+        tuple(rows),
+        True,
     )

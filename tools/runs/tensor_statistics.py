@@ -77,14 +77,14 @@ def measure(reference: Program, program: Program, context: Context) -> dict[str,
     weights are seen.
 
     Args:
-        reference: the float program.
+        reference: the float program; weights are compared with those of ``context.reference`` where there is one.
         program: simulated and calibrated.
         context: its evaluation batches are run.
     """
     look = _Look(reference, program)
     for tally in look.tallies:
         if tally.view.rounds_parameter:
-            tally.add_weight(program, reference)
+            tally.add_weight(program, context.reference or reference)
     if context.evaluation:
         pairs = _Pairs(look, context.evaluation)
         observe(program, look.watched, pairs, look.see, track=context.track, label="tensor statistics")

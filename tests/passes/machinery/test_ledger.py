@@ -13,7 +13,7 @@ from scipy.special import log_softmax
 
 from bitlower.ir import Level, Program, TensorType, ValueSpec, get_tensor, set_tensor
 from bitlower.ir.observe import stream
-from bitlower.passes import Context, Contract, Ledger, Pass, PassManager
+from bitlower.passes import Context, Contract, Ledger, Pass, PassManager, parse_pipeline
 from bitlower.passes._machinery import ledger as module
 
 
@@ -223,3 +223,61 @@ def test_programs_run_side_by_side(tiny_program: Program, context: Context, monk
     first, second = seen.values()
     assert first == second
     assert len(first) > 2 * len(context.evaluation)
+
+
+@dataclass(frozen=True)
+class Reverse(Same):
+    """Turn the order of the channels between the first two linears around: the same function, other values inside."""
+
+    name: ClassVar[str] = "reverse"
+
+    def run(self, program: Program, context: Context) -> bool:
+        for name, axis in (("up.weight", 0), ("up.bias", 0), ("down.weight", 1)):
+            turned = get_tensor(program.module, name).detach().flip(axis)
+            set_tensor(program.module, name, torch.nn.Parameter(turned))
+        return True
+
+
+def noise(passes: list[Pass], program: Program, context: Context) -> list[dict[str, float | None]]:
+    """Of each row, the decibels of the layers by node."""
+    ledger = Ledger()
+    PassManager(passes, [ledger]).run(program, context)
+    return [{layer["node"]: layer["sqnr_db"] for layer in row["layers"]} for row in ledger.rows]
+
+
+def test_channels_that_an_exact_pass_moved_are_no_noise(tiny_program: Program, context: Context) -> None:
+    plain = noise([Round()], tiny_program, context)
+    moved = noise([Reverse(), Round()], tiny_program, context)
+    assert moved[0].pop("linear") is plain[0].pop("linear") is None
+    assert moved[0] == pytest.approx(plain[0], rel=1e-5)
+
+
+def test_channels_may_move_after_a_lossy_pass(tiny_program: Program, context: Context) -> None:
+    """What the first pass cost stands in its row; the second one is compared with what it got."""
+    first, second = noise([Round(0.2), Reverse(), Round(0.15)], tiny_program, context)
+    assert first["linear_1"] is not None
+    between = PassManager([Round(0.2), Reverse()]).run(tiny_program, context)
+    [alone] = noise([Round(0.15)], between, context)
+    assert second == alone
+    ledger = Ledger()
+    PassManager([Round(0.2), Reverse(), Round(0.15)], [ledger]).run(tiny_program, context)
+    rounded = PassManager([Round(0.2), Reverse(), Round(0.15)]).run(tiny_program, context)
+    errors = ledger.rows[1]["outputs"]["logits"]["relative_error"]
+    assert errors == module.compare(tiny_program, rounded, context)["outputs"]["logits"]["relative_error"]
+
+
+@pytest.mark.parametrize("mover", ["peg-permute", "rotate"])
+def test_noise_by_layer_is_that_of_the_same_layer(
+    mover: str, family: Callable[[str], Program], feed: Callable[..., dict[str, torch.Tensor]]
+) -> None:
+    """One scale for all activations and one for each output does not depend on the order of channels."""
+    program = family("llama")
+    data = [feed(program, past=0, seed=seed) for seed in (0, 1)]
+    ending = parse_pipeline("quantize{scheme=W8A8},calibrate{weights=minmax activations=minmax}")
+    context = Context(data, data)
+    plain = noise(list(ending), program, context)[-1]
+    moved = noise([*parse_pipeline(mover), *ending], program, context)[-1]
+    assert set(moved) == set(plain)
+    if mover == "peg-permute":
+        assert moved == pytest.approx(plain, abs=0.01)
+    assert min(value for value in moved.values() if value is not None) > 20

@@ -41,8 +41,8 @@ def test_nothing_measured_gives_no_figures(form: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("figure", "normal", "text"),
     [
-        (Figure("cosine", 0.99), True, "0.99"),
-        (Figure("cosine", 0.9899), False, "0.9899"),
+        (Figure("cosine", 0.985), True, "0.985"),
+        (Figure("cosine", 0.9849), False, "0.9849"),
         (Figure("kl", 0.11), False, "0.11 nats"),
         (Figure("kl", 0.11, few_bits=True), True, "0.11 nats"),
         (Figure("cosine", 0.94, few_bits=True), False, "0.94"),
