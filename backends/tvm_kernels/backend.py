@@ -13,7 +13,7 @@ from bitlower.backends.artifact.card import Usage, write_card
 from bitlower.backends.artifact.config import write_config
 from bitlower.backends.artifact.manifest import check_artifact, write_manifest
 from bitlower.backends.artifact.stages import part_batches, parts_of
-from bitlower.backends.base import Backend
+from bitlower.backends.base import Backend, KernelTime
 from bitlower.backends.sizes import weights_only
 from bitlower.backends.tvm_kernels.library.library import Library, StagedLibrary, has_device
 from bitlower.backends.tvm_kernels.pins import check_pins, require_tvm
@@ -22,6 +22,7 @@ from bitlower.backends.tvm_kernels.spec.base import HALF
 from bitlower.backends.tvm_kernels.spec.sizes import LibrarySizes
 from bitlower.backends.tvm_kernels.spec.target import Target, find_target
 from bitlower.backends.tvm_kernels.verify.artifact import ArtifactReport, verify_artifact
+from bitlower.backends.tvm_kernels.verify.timing import kernel_times
 from bitlower.ir import Batch, BitlowerError, Level, Program
 
 if TYPE_CHECKING:
@@ -218,6 +219,16 @@ class TvmKernels(Backend):
 
         check_artifact(folder, RESERVED)
         return load_library(folder)
+
+    @classmethod
+    def kernel_times(cls, folder: Path) -> tuple[KernelTime, ...]:
+        """What each kernel takes; see :func:`~bitlower.backends.tvm_kernels.verify.timing.kernel_times`.
+
+        Raises:
+            BitlowerError: TVM is not installed, or the library is code for another processor or device.
+            CheckError: a file is missing or damaged.
+        """
+        return kernel_times(folder)
 
     def usage(self, program: Program) -> Usage:
         """With bitlower, and TVM."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -92,6 +92,10 @@ class Code:
         from bitlower.backends.tvm_kernels.internals import called_functions
 
         return families(called_functions(self.executable))
+
+    def watch(self, observer: Callable[..., int]) -> None:
+        """Let ``observer(function, name, before, result, *arguments)`` be called around each function from now on."""
+        self._machine.set_instrument(observer)
 
     def put(self, value: torch.Tensor, dtype: torch.dtype) -> Any:
         """A tensor in the memory of TVM on the device; floats become ``dtype``."""

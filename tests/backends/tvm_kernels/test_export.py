@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -306,3 +308,16 @@ def test_indices_count_from_either_end_of_an_axis() -> None:
     made = PassManager(parse_pipeline("clean,quantize{scheme=W8A16},rtn,lower-integer,fuse")).run(made, Context())
     for expected, found in zip(made(**batch).values(), compile_program(made)(**batch).values(), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_the_time_of_each_kernel_is_seen(written: Path) -> None:
+    """Kernels of every family, as often as the code calls them."""
+    times = TvmKernels.kernel_times(written)
+    calls = Counter[str]()
+    for kernel in times:
+        assert kernel.microseconds > 0
+        if family := re.match(r"bitlower_(\w+?)_", kernel.kernel):
+            calls[family[1]] += kernel.calls
+    expected = json.loads((written / "verification.json").read_text())["calls"]["expected"]
+    assert calls == expected
+    assert not [kernel for kernel in times if kernel.kernel.startswith("vm.")]
