@@ -45,13 +45,13 @@ def recipe_of(name: str) -> Recipe:
     return recipe.model_copy(update={"report": True, "passes": steps})
 
 
-def report_of(name: str, output: Path) -> Path:
-    """The report of a recipe that is run, or of an artifact that is there."""
+def reports_of(name: str, output: Path) -> list[Path]:
+    """The reports of a recipe that is run, one for each artifact, or that of an artifact that is there."""
     if Path(name).is_dir():
-        return bitlower.report(name, output=output / f"{Path(name).resolve().name}.html")
+        return [bitlower.report(name, output=output / f"{Path(name).resolve().name}.html")]
     folder = output / Path(name).stem
     run_recipe(recipe_of(name), folder, RunOptions(overwrite=True))
-    return folder / "report.html"
+    return sorted(folder.rglob("report.html"))
 
 
 def take_pictures(page_file: Path, output: Path) -> int:
@@ -84,10 +84,10 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for name in arguments.names:
-        pictures = arguments.output / f"{Path(name).stem}-pictures"
-        pictures.mkdir(parents=True, exist_ok=True)
-        report = report_of(name, arguments.output)
-        rows.append((name, str(report), report.stat().st_size, take_pictures(report, pictures)))
+        for report in reports_of(name, arguments.output):
+            pictures = arguments.output / f"{Path(name).stem}-pictures" / report.parent.name
+            pictures.mkdir(parents=True, exist_ok=True)
+            rows.append((name, str(report), report.stat().st_size, take_pictures(report, pictures)))
     show_table(("of", "file", "bytes", "pictures"), rows)
 
 
