@@ -249,9 +249,9 @@ def check(contents: Contents, format: str) -> None:
 
 def _entry(entry: Float, dtype: torch.dtype) -> Entry:
     value = entry.value()
-    kept = dtype if value.is_floating_point() else value.dtype
+    number = dtype if value.is_floating_point() else value.dtype
 
-    return Entry(entry.name, kept, tuple(value.shape), lambda: cast(entry.value(), kept, entry.name))
+    return Entry(entry.name, number, tuple(value.shape), lambda: cast(entry.value(), number, entry.name))
 
 
 def _config(program: Program, skeleton: Skeleton, contents: Contents, options: Checkpoint) -> dict[str, Any]:

@@ -156,9 +156,9 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
         BitlowerError: a number is too large for it.
     """
     result = torch.empty(tensor.shape, dtype=dtype)
-    for part, kept in zip(parts(tensor), parts(result), strict=True):
-        kept.copy_(part)
-        if dtype.is_floating_point and not bool(kept.isfinite().all()) and bool(part.isfinite().all()):
+    for part, target in zip(parts(tensor), parts(result), strict=True):
+        target.copy_(part)
+        if dtype.is_floating_point and not bool(target.isfinite().all()) and bool(part.isfinite().all()):
             raise BitlowerError(
                 f"{name} reaches {float(part.abs().max()):.4g}, which {str(dtype).removeprefix('torch.')} cannot hold",
                 hint="choose dtype bfloat16 or float32",

@@ -120,15 +120,15 @@ class CompressedTensors(Format):
 
     def layers(self, config: Mapping[str, Any], folder: TensorFolder) -> dict[str, Packed]:
         """See :class:`Format`."""
-        found = {}
+        packed = {}
         for path in packed_paths(folder, ".weight_packed"):
             groups = list(config["config_groups"].values())
             group = next((g for g in groups if path in g["targets"] or "Linear" in g["targets"]), None)
             if group is None or path in config["ignore"]:
                 raise CheckError(f"config.json does not say how {path} is packed")
             arguments = group["weights"]
-            found[path] = Packed(arguments["num_bits"], arguments["group_size"] or -1, arguments["symmetric"])
-        return found
+            packed[path] = Packed(arguments["num_bits"], arguments["group_size"] or -1, arguments["symmetric"])
+        return packed
 
     def read(self, folder: TensorFolder, path: str, packed: Packed) -> Weight:
         """See :class:`Format`."""

@@ -113,7 +113,7 @@ class GptqV2(Format):
 
     def layers(self, config: Mapping[str, Any], folder: TensorFolder) -> dict[str, Packed]:
         """See :class:`Format`."""
-        found = {}
+        packed = {}
         for path in packed_paths(folder, ".qweight"):
             arguments = dict(config)
             for pattern, override in (config["dynamic"] or {}).items():
@@ -121,8 +121,8 @@ class GptqV2(Format):
                     if pattern.startswith("-:"):
                         raise CheckError(f"config.json says that {path} is not packed")
                     arguments |= override
-            found[path] = Packed(arguments["bits"], arguments["group_size"], arguments["sym"])
-        return found
+            packed[path] = Packed(arguments["bits"], arguments["group_size"], arguments["sym"])
+        return packed
 
     def read(self, folder: TensorFolder, path: str, packed: Packed) -> Weight:
         """See :class:`Format`."""

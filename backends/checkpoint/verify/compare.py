@@ -178,8 +178,8 @@ class _Comparison:
         seen, first = Seen(self._program), None
         for whole in batches:
             batch = _cut(whole)
-            kept = self.run(batch)
-            first = first or _Run("", batch, kept)
+            outputs = self.run(batch)
+            first = first or _Run("", batch, outputs)
             seen.add(whole)
             seen.add(batch)
         if first is None:
@@ -190,9 +190,9 @@ class _Comparison:
         if other is None:
             return first, _Run(sizes, {}, {})
         with at(sizes):
-            kept = self.run(other)
+            outputs = self.run(other)
             self.outputs.rows()
-        return first, _Run(sizes, other, kept)
+        return first, _Run(sizes, other, outputs)
 
     def run(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Compare one batch; what the Program returns with the stored weights."""
@@ -201,10 +201,10 @@ class _Comparison:
         ours = _run_program(self._program, {}, batch, model)
         trim()
         weights = _weights(self._program, self._contents, self._stored, self._skeleton)
-        kept = _run_program(self._program, weights, batch, model)
-        self.outputs.add(ours, kept, model)
+        rounded = _run_program(self._program, weights, batch, model)
+        self.outputs.add(ours, rounded, model)
         self.batches, self.tokens = self.batches + 1, self.tokens + next(iter(batch.values())).numel()
-        return kept
+        return rounded
 
 
 def _run_client(skeleton: Skeleton, stored: Stored, form: Format, runs: tuple[_Run, _Run], exact: bool) -> str:
@@ -276,11 +276,11 @@ def _check_layer(layer: Layer, stored: Stored, dtype: torch.dtype) -> LayerCheck
 def _check_float(entry: Float, stored: Stored, dtype: torch.dtype) -> float:
     """The largest error of a weight that stays in float, over its largest entry."""
     ours, theirs = entry.value().reshape(-1), stored.tensor(entry.name).reshape(-1)
-    kept = dtype if ours.is_floating_point() else ours.dtype
+    number = dtype if ours.is_floating_point() else ours.dtype
     largest = error = 0.0
-    same = theirs.dtype == kept and ours.shape == theirs.shape
+    same = theirs.dtype == number and ours.shape == theirs.shape
     for a, b in zip(parts(ours), parts(theirs), strict=True) if same else ():
-        same = same and torch.equal(a.to(kept), b)
+        same = same and torch.equal(a.to(number), b)
         largest = max(largest, float(a.abs().max()))
         error = max(error, float((a - b).abs().max()))
     if not same:
@@ -314,16 +314,16 @@ def _run_program(program: Program, weights: Weights, batch: Batch, names: Collec
     """Those of the Program's outputs that are among ``names``, with ``weights`` in place of its own."""
     pairs = zip(program.outputs, graph_results(program.graph), strict=True)
     results = {node: spec.name for spec, node in pairs if spec.name in names}
-    found: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
 
     def visit(node: fx.Node, value: torch.Tensor, batch: Batch) -> torch.Tensor | None:
         if node in weights:
             return weights[node]()
-        found[results[node]] = value.clone()
+        outputs[results[node]] = value.clone()
         return None
 
     observe(program, {*weights, *results}, [batch], visit)
-    return found
+    return outputs
 
 
 def _run_model(skeleton: Skeleton, contents: Contents, stored: Stored, batch: Batch) -> dict[str, torch.Tensor]:

@@ -60,6 +60,6 @@ def _before_repeat(value: ir.Value) -> ir.Value:
     if x is None or outer is None or wide is None or len(x) != 4 or len(outer) != 4 or len(wide) != 5:
         return value
     sizes = (x[1], wide[1], wide[2], outer[1], x[3], wide[4], outer[3])
-    heads, kept, copies, all_heads, *widths = [size if isinstance(size, int) else 0 for size in sizes]
-    repeats = 0 < heads == kept and heads * copies == all_heads and len({*widths}) == 1
+    heads, folded, copies, all_heads, *widths = [size if isinstance(size, int) else 0 for size in sizes]
+    repeats = 0 < heads == folded and heads * copies == all_heads and len({*widths}) == 1
     return source(unsqueeze) if repeats and dims(unsqueeze.outputs[0]) == (*x[:2], 1, *x[2:]) else value

@@ -54,8 +54,8 @@ def sink_dequantize(editor: Editor, node: ir.Node) -> str | None:
     inner = source(code)
     attributes = {a.name: a.value for a in node.attributes.values()}
     old = node.outputs[0]
-    moved = editor.emit(node, node.op_type, [inner, *node.inputs[1:]], like=old, dtype=inner.dtype, **attributes)
-    real = editor.emit(node, "Dequantize", [moved, *code.inputs[1:]], domain=DOMAIN)
+    view = editor.emit(node, node.op_type, [inner, *node.inputs[1:]], like=old, dtype=inner.dtype, **attributes)
+    real = editor.emit(node, "Dequantize", [view, *code.inputs[1:]], domain=DOMAIN)
     editor.replace(old, real)
     return APPLIED
 

@@ -66,10 +66,10 @@ def check_constants(program: Program, model: ir.Model) -> Constants:
         checked = (LINEAR if multiplied or unfolded else frozenset()) | (EMBEDDING if gathered else frozenset())
         if checked and all(user.target in checked for user in node.users):
             continue
-        found, problem = stored.find(name, expected)
+        value, problem = stored.find(name, expected)
         problems += [problem] if problem else []
         signed = expected.dtype == np.int8
-        problems += _check_weight(program, node, name, found, stored.values, signed=signed) if found is not None else []
+        problems += _check_weight(program, node, name, value, stored.values, signed=signed) if value is not None else []
     for node in program.graph.find_nodes(op="call_function", target=ops.quantize):
         value = stored.values.get(node.name)
         missing = [f"the quantizer {describe_quantizer(node)} is not in the model"]
@@ -185,12 +185,12 @@ def _check_weight(
     for reader, at_codes, at_scale, at_zero in _parameters(codes):
         count += 1
         more = SIGN_BIT if signed and _is_unsigned(reader.inputs[at_codes]) else added
-        moved = zero + np.float32(more) if zero is not None else None
+        shifted = zero + np.float32(more) if zero is not None else None
         problems += _check_input(reader, at_scale, scale, f"the scale of {name}")
-        problems += _check_input(reader, at_zero, moved, f"the zero point of {name}")
+        problems += _check_input(reader, at_zero, shifted, f"the zero point of {name}")
         if reader.op_type == "MatMulInteger":
-            found = constant(values.get(f"{name.partition('_codes')[0]}_scale"))
-            problems += _compare(found, scale, f"the scale of {name}")
+            scales = constant(values.get(f"{name.partition('_codes')[0]}_scale"))
+            problems += _compare(scales, scale, f"the scale of {name}")
     return problems if count or problems else [f"nothing dequantizes the codes of {name}"]
 
 
@@ -237,13 +237,13 @@ def _constant_or_zero(value: ir.Value | None) -> Array | None:
     return np.zeros(1, np.float32) if value is None else constant(value)
 
 
-def _compare(found: Array | None, expected: Array | None, what: str) -> list[str]:
+def _compare(actual: Array | None, expected: Array | None, what: str) -> list[str]:
     """Compare scales or zero points: in either orientation, and each repeated over the entries that share it."""
     if expected is None:
         return []
-    if found is None:
+    if actual is None:
         return [f"{what} is no constant in the model"]
-    stored, wanted = found.astype(np.float32), expected.astype(np.float32).ravel()
+    stored, wanted = actual.astype(np.float32), expected.astype(np.float32).ravel()
     longer = max(stored.size, wanted.size)
     if longer % stored.size == 0 and longer % wanted.size == 0:
         spread = np.repeat(wanted, longer // wanted.size)

@@ -37,10 +37,10 @@ def attention(what: Attention, target: Target) -> Any:
 
     def body(operands: Operands, batch: Any, queries: Any, keys: Any) -> None:
         rows = WARPS * _each(what)
-        total = i64(what.heads // what.groups) * queries
+        total = i64(what.heads // what.kv_heads) * queries
         with (
             T.launch_thread("blockIdx.x", (total + i64(rows - 1)) // i64(rows)) as block,
-            T.launch_thread("blockIdx.y", what.groups) as group,
+            T.launch_thread("blockIdx.y", what.kv_heads) as group,
             T.launch_thread("blockIdx.z", batch) as item,
             T.launch_thread("threadIdx.y", WARPS) as warp,
             T.launch_thread("threadIdx.x", WARP) as lane,
@@ -53,13 +53,13 @@ def attention(what: Attention, target: Target) -> Any:
 
 
 def _blocks(what: Attention) -> int:
-    return 3 if max(what.width, what.value_width) > _CHUNK else 4  # 168 registers a thread, or 128
+    return 3 if max(what.head_dim, what.value_head_dim) > _CHUNK else 4  # 168 registers a thread, or 128
 
 
 def _each(what: Attention) -> int:
     """Queries of a warp: fewer where they are wide, so that registers and shared memory hold them."""
-    width = max(what.width, what.value_width)
-    return 4 if width <= 128 else 2 if width <= 256 else 1
+    size = max(what.head_dim, what.value_head_dim)
+    return 4 if size <= 128 else 2 if size <= 256 else 1
 
 
 class _Tile:
@@ -76,9 +76,9 @@ class _Tile:
         self.column = T.Bind(self.lane.astype("int64"))
         self.first = T.Bind(block.astype("int64") * i64(WARPS * self.each))
         self.own = [self.warp * tirx.const(self.each, "int32") + tirx.const(at, "int32") for at in range(self.each)]
-        self.bytes_in = what.query in _BYTES and what.key in _BYTES and what.width % 4 == 0
+        self.bytes_in = what.query in _BYTES and what.key in _BYTES and what.head_dim % 4 == 0
         self.bytes_out = what.probs is not None and what.probs.bits <= 8 and what.value in _BYTES
-        self.words = what.width // 4 if self.bytes_in else what.width
+        self.words = what.head_dim // 4 if self.bytes_in else what.head_dim
         self.chunk = min(_CHUNK, self.words)
         self.quad = 4 if self.words % 4 == 0 else 1
         self._allocate()
@@ -89,7 +89,7 @@ class _Tile:
         self.pitch = self.chunk + (4 if self.quad == 4 else 1 - self.chunk % 2)
         self.query = T.alloc_buffer((rows * self.words,), kind, scope="shared")
         self.key = T.alloc_buffer((WARP * self.pitch,), kind, scope="shared")
-        self.across = min(_CHUNK, -(-self.what.value_width // WARP) * WARP)
+        self.across = min(_CHUNK, -(-self.what.value_head_dim // WARP) * WARP)
         lines = WARP // 4 if self.bytes_out else WARP
         self.value = T.alloc_buffer((lines * self.across,), "int32" if self.bytes_out else "float32", scope="shared")
         self.share = T.alloc_buffer((rows * WARP,), "int8" if self.bytes_out else "float32", scope="shared")
@@ -97,7 +97,7 @@ class _Tile:
 
     def _place(self) -> None:
         """Note head and position of each line of the block; those of the last query beyond the end."""
-        times = tirx.const(self.what.heads // self.what.groups, "int32")
+        times = tirx.const(self.what.heads // self.what.kv_heads, "int32")
         queries = self.queries.astype("int32")  # a division of 64 bits is a function
         row = T.Bind(tirx.min((self.first + self.thread).astype("int32"), times * queries - 1))
 
@@ -136,9 +136,9 @@ class _Tile:
         wide = 1 if self.bytes_in else self._lanes(name)
 
         def one(line: Any, at: Any) -> None:
-            held = place(line)
+            row = place(line)
             column = (i64(begin) + at) * i64(4) if self.bytes_in else i64(begin) + at
-            value = self._word(name, held, column) if self.bytes_in else self._floats(name, held, column, wide)
+            value = self._word(name, row, column) if self.bytes_in else self._floats(name, row, column, wide)
             T.buffer_store(shared, value, [_run(line * i64(pitch) + at, wide)])
 
         self._spread(lines, (end - begin) // wide, lambda line, at: one(line, at * i64(wide)))
@@ -157,8 +157,8 @@ class _Tile:
     def _lanes(self, name: str) -> int:
         """How many neighbours are read at once: four where every row of them starts at a multiple of four."""
         merged = self.what.places[OPERANDS.index(name)] or (0, 0)
-        width = self.what.value_width if name == "value" else self.what.width
-        return 4 if all(size % 4 == 0 for size in (width, *merged)) else 1
+        head_dim = self.what.value_head_dim if name == "value" else self.what.head_dim
+        return 4 if all(size % 4 == 0 for size in (head_dim, *merged)) else 1
 
     def _word(self, name: str, place: tuple[Any, ...], column: Expr) -> Any:
         """Four codes of a query or a key as signed bytes."""
@@ -189,13 +189,13 @@ class _Tile:
                 self._multiply(begin, step * tirx.const(self.quad, "int32"), sums, ones)
         key = T.Bind(first + self.column)
         inside, near = key < self.keys, T.Bind(tirx.min(key, self.keys - i64(1)))
-        found = []
+        scores = []
         for at, line in enumerate(self.own):
             place = self._query(line)
             product = self._product(at, sums[at], ones) if self.bytes_in else sums[at]
             score = self.operands.score(product, place, near)
-            found.append(T.Bind(tirx.Select(inside, score, tirx.const(float("-inf"), "float32"))))
-        return found
+            scores.append(T.Bind(tirx.Select(inside, score, tirx.const(float("-inf"), "float32"))))
+        return scores
 
     def _multiply(self, begin: int, at: Expr, sums: Any, ones: Any) -> None:
         """Add the products of four words or floats (or of one)."""
@@ -219,7 +219,7 @@ class _Tile:
             T.buffer_store(added, add_bytes(self.target, added[0], query), [0])
         zeros = [self._zero(name, getattr(self.what, name)) for name in ("query", "key")]
         exact = total - zeros[0] * ones[0] - zeros[1] * added[0]
-        exact = exact + tirx.const(self.what.width, "int32") * zeros[0] * zeros[1]
+        exact = exact + tirx.const(self.what.head_dim, "int32") * zeros[0] * zeros[1]
         scale = self._scale("query") * self._scale("key")
         return exact.astype("float32") * scale
 
@@ -250,7 +250,7 @@ class _Tile:
         T.buffer_store(top, highest, [at])
 
     def _sums(self) -> _Sums:
-        return _Sums(self.each, -(-self.what.value_width // WARP), self.bytes_out)
+        return _Sums(self.each, -(-self.what.value_head_dim // WARP), self.bytes_out)
 
     def _add(self, first: Expr, top: Any, total: Any, sums: _Sums) -> None:
         """Add the values of a tile of keys, each times its share."""
@@ -261,8 +261,8 @@ class _Tile:
             share = tirx.Select(gone, zero, exp(score - top[at]))
             share = T.Bind(tirx.Select(total[at] > zero, share / total[at], zero))
             T.buffer_store(self.share, self._shared(share, inside, at, sums), [self._share_at(at)])
-        for begin in range(0, self.what.value_width, self.across):
-            end = min(begin + self.across, self.what.value_width)
+        for begin in range(0, self.what.value_head_dim, self.across):
+            end = min(begin + self.across, self.what.value_head_dim)
             sync()
             if self.bytes_out:
                 self._spread(WARP // 4, end - begin, partial(self._put_bytes, first, begin))
@@ -318,16 +318,16 @@ class _Tile:
                 T.buffer_store(sums.values, add_bytes(self.target, sums.values[column], value), [column])
                 for row, share in enumerate(shares):
                     at = row * sums.columns + column
-                    T.buffer_store(sums.held, dot_bytes(self.target, sums.held[at], share, value), [at])
+                    T.buffer_store(sums.totals, dot_bytes(self.target, sums.totals[at], share, value), [at])
             return
-        held = [_local(self.share, line * WARP + four * 4, 4) for line in self.own]
+        shares = [_local(self.share, line * WARP + four * 4, 4) for line in self.own]
         for key in range(4):
             line = (four * 4 + key) * self.across + self.lane
             for column in columns:
                 value = T.Bind(self.value[line + (column - start) * WARP])
                 for row in range(self.each):
                     at = row * sums.columns + column
-                    T.buffer_store(sums.held, sums.held[at] + held[row][key] * value, [at])
+                    T.buffer_store(sums.totals, sums.totals[at] + shares[row][key] * value, [at])
 
     def _store(self, sums: _Sums) -> None:
         """Write the results of queries that exist, in columns that exist."""
@@ -336,15 +336,15 @@ class _Tile:
                 T.Bind(all_reduce(lambda a, b: a + b, tirx.const(0, "int32"), sums.shares[at], [self.lane]))
                 for at in range(self.each)
             ]
-        count = i64(self.what.heads // self.what.groups) * self.queries
+        count = i64(self.what.heads // self.what.kv_heads) * self.queries
         for row, line in enumerate(self.own):
             place = self._query(line)
             for column in range(sums.columns):
-                value = sums.held[row * sums.columns + column]
+                value = sums.totals[row * sums.columns + column]
                 if self.bytes_out:
                     value = self._dequantized(value, shares[row], sums.values[column])
                 at = self.column + i64(column * WARP)
-                inside = tirx.all(self.first + line.astype("int64") < count, at < i64(self.what.value_width))
+                inside = tirx.all(self.first + line.astype("int64") < count, at < i64(self.what.value_head_dim))
                 when(inside, partial(self.operands.store, value, place, at))
 
     def _dequantized(self, total: Expr, shares: Expr, values: Expr) -> Any:
@@ -367,16 +367,16 @@ class _Sums:
 
     def __init__(self, each: int, columns: int, exact: bool) -> None:
         self.columns = columns
-        self.held = _registers(each * columns, "int32" if exact else "float32", 0)
+        self.totals = _registers(each * columns, "int32" if exact else "float32", 0)
         if exact:
             self.shares, self.values = _registers(each, "int32", 0), _registers(columns, "int32", 0)
 
 
 def _registers(count: int, dtype: str, value: float) -> Any:
-    held = T.alloc_buffer((count,), dtype, scope="local")
+    registers = T.alloc_buffer((count,), dtype, scope="local")
     for at in range(count):
-        T.buffer_store(held, tirx.const(value, dtype), [at])
-    return held
+        T.buffer_store(registers, tirx.const(value, dtype), [at])
+    return registers
 
 
 def _run(at: Expr, lanes: int) -> Any:
@@ -386,9 +386,9 @@ def _run(at: Expr, lanes: int) -> Any:
 
 def _local(shared: Any, at: Expr, lanes: int) -> Any:
     """Neighbours in shared memory, read at once."""
-    held = T.alloc_buffer((lanes,), str(shared.dtype), scope="local")
-    T.buffer_store(held, shared[_run(at, lanes)], [tirx.Ramp(0, 1, lanes) if lanes > 1 else 0])
-    return held
+    registers = T.alloc_buffer((lanes,), str(shared.dtype), scope="local")
+    T.buffer_store(registers, shared[_run(at, lanes)], [tirx.Ramp(0, 1, lanes) if lanes > 1 else 0])
+    return registers
 
 
 def _pack(parts: list[Any]) -> Any:

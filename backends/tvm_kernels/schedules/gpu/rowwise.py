@@ -25,8 +25,8 @@ def lower_rows(spec: NormSpec | ActivationSpec) -> Any:
     """The scheduled PrimFunc of a kernel over rows."""
     threads = threads_for(spec.columns)
 
-    def body(buffers: Buffers, rows: Any) -> None:
-        with T.launch_thread("blockIdx.x", rows) as block, T.launch_thread("threadIdx.x", threads) as thread:
+    def body(buffers: Buffers, m: Any) -> None:
+        with T.launch_thread("blockIdx.x", m) as block, T.launch_thread("threadIdx.x", threads) as thread:
             lanes, row = ThreadLanes(thread, threads), block.astype("int64")
             match spec:
                 case NormSpec():
