@@ -171,7 +171,7 @@ class Call:
 
     def _part(self, stored: Array, part: int) -> Array:
         """The scales of one of the merged layers."""
-        sizes = self.arguments.get("rows")
+        sizes = self.arguments.get("merged_n")
         if not sizes or stored.ndim == 0 or stored.shape[-1] == 1:
             return stored
         start = sum(sizes[:part])

@@ -34,7 +34,7 @@ def convert_linear(call: Call) -> list[Any]:
     operands = _arguments(call, spec, runs)
     m = product(call.frame.shape(call.type_of("x"))[:-1])
     values = call.frame.call(spec, operands, m, call.dtype)
-    sizes = call.arguments.get("rows")
+    sizes = call.arguments.get("merged_n")
     if not sizes:
         return call.results(values, 0)
     results, start = list[Any](), 0
@@ -160,7 +160,7 @@ def _plain(call: Call) -> list[Any]:
         codes = quantized(frame, product, scale, zero, Grid.parse(call.arguments["rounded_grid"]))
         product = dequantized(frame, codes, scale, zero)
     product = call.add(product, "residual")
-    sizes, results, start = call.arguments.get("rows"), list[Any](), 0
+    sizes, results, start = call.arguments.get("merged_n"), list[Any](), 0
     if not sizes:
         return call.finished(product)
     for part, size in enumerate(sizes):

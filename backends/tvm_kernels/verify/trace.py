@@ -197,7 +197,7 @@ class _Call:
         """What else the value of each layer may be, if products that are so near to ties are rounded the other way."""
         arguments = self._arguments
         if not arguments.get("rounded_grid") or arguments.get("rounded_scales") is not None:
-            return [[] for _ in arguments.get("rows") or [0]]
+            return [[] for _ in arguments.get("merged_n") or [0]]
         product = {
             name: value for name, value in arguments.items() if not name.startswith(("rounded", "residual", "out"))
         }
@@ -244,11 +244,11 @@ class _Call:
     def _scale(self, kind: str, part: int, computed: torch.Tensor | None) -> torch.Tensor:
         """The stored scale or zero point of what a layer returns, or the computed one."""
         stored: torch.Tensor | None = self._arguments.get(f"out_{kind}")
-        rows = self._arguments.get("rows")
+        merged_n = self._arguments.get("merged_n")
         if stored is None:
             assert computed is not None
             return computed
-        if not rows or stored.dim() == 0:
+        if not merged_n or stored.dim() == 0:
             return stored
-        start = sum(rows[:part])
-        return stored[..., start : start + rows[part]]
+        start = sum(merged_n[:part])
+        return stored[..., start : start + merged_n[part]]
