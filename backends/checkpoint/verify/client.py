@@ -34,7 +34,7 @@ def obstacle(skeleton: Skeleton, readers: Collection[str]) -> str:
 
     Args:
         skeleton: its model.
-        readers: the modules, by the names that they are imported by, that read the packed weights.
+        readers: the modules, by the names that they are imported by, that read the weights.
     """
     missing = [name for name in readers if find_spec(name) is None]
     if missing:

@@ -30,7 +30,6 @@ from bitlower.backends.artifact.selftest import SelfTest, make_selftest
 from bitlower.backends.artifact.unseen import Seen, Unseen, at
 from bitlower.backends.checkpoint.contents import Contents, Float, Layer
 from bitlower.backends.checkpoint.format import Format, Packed, Weight
-from bitlower.backends.checkpoint.safetensors import TensorFolder
 from bitlower.backends.checkpoint.skeleton import CONV1D, Skeleton
 from bitlower.backends.checkpoint.verify.client import CLIENT, Client, obstacle
 from bitlower.backends.checkpoint.verify.outputs import OutputComparison
@@ -60,13 +59,18 @@ class Stored:
     """
 
     def __init__(self, folder: Path, form: Format, config: Mapping[str, Any]) -> None:
-        self.path, self._folder, self._form = folder, TensorFolder(folder), form
+        self.path, self._folder, self._form = folder, form.container.open(folder), form
         self.dequantizes = bool((config.get("quantization_config") or {}).get("dequantize"))
         """Whether the client is asked to unfold the weights as it loads them."""
         try:
             self.packed = form.layers(config["quantization_config"], self._folder) if _is_packed(config) else {}
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckError(f"the quantization_config in {folder} is damaged: {error!r}") from None
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """The modules that transformers needs to read all of it."""
+        return (*self._form.container.readers, *(self._form.readers if self.packed else ()))
 
     def layer(self, path: str) -> Weight:
         """A packed layer, unpacked."""
@@ -209,7 +213,7 @@ class _Comparison:
 
 def _run_client(skeleton: Skeleton, stored: Stored, form: Format, runs: tuple[_Run, _Run], exact: bool) -> str:
     """The client that gave the outputs of both runs, or why none was asked."""
-    reason = obstacle(skeleton, form.readers if stored.packed else ())
+    reason = obstacle(skeleton, stored.readers)
     if reason:
         return reason
     client, (first, other) = Client(stored.path, skeleton), runs

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from bitlower.backends.onnx_qdq.encoding.narrow import PACKED, unpack_rows
 from bitlower.backends.onnx_qdq.encoding.nbits import at_inputs, unpack_codes, unpack_zeros
+from bitlower.backends.onnx_qdq.graph.code_operators import code_operator
 from bitlower.backends.onnx_qdq.graph.structure import constant, stored_value
 from bitlower.backends.onnx_qdq.runtime.session import Array
 from bitlower.ir import packing
@@ -21,7 +22,7 @@ def packed_weights(graph: ir.Graph) -> dict[str, list[ir.Node]]:
     """The MatMulNBits nodes by the name of the codes that they multiply with, which may bear a number at its end."""
     nodes: dict[str, list[ir.Node]] = {}
     for node in graph:
-        codes = stored_value(node.inputs[1]) if node.op_type == "MatMulNBits" else None
+        codes = stored_value(node.inputs[1]) if code_operator(node.op_type).packed == "matrix" else None
         if codes is not None and codes.name:
             nodes.setdefault(_COPY.sub("", codes.name).removesuffix(PACKED), []).append(node)
     return nodes
@@ -34,7 +35,7 @@ def packed_tables(graph: ir.Graph) -> dict[str, list[ir.Node]]:
     """
     nodes: dict[str, list[ir.Node]] = {}
     for node in graph:
-        rows = node.inputs[0] if node.op_type in ("Gather", "GatherBlockQuantized") else None
+        rows = node.inputs[0] if code_operator(node.op_type).packed == "rows" else None
         if rows is not None and rows.name and rows.name.endswith(PACKED):
             nodes.setdefault(rows.name.removesuffix(PACKED), []).append(node)
     return nodes
