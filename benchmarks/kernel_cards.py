@@ -34,7 +34,7 @@ from bitlower.backends.tvm_kernels import (
 )
 from bitlower.backends.tvm_kernels.inspect.sass import DeviceFunction, device_functions
 from bitlower.backends.tvm_kernels.library.fatbin import device_module
-from bitlower.backends.tvm_kernels.schedules.gpu.attention import attention
+from bitlower.backends.tvm_kernels.schedules.dispatch import lower_attention
 from bitlower.backends.tvm_kernels.spec.attention import Attention
 from bitlower.backends.tvm_kernels.target import tvm_target
 from bitlower.ir import Granularity, Grid, QuantSpec
@@ -169,7 +169,7 @@ def _attention_traffic(what: Attention, rows: int) -> tuple[int, int]:
 
 def attention_source(what: Attention, architecture: str) -> str:
     """The CUDA source of an attention kernel."""
-    module = tvm.IRModule({"attention": attention(what, Target.CUDA)})
+    module = tvm.IRModule({"attention": lower_attention(what, Target.CUDA)})
     executable = tvm.compile(module, target=tvm_target(Target.CUDA, architecture))
     return str(device_module(executable).inspect_source())
 

@@ -18,7 +18,7 @@ from bitlower.ir.program_data import ProgramData
 from bitlower.ir.quantizer import Quantizer
 from bitlower.ir.types import TensorType
 
-FORMAT = 6
+FORMAT = 5
 """Of the document; one version reads one format."""
 FUNCTIONS = {
     f"{function.__module__}:{function.__name__}": function

@@ -261,9 +261,9 @@ def test_an_unknown_operator_is_named(target, words):
     [
         ("", "damaged"),
         ("{", "damaged"),
-        ("[]", "format 6"),
-        ("{}", "format 6"),
-        (_document([], format=99), "format 6"),
+        ("[]", "format 5"),
+        ("{}", "format 5"),
+        (_document([], format=99), "format 5"),
         (_document([], level="melted"), "damaged"),
         (_document([], parameters=["model/w"]), "damaged"),
         (_document([], aliases={"model/w": "model/v"}), "damaged"),

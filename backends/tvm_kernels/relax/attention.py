@@ -11,8 +11,7 @@ from tvm import relax
 from bitlower.backends.tvm_kernels.relax.builder import Frame, constant, dtype_name
 from bitlower.backends.tvm_kernels.relax.call import Call
 from bitlower.backends.tvm_kernels.relax.views import heads_of, joins_heads, swaps_heads
-from bitlower.backends.tvm_kernels.schedules.cpu import attention as cpu_attention
-from bitlower.backends.tvm_kernels.schedules.gpu import attention as gpu_attention
+from bitlower.backends.tvm_kernels.schedules.dispatch import lower_attention
 from bitlower.backends.tvm_kernels.spec.attention import OPERANDS, Attention
 from bitlower.backends.tvm_kernels.spec.operators import NO_QUANTIZER
 from bitlower.backends.tvm_kernels.tir.attention import result_shape
@@ -100,14 +99,9 @@ def _emit(frame: Frame, what: Attention, arguments: dict[str, Any], inputs: list
     """Call the function of ``what``."""
     batch, _, queries, _ = frame.shape(_type(arguments["query"]))
     kind = relax.TensorType(result_shape(what, batch, queries), what.result_dtype)
-    return frame.emit(relax.call_tir(frame.kernel(what, what.name, lambda: _lower(frame, what)), inputs, out_ty=kind))
-
-
-def _lower(frame: Frame, what: Attention) -> Any:
-    """The scheduled PrimFunc for the target."""
-    if frame.target.on_cpu:
-        return cpu_attention.attention(what)
-    return gpu_attention.attention(what, frame.target)
+    return frame.emit(
+        relax.call_tir(frame.kernel(what, what.name, lambda: lower_attention(what, frame.target)), inputs, out_ty=kind)
+    )
 
 
 def _grid(text: str | None) -> Grid | None:

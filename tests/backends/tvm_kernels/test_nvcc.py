@@ -12,7 +12,7 @@ from bitlower.backends.tvm_kernels import ActivationSpec, LinearSpec, NormSpec, 
 from bitlower.backends.tvm_kernels.inspect.sass import device_functions
 from bitlower.backends.tvm_kernels.library.fatbin import device_module
 from bitlower.backends.tvm_kernels.library.nvcc import find_tool
-from bitlower.backends.tvm_kernels.schedules.gpu.attention import attention
+from bitlower.backends.tvm_kernels.schedules.dispatch import lower_attention
 from bitlower.backends.tvm_kernels.spec.attention import Attention
 from bitlower.backends.tvm_kernels.target import tvm_target
 from bitlower.ir import BitlowerError, CheckError, Granularity, Grid, QuantSpec
@@ -123,7 +123,7 @@ def test_rows_are_one_device_function_without_spills(name, architecture):
 @needs_nvcc
 @pytest.mark.parametrize(("name", "architecture"), on_one_of_two(ATTENTION))
 def test_attention_does_not_spill(name, architecture):
-    module = tvm.IRModule({"attention": attention(ATTENTION[name], Target.CUDA)})
+    module = tvm.IRModule({"attention": lower_attention(ATTENTION[name], Target.CUDA)})
     source = device_module(tvm.compile(module, target=tvm_target(Target.CUDA, architecture))).inspect_source()
     [function] = device_functions(str(source), architecture)
     assert function.spills == 0

@@ -12,13 +12,14 @@ import pytest
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
 import tvm
+import tvm_ffi
 
 from bitlower.backends.tvm_kernels import Target, host_target
-from bitlower.backends.tvm_kernels.schedules.cpu import attention as cpu_attention
-from bitlower.backends.tvm_kernels.schedules.gpu import attention as gpu_attention
+from bitlower.backends.tvm_kernels.schedules.dispatch import lower_attention
 from bitlower.backends.tvm_kernels.spec.attention import OPERANDS, Attention
+from bitlower.backends.tvm_kernels.spec.target import AttentionConfig
 from bitlower.backends.tvm_kernels.target import tvm_target
-from bitlower.ir import Grid
+from bitlower.ir import BitlowerError, Grid
 
 UINT8 = Grid(8, signed=False, symmetric=False)
 SCALES = {"query": (0.02, 120.0), "key": (0.03, 131.0), "value": (0.025, 128.0), "scores": (0.1103, 100.0)}
@@ -153,7 +154,7 @@ def check(name: str, size: str, kernel: Callable[..., object]) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "halves"])
 def test_attention_is_that_of_float64(name: str) -> None:
-    function = cpu_attention.attention(CASES[name])
+    function = lower_attention(CASES[name], host_target())
     executable = tvm.compile(tvm.IRModule({"attention": function}), target=tvm_target(host_target()))
     check(name, "small", executable["attention"])
 
@@ -161,7 +162,7 @@ def test_attention_is_that_of_float64(name: str) -> None:
 @pytest.mark.parametrize("name", ["ragged-groups", "added", "causal", "codes", "rounded", "places", "bytes", "wide"])
 def test_attention_on_a_gpu(pocl: Any, name: str) -> None:
     """Whole tiles of queries and keys, ragged ones, and a single query."""
-    kernel = pocl.kernel(gpu_attention.attention(CASES[name], Target.OPENCL), "attention")
+    kernel = pocl.kernel(lower_attention(CASES[name], Target.OPENCL), "attention")
     for size in ("tiles", "step"):
         if size == "tiles" or name != "causal":
             check(name, size, kernel)
@@ -171,4 +172,30 @@ def test_attention_on_a_gpu(pocl: Any, name: str) -> None:
 @pytest.mark.parametrize("name", ["mask", "bytes", "halves"])
 def test_attention_as_cuda_has_it(fibers: Any, name: str) -> None:
     """Sums over a warp by shuffles, products of bytes by ``__dp4a``, float16 operands."""
-    check(name, "tiles", fibers.kernel(gpu_attention.attention(CASES[name], Target.CUDA), "attention"))
+    check(name, "tiles", fibers.kernel(lower_attention(CASES[name], Target.CUDA), "attention"))
+
+
+CONFIG = AttentionConfig(query_tiles=(1, 2, 3), key_vectors=3, value_vectors=1, warps=2, queries=2, chunk=32)
+
+
+@pytest.mark.parametrize("name", ["places", "codes"])
+def test_another_configuration_computes_the_same(pocl: Any, name: str) -> None:
+    own, other = (lower_attention(CASES[name], host_target(), config) for config in (None, CONFIG))
+    assert not tvm_ffi.structural_equal(own, other)
+    executable = tvm.compile(tvm.IRModule({"attention": other}), target=tvm_target(host_target()))
+    check(name, "small", executable["attention"])
+    check(name, "tiles", pocl.kernel(lower_attention(CASES[name], Target.OPENCL, CONFIG), "attention"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"query_tiles": (2, 4)}, r"query tiles \[2, 4\] must rise from 1"),
+        ({"key_vectors": 0}, "one vector, warp and query at least"),
+        ({"blocks": 1}, "two blocks"),
+        ({"chunk": 48}, "a chunk of 48 is no multiple of the 32 lanes"),
+    ],
+)
+def test_configurations_that_make_no_kernel_are_refused(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BitlowerError, match=reason):
+        AttentionConfig(**fields)

@@ -15,12 +15,13 @@ from tvm.script.ir_builder import tirx as T
 from bitlower.backends.tvm_kernels.schedules.cpu import attention_tiles
 from bitlower.backends.tvm_kernels.schedules.cpu.rowwise import VectorLanes
 from bitlower.backends.tvm_kernels.spec.attention import Attention
+from bitlower.backends.tvm_kernels.spec.target import AttentionConfig
 from bitlower.backends.tvm_kernels.tir.attention import LEAST, Operands, function
 from bitlower.backends.tvm_kernels.tir.expressions import Expr, exp
 from bitlower.backends.tvm_kernels.tir.function import i64, when
 
 
-def attention(what: Attention) -> Any:
+def attention(what: Attention, config: AttentionConfig) -> Any:
     """The PrimFunc, with the arguments of :func:`~bitlower.backends.tvm_kernels.tir.attention.function`."""
 
     def body(operands: Operands, batch: Any, queries: Any, keys: Any) -> None:
@@ -33,10 +34,10 @@ def attention(what: Attention) -> Any:
 
         def together() -> None:
             with T.parallel(i64(0), batch * heads) as task:
-                attention_tiles.Head(operands, task // heads, task % heads, queries, keys).emit()
+                attention_tiles.Head(operands, config, task // heads, task % heads, queries, keys).emit()
 
         if attention_tiles.fits(what):
-            when(queries < i64(attention_tiles.TILES[-1]), singly, together)
+            when(queries < i64(config.query_tiles[-1]), singly, together)
         else:
             singly()
 

@@ -15,16 +15,10 @@ from tvm.script.ir_builder import tirx as T
 from bitlower.backends.tvm_kernels.schedules.cpu.rowwise import VectorReduction
 from bitlower.backends.tvm_kernels.schedules.cpu.vectors import LANES, fill, get, local, over_rows, put, ramp, splat
 from bitlower.backends.tvm_kernels.spec.attention import Attention
+from bitlower.backends.tvm_kernels.spec.target import AttentionConfig
 from bitlower.backends.tvm_kernels.tir.attention import LEAST, Operands
 from bitlower.backends.tvm_kernels.tir.expressions import Expr, const, exp, spread
 from bitlower.backends.tvm_kernels.tir.function import i64
-
-TILES = (1, 4)
-"""How many queries go together."""
-_BLOCK = 2
-"""Vectors of keys whose scores are summed at a time."""
-_PART = 4
-"""Vectors of values that are summed at a time."""
 
 
 def fits(what: Attention) -> bool:
@@ -37,16 +31,19 @@ class Head:
 
     Args:
         operands: of the attention, which :func:`fits`.
+        config: how many queries and vectors go together.
         batch: of the head.
         head: among those of the queries.
         queries: how many there are.
         keys: how many there are.
     """
 
-    def __init__(self, operands: Operands, batch: Expr, head: Expr, queries: Any, keys: Any) -> None:
-        self.what, self.operands = operands.what, operands
+    def __init__(
+        self, operands: Operands, config: AttentionConfig, batch: Expr, head: Expr, queries: Any, keys: Any
+    ) -> None:
+        self.what, self.operands, self.config = operands.what, operands, config
         self.batch, self.head, self.queries, self.keys = batch, head, queries, keys
-        step = LANES * _BLOCK
+        step = LANES * config.key_vectors
         self.padded = (keys + i64(step - 1)) // i64(step) * i64(step)
 
     def emit(self) -> None:
@@ -55,7 +52,7 @@ class Head:
         self.key = T.alloc_buffer((what.head_dim, self.padded), "float32")
         self.value = T.alloc_buffer((self.keys, what.value_head_dim), "float32")
         self._unfold()
-        over_rows(self.queries, TILES, self._tile)
+        over_rows(self.queries, self.config.query_tiles, self._tile)
 
     def _unfold(self) -> None:
         """Keys, transposed, zero behind the last one; and values."""
@@ -76,31 +73,33 @@ class Head:
         self._products(tile, first, shares)
         for line in range(tile):
             self._softmax((self.batch, self.head, first + i64(line)), shares, line)
-        for start in range(0, self.what.value_head_dim // LANES, _PART):
-            self._context(tile, first, shares, range(start, min(start + _PART, self.what.value_head_dim // LANES)))
+        vectors, each = self.what.value_head_dim // LANES, self.config.value_vectors
+        for start in range(0, vectors, each):
+            self._context(tile, first, shares, range(start, min(start + each, vectors)))
 
     def _products(self, tile: int, first: Expr, products: Any) -> None:
         """Products of queries and keys; what stands behind the last key is zero."""
-        what, count = self.what, tile * _BLOCK
+        what, vectors = self.what, self.config.key_vectors
+        count = tile * vectors
         query = T.alloc_buffer((tile, what.head_dim), "float32")
         for line in range(tile):
             place = (self.batch, self.head, first + i64(line))
             with T.serial(i64(0), i64(what.head_dim)) as at:
                 T.buffer_store(query, self.operands.real("query", place, at), [i64(line), at])
-        with T.serial(i64(0), self.padded // i64(LANES * _BLOCK)) as block:
-            start = block * i64(LANES * _BLOCK)
+        with T.serial(i64(0), self.padded // i64(LANES * vectors)) as block:
+            start = block * i64(LANES * vectors)
             sums = local(count, "float32")
             fill(sums, "float32")
             with T.serial(i64(0), i64(what.head_dim)) as at:
-                keys = [T.Bind(self.key[at, ramp(start + i64(part * LANES))]) for part in range(_BLOCK)]
+                keys = [T.Bind(self.key[at, ramp(start + i64(part * LANES))]) for part in range(vectors)]
                 for line in range(tile):
                     x = splat(query[i64(line), at])
                     for part, key in enumerate(keys):
-                        index = line * _BLOCK + part
+                        index = line * vectors + part
                         put(sums, index, get(sums, index) + x * key)
             for line in range(tile):
-                for part in range(_BLOCK):
-                    value = get(sums, line * _BLOCK + part)
+                for part in range(vectors):
+                    value = get(sums, line * vectors + part)
                     T.buffer_store(products, value, [i64(line), ramp(start + i64(part * LANES))])
 
     def _softmax(self, place: tuple[Expr, ...], scores: Any, line: int) -> None:

@@ -15,81 +15,80 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from bitlower.backends.tvm_kernels.schedules.gpu.threads import WARP, add_bytes, all_reduce, dot_bytes, sync
+from bitlower.backends.tvm_kernels.schedules.gpu.threads import add_bytes, all_reduce, dot_bytes, sync
 from bitlower.backends.tvm_kernels.spec.attention import OPERANDS, Attention
-from bitlower.backends.tvm_kernels.spec.target import Target
+from bitlower.backends.tvm_kernels.spec.target import WARP, AttentionConfig, Target
 from bitlower.backends.tvm_kernels.tir.attention import LEAST, Operands, function
 from bitlower.backends.tvm_kernels.tir.expressions import Expr, exp
 from bitlower.backends.tvm_kernels.tir.function import i64, when
 
-WARPS = 4
 _BLOCKS = "tirx.launch_bounds_min_blocks_per_sm"
-"""Where nothing is said the assembler goes for many, and spills for it."""
-_CHUNK = 64
-"""Words of a key, or columns of a value, that are staged at a time."""
+"""Unless it is said, the assembler goes for many, and spills."""
 _BYTES = ("int8", "uint8")
 _SIGNS = -0x7F7F7F80
 """Turns four unsigned bytes into signed ones that are less by 128."""
 
 
-def attention(what: Attention, target: Target) -> Any:
+def attention(what: Attention, target: Target, config: AttentionConfig) -> Any:
     """The PrimFunc, with the arguments of :func:`~bitlower.backends.tvm_kernels.tir.attention.function`."""
 
     def body(operands: Operands, batch: Any, queries: Any, keys: Any) -> None:
-        rows = WARPS * _each(what)
+        rows = config.warps * _each(what, config)
         total = i64(what.heads // what.kv_heads) * queries
         with (
             T.launch_thread("blockIdx.x", (total + i64(rows - 1)) // i64(rows)) as block,
             T.launch_thread("blockIdx.y", what.kv_heads) as group,
             T.launch_thread("blockIdx.z", batch) as item,
-            T.launch_thread("threadIdx.y", WARPS) as warp,
+            T.launch_thread("threadIdx.y", config.warps) as warp,
             T.launch_thread("threadIdx.x", WARP) as lane,
-            T.attr(tirx.const(0, "int32"), _BLOCKS, tirx.const(_blocks(what), "int32")),
+            T.attr(tirx.const(0, "int32"), _BLOCKS, tirx.const(_blocks(what, config), "int32")),
         ):
             place = (item.astype("int64"), group.astype("int64"))
-            _Tile(operands, target, (block, warp, lane), place, (queries, keys)).emit()
+            _Tile(operands, (target, config), (block, warp, lane), place, (queries, keys)).emit()
 
     return function(what, body)
 
 
-def _blocks(what: Attention) -> int:
-    return 3 if max(what.head_dim, what.value_head_dim) > _CHUNK else 4  # 168 registers a thread, or 128
+def _blocks(what: Attention, config: AttentionConfig) -> int:
+    wide = max(what.head_dim, what.value_head_dim) > config.chunk
+    return config.blocks - wide  # of 4 warps: 168 registers a thread, or 128
 
 
-def _each(what: Attention) -> int:
+def _each(what: Attention, config: AttentionConfig) -> int:
     """Queries of a warp: fewer where they are wide, so that registers and shared memory hold them."""
     size = max(what.head_dim, what.value_head_dim)
-    return 4 if size <= 128 else 2 if size <= 256 else 1
+    return max(1, config.queries // (1 if size <= 128 else 2 if size <= 256 else 4))
 
 
 class _Tile:
     """The queries of one block; those of one warp in ``places``."""
 
     def __init__(
-        self, operands: Operands, target: Target, threads: tuple[Any, ...], place: tuple[Any, Any], sizes: Any
+        self, operands: Operands, how: tuple[Target, AttentionConfig], threads: tuple[Any, ...], place: Any, sizes: Any
     ) -> None:
-        self.what, self.operands, self.target, self.place = operands.what, operands, target, place
+        self.what, self.operands, self.place = operands.what, operands, place
+        self.target, self.config = how
         block, self.warp, self.lane = threads
         self.queries, self.keys = sizes
-        what, self.each = self.what, _each(self.what)
+        what, self.each = self.what, _each(operands.what, self.config)
         self.thread = T.Bind((self.warp * WARP + self.lane).astype("int64"))
         self.column = T.Bind(self.lane.astype("int64"))
-        self.first = T.Bind(block.astype("int64") * i64(WARPS * self.each))
+        self.first = T.Bind(block.astype("int64") * i64(self.config.warps * self.each))
         self.own = [self.warp * tirx.const(self.each, "int32") + tirx.const(at, "int32") for at in range(self.each)]
         self.bytes_in = what.query in _BYTES and what.key in _BYTES and what.head_dim % 4 == 0
         self.bytes_out = what.probs is not None and what.probs.bits <= 8 and what.value in _BYTES
         self.words = what.head_dim // 4 if self.bytes_in else what.head_dim
-        self.chunk = min(_CHUNK, self.words)
+        self.chunk = min(self.config.chunk, self.words)
         self.quad = 4 if self.words % 4 == 0 else 1
         self._allocate()
 
     def _allocate(self) -> None:
         """Shared memory: queries, a chunk of keys, a chunk of values, and the shares of a tile of keys."""
-        rows, kind = WARPS * self.each, "int32" if self.bytes_in else "float32"
+        rows, kind = self.config.warps * self.each, "int32" if self.bytes_in else "float32"
         self.pitch = self.chunk + (4 if self.quad == 4 else 1 - self.chunk % 2)
         self.query = T.alloc_buffer((rows * self.words,), kind, scope="shared")
         self.key = T.alloc_buffer((WARP * self.pitch,), kind, scope="shared")
-        self.across = min(_CHUNK, -(-self.what.value_head_dim // WARP) * WARP)
+        self.across = min(self.config.chunk, -(-self.what.value_head_dim // WARP) * WARP)
         lines = WARP // 4 if self.bytes_out else WARP
         self.value = T.alloc_buffer((lines * self.across,), "int32" if self.bytes_out else "float32", scope="shared")
         self.share = T.alloc_buffer((rows * WARP,), "int8" if self.bytes_out else "float32", scope="shared")
@@ -105,7 +104,7 @@ class _Tile:
             T.buffer_store(self.head, self.place[1].astype("int32") * times + row // queries, [self.thread])
             T.buffer_store(self.position, row % queries, [self.thread])
 
-        when(self.thread < i64(WARPS * self.each), note)
+        when(self.thread < i64(self.config.warps * self.each), note)
         sync()
 
     def _query(self, line: Expr) -> tuple[Any, Any, Any]:
@@ -115,12 +114,12 @@ class _Tile:
     def emit(self) -> None:
         """Queries to shared memory, the two passes over keys, and the result."""
         self._place()
-        self._fill(self.query, self.words, WARPS * self.each, (0, self.words), "query", self._query)
+        self._fill(self.query, self.words, self.config.warps * self.each, (0, self.words), "query", self._query)
         top, total = (_registers(self.each, "float32", value) for value in (LEAST, 0.0))
         self._over_keys(lambda key: self._gather(key, top, total))
         for at in range(self.each):
             self._join(at, top, total)
-        sums = self._sums()
+        sums = _Sums(self.each, -(-self.what.value_head_dim // WARP), self.bytes_out)
         self._over_keys(lambda key: self._add(key, top, total, sums))
         self._store(sums)
 
@@ -145,7 +144,7 @@ class _Tile:
 
     def _spread(self, lines: int, across: int, body: Callable[[Any, Any], None]) -> None:
         """``body(line, at)`` for all lines and places across, shared out among the threads of the block."""
-        count, threads = lines * across, WARPS * WARP
+        count, threads = lines * across, self.config.warps * WARP
         with T.serial(i64(0), i64(-(-count // threads))) as turn:
             place = T.Bind(turn * i64(threads) + self.thread)
             line, at = T.Bind(place // i64(across)), T.Bind(place % i64(across))
@@ -249,9 +248,6 @@ class _Tile:
         T.buffer_store(total, all_reduce(lambda a, b: a + b, zero, part, [self.lane]), [at])
         T.buffer_store(top, highest, [at])
 
-    def _sums(self) -> _Sums:
-        return _Sums(self.each, -(-self.what.value_head_dim // WARP), self.bytes_out)
-
     def _add(self, first: Expr, top: Any, total: Any, sums: _Sums) -> None:
         """Add the values of a tile of keys, each times its share."""
         zero = tirx.const(0.0, "float32")
@@ -311,7 +307,9 @@ class _Tile:
     def _accumulate(self, four: Any, columns: range, start: int, sums: _Sums) -> None:
         """Add what four keys give to each query of the warp and column of the lane."""
         if self.bytes_out:
-            words = T.decl_buffer((WARPS * self.each * WARP // 4,), "int32", data=self.share.data, scope="shared")
+            words = T.decl_buffer(
+                (self.config.warps * self.each * WARP // 4,), "int32", data=self.share.data, scope="shared"
+            )
             shares = [T.Bind(words[line * (WARP // 4) + four]) for line in self.own]
             for column in columns:
                 value = T.Bind(self.value[four * self.across + (column - start) * WARP + self.lane])

@@ -12,10 +12,10 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from bitlower.backends.tvm_kernels.schedules.gpu.threads import WARP, sync
+from bitlower.backends.tvm_kernels.schedules.gpu.threads import sync
 from bitlower.backends.tvm_kernels.schedules.gpu.tile import Stage, scaled
 from bitlower.backends.tvm_kernels.spec.linear import LinearSpec
-from bitlower.backends.tvm_kernels.spec.target import FRAGMENT, GemmConfig
+from bitlower.backends.tvm_kernels.spec.target import FRAGMENT, WARP, GemmConfig
 from bitlower.backends.tvm_kernels.tir.function import Buffers, i64
 
 _RUN = 8

@@ -8,10 +8,11 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from bitlower.backends.tvm_kernels.schedules.gpu.threads import WARP, add_bytes, all_reduce, dot_bytes
+from bitlower.backends.tvm_kernels.schedules.gpu.threads import add_bytes, all_reduce, dot_bytes
 from bitlower.backends.tvm_kernels.schedules.gpu.unpack import bytes_at, code_at, signed_bytes, zero_shift
 from bitlower.backends.tvm_kernels.spec.linear import LinearSpec
 from bitlower.backends.tvm_kernels.spec.packing import fixed_zero
+from bitlower.backends.tvm_kernels.spec.target import WARP
 from bitlower.backends.tvm_kernels.tir.epilogue import write
 from bitlower.backends.tvm_kernels.tir.expressions import Expr
 from bitlower.backends.tvm_kernels.tir.function import Buffers, i64, when

@@ -6,8 +6,9 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from bitlower.backends.tvm_kernels.schedules.gpu.threads import WARP, ThreadLanes
+from bitlower.backends.tvm_kernels.schedules.gpu.threads import ThreadLanes
 from bitlower.backends.tvm_kernels.spec.rowwise import ActivationSpec, NormSpec
+from bitlower.backends.tvm_kernels.spec.target import WARP
 from bitlower.backends.tvm_kernels.tir.function import Buffers, function
 from bitlower.backends.tvm_kernels.tir.rowwise import activation_row, norm_row
 

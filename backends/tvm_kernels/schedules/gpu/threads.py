@@ -12,8 +12,6 @@ from bitlower.backends.tvm_kernels.spec.target import Target
 from bitlower.backends.tvm_kernels.tir.expressions import Expr, dtype_of
 from bitlower.backends.tvm_kernels.tir.function import i64, when
 
-WARP = 32
-
 
 def all_reduce(combine: Callable[[Expr, Expr], Expr], start: Expr, value: Expr, threads: list[Any]) -> Any:
     """``value`` of all threads together, on every one of them (warp shuffles where the target has them)."""
