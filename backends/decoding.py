@@ -25,12 +25,12 @@ def cached_steps(
     if not has_cache(program) or count < 2:
         return
     half = (count + 1) // 2
-    given = _cut(program, program.complete(batch), 0, half, {})
+    step = _cut(program, program.complete(batch), 0, half, {})
     for start, stop in ((half, count - 1), (count - 1, count)):
         if start < stop:
-            results = outputs(given) if outputs else run(program, given)
-            given = _cut(program, batch, start, stop, next_past(results))
-            yield given
+            results = outputs(step) if outputs else run(program, step)
+            step = _cut(program, batch, start, stop, next_past(results))
+            yield step
 
 
 def visible(program: Program, batch: Batch) -> dict[str, torch.Tensor]:
@@ -43,16 +43,16 @@ def visible(program: Program, batch: Batch) -> dict[str, torch.Tensor]:
     if spec is None or bool(batch[spec.name].all()):
         return {}
     mask = batch[spec.name].bool()
-    found = {}
+    shown = {}
     for output in program.outputs:
         shape = output.type.shape
         for dim, columns in ((TOTAL, mask), (SEQUENCE, mask[:, -_length(program, batch) :])):
             if dim in shape and shape[0] == spec.type.shape[0]:
                 sizes = [1] * len(shape)
                 sizes[0], sizes[shape.index(dim)] = columns.shape
-                found[output.name] = columns.reshape(sizes)
+                shown[output.name] = columns.reshape(sizes)
                 break
-    return found
+    return shown
 
 
 def _length(program: Program, batch: Batch) -> int:
@@ -65,7 +65,7 @@ def _length(program: Program, batch: Batch) -> int:
 
 def _cut(program: Program, batch: Batch, start: int, stop: int, caches: Batch) -> dict[str, torch.Tensor]:
     """The tokens from ``start`` to ``stop``, after those that ``caches`` hold."""
-    given = {}
+    step = {}
     for spec in program.inputs:
         value = caches[spec.name] if spec.name in caches else batch[spec.name]
         for axis, dim in enumerate(spec.type.shape):
@@ -73,5 +73,5 @@ def _cut(program: Program, batch: Batch, start: int, stop: int, caches: Batch) -
                 value = value.narrow(axis, start, stop - start)
             elif dim == TOTAL:
                 value = value.narrow(axis, 0, stop)
-        given[spec.name] = value.contiguous()
-    return given
+        step[spec.name] = value.contiguous()
+    return step

@@ -131,7 +131,7 @@ class StagedModel(RuntimeModel):
         start: torch.Tensor | None = None,
         stops: Collection[int] | None = None,
         pad: int | None = None,
-        **given: Any,
+        **inputs: Any,
     ) -> torch.Tensor:
         """The target of each source, ``[batch, start + new]`` int64; greedy, if the settings do not say otherwise.
 
@@ -142,7 +142,7 @@ class StagedModel(RuntimeModel):
             start: what every target begins with, ``[batch, n]``.
             stops: tokens that end a target.
             pad: what follows the end.
-            given: what the encoder reads, by name; beside it settings of transformers' ``GenerationConfig``.
+            inputs: what the encoder reads, by name; beside it settings of transformers' ``GenerationConfig``.
 
         Raises:
             BitlowerError: an argument is missing, unknown or does not fit.
@@ -152,7 +152,7 @@ class StagedModel(RuntimeModel):
             self.program,
             lambda batch: self.encode(**batch),
             self.decoding(),
-            {name: value for name, value in given.items() if name in names},
+            {name: value for name, value in inputs.items() if name in names},
             max_new_tokens=max_new_tokens, start=start, stops=stops, pad=pad,
-            **{name: value for name, value in given.items() if name not in names},
+            **{name: value for name, value in inputs.items() if name not in names},
         )  # fmt: skip

@@ -46,7 +46,7 @@ def kernel(bits: int, integer: bool, rows: int) -> Callable[[], Any]:
     """Runs the kernel of a linear on ``rows`` rows."""
     random, weight = np.random.default_rng(0), weight_of(bits)
     spec = LinearSpec(
-        inputs=INPUTS, outputs=OUTPUTS, weight=weight, activation=kernels.STATIC if integer else None,
+        k=INPUTS, n=OUTPUTS, weight=weight, x_quant=kernels.STATIC if integer else None,
         layout=Layout.PANELS, target=host_target(),
     )  # fmt: skip
     shape = (OUTPUTS, 1 if bits == 8 else INPUTS // GROUP)

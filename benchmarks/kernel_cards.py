@@ -34,7 +34,7 @@ from bitlower.backends.tvm_kernels import (
 )
 from bitlower.backends.tvm_kernels.inspect.sass import DeviceFunction, device_functions
 from bitlower.backends.tvm_kernels.library.fatbin import device_module
-from bitlower.backends.tvm_kernels.schedules.gpu.attention import attention
+from bitlower.backends.tvm_kernels.schedules.dispatch import lower_attention
 from bitlower.backends.tvm_kernels.spec.attention import Attention
 from bitlower.backends.tvm_kernels.target import tvm_target
 from bitlower.ir import Granularity, Grid, QuantSpec
@@ -78,10 +78,10 @@ def low_bit(bits: int) -> QuantSpec:
 
 def cases() -> list[tuple[str, KernelSpec | Attention, int]]:
     """Name, spec and rows: an encoder layer of BERT-base at 128 tokens, and a Llama layer of 2048 channels."""
-    base = LinearSpec(inputs=768, outputs=2304, weight=INT8, bias=True, target=Target.CUDA)
-    up = replace(base, outputs=3072, activation=TOKEN, function="gelu")
-    half = replace(base, inputs=2048, outputs=2048, bias=False, dtype="float16")
-    bytes_ = replace(half, dtype="float32", activation=TOKEN)
+    base = LinearSpec(k=768, n=2304, weight=INT8, bias=True, target=Target.CUDA)
+    up = replace(base, n=3072, x_quant=TOKEN, activation="gelu")
+    half = replace(base, k=2048, n=2048, bias=False, dtype="float16")
+    bytes_ = replace(half, dtype="float32", x_quant=TOKEN)
     norm = NormSpec(
         columns=768, kind="layer", epsilon=1e-12, residual=True, bias=True, output=TOKEN, target=Target.CUDA
     )
@@ -90,13 +90,13 @@ def cases() -> list[tuple[str, KernelSpec | Attention, int]]:
         dtype="float16",
     )  # fmt: skip
     gate = ActivationSpec(
-        columns=5632, function="silu", gate="halves", output=TOKEN, dtype="float16", target=Target.CUDA
+        columns=5632, activation="silu", gate="halves", output=TOKEN, dtype="float16", target=Target.CUDA
     )
     heads = Attention(
         heads=12,
-        groups=12,
-        width=64,
-        value_width=64,
+        kv_heads=12,
+        head_dim=64,
+        value_head_dim=64,
         factor=0.125,
         joined=True,
         output=UINT8,
@@ -107,14 +107,14 @@ def cases() -> list[tuple[str, KernelSpec | Attention, int]]:
     codes = replace(heads, scored=UINT8, probs=UINT8, query="uint8", key="uint8", value="uint8")
     shared = replace(heads, heads=32, groups=8, places=(None, None, None), output=None)
     halves = replace(shared, query="float16", key="float16", value="float16", result="float16")
-    wide = replace(halves, width=128, value_width=128)
+    wide = replace(halves, head_dim=128, value_head_dim=128)
     down = replace(half, weight=low_bit(4), residual=True).holding({"residual": "float32", "values": "float32"})
     found: list[tuple[str, KernelSpec | Attention, int]] = [
-        ("W8A8 q/k/v, static", replace(base, activation=STATIC), 128),
+        ("W8A8 q/k/v, static", replace(base, x_quant=STATIC), 128),
         ("W8A8 up, GELU", up, 128),
         ("W8A8 up, GELU, one row", up, 1),
-        ("W8A8 down, residual", replace(base, inputs=3072, outputs=768, activation=TOKEN, residual=True), 128),
-        ("W8A8 PEG, 6 groups", replace(base, activation=PEG), 128),
+        ("W8A8 down, residual", replace(base, k=3072, n=768, x_quant=TOKEN, residual=True), 128),
+        ("W8A8 PEG, 6 groups", replace(base, x_quant=PEG), 128),
         ("W4A8, g128", replace(bytes_, weight=low_bit(4)), 128),
         ("W4A8, g128, one row", replace(bytes_, weight=low_bit(4)), 1),
         *((f"W{b}A16, g128", replace(half, weight=low_bit(b)), 128) for b in (4, 3, 2)),
@@ -158,18 +158,18 @@ def traffic(spec: KernelSpec | Attention, rows: int, config: GemmConfig) -> tupl
 
 def _attention_traffic(what: Attention, rows: int) -> tuple[int, int]:
     """A text of so many queries and keys: keys are read twice and values once by each block of 16 queries."""
-    tiles = -(-rows * what.heads // what.groups // 16)
-    query = rows * what.heads * what.width * np.dtype(what.query).itemsize
-    key = rows * what.groups * what.width * np.dtype(what.key).itemsize
-    value = rows * what.groups * what.value_width * np.dtype(what.value).itemsize
-    result = rows * what.heads * what.value_width * np.dtype(what.result_dtype).itemsize
+    tiles = -(-rows * what.heads // what.kv_heads // 16)
+    query = rows * what.heads * what.head_dim * np.dtype(what.query).itemsize
+    key = rows * what.kv_heads * what.head_dim * np.dtype(what.key).itemsize
+    value = rows * what.kv_heads * what.value_head_dim * np.dtype(what.value).itemsize
+    result = rows * what.heads * what.value_head_dim * np.dtype(what.result_dtype).itemsize
     mask = rows * what.heads * rows
     return query + result + tiles * (2 * key + value) + 2 * mask, query + key + value + result + rows
 
 
 def attention_source(what: Attention, architecture: str) -> str:
     """The CUDA source of an attention kernel."""
-    module = tvm.IRModule({"attention": attention(what, Target.CUDA)})
+    module = tvm.IRModule({"attention": lower_attention(what, Target.CUDA)})
     executable = tvm.compile(module, target=tvm_target(Target.CUDA, architecture))
     return str(device_module(executable).inspect_source())
 
@@ -180,7 +180,7 @@ def _times(spec: KernelSpec, name: str, rows: int, config: GemmConfig) -> int:
         return 1
     few = rows < config.many_rows
     if name == "x":
-        return spec.outputs if few else -(-spec.outputs // config.block_n)
+        return spec.n if few else -(-spec.n // config.block_n)
     if name.startswith("weight"):
         return rows if few else -(-rows // config.block_m)
     return 1
@@ -202,9 +202,9 @@ def card(
     moved, least = traffic(spec, rows, config)
     device = DEVICES[architecture]
     unit = next((i for i in ("IMMA", "HMMA", "IDP.4A") if counts.get(i)), "FFMA")
-    work = 2 * rows * spec.inputs * spec.outputs if isinstance(spec, LinearSpec) else 0
+    work = 2 * rows * spec.k * spec.n if isinstance(spec, LinearSpec) else 0
     if isinstance(spec, Attention):
-        work = 2 * rows * rows * spec.heads * (2 * spec.width + spec.value_width)
+        work = 2 * rows * rows * spec.heads * (2 * spec.head_dim + spec.value_head_dim)
     return {
         "kernel": name, "rows": rows, "architecture": architecture,
         "instructions": {i: counts[i] for i in SHOWN if counts.get(i)},

@@ -56,7 +56,7 @@ def sides(name: str, configs: dict[str, GemmConfig], rows: int) -> dict[str, Sid
     inputs, outputs = SHAPE
     random = np.random.default_rng(0)
     spec = LinearSpec(
-        inputs=inputs, outputs=outputs, weight=weight, activation=activation, layout=Layout.PANELS, target=host_target()
+        k=inputs, n=outputs, weight=weight, x_quant=activation, layout=Layout.PANELS, target=host_target()
     )
     groups = inputs // BLOCK if weight is INT4 else 1
     low, high, dtype = (0, 16, np.uint8) if weight is INT4 else (-127, 128, np.int8)

@@ -216,7 +216,7 @@ def int8_sides(shape: tuple[int, int], threads: int) -> Callable[[int], tuple[di
     codes = random.integers(-127, 128, (outputs, inputs)).astype(np.int8)
     scale, bias = (random.random(outputs, np.float32) for _ in range(2))
     spec = LinearSpec(
-        inputs=inputs, outputs=outputs, weight=INT8, activation=STATIC, bias=True, layout=Layout.PANELS,
+        k=inputs, n=outputs, weight=INT8, x_quant=STATIC, bias=True, layout=Layout.PANELS,
         target=host_target(),
     )  # fmt: skip
     packed = pack_linear(spec, codes, scale[:, None], np.zeros((outputs, 1), np.float32))
@@ -251,7 +251,7 @@ def int4_sides(shape: tuple[int, int], level: int, threads: int) -> Callable[[in
     zero = random.integers(5, 11, scale.shape).astype(np.float32)
     integer = level == 4
     spec = LinearSpec(
-        inputs=inputs, outputs=outputs, weight=INT4, activation=TOKEN if integer else None, layout=Layout.PANELS,
+        k=inputs, n=outputs, weight=INT4, x_quant=TOKEN if integer else None, layout=Layout.PANELS,
         target=host_target(),
     )  # fmt: skip
     packed = pack_linear(spec, codes, scale, zero)

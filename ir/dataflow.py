@@ -247,7 +247,7 @@ def unrounded(node: fx.Node) -> fx.Node:
 
 
 def before_repeat(node: fx.Node) -> fx.Node | None:
-    """The keys or values ``[batch, groups, length, width]`` whose heads ``node`` repeats, each several times in a row.
+    """The keys or values ``[batch, kv_heads, length, head_dim]`` whose heads ``node`` repeats one by one.
 
     None if it is no such repetition; models write one for grouped queries (Ainslie et al. 2023).
     """

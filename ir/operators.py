@@ -307,7 +307,7 @@ class BinaryNode(NodeView):
 
 
 class AttentionNode(NodeView):
-    """``softmax(scale · QKᵀ + mask) V`` as one operator, over ``[batch, heads, length, width]``."""
+    """``softmax(scale · QKᵀ + mask) V`` as one operator, over ``[batch, heads, length, head_dim]``."""
 
     @property
     def query(self) -> fx.Node:

@@ -233,7 +233,7 @@ def test_no_two_classes_have_one_name():
 RETIRED = {"artefact", "closed", "door", "mend", "mended", "opened", "twin"}
 """Words that identifiers had before they got those of the field: artifact, calibrated, fix, uncalibrated, reference."""
 VAGUE = {"found", "give", "given", "gives", "held", "kept", "moved", "taken"}
-"""Names that do not say what a value is; the backends still have some."""
+"""Names that do not say what a value is; one of them is a key of ``verification.json``."""
 
 
 def _names(tree):
@@ -252,7 +252,7 @@ def test_identifiers_are_free_of_retired_words(path):
     for name in _names(ast.parse((ROOT / path).read_text())):
         words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
         assert not RETIRED & set(words), f"{path}: {name}"
-        assert name not in VAGUE or path.parts[0] == "backends", f"{path}: {name}"
+        assert name not in VAGUE or (path.name, name) == ("runtime_kernels.py", "found"), f"{path}: {name}"
 
 
 def test_every_import_is_a_declared_dependency():

@@ -13,7 +13,18 @@ _modules, _imports, _imported = (_LAYOUT[name] for name in ("_modules", "_import
 
 ORDER = {
     "artifact": (),
-    "checkpoint": ("experts", "skeleton", "contents", "safetensors", "format", "formats", "sizes", "verify", "backend"),
+    "checkpoint": (
+        "experts",
+        "skeleton",
+        "contents",
+        "container",
+        "safetensors",
+        "format",
+        "formats",
+        "sizes",
+        "verify",
+        "backend",
+    ),
     "onnx_qdq": (
         *("graph", "encoding", "write", "translate", "runtime", "rewrite"),
         *("sizes", "model", "verify", "backend"),

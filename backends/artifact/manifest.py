@@ -186,9 +186,9 @@ def lengths(folder: Path) -> dict[str, Length]:
     if not (folder / FILE).is_file():
         return {}
     program = read_json(folder / FILE).get("program")
-    found = program.get("lengths", {}) if isinstance(program, dict) else {}
+    lengths = program.get("lengths", {}) if isinstance(program, dict) else {}
     try:
-        return {name: Length(**{key: _size(value) for key, value in form.items()}) for name, form in found.items()}
+        return {name: Length(**{key: _size(value) for key, value in form.items()}) for name, form in lengths.items()}
     except (TypeError, AttributeError, BitlowerError):
         raise CheckError(f"{FILE} in {folder} is damaged: its lengths are none") from None
 

@@ -138,8 +138,8 @@ class OutputComparison:
 
 def largest(error: torch.Tensor) -> float:
     """The largest entry; infinity where one is not a number."""
-    found = float(error.max())
-    return math.inf if math.isnan(found) else found
+    worst = float(error.max())
+    return math.inf if math.isnan(worst) else worst
 
 
 def flat_parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -43,12 +43,12 @@ def _scale_arguments(node: fx.Node, quantizer: Quantizer) -> tuple[Any, Any]:
     """Scale and zero point of a quantizer among the arguments of its node."""
     if not kernels.is_kernel(node):
         return QuantizerNode(node).scale, QuantizerNode(node).zero_point
-    given = kernels.arguments(node)
-    operand = next(name for name, held in node.meta["quantizers"].items() if held == quantizer)
+    arguments = kernels.arguments(node)
+    operand = next(name for name, other in node.meta["quantizers"].items() if other == quantizer)
     stem, _, index = operand.partition("_")  # table_0, rounded_1: an entry of a list
     if index:
-        return given[f"{stem}_scales"][int(index)], given[f"{stem}_zero_points"][int(index)]
-    return given.get(f"{operand}_scale"), given.get(f"{operand}_zero_point")
+        return arguments[f"{stem}_scales"][int(index)], arguments[f"{stem}_zero_points"][int(index)]
+    return arguments.get(f"{operand}_scale"), arguments.get(f"{operand}_zero_point")
 
 
 def float_bytes(program: Program) -> int:

@@ -30,8 +30,8 @@ def parsed(kind: type[T], form: Any, what: str) -> T:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         entry = ".".join(str(part) for part in first["loc"])
-        given = "" if first["type"] == "missing" else f", not {shorten(repr(first['input']))}"
-        raise CheckError(f"{what} is damaged: {entry}: {_said(first['msg'])}{given}") from None
+        actual = "" if first["type"] == "missing" else f", not {shorten(repr(first['input']))}"
+        raise CheckError(f"{what} is damaged: {entry}: {_said(first['msg'])}{actual}") from None
     return value
 
 

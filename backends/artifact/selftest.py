@@ -148,15 +148,15 @@ def _agreement(name: str, expected: Reference, result: Array | None) -> float:
         raise CheckError(f"the model gives no {name}, which the self-test expects")
     if result.shape != expected.shape:
         raise CheckError(f"the output {name} has the shape {list(result.shape)}, not {list(expected.shape)}")
-    found = _reference(result)
-    a, b = np.array(found.values), np.array(expected.values)
+    actual = _reference(result)
+    a, b = np.array(actual.values), np.array(expected.values)
     size = float(np.linalg.norm(a) * np.linalg.norm(b))
     cosine = float(a @ b) / size if size else float(np.array_equal(a, b))
     if not cosine >= LEAST:
         raise CheckError(f"the output {name} has the cosine {cosine:.3g} to what was recorded at export")
-    if not abs(found.rms - expected.rms) <= SIZE * expected.rms:
+    if not abs(actual.rms - expected.rms) <= SIZE * expected.rms:
         raise CheckError(
-            f"the output {name} has the root mean square {found.rms:.3g}, {expected.rms:.3g} was recorded at export"
+            f"the output {name} has the root mean square {actual.rms:.3g}, {expected.rms:.3g} was recorded at export"
         )
     return cosine
 

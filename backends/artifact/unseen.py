@@ -107,7 +107,7 @@ class Seen:
 
     def _resized(self, wanted: Mapping[str, int]) -> dict[str, torch.Tensor]:
         """The last batch in other sizes, of texts that are padded on the left the ends; a past is left out: empty."""
-        found, ends = {}, _pads_before(self._last)
+        batch, ends = {}, _pads_before(self._last)
         for spec in self._program.inputs:
             if is_past(spec) or spec.name not in self._last:
                 continue
@@ -117,9 +117,9 @@ class Seen:
                 if size is not None and tensor.shape[axis]:
                     first = tensor.shape[axis] - size if ends and axis else 0
                     tensor = tensor.index_select(axis, torch.arange(first, first + size) % tensor.shape[axis])
-            found[spec.name] = tensor
-        keep_ends(self._program, found, self._last)
-        return found
+            batch[spec.name] = tensor
+        keep_ends(self._program, batch, self._last)
+        return batch
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from bitlower.backends.checkpoint.backend import Checkpoint, ExportReport
+from bitlower.backends.checkpoint.container import Container, Entry, Tensors
 from bitlower.backends.checkpoint.format import Format, Packed, Weight
-from bitlower.backends.checkpoint.safetensors import Entry
+from bitlower.backends.checkpoint.safetensors import Safetensors
 from bitlower.backends.checkpoint.verify.artifact import ArtifactReport
 from bitlower.backends.checkpoint.verify.artifact import verify_artifact as verify
 from bitlower.backends.checkpoint.verify.record import Verification
@@ -17,10 +18,13 @@ from bitlower.ir import Batch, Program
 __all__ = [
     "ArtifactReport",
     "Checkpoint",
+    "Container",
     "Entry",
     "ExportReport",
     "Format",
     "Packed",
+    "Safetensors",
+    "Tensors",
     "Verification",
     "Weight",
     "export",

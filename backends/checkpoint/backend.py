@@ -16,6 +16,7 @@ from bitlower.backends.artifact.card import Usage, write_card
 from bitlower.backends.artifact.folder import CONFIG, sizes, write_assets
 from bitlower.backends.artifact.json_files import read_json, write_json
 from bitlower.backends.base import Backend
+from bitlower.backends.checkpoint.container import Container, Entry
 from bitlower.backends.checkpoint.contents import (
     SHARED,
     Contents,
@@ -26,7 +27,6 @@ from bitlower.backends.checkpoint.contents import (
     readers,
 )
 from bitlower.backends.checkpoint.format import Format, cast, find_format, known_formats, refusal
-from bitlower.backends.checkpoint.safetensors import INDEX, MODEL, Entry, write_tensors
 from bitlower.backends.checkpoint.sizes import CheckpointSizes
 from bitlower.backends.checkpoint.skeleton import EMBEDDING, LINEAR, Skeleton
 from bitlower.backends.checkpoint.verify.artifact import ArtifactReport, verify_artifact
@@ -118,9 +118,9 @@ class Checkpoint(Backend):
         config = _config(program, skeleton, contents, self)
         packed = [entry for layer in contents.layers for entry in form.entries(layer, form.scale_dtype(number))]
         floats = [_entry(entry, number) for entry in contents.floats]
-        files = write_tensors([*packed, *floats], folder, max_shard_size=self.max_shard_size)
+        files = form.container.write([*packed, *floats], folder, max_shard_size=self.max_shard_size)
         write_json(folder / CONFIG, config)
-        files += [CONFIG, *_write_assets(program, folder)]
+        files += [CONFIG, *_write_assets(program, folder, form.container)]
         stored = Stored(folder, form, read_json(folder / CONFIG))
         verification = verify_export(program, contents, skeleton, stored, batches, form=form, dtype=number)
         verification.write(folder)
@@ -249,9 +249,9 @@ def check(contents: Contents, format: str) -> None:
 
 def _entry(entry: Float, dtype: torch.dtype) -> Entry:
     value = entry.value()
-    kept = dtype if value.is_floating_point() else value.dtype
+    number = dtype if value.is_floating_point() else value.dtype
 
-    return Entry(entry.name, kept, tuple(value.shape), lambda: cast(entry.value(), kept, entry.name))
+    return Entry(entry.name, number, tuple(value.shape), lambda: cast(entry.value(), number, entry.name))
 
 
 def _config(program: Program, skeleton: Skeleton, contents: Contents, options: Checkpoint) -> dict[str, Any]:
@@ -267,9 +267,9 @@ def _config(program: Program, skeleton: Skeleton, contents: Contents, options: C
     return form
 
 
-def _write_assets(program: Program, folder: Path) -> Iterator[str]:
+def _write_assets(program: Program, folder: Path, container: Container) -> Iterator[str]:
     """Write the tokenizer's files, and how to generate with a decoder that does not say; their names."""
-    yield from write_assets(program, folder, (MODEL, INDEX))
+    yield from write_assets(program, folder, container.files)
     if program.task == "text-generation" and GENERATION not in program.assets:
         tokens = {key: program.config[key] for key in _TOKENS if program.config.get(key) is not None}
         write_json(folder / GENERATION, {"_from_model_config": True, **tokens})

@@ -21,14 +21,14 @@ def pieces_of_experts(model: nn.Module) -> dict[str, list[str]]:
     from transformers.core_model_loading import WeightConverter
 
     converters = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)]
-    found = {}
+    pieces = {}
     for path, module in model.named_modules():
         for name in ("gate_up_proj", "up_proj", "down_proj"):
             if isinstance(module._parameters.get(name), nn.Parameter) and hasattr(module, "_apply_gate"):
                 leaves = _leaves(converters, f"{path}.{name}")
                 for expert in range(module.num_experts if leaves else 0):
-                    found[f"{path}.{expert}.{name}"] = [f"{path}.{expert}.{leaf}" for leaf in leaves]
-    return found
+                    pieces[f"{path}.{expert}.{name}"] = [f"{path}.{expert}.{leaf}" for leaf in leaves]
+    return pieces
 
 
 def _leaves(converters: list[Any], fused: str) -> list[str]:

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from bitlower.backends.checkpoint.container import Container, Entry, Tensors
 from bitlower.backends.checkpoint.contents import Layer, is_symmetric
-from bitlower.backends.checkpoint.safetensors import Entry, TensorFolder
+from bitlower.backends.checkpoint.safetensors import Safetensors
 from bitlower.backends.checkpoint.skeleton import Skeleton
 from bitlower.ir import BitlowerError, QuantSpec, packing
 from bitlower.ir.plugins.catalog import Catalog
@@ -54,6 +55,8 @@ class Format(abc.ABC):
     """Whether all layers are packed in one way where one of them has zero points."""
     readers: ClassVar[tuple[str, ...]] = ()
     """What transformers needs to read packed layers, by the names that these modules are imported by."""
+    container: ClassVar[Container] = Safetensors()
+    """What holds all tensors, packed ones and others."""
 
     @abc.abstractmethod
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -83,11 +86,11 @@ class Format(abc.ABC):
         """The ``quantization_config``."""
 
     @abc.abstractmethod
-    def layers(self, config: Mapping[str, Any], folder: TensorFolder) -> dict[str, Packed]:
+    def layers(self, config: Mapping[str, Any], folder: Tensors) -> dict[str, Packed]:
         """By module path how each packed layer in ``folder`` is packed, read from a ``quantization_config``."""
 
     @abc.abstractmethod
-    def read(self, folder: TensorFolder, path: str, packed: Packed) -> Weight:
+    def read(self, folder: Tensors, path: str, packed: Packed) -> Weight:
         """A packed layer."""
 
 
@@ -156,9 +159,9 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
         BitlowerError: a number is too large for it.
     """
     result = torch.empty(tensor.shape, dtype=dtype)
-    for part, kept in zip(parts(tensor), parts(result), strict=True):
-        kept.copy_(part)
-        if dtype.is_floating_point and not bool(kept.isfinite().all()) and bool(part.isfinite().all()):
+    for part, target in zip(parts(tensor), parts(result), strict=True):
+        target.copy_(part)
+        if dtype.is_floating_point and not bool(target.isfinite().all()) and bool(part.isfinite().all()):
             raise BitlowerError(
                 f"{name} reaches {float(part.abs().max()):.4g}, which {str(dtype).removeprefix('torch.')} cannot hold",
                 hint="choose dtype bfloat16 or float32",
@@ -173,6 +176,6 @@ def pack_codes(layer: Layer, pack: Callable[[torch.Tensor, int], torch.Tensor]) 
     return packed
 
 
-def packed_paths(folder: TensorFolder, suffix: str) -> list[str]:
+def packed_paths(folder: Tensors, suffix: str) -> list[str]:
     """The modules of all tensors whose names end in ``suffix``."""
     return sorted(name.removesuffix(suffix) for name in folder.names if name.endswith(suffix))

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 import torch
 
 from bitlower.backends.artifact.json_files import read_json, write_json
+from bitlower.backends.checkpoint.container import Container, Entry
 from bitlower.ir import BitlowerError, CheckError
 from bitlower.ir.storage import StoredTensors
 
@@ -31,28 +31,6 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor to be written.
-
-    Args:
-        name: in the file.
-        dtype: of the tensor.
-        shape: of the tensor.
-        make: returns it when its turn comes.
-    """
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    make: Callable[[], torch.Tensor]
-
-    @property
-    def bytes(self) -> int:
-        """How many it takes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def write_tensors(entries: Sequence[Entry], folder: Path, *, max_shard_size: int) -> list[str]:
@@ -154,3 +132,17 @@ class TensorFolder:
             return self._files[name].map(name)
         except BitlowerError as error:
             raise CheckError(error.message) from None
+
+
+class Safetensors(Container):
+    """The files that transformers writes: ``model.safetensors``, or several and an index."""
+
+    files: ClassVar[tuple[str, ...]] = (MODEL, INDEX)
+
+    def write(self, entries: Sequence[Entry], folder: Path, *, max_shard_size: int) -> list[str]:
+        """See :func:`write_tensors`."""
+        return write_tensors(entries, folder, max_shard_size=max_shard_size)
+
+    def open(self, folder: Path) -> TensorFolder:
+        """See :class:`TensorFolder`."""
+        return TensorFolder(folder)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from bitlower.backends.checkpoint.experts import pieces_of_experts
 from bitlower.ir import Batch, BitlowerError, Program, nearest
@@ -179,16 +180,19 @@ def _computes_by_itself(module: nn.Module) -> bool:
 
 @contextmanager
 def _without_weights() -> Iterator[None]:
-    """Let modules that are built meanwhile have parameters without storage; buffers are real, as no file holds them."""
-    register = nn.Module.register_parameter
+    """Let modules that are built meanwhile have parameters without storage; buffers are real, as no file holds them.
 
-    def register_empty(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.detach().to("meta"), requires_grad=False)
-        register(self, name, param)
-
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    ``torch.device("meta")`` would leave the buffers without storage too. accelerate's ``init_empty_weights`` makes a
+    new parameter each time that one is registered, so that tied weights are no longer one.
+    """
+    handle = register_module_parameter_registration_hook(_without_storage)  # type: ignore[arg-type]  # it may return
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        handle.remove()
+
+
+def _without_storage(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    if parameter.device.type == "meta":
+        return parameter
+    return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from bitlower.backends.onnx_qdq.backend import ExportReport, OnnxQdq
+from bitlower.backends.onnx_qdq.graph.code_operators import CodeOperator, Reading
 from bitlower.backends.onnx_qdq.model import OnnxEncoderDecoder, OnnxModel
+from bitlower.backends.onnx_qdq.rewrite.editor import Editor
+from bitlower.backends.onnx_qdq.rewrite.pipeline import add_rule
+from bitlower.backends.onnx_qdq.rewrite.rule import APPLIED, Rule
 from bitlower.backends.onnx_qdq.verify.artifact import ArtifactReport
 from bitlower.backends.onnx_qdq.verify.artifact import verify_artifact as verify
 from bitlower.backends.onnx_qdq.verify.compare import verify_export
@@ -16,13 +20,19 @@ from bitlower.backends.onnx_qdq.write.files import MODEL
 from bitlower.ir import Batch, Program
 
 __all__ = [
+    "APPLIED",
     "MODEL",
     "ArtifactReport",
+    "CodeOperator",
+    "Editor",
     "ExportReport",
     "OnnxEncoderDecoder",
     "OnnxModel",
     "OnnxQdq",
+    "Reading",
+    "Rule",
     "Verification",
+    "add_rule",
     "export",
     "verify",
     "verify_export",

@@ -150,8 +150,8 @@ def _run(session: InferenceSession, program: Program, inputs: Batch) -> dict[str
     """The outputs on ``inputs``, which are those that ``program`` takes."""
     names = [value.name for value in session.get_outputs()]
     values = zip((spec.name for spec in program.inputs), program.arguments(inputs), strict=True)
-    found = session.run(names, {name: value.numpy() for name, value in values})
-    return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+    arrays = session.run(names, {name: value.numpy() for name, value in values})
+    return {name: torch.from_numpy(value) for name, value in zip(names, arrays, strict=True)}
 
 
 def _specs(values: Iterable[NodeArg]) -> tuple[ValueSpec, ...]:

@@ -21,7 +21,7 @@ from bitlower.backends.tvm_kernels.spec.base import KernelSpec
 from bitlower.backends.tvm_kernels.spec.linear import Layout, LinearSpec
 from bitlower.backends.tvm_kernels.spec.packing import pack_linear, pack_vector, unpack_linear
 from bitlower.backends.tvm_kernels.spec.rowwise import ActivationSpec, NormSpec
-from bitlower.backends.tvm_kernels.spec.target import GemmConfig, Target
+from bitlower.backends.tvm_kernels.spec.target import AttentionConfig, GemmConfig, Target
 from bitlower.backends.tvm_kernels.verify.artifact import ArtifactReport
 from bitlower.backends.tvm_kernels.verify.artifact import verify_artifact as verify
 from bitlower.backends.tvm_kernels.verify.record import Verification
@@ -34,6 +34,7 @@ __all__ = [
     "ActivationSpec",
     "Argument",
     "ArtifactReport",
+    "AttentionConfig",
     "ExportReport",
     "GemmConfig",
     "KernelSpec",

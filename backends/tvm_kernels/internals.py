@@ -93,23 +93,23 @@ def with_code(blob: bytes, source: bytes, code: bytes) -> bytes:
     for _ in range(2):  # how modules import each other: two arrays of numbers
         count, at = _read(blob, places[-1])
         places.append(at + 8 * count)
-    at, found = places[-1], [blob[start : places[-1]]]
+    at, pieces = places[-1], [blob[start : places[-1]]]
     while at < 8 + total:
         kind, at = _text(blob, at)
-        found.append(_packed(kind))
+        pieces.append(_packed(kind))
         if kind == b"_lib":
             continue
-        held, at = _text(blob, at)
-        found.append(_packed(_compiled(held, source, code) if kind == b"cuda" else held))
-    return _packed(b"".join(found))
+        module, at = _text(blob, at)
+        pieces.append(_packed(_compiled(module, source, code) if kind == b"cuda" else module))
+    return _packed(b"".join(pieces))
 
 
-def _compiled(held: bytes, source: bytes, code: bytes) -> bytes:
+def _compiled(module: bytes, source: bytes, code: bytes) -> bytes:
     """The bytes of the module of CUDA: its functions stay, its format and its code change."""
-    form, at = _text(held, 0)
+    form, at = _text(module, 0)
     if form != b"cuda":
-        return held
-    functions, end = held[at:], _packed(source)
+        return module
+    functions, end = module[at:], _packed(source)
     if not functions.endswith(end):
         raise CheckError("TVM packs CUDA modules in another way than is known")
     return _packed(b"fatbin") + functions.removesuffix(end) + _packed(code)

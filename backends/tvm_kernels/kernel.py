@@ -35,28 +35,28 @@ class Kernel:
     executable: Any
     name: str
 
-    def __call__(self, given: Mapping[str, Array]) -> dict[str, Array]:
+    def __call__(self, operands: Mapping[str, Array]) -> dict[str, Array]:
         """Run on the arguments by name; the results by name.
 
         Raises:
             BitlowerError: an argument is missing, or has another dtype or shape than the spec says.
         """
-        rows = given["ids" if "ids" in given else "x"].shape[0]
-        held, results = [], {}
+        m = operands["ids" if "ids" in operands else "x"].shape[0]
+        buffers, results = [], {}
         for argument in arguments(self.spec):
-            shape = tuple(rows if size is None else size for size in argument.shape)
+            shape = tuple(m if size is None else size for size in argument.shape)
             if argument.written:
                 array = results[argument.name] = np.zeros(shape, argument.dtype)
             else:
-                array = _checked(self.spec, given, argument.name, argument.dtype, shape)
-            held.append(tvm.runtime.tensor(array))
-        self.executable[self.name](*held)
+                array = _checked(self.spec, operands, argument.name, argument.dtype, shape)
+            buffers.append(tvm.runtime.tensor(array))
+        self.executable[self.name](*buffers)
         names = [argument.name for argument in arguments(self.spec)]
-        return {name: held[names.index(name)].numpy() for name in results}
+        return {name: buffers[names.index(name)].numpy() for name in results}
 
 
-def _checked(spec: KernelSpec, given: Mapping[str, Array], name: str, dtype: str, shape: tuple[int, ...]) -> Array:
-    array = given.get(name)
+def _checked(spec: KernelSpec, operands: Mapping[str, Array], name: str, dtype: str, shape: tuple[int, ...]) -> Array:
+    array = operands.get(name)
     if array is None:
         raise BitlowerError(f"{spec.name} needs the argument {name!r}")
     if array.dtype != dtype or array.shape != shape:

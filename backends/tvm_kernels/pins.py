@@ -32,12 +32,12 @@ def check_pins() -> None:
     """
     for name, wanted in PINS.items():
         try:
-            found = version(name)
+            installed = version(name)
         except PackageNotFoundError:
             raise BitlowerError(f"low-bit kernels need {name}, which is not installed", hint=_INSTALL) from None
-        if found != wanted:
+        if installed != wanted:
             pair = " and ".join(f"{package} {pin}" for package, pin in PINS.items())
             raise BitlowerError(
-                f"{name} {found} is installed, but low-bit kernels need {pair}: other pairings crash the process",
+                f"{name} {installed} is installed, but low-bit kernels need {pair}: other pairings crash the process",
                 hint=_INSTALL,
             )

@@ -42,9 +42,9 @@ def _fused_attention(
 ) -> list[torch.Tensor]:
     """``softmax(factor · Q̂ K̂ᵀ + mask) V̂``, with scores and probabilities rounded where their grids are given.
 
-    - ``query``: ``[batch, heads, queries, width]``, float32 or codes.
-    - ``key``: ``[batch, groups, keys, width]``, float32 or codes; each group serves heads / groups query heads.
-    - ``value``: ``[batch, groups, keys, width]``, float32 or codes.
+    - ``query``: ``[batch, heads, queries, head_dim]``, float32 or codes.
+    - ``key``: ``[batch, kv_heads, keys, head_dim]``, float32 or codes; each serves heads / kv_heads query heads.
+    - ``value``: ``[batch, kv_heads, keys, head_dim]``, float32 or codes.
     - ``mask``: broadcasts to ``[batch, heads, queries, keys]``; bool, true where a key counts, or float32, added.
     - ``query_scale``: of the query, rank 0; so are all scales and zero points here but those of the result.
     - ``scores_scale``: of Q̂ K̂ᵀ; scores are rounded before they are multiplied by the factor.
@@ -54,7 +54,7 @@ def _fused_attention(
     - ``causal``: mask keys that are later than the query, both counted from the start (not with ``explicit``).
     - ``explicit``: compute step by step; else as torch's ``scaled_dot_product_attention`` does, which has no roundings
       inside.
-    - ``heads``: the result is ``[batch, queries, heads · width]`` instead of ``[batch, heads, queries, width]``.
+    - ``heads``: the result is ``[batch, queries, heads · head_dim]`` instead of ``[batch, heads, queries, head_dim]``.
     - ``out_grid``: the grid of the result; ``scores_grid`` and ``probs_grid`` are those of scores and probabilities.
     - ``outputs``: what is given: ``value``, ``codes``, ``rounded``.
     """
@@ -94,8 +94,8 @@ def _(
     outputs: str = "value",
     **others: object,
 ) -> list[torch.Tensor]:
-    batch, count, length, width = *query.shape[:3], value.shape[3]
-    shape = (batch, length, count * width) if heads else (batch, count, length, width)
+    batch, count, length, head_dim = *query.shape[:3], value.shape[3]
+    shape = (batch, length, count * head_dim) if heads else (batch, count, length, head_dim)
     return like_outputs(query, shape, outputs, out_grid)
 
 

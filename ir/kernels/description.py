@@ -98,7 +98,7 @@ def outputs(node: fx.Node) -> list[Output]:
 def _shapes(node: fx.Node, node_arguments: dict[str, Any]) -> Iterator[tuple[Dim, ...]]:
     """The shape of the result of each part."""
     if node.target is fused_linear:
-        sizes = node_arguments.get("rows") or (_shape(node_arguments["weight"])[0],)
+        sizes = node_arguments.get("merged_n") or (_shape(node_arguments["weight"])[0],)
         yield from ((*_shape(node_arguments["x"])[:-1], size) for size in sizes)
     elif node.target is fused_embedding:
         shapes = [_shape(ids) for ids in node_arguments["ids"]]
@@ -124,11 +124,11 @@ def _broadcast(shapes: list[tuple[Dim, ...]]) -> tuple[Dim, ...]:
 
 
 def _joined(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
-    """``[batch, heads, length, width]`` as ``[batch, length, heads · width]``."""
-    batch, heads, length, width = shape
+    """``[batch, heads, length, head_dim]`` as ``[batch, length, heads · head_dim]``."""
+    batch, heads, length, head_dim = shape
     assert isinstance(heads, int), f"heads of the symbolic shape {shape}"
-    assert isinstance(width, int), f"heads of the symbolic shape {shape}"
-    return (batch, length, heads * width)
+    assert isinstance(head_dim, int), f"heads of the symbolic shape {shape}"
+    return (batch, length, heads * head_dim)
 
 
 def output_of(node: fx.Node) -> tuple[fx.Node, Output] | None:

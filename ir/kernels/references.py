@@ -95,7 +95,7 @@ def _fused_linear(
     *,
     activation: str = "",
     rounded_grid: str = "",
-    rows: Sequence[int] | None = None,
+    merged_n: Sequence[int] | None = None,
     columns: Sequence[int] | None = None,
     out_grid: str = "",
     outputs: str = "value",
@@ -110,24 +110,24 @@ def _fused_linear(
     - ``activation``: one of :data:`~bitlower.ir.activations.IN_KERNELS`, or none.
     - ``rounded_scale``: of the grid ``rounded_grid``, to which the result is rounded before the residual is added.
     - ``residual``: ``[…, N]``, float32 or codes.
-    - ``rows``: the sizes of the layers that were merged into this one, N in all; the outputs of each come after those
-      of the one before. None: one layer.
+    - ``merged_n``: the sizes of the layers that were merged into this one, N in all; the outputs of each come after
+      those of the one before. None: one layer.
     - ``columns``: the sizes of the slices of K whose products are summed one after the other; None: one slice.
     - ``out_scale``: of the result: rank 0, or its rank with one entry an index or block of N (an index if merged).
     - ``out_grid``: the grid of the result.
     - ``outputs``: what is given of each layer: ``value``, ``codes``, ``rounded``.
     """
     value, tensors, start = read(x, x_scale, x_zero_point), list[torch.Tensor](), 0
-    for size in rows or (weight.shape[0],):
+    for size in merged_n or (weight.shape[0],):
         part = slice(start, start + size)
-        scales = [s if s.dim() == 0 or not rows else s[part] for s in (weight_scale, weight_zero_point)]
-        matrix = numerics.values(weight[part] if rows else weight, *scales)
-        y = _product(value, matrix, bias[part] if bias is not None and rows else bias, columns)
+        scales = [s if s.dim() == 0 or not merged_n else s[part] for s in (weight_scale, weight_zero_point)]
+        matrix = numerics.values(weight[part] if merged_n else weight, *scales)
+        y = _product(value, matrix, bias[part] if bias is not None and merged_n else bias, columns)
         y = IN_KERNELS[activation](y) if activation else y
         y = rounded(y, rounded_scale, rounded_zero_point, rounded_grid)
         if residual is not None:
             y = y + read(residual, residual_scale, residual_zero_point)
-        stored = [s[..., part] if rows and s is not None and s.dim() else s for s in (out_scale, out_zero_point)]
+        stored = [s[..., part] if merged_n and s is not None and s.dim() else s for s in (out_scale, out_zero_point)]
         tensors += output_tensors(y, outputs, stored[0], stored[1], out_grid)
         start += size
     return tensors
@@ -151,12 +151,12 @@ def _(
     x: torch.Tensor,
     weight: torch.Tensor,
     *tensors: torch.Tensor | None,
-    rows: Sequence[int] | None = None,
+    merged_n: Sequence[int] | None = None,
     out_grid: str = "",
     outputs: str = "value",
     **others: object,
 ) -> list[torch.Tensor]:
-    sizes = rows or (weight.shape[0],)
+    sizes = merged_n or (weight.shape[0],)
     return [t for size in sizes for t in like_outputs(x, (*x.shape[:-1], size), outputs, out_grid)]
 
 
@@ -253,7 +253,7 @@ def _fused_pointwise(
         residual: in the shape of x, float32 or codes.
         residual_scale: of the residual.
         residual_zero_point: of the residual.
-        heads: x is ``[batch, heads, length, width]``, and the result ``[batch, length, heads · width]``.
+        heads: x is ``[batch, heads, length, head_dim]``, and the result ``[batch, length, heads · head_dim]``.
         out_scale: of the result.
         out_zero_point: of the result.
         out_grid: the grid of the result.
@@ -271,7 +271,7 @@ def _fused_pointwise(
 
 
 def join_heads(x: torch.Tensor) -> torch.Tensor:
-    """``[batch, heads, length, width]`` as a new tensor ``[batch, length, heads · width]``."""
+    """``[batch, heads, length, head_dim]`` as a new tensor ``[batch, length, heads · head_dim]``."""
     return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(2)
 
 
@@ -307,8 +307,8 @@ def _fused_embedding(
 
     Args:
         ids: int64, one tensor for each table; they broadcast to one shape.
-        tables: codes ``[rows, K]``.
-        table_scales: rank 0, ``[rows, 1]`` or ``[rows, groups]``, one for each table.
+        tables: codes ``[entries, K]``.
+        table_scales: rank 0, ``[entries, 1]`` or ``[entries, groups]``, one for each table.
         table_zero_points: in the same shapes.
         rounded_scales: of the sums but the last, in order: each is rounded before the next table is added; or empty.
         rounded_zero_points: of those sums, rank 0 like their scales.

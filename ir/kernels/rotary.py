@@ -26,7 +26,7 @@ def _fused_rotary(
     """``x · cos + [−x₂, x₁] · sin``, x₁ and x₂ being the halves of the last axis.
 
     Args:
-        x: ``[batch, heads, length, width]``, float32 or codes.
+        x: ``[batch, heads, length, head_dim]``, float32 or codes.
         cos: float32, broadcasts to x.
         sin: float32, broadcasts to x.
         x_scale: of x, rank 0.

@@ -149,8 +149,8 @@ def _stored(module: fx.GraphModule, node: fx.Node, parts: Sequence[Any]) -> list
 
 def _result(node: fx.Node) -> TensorType:
     """The type of the result, all parts beside each other."""
-    shape, rows = kernels.outputs(node)[0].type.shape, kernels.arguments(node).get("rows")
-    return TensorType(torch.float32, (*shape[:-1], sum(rows)) if rows else shape)
+    shape, merged_n = kernels.outputs(node)[0].type.shape, kernels.arguments(node).get("merged_n")
+    return TensorType(torch.float32, (*shape[:-1], sum(merged_n)) if merged_n else shape)
 
 
 def _check_operand(program: Program, module: fx.GraphModule, node: fx.Node, operand: _Operand) -> None:
@@ -200,12 +200,12 @@ def _made_with(module: fx.GraphModule, kernel: fx.Node, part: int) -> list[Any]:
     if arguments.get("out_scale") is None:
         outputs = kernels.read_outputs(kernel)
         return [outputs.get((part, name)) for name in ("scale", "zero_point")]
-    pair, rows = [arguments["out_scale"], arguments["out_zero_point"]], arguments.get("rows")
-    if not rows:
+    pair, merged_n = [arguments["out_scale"], arguments["out_zero_point"]], arguments.get("merged_n")
+    if not merged_n:
         return pair
-    start = sum(rows[:part])
+    start = sum(merged_n[:part])
     stored = [get_tensor(module, str(node.target)) for node in pair]
-    return [tensor[..., start : start + rows[part]] if tensor.dim() else tensor for tensor in stored]
+    return [tensor[..., start : start + merged_n[part]] if tensor.dim() else tensor for tensor in stored]
 
 
 def _same(module: fx.GraphModule, one: Any, other: Any) -> bool:
@@ -221,7 +221,7 @@ def _check_shapes(module: fx.GraphModule, node: fx.Node, arguments: dict[str, An
     pairs: list[tuple[str, object, object]] = []
     if node.target is kernels.fused_linear:
         pairs += [("columns", shape["x"][-1], shape["weight"][1])]
-        pairs += [("rows", sum(arguments["rows"]), shape["weight"][0])] if arguments.get("rows") else []
+        pairs += [("merged_n", sum(arguments["merged_n"]), shape["weight"][0])] if arguments.get("merged_n") else []
         pairs += [("slices", sum(arguments["columns"]), shape["weight"][1])] if arguments.get("columns") else []
         pairs += [("bias", shape["bias"], (shape["weight"][0],))] if "bias" in shape else []
         pairs += [("residual", shape["residual"], _result(node).shape)] if "residual" in shape else []

@@ -28,7 +28,7 @@ def _start_operator(match: Match) -> str | None:
     if call.has_dropout:
         return "it has dropout"
     if match.root.meta["type"].rank != 4 or call.scale is None:
-        return "its queries are not [batch, heads, length, width] of a known width"
+        return "its queries are not [batch, heads, length, head_dim] of a known head_dim"
     for name, node in (("query", call.query), ("key", call.key), ("value", call.value)):
         match.read(name, node)
     match.arguments |= {"mask": call.mask, "factor": call.scale}

@@ -118,7 +118,7 @@ def _merge(match: Match, group: Sequence[fx.Node]) -> None:
         "weight": _store(match, f"{stem}.weight_codes", codes),
         "weight_scale": _store(match, f"{flat}.scale", [scale for scale, _ in rows]),
         "weight_zero_point": _store(match, f"{flat}.zero_point", [zero for _, zero in rows]),
-        "rows": sizes,
+        "merged_n": sizes,
     }
     if LinearNode(group[0]).bias is not None:
         biases = [get_tensor(match.module, str(LinearNode(linear).stored_bias)).detach() for linear in group]

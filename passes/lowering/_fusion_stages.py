@@ -105,7 +105,7 @@ def take_heads(match: Match) -> str:
 
 
 def joining(value: fx.Node) -> list[fx.Node]:
-    """The views that alone read ``[batch, heads, length, width]`` and make ``[batch, length, heads · width]`` of it."""
+    """The views that alone read ``[batch, heads, length, head_dim]``, and join the heads."""
     turned = sole_user(value)
     if turned is None or value.meta["type"].rank != 4 or swapped_axes(turned) != {1, 2}:
         return []
@@ -114,9 +114,9 @@ def joining(value: fx.Node) -> list[fx.Node]:
         chain, last = [*chain, last], sole_user(last)
     if last is None or last.target not in (aten.reshape.default, aten.view.default, aten.flatten.using_ints):
         return []
-    batch, heads, length, width = value.meta["type"].shape
-    whole = isinstance(heads, int) and isinstance(width, int) and last.meta["type"].shape == (
-        batch, length, heads * width
+    batch, heads, length, head_dim = value.meta["type"].shape
+    whole = isinstance(heads, int) and isinstance(head_dim, int) and last.meta["type"].shape == (
+        batch, length, heads * head_dim
     )  # fmt: skip
     return [*chain, last] if whole else []
 

@@ -48,25 +48,25 @@ def _scale(node: fx.Node) -> float:
     if call.has_dropout:
         raise BitlowerError(f"attention with dropout cannot be quantized inside: {describe(node)}")
     if call.scale is None:
-        width = call.query.meta["type"].shape[-1]
-        raise BitlowerError(f"attention over heads of the symbolic width {width} has no fixed scale: {describe(node)}")
+        size = call.query.meta["type"].shape[-1]
+        raise BitlowerError(f"attention over heads of the symbolic width {size} has no fixed scale: {describe(node)}")
     return call.scale
 
 
 def _repeated(node: fx.Node, part: fx.Node, heads: tuple[Any, ...]) -> fx.Node:
-    """Keys or values ``[…, groups, length, width]``, each group as often as it has query heads."""
+    """Keys or values ``[…, kv_heads, length, head_dim]``, each as often as it has query heads."""
     kind = part.meta["type"]
-    groups = kind.shape[-3:-2]
-    if groups == heads:
+    kv_heads = kind.shape[-3:-2]
+    if kv_heads == heads:
         return part
-    if kind.rank != 4 or not isinstance(groups[0], int) or not isinstance(heads[0], int) or heads[0] % groups[0]:
-        raise BitlowerError(f"{groups[0]} groups of keys do not fit {heads[0]} query heads: {describe(node)}")
-    batch, _, length, width = kind.shape
-    times = heads[0] // groups[0]
-    shapes = [(batch, groups[0], 1, length, width), (batch, groups[0], times, length, width)]
+    if kind.rank != 4 or not isinstance(kv_heads[0], int) or not isinstance(heads[0], int) or heads[0] % kv_heads[0]:
+        raise BitlowerError(f"{kv_heads[0]} heads of keys do not fit {heads[0]} query heads: {describe(node)}")
+    batch, _, length, head_dim = kind.shape
+    times = heads[0] // kv_heads[0]
+    shapes = [(batch, kv_heads[0], 1, length, head_dim), (batch, kv_heads[0], times, length, head_dim)]
     added = call_like(node, aten.unsqueeze.default, (part, 2), TensorType(kind.dtype, shapes[0]))
     wide = call_like(node, aten.expand.default, (added, [-1, -1, times, -1, -1]), TensorType(kind.dtype, shapes[1]))
-    result = TensorType(kind.dtype, (batch, heads[0], length, width))
+    result = TensorType(kind.dtype, (batch, heads[0], length, head_dim))
     return call_like(node, aten.flatten.using_ints, (wide, 1, 2), result)
 
 

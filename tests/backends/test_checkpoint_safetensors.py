@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from bitlower.backends.checkpoint.safetensors import INDEX, Entry, TensorFolder, write_tensors
+from bitlower.backends.checkpoint.container import Entry
+from bitlower.backends.checkpoint.safetensors import INDEX, TensorFolder, write_tensors
 from bitlower.ir import CheckError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)

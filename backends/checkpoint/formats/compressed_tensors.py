@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from bitlower.backends.checkpoint.container import Entry, Tensors
 from bitlower.backends.checkpoint.contents import Layer, unpacked_linears
 from bitlower.backends.checkpoint.format import (
     Format,
@@ -23,7 +24,6 @@ from bitlower.backends.checkpoint.format import (
     packed_paths,
     words,
 )
-from bitlower.backends.checkpoint.safetensors import Entry, TensorFolder
 from bitlower.backends.checkpoint.skeleton import CONV1D, EMBEDDING, Skeleton
 from bitlower.ir import BitlowerError, CheckError, packing
 
@@ -118,19 +118,19 @@ class CompressedTensors(Format):
             "global_compression_ratio": None,
         }
 
-    def layers(self, config: Mapping[str, Any], folder: TensorFolder) -> dict[str, Packed]:
+    def layers(self, config: Mapping[str, Any], folder: Tensors) -> dict[str, Packed]:
         """See :class:`Format`."""
-        found = {}
+        packed = {}
         for path in packed_paths(folder, ".weight_packed"):
             groups = list(config["config_groups"].values())
             group = next((g for g in groups if path in g["targets"] or "Linear" in g["targets"]), None)
             if group is None or path in config["ignore"]:
                 raise CheckError(f"config.json does not say how {path} is packed")
             arguments = group["weights"]
-            found[path] = Packed(arguments["num_bits"], arguments["group_size"] or -1, arguments["symmetric"])
-        return found
+            packed[path] = Packed(arguments["num_bits"], arguments["group_size"] or -1, arguments["symmetric"])
+        return packed
 
-    def read(self, folder: TensorFolder, path: str, packed: Packed) -> Weight:
+    def read(self, folder: Tensors, path: str, packed: Packed) -> Weight:
         """See :class:`Format`."""
         name, bits = f"{path}.weight", packed.bits
         rows, columns = folder.tensor(f"{name}_shape").tolist()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from bitlower.backends.checkpoint.container import Entry, Tensors
 from bitlower.backends.checkpoint.contents import Layer, unpacked_linears
 from bitlower.backends.checkpoint.format import (
     Format,
@@ -20,7 +21,6 @@ from bitlower.backends.checkpoint.format import (
     packed_paths,
     words,
 )
-from bitlower.backends.checkpoint.safetensors import Entry, TensorFolder
 from bitlower.backends.checkpoint.skeleton import EMBEDDING, Skeleton
 from bitlower.ir import BitlowerError, CheckError, packing
 from bitlower.ir.version import __version__
@@ -111,9 +111,9 @@ class GptqV2(Format):
             "meta": {"quantizer": [f"bitlower:{__version__}"]},
         }
 
-    def layers(self, config: Mapping[str, Any], folder: TensorFolder) -> dict[str, Packed]:
+    def layers(self, config: Mapping[str, Any], folder: Tensors) -> dict[str, Packed]:
         """See :class:`Format`."""
-        found = {}
+        packed = {}
         for path in packed_paths(folder, ".qweight"):
             arguments = dict(config)
             for pattern, override in (config["dynamic"] or {}).items():
@@ -121,10 +121,10 @@ class GptqV2(Format):
                     if pattern.startswith("-:"):
                         raise CheckError(f"config.json says that {path} is not packed")
                     arguments |= override
-            found[path] = Packed(arguments["bits"], arguments["group_size"], arguments["sym"])
-        return found
+            packed[path] = Packed(arguments["bits"], arguments["group_size"], arguments["sym"])
+        return packed
 
-    def read(self, folder: TensorFolder, path: str, packed: Packed) -> Weight:
+    def read(self, folder: Tensors, path: str, packed: Packed) -> Weight:
         """See :class:`Format`."""
         codes = packing.unpack_gptq(folder.tensor(f"{path}.qweight"), packed.bits)
         scales = folder.tensor(f"{path}.scales").float().T.contiguous()

@@ -74,7 +74,7 @@ def verify_artifact(folder: Path) -> ArtifactReport:
     skeleton = Skeleton(
         Program({}, Level.INTEGER, artifact_manifest.read_manifest(folder).program.task, (), (), config)
     )
-    reason = obstacle(skeleton, form.readers if stored.packed else ())
+    reason = obstacle(skeleton, stored.readers)
     return ArtifactReport(
         files=files.count,
         bytes=files.bytes,

@@ -34,7 +34,7 @@ def obstacle(skeleton: Skeleton, readers: Collection[str]) -> str:
 
     Args:
         skeleton: its model.
-        readers: the modules, by the names that they are imported by, that read the packed weights.
+        readers: the modules, by the names that they are imported by, that read the weights.
     """
     missing = [name for name in readers if find_spec(name) is None]
     if missing:
@@ -117,11 +117,11 @@ def _load(folder: Path, skeleton: Skeleton) -> Any:
     return model.eval()
 
 
-def _compare(name: str, found: torch.Tensor, expected: torch.Tensor, exact: bool) -> None:
-    if found.shape != expected.shape:
-        raise CheckError(f"the output {name} of {CLIENT} is {list(found.shape)}, the program's {list(expected.shape)}")
+def _compare(name: str, actual: torch.Tensor, expected: torch.Tensor, exact: bool) -> None:
+    if actual.shape != expected.shape:
+        raise CheckError(f"the output {name} of {CLIENT} is {list(actual.shape)}, the program's {list(expected.shape)}")
     sums = Sums()
-    for a, b in flat_parts(expected, found):
+    for a, b in flat_parts(expected, actual):
         sums.add(a.double(), b.double())
     error = sums.worst / sums.deviation
     if not (error <= EXACT if exact else sums.cosine >= ROUNDED):

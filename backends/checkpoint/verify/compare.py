@@ -30,7 +30,6 @@ from bitlower.backends.artifact.selftest import SelfTest, make_selftest
 from bitlower.backends.artifact.unseen import Seen, Unseen, at
 from bitlower.backends.checkpoint.contents import Contents, Float, Layer
 from bitlower.backends.checkpoint.format import Format, Packed, Weight
-from bitlower.backends.checkpoint.safetensors import TensorFolder
 from bitlower.backends.checkpoint.skeleton import CONV1D, Skeleton
 from bitlower.backends.checkpoint.verify.client import CLIENT, Client, obstacle
 from bitlower.backends.checkpoint.verify.outputs import OutputComparison
@@ -60,13 +59,18 @@ class Stored:
     """
 
     def __init__(self, folder: Path, form: Format, config: Mapping[str, Any]) -> None:
-        self.path, self._folder, self._form = folder, TensorFolder(folder), form
+        self.path, self._folder, self._form = folder, form.container.open(folder), form
         self.dequantizes = bool((config.get("quantization_config") or {}).get("dequantize"))
         """Whether the client is asked to unfold the weights as it loads them."""
         try:
             self.packed = form.layers(config["quantization_config"], self._folder) if _is_packed(config) else {}
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckError(f"the quantization_config in {folder} is damaged: {error!r}") from None
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """The modules that transformers needs to read all of it."""
+        return (*self._form.container.readers, *(self._form.readers if self.packed else ()))
 
     def layer(self, path: str) -> Weight:
         """A packed layer, unpacked."""
@@ -178,8 +182,8 @@ class _Comparison:
         seen, first = Seen(self._program), None
         for whole in batches:
             batch = _cut(whole)
-            kept = self.run(batch)
-            first = first or _Run("", batch, kept)
+            outputs = self.run(batch)
+            first = first or _Run("", batch, outputs)
             seen.add(whole)
             seen.add(batch)
         if first is None:
@@ -190,9 +194,9 @@ class _Comparison:
         if other is None:
             return first, _Run(sizes, {}, {})
         with at(sizes):
-            kept = self.run(other)
+            outputs = self.run(other)
             self.outputs.rows()
-        return first, _Run(sizes, other, kept)
+        return first, _Run(sizes, other, outputs)
 
     def run(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Compare one batch; what the Program returns with the stored weights."""
@@ -201,15 +205,15 @@ class _Comparison:
         ours = _run_program(self._program, {}, batch, model)
         trim()
         weights = _weights(self._program, self._contents, self._stored, self._skeleton)
-        kept = _run_program(self._program, weights, batch, model)
-        self.outputs.add(ours, kept, model)
+        rounded = _run_program(self._program, weights, batch, model)
+        self.outputs.add(ours, rounded, model)
         self.batches, self.tokens = self.batches + 1, self.tokens + next(iter(batch.values())).numel()
-        return kept
+        return rounded
 
 
 def _run_client(skeleton: Skeleton, stored: Stored, form: Format, runs: tuple[_Run, _Run], exact: bool) -> str:
     """The client that gave the outputs of both runs, or why none was asked."""
-    reason = obstacle(skeleton, form.readers if stored.packed else ())
+    reason = obstacle(skeleton, stored.readers)
     if reason:
         return reason
     client, (first, other) = Client(stored.path, skeleton), runs
@@ -276,11 +280,11 @@ def _check_layer(layer: Layer, stored: Stored, dtype: torch.dtype) -> LayerCheck
 def _check_float(entry: Float, stored: Stored, dtype: torch.dtype) -> float:
     """The largest error of a weight that stays in float, over its largest entry."""
     ours, theirs = entry.value().reshape(-1), stored.tensor(entry.name).reshape(-1)
-    kept = dtype if ours.is_floating_point() else ours.dtype
+    number = dtype if ours.is_floating_point() else ours.dtype
     largest = error = 0.0
-    same = theirs.dtype == kept and ours.shape == theirs.shape
+    same = theirs.dtype == number and ours.shape == theirs.shape
     for a, b in zip(parts(ours), parts(theirs), strict=True) if same else ():
-        same = same and torch.equal(a.to(kept), b)
+        same = same and torch.equal(a.to(number), b)
         largest = max(largest, float(a.abs().max()))
         error = max(error, float((a - b).abs().max()))
     if not same:
@@ -314,16 +318,16 @@ def _run_program(program: Program, weights: Weights, batch: Batch, names: Collec
     """Those of the Program's outputs that are among ``names``, with ``weights`` in place of its own."""
     pairs = zip(program.outputs, graph_results(program.graph), strict=True)
     results = {node: spec.name for spec, node in pairs if spec.name in names}
-    found: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
 
     def visit(node: fx.Node, value: torch.Tensor, batch: Batch) -> torch.Tensor | None:
         if node in weights:
             return weights[node]()
-        found[results[node]] = value.clone()
+        outputs[results[node]] = value.clone()
         return None
 
     observe(program, {*weights, *results}, [batch], visit)
-    return found
+    return outputs
 
 
 def _run_model(skeleton: Skeleton, contents: Contents, stored: Stored, batch: Batch) -> dict[str, torch.Tensor]:

@@ -19,13 +19,13 @@ OUTPUT_COSINE = 0.9
 
 @dataclass
 class _Sums(Sums):
-    given: float = 0.0
+    model: float = 0.0
 
-    def add_three(self, ours: torch.Tensor, kept: torch.Tensor, model: torch.Tensor) -> None:
-        for part in flat_parts(ours, kept, model):
+    def add_three(self, ours: torch.Tensor, rounded: torch.Tensor, model: torch.Tensor) -> None:
+        for part in flat_parts(ours, rounded, model):
             a, b, c = (tensor.double() for tensor in part)
             self.add(a, b)
-            self.given = max(self.given, largest((b - c).abs()))
+            self.model = max(self.model, largest((b - c).abs()))
 
 
 class OutputComparison:
@@ -38,7 +38,7 @@ class OutputComparison:
     def add(
         self,
         ours: Mapping[str, torch.Tensor],
-        kept: Mapping[str, torch.Tensor],
+        rounded: Mapping[str, torch.Tensor],
         model: Mapping[str, torch.Tensor],
     ) -> None:
         """One batch.
@@ -50,10 +50,10 @@ class OutputComparison:
         if not shared:
             raise CheckError(f"Hugging Face's model gives none of {', '.join(self._names[:3])}")
         for name in shared:
-            if model[name].shape != kept[name].shape:
-                shapes = list(model[name].shape), list(kept[name].shape)
+            if model[name].shape != rounded[name].shape:
+                shapes = list(model[name].shape), list(rounded[name].shape)
                 raise CheckError(f"the output {name} of Hugging Face's model is {shapes[0]}, the program's {shapes[1]}")
-            self._sums.setdefault(name, _Sums()).add_three(ours[name], kept[name], model[name])
+            self._sums.setdefault(name, _Sums()).add_three(ours[name], rounded[name], model[name])
 
     def rows(self) -> tuple[OutputCheck, ...]:
         """A row for each output.
@@ -71,7 +71,7 @@ def _row(name: str, sums: _Sums) -> OutputCheck:
         mean=sums.mean,
         relative=sums.worst / sums.deviation,
         cosine=sums.cosine,
-        given_weights=sums.given / sums.deviation,
+        given_weights=sums.model / sums.deviation,
     )
     if not row.given_weights <= GIVEN_WEIGHTS:
         raise CheckError(

@@ -80,22 +80,22 @@ def unpack_codes(packed: Array, bits: int, depth: int, *, is_signed: bool) -> Ar
 
 def pack_zeros(zero: Array, shape: Sequence[int], kind: Container, *, is_signed: bool) -> Array | None:
     """Zero points as MatMulNBits reads them: uint8 [N, bytes]; None where all are what it takes for granted."""
-    given = 1 << (kind.bits - 1)
-    stored = np.rint(spread_blocks(zero, shape, kind.block)).astype(np.int32) + (given if is_signed else 0)
-    if (stored == given).all():
+    middle = 1 << (kind.bits - 1)
+    stored = np.rint(spread_blocks(zero, shape, kind.block)).astype(np.int32) + (middle if is_signed else 0)
+    if (stored == middle).all():
         return None
     return packing.pack_matmul_nbits_zeros(torch.from_numpy(stored.astype(np.uint8)), kind.bits).numpy()
 
 
 def unpack_zeros(packed: Array | None, rows: int, blocks: int, bits: int, *, is_signed: bool) -> Array:
     """Zero points [rows, blocks] of the Program's codes: the inverse of :func:`pack_zeros`."""
-    given = 1 << (bits - 1)
+    middle = 1 << (bits - 1)
     if packed is None:
-        stored = np.full((rows, blocks), given, np.int32)
+        stored = np.full((rows, blocks), middle, np.int32)
     else:
         flat = torch.from_numpy(np.array(packed).reshape(rows, -1))
         stored = packing.unpack_matmul_nbits_zeros(flat, bits, blocks).numpy().astype(np.int32)
-    return stored - (given if is_signed else 0)
+    return stored - (middle if is_signed else 0)
 
 
 def spread_blocks(scale: Array, shape: Sequence[int], block: int) -> Array:

@@ -7,14 +7,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from bitlower.backends.onnx_qdq.graph.code_operators import code_operator
 from bitlower.backends.onnx_qdq.graph.nodes import Array
 
-MOVES = frozenset({"Transpose", "Reshape", "Gather", "Cast", "Identity", "Squeeze", "Unsqueeze", "Slice", "Expand"})
-"""Operators that leave codes and scales what they are."""
-JOINS = frozenset({"Pad", "Concat"})
-"""Operators that put codes beside others of the same quantizer."""
-UNFOLDS = frozenset({"BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor"})
-"""Operators that take codes out of packed bytes, or turn their highest bit."""
 _BOUNDS = frozenset({"Clip", "Cast", "Min", "Max", "Identity"})
 
 
@@ -56,6 +51,11 @@ def _above(node: ir.Node | None, skipped: frozenset[str]) -> ir.Node | None:
     return node
 
 
+def is_view(node: ir.Node) -> bool:
+    """Whether the codes of the first input come out of ``node``, as they are."""
+    return code_operator(node.op_type).passes_on == "view"
+
+
 def constant(value: ir.Value | None) -> Array | None:
     """The contents of a constant, seen through operators that only move it; None if the value is computed."""
     value = stored_value(value)
@@ -73,19 +73,19 @@ def stored_value(value: ir.Value | None) -> ir.Value | None:
         node = value.producer()
         if node is not None and node.op_type == "Constant" and "value" in node.attributes:
             return value
-        value = node.inputs[0] if node is not None and node.op_type in MOVES else None
+        value = node.inputs[0] if node is not None and is_view(node) else None
     return value
 
 
 def readers(codes: ir.Value) -> Iterator[tuple[ir.Node, int]]:
     """Every node that computes with ``codes``, and at which input.
 
-    Operators that move, join or unfold codes are looked through, and so is ``Sub``, which takes off the zero point and
-    is given too.
+    Operators that codes come out of are looked through; one that computes with them too is yielded as well.
     """
     for node, index in codes.uses():
-        passes_on = node.op_type in UNFOLDS | JOINS or (index == 0 and (node.op_type in MOVES or node.op_type == "Sub"))
-        if not passes_on or node.op_type == "Sub":
+        operator = code_operator(node.op_type)
+        passes_on = operator.passes_on in ("join", "unfold") or (index == 0 and operator.passes_on != "")
+        if not passes_on or operator.reads:
             yield node, index
         if passes_on:
             yield from readers(node.outputs[0])

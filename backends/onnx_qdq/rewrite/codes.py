@@ -70,6 +70,6 @@ def _shifted(
     name, index = bytes_
     count = len(index)
     places = editor.constant(f"{name}_bytes_{bits}_{count}", np.asarray(index, np.int64))
-    taken = editor.emit(at, "Gather", [rows, places], dtype=ir.DataType.UINT8, axis=-1)
+    gathered = editor.emit(at, "Gather", [rows, places], dtype=ir.DataType.UINT8, axis=-1)
     amounts = editor.constant(f"{name}_shifts_{bits}_{count}", np.asarray(shift, np.uint8))
-    return editor.emit(at, "BitShift", [taken, amounts], dtype=ir.DataType.UINT8, direction=direction)
+    return editor.emit(at, "BitShift", [gathered, amounts], dtype=ir.DataType.UINT8, direction=direction)

@@ -135,26 +135,26 @@ class Editor:
         Nodes are called after their operator and first output.
         """
         self.sweep()
-        taken = {value.name or "" for value in (*self.graph.inputs, *self.graph.outputs)} | set(self.wanted.values())
+        used = {value.name or "" for value in (*self.graph.inputs, *self.graph.outputs)} | set(self.wanted.values())
         for old in list(self.graph.initializers.values()):
-            old.name = _unique(old.name or "tensor", taken)
+            old.name = _unique(old.name or "tensor", used)
         for value, name in self._made.items():
-            value.name = _unique(name, taken)
+            value.name = _unique(name, used)
             self.graph.register_initializer(value)
         for node in self.graph:
             for value in node.outputs:
                 if value in self.wanted:
                     value.name = self.wanted[value]
                 elif not value.is_graph_output():
-                    value.name = _unique(value.name or node.op_type.lower(), taken)
+                    value.name = _unique(value.name or node.op_type.lower(), used)
             node.name = f"{node.op_type}:{node.outputs[0].name}"
 
 
-def _unique(name: str, taken: set[str]) -> str:
+def _unique(name: str, used: set[str]) -> str:
     candidate, count = name, 1
-    while candidate in taken:
+    while candidate in used:
         candidate, count = f"{name}_{count}", count + 1
-    taken.add(candidate)
+    used.add(candidate)
     return candidate
 
 

@@ -122,12 +122,12 @@ def free_product(editor: Editor, node: ir.Node) -> str | None:
 
 def strip(model: ir.Model) -> None:
     """Remove what the exporters noted: source lines with paths of this machine, and types of inner values."""
-    kept = {*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}
+    fixed = {*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.doc_string = model.graph.doc_string = None
     model.functions.clear()
-    for value in kept:
+    for value in fixed:
         value.metadata_props.clear()
         value.doc_string = None
     for node in model.graph:
@@ -137,7 +137,7 @@ def strip(model: ir.Model) -> None:
         for value in node.outputs:
             value.metadata_props.clear()
             value.doc_string = None
-            if value not in kept:
+            if value not in fixed:
                 value.shape = value.type = None
     domains = {node.domain for node in model.graph} | {""}
     for domain in list(model.opset_imports):

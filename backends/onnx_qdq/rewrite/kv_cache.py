@@ -9,7 +9,7 @@ from bitlower.backends.onnx_qdq.rewrite.editor import Editor
 from bitlower.backends.onnx_qdq.rewrite.rule import APPLIED
 
 _LENGTH = (2, -2)
-"""The axis of [batch, heads, length, width] that grows."""
+"""The axis of [batch, heads, length, head_dim] that grows."""
 
 
 def keep_cache(editor: Editor, node: ir.Node) -> str | None:
@@ -50,7 +50,7 @@ def _cached(value: ir.Value) -> ir.Node | None:
 
 
 def _before_repeat(value: ir.Value) -> ir.Value:
-    """``x`` where ``value`` repeats each head of x [batch, kv_heads, length, width], as Hugging Face writes it."""
+    """``x`` where ``value`` repeats each head of x [batch, kv_heads, length, head_dim], as Hugging Face writes it."""
     reshape = value.producer()
     expand = source(reshape).producer() if reshape is not None and is_op(reshape, "Reshape") else None
     unsqueeze = source(expand).producer() if expand is not None and is_op(expand, "Expand") else None
@@ -60,6 +60,6 @@ def _before_repeat(value: ir.Value) -> ir.Value:
     if x is None or outer is None or wide is None or len(x) != 4 or len(outer) != 4 or len(wide) != 5:
         return value
     sizes = (x[1], wide[1], wide[2], outer[1], x[3], wide[4], outer[3])
-    heads, kept, copies, all_heads, *widths = [size if isinstance(size, int) else 0 for size in sizes]
-    repeats = 0 < heads == kept and heads * copies == all_heads and len({*widths}) == 1
+    heads, folded, copies, all_heads, *widths = [size if isinstance(size, int) else 0 for size in sizes]
+    repeats = 0 < heads == folded and heads * copies == all_heads and len({*widths}) == 1
     return source(unsqueeze) if repeats and dims(unsqueeze.outputs[0]) == (*x[:2], 1, *x[2:]) else value

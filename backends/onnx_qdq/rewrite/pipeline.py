@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import get_args
 
 import onnx_ir as ir
 
 from bitlower.backends.onnx_qdq.encoding.nbits import FLOAT_ACTIVATIONS
+from bitlower.backends.onnx_qdq.graph.code_operators import add_operator
 from bitlower.backends.onnx_qdq.rewrite.attention import flatten_attention, widen_mask, widen_rotary
 from bitlower.backends.onnx_qdq.rewrite.editor import Editor
 from bitlower.backends.onnx_qdq.rewrite.float_ops import (
@@ -33,7 +35,7 @@ from bitlower.backends.onnx_qdq.rewrite.tables import table_rules
 from bitlower.backends.onnx_qdq.runtime.products import Signs, chosen_signs
 from bitlower.backends.onnx_qdq.translate.translator import translate
 from bitlower.backends.onnx_qdq.translate.unfold import unfold_convolutions
-from bitlower.ir import Program, QuantSpec, ops
+from bitlower.ir import BitlowerError, Program, QuantSpec, ops
 from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.version import __version__
 
@@ -109,6 +111,26 @@ def head_codes(program: Program) -> set[str]:
     }
 
 
+_ADDED: dict[str, Rule] = {}
+"""Rules of third parties, by name."""
+
+
+def add_rule(rule: Rule) -> None:
+    """Offer linears to ``rule`` before the rules for linears have them, in every export of this process from now on.
+
+    The verifier then knows the operators that it writes.
+
+    Raises:
+        BitlowerError: there is another rule of that name, or the table says something else of an operator.
+    """
+    own = {known.name for form in get_args(Form) for known in rules(form)} - {*_ADDED}
+    if rule.name in own or _ADDED.get(rule.name, rule) != rule:
+        raise BitlowerError(f"there is a rule {rule.name!r} already", hint="give the rule another name")
+    for operator in rule.operators:
+        add_operator(operator)
+    _ADDED[rule.name] = rule
+
+
 def rules(form: Form, accuracy_level: int = FLOAT_ACTIVATIONS, heads: Collection[str] = ()) -> tuple[Rule, ...]:
     """All rules, in order: those that need the low-bit operators whole come before those that lower them."""
     return (
@@ -120,6 +142,7 @@ def rules(form: Form, accuracy_level: int = FLOAT_ACTIVATIONS, heads: Collection
         Rule("raise-quantize", raise_quantize),
         Rule("sink-dequantize", sink_dequantize),
         split_head_rule(form, heads),
+        *_ADDED.values(),
         *low_bit_rules(form, accuracy_level),
         *linear_rules(form),
         Rule("lower-qparams", lower_qparams),

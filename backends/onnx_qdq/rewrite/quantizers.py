@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from bitlower.backends.onnx_qdq.graph.code_operators import code_operator
 from bitlower.backends.onnx_qdq.graph.nodes import DOMAIN, Array, dims, is_op, marker, source, spread
-from bitlower.backends.onnx_qdq.graph.structure import JOINS
 from bitlower.backends.onnx_qdq.rewrite.editor import Editor
 from bitlower.backends.onnx_qdq.rewrite.rule import APPLIED
 from bitlower.ir import Grid, ScaleConvention
 
 _EPS = np.float32(5e-6)
-_VIEWS = frozenset({"Reshape", "Transpose", "Slice", "Gather", "Unsqueeze", "Squeeze", "Flatten", "Expand", "Identity"})
 TYPES = {"int8": ir.DataType.INT8, "uint8": ir.DataType.UINT8, "int16": ir.DataType.INT16, "uint16": ir.DataType.UINT16}
 
 
@@ -26,9 +25,14 @@ def is_rounded(value: ir.Value) -> bool:
     """Whether ``value`` is an activation that a quantizer rounds, in any layout; rows of tables are not."""
     dequantize = marker(value, "Dequantize")
     node = source(dequantize).producer() if dequantize is not None else None
-    while node is not None and node.op_type in _VIEWS | JOINS and node.domain == "":
+    while node is not None and (_commutes(node) or code_operator(node.op_type).passes_on == "join"):
         node = source(node).producer()
     return is_op(node, "Quantize", DOMAIN)
+
+
+def _commutes(node: ir.Node) -> bool:
+    """Whether a dequantization with one scale may come before ``node`` as well as after it."""
+    return node.domain == "" and code_operator(node.op_type).commutes
 
 
 def stored(editor: Editor, node: ir.Node, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
@@ -46,7 +50,7 @@ def sink_dequantize(editor: Editor, node: ir.Node) -> str | None:
 
     A view commutes with one scale for the whole tensor; codes are also a quarter of the bytes to move.
     """
-    code = marker(node.inputs[0], "Dequantize") if node.op_type in _VIEWS and node.domain == "" else None
+    code = marker(node.inputs[0], "Dequantize") if _commutes(node) else None
     if code is None or editor.array(source(code)) is not None:
         return None
     if not per_tensor(editor, code):
@@ -54,8 +58,8 @@ def sink_dequantize(editor: Editor, node: ir.Node) -> str | None:
     inner = source(code)
     attributes = {a.name: a.value for a in node.attributes.values()}
     old = node.outputs[0]
-    moved = editor.emit(node, node.op_type, [inner, *node.inputs[1:]], like=old, dtype=inner.dtype, **attributes)
-    real = editor.emit(node, "Dequantize", [moved, *code.inputs[1:]], domain=DOMAIN)
+    view = editor.emit(node, node.op_type, [inner, *node.inputs[1:]], like=old, dtype=inner.dtype, **attributes)
+    real = editor.emit(node, "Dequantize", [view, *code.inputs[1:]], domain=DOMAIN)
     editor.replace(old, real)
     return APPLIED
 
@@ -70,7 +74,7 @@ def raise_quantize(editor: Editor, node: ir.Node) -> str | None:
     views, root = list[ir.Node](), source(node)
     while not root.is_graph_output():
         view = root.producer()
-        if view is None or view.op_type not in _VIEWS or view.domain != "":
+        if view is None or not _commutes(view):
             return None
         views.append(view)
         root = source(view)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from bitlower.backends.onnx_qdq.graph.code_operators import CodeOperator
 from bitlower.backends.onnx_qdq.rewrite.editor import Editor
 
 APPLIED = "applied"
@@ -19,10 +20,17 @@ class Rule:
 
     ``apply(editor, node)`` gives :data:`APPLIED`; or, for a node that it could be meant for, the reason why it does not
     match; or None for other nodes.
+
+    Args:
+        name: in reports.
+        apply: see above.
+        operators: those that it writes and that the table of
+            :mod:`~bitlower.backends.onnx_qdq.graph.code_operators` has not.
     """
 
     name: str
     apply: Callable[[Editor, ir.Node], str | None]
+    operators: tuple[CodeOperator, ...] = ()
 
 
 @dataclass

@@ -112,16 +112,16 @@ def gather_codes(editor: Editor, node: ir.Node) -> str | None:
     if is_packable(table.codes, bits):
         added = offset(table.codes, bits)
         rows = editor.emit(node, "Gather", [table.packed(editor), table.ids], dtype=ir.DataType.UINT8, axis=0)
-        taken = unfold_rows(editor, node, rows, bits, columns)
-        taken.shape = node.outputs[0].shape
+        gathered = unfold_rows(editor, node, rows, bits, columns)
+        gathered.shape = node.outputs[0].shape
     else:
-        taken = editor.emit(node, "Gather", [table.value, table.ids], like=node.outputs[0], axis=0)
-        taken.dtype = ir.DataType.from_numpy(table.codes.dtype)
+        gathered = editor.emit(node, "Gather", [table.value, table.ids], like=node.outputs[0], axis=0)
+        gathered.dtype = ir.DataType.from_numpy(table.codes.dtype)
     parts = [
         _row_parameter(editor, table, f"{table.stem}_scale", table.scale),
         _row_parameter(editor, table, f"{table.stem}_zero_point", np.add(table.zero, added, dtype=np.float32)),
     ]
-    editor.replace(node.outputs[0], editor.emit(node, "Dequantize", [taken, *parts], domain=DOMAIN))
+    editor.replace(node.outputs[0], editor.emit(node, "Dequantize", [gathered, *parts], domain=DOMAIN))
     return APPLIED
 
 

@@ -37,5 +37,5 @@ def clips_products() -> bool:
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=onnx.IR_VERSION_2024_3_25)
     x = torch.full((_SIZE, _SIZE), 255, dtype=torch.uint8)
-    found = Session(model.SerializeToString()).run({"x": x})["y"]
-    return bool((found != 255 * 127 * _SIZE).any())
+    y = Session(model.SerializeToString()).run({"x": x})["y"]
+    return bool((y != 255 * 127 * _SIZE).any())

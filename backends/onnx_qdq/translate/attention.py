@@ -79,7 +79,7 @@ def _refuse_dropout(dropout_p: float) -> None:
 
 
 def _fits(query: Any, key: Any, value: Any, groups: bool) -> bool:
-    """Whether they are ``[batch, heads, length, width]`` of one batch, with key and value heads of one number.
+    """Whether they are ``[batch, heads, length, head_dim]`` of one batch, with key and value heads of one number.
 
     That number divides the query heads where ``groups`` are asked for, and is theirs or 1 where not.
     """

@@ -196,13 +196,13 @@ def _dimension_names(node: fx.Node, part: fx.Graph) -> dict[str, str]:
 
 
 def _meta(inner: fx.Node, names: Mapping[str, str]) -> dict[str, Any]:
-    found = inner.meta.get("val")
-    if not isinstance(found, torch.Tensor):
+    value = inner.meta.get("val")
+    if not isinstance(value, torch.Tensor):
         return {}
-    sizes = (re.sub(r"[a-z]\w*", lambda symbol: names.get(symbol[0], symbol[0]), str(size)) for size in found.shape)
-    return {"type": TensorType(found.dtype, tuple(int(size) if size.isdigit() else size for size in sizes))}
+    sizes = (re.sub(r"[a-z]\w*", lambda symbol: names.get(symbol[0], symbol[0]), str(size)) for size in value.shape)
+    return {"type": TensorType(value.dtype, tuple(int(size) if size.isdigit() else size for size in sizes))}
 
 
 def _shape(node: fx.Node) -> tuple[Any, ...]:
-    found = node.meta.get("val")
-    return tuple(found.shape) if isinstance(found, torch.Tensor) else ()
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()

@@ -39,8 +39,8 @@ class Recorded:
 
 def translation(target: Any, opset: int, *, complex_operands: bool = False) -> Translation | None:
     """Torch's translation of an operator at ``opset``; None if it has none."""
-    found = _registry(opset).get_decomps(target)
-    return next((entry.onnx_function for entry in found if entry.is_complex == complex_operands), None)
+    decompositions = _registry(opset).get_decomps(target)
+    return next((entry.onnx_function for entry in decompositions if entry.is_complex == complex_operands), None)
 
 
 def record(

@@ -75,7 +75,7 @@ class CodeComparison:
 
     def _computed_parameters(self) -> dict[fx.Node, str]:
         """The model's names of scales and zero points that are computed at run time, by the Program's nodes."""
-        found = {}
+        names = {}
         for node, source in self._sources.items():
             if source is None:
                 continue
@@ -83,8 +83,8 @@ class CodeComparison:
             for ours, theirs in ((view.scale, source.scale), (view.zero_point, source.zero_point)):
                 computed = ours.op != "get_attr" and constant(theirs) is None
                 if computed and theirs is not None and theirs.name:
-                    found[ours] = theirs.name
-        return found
+                    names[ours] = theirs.name
+        return names
 
     def read(self, batch: Batch) -> tuple[dict[str, Array], dict[str, Array]]:
         """The codes that the runtime computes on ``batch``, with scales that it computes; and its outputs meanwhile."""
@@ -123,28 +123,28 @@ class CodeComparison:
             CheckError: a scale that is computed at run time is not the Program's.
         """
         results = output_nodes(self._program)
-        given = {node: to_tensor(runtime[name]) for node, name in self._computed_parameters().items()}
-        given |= {node: to_tensor(runtime[node.name]) for node in self._nodes}
+        replacements = {node: to_tensor(runtime[name]) for node, name in self._computed_parameters().items()}
+        replacements |= {node: to_tensor(runtime[node.name]) for node in self._nodes}
         last = {operand: node for node in self._nodes for operand in node.all_input_nodes}
-        kept: dict[fx.Node, torch.Tensor] = {}
+        values: dict[fx.Node, torch.Tensor] = {}
 
         def look(node: fx.Node, value: torch.Tensor, batch: Batch) -> torch.Tensor | None:
-            replacement = given[node].to(value.dtype) if node in given else None
+            replacement = replacements[node].to(value.dtype) if node in replacements else None
             if node in self._tallies and replacement is not None:
-                x, scale, zero = (kept[argument] for argument in node.all_input_nodes)
+                x, scale, zero = (values[argument] for argument in node.all_input_nodes)
                 self._tallies[node].add_given(value, replacement, Rounding(x, scale, zero, *grid_limits(node)))
                 for argument in node.all_input_nodes:
                     if last[argument] is node and argument not in results.values():
-                        del kept[argument]
+                        del values[argument]
             elif replacement is not None:
                 replacement = replacement.expand_as(value)
                 _check_parameter(node, value, replacement)
             if node in last or node in results.values():
-                kept[node] = value if replacement is None else replacement
+                values[node] = value if replacement is None else replacement
             return replacement
 
-        observe(self._program, {*given, *last, *results.values()}, [batch], look)
-        return {name: kept[node] for name, node in results.items()}
+        observe(self._program, {*replacements, *last, *results.values()}, [batch], look)
+        return {name: values[node] for name, node in results.items()}
 
     def explain(self, batch: Batch, runtime: Mapping[str, Array]) -> None:
         """Measure what float arithmetic does to the values whose codes lie further off than ties do as a rule.

@@ -198,7 +198,7 @@ class _Comparison:
         What a comparison alone needs goes after it: logits are as large as all else together.
         """
         self._last = {}, {}
-        given, batch = batch, self._program.complete(batch)
+        raw, batch = batch, self._program.complete(batch)
         shown = visible(self._program, batch)
         if self.codes.names:
             deployed = self._session.run(batch)
@@ -211,7 +211,7 @@ class _Comparison:
             deployed = self._session.run(batch)
         self.outputs.add(alone, deployed, shown)
         if sum(value.nbytes for value in alone.values()) <= REMEMBERED_BYTES:
-            self._last = given, alone
+            self._last = raw, alone
         if codes:
             del alone
             self.outputs.add_given_codes(self.codes.compare_given_codes(batch, codes), deployed, shown)
@@ -230,8 +230,8 @@ class _Comparison:
 
     def _outputs(self, batch: Batch) -> Mapping[str, torch.Tensor]:
         """The Program's outputs; those of the batch that was compared last are known."""
-        given, outputs = self._last
-        return outputs if given is batch else run(self._program, batch)
+        last, outputs = self._last
+        return outputs if last is batch else run(self._program, batch)
 
     def limits(self) -> dict[str, float]:
         """The largest error of each output, given codes, over its standard deviation."""

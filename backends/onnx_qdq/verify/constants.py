@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from bitlower.backends.onnx_qdq.encoding.narrow import SIGN_BIT, offset, part_name
+from bitlower.backends.onnx_qdq.graph.code_operators import Reading, code_operator
 from bitlower.backends.onnx_qdq.graph.structure import constant, quantizer_inputs, readers
 from bitlower.backends.onnx_qdq.runtime.session import Array, named_values
 from bitlower.backends.onnx_qdq.translate.unfold import conv_reason, unfolded_kernel
@@ -25,16 +26,6 @@ from bitlower.ir import Program, Quantizer, get_tensor, ops
 from bitlower.ir.dataflow import CONVOLUTION, EMBEDDING, LINEAR
 from bitlower.ir.operators import argument
 from bitlower.ir.quantizer_node import QuantizerNode
-
-_PARAMETERS: dict[str, tuple[tuple[int, int | None, int | None], ...]] = {
-    "DequantizeLinear": ((0, 1, 2),),
-    "Mul": ((0, 1, None), (1, 0, None)),
-    "Sub": ((0, None, 1),),
-    "MatMulIntegerToFloat": ((0, 2, 4), (1, 3, 5)),
-    "MatMulInteger": ((0, None, None), (1, None, 3)),
-    "QLinearMatMul": ((0, 1, 2), (3, 4, 5)),
-}
-"""Readers of codes: the inputs at which they take the codes, their scale and their zero point."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +57,10 @@ def check_constants(program: Program, model: ir.Model) -> Constants:
         checked = (LINEAR if multiplied or unfolded else frozenset()) | (EMBEDDING if gathered else frozenset())
         if checked and all(user.target in checked for user in node.users):
             continue
-        found, problem = stored.find(name, expected)
+        value, problem = stored.find(name, expected)
         problems += [problem] if problem else []
         signed = expected.dtype == np.int8
-        problems += _check_weight(program, node, name, found, stored.values, signed=signed) if found is not None else []
+        problems += _check_weight(program, node, name, value, stored.values, signed=signed) if value is not None else []
     for node in program.graph.find_nodes(op="call_function", target=ops.quantize):
         value = stored.values.get(node.name)
         missing = [f"the quantizer {describe_quantizer(node)} is not in the model"]
@@ -160,7 +151,7 @@ def _check_table(
     """What of a gathered table with packed rows is not the program's."""
     bits = node.meta["quantizer"].spec.grid.bits
     problems = check_rows(gather, name, codes, bits)
-    if gather.op_type != "Gather":
+    if not code_operator(gather.op_type).passes_on:
         return problems + check_blocks(gather, name, codes, *_range(program, node))
     return problems + _check_weight(program, node, name, gather.outputs[0], values, added=offset(codes, bits))
 
@@ -182,15 +173,15 @@ def _check_weight(
     """
     scale, zero = _range(program, node)
     problems, count = [], 0
-    for reader, at_codes, at_scale, at_zero in _parameters(codes):
+    for reader, at in _readings(codes):
         count += 1
-        more = SIGN_BIT if signed and _is_unsigned(reader.inputs[at_codes]) else added
-        moved = zero + np.float32(more) if zero is not None else None
-        problems += _check_input(reader, at_scale, scale, f"the scale of {name}")
-        problems += _check_input(reader, at_zero, moved, f"the zero point of {name}")
-        if reader.op_type == "MatMulInteger":
-            found = constant(values.get(f"{name.partition('_codes')[0]}_scale"))
-            problems += _compare(found, scale, f"the scale of {name}")
+        more = SIGN_BIT if signed and _is_unsigned(reader.inputs[at.codes]) else added
+        shifted = zero + np.float32(more) if zero is not None else None
+        problems += _check_input(reader, at.scale, scale, f"the scale of {name}")
+        problems += _check_input(reader, at.zero_point, shifted, f"the zero point of {name}")
+        if at.scale is None and code_operator(reader.op_type).integer:  # what follows it multiplies with the scale
+            scales = constant(values.get(f"{name.partition('_codes')[0]}_scale"))
+            problems += _compare(scales, scale, f"the scale of {name}")
     return problems if count or problems else [f"nothing dequantizes the codes of {name}"]
 
 
@@ -212,18 +203,16 @@ def _check_activation(program: Program, node: fx.Node, codes: ir.Value) -> list[
         return []
     problems = _compare(constant(source.scale), scale, f"the scale of {node.name}")
     problems += _compare(_constant_or_zero(source.zero_point), zero, f"the zero point of {node.name}")
-    for reader, _, at_scale, at_zero in _parameters(codes):
-        problems += _check_input(reader, at_scale, scale, f"the scale of {node.name} at {reader.op_type}")
-        problems += _check_input(reader, at_zero, zero, f"the zero point of {node.name} at {reader.op_type}")
+    for reader, at in _readings(codes):
+        problems += _check_input(reader, at.scale, scale, f"the scale of {node.name} at {reader.op_type}")
+        problems += _check_input(reader, at.zero_point, zero, f"the zero point of {node.name} at {reader.op_type}")
     return problems
 
 
-def _parameters(codes: ir.Value) -> Iterator[tuple[ir.Node, int, int | None, int | None]]:
+def _readings(codes: ir.Value) -> Iterator[tuple[ir.Node, Reading]]:
     """Who reads ``codes``, and at which of its inputs they, their scale and their zero point are."""
     for reader, index in readers(codes):
-        for at_codes, at_scale, at_zero in _PARAMETERS.get(reader.op_type, ()):
-            if index == at_codes:
-                yield reader, at_codes, at_scale, at_zero
+        yield from ((reader, at) for at in code_operator(reader.op_type).reads if at.codes == index)
 
 
 def _check_input(reader: ir.Node, index: int | None, expected: Array | None, what: str) -> list[str]:
@@ -237,13 +226,13 @@ def _constant_or_zero(value: ir.Value | None) -> Array | None:
     return np.zeros(1, np.float32) if value is None else constant(value)
 
 
-def _compare(found: Array | None, expected: Array | None, what: str) -> list[str]:
+def _compare(actual: Array | None, expected: Array | None, what: str) -> list[str]:
     """Compare scales or zero points: in either orientation, and each repeated over the entries that share it."""
     if expected is None:
         return []
-    if found is None:
+    if actual is None:
         return [f"{what} is no constant in the model"]
-    stored, wanted = found.astype(np.float32), expected.astype(np.float32).ravel()
+    stored, wanted = actual.astype(np.float32), expected.astype(np.float32).ravel()
     longer = max(stored.size, wanted.size)
     if longer % stored.size == 0 and longer % wanted.size == 0:
         spread = np.repeat(wanted, longer // wanted.size)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from bitlower.backends.onnx_qdq.encoding.narrow import PACKED, unpack_rows
 from bitlower.backends.onnx_qdq.encoding.nbits import at_inputs, unpack_codes, unpack_zeros
+from bitlower.backends.onnx_qdq.graph.code_operators import code_operator
 from bitlower.backends.onnx_qdq.graph.structure import constant, stored_value
 from bitlower.backends.onnx_qdq.runtime.session import Array
 from bitlower.ir import packing
@@ -19,12 +20,12 @@ _COPY = re.compile(r"_\d+$")
 
 def packed_weights(graph: ir.Graph) -> dict[str, list[ir.Node]]:
     """The MatMulNBits nodes by the name of the codes that they multiply with, which may bear a number at its end."""
-    found: dict[str, list[ir.Node]] = {}
+    nodes: dict[str, list[ir.Node]] = {}
     for node in graph:
-        codes = stored_value(node.inputs[1]) if node.op_type == "MatMulNBits" else None
+        codes = stored_value(node.inputs[1]) if code_operator(node.op_type).packed == "matrix" else None
         if codes is not None and codes.name:
-            found.setdefault(_COPY.sub("", codes.name).removesuffix(PACKED), []).append(node)
-    return found
+            nodes.setdefault(_COPY.sub("", codes.name).removesuffix(PACKED), []).append(node)
+    return nodes
 
 
 def packed_tables(graph: ir.Graph) -> dict[str, list[ir.Node]]:
@@ -32,12 +33,12 @@ def packed_tables(graph: ir.Graph) -> dict[str, list[ir.Node]]:
 
     They gather rows, or bytes of all rows to unfold the whole table.
     """
-    found: dict[str, list[ir.Node]] = {}
+    nodes: dict[str, list[ir.Node]] = {}
     for node in graph:
-        rows = node.inputs[0] if node.op_type in ("Gather", "GatherBlockQuantized") else None
+        rows = node.inputs[0] if code_operator(node.op_type).packed == "rows" else None
         if rows is not None and rows.name and rows.name.endswith(PACKED):
-            found.setdefault(rows.name.removesuffix(PACKED), []).append(node)
-    return found
+            nodes.setdefault(rows.name.removesuffix(PACKED), []).append(node)
+    return nodes
 
 
 def check_rows(gather: ir.Node, name: str, codes: Array, bits: int) -> list[str]:
@@ -45,8 +46,8 @@ def check_rows(gather: ir.Node, name: str, codes: Array, bits: int) -> list[str]
     stored = constant(gather.inputs[0])
     if stored is None or stored.shape != (codes.shape[0], packing.packed_bytes(codes.shape[1], bits)):
         return [f"the packed rows of {name} do not have the shape of its codes {list(codes.shape)}"]
-    found = unpack_rows(stored, bits, codes.shape[1], is_signed=codes.dtype == np.int8)
-    differing = np.count_nonzero(found != codes)
+    unpacked = unpack_rows(stored, bits, codes.shape[1], is_signed=codes.dtype == np.int8)
+    differing = np.count_nonzero(unpacked != codes)
     return [f"{differing} of the {codes.size} codes of {name} are not the program's"] if differing else []
 
 

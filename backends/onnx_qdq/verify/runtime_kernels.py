@@ -13,7 +13,8 @@ import onnx_ir as ir
 from torch import fx
 
 from bitlower.backends.onnx_qdq.encoding.nbits import FLOAT_ACTIVATIONS, ROUNDS_ACTIVATIONS, Container, container
-from bitlower.backends.onnx_qdq.graph.structure import MOVES
+from bitlower.backends.onnx_qdq.graph.code_operators import integer_operators
+from bitlower.backends.onnx_qdq.graph.structure import is_view
 from bitlower.backends.onnx_qdq.runtime.session import Session, read_model
 from bitlower.backends.onnx_qdq.translate.operands import FLOAT_OPERANDS, float_reason, unviewed
 from bitlower.backends.onnx_qdq.translate.unfold import conv_reason
@@ -23,10 +24,8 @@ from bitlower.ir.operators import BinaryNode, LinearNode
 from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.scratch import scratch_folder
 
-INTEGER = frozenset({
-    "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "MatMulInteger", "QGemm",
-    "QLinearConv", "ConvInteger", "QAttention",
-})  # fmt: skip
+FUSED = frozenset({"DynamicQuantizeMatMul", "QGemm", "QLinearConv", "ConvInteger", "QAttention"})
+"""Integer kernels that the runtime makes of operators of the file."""
 FLOAT = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "Attention", "MultiHeadAttention"})
 ATTENTIONS = frozenset({"Attention", "MultiHeadAttention"})
 NBITS = "MatMulNBits"
@@ -185,7 +184,8 @@ def count_kernels(
 ) -> KernelReport:
     """Count the multiplications of an optimized graph, or of several that run one after the other."""
     nodes = [node for graph in graphs for node in graph]
-    integer = Counter(node.op_type for node in nodes if node.op_type in INTEGER)
+    kernels = FUSED | integer_operators()
+    integer = Counter(node.op_type for node in nodes if node.op_type in kernels)
     floating = Counter(node.op_type for node in nodes if node.op_type in FLOAT)
     low_bit = Counter(
         f"bits={node.attributes.get_int('bits', 4)} accuracy_level={node.attributes.get_int('accuracy_level', 0)}"
@@ -217,7 +217,7 @@ def _fallbacks(nodes: Sequence[ir.Node]) -> Iterator[str]:
 def _is_decoded(value: ir.Value | None) -> bool:
     """Whether a value is what codes stand for, moved or not."""
     producer = value.producer() if value is not None else None
-    while producer is not None and producer.op_type in MOVES:
+    while producer is not None and is_view(producer):
         producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
     return producer is not None and producer.op_type == "DequantizeLinear"
 

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from bitlower.backends.artifact.card import LEDGER
 from bitlower.backends.artifact.json_files import write_json
+from bitlower.backends.onnx_qdq.graph.code_operators import code_operator
 from bitlower.ir import Program, ops
 from bitlower.ir.json_files import read_json
 from bitlower.ir.quantizer_node import QuantizerNode
@@ -23,8 +24,8 @@ OVERLAYS = "overlays"
 MODULE, BITS, SQNR = "bitlower.module", "bitlower.bits", "bitlower.sqnr_db"
 _PARAMETERS = "quant_parameter_tensor_names"
 """Where onnx-ir holds the annotation of a value."""
-_CODES = {"QuantizeLinear": (1, 2), "DequantizeLinear": (1, 2)}
-"""Operators with scales and zero points, and which inputs these are."""
+_CODES = ("QuantizeLinear", "DequantizeLinear")
+"""The operators beside which codes get notes."""
 _GRADIENTS = {BITS: ("#d73027", "#ffffbf", "#4575b4"), SQNR: ("#d73027", "#ffffbf", "#1a9850")}
 """Colors from the least value to the largest; few bits and much noise are red."""
 
@@ -123,8 +124,10 @@ def _annotate_codes(node: ir.Node) -> None:
     """Name the scale and the zero point of the codes that a node writes or reads, where these are stored."""
     if node.op_type not in _CODES or node.domain:
         return
-    codes = node.outputs[0] if node.op_type == "QuantizeLinear" else node.inputs[0]
-    parameters = [node.inputs[place] if place < len(node.inputs) else None for place in _CODES[node.op_type]]
+    operator = code_operator(node.op_type)
+    codes = node.outputs[0] if operator.writes else node.inputs[0]
+    places = operator.writes or (operator.reads[0].scale, operator.reads[0].zero_point)
+    parameters = [node.inputs[at] if at is not None and at < len(node.inputs) else None for at in places]
     named = {
         key: str(value.name)
         for key, value in zip(("SCALE_TENSOR", "ZERO_POINT_TENSOR"), parameters, strict=True)

@@ -42,8 +42,8 @@ def share_tensors(models: Sequence[ir.Model], folder: Path) -> list[str]:
     if not names:
         return []
     with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as scratch:
-        held = [tensor for name in names if (tensor := first[name].const_value) is not None]
-        written = ir.external_data.convert_tensors_to_external(held, scratch, SHARED)
+        tensors = [tensor for name in names if (tensor := first[name].const_value) is not None]
+        written = ir.external_data.convert_tensors_to_external(tensors, scratch, SHARED)
         flush(Path(scratch) / SHARED)
         (Path(scratch) / SHARED).replace(folder / SHARED)
     for name, tensor in zip(names, written, strict=True):

@@ -60,8 +60,8 @@ def launches_of(
 
 
 def _launch(module: Any, call: Any, sizes: Mapping[str, int]) -> Launch:
-    function, given, *_ = call.args
-    read = sum(_bytes(argument.ty, sizes) for argument in set(given))
+    function, operands, *_ = call.args
+    read = sum(_bytes(argument.ty, sizes) for argument in set(operands))
     return Launch(function.name_hint, launches(module[function]), read, _bytes(call.ty, sizes))
 
 

@@ -62,8 +62,8 @@ def device_functions(source: str, architecture: str) -> tuple[DeviceFunction, ..
             hint = "install CUDA's compiler" if name == "nvcc" else f"pip install nvidia-cuda-{name}"
             raise BitlowerError(f"{name} is needed to look at machine code, and not installed", hint=hint)
     with scratch_folder() as folder:
-        given, made = folder / "kernel.cu", folder / "kernel.cubin"
-        given.write_text(source, encoding="utf-8")
+        cuda, made = folder / "kernel.cu", folder / "kernel.cubin"
+        cuda.write_text(source, encoding="utf-8")
         options = [
             "-std=c++17",
             "-cubin",
@@ -74,7 +74,7 @@ def device_functions(source: str, architecture: str) -> tuple[DeviceFunction, ..
             "-w",
             "-o",
             str(made),
-            str(given),
+            str(cuda),
         ]
         log = _run([str(tools["nvcc"]), *options])
         search = os.pathsep.join([str(Path(str(tools["nvdisasm"])).parent), os.environ.get("PATH", "")])

@@ -104,9 +104,9 @@ def export_cuda(executable: Any, path: Path) -> str:
     code = compile_source(source)
 
     def pack(module: Any, _: bool, __: str, folder: str) -> str:
-        held, assembly = Path(folder) / "modules.bin", Path(folder) / "modules.S"
-        held.write_bytes(with_code(packed_modules(module), source.encode(), code))
-        assembly.write_text(_ASSEMBLY.format(path=held))
+        binary, assembly = Path(folder) / "modules.bin", Path(folder) / "modules.S"
+        binary.write_bytes(with_code(packed_modules(module), source.encode(), code))
+        assembly.write_text(_ASSEMBLY.format(path=binary))
         return str(assembly)
 
     executable.mod.export_library(str(path), fpack_imports=pack)

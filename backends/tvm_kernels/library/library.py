@@ -200,7 +200,7 @@ class StagedLibrary(StagedModel):
                 value = batch[name]
                 if name not in cross or cross[name][0] is not value:
                     cross[name] = value, self.code.put(value, dtype)
-            return self.code.call(DECODER, decoder, {**batch, **{name: held for name, (_, held) in cross.items()}})
+            return self.code.call(DECODER, decoder, {**batch, **{name: stored for name, (_, stored) in cross.items()}})
 
         return decode
 

@@ -128,8 +128,8 @@ def _size(frame: Frame, node: fx.Node) -> Any:
 
 
 def _getitem(frame: Frame, node: fx.Node) -> Any:
-    held, index = node.args
-    return frame.value(held)[index]
+    source, index = node.args
+    return frame.value(source)[index]
 
 
 def _same(frame: Frame, node: fx.Node) -> Any:
@@ -193,12 +193,12 @@ def _gather(frame: Frame, node: fx.Node) -> Any:
 
     def body(x: Any, places: list[Any], shape: list[Any]) -> Any:
         def value(*index: Any) -> Any:
-            found = list(index[:first])
+            entry = list(index[:first])
             for place, size in zip(places, x.shape[first:], strict=False):
                 inner = index[first + wide - len(place.shape) : first + wide]
                 at = place[tuple(_at(s, i) for s, i in zip(place.shape, inner, strict=True))]
-                found.append(tirx.if_then_else(at < i64(0), at + size, at))
-            return x[(*found, *index[first + wide :])]
+                entry.append(tirx.if_then_else(at < i64(0), at + size, at))
+            return x[(*entry, *index[first + wide :])]
 
         return te.compute(shape, value, name="gather")
 
@@ -210,8 +210,8 @@ def _at(size: Any, index: Any) -> Any:
 
 
 def _linear(frame: Frame, node: fx.Node) -> Any:
-    found = convert_float_linear(frame, node)
-    return _imported(frame, node) if found is None else found
+    result = convert_float_linear(frame, node)
+    return _imported(frame, node) if result is None else result
 
 
 def _rsub(frame: Frame, node: fx.Node) -> Any:

@@ -85,8 +85,8 @@ class Frame:
 
     def kind_of(self, node: fx.Node) -> TensorType:
         """The type that the value of a node has here."""
-        found: TensorType = node.meta["type"]
-        return found.with_dtype(torch.float16) if node in self.halves else found
+        kind: TensorType = node.meta["type"]
+        return kind.with_dtype(torch.float16) if node in self.halves else kind
 
     def value(self, argument: Any) -> Value:
         """What an argument of a node is here: nodes are looked up, also inside lists; all else stays."""
@@ -101,17 +101,17 @@ class Frame:
     def tensor(self, node: fx.Node) -> Array:
         """The tensor that a ``get_attr`` names."""
         assert isinstance(node.target, str)
-        found: Array = get_tensor(self.module, node.target).detach().numpy()
-        return found
+        array: Array = get_tensor(self.module, node.target).detach().numpy()
+        return array
 
     def emit(self, expression: Any) -> Any:
         """A variable for an expression."""
         return self.builder.emit(expression)
 
-    def te(self, function: Callable[..., Any], *given: Any, name: str, fuse: bool | None = None) -> Any:
+    def te(self, function: Callable[..., Any], *inputs: Any, name: str, fuse: bool | None = None) -> Any:
         """A kernel made of ``te`` expressions; whether TVM may fuse it with others, or None: TVM finds out itself."""
         attributes = None if fuse is None else {"op_pattern": _INJECTIVE if fuse else _OPAQUE}
-        return self.builder.emit_te(function, *given, primfunc_name_hint=name, primfunc_attrs=attributes)
+        return self.builder.emit_te(function, *inputs, primfunc_name_hint=name, primfunc_attrs=attributes)
 
     def reshape(self, value: Any, shape: list[Any]) -> Any:
         """The same entries in another shape."""
@@ -132,23 +132,23 @@ class Frame:
         *outer, columns = self.shape(kind)
         return value if len(outer) == 1 else self.reshape(value, [product(outer), columns])
 
-    def call(self, spec: KernelSpec, given: Mapping[str, Any], rows: Any, values: str = "float32") -> dict[str, Any]:
+    def call(self, spec: KernelSpec, operands: Mapping[str, Any], m: Any, values: str = "float32") -> dict[str, Any]:
         """Call the kernel of ``spec`` on its arguments by name; its results by name, the float one of dtype ``values``.
 
         Float arguments come in the dtypes that they have; sums before a norm are float32.
         """
         if self.dtype == HALF:
             floats = [a for a in arguments(spec) if a.name in _FLOATING and a.dtype in FLOATS]
-            dtypes = {a.name: "float32" if a.written else str(given[a.name].ty.dtype) for a in floats}
+            dtypes = {a.name: "float32" if a.written else str(operands[a.name].ty.dtype) for a in floats}
             spec = spec.holding(dtypes | ({"values": values} if "values" in dtypes else {}))
         function = self.kernel(spec, spec.name, lambda: lower(spec))
-        read = [given[argument.name] for argument in arguments(spec) if not argument.written]
+        read = [operands[argument.name] for argument in arguments(spec) if not argument.written]
         written = [argument for argument in arguments(spec) if argument.written]
-        types = [relax.TensorType([rows if size is None else i64(size) for size in a.shape], a.dtype) for a in written]
-        found = self.emit(relax.call_tir(function, read, out_ty=types if len(types) > 1 else types[0]))
+        types = [relax.TensorType([m if size is None else i64(size) for size in a.shape], a.dtype) for a in written]
+        results = self.emit(relax.call_tir(function, read, out_ty=types if len(types) > 1 else types[0]))
         if len(written) == 1:
-            return {written[0].name: found}
-        return {a.name: self.emit(relax.TupleGetItem(found, at)) for at, a in enumerate(written)}
+            return {written[0].name: results}
+        return {a.name: self.emit(relax.TupleGetItem(results, at)) for at, a in enumerate(written)}
 
     def kernel(self, key: Hashable, name: str, make: Callable[[], Any]) -> Any:
         """The kernel that ``make`` returns, once for each key, for one more call; TVM does not fuse it with others.

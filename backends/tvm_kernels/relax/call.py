@@ -30,14 +30,14 @@ class Call:
     node: fx.Node
 
     @cached_property
-    def given(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """Its arguments by name."""
         return kernels.arguments(self.node)
 
     @cached_property
     def names(self) -> list[str]:
         """What each part of it returns."""
-        return str(self.given.get("outputs", "value")).split()
+        return str(self.arguments.get("outputs", "value")).split()
 
     @property
     def has_codes(self) -> bool:
@@ -61,17 +61,17 @@ class Call:
 
     def quantizer(self, name: str) -> QuantSpec | None:
         """That of an operand that is codes, or of a result that is rounded; None: it is float."""
-        present = self.has_codes if name == "out" else self.given.get(f"{name}_scale") is not None
+        present = self.has_codes if name == "out" else self.arguments.get(f"{name}_scale") is not None
         return self.node.meta["quantizers"][name].spec if present else None
 
     def type_of(self, name: str) -> TensorType:
         """The type of an operand."""
-        found: TensorType = self.given[name].meta["type"]
-        return found
+        kind: TensorType = self.arguments[name].meta["type"]
+        return kind
 
     def stored(self, name: str) -> Array | None:
         """A tensor of the graph's own, such as a scale; None if it is left out or computed."""
-        node = self.given.get(name)
+        node = self.arguments.get(name)
         return self.frame.tensor(node) if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
     def static(self, name: str) -> tuple[Array, Array]:
@@ -87,27 +87,27 @@ class Call:
 
     def floats(self, name: str) -> Array | None:
         """A stored operand in float32, dequantized if it is codes; None if it is left out."""
-        held = self.stored(name)
-        if held is None or self.quantizer(name) is None:
-            return held
+        stored = self.stored(name)
+        if stored is None or self.quantizer(name) is None:
+            return stored
         import torch
 
-        parts = (torch.from_numpy(np.asarray(part)) for part in (held, *self.static(name)))
+        parts = (torch.from_numpy(np.asarray(part)) for part in (stored, *self.static(name)))
         return numerics.values(*parts).numpy()
 
-    def operand(self, name: str, argument: str, given: dict[str, Any]) -> None:
+    def operand(self, name: str, argument: str, operands: dict[str, Any]) -> None:
         """Put an operand as rows, with its scales, among the arguments of a kernel under the name ``argument``."""
         kind = self.type_of(name)
-        given[argument] = self.frame.rows(self.frame.value(self.given[name]), kind)
+        operands[argument] = self.frame.rows(self.frame.value(self.arguments[name]), kind)
         spec = self.quantizer(name)
         if spec is None:
             return
         for part, stem in (("scale", "scale"), ("zero_point", "zero")):
-            given[f"{argument}_{stem}"] = self.scale(f"{name}_{part}", spec, kind)
+            operands[f"{argument}_{stem}"] = self.scale(f"{name}_{part}", spec, kind)
 
     def scale(self, name: str, spec: QuantSpec, kind: TensorType) -> Any:
         """A scale or zero point as a vector: one a row, or as many as a static quantizer of the columns has."""
-        node = self.given[name]
+        node = self.arguments[name]
         if spec.granularity.dynamic:
             return self.frame.reshape(self.frame.value(node), [product(self.frame.shape(kind)[:-1])])
         columns = kind.shape[-1]
@@ -125,72 +125,72 @@ class Call:
             raise BitlowerError(f"%{self.node.name}: {name} is not {count} stored numbers")
         return stored.reshape(-1)
 
-    def out_scales(self, spec: QuantSpec, columns: int, given: dict[str, Any], stem: str = "out") -> None:
+    def out_scales(self, spec: QuantSpec, columns: int, operands: dict[str, Any], stem: str = "out") -> None:
         """Put the stored scales of a rounding among the arguments of a kernel."""
         if not spec.granularity.dynamic:
             for part, argument in (("scale", "scale"), ("zero_point", "zero")):
-                given[f"{stem}_{argument}"] = constant(self.vector(f"{stem}_{part}", static_scales(spec, columns)))
+                operands[f"{stem}_{argument}"] = constant(self.vector(f"{stem}_{part}", static_scales(spec, columns)))
 
     def real(self, name: str) -> Any:
         """An operand in float32 and its own shape."""
-        value = self.frame.value(self.given[name])
+        value = self.frame.value(self.arguments[name])
         if self.quantizer(name) is None:
             return self.frame.in_dtype(value, "float32")
-        scales = [self.frame.value(self.given[f"{name}_{part}"]) for part in ("scale", "zero_point")]
+        scales = [self.frame.value(self.arguments[f"{name}_{part}"]) for part in ("scale", "zero_point")]
         return dequantized(self.frame, value, *scales)
 
-    def kernel(self, spec: KernelSpec, given: dict[str, Any], rows: Any) -> list[Any]:
+    def kernel(self, spec: KernelSpec, operands: dict[str, Any], m: Any) -> list[Any]:
         """Call a kernel of one part; what the node returns of its results."""
-        return self.taken(self.frame.call(spec, given, rows, self.dtype), 0)
+        return self.results(self.frame.call(spec, operands, m, self.dtype), 0)
 
-    def taken(self, found: dict[str, Any], part: int) -> list[Any]:
+    def results(self, results: dict[str, Any], part: int) -> list[Any]:
         """What the node returns of the results ``values``, ``codes``, ``out_scale`` … of one part, in its types."""
-        held = {"sum": found.get("sum"), "codes": found.get("codes"), "value": found.get("values")}
-        held |= {"scale": found.get("out_scale"), "zero_point": found.get("out_zero")}
-        held["rounded"] = found.get("values") if self.keep == "rounded" else None
+        by_name = {"sum": results.get("sum"), "codes": results.get("codes"), "value": results.get("values")}
+        by_name |= {"scale": results.get("out_scale"), "zero_point": results.get("out_zero")}
+        by_name["rounded"] = results.get("values") if self.keep == "rounded" else None
         wanted = [output for output in kernels.outputs(self.node) if output.part == part]
         shaped: dict[str, Any] = {}
         for output in wanted:
-            if held[output.name] is not None:
-                shaped[output.name] = self.frame.reshape(held[output.name], self.frame.shape(output.type))
+            if by_name[output.name] is not None:
+                shaped[output.name] = self.frame.reshape(by_name[output.name], self.frame.shape(output.type))
         if "rounded" in self.names and "rounded" not in shaped:
-            shaped["rounded"] = self._decoded(shaped, found, wanted[0].type, part)
+            shaped["rounded"] = self._decoded(shaped, results, wanted[0].type, part)
         return [shaped[output.name] for output in wanted]
 
-    def _decoded(self, shaped: dict[str, Any], found: dict[str, Any], kind: TensorType, part: int) -> Any:
+    def _decoded(self, shaped: dict[str, Any], results: dict[str, Any], kind: TensorType, part: int) -> Any:
         codes = shaped.get("codes")
         if codes is None:
-            codes = self.frame.reshape(found["codes"], self.frame.shape(kind))
-        return dequantized(self.frame, codes, *self._out_scales(found, kind, part))
+            codes = self.frame.reshape(results["codes"], self.frame.shape(kind))
+        return dequantized(self.frame, codes, *self._out_scales(results, kind, part))
 
-    def _out_scales(self, found: dict[str, Any], kind: TensorType, part: int) -> list[Any]:
-        if "out_scale" in found:
+    def _out_scales(self, results: dict[str, Any], kind: TensorType, part: int) -> list[Any]:
+        if "out_scale" in results:
             shape = [*self.frame.shape(kind)[:-1], self.frame.dim(1)]
-            return [self.frame.reshape(found[name], shape) for name in ("out_scale", "out_zero")]
+            return [self.frame.reshape(results[name], shape) for name in ("out_scale", "out_zero")]
         return [constant(self._part(stored, part)) for stored in self.static("out")]
 
     def _part(self, stored: Array, part: int) -> Array:
         """The scales of one of the merged layers."""
-        rows = self.given.get("rows")
-        if not rows or stored.ndim == 0 or stored.shape[-1] == 1:
+        sizes = self.arguments.get("merged_n")
+        if not sizes or stored.ndim == 0 or stored.shape[-1] == 1:
             return stored
-        start = sum(rows[:part])
-        return np.ascontiguousarray(stored[..., start : start + rows[part]])
+        start = sum(sizes[:part])
+        return np.ascontiguousarray(stored[..., start : start + sizes[part]])
 
     def finished(self, value: Any, part: int = 0, total: Any = None) -> list[Any]:
         """What the node returns of the ``value`` of a part, rounded by expressions of their own."""
-        held = {"value": self.frame.in_dtype(value, self.dtype), "sum": total}
+        results = {"value": self.frame.in_dtype(value, self.dtype), "sum": total}
         if self.has_codes:
-            grid = Grid.parse(self.given["out_grid"])
+            grid = Grid.parse(self.arguments["out_grid"])
             if self.stored("out_scale") is None:
                 codes, scale, zero = token_rounded(self.frame, value, self._type(part), grid)
             else:
                 scale, zero = (constant(self._part(stored, part)) for stored in self.static("out"))
                 codes = quantized(self.frame, value, scale, zero, grid)
-            held |= {"scale": scale, "zero_point": zero, "codes": codes}
+            results |= {"scale": scale, "zero_point": zero, "codes": codes}
             if "rounded" in self.names:
-                held["rounded"] = dequantized(self.frame, held["codes"], scale, zero)
-        return [held[name] for name in self.names]
+                results["rounded"] = dequantized(self.frame, results["codes"], scale, zero)
+        return [results[name] for name in self.names]
 
     def _type(self, part: int) -> TensorType:
         """The type of the codes of a part."""
@@ -199,6 +199,6 @@ class Call:
 
     def add(self, value: Any, name: str) -> Any:
         """``value`` plus an operand, if there is one."""
-        if self.given.get(name) is None:
+        if self.arguments.get(name) is None:
             return value
         return self.frame.emit(relax.op.add(value, self.real(name)))

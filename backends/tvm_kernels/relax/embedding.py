@@ -23,22 +23,23 @@ def convert_embedding(call: Call) -> list[Any]:
     frame = call.frame
     shape = _ids_shape(call)
     specs, arrays, ids = list[LinearSpec](), list[Any](), list[Any]()
-    for at, table in enumerate(call.given["tables"]):
+    for at, table in enumerate(call.arguments["tables"]):
         codes, scale, zero = (
-            frame.tensor(node) for node in (table, call.given["table_scales"][at], call.given["table_zero_points"][at])
+            frame.tensor(node)
+            for node in (table, call.arguments["table_scales"][at], call.arguments["table_zero_points"][at])
         )
         quantizer = call.node.meta["quantizers"][f"table_{at}"].spec
         spec = table_spec(codes.shape, quantizer)
         packed = pack_linear(spec, codes, scale, zero)
         specs.append(spec)
         arrays.append({name: constant(array) for name, array in packed.items()})
-        place = frame.value(call.given["ids"][at])
+        place = frame.value(call.arguments["ids"][at])
         ids.append(frame.emit(relax.op.broadcast_to(place, relax.ShapeExpr(shape))))
     rounded = [
         [float(frame.tensor(node)) for node in pair]
-        for pair in zip(call.given["rounded_scales"], call.given["rounded_zero_points"], strict=True)
+        for pair in zip(call.arguments["rounded_scales"], call.arguments["rounded_zero_points"], strict=True)
     ]
-    body = _embedding_body(specs, [list(array) for array in arrays], rounded, call.given.get("rounded_grid", ""))
+    body = _embedding_body(specs, [list(array) for array in arrays], rounded, call.arguments.get("rounded_grid", ""))
     flat = [value for array in arrays for value in array.values()]
     return call.finished(frame.te(body, *ids, *flat, name="embedding"))
 
@@ -46,16 +47,16 @@ def convert_embedding(call: Call) -> list[Any]:
 def _embedding_body(specs: list[LinearSpec], names: list[list[str]], rounded: list[list[float]], grid: str) -> Any:
     """The sum of entries of tables; the arguments are the ids of all tables, then the arrays of each."""
 
-    def body(*given: Any) -> Any:
-        ids, rest = given[: len(specs)], iter(given[len(specs) :])
-        tables = [{name: next(rest) for name in held} for held in names]
-        shape = (*ids[0].shape, i64(specs[0].inputs))
+    def body(*inputs: Any) -> Any:
+        ids, rest = inputs[: len(specs)], iter(inputs[len(specs) :])
+        tables = [{name: next(rest) for name in parts} for parts in names]
+        shape = (*ids[0].shape, i64(specs[0].k))
 
         def value(*index: Any) -> Any:
             *token, column = index
             total = None
             for at, (spec, table) in enumerate(zip(specs, tables, strict=True)):
-                term = entry(spec, table, _row(ids[at][tuple(token)], spec.outputs), column)
+                term = entry(spec, table, _row(ids[at][tuple(token)], spec.n), column)
                 total = term if total is None else total + term
                 if 0 < at <= len(rounded):
                     scale, zero = (tirx.const(part, "float32") for part in rounded[at - 1])

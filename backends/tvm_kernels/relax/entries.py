@@ -122,13 +122,13 @@ def convert_where(frame: Frame, node: fx.Node) -> Any:
 
 def convert_parts(frame: Frame, node: fx.Node) -> list[Any]:
     """``x`` cut along an axis: into pieces of a size, of several sizes, or into a number of equal ones."""
-    x, given, axis = filled(node, None, None, node.kwargs.get("dim", 0))
+    x, sizes, axis = filled(node, None, None, node.kwargs.get("dim", 0))
     axis = whole(axis) % x.meta["type"].rank
     extent = whole(x.meta["type"].shape[axis])
-    if isinstance(given, Sequence):
-        ends = list(accumulate(map(whole, given)))
+    if isinstance(sizes, Sequence):
+        ends = list(accumulate(map(whole, sizes)))
     else:
-        size = -(-extent // whole(given)) if node.target is aten.chunk.default else whole(given)
+        size = -(-extent // whole(sizes)) if node.target is aten.chunk.default else whole(sizes)
         ends = [min(end, extent) for end in range(size, extent + size, size)]
     value = frame.value(x)
     _note_strips(frame, node, axis, [0, *ends])

@@ -31,27 +31,27 @@ def convert_linear(call: Call) -> list[Any]:
         call.refuse(planned)
         return _plain(call)
     spec, runs = planned
-    given = _arguments(call, spec, runs)
-    rows = product(call.frame.shape(call.type_of("x"))[:-1])
-    found = call.frame.call(spec, given, rows, call.dtype)
-    sizes = call.given.get("rows")
+    operands = _arguments(call, spec, runs)
+    m = product(call.frame.shape(call.type_of("x"))[:-1])
+    values = call.frame.call(spec, operands, m, call.dtype)
+    sizes = call.arguments.get("merged_n")
     if not sizes:
-        return call.taken(found, 0)
+        return call.results(values, 0)
     results, start = list[Any](), 0
     for part, size in enumerate(sizes):
-        results += call.taken({name: _columns(call, value, start, size) for name, value in found.items()}, part)
+        results += call.results({name: _columns(call, value, start, size) for name, value in values.items()}, part)
         start += size
-    _note_strips(call, found, sizes)
+    _note_strips(call, values, sizes)
     return results
 
 
-def _note_strips(call: Call, found: dict[str, Any], sizes: list[int]) -> None:
+def _note_strips(call: Call, values: dict[str, Any], sizes: list[int]) -> None:
     """Note where in the rows of the whole result each layer's own lies."""
     kind, columns = call.type_of("x"), sum(sizes)
     if kind.rank != 3:
         return
     shape = [*call.frame.shape(kind)[:-1], call.frame.dim(columns)]
-    whole = {name: call.frame.reshape(value, shape) for name, value in found.items()}
+    whole = {name: call.frame.reshape(value, shape) for name, value in values.items()}
     whole["value"] = whole["rounded"] = whole.get("values")
     for (part, name), node in kernels.read_outputs(call.node).items():
         if whole.get(name) is not None and not (name == "rounded" and call.keep != "rounded"):
@@ -66,24 +66,24 @@ def plan_linear(call: Call) -> tuple[LinearSpec, Array | None] | str:
     codes, weight = call.stored("weight"), call.quantizer("weight")
     assert codes is not None, f"the weight of %{call.node.name} is not stored"
     assert weight is not None, f"the weight of %{call.node.name} has no quantizer"
-    if call.given.get("bias") is not None and call.stored("bias") is None:
+    if call.arguments.get("bias") is not None and call.stored("bias") is None:
         return "kernels take a bias that is stored, and this one is computed"
     starts, splits = _runs(call, codes.shape[1])
     if len(splits) > _MOST_RUNS:
         return f"kernels take {_MOST_RUNS} unequal groups of embedding dimensions, and there are {len(splits)}"
-    activation = call.quantizer("x")
+    x_quant = call.quantizer("x")
     spec = LinearSpec.plan(
         target=call.frame.target,
-        dtype=call.frame.dtype if activation is None else "float32",
-        inputs=codes.shape[1],
-        outputs=codes.shape[0],
+        dtype=call.frame.dtype if x_quant is None else "float32",
+        k=codes.shape[1],
+        n=codes.shape[0],
         weight=weight,
-        activation=activation,
+        x_quant=x_quant,
         splits=splits,
-        bias=call.given.get("bias") is not None,
-        function=call.given.get("activation", ""),
+        bias=call.arguments.get("bias") is not None,
+        activation=call.arguments.get("activation", ""),
         rounded=call.quantizer("rounded"),
-        residual=call.given.get("residual") is not None,
+        residual=call.arguments.get("residual") is not None,
         residual_codes=call.quantizer("residual"),
         output=call.quantizer("out"),
         keep=call.keep if call.has_codes else "",
@@ -113,28 +113,28 @@ def _runs(call: Call, columns: int) -> tuple[Array | None, tuple[int, ...]]:
 
 def _arguments(call: Call, spec: LinearSpec, starts: Array | None) -> dict[str, Any]:
     """All that the kernel reads."""
-    given: dict[str, Any] = {}
+    operands: dict[str, Any] = {}
     if starts is None:
-        call.operand("x", "x", given)
+        call.operand("x", "x", operands)
     else:
-        given["x"] = call.frame.rows(call.frame.value(call.given["x"]), call.type_of("x"))
+        operands["x"] = call.frame.rows(call.frame.value(call.arguments["x"]), call.type_of("x"))
         for name, part in zip(("x_scale", "x_zero"), call.static("x"), strict=True):
-            spaced = np.repeat(part.reshape(-1), spec.inputs // part.size)
-            given[name] = constant(spaced[starts])
+            spaced = np.repeat(part.reshape(-1), spec.k // part.size)
+            operands[name] = constant(spaced[starts])
     codes = call.stored("weight")
     assert codes is not None
     packed = pack_linear(spec, codes, *call.static("weight"))
-    given |= {name: constant(array) for name, array in packed.items()}
+    operands |= {name: constant(array) for name, array in packed.items()}
     bias = call.stored("bias")
     if bias is not None:
-        given["bias"] = constant(pack_vector(spec, bias))
+        operands["bias"] = constant(pack_vector(spec, bias))
     if spec.rounded is not None:
-        call.out_scales(spec.rounded, spec.outputs, given, "rounded")
+        call.out_scales(spec.rounded, spec.n, operands, "rounded")
     if spec.residual:
-        call.operand("residual", "residual", given)
+        call.operand("residual", "residual", operands)
     if spec.output is not None:
-        call.out_scales(spec.output, spec.outputs, given)
-    return given
+        call.out_scales(spec.output, spec.n, operands)
+    return operands
 
 
 def _columns(call: Call, value: Any, start: int, size: int) -> Any:
@@ -145,22 +145,22 @@ def _plain(call: Call) -> list[Any]:
     """The same in float32, operator by operator, with the weight dequantized."""
     frame, weight = call.frame, call.floats("weight")
     assert weight is not None
-    function, bias = call.given.get("activation", ""), call.stored("bias")
+    activation, bias = call.arguments.get("activation", ""), call.stored("bias")
     codes = call.quantizer("x") is not None
-    x = call.real("x") if codes else frame.value(call.given["x"])
+    x = call.real("x") if codes else frame.value(call.arguments["x"])
     dtype = "float32" if codes else frame.dtype
-    if bias is None and call.given.get("bias") is not None:
+    if bias is None and call.arguments.get("bias") is not None:
         product = float_linear(frame, x, call.type_of("x"), weight, dtype=dtype)
-        product = frame.emit(relax.op.add(product, frame.value(call.given["bias"])))
-        product = activated(frame, function, product) if function else product
+        product = frame.emit(relax.op.add(product, frame.value(call.arguments["bias"])))
+        product = activated(frame, activation, product) if activation else product
     else:
-        product = float_linear(frame, x, call.type_of("x"), weight, bias, function, dtype=dtype)
-    if call.given.get("rounded_scale") is not None:
+        product = float_linear(frame, x, call.type_of("x"), weight, bias, activation, dtype=dtype)
+    if call.arguments.get("rounded_scale") is not None:
         scale, zero = (constant(part) for part in call.static("rounded"))
-        codes = quantized(frame, product, scale, zero, Grid.parse(call.given["rounded_grid"]))
+        codes = quantized(frame, product, scale, zero, Grid.parse(call.arguments["rounded_grid"]))
         product = dequantized(frame, codes, scale, zero)
     product = call.add(product, "residual")
-    sizes, results, start = call.given.get("rows"), list[Any](), 0
+    sizes, results, start = call.arguments.get("merged_n"), list[Any](), 0
     if not sizes:
         return call.finished(product)
     for part, size in enumerate(sizes):
@@ -177,7 +177,7 @@ def float_linear(
     kind: TensorType,
     weight: Array,
     bias: Array | None = None,
-    function: str = "",
+    activation: str = "",
     *,
     dtype: str = "float32",
     values: str = "float32",
@@ -186,26 +186,26 @@ def float_linear(
 
     Products are of ``dtype``, and so is the weight; the result is of the dtype ``values``.
     """
-    outputs, inputs = weight.shape
+    n, k = weight.shape
     spec = LinearSpec(
         target=frame.target,
         dtype=dtype,
-        inputs=inputs,
-        outputs=outputs,
+        k=k,
+        n=n,
         weight=None,
         bias=bias is not None,
-        function=function,
+        activation=activation,
     )
     laid = laid_out(spec)
     if isinstance(laid, str):
         value = frame.emit(relax.op.matmul(frame.in_dtype(x, "float32"), constant(weight.T)))
         value = value if bias is None else frame.emit(relax.op.add(value, constant(bias)))
-        return frame.in_dtype(activated(frame, function, value) if function else value, values)
-    given = {"x": frame.rows(x, kind)} | {name: constant(array) for name, array in pack_float(laid, weight).items()}
+        return frame.in_dtype(activated(frame, activation, value) if activation else value, values)
+    operands = {"x": frame.rows(x, kind)} | {name: constant(array) for name, array in pack_float(laid, weight).items()}
     if bias is not None:
-        given["bias"] = constant(pack_vector(laid, bias))
+        operands["bias"] = constant(pack_vector(laid, bias))
     *outer, _ = frame.shape(kind)
-    return frame.reshape(frame.call(laid, given, product(outer), values)["values"], [*outer, frame.dim(outputs)])
+    return frame.reshape(frame.call(laid, operands, product(outer), values)["values"], [*outer, frame.dim(n)])
 
 
 def convert_float_linear(frame: Frame, node: fx.Node) -> Any:

@@ -75,10 +75,10 @@ def half_values(program: Program) -> frozenset[fx.Node]:
     What else a traced program returns beside its outputs (names that start with ``%``) changes nothing.
     """
     shown = len([spec for spec in program.outputs if not spec.name.startswith("%")])
-    found = {node for node in program.graph.nodes if _may_be(node)}
-    while gone := {node for node in found if not _stays(node, found, shown)}:
-        found -= gone
-    return frozenset(found)
+    halves = {node for node in program.graph.nodes if _may_be(node)}
+    while gone := {node for node in halves if not _stays(node, halves, shown)}:
+        halves -= gone
+    return frozenset(halves)
 
 
 def _may_be(node: fx.Node) -> bool:
@@ -89,31 +89,31 @@ def _may_be(node: fx.Node) -> bool:
         return False
     if node.target in VIEWS | PARTS | {aten.cat.default} | _FLOATS:
         return True
-    taken = kernels.output_of(node)
-    if taken is None:
+    origin = kernels.output_of(node)
+    if origin is None:
         return node.target is operator.getitem and _source(node).target in PARTS
-    kernel, output = taken
-    given = kernels.arguments(kernel)
-    return kernel.target in _READ and output.name == "value" and (_is_norm(node) or given.get("residual") is None)
+    kernel, output = origin
+    arguments = kernels.arguments(kernel)
+    return kernel.target in _READ and output.name == "value" and (_is_norm(node) or arguments.get("residual") is None)
 
 
-def _stays(node: fx.Node, found: set[fx.Node], shown: int) -> bool:
-    """Whether ``node`` can be float16 if those of ``found`` are."""
-    if node.target in VIEWS | PARTS and _source(node) not in found:
+def _stays(node: fx.Node, halves: set[fx.Node], shown: int) -> bool:
+    """Whether ``node`` can be float16 if those of ``halves`` are."""
+    if node.target in VIEWS | PARTS and _source(node) not in halves:
         return False
-    if node.target is operator.getitem and not found.issuperset(_together(node)):
+    if node.target is operator.getitem and not halves.issuperset(_together(node)):
         return False
-    if node.target is aten.cat.default and not found.issuperset(_past(node) or node.all_input_nodes):
+    if node.target is aten.cat.default and not halves.issuperset(_past(node) or node.all_input_nodes):
         return False
-    return all(_takes(user, node, found, shown) for user in node.users)
+    return all(_takes(user, node, halves, shown) for user in node.users)
 
 
 def _together(node: fx.Node) -> Iterable[fx.Node]:
     """What lies in the same memory as a ``getitem``: the list that it is of, or the values of merged layers."""
-    taken = kernels.output_of(node)
-    if taken is None:
+    origin = kernels.output_of(node)
+    if origin is None:
         return [_source(node)]
-    return [other for (_, name), other in kernels.read_outputs(taken[0]).items() if name == "value"]
+    return [other for (_, name), other in kernels.read_outputs(origin[0]).items() if name == "value"]
 
 
 def _past(node: fx.Node) -> list[fx.Node]:
@@ -126,14 +126,14 @@ def _source(node: fx.Node) -> fx.Node:
     return node.all_input_nodes[0]
 
 
-def _takes(user: fx.Node, node: fx.Node, found: set[fx.Node], shown: int) -> bool:
+def _takes(user: fx.Node, node: fx.Node, halves: set[fx.Node], shown: int) -> bool:
     """Whether ``user`` reads ``node`` as float16."""
     if user.op == "output":
         return node not in graph_results(user.graph)[:shown] or (node.target is aten.cat.default and bool(_past(node)))
     if user.target in VIEWS | PARTS:
-        return user in found
+        return user in halves
     if user.target is operator.getitem or user.target is aten.cat.default:
-        return user in found
+        return user in halves
     if user.target is aten.sym_size.int:
         return True
     if user.target is aten.linear.default:
@@ -147,21 +147,21 @@ def _takes(user: fx.Node, node: fx.Node, found: set[fx.Node], shown: int) -> boo
 
 
 def _taken_by_kernel(kernel: fx.Node, node: fx.Node) -> bool:
-    given = kernels.arguments(kernel)
+    arguments = kernels.arguments(kernel)
     allowed = set(_READ[kernel.target])
     if _is_norm(node):
         allowed |= {"x", "residual"}
-    elif kernel.target is kernels.fused_norm and given.get("residual") is None:
+    elif kernel.target is kernels.fused_norm and arguments.get("residual") is None:
         allowed.add("x")
-    return all(name in allowed for name, value in given.items() if value is node)
+    return all(name in allowed for name, value in arguments.items() if value is node)
 
 
 def _is_norm(node: fx.Node) -> bool:
     """Whether ``node`` is the result of a norm, or a view of one."""
     while node.target in VIEWS:
         node = _source(node)
-    taken = kernels.output_of(node)
-    return node.target in _NORMS or (taken is not None and taken[0].target is kernels.fused_norm)
+    origin = kernels.output_of(node)
+    return node.target in _NORMS or (origin is not None and origin[0].target is kernels.fused_norm)
 
 
 def typed(program: Program, activations: str) -> Program:

@@ -87,10 +87,10 @@ def _name(spec: ValueSpec) -> str:
 
 def _convert(frame: Frame, graph: fx.Graph, variables: list[Any]) -> list[Any]:
     """The outputs of the graph."""
-    given = iter(variables)
+    remaining = iter(variables)
     for node in graph.nodes:
         if node.op == "placeholder":
-            frame.values[node] = next(given)
+            frame.values[node] = next(remaining)
         elif node.op == "call_function":
             convert = (_KERNELS | _EXPRESSIONS).get(node.target)
             frame.values[node] = convert(Call(frame, node)) if convert else convert_operator(frame, node)
@@ -134,5 +134,5 @@ def fuse_module(
 
 def open_sizes(function: Any) -> list[str]:
     """The symbolic dimensions of what a function takes."""
-    variables = {v.name: None for given in function.params for v in relax.analysis.tir_vars_in_type(given.ty)}
+    variables = {v.name: None for parameter in function.params for v in relax.analysis.tir_vars_in_type(parameter.ty)}
     return list(variables)

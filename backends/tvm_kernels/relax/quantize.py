@@ -70,9 +70,9 @@ def token_rounded(frame: Frame, x: Any, kind: TensorType, grid: Grid) -> tuple[A
     quantizer = QuantSpec(grid, Granularity.per_token())
     spec = ActivationSpec(target=frame.target, columns=columns, output=quantizer)
     *outer, _ = shape = frame.shape(kind)
-    found = frame.call(spec, {"x": frame.rows(x, kind)}, product(outer))
-    parts = [frame.reshape(found[name], [*outer, frame.dim(1)]) for name in ("out_scale", "out_zero")]
-    return frame.reshape(found["codes"], shape), *parts
+    results = frame.call(spec, {"x": frame.rows(x, kind)}, product(outer))
+    parts = [frame.reshape(results[name], [*outer, frame.dim(1)]) for name in ("out_scale", "out_zero")]
+    return frame.reshape(results["codes"], shape), *parts
 
 
 def _token_qparams(frame: Frame, x: Any, grid: Grid) -> tuple[Any, Any]:
@@ -96,10 +96,10 @@ def _extreme(x: Any, reduce: Any, name: str) -> Any:
     return te.compute(x.shape[:-1], lambda *index: reduce(x[(*index, k)], axis=k), name=name)
 
 
-def activated(frame: Frame, function: str, x: Any) -> Any:
+def activated(frame: Frame, activation: str, x: Any) -> Any:
     """An activation function as an expression of its own."""
 
     def body(x: Any) -> Any:
-        return te.compute(x.shape, lambda *index: expressions.apply(function, x[index]), name="activated")
+        return te.compute(x.shape, lambda *index: expressions.apply(activation, x[index]), name="activated")
 
-    return frame.te(body, x, name=function.replace("-", "_"))
+    return frame.te(body, x, name=activation.replace("-", "_"))

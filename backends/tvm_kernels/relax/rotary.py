@@ -30,7 +30,7 @@ def convert_rotary(call: Call) -> list[Any]:
 
         return te.compute(x.shape, value, name="rotary")
 
-    tables = [call.frame.value(call.given[name]) for name in ("cos", "sin")]
+    tables = [call.frame.value(call.arguments[name]) for name in ("cos", "sin")]
     floats = call.quantizer("x") is None
-    x = call.frame.value(call.given["x"]) if floats else call.real("x")
+    x = call.frame.value(call.arguments["x"]) if floats else call.real("x")
     return call.finished(call.frame.te(body, x, *tables, name="rotary"))

@@ -39,14 +39,14 @@ def strip_of(frame: Frame, node: Any) -> Strip | None:
         return None
     kind: TensorType = node.meta["type"]
     if node in frame.strips:
-        found: Strip = frame.strips[node]
-        return found
+        strip: Strip = frame.strips[node]
+        return strip
     size = kind.shape[-1] if kind.rank == 3 else None
     return Strip(frame.value(node), size, 0) if isinstance(size, int) else None
 
 
 def heads_of(frame: Frame, node: Any) -> Strip | None:
-    """Where the value ``[batch, heads, length, width]`` of a node lies, head after head, before it was transposed."""
+    """Where the value ``[batch, heads, length, head_dim]`` lies, head after head, before it was transposed."""
     if not isinstance(node, fx.Node) or not swaps_heads(node):
         return None
     view = operand(node, "self")
@@ -60,30 +60,30 @@ def heads_of(frame: Frame, node: Any) -> Strip | None:
 
 
 def swaps_heads(node: fx.Node) -> bool:
-    """Whether ``node`` is ``[batch, heads, length, width]`` with heads and length in each other's place."""
+    """Whether ``node`` is ``[batch, heads, length, head_dim]`` with heads and length in each other's place."""
     if node.target is aten.transpose.int:
         return swapped_axes(node) == {1, 2} and bool(node.meta["type"].rank == 4)
     return node.target is aten.permute.default and list(argument(node, "dims")) == [0, 2, 1, 3]
 
 
 def joins_heads(node: fx.Node) -> bool:
-    """Whether ``node`` reads its operand ``[batch, heads, length, width]`` with the heads joined: its only operand."""
+    """Whether ``node`` joins the heads of its only operand, ``[batch, heads, length, head_dim]``."""
     alone = node.target is kernels.fused_pointwise and not {"factor", "residual"} & set(kernels.arguments(node))
     return alone and bool(kernels.arguments(node).get("heads"))
 
 
 def read_heads(frame: Frame, node: fx.Node, strip: Strip) -> Any:
-    """Heads with axes of their own, ``[batch, heads, length, width]``, as an expression that others may take in."""
+    """Heads with axes of their own, ``[batch, heads, length, head_dim]``, as an expression that others may take in."""
     kind: TensorType = node.meta["type"]
-    heads, width = kind.shape[1], kind.shape[-1]
+    heads, head_dim = kind.shape[1], kind.shape[-1]
     assert isinstance(heads, int), f"a number of heads that is the symbolic {heads}"
-    assert isinstance(width, int), f"heads of the symbolic width {width}"
+    assert isinstance(head_dim, int), f"heads of the symbolic size {head_dim}"
 
     def body(rows: Any) -> Any:
-        shape = (rows.shape[0], i64(heads), rows.shape[1], i64(width))
+        shape = (rows.shape[0], i64(heads), rows.shape[1], i64(head_dim))
 
         def value(batch: Any, head: Any, length: Any, at: Any) -> Any:
-            return rows[batch, length, i64(strip.start) + head * i64(width) + at]
+            return rows[batch, length, i64(strip.start) + head * i64(head_dim) + at]
 
         return te.compute(shape, value, name="heads")
 

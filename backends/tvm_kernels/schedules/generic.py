@@ -24,71 +24,71 @@ from bitlower.backends.tvm_kernels.tir.weight import centred_code, dequantized, 
 
 def build(spec: LinearSpec, name: str = "") -> Any:
     """The unscheduled PrimFunc of a linear whose weight lies in rows; ``name`` if it is not the spec's."""
-    rows = tirx.Var("rows", "int64")
-    given: Buffers = {}
+    m = tirx.Var("m", "int64")
+    buffers: Buffers = {}
     for argument in arguments(spec):
         if not argument.written:
-            shape = [rows if size is None else i64(size) for size in argument.shape]
-            given[argument.name] = te.placeholder(shape, dtype=argument.dtype, name=argument.name)
-    tensors = given | _stages(spec, given, rows)
+            shape = [m if size is None else i64(size) for size in argument.shape]
+            buffers[argument.name] = te.placeholder(shape, dtype=argument.dtype, name=argument.name)
+    tensors = buffers | _stages(spec, buffers, m)
     func = te.create_prim_func([tensors[argument.name] for argument in arguments(spec)], index_dtype_override="int64")
     for key, value in attributes(spec, name).items():
         func = func.with_attr(key, value)
     return func
 
 
-def _stages(spec: LinearSpec, given: Buffers, rows: Any) -> Buffers:
+def _stages(spec: LinearSpec, buffers: Buffers, m: Any) -> Buffers:
     """The result of a linear, ``codes`` or ``values``."""
-    total = _float_product(spec, given, rows) if spec.activation is None else _integer_product(spec, given, rows)
+    total = _float_product(spec, buffers, m) if spec.x_quant is None else _integer_product(spec, buffers, m)
 
     def epilogue(i: Expr, j: Expr) -> Expr:
-        return finish(spec, given, total(i, j), i, j)
+        return finish(spec, buffers, total(i, j), i, j)
 
-    shape, output = (rows, i64(spec.outputs)), spec.output
+    shape, output = (m, i64(spec.n)), spec.output
     if output is None:
         return {"values": te.compute(shape, epilogue, name="values")}
     if not spec.keep:
 
         def code(i: Expr, j: Expr) -> Expr:
-            return static_codes(output, given, epilogue(i, j), j, spec.outputs)
+            return static_codes(output, buffers, epilogue(i, j), j, spec.n)
 
         return {"codes": te.compute(shape, code, name="codes")}
     y = te.compute(shape, epilogue, name="finished")
     return {
-        "codes": te.compute(shape, lambda i, j: static_codes(output, given, y[i, j], j, spec.outputs), name="codes"),
-        "values": te.compute(shape, lambda i, j: kept_value(spec, given, y[i, j], j), name="values"),
+        "codes": te.compute(shape, lambda i, j: static_codes(output, buffers, y[i, j], j, spec.n), name="codes"),
+        "values": te.compute(shape, lambda i, j: kept_value(spec, buffers, y[i, j], j), name="values"),
     }
 
 
-def _float_product(spec: LinearSpec, given: Buffers, rows: Any) -> Any:
-    shape = (i64(spec.outputs), i64(spec.inputs))
-    wide = te.compute(shape, lambda n, k: dequantized(spec, given, n, k).astype(spec.dtype), name="dequantized")
-    k = te.reduce_axis((0, i64(spec.inputs)), name="k")
+def _float_product(spec: LinearSpec, buffers: Buffers, m: Any) -> Any:
+    shape = (i64(spec.n), i64(spec.k))
+    wide = te.compute(shape, lambda n, k: dequantized(spec, buffers, n, k).astype(spec.dtype), name="dequantized")
+    k = te.reduce_axis((0, i64(spec.k)), name="k")
     product = te.compute(
-        (rows, shape[0]),
+        (m, shape[0]),
         lambda i, j: te.sum(
-            given["x"][i, k].astype(spec.dtype).astype("float32") * wide[j, k].astype("float32"), axis=k
+            buffers["x"][i, k].astype(spec.dtype).astype("float32") * wide[j, k].astype("float32"), axis=k
         ),
         name="product",
     )
     return lambda i, j: product[i, j]
 
 
-def _integer_product(spec: LinearSpec, given: Buffers, rows: Any) -> Any:
+def _integer_product(spec: LinearSpec, buffers: Buffers, m: Any) -> Any:
     """The dequantized sum over all segments as a function of row and output."""
-    partial = _segments(spec, given, rows)
-    token = spec.activation is not None and spec.activation.granularity.dynamic
-    ends = list(accumulate(spec.activation_sizes))
+    partial = _segments(spec, buffers, m)
+    token = spec.x_quant is not None and spec.x_quant.granularity.dynamic
+    ends = list(accumulate(spec.x_group_sizes))
 
     def total(i: Expr, j: Expr) -> Expr:
         y, start, at = None, 0, 0
         for part, end in enumerate(ends):
-            scale, zero = (given[name][i if token else part] for name in ("x_scale", "x_zero"))
-            held = []
+            scale, zero = (buffers[name][i if token else part] for name in ("x_scale", "x_zero"))
+            segments = []
             while start < end:
-                held.append((start, partial[at]))
+                segments.append((start, partial[at]))
                 start, at = start + spec.segment_sizes[at], at + 1
-            term = _activation_group(spec, given, held, part, i, j, zero) * scale
+            term = _activation_group(spec, buffers, segments, part, i, j, zero) * scale
             y = term if y is None else y + term
         return y
 
@@ -96,34 +96,34 @@ def _integer_product(spec: LinearSpec, given: Buffers, rows: Any) -> Any:
 
 
 def _activation_group(
-    spec: LinearSpec, given: Buffers, held: list[tuple[int, Any]], part: int, i: Expr, j: Expr, zero: Expr
+    spec: LinearSpec, buffers: Buffers, segments: list[tuple[int, Any]], part: int, i: Expr, j: Expr, zero: Expr
 ) -> Expr:
     """One activation group's sum but for its scale: that of its segments less the share of the zero point."""
     if not spec.grouped:
-        [(start, sums)] = held
-        exact = sums[i, j] - zero.astype("int32") * given["weight_sum"][part, j]
-        return exact.astype("float32") * scale_of(spec, given["weight_scale"], j, i64(start))
+        [(start, sums)] = segments
+        exact = sums[i, j] - zero.astype("int32") * buffers["weight_sum"][part, j]
+        return exact.astype("float32") * scale_of(spec, buffers["weight_scale"], j, i64(start))
     y = None
-    for start, sums in held:
-        term = sums[i, j].astype("float32") * scale_of(spec, given["weight_scale"], j, i64(start))
+    for start, sums in segments:
+        term = sums[i, j].astype("float32") * scale_of(spec, buffers["weight_scale"], j, i64(start))
         y = term if y is None else y + term
-    return y - zero * given["weight_sum"][part, j]
+    return y - zero * buffers["weight_sum"][part, j]
 
 
-def _segments(spec: LinearSpec, given: Buffers, rows: Any) -> list[Any]:
-    """The integer sum of each segment, int32 [rows, outputs]."""
+def _segments(spec: LinearSpec, buffers: Buffers, m: Any) -> list[Any]:
+    """The integer sum of each segment, int32 [M, N]."""
     starts = [0, *accumulate(spec.segment_sizes)]
     return [
-        _segment(spec, given, rows, f"segment_{at}", *bounds)
+        _segment(spec, buffers, m, f"segment_{at}", *bounds)
         for at, bounds in enumerate(zip(starts, spec.segment_sizes, strict=False))
     ]
 
 
-def _segment(spec: LinearSpec, given: Buffers, rows: Any, name: str, start: int, size: int) -> Any:
+def _segment(spec: LinearSpec, buffers: Buffers, m: Any, name: str, start: int, size: int) -> Any:
     k = te.reduce_axis((0, i64(size)), name="k")
 
     def body(i: Expr, j: Expr) -> Expr:
-        code = given["x"][i, k + i64(start)].astype("int32")
-        return te.sum(code * centred_code(spec, given, j, k + i64(start)), axis=k)
+        code = buffers["x"][i, k + i64(start)].astype("int32")
+        return te.sum(code * centred_code(spec, buffers, j, k + i64(start)), axis=k)
 
-    return te.compute((rows, i64(spec.outputs)), body, name=name)
+    return te.compute((m, i64(spec.n)), body, name=name)

@@ -16,12 +16,12 @@ class Attention:
 
     Args:
         heads: of queries.
-        groups: heads of keys and values; each serves ``heads / groups`` of the queries.
-        width: of queries and keys.
-        value_width: of values.
+        kv_heads: of keys and values; each serves ``heads / kv_heads`` of the queries.
+        head_dim: of queries and keys.
+        value_head_dim: of values.
         factor: what scores are multiplied by.
         causal: mask keys that are later than the query, both counted from the start.
-        joined: the result is ``[batch, queries, heads · width]``.
+        joined: the result is ``[batch, queries, heads · value_head_dim]``.
         query: the dtype of the queries, ``float32``, ``float16`` or that of codes.
         key: the dtype of the keys.
         value: the dtype of the values.
@@ -33,13 +33,13 @@ class Attention:
         scales: how many scales the result has: 1, or one a column.
         result: the dtype of a result that is no codes.
         places: of query, key and value: where one lies in the rows of merged layers, ``(columns of a row, the first of
-            its columns)``, head after head; None: its axes are batch, heads, length and width.
+            its columns)``, head after head; None: its axes are batch, heads, length and head_dim.
     """
 
     heads: int
-    groups: int
-    width: int
-    value_width: int
+    kv_heads: int
+    head_dim: int
+    value_head_dim: int
     factor: float
     causal: bool = False
     joined: bool = False
@@ -63,4 +63,4 @@ class Attention:
     @property
     def name(self) -> str:
         """The function's name; see :func:`~bitlower.backends.tvm_kernels.spec.base.function_name`."""
-        return function_name("attention", f"h{self.heads}kv{self.groups}x{self.width}_{self.query}", self)
+        return function_name("attention", f"h{self.heads}kv{self.kv_heads}x{self.head_dim}_{self.query}", self)

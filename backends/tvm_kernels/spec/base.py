@@ -16,7 +16,7 @@ from bitlower.backends.tvm_kernels.spec.target import GemmConfig, Target
 from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec, nearest
 from bitlower.ir.activations import IN_KERNELS
 
-FUNCTIONS = ("", *IN_KERNELS)
+ACTIVATION_FUNCTIONS = ("", *IN_KERNELS)
 """Activation functions of an epilogue; the empty name is the identity."""
 HALF = "float16"
 FLOATS = ("float32", HALF)
@@ -129,14 +129,16 @@ def static_scales(spec: QuantSpec, columns: int) -> int:
             return columns
 
 
-def check_function(name: str) -> None:
+def check_activation(name: str) -> None:
     """See that kernels have an activation function.
 
     Raises:
         BitlowerError: they have not; the nearest match is named.
     """
-    if name not in FUNCTIONS:
-        raise BitlowerError(f"kernels have no function {name!r}", hint=nearest(name, [f for f in FUNCTIONS if f]))
+    if name not in ACTIVATION_FUNCTIONS:
+        raise BitlowerError(
+            f"kernels have no activation {name!r}", hint=nearest(name, [f for f in ACTIVATION_FUNCTIONS if f])
+        )
 
 
 def check_kind(spec: QuantSpec, known: tuple[str, ...], what: str) -> None:

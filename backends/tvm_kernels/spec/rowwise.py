@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bitlower.backends.tvm_kernels.spec.base import (
     KernelSpec,
-    check_function,
+    check_activation,
     check_keep,
     check_operand,
     check_output,
@@ -60,12 +60,13 @@ class NormSpec(KernelSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationSpec(KernelSpec):
-    """``function(x + bias) · gate + residual``, rounded to codes: one pass over a row.
+    """``activation(x + bias) · gate + residual``, rounded to codes: one pass over a row.
 
     Args:
         columns: length of a row of the result.
         output: quantizer of the result, static or per token; None: float.
-        function: one of :data:`FUNCTIONS`; with the identity this is a quantizer alone.
+        activation: one of :data:`~bitlower.backends.tvm_kernels.spec.base.ACTIVATION_FUNCTIONS`; with the identity this
+            is a quantizer alone.
         x_codes: quantizer of ``x``, which then comes as codes; None: it is float.
         bias: whether one is added to ``x`` first.
         gate: ``""``, ``separate`` (a second argument) or ``halves`` (the second half of rows twice as long).
@@ -77,7 +78,7 @@ class ActivationSpec(KernelSpec):
 
     columns: int
     output: QuantSpec | None = None
-    function: str = ""
+    activation: str = ""
     x_codes: QuantSpec | None = None
     bias: bool = False
     gate: str = ""
@@ -88,7 +89,7 @@ class ActivationSpec(KernelSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_function(self.function)
+        check_activation(self.activation)
         if self.gate not in ("", "separate", "halves"):
             raise BitlowerError(f"unknown gate {self.gate!r}", hint=nearest(self.gate, ("separate", "halves")))
         check_output(self.output)
@@ -100,4 +101,4 @@ class ActivationSpec(KernelSpec):
     @property
     def label(self) -> str:
         """For example ``silu_3072_u8token``."""
-        return "_".join(filter(None, [self.function, str(self.columns), operand_label(self.output, self.dtype)]))
+        return "_".join(filter(None, [self.activation, str(self.columns), operand_label(self.output, self.dtype)]))

@@ -21,13 +21,13 @@ CODE_BYTES = 300_000
 """Bytes of the machine code of a library, beside the weights: about that of encoders and decoders alike."""
 
 
-def linear_bytes(shape: tuple[int, int], weight: QuantSpec, activation: QuantSpec | None = None) -> int:
-    """Those of a linear's weight ``[outputs, inputs]`` with scales, zero points and sums, in the layout for CPUs.
+def linear_bytes(shape: tuple[int, int], weight: QuantSpec, x_quant: QuantSpec | None = None) -> int:
+    """Those of a linear's weight ``[N, K]`` with scales, zero points and sums, in the layout for CPUs.
 
     Where there is no kernel for it, the weight is there in float32.
     """
     try:
-        spec = LinearSpec(inputs=shape[1], outputs=shape[0], weight=weight, activation=activation)
+        spec = LinearSpec(k=shape[1], n=shape[0], weight=weight, x_quant=x_quant)
     except BitlowerError:
         return _FLOAT * prod(shape)
     if all(size % spec.step == 0 for size in spec.segment_sizes):
@@ -56,19 +56,19 @@ class LibrarySizes:
         """Bytes for linears, for look-ups, or for both; what is read otherwise is stored in float32."""
         if len(shape) != 2:
             return _FLOAT * prod(shape)
-        activation = None if self.weights_only else QuantSpec(Grid(8), Granularity.per_tensor())
+        x_quant = None if self.weights_only else QuantSpec(Grid(8), Granularity.per_tensor())
         linear = any(node.target in LINEAR for node in readers)
         table = any(node.target in EMBEDDING for node in readers)
         pair, spec = (shape[0], shape[1]), quantizer.spec
-        return (linear_bytes(pair, spec, activation) if linear else 0) + (table_bytes(pair, spec) if table else 0)
+        return (linear_bytes(pair, spec, x_quant) if linear else 0) + (table_bytes(pair, spec) if table else 0)
 
     def floats(self, tensor: torch.Tensor, readers: Collection[fx.Node] = ()) -> int:
         """Bytes of a tensor; one that is a table and a head is there twice."""
         kinds = {node.target in EMBEDDING for node in readers if node.target in LINEAR | EMBEDDING}
-        width = _FLOAT if tensor.is_floating_point() else tensor.element_size()
+        size = _FLOAT if tensor.is_floating_point() else tensor.element_size()
         if self.halves and kinds and tensor.is_floating_point() and tensor.dim() == 2:
-            width = 2
-        return tensor.numel() * width * max(len(kinds), 1)
+            size = 2
+        return tensor.numel() * size * max(len(kinds), 1)
 
     def overhead(self, program: Program) -> int:
         """Bytes of machine code; an encoder-decoder has two functions."""

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from bitlower.ir import BitlowerError, nearest
 
+WARP = 32
+"""The threads of a GPU that go together."""
 FRAGMENT = 16
 """The side of what matrix instructions multiply, and the threads along a side of a tile of products of bytes."""
 
@@ -48,6 +50,40 @@ class GemmConfig:
             raise BitlowerError(f"blocks of {self.block_k} inputs: 16, 32 and 64 are possible")
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """How an attention is computed, whatever it computes: results differ by the order of float32 sums alone.
+
+    Args:
+        query_tiles: on CPUs, how many queries of a head go together in registers; ascending from 1. With fewer queries
+            than the most of them each is a task, else a head is.
+        key_vectors: on CPUs, vectors of keys whose scores are summed at a time.
+        value_vectors: on CPUs, vectors of values that are summed at a time.
+        warps: on GPUs, of a block.
+        queries: on GPUs, the most of a warp; half of it from heads of more than 128 columns on, a quarter from 256 on.
+        chunk: on GPUs, words of a key, or columns of a value, that are staged at a time.
+        blocks: on GPUs, of a multiprocessor, which registers leave room for; one fewer where heads are wider than
+            ``chunk``.
+    """
+
+    query_tiles: tuple[int, ...] = (1, 4)
+    key_vectors: int = 2
+    value_vectors: int = 4
+    warps: int = 4
+    queries: int = 4
+    chunk: int = 64
+    blocks: int = 4
+
+    def __post_init__(self) -> None:
+        if self.query_tiles[:1] != (1,) or list(self.query_tiles) != sorted(set(self.query_tiles)):
+            raise BitlowerError(f"query tiles {list(self.query_tiles)} must rise from 1")
+        counts = (self.key_vectors, self.value_vectors, self.warps, self.queries)
+        if min(counts) < 1 or self.blocks < 2:
+            raise BitlowerError("an attention takes one vector, warp and query at least, and two blocks")
+        if self.chunk < WARP or self.chunk % WARP:
+            raise BitlowerError(f"a chunk of {self.chunk} is no multiple of the {WARP} lanes of a warp")
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Target:
     """A kind of device.
@@ -65,6 +101,7 @@ class Target:
         options: of TVM's target.
         needs: what must be there to run it, for people.
         gemm: the configuration of linears that has served best.
+        attention: that of attentions.
     """
 
     name: str
@@ -79,6 +116,7 @@ class Target:
     options: tuple[tuple[str, Any], ...] = ()
     needs: str = ""
     gemm: GemmConfig = field(default_factory=GemmConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     LLVM: ClassVar[Target]
     VNNI: ClassVar[Target]

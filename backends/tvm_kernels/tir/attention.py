@@ -45,8 +45,8 @@ class Operands:
         if merged is None:
             return self.buffers[name][(*place, at)]
         batch, head, position = place
-        width = self.what.value_width if name == "value" else self.what.width
-        return self.buffers[name][batch, position, _from(i64(merged[1]) + head * i64(width), at)]
+        head_dim = self.what.value_head_dim if name == "value" else self.what.head_dim
+        return self.buffers[name][batch, position, _from(i64(merged[1]) + head * i64(head_dim), at)]
 
     def real(self, name: str, place: tuple[Expr, ...], at: Expr) -> Any:
         """Query, key or value in float32."""
@@ -87,7 +87,7 @@ class Operands:
     def store(self, value: Any, place: tuple[Expr, ...], at: Expr) -> None:
         """Write the result of a query, as codes if it is codes."""
         what, (batch, head, query) = self.what, place
-        column = _from(head * i64(what.value_width), at) if what.joined else at
+        column = _from(head * i64(what.value_head_dim), at) if what.joined else at
         if what.output is not None:
             value = T.Bind(value)
             scale, zero = (
@@ -104,8 +104,8 @@ class Operands:
 def result_shape(what: Attention, batch: Any, queries: Any) -> list[Any]:
     """The shape of the result."""
     if what.joined:
-        return [batch, queries, i64(what.heads * what.value_width)]
-    return [batch, i64(what.heads), queries, i64(what.value_width)]
+        return [batch, queries, i64(what.heads * what.value_head_dim)]
+    return [batch, i64(what.heads), queries, i64(what.value_head_dim)]
 
 
 def _from(start: Expr, at: Expr) -> Any:
@@ -116,10 +116,10 @@ def _from(start: Expr, at: Expr) -> Any:
 def _shapes(what: Attention, batch: Any, queries: Any, keys: Any) -> tuple[dict[str, list[Any]], dict[str, str]]:
     """Shapes of all buffers in order, and the dtypes of those that are not float32."""
     lengths = {"query": queries, "key": keys, "value": keys}
-    heads = {"query": what.heads, "key": what.groups, "value": what.groups}
-    widths = {"query": what.width, "key": what.width, "value": what.value_width}
+    heads = {"query": what.heads, "key": what.kv_heads, "value": what.kv_heads}
+    dims = {"query": what.head_dim, "key": what.head_dim, "value": what.value_head_dim}
     shapes = {
-        name: [batch, i64(heads[name]), lengths[name], i64(widths[name])]
+        name: [batch, i64(heads[name]), lengths[name], i64(dims[name])]
         if merged is None
         else [batch, lengths[name], i64(merged[0])]
         for name, merged in zip(OPERANDS, what.places, strict=True)

@@ -17,40 +17,40 @@ def write(spec: LinearSpec, buffers: Buffers, row: Expr, at: Expr, y: Expr) -> N
     if spec.output is None:
         T.buffer_store(buffers["values"], y, [row, at])
         return
-    T.buffer_store(buffers["codes"], static_codes(spec.output, buffers, y, at, spec.outputs), [row, at])
+    T.buffer_store(buffers["codes"], static_codes(spec.output, buffers, y, at, spec.n), [row, at])
     if spec.keep:
         T.buffer_store(buffers["values"], kept_value(spec, buffers, y, at), [row, at])
 
 
-def finish(spec: LinearSpec, given: Buffers, y: Expr, i: Expr, j: Expr) -> Expr:
+def finish(spec: LinearSpec, buffers: Buffers, y: Expr, i: Expr, j: Expr) -> Expr:
     """Bias, function, rounding and residual of a float32 sum at row ``i``, output ``j`` (which may be a vector)."""
     if spec.bias:
-        y = y + given["bias"][j].astype(with_lanes("float32", y))
-    y = apply(spec.function, y)
+        y = y + buffers["bias"][j].astype(with_lanes("float32", y))
+    y = apply(spec.activation, y)
     if spec.rounded is not None:
-        y = rounded(spec.rounded, given, "rounded", y, j, spec.outputs)
+        y = rounded(spec.rounded, buffers, "rounded", y, j, spec.n)
     if spec.residual:
-        y = y + operand(spec.residual_codes, given, "residual", (i, j), spec.outputs)
+        y = y + operand(spec.residual_codes, buffers, "residual", (i, j), spec.n)
     return y if spec.output is not None else y.astype(with_lanes(spec.dtype_of("values"), y))
 
 
-def kept_value(spec: LinearSpec | NormSpec | ActivationSpec, given: Buffers, y: Expr, j: Expr) -> Expr:
+def kept_value(spec: LinearSpec | NormSpec | ActivationSpec, buffers: Buffers, y: Expr, j: Expr) -> Expr:
     """What a static kernel with codes returns as its float result."""
     if spec.keep == "rounded" and spec.output is not None:
-        columns = spec.outputs if isinstance(spec, LinearSpec) else spec.columns
-        y = rounded(spec.output, given, "out", y, j, columns)
+        columns = spec.n if isinstance(spec, LinearSpec) else spec.columns
+        y = rounded(spec.output, buffers, "out", y, j, columns)
     return y.astype(with_lanes(spec.dtype_of("values"), y))
 
 
-def rounded(quantizer: QuantSpec, given: Buffers, stem: str, y: Expr, column: Expr, columns: int) -> Expr:
+def rounded(quantizer: QuantSpec, buffers: Buffers, stem: str, y: Expr, column: Expr, columns: int) -> Expr:
     """The value of the code of ``y`` in a static quantizer."""
     at = scale_index(quantizer, column, columns)
-    scale, zero = given[f"{stem}_scale"][at], given[f"{stem}_zero"][at]
+    scale, zero = buffers[f"{stem}_scale"][at], buffers[f"{stem}_zero"][at]
     return decoded(codes(y, scale, zero, quantizer.grid), scale, zero)
 
 
-def static_codes(output: QuantSpec, given: Buffers, y: Expr, column: Expr, columns: int) -> Expr:
+def static_codes(output: QuantSpec, buffers: Buffers, y: Expr, column: Expr, columns: int) -> Expr:
     """Codes of a static quantizer, in their dtype."""
     at = scale_index(output, column, columns)
     dtype = with_lanes("int8" if output.grid.signed else "uint8", y)
-    return codes(y, given["out_scale"][at], given["out_zero"][at], output.grid).astype(dtype)
+    return codes(y, buffers["out_scale"][at], buffers["out_zero"][at], output.grid).astype(dtype)

@@ -58,15 +58,15 @@ def decoded(code: Expr, scale: Expr, zero: Expr) -> Expr:
 
 
 def operand(
-    quantizer: QuantSpec | None, given: Mapping[str, Any], name: str, at: tuple[Expr, Expr], columns: int
+    quantizer: QuantSpec | None, buffers: Mapping[str, Any], name: str, at: tuple[Expr, Expr], columns: int
 ) -> Expr:
     """The float32 value at a row and column (or a vector of columns) of an operand that may be codes."""
-    stored = given[name][at]
+    stored = buffers[name][at]
     if quantizer is None:
         return stored.astype(with_lanes("float32", stored))
     row, column = at
     place = row if quantizer.granularity.dynamic else scale_index(quantizer, column, columns)
-    return decoded(stored, given[f"{name}_scale"][place], given[f"{name}_zero"][place])
+    return decoded(stored, buffers[f"{name}_scale"][place], buffers[f"{name}_zero"][place])
 
 
 def scale_index(quantizer: QuantSpec, column: Expr, columns: int) -> Expr:
@@ -77,9 +77,9 @@ def scale_index(quantizer: QuantSpec, column: Expr, columns: int) -> Expr:
     return column if block == 1 else column // const(block, column)
 
 
-def apply(function: str, x: Expr) -> Expr:
-    """An activation function of :data:`~bitlower.backends.tvm_kernels.spec.base.FUNCTIONS`."""
-    match function:
+def apply(activation: str, x: Expr) -> Expr:
+    """An activation function of :data:`~bitlower.backends.tvm_kernels.spec.base.ACTIVATION_FUNCTIONS`."""
+    match activation:
         case "relu":
             return tirx.max(x, const(0.0, x))
         case "gelu":
@@ -95,7 +95,7 @@ def apply(function: str, x: Expr) -> Expr:
             return const(1.0, x) / (const(1.0, x) + exp(const(0.0, x) - x))
         case "":
             return x
-    raise ValueError(f"{function} has no expression here: see docs/operators.md")
+    raise ValueError(f"{activation} has no expression here: see docs/operators.md")
 
 
 def erf(x: Expr) -> Expr:

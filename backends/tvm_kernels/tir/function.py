@@ -20,17 +20,23 @@ Buffers = dict[str, Any]
 
 
 def function(spec: KernelSpec, body: Callable[[Buffers, Any], None], name: str = "") -> Any:
-    """The PrimFunc of ``spec`` whose body is what ``body(buffers, rows)`` emits; ``name`` if it is not the spec's."""
-    rows = tirx.Var("rows", "int64")
+    """The PrimFunc of ``spec`` whose body is what ``body(buffers, m)`` emits.
+
+    Args:
+        spec: of the kernel.
+        body: gets the buffers by name and M, the number of rows, which is known at run time.
+        name: of the function; empty: the spec's.
+    """
+    m = tirx.Var("m", "int64")
     with IRBuilder() as builder, T.prim_func():
         T.func_name(name or spec.name)
         T.func_attr(attributes(spec, name))
         handles = {argument.name: T.arg(argument.name, T.handle()) for argument in arguments(spec)}
         buffers = {}
         for argument in arguments(spec):
-            shape = [rows if size is None else i64(size) for size in argument.shape]
+            shape = [m if size is None else i64(size) for size in argument.shape]
             buffers[argument.name] = T.match_buffer(handles[argument.name], shape, argument.dtype)
-        body(buffers, rows)
+        body(buffers, m)
     return builder.get()
 
 

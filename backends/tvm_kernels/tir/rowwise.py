@@ -67,7 +67,7 @@ def activation_row(spec: ActivationSpec, buffers: Buffers, row: Expr, lanes: Lan
 
 def norm_row(spec: NormSpec, buffers: Buffers, row: Expr, lanes: Lanes) -> None:
     """Emit one row of a norm: sum and mean, squares, result, and codes once their range is known."""
-    held = lanes.scratch(spec.columns)
+    scratch = lanes.scratch(spec.columns)
     size = tirx.const(float(spec.columns), "float32")
     added = lanes.reduction(lambda a, b: a + b, 0.0)
 
@@ -78,7 +78,7 @@ def norm_row(spec: NormSpec, buffers: Buffers, row: Expr, lanes: Lanes) -> None:
         x = T.Bind(x)
         if spec.keep_sum:
             T.buffer_store(buffers["sum"], x.astype(with_lanes(spec.dtype_of("sum"), x)), [row, at])
-        T.buffer_store(held, x, [lanes.place(at)])
+        T.buffer_store(scratch, x, [lanes.place(at)])
         added.add(x)
 
     lanes.over(spec.columns, gather)
@@ -86,16 +86,16 @@ def norm_row(spec: NormSpec, buffers: Buffers, row: Expr, lanes: Lanes) -> None:
     squares = lanes.reduction(lambda a, b: a + b, 0.0)
 
     def square(at: Expr) -> None:
-        x = held[lanes.place(at)]
+        x = scratch[lanes.place(at)]
         x = T.Bind(x - _like(mean, x))
         squares.add(x * x)
 
     lanes.over(spec.columns, square)
     root = T.Bind(tirx.sqrt(squares.result() / size + tirx.const(spec.epsilon, "float32")))
-    write = _Result(spec, buffers, row, lanes, held)
+    write = _Result(spec, buffers, row, lanes, scratch)
 
     def normal(at: Expr) -> None:
-        x = held[lanes.place(at)]
+        x = scratch[lanes.place(at)]
         y = (x - _like(mean, x)) / _like(root, x) * _wide(buffers["weight"][at])
         write.value(at, T.Bind(y + _wide(buffers["bias"][at]) if spec.bias else y))
 
@@ -104,11 +104,13 @@ def norm_row(spec: NormSpec, buffers: Buffers, row: Expr, lanes: Lanes) -> None:
 
 
 class _Result:
-    """Where the float32 values of a row go: out at once, or to ``held`` until a dynamic quantizer knows its range."""
+    """Where the float32 values of a row go: out at once, or to ``scratch`` until a dynamic range is known."""
 
-    def __init__(self, spec: NormSpec | ActivationSpec, buffers: Buffers, row: Expr, lanes: Lanes, held: Any) -> None:
+    def __init__(
+        self, spec: NormSpec | ActivationSpec, buffers: Buffers, row: Expr, lanes: Lanes, scratch: Any
+    ) -> None:
         self.spec, self.output, self.buffers, self.row = spec, spec.output, buffers, row
-        self.lanes, self.held = lanes, held
+        self.lanes, self.scratch = lanes, scratch
         self.dynamic = self.output is not None and self.output.granularity.dynamic
         if self.dynamic:
             self.low, self.high = lanes.reduction(tirx.min, _LARGEST), lanes.reduction(tirx.max, -_LARGEST)
@@ -116,7 +118,7 @@ class _Result:
     def value(self, at: Expr, y: Expr) -> None:
         """Take the value, or vector, at ``at``."""
         if self.dynamic:
-            T.buffer_store(self.held, y, [self.lanes.place(at)])
+            T.buffer_store(self.scratch, y, [self.lanes.place(at)])
             self.low.add(y)
             self.high.add(y)
         elif self.output is None:
@@ -144,13 +146,13 @@ class _Result:
         dtype = "int8" if grid.signed else "uint8"
 
         def one(at: Expr) -> None:
-            y = self.held[self.lanes.place(at)]
+            y = self.scratch[self.lanes.place(at)]
             code = T.Bind(codes(y, _like(scale, y), _like(zero, y), grid))
             T.buffer_store(buffers["codes"], code.astype(with_lanes(dtype, y)), [self.row, at])
             if self.spec.keep:
-                kept = decoded(code, _like(scale, y), _like(zero, y)) if self.spec.keep == "rounded" else y
+                value = decoded(code, _like(scale, y), _like(zero, y)) if self.spec.keep == "rounded" else y
                 T.buffer_store(
-                    buffers["values"], kept.astype(with_lanes(self.spec.dtype_of("values"), y)), [self.row, at]
+                    buffers["values"], value.astype(with_lanes(self.spec.dtype_of("values"), y)), [self.row, at]
                 )
 
         self.lanes.over(self.spec.columns, one)
@@ -163,7 +165,7 @@ def _activated(spec: ActivationSpec, buffers: Buffers, row: Expr, at: Expr) -> A
         x = operand(spec.x_codes, buffers, "x", (row, index), width)
         return x + _wide(buffers["bias"][index]) if spec.bias else x
 
-    y = apply(spec.function, T.Bind(read(at)))
+    y = apply(spec.activation, T.Bind(read(at)))
     if spec.gate == "separate":
         y = y * operand(spec.gate_codes, buffers, "gate", (row, at), spec.columns)
     elif spec.gate == "halves":

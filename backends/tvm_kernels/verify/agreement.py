@@ -94,10 +94,10 @@ class Agreement:
 
     def add_codes(self, ours: Sequence[Rounding], theirs: torch.Tensor) -> None:
         """Codes; ``ours`` as in :meth:`add_value`, with the scales of the codes."""
-        given, main = theirs.int(), ours[0]
-        away = torch.stack([rounding.distances(given) for rounding in ours]).amin(0)
-        self.codes += given.numel()
-        self.equal += int((main.codes() == given).sum())
+        codes, main = theirs.int(), ours[0]
+        away = torch.stack([rounding.distances(codes) for rounding in ours]).amin(0)
+        self.codes += codes.numel()
+        self.equal += int((main.codes() == codes).sum())
         self.excess = max(self.excess, float(away.max()) if away.numel() else 0.0)
         self.tie = self.limits.tie * (main.quant_max - main.quant_min)
         self.turned += int((away > self.tie).sum())

@@ -12,10 +12,12 @@ def compared_calls(code: Code) -> dict[str, dict[str, int]]:
     Raises:
         CheckError: the numbers differ.
     """
-    expected, found = (dict(sorted(counts.items())) for counts in (code.operators.calls, code.kernel_calls()))
-    if expected != found:
-        raise CheckError(f"the library calls the kernels {_listed(found)}, where its program needs {_listed(expected)}")
-    return {"expected": expected, "found": found}
+    expected, counted = (dict(sorted(counts.items())) for counts in (code.operators.calls, code.kernel_calls()))
+    if expected != counted:
+        raise CheckError(
+            f"the library calls the kernels {_listed(counted)}, where its program needs {_listed(expected)}"
+        )
+    return {"expected": expected, "found": counted}
 
 
 def _listed(counts: dict[str, int]) -> str:

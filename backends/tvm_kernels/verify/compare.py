@@ -82,13 +82,13 @@ def verify_export(
         BitlowerError: there is no batch.
         CheckError: the library does not load, or computes something else: the kernel and the figures are named.
     """
-    given = list(itertools.islice(batches, limit))
-    if not given:
+    samples = list(itertools.islice(batches, limit))
+    if not samples:
         raise BitlowerError("an export cannot be verified without a batch of inputs", hint="give at least one")
     library, parts = load_library(folder), parts_of(program)
     calls = compared_calls(library.code)
     runs = {WHOLE: library} if isinstance(library, Library) else {ENCODER: library.encode, DECODER: library.decode}
-    by_stage, comparisons = part_batches(parts, given), list[Comparison]()
+    by_stage, comparisons = part_batches(parts, samples), list[Comparison]()
     for stage, part in parts.items():
         traced = compile_program(trace(part), target, activations=activations)
         comparisons.append(Comparison(part, runs[stage], traced, activations))
@@ -96,7 +96,7 @@ def verify_export(
     if WHOLE in parts:
         tests = comparisons[0].selftests()
     else:
-        tests = compare_together(program, lambda batch: _arrays(_called(library, batch)), given[0], OUTPUT_COSINE)
+        tests = compare_together(program, lambda batch: _arrays(_called(library, batch)), samples[0], OUTPUT_COSINE)
     return _result(_runtime(target, activations), comparisons, calls, *tests)
 
 
@@ -241,10 +241,10 @@ class Comparison:
         return {name: value.to(dtypes.get(name, value.dtype)).to(value.dtype) for name, value in complete.items()}
 
     def _compare_kernels(self, batch: Batch) -> None:
-        found, shown = _called(self._traced, batch), visible(self._program, batch)
-        outputs = {spec.name: found[spec.name] for spec in self._program.outputs}
-        given = self._kernels.run(self._program.arguments(batch), found)
-        self._outputs.add_given_codes(given, _arrays(outputs), shown)
+        results, shown = _called(self._traced, batch), visible(self._program, batch)
+        outputs = {spec.name: results[spec.name] for spec in self._program.outputs}
+        own = self._kernels.run(self._program.arguments(batch), results)
+        self._outputs.add_given_codes(own, _arrays(outputs), shown)
         self._exposing.add(outputs, _arrays(_called(self._library, batch)), shown)
         self._ties.add(run(self._program, batch), _arrays(outputs), shown)
 

@@ -41,9 +41,9 @@ class KernelError:
     scale: float
 
     @classmethod
-    def of(cls, kind: str, found: Iterable[Agreement]) -> KernelError:
+    def of(cls, kind: str, agreements: Iterable[Agreement]) -> KernelError:
         """The figures of kernels of one kind, each at its worst."""
-        rows = list(found)
+        rows = list(agreements)
         codes = sum(row.codes for row in rows)
         return cls(
             kind=kind,
@@ -60,8 +60,8 @@ class KernelError:
 
 def calls_headline(calls: Mapping[str, Mapping[str, int]]) -> dict[str, list[int]]:
     """How many kernels one run calls, of all families: ``[found, expected]``; nothing where none is expected."""
-    found, expected = (sum(calls[side].values()) for side in ("found", "expected"))
-    return {"kernel_calls": [found, expected]} if expected else {}
+    counted, expected = (sum(calls[side].values()) for side in ("found", "expected"))
+    return {"kernel_calls": [counted, expected]} if expected else {}
 
 
 def runtime_words(runtime: Mapping[str, str]) -> str:

@@ -46,10 +46,10 @@ def _shown(node: fx.Node) -> bool:
     Floats that are made by expressions are not: reading them could keep TVM from making one function of them and what
     follows, whose rounding errors are others. What follows is compared.
     """
-    taken = kernels.output_of(node)
-    if taken is None:
+    origin = kernels.output_of(node)
+    if origin is None:
         return node.target is ops.quantize or _is_qparam(node)
-    kernel, output = taken
+    kernel, output = origin
     expression = kernel.target in _EXPRESSIONS and not kernels.arguments(kernel).get("rounded_scales")
     return not (expression and output.name == "value")
 
@@ -116,8 +116,8 @@ class _Runner(fx.Interpreter):
             return self._kernel(n)
         value = super().run_node(n)
         if n.target is ops.quantize:
-            given: Any = self.map_nodes_to_values(n.args, n)
-            *rounding, _ = given
+            operands: Any = self.map_nodes_to_values(n.args, n)
+            *rounding, _ = operands
             self._agreement(n).add_codes([Rounding(*rounding)], self._theirs[_name(n)])
         elif _is_qparam(n):
             self._agreement(n).add_qparam(QPARAMS[argument(n, "index")], value, self._theirs[_name(n)])
@@ -142,14 +142,14 @@ class _Runner(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         call = _Call(node, kernels.bind(node, args, kwargs))
         read = kernels.read_outputs(node)
-        theirs = {key: self._theirs[_name(taken)] for key, taken in read.items() if _shown(taken)}
+        theirs = {key: self._theirs[_name(getitem)] for key, getitem in read.items() if _shown(getitem)}
         agreement, results = self._agreement(node, call.rounds_unseen), list[torch.Tensor]()
         for part, (ours, values) in enumerate(zip(call.results(), call.values(agreement.limits.tie), strict=True)):
-            given = {name: theirs[part, name] for name in call.names if (part, name) in theirs}
-            call.compare(part, ours, [ours["value"], *values], given, agreement)
+            compared = {name: theirs[part, name] for name in call.names if (part, name) in theirs}
+            call.compare(part, ours, [ours["value"], *values], compared, agreement)
             for name in call.names:
-                rounds = name not in given and read.get((part, name)) in self._halves
-                results.append(given.get(name, _rounded(ours[name]) if rounds else ours[name]).to(ours[name].dtype))
+                rounds = name not in compared and read.get((part, name)) in self._halves
+                results.append(compared.get(name, _rounded(ours[name]) if rounds else ours[name]).to(ours[name].dtype))
         return results
 
 
@@ -175,74 +175,80 @@ class _Call:
         given: its arguments by name.
     """
 
-    def __init__(self, node: fx.Node, given: dict[str, Any]) -> None:
+    def __init__(self, node: fx.Node, arguments: dict[str, Any]) -> None:
         self._operator: Any = node.target
-        self._given = given
-        self.names = str(given.get("outputs", "value")).split()
+        self._arguments = arguments
+        self.names = str(arguments.get("outputs", "value")).split()
 
     @property
     def rounds_unseen(self) -> bool:
         """Whether it rounds inside where :meth:`values` does not say what ties make of it."""
-        return any(self._given.get(f"{name}_grid") for name in ("scores", "probs")) or bool(
-            self._given.get("rounded_scales")
+        return any(self._arguments.get(f"{name}_grid") for name in ("scores", "probs")) or bool(
+            self._arguments.get("rounded_scales")
         )
 
     def results(self) -> list[dict[str, torch.Tensor]]:
         """What the Program's kernel returns, layer by layer where several are merged, and the value before rounding."""
         names = list(dict.fromkeys([*self.names, "value"]))
-        found = self._operator(**self._given | {"outputs": " ".join(names)})
-        return [dict(zip(names, found[at:], strict=False)) for at in range(0, len(found), len(names))]
+        tensors = self._operator(**self._arguments | {"outputs": " ".join(names)})
+        return [dict(zip(names, tensors[at:], strict=False)) for at in range(0, len(tensors), len(names))]
 
     def values(self, tie: float) -> list[list[torch.Tensor]]:
         """What else the value of each layer may be, if products that are so near to ties are rounded the other way."""
-        given = self._given
-        if not given.get("rounded_grid") or given.get("rounded_scales") is not None:
-            return [[] for _ in given.get("rows") or [0]]
-        product = {name: value for name, value in given.items() if not name.startswith(("rounded", "residual", "out"))}
-        grid, scale, zero = Grid.parse(given["rounded_grid"]), given["rounded_scale"], given["rounded_zero_point"]
-        limits, rest = (grid.quant_min, grid.quant_max), given.get("residual")
-        if rest is not None and given.get("residual_scale") is not None:
-            rest = numerics.values(rest, given["residual_scale"], given["residual_zero_point"])
-        found = []
+        arguments = self._arguments
+        if not arguments.get("rounded_grid") or arguments.get("rounded_scales") is not None:
+            return [[] for _ in arguments.get("merged_n") or [0]]
+        product = {
+            name: value for name, value in arguments.items() if not name.startswith(("rounded", "residual", "out"))
+        }
+        grid, scale, zero = (
+            Grid.parse(arguments["rounded_grid"]),
+            arguments["rounded_scale"],
+            arguments["rounded_zero_point"],
+        )
+        limits, rest = (grid.quant_min, grid.quant_max), arguments.get("residual")
+        if rest is not None and arguments.get("residual_scale") is not None:
+            rest = numerics.values(rest, arguments["residual_scale"], arguments["residual_zero_point"])
+        others = []
         for value in self._operator(**product):
             steps = [sign * tie * (limits[1] - limits[0]) * scale for sign in (-1, 1)]
             rounded = [numerics.fake(value + step, scale, zero, *limits) for step in steps]
-            found.append([part if rest is None else part + rest for part in rounded])
-        return found
+            others.append([part if rest is None else part + rest for part in rounded])
+        return others
 
     def compare(
         self, part: int, ours: Tensors, values: list[torch.Tensor], theirs: Tensors, agreement: Agreement
     ) -> None:
         """Compare the results of a layer; ``values`` are what it may be before it is rounded."""
         roundings = list[Rounding]()
-        if self._given.get("out_grid"):
-            grid = Grid.parse(self._given["out_grid"])
+        if self._arguments.get("out_grid"):
+            grid = Grid.parse(self._arguments["out_grid"])
             scale, zero = (self._scale(kind, part, theirs.get(kind, ours.get(kind))) for kind in QPARAMS)
             roundings = [Rounding(value, scale, zero, grid.quant_min, grid.quant_max) for value in values]
-        for name, found in theirs.items():
+        for name, tensor in theirs.items():
             match name:
                 case "value":
-                    agreement.add_value(values, found)
+                    agreement.add_value(values, tensor)
                 case "sum":
-                    agreement.add_value([ours[name]], found)
+                    agreement.add_value([ours[name]], tensor)
                 case "codes":
-                    agreement.add_codes(roundings, found)
+                    agreement.add_codes(roundings, tensor)
                 case "rounded":
                     main = roundings[0]
-                    codes = numerics.codes(found, main.scale, main.zero_point, main.quant_min, main.quant_max)
+                    codes = numerics.codes(tensor, main.scale, main.zero_point, main.quant_min, main.quant_max)
                     agreement.add_codes(roundings, codes)
-                    agreement.add_value([numerics.values(codes, main.scale, main.zero_point)], found)
+                    agreement.add_value([numerics.values(codes, main.scale, main.zero_point)], tensor)
                 case _:
-                    agreement.add_qparam(name, ours[name], found)
+                    agreement.add_qparam(name, ours[name], tensor)
 
     def _scale(self, kind: str, part: int, computed: torch.Tensor | None) -> torch.Tensor:
         """The stored scale or zero point of what a layer returns, or the computed one."""
-        stored: torch.Tensor | None = self._given.get(f"out_{kind}")
-        rows = self._given.get("rows")
+        stored: torch.Tensor | None = self._arguments.get(f"out_{kind}")
+        merged_n = self._arguments.get("merged_n")
         if stored is None:
             assert computed is not None
             return computed
-        if not rows or stored.dim() == 0:
+        if not merged_n or stored.dim() == 0:
             return stored
-        start = sum(rows[:part])
-        return stored[..., start : start + rows[part]]
+        start = sum(merged_n[:part])
+        return stored[..., start : start + merged_n[part]]

@@ -89,30 +89,30 @@ def _codes(random: np.random.Generator, grid: Any, shape: tuple[int, ...]) -> Ar
 
 def weight_of(spec: LinearSpec, random: np.random.Generator) -> Operand:
     """Random codes with a scale (and zero point) for each output and group."""
-    shape = (spec.outputs, spec.inputs // spec.group)
+    shape = (spec.n, spec.k // spec.group_size)
     scale = random.uniform(0.01, 0.02, shape).astype(np.float32)
     grid = spec.weight.grid
     zero = np.full(shape, spec.centre, np.float32)
     if not grid.symmetric:
         zero = random.integers(grid.quant_min, grid.quant_max + 1, shape).astype(np.float32)
-    return Operand(_codes(random, grid, (spec.outputs, spec.inputs)), scale, zero)
+    return Operand(_codes(random, grid, (spec.n, spec.k)), scale, zero)
 
 
 def _activation_of(spec: LinearSpec, rows: int, random: np.random.Generator) -> tuple[Any, dict[str, Array]]:
-    if spec.activation is None:
-        x = random.standard_normal((rows, spec.inputs)).astype(spec.dtype_of("x"))
+    if spec.x_quant is None:
+        x = random.standard_normal((rows, spec.k)).astype(spec.dtype_of("x"))
         return x, {"x": x}
-    count = rows if spec.activation.granularity.dynamic else len(spec.activation_sizes)
+    count = rows if spec.x_quant.granularity.dynamic else len(spec.x_group_sizes)
     scale = random.uniform(0.01, 0.05, count).astype(np.float32)
-    grid = spec.activation.grid
+    grid = spec.x_quant.grid
     zero = np.zeros(count, np.float32)
     if not grid.symmetric:
         zero = random.integers(grid.quant_min + 30, grid.quant_max - 30, count).astype(np.float32)
-    codes = _codes(random, grid, (rows, spec.inputs))
+    codes = _codes(random, grid, (rows, spec.k))
     given = {"x": codes, "x_scale": scale, "x_zero": zero}
-    if spec.activation.granularity.dynamic:
+    if spec.x_quant.granularity.dynamic:
         return Operand(codes, scale[:, None], zero[:, None]), given
-    spread = [np.repeat(part, spec.activation_sizes)[None] for part in (scale, zero)]
+    spread = [np.repeat(part, spec.x_group_sizes)[None] for part in (scale, zero)]
     return Operand(codes, *spread), given
 
 
@@ -121,14 +121,14 @@ def linear_case(spec: LinearSpec, rows: int, seed: int = 0) -> Case:
     random = np.random.default_rng(seed)
     x, given = _activation_of(spec, rows, random)
     if spec.weight is None:
-        weight: Any = random.standard_normal((spec.outputs, spec.inputs)).astype(spec.dtype)
+        weight: Any = random.standard_normal((spec.n, spec.k)).astype(spec.dtype)
         given |= pack_float(spec, weight)
     else:
         weight = weight_of(spec, random)
         given |= pack_linear(spec, weight.codes, weight.scale, weight.zero_point)
     extra: dict[str, Array] = {}
     if spec.bias:
-        extra["bias"] = random.standard_normal(spec.outputs).astype(spec.dtype_of("bias"))
+        extra["bias"] = random.standard_normal(spec.n).astype(spec.dtype_of("bias"))
         given["bias"] = pack_vector(spec, extra["bias"])
     product = replace(spec, residual=False, residual_codes=None)
     wanted = reference.linear(product, x, weight, **extra)
@@ -139,7 +139,7 @@ def linear_case(spec: LinearSpec, rows: int, seed: int = 0) -> Case:
         given |= rounding
     if spec.residual:
         dtype = spec.dtype_of("residual")
-        residual, held = operand("residual", spec.residual_codes, dtype, (rows, spec.outputs), random)
+        residual, held = operand("residual", spec.residual_codes, dtype, (rows, spec.n), random)
         given |= held
         wanted = wanted + (residual.values() if isinstance(residual, Operand) else residual)
     return Case(spec, given | ranges(spec, wanted), wanted, size)

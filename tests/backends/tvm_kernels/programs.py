@@ -19,6 +19,7 @@ SIZES = {"vocab_size": 96, "num_attention_heads": 4, "hidden_size": 32}
 MODELS = {
     "bert": ("Bert", SIZES | {"intermediate_size": 64}),
     "llama": ("Llama", SIZES | {"num_key_value_heads": 2, "intermediate_size": 64, "tie_word_embeddings": True}),
+    "wide": ("Bert", SIZES | {"hidden_size": 64, "intermediate_size": 72}),
     "gemma": ("Gemma", SIZES | {"num_key_value_heads": 1, "intermediate_size": 64, "head_dim": 8}),
     "gpt2": ("GPT2", {"vocab_size": 96, "n_head": 4, "n_embd": 32}),
     "neox": ("GPTNeoX", SIZES | {"intermediate_size": 64}),
@@ -43,13 +44,13 @@ def fused(name: str, scheme: str, more: str = "", last: str = ",fuse", layers: i
     torch.manual_seed(0)
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     config = getattr(transformers, f"{kind}Config")(**sizes, max_position_embeddings=64, **ids)
-    make = transformers.AutoModel if name == "bert" else transformers.AutoModelForCausalLM
+    make = transformers.AutoModel if kind == "Bert" else transformers.AutoModelForCausalLM
     model = make.from_config(config).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if any(part in key for part in ("norm", "bias", "ln_", "LayerNorm")):
                 parameter += 0.1 * torch.randn(parameter.shape)
-    program = load(model) if name == "bert" else load(model, task="text-generation")
+    program = load(model) if kind == "Bert" else load(model, task="text-generation")
     passes = parse_pipeline(f"clean,quantize{{scheme={scheme}}},calibrate{{weights=minmax}},{more}lower-integer{last}")
     data = [tokens(program, 3, 9, seed) for seed in (1, 2)]
     return PassManager(passes).run(program, Context(calibration=data))

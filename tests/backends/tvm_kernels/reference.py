@@ -52,7 +52,7 @@ def linear(
     y: Array = _real(x) @ _real(weight).T
     if bias is not None:
         y = y + bias
-    y = apply(spec.function, y)
+    y = apply(spec.activation, y)
     return y if residual is None else y + _real(residual)
 
 
@@ -76,9 +76,9 @@ def activation(
     """``function(x + bias) · gate + residual``, float64 [rows, columns]."""
     y = _real(x) + (0 if bias is None else bias)
     if spec.gate == "halves":
-        y = apply(spec.function, y[:, : spec.columns]) * y[:, spec.columns :]
+        y = apply(spec.activation, y[:, : spec.columns]) * y[:, spec.columns :]
     else:
-        y = apply(spec.function, y) * (1 if gate is None else _real(gate))
+        y = apply(spec.activation, y) * (1 if gate is None else _real(gate))
     return y if residual is None else y + _real(residual)
 
 
@@ -93,7 +93,7 @@ def _real(x: Value) -> Array:
 
 
 def apply(function: str, y: Array) -> Array:
-    """An activation function of :data:`~bitlower.backends.tvm_kernels.spec.base.FUNCTIONS`."""
+    """An activation function of :data:`~bitlower.backends.tvm_kernels.spec.base.ACTIVATION_FUNCTIONS`."""
     match function:
         case "relu":
             return np.maximum(y, 0)

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
 from bitlower.backends.tvm_kernels import ActivationSpec, LinearSpec, NormSpec, compile_kernel
-from bitlower.backends.tvm_kernels.spec.base import FUNCTIONS
+from bitlower.backends.tvm_kernels.spec.base import ACTIVATION_FUNCTIONS
 from bitlower.ir import Granularity, Grid, QuantSpec, ScaleConvention
 
 UINT8, INT8 = Grid(8, signed=False, symmetric=False), Grid(8)
@@ -27,13 +27,13 @@ WEIGHTS = {
     "w3-asym": QuantSpec(Grid(3, symmetric=False), Granularity.per_group(32)),
     "w2": QuantSpec(Grid(2, restricted=True), Granularity.per_group(48)),
 }
-SPEC = LinearSpec(inputs=96, outputs=20, weight=WEIGHTS["w8"], bias=True)
+SPEC = LinearSpec(k=96, n=20, weight=WEIGHTS["w8"], bias=True)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_linears(make_linear, weight, activation):
-    spec = replace(SPEC, weight=WEIGHTS[weight], activation=ACTIVATIONS[activation])
+    spec = replace(SPEC, weight=WEIGHTS[weight], x_quant=ACTIVATIONS[activation])
     case = make_linear(spec, 5)
     case.check(compile_kernel(spec)(case.given))
 
@@ -46,10 +46,10 @@ def test_rows_are_known_at_run_time(make_linear, rows):
 
 def test_unequal_embedding_groups_and_groups_that_divide_nothing(make_linear):
     parts = QuantSpec(UINT8, Granularity.per_embedding_parts(3))
-    spec = replace(SPEC, activation=parts, splits=(7, 9, 80))
+    spec = replace(SPEC, x_quant=parts, splits=(7, 9, 80))
     case = make_linear(spec, 4)
     case.check(compile_kernel(spec)(case.given))
-    spec = replace(SPEC, inputs=80, weight=QuantSpec(Grid(4), Granularity.per_group(32)))
+    spec = replace(SPEC, k=80, weight=QuantSpec(Grid(4), Granularity.per_group(32)))
     case = make_linear(spec, 4)
     case.check(compile_kernel(spec)(case.given))
 
@@ -60,9 +60,9 @@ def test_eight_bit_weights_with_zero_points_of_their_own(make_linear):
     case.check(compile_kernel(spec)(case.given))
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_epilogues(make_linear, function):
-    spec = replace(SPEC, activation=ACTIVATIONS["static"], function=function, residual=True)
+@pytest.mark.parametrize("activation", ACTIVATION_FUNCTIONS)
+def test_epilogues(make_linear, activation):
+    spec = replace(SPEC, x_quant=ACTIVATIONS["static"], activation=activation, residual=True)
     case = make_linear(spec, 4)
     case.check(compile_kernel(spec)(case.given))
     for output in (ACTIVATIONS["static"], QuantSpec(INT8, Granularity.per_embedding_group(4))):
@@ -97,7 +97,7 @@ def test_operands_that_are_codes(make_linear, make_rows, codes):
         output=ACTIVATIONS["token"], keep="rounded",
     )  # fmt: skip
     activation = ActivationSpec(
-        columns=48, function="silu", x_codes=codes, gate="separate", gate_codes=codes, residual=True,
+        columns=48, activation="silu", x_codes=codes, gate="separate", gate_codes=codes, residual=True,
         residual_codes=codes, output=ACTIVATIONS["static"], keep="rounded",
     )  # fmt: skip
     for make, spec in ((make_linear, linear), (make_rows, norm), (make_rows, activation)):
@@ -106,7 +106,7 @@ def test_operands_that_are_codes(make_linear, make_rows, codes):
 
 
 def test_a_rounding_before_the_residual(make_linear):
-    spec = replace(SPEC, activation=ACTIVATIONS["static"], rounded=ACTIVATIONS["static"], residual=True)
+    spec = replace(SPEC, x_quant=ACTIVATIONS["static"], rounded=ACTIVATIONS["static"], residual=True)
     case = make_linear(spec, 4)
     case.check(compile_kernel(spec)(case.given), limit=2e-6)
 
@@ -126,10 +126,12 @@ def test_norms_with_a_range_for_each_row(make_rows, grid):
     assert results["out_scale"][0] == 1
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("activation", ACTIVATION_FUNCTIONS)
 @pytest.mark.parametrize("gate", ["", "separate", "halves"])
-def test_activations(make_rows, function, gate):
+def test_activations(make_rows, activation, gate):
     for granularity in (Granularity.per_token(), Granularity.per_tensor()):
-        spec = ActivationSpec(columns=33, output=QuantSpec(UINT8, granularity), function=function, gate=gate, bias=True)
+        spec = ActivationSpec(
+            columns=33, output=QuantSpec(UINT8, granularity), activation=activation, gate=gate, bias=True
+        )
         case = make_rows(spec, 4)
         case.check(compile_kernel(spec)(case.given), limit=2e-6)

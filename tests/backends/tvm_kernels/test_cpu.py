@@ -46,7 +46,7 @@ WEIGHTS = {
     "w3-asym": QuantSpec(Grid(3, symmetric=False), Granularity.per_group(32)),
     "w2": QuantSpec(Grid(2), Granularity.per_channel(0)),
 }
-SPEC = LinearSpec(inputs=128, outputs=75, weight=WEIGHTS["w8"], layout=Layout.PANELS, bias=True)
+SPEC = LinearSpec(k=128, n=75, weight=WEIGHTS["w8"], layout=Layout.PANELS, bias=True)
 CONFIG = GemmConfig(row_tiles=(1, 4), many_rows=9)
 
 
@@ -78,7 +78,7 @@ OTHERS = {("w8", "peg"), ("w4", "token-s8"), ("w4-asym", "static"), ("w3-asym", 
 )
 def test_linears_of_every_bucket(make_linear, target, weight, activation):
     """One function for all: 1 and 4 rows at a time, and from 9 on weights that are unfolded first."""
-    spec = replace(SPEC, weight=WEIGHTS[weight], activation=ACTIVATIONS[activation], target=target)
+    spec = replace(SPEC, weight=WEIGHTS[weight], x_quant=ACTIVATIONS[activation], target=target)
     kernel = compile_kernel(spec, CONFIG)
     for rows in (1, 7, 14):
         case = make_linear(spec, rows)
@@ -87,7 +87,7 @@ def test_linears_of_every_bucket(make_linear, target, weight, activation):
 
 def test_embedding_groups_that_are_no_multiple_of_weight_groups(make_linear, each_target):
     parts = QuantSpec(UINT8, Granularity.per_embedding_parts(2))
-    spec = replace(SPEC, weight=WEIGHTS["w4"], activation=parts, splits=(40, 88), target=each_target)
+    spec = replace(SPEC, weight=WEIGHTS["w4"], x_quant=parts, splits=(40, 88), target=each_target)
     kernel = compile_kernel(spec, GemmConfig(row_tiles=(1,), many_rows=9))  # with one tile there is less to compile
     for rows in (3, 10):
         case = make_linear(spec, rows)
@@ -98,7 +98,7 @@ def test_embedding_groups_that_are_no_multiple_of_weight_groups(make_linear, eac
     "outputs", [16, 64, 129, *(pytest.param(size, marks=pytest.mark.nightly) for size in (70, 80))]
 )
 def test_ragged_outputs(make_linear, target, outputs):
-    spec = replace(SPEC, outputs=outputs, activation=STATIC, residual=True, function="gelu", target=target)
+    spec = replace(SPEC, n=outputs, x_quant=STATIC, residual=True, activation="gelu", target=target)
     for output in (None, STATIC):
         case = make_linear(replace(spec, output=output), 3)
         case.check(compile_kernel(case.spec, CONFIG)(case.given))
@@ -106,7 +106,7 @@ def test_ragged_outputs(make_linear, target, outputs):
 
 def test_output_scales_by_column(make_linear, each_target):
     output = QuantSpec(INT8, Granularity.per_embedding())
-    spec = replace(SPEC, activation=STATIC, output=output, function="silu", target=each_target)
+    spec = replace(SPEC, x_quant=STATIC, output=output, activation="silu", target=each_target)
     case = make_linear(spec, 3)
     case.check(compile_kernel(spec, CONFIG)(case.given))
 
@@ -120,7 +120,7 @@ def test_eight_bit_weights_beside_float_activations(make_linear, each_target):
 
 def test_float_weights(make_linear, target):
     """Few rows and many, and outputs that fill no panel."""
-    spec = replace(SPEC, weight=None, inputs=44, outputs=70, function="gelu", target=target, layout=Layout.PANELS)
+    spec = replace(SPEC, weight=None, k=44, n=70, activation="gelu", target=target, layout=Layout.PANELS)
     for rows in (1, 3, 65):
         case = make_linear(spec, rows)
         case.check(compile_kernel(spec, CONFIG)(case.given))
@@ -128,7 +128,7 @@ def test_float_weights(make_linear, target):
 
 def test_the_largest_codes_do_not_saturate(each_target):
     """Sums of products of bytes that a 16-bit accumulator would clip."""
-    spec = replace(SPEC, activation=STATIC, bias=False, target=each_target)
+    spec = replace(SPEC, x_quant=STATIC, bias=False, target=each_target)
     codes = np.full((75, 128), 127, np.int8)
     codes[1] = -128
     packed = pack_linear(spec, codes, np.float32(1), np.float32(0))
@@ -141,7 +141,7 @@ def test_the_largest_codes_do_not_saturate(each_target):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_give_the_same(make_linear, threads):
-    spec = replace(SPEC, weight=WEIGHTS["w4-asym"], outputs=300, target=host_target())
+    spec = replace(SPEC, weight=WEIGHTS["w4-asym"], n=300, target=host_target())
     case = make_linear(spec, 13)
     configure = tvm_ffi.get_global_func("runtime.config_threadpool")
     configure(1, threads)
@@ -170,7 +170,7 @@ def test_norms(make_rows, target, columns, output):
 @pytest.mark.parametrize("output", [STATIC, TOKEN], ids=str)
 def test_activations(make_rows, target, gate, output):
     for function, columns in (("gelu", 33), ("silu", 64), ("gelu-tanh", 7), ("", 48)):
-        spec = ActivationSpec(columns=columns, output=output, function=function, gate=gate, bias=True, target=target)
+        spec = ActivationSpec(columns=columns, output=output, activation=function, gate=gate, bias=True, target=target)
         case = make_rows(spec, 3)
         case.check(compile_kernel(spec, CONFIG)(case.given), limit=2e-6)
 
@@ -178,7 +178,7 @@ def test_activations(make_rows, target, gate, output):
 @pytest.mark.parametrize("codes", [TOKEN, QuantSpec(INT8, Granularity.per_embedding())], ids=str)
 def test_operands_that_are_codes(make_linear, make_rows, target, codes):
     linear = replace(
-        SPEC, residual=True, residual_codes=codes, output=STATIC, keep="rounded", activation=TOKEN, target=target,
+        SPEC, residual=True, residual_codes=codes, output=STATIC, keep="rounded", x_quant=TOKEN, target=target,
         rounded=STATIC,
     )  # fmt: skip
     norm = NormSpec(
@@ -186,7 +186,7 @@ def test_operands_that_are_codes(make_linear, make_rows, target, codes):
         keep="rounded", target=target,
     )  # fmt: skip
     activation = ActivationSpec(
-        columns=37, function="tanh", x_codes=codes, gate="separate", gate_codes=codes, residual=True,
+        columns=37, activation="tanh", x_codes=codes, gate="separate", gate_codes=codes, residual=True,
         residual_codes=codes, output=STATIC, keep="exact", target=target,
     )  # fmt: skip
     for make, spec in ((make_linear, linear), (make_rows, norm), (make_rows, activation)):
@@ -197,7 +197,7 @@ def test_operands_that_are_codes(make_linear, make_rows, target, codes):
 @pytest.mark.skipif(host_target() is not Target.VNNI, reason="this processor has no AVX512-VNNI")
 @pytest.mark.parametrize("weight", ["w8", "w4"])
 def test_vnni_is_in_the_code(weight):
-    spec = replace(SPEC, weight=WEIGHTS[weight], activation=STATIC, target=Target.VNNI)
+    spec = replace(SPEC, weight=WEIGHTS[weight], x_quant=STATIC, target=Target.VNNI)
     assert "vpdpbusd" in compile_kernel(spec, CONFIG).executable.mod.inspect_source("asm")
     plain = compile_kernel(replace(spec, target=Target.LLVM), CONFIG).executable.mod.inspect_source("asm")
     assert "zmm" not in plain
@@ -205,7 +205,7 @@ def test_vnni_is_in_the_code(weight):
 
 def test_sums_live_in_registers(each_target):
     """Scratch memory is only for weights that are unfolded for many rows."""
-    spec = replace(SPEC, activation=STATIC, residual=True, function="gelu", output=STATIC, target=each_target)
+    spec = replace(SPEC, x_quant=STATIC, residual=True, activation="gelu", output=STATIC, target=each_target)
     assert "AllocWorkspace" not in compile_kernel(spec, CONFIG).executable.mod.inspect_source("asm")
 
 
@@ -213,13 +213,13 @@ def test_sums_live_in_registers(each_target):
 @pytest.mark.parametrize("weight", ["w4", "w4-asym", "w3-asym", "w2"])
 def test_one_row_asks_memory_for_what_it_reads_later(weight, activation):
     """For the lines of one later step of codes, and for the scales and zero points that belong to them."""
-    spec = replace(SPEC, inputs=256, weight=WEIGHTS[weight], activation=ACTIVATIONS[activation])
+    spec = replace(SPEC, k=256, weight=WEIGHTS[weight], x_quant=ACTIVATIONS[activation])
     asked = _prefetched(spec)
-    ahead, step = min(asked["weight"]), 64 * spec.step * spec.width // 8
+    ahead, step = min(asked["weight"]), 64 * spec.step * spec.bits // 8
     assert asked["weight"] == set(range(ahead, ahead + step, 64))
     assert 4096 <= ahead <= 8192
     if spec.grouped or activation == "float":
-        group = max(1, ahead // (64 * spec.group * spec.width // 8))
+        group = max(1, ahead // (64 * spec.group_size * spec.bits // 8))
         assert asked["weight_scale"] == {256 * group + line for line in (0, 64, 128, 192)}
         assert asked.get("weight_zero", {64 * group}) == {64 * group}
         assert ("weight_zero" in asked) == spec.has_zeros
@@ -240,7 +240,7 @@ def _prefetched(spec):
 @pytest.mark.parametrize("weight", ["w8", "w4"])
 def test_only_narrow_codes_are_asked_for(weight):
     """Others come fast enough by themselves."""
-    spec = replace(SPEC, weight=WEIGHTS[weight], activation=STATIC, target=Target.VNNI)
+    spec = replace(SPEC, weight=WEIGHTS[weight], x_quant=STATIC, target=Target.VNNI)
     assert ("prefetcht0" in compile_kernel(spec, CONFIG).executable.mod.inspect_source("asm")) == (weight == "w4")
 
 
@@ -262,7 +262,7 @@ def test_functions_bear_what_they_are():
 
 def test_two_configurations_of_one_spec_stand_side_by_side(make_linear, each_target):
     """In one module, each under its own name, with tiles of rows and a threshold of its own."""
-    spec = replace(SPEC, weight=WEIGHTS["w4-asym"], activation=STATIC, target=each_target)
+    spec = replace(SPEC, weight=WEIGHTS["w4-asym"], x_quant=STATIC, target=each_target)
     configs = (CONFIG, GemmConfig(row_tiles=(1, 2), many_rows=4, prefetch_bytes=128))
     names = [kernel_name(spec, config) for config in configs]
     functions = {name: lower(spec, config) for name, config in zip(names, configs, strict=True)}

@@ -174,7 +174,7 @@ def test_changed_and_missing_files_are_found(folder: Path) -> None:
 def negated(program: Program) -> Program:
     """A program one of whose merged linears has scales of the wrong sign."""
     wrong = program.clone()
-    scale = next(node for node in wrong.graph.nodes if node.kwargs.get("rows")).args[2]
+    scale = next(node for node in wrong.graph.nodes if node.kwargs.get("merged_n")).args[2]
     set_tensor(wrong.module, "negated", -get_tensor(wrong.module, scale.target))
     scale.target = "negated"
     return wrong

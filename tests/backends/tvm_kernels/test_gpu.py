@@ -31,7 +31,7 @@ WEIGHTS = {
     "w3": QuantSpec(Grid(3), Granularity.per_group(32)),
     "w2-asym": QuantSpec(Grid(2, symmetric=False), Granularity.per_channel(0)),
 }
-SPEC = LinearSpec(inputs=192, outputs=70, weight=WEIGHTS["w8"], bias=True, target=Target.OPENCL)
+SPEC = LinearSpec(k=192, n=70, weight=WEIGHTS["w8"], bias=True, target=Target.OPENCL)
 
 
 TWICE = {
@@ -52,7 +52,7 @@ TWICE = {
 )
 def test_linears_with_few_rows_and_many(make_linear, on_pocl, weight, activation):
     """One function: below eight rows a warp an output, from there on tiles, of which the last ones are ragged."""
-    spec = replace(SPEC, weight=WEIGHTS[weight], activation=ACTIVATIONS[activation])
+    spec = replace(SPEC, weight=WEIGHTS[weight], x_quant=ACTIVATIONS[activation])
     for rows, kernel in ((1, "kernel"), (5, "kernel"), (67, "kernel_1")):
         case = make_linear(spec, rows)
         results, launched = on_pocl(spec, case.given)
@@ -63,7 +63,7 @@ def test_linears_with_few_rows_and_many(make_linear, on_pocl, weight, activation
 @pytest.mark.parametrize("activation", ["peg", "token-s8"])
 def test_products_of_bytes_as_cuda_has_them(make_linear, on_pocl, activation):
     """The CUDA kernels call ``__dp4a``, which OpenCL is given by hand."""
-    spec = replace(SPEC, weight=WEIGHTS["w4-asym"], activation=ACTIVATIONS[activation], target=Target.CUDA)
+    spec = replace(SPEC, weight=WEIGHTS["w4-asym"], x_quant=ACTIVATIONS[activation], target=Target.CUDA)
     assert "__dp4a" in device_source(spec)
     for rows in (2, 65):
         case = make_linear(spec, rows)
@@ -73,7 +73,7 @@ def test_products_of_bytes_as_cuda_has_them(make_linear, on_pocl, activation):
 @pytest.mark.parametrize("rows", [3, 66])
 def test_epilogues(make_linear, on_pocl, rows):
     spec = replace(
-        SPEC, activation=STATIC, function="gelu", residual=True, residual_codes=TOKEN, output=STATIC, keep="rounded"
+        SPEC, x_quant=STATIC, activation="gelu", residual=True, residual_codes=TOKEN, output=STATIC, keep="rounded"
     )
     case = make_linear(spec, rows)
     case.check(on_pocl(spec, case.given)[0])
@@ -83,9 +83,9 @@ def test_groups_of_other_sizes(make_linear, on_pocl):
     """Groups too small for wide loads, and inputs that no group size divides."""
     grid = Grid(2, symmetric=False)
     for spec in (
-        replace(SPEC, weight=QuantSpec(grid, Granularity.per_group(8)), activation=STATIC),
-        replace(SPEC, inputs=200, weight=QuantSpec(Grid(4), Granularity.per_group(64)), activation=STATIC),
-        replace(SPEC, activation=QuantSpec(UINT8, Granularity.per_embedding_parts(2)), splits=(20, 172)),
+        replace(SPEC, weight=QuantSpec(grid, Granularity.per_group(8)), x_quant=STATIC),
+        replace(SPEC, k=200, weight=QuantSpec(Grid(4), Granularity.per_group(64)), x_quant=STATIC),
+        replace(SPEC, x_quant=QuantSpec(UINT8, Granularity.per_embedding_parts(2)), splits=(20, 172)),
     ):
         for rows in (2, 17):
             case = make_linear(spec, rows)
@@ -94,7 +94,7 @@ def test_groups_of_other_sizes(make_linear, on_pocl):
 
 def test_float_weights(make_linear, on_pocl):
     for inputs in (192, 36):
-        spec = replace(SPEC, inputs=inputs, weight=None, function="gelu", output=STATIC)
+        spec = replace(SPEC, k=inputs, weight=None, activation="gelu", output=STATIC)
         for rows in (2, 67):
             case = make_linear(spec, rows)
             case.check(on_pocl(spec, case.given)[0])
@@ -118,7 +118,7 @@ def test_norms_are_one_kernel(make_rows, on_pocl, columns, output):
 @pytest.mark.parametrize(("function", "gate"), [("silu", "halves"), ("gelu", ""), ("gelu-tanh", "separate"), ("", "")])
 def test_activations_are_one_kernel(make_rows, on_pocl, function, gate):
     for output in (STATIC, TOKEN):
-        spec = ActivationSpec(columns=300, output=output, function=function, gate=gate, bias=True, target=Target.CUDA)
+        spec = ActivationSpec(columns=300, output=output, activation=function, gate=gate, bias=True, target=Target.CUDA)
         case = make_rows(spec, 3)
         results, launched = on_pocl(spec, case.given)
         case.check(results, limit=2e-6)
@@ -141,7 +141,7 @@ HIGH = GemmConfig(many_rows=1, block_m=32, block_n=16, block_k=64, warps_m=1, wa
 )
 def test_tiles_of_other_sizes(make_linear, on_pocl, activation, config):
     """They compute the same under another name."""
-    spec = replace(SPEC, weight=WEIGHTS["w4-asym"], activation=ACTIVATIONS[activation])
+    spec = replace(SPEC, weight=WEIGHTS["w4-asym"], x_quant=ACTIVATIONS[activation])
     case = make_linear(spec, 35)
     results, launched = on_pocl(spec, case.given, config)
     case.check(results)

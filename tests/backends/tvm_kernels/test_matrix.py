@@ -12,7 +12,7 @@ from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec
 UINT8, INT8 = Grid(8, signed=False, symmetric=False), Grid(8)
 STATIC, TOKEN = (QuantSpec(UINT8, g) for g in (Granularity.per_tensor(), Granularity.per_token()))
 BYTES = QuantSpec(INT8, Granularity.per_channel(0))
-SPEC = LinearSpec(inputs=128, outputs=75, weight=BYTES, bias=True, target=Target.CUDA)
+SPEC = LinearSpec(k=128, n=75, weight=BYTES, bias=True, target=Target.CUDA)
 HALF = 4e-3
 """Products of float16 weights and sums in float32: an error of two roundings to 11 bits."""
 
@@ -24,9 +24,9 @@ def low_bit(bits):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"activation": STATIC, "output": STATIC, "function": "gelu"},
-        {"activation": QuantSpec(INT8, Granularity.per_token()), "residual": True},
-        {"activation": TOKEN, "weight": QuantSpec(Grid(4), Granularity.per_channel(0))},
+        {"x_quant": STATIC, "output": STATIC, "activation": "gelu"},
+        {"x_quant": QuantSpec(INT8, Granularity.per_token()), "residual": True},
+        {"x_quant": TOKEN, "weight": QuantSpec(Grid(4), Granularity.per_channel(0))},
     ],
     ids=["static", "token", "w4"],
 )
@@ -64,7 +64,7 @@ def test_float16_products_of_small_groups(make_linear, on_fibers, dtypes):
 
 def test_float16_products_without_matrices(make_linear, on_fibers):
     """Inputs that are no multiple of what matrix instructions take at a time."""
-    spec = replace(SPEC, inputs=36, weight=QuantSpec(INT8, Granularity.per_channel(0)), dtype="float16")
+    spec = replace(SPEC, k=36, weight=QuantSpec(INT8, Granularity.per_channel(0)), dtype="float16")
     assert "matrix_a" not in device_source(spec)
     for rows in (3, 70):
         case = make_linear(spec, rows)
@@ -79,7 +79,7 @@ def test_float16_weights(make_linear, on_fibers):
 
 
 def test_products_of_bytes(make_linear, on_fibers):
-    spec = replace(SPEC, weight=low_bit(4), activation=TOKEN)
+    spec = replace(SPEC, weight=low_bit(4), x_quant=TOKEN)
     for rows in (3, 70):
         case = make_linear(spec, rows)
         case.check(on_fibers(spec, case.given)[0])
@@ -101,14 +101,14 @@ def test_rows_by_warp_shuffles(make_rows, on_fibers, dtype):
     for columns in (20, 300):
         given = {"columns": columns, "output": TOKEN, "dtype": dtype, "target": Target.CUDA}
         norm = NormSpec(kind="layer", epsilon=1e-5, bias=True, **given)
-        for spec in (norm, ActivationSpec(function="silu", gate="halves", **given)):
+        for spec in (norm, ActivationSpec(activation="silu", gate="halves", **given)):
             case = make_rows(spec, 3)
             case.check(on_fibers(spec, case.given)[0], limit=2e-6)
 
 
 WIDE = GemmConfig(block_m=32, block_n=64, block_k=32, warps_m=1, warps_n=2)
 HIGH = GemmConfig(block_m=32, block_n=16, block_k=16, warps_m=2, warps_n=1)
-BYTES_ALONE, HALVES = {"activation": STATIC}, {"weight": low_bit(4), "dtype": "float16"}
+BYTES_ALONE, HALVES = {"x_quant": STATIC}, {"weight": low_bit(4), "dtype": "float16"}
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_fragments_of_other_tiles(make_linear, on_fibers, changes, config):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"activation": STATIC}, {"activation": QuantSpec(UINT8, Granularity.per_embedding_group(2))}],
+    [{"x_quant": STATIC}, {"x_quant": QuantSpec(UINT8, Granularity.per_embedding_group(2))}],
     ids=["matrices", "bytes"],
 )
 def test_blocks_that_shared_memory_does_not_hold_are_refused(changes):

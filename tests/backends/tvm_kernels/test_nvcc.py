@@ -12,7 +12,7 @@ from bitlower.backends.tvm_kernels import ActivationSpec, LinearSpec, NormSpec, 
 from bitlower.backends.tvm_kernels.inspect.sass import device_functions
 from bitlower.backends.tvm_kernels.library.fatbin import device_module
 from bitlower.backends.tvm_kernels.library.nvcc import find_tool
-from bitlower.backends.tvm_kernels.schedules.gpu.attention import attention
+from bitlower.backends.tvm_kernels.schedules.dispatch import lower_attention
 from bitlower.backends.tvm_kernels.spec.attention import Attention
 from bitlower.backends.tvm_kernels.target import tvm_target
 from bitlower.ir import BitlowerError, CheckError, Granularity, Grid, QuantSpec
@@ -22,7 +22,7 @@ UINT8 = Grid(8, signed=False, symmetric=False)
 STATIC, TOKEN = (QuantSpec(UINT8, g) for g in (Granularity.per_tensor(), Granularity.per_token()))
 PEG = QuantSpec(UINT8, Granularity.per_embedding_group(3))
 INT8 = QuantSpec(Grid(8), Granularity.per_channel(0))
-BASE = LinearSpec(inputs=768, outputs=3072, weight=INT8, bias=True, target=Target.CUDA)
+BASE = LinearSpec(k=768, n=3072, weight=INT8, bias=True, target=Target.CUDA)
 
 
 def low_bit(bits):
@@ -30,10 +30,10 @@ def low_bit(bits):
 
 
 LINEARS = {
-    "w8a8": (replace(BASE, activation=STATIC, function="gelu", output=STATIC), "IMMA"),
-    "w8a8-token": (replace(BASE, activation=TOKEN, residual=True), "IMMA"),
-    "w8a8-peg": (replace(BASE, activation=PEG), "IDP.4A"),
-    "w4a8": (replace(BASE, weight=low_bit(4), activation=TOKEN), "IDP.4A"),
+    "w8a8": (replace(BASE, x_quant=STATIC, activation="gelu", output=STATIC), "IMMA"),
+    "w8a8-token": (replace(BASE, x_quant=TOKEN, residual=True), "IMMA"),
+    "w8a8-peg": (replace(BASE, x_quant=PEG), "IDP.4A"),
+    "w4a8": (replace(BASE, weight=low_bit(4), x_quant=TOKEN), "IDP.4A"),
     **{f"w{bits}a16": (replace(BASE, weight=low_bit(bits), dtype="float16"), "HMMA") for bits in (2, 3, 4)},
     "w4a16-residual": (
         replace(BASE, weight=low_bit(4), dtype="float16", residual=True).holding(
@@ -53,13 +53,13 @@ ROWS = {
         columns=2048, kind="rms", epsilon=1e-5, output=TOKEN, keep_sum=True, residual=True, dtype="float16",
         target=Target.CUDA,
     ),
-    "activation": ActivationSpec(columns=3072, output=TOKEN, function="silu", gate="halves", target=Target.CUDA),
+    "activation": ActivationSpec(columns=3072, output=TOKEN, activation="silu", gate="halves", target=Target.CUDA),
 }  # fmt: skip
 HEADS = Attention(
     heads=12,
-    groups=12,
-    width=64,
-    value_width=64,
+    kv_heads=12,
+    head_dim=64,
+    value_head_dim=64,
     factor=0.125,
     joined=True,
     mask="bool",
@@ -68,9 +68,15 @@ HEADS = Attention(
 HALVES = {"query": "float16", "key": "float16", "value": "float16", "result": "float16"}
 ATTENTION = {
     "merged-f16": replace(HEADS, places=((2304, 0), (2304, 768), (2304, 1536)), **HALVES),
-    "narrow": replace(HEADS, width=48, value_width=48, causal=True, mask="", mask_broadcast=()),
+    "narrow": replace(HEADS, head_dim=48, value_head_dim=48, causal=True, mask="", mask_broadcast=()),
     "grouped-128-f16": replace(
-        HEADS, heads=32, groups=8, width=128, value_width=128, mask_broadcast=(True, True, True, False), **HALVES
+        HEADS,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        value_head_dim=128,
+        mask_broadcast=(True, True, True, False),
+        **HALVES,
     ),
     "codes": replace(HEADS, scored=UINT8, probs=UINT8, query="uint8", key="uint8", value="uint8", output=UINT8),
 }
@@ -101,7 +107,7 @@ def test_linears(name, architecture):
     assert dict(many.instructions)[instruction] >= 16
     assert dict(few.instructions)["SHFL"] >= 5
     assert few.shared == 0
-    if spec.activation is not None:
+    if spec.x_quant is not None:
         assert dict(few.instructions)["IDP.4A"] >= 4
 
 
@@ -117,7 +123,7 @@ def test_rows_are_one_device_function_without_spills(name, architecture):
 @needs_nvcc
 @pytest.mark.parametrize(("name", "architecture"), on_one_of_two(ATTENTION))
 def test_attention_does_not_spill(name, architecture):
-    module = tvm.IRModule({"attention": attention(ATTENTION[name], Target.CUDA)})
+    module = tvm.IRModule({"attention": lower_attention(ATTENTION[name], Target.CUDA)})
     source = device_module(tvm.compile(module, target=tvm_target(Target.CUDA, architecture))).inspect_source()
     [function] = device_functions(str(source), architecture)
     assert function.spills == 0

@@ -24,8 +24,8 @@ def specs(draw):
     kinds = [Granularity.per_tensor(), Granularity.per_channel(0), Granularity.per_group(block)]
     integer = draw(st.booleans()) and (symmetric or bits in (2, 3, 4))
     return LinearSpec(
-        inputs=inputs, outputs=draw(st.integers(1, 130)), weight=QuantSpec(grid, draw(st.sampled_from(kinds))),
-        layout=layout, activation=ACTIVATION if integer else None,
+        k=inputs, n=draw(st.integers(1, 130)), weight=QuantSpec(grid, draw(st.sampled_from(kinds))),
+        layout=layout, x_quant=ACTIVATION if integer else None,
     )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def test_what_is_packed_is_unpacked(make_weight, spec, seed):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_rows_are_the_stream_of_the_ir(make_weight, bits):
     grid = Grid(bits, signed=False, symmetric=False)
-    spec = LinearSpec(inputs=40, outputs=5, weight=QuantSpec(grid, Granularity.per_channel(0)))
+    spec = LinearSpec(k=40, n=5, weight=QuantSpec(grid, Granularity.per_channel(0)))
     weight = make_weight(spec, np.random.default_rng(0))
     words = packing.pack_words(torch.from_numpy(weight.codes), bits).numpy()
     assert (pack_linear(spec, weight.codes, weight.scale, weight.zero_point)["weight"] == words).all()
@@ -55,7 +55,7 @@ def test_rows_are_the_stream_of_the_ir(make_weight, bits):
 def test_panels_hold_each_code_once_where_the_layout_says(bits):
     """One code is not zero: the one bit pattern that is set says where it lies."""
     grid = Grid(bits, signed=bits == 8, symmetric=bits == 8)
-    spec = LinearSpec(inputs=64, outputs=70, weight=QuantSpec(grid, Granularity.per_channel(0)), layout=Layout.PANELS)
+    spec = LinearSpec(k=64, n=70, weight=QuantSpec(grid, Granularity.per_channel(0)), layout=Layout.PANELS)
     code, row = (1 << (bits - 1)) - 1, 66
     for column in (0, 5, 13, 31, 63):
         codes = np.zeros((70, 64), np.int8 if bits == 8 else np.uint8)
@@ -71,23 +71,23 @@ def test_panels_hold_each_code_once_where_the_layout_says(bits):
 
 
 def test_scales_of_coarser_shapes_are_spread():
-    spec = LinearSpec(inputs=64, outputs=6, weight=QuantSpec(Grid(8), Granularity.row_group(3)))
+    spec = LinearSpec(k=64, n=6, weight=QuantSpec(Grid(8), Granularity.row_group(3)))
     scale = np.array([[1.0], [2.0], [3.0]], np.float32)
     packed = pack_linear(spec, np.zeros((6, 64), np.int8), scale, np.zeros((3, 1), np.float32))
     assert packed["weight_scale"][:, 0].tolist() == [1, 1, 2, 2, 3, 3]
-    single = LinearSpec(inputs=64, outputs=6, weight=QuantSpec(Grid(8), Granularity.per_tensor()))
+    single = LinearSpec(k=64, n=6, weight=QuantSpec(Grid(8), Granularity.per_tensor()))
     packed = pack_linear(single, np.zeros((6, 64), np.int8), np.float32(0.5), np.float32(0))
     assert packed["weight_scale"][:, 0].tolist() == [0.5] * 6
 
 
 def test_vectors_are_filled_up_to_the_last_panel():
-    spec = LinearSpec(inputs=8, outputs=5, weight=QuantSpec(Grid(8), Granularity.per_channel(0)), layout=Layout.PANELS)
+    spec = LinearSpec(k=8, n=5, weight=QuantSpec(Grid(8), Granularity.per_channel(0)), layout=Layout.PANELS)
     packed = pack_vector(spec, np.arange(5, dtype=np.float32))
     assert packed.tolist() == [0, 1, 2, 3, 4] + [0] * 59
 
 
 def test_float_weights_lie_in_panels_of_outputs():
-    spec = LinearSpec(inputs=3, outputs=66, weight=None, layout=Layout.PANELS)
+    spec = LinearSpec(k=3, n=66, weight=None, layout=Layout.PANELS)
     weight = np.arange(66 * 3, dtype=np.float32).reshape(66, 3)
     packed = pack_float(spec, weight)["weight"]
     assert packed.shape == (2, 3, 1, 64)
@@ -99,7 +99,7 @@ def test_float_weights_lie_in_panels_of_outputs():
 
 
 def test_what_does_not_fit_is_refused():
-    spec = LinearSpec(inputs=32, outputs=4, weight=QuantSpec(Grid(4), Granularity.per_channel(0)))
+    spec = LinearSpec(k=32, n=4, weight=QuantSpec(Grid(4), Granularity.per_channel(0)))
     ones, zeros = np.ones((4, 1), np.float32), np.zeros((4, 1), np.float32)
     with pytest.raises(BitlowerError, match=r"of a weight \[4, 32\], not \[4, 31\]"):
         pack_linear(spec, np.zeros((4, 31), np.int8), ones, zeros)

@@ -12,13 +12,14 @@ import pytest
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
 import tvm
+import tvm_ffi
 
 from bitlower.backends.tvm_kernels import Target, host_target
-from bitlower.backends.tvm_kernels.schedules.cpu import attention as cpu_attention
-from bitlower.backends.tvm_kernels.schedules.gpu import attention as gpu_attention
+from bitlower.backends.tvm_kernels.schedules.dispatch import lower_attention
 from bitlower.backends.tvm_kernels.spec.attention import OPERANDS, Attention
+from bitlower.backends.tvm_kernels.spec.target import AttentionConfig
 from bitlower.backends.tvm_kernels.target import tvm_target
-from bitlower.ir import Grid
+from bitlower.ir import BitlowerError, Grid
 
 UINT8 = Grid(8, signed=False, symmetric=False)
 SCALES = {"query": (0.02, 120.0), "key": (0.03, 131.0), "value": (0.025, 128.0), "scores": (0.1103, 100.0)}
@@ -27,37 +28,38 @@ BATCH = 2
 SIZES = {"small": (5, 7), "tiles": (19, 41), "step": (1, 70)}
 """Queries and keys."""
 CASES = {
-    "plain": Attention(heads=4, groups=4, width=16, value_width=16, factor=0.25),
-    "ragged-groups": Attention(heads=6, groups=2, width=20, value_width=37, factor=0.2, joined=True),
+    "plain": Attention(heads=4, kv_heads=4, head_dim=16, value_head_dim=16, factor=0.25),
+    "ragged-groups": Attention(heads=6, kv_heads=2, head_dim=20, value_head_dim=37, factor=0.2, joined=True),
     "mask": Attention(
-        heads=2, groups=1, width=8, value_width=8, factor=0.3, mask="bool", mask_broadcast=(False, True, False, False)
+        heads=2, kv_heads=1, head_dim=8, value_head_dim=8, factor=0.3, mask="bool",
+        mask_broadcast=(False, True, False, False)
     ),
     "added": Attention(
-        heads=2, groups=2, width=32, value_width=16, factor=0.2, mask="float32",
+        heads=2, kv_heads=2, head_dim=32, value_head_dim=16, factor=0.2, mask="float32",
         mask_broadcast=(True, True, False, False)
     ),
-    "causal": Attention(heads=2, groups=2, width=16, value_width=16, factor=0.25, causal=True),
+    "causal": Attention(heads=2, kv_heads=2, head_dim=16, value_head_dim=16, factor=0.25, causal=True),
     "codes": Attention(
-        heads=4, groups=2, width=16, value_width=32, factor=0.2, joined=True, query="uint8", key="uint8", value="uint8",
-        output=UINT8, scales=128,
+        heads=4, kv_heads=2, head_dim=16, value_head_dim=32, factor=0.2, joined=True, query="uint8", key="uint8",
+        value="uint8", output=UINT8, scales=128,
     ),
     "rounded": Attention(
-        heads=2, groups=2, width=16, value_width=16, factor=0.25, mask="bool",
+        heads=2, kv_heads=2, head_dim=16, value_head_dim=16, factor=0.25, mask="bool",
         mask_broadcast=(False, True, True, False), scored=UINT8, probs=UINT8, output=UINT8,
     ),
     "places": Attention(
-        heads=4, groups=2, width=16, value_width=16, factor=0.25, joined=True, places=((96, 8), (96, 48), None)
+        heads=4, kv_heads=2, head_dim=16, value_head_dim=16, factor=0.25, joined=True, places=((96, 8), (96, 48), None)
     ),
     "bytes": Attention(
-        heads=4, groups=2, width=72, value_width=40, factor=0.25, joined=True, mask="bool",
+        heads=4, kv_heads=2, head_dim=72, value_head_dim=40, factor=0.25, joined=True, mask="bool",
         mask_broadcast=(False, True, True, False), scored=UINT8, probs=UINT8, output=UINT8,
         query="uint8", key="uint8", value="uint8", places=(None, (160, 16), (100, 20)),
     ),
     "halves": Attention(
-        heads=6, groups=2, width=20, value_width=40, factor=0.2, joined=True, query="float16", key="float16",
+        heads=6, kv_heads=2, head_dim=20, value_head_dim=40, factor=0.2, joined=True, query="float16", key="float16",
         value="float16", result="float16", places=(None, (96, 16), None),
     ),
-    "wide": Attention(heads=2, groups=1, width=132, value_width=160, factor=0.1, query="uint8"),
+    "wide": Attention(heads=2, kv_heads=1, head_dim=132, value_head_dim=160, factor=0.1, query="uint8"),
 }  # fmt: skip
 
 
@@ -69,7 +71,10 @@ def rounding(value: np.ndarray, name: str) -> np.ndarray:
 def real(what: Attention, given: dict[str, np.ndarray], name: str) -> np.ndarray:
     """An operand in float64 with four axes, as many heads as there are of queries."""
     stored, merged = given[name], what.places[OPERANDS.index(name)]
-    heads, width = (what.heads if name == "query" else what.groups), what.value_width if name == "value" else what.width
+    heads, width = (
+        (what.heads if name == "query" else what.kv_heads),
+        what.value_head_dim if name == "value" else what.head_dim,
+    )
     if merged is not None:
         part = stored[..., merged[1] : merged[1] + heads * width]
         stored = part.reshape(BATCH, -1, heads, width).swapaxes(1, 2)
@@ -100,9 +105,9 @@ def reference(what: Attention, given: dict[str, np.ndarray]) -> np.ndarray:
 def operands(what: Attention, queries: int, keys: int) -> dict[str, np.ndarray]:
     random = np.random.default_rng(3)
     shapes = {
-        "query": (BATCH, what.heads, queries, what.width),
-        "key": (BATCH, what.groups, keys, what.width),
-        "value": (BATCH, what.groups, keys, what.value_width),
+        "query": (BATCH, what.heads, queries, what.head_dim),
+        "key": (BATCH, what.kv_heads, keys, what.head_dim),
+        "value": (BATCH, what.kv_heads, keys, what.value_head_dim),
     }
     given = {}
     for (name, shape), merged in zip(shapes.items(), what.places, strict=True):
@@ -149,7 +154,7 @@ def check(name: str, size: str, kernel: Callable[..., object]) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "halves"])
 def test_attention_is_that_of_float64(name: str) -> None:
-    function = cpu_attention.attention(CASES[name])
+    function = lower_attention(CASES[name], host_target())
     executable = tvm.compile(tvm.IRModule({"attention": function}), target=tvm_target(host_target()))
     check(name, "small", executable["attention"])
 
@@ -157,7 +162,7 @@ def test_attention_is_that_of_float64(name: str) -> None:
 @pytest.mark.parametrize("name", ["ragged-groups", "added", "causal", "codes", "rounded", "places", "bytes", "wide"])
 def test_attention_on_a_gpu(pocl: Any, name: str) -> None:
     """Whole tiles of queries and keys, ragged ones, and a single query."""
-    kernel = pocl.kernel(gpu_attention.attention(CASES[name], Target.OPENCL), "attention")
+    kernel = pocl.kernel(lower_attention(CASES[name], Target.OPENCL), "attention")
     for size in ("tiles", "step"):
         if size == "tiles" or name != "causal":
             check(name, size, kernel)
@@ -167,4 +172,30 @@ def test_attention_on_a_gpu(pocl: Any, name: str) -> None:
 @pytest.mark.parametrize("name", ["mask", "bytes", "halves"])
 def test_attention_as_cuda_has_it(fibers: Any, name: str) -> None:
     """Sums over a warp by shuffles, products of bytes by ``__dp4a``, float16 operands."""
-    check(name, "tiles", fibers.kernel(gpu_attention.attention(CASES[name], Target.CUDA), "attention"))
+    check(name, "tiles", fibers.kernel(lower_attention(CASES[name], Target.CUDA), "attention"))
+
+
+CONFIG = AttentionConfig(query_tiles=(1, 2, 3), key_vectors=3, value_vectors=1, warps=2, queries=2, chunk=32)
+
+
+@pytest.mark.parametrize("name", ["places", "codes"])
+def test_another_configuration_computes_the_same(pocl: Any, name: str) -> None:
+    own, other = (lower_attention(CASES[name], host_target(), config) for config in (None, CONFIG))
+    assert not tvm_ffi.structural_equal(own, other)
+    executable = tvm.compile(tvm.IRModule({"attention": other}), target=tvm_target(host_target()))
+    check(name, "small", executable["attention"])
+    check(name, "tiles", pocl.kernel(lower_attention(CASES[name], Target.OPENCL, CONFIG), "attention"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"query_tiles": (2, 4)}, r"query tiles \[2, 4\] must rise from 1"),
+        ({"key_vectors": 0}, "one vector, warp and query at least"),
+        ({"blocks": 1}, "two blocks"),
+        ({"chunk": 48}, "a chunk of 48 is no multiple of the 32 lanes"),
+    ],
+)
+def test_configurations_that_make_no_kernel_are_refused(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BitlowerError, match=reason):
+        AttentionConfig(**fields)

@@ -52,7 +52,7 @@ def test_every_row_is_computed_once(monkeypatch: pytest.MonkeyPatch, tiles: tupl
 @pytest.mark.parametrize(("inputs", "group"), [(128, 32), (192, 64), (192, 96), (288, 96), (160, 80), (640, 160)])
 def test_what_is_unfolded_at_a_time_lies_in_one_group_or_is_whole_groups(inputs: int, group: int) -> None:
     weight = QuantSpec(Grid(4), Granularity.per_group(group))
-    spec = LinearSpec(inputs=inputs, outputs=16, weight=weight, layout=Layout.PANELS)
+    spec = LinearSpec(k=inputs, n=16, weight=weight, layout=Layout.PANELS)
     size = block_size(spec)
     starts = range(0, inputs, size)
     assert all(len({i // group for i in range(s, s + size)}) == max(1, size // group) for s in starts)
@@ -65,7 +65,7 @@ def test_what_is_unfolded_at_a_time_lies_in_one_group_or_is_whole_groups(inputs:
 def test_matrix_instructions_need_whole_fragments(inputs: int, target: Target, matrix: bool) -> None:
     int8 = QuantSpec(Grid(8), Granularity.per_channel(0))
     static = QuantSpec(Grid(8, signed=False, symmetric=False), Granularity.per_tensor())
-    spec = LinearSpec(inputs=inputs, outputs=64, weight=int8, activation=static, target=target)
+    spec = LinearSpec(k=inputs, n=64, weight=int8, x_quant=static, target=target)
     assert has_matrix(spec, target.gemm) is matrix
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from bitlower.backends.tvm_kernels import ActivationSpec, Layout, LinearSpec, NormSpec, Target, arguments
 from bitlower.backends.tvm_kernels.spec.attention import Attention
-from bitlower.backends.tvm_kernels.spec.base import FUNCTIONS, KernelSpec, kernel_name
+from bitlower.backends.tvm_kernels.spec.base import ACTIVATION_FUNCTIONS, KernelSpec, kernel_name
 from bitlower.backends.tvm_kernels.spec.linear import table_spec
 from bitlower.backends.tvm_kernels.spec.target import TARGETS, GemmConfig
 from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec, ScaleConvention
@@ -17,17 +17,17 @@ UINT8 = Grid(8, signed=False, symmetric=False)
 TENSOR = QuantSpec(UINT8, Granularity.per_tensor())
 INT8 = QuantSpec(Grid(8), Granularity.per_channel(0))
 INT4 = QuantSpec(Grid(4), Granularity.per_group(32))
-SPEC = LinearSpec(inputs=96, outputs=8, weight=INT4)
+SPEC = LinearSpec(k=96, n=8, weight=INT4)
 
 
 def test_equal_specs_are_one_key_and_different_ones_are_not():
-    same = LinearSpec(inputs=96, outputs=8, weight=QuantSpec(Grid(4), Granularity.per_group(32)))
+    same = LinearSpec(k=96, n=8, weight=QuantSpec(Grid(4), Granularity.per_group(32)))
     assert same == SPEC
     assert hash(same) == hash(SPEC)
     assert same.name == SPEC.name
     others = [replace(SPEC, **change) for change in (
-        {"inputs": 64}, {"bias": True}, {"activation": TENSOR}, {"layout": Layout.PANELS}, {"target": Target.CUDA},
-        {"dtype": "float16"}, {"function": "gelu"}, {"output": TENSOR},
+        {"k": 64}, {"bias": True}, {"x_quant": TENSOR}, {"layout": Layout.PANELS}, {"target": Target.CUDA},
+        {"dtype": "float16"}, {"activation": "gelu"}, {"output": TENSOR},
     )]  # fmt: skip
     assert len({spec.name for spec in [SPEC, *others]}) == len(others) + 1
     assert all(spec.name.isidentifier() for spec in others)
@@ -35,11 +35,11 @@ def test_equal_specs_are_one_key_and_different_ones_are_not():
 
 def test_names_say_what_profilers_are_read_for():
     assert re.fullmatch(r"bitlower_linear_n8_k96_w4g32_f32_[0-9a-f]{8}", SPEC.name)
-    rounded = replace(SPEC, weight=INT8, activation=QuantSpec(UINT8, Granularity.per_token()), function="gelu-tanh")
+    rounded = replace(SPEC, weight=INT8, x_quant=QuantSpec(UINT8, Granularity.per_token()), activation="gelu-tanh")
     assert rounded.name.startswith("bitlower_linear_n8_k96_w8_u8token_gelu_tanh_")
     assert NormSpec(columns=8, kind="rms", epsilon=1e-5, output=TENSOR).name.startswith("bitlower_norm_rms_8_u8tensor_")
-    assert ActivationSpec(columns=8, function="silu").name.startswith("bitlower_activation_silu_8_f32_")
-    attention = Attention(heads=4, groups=2, width=64, value_width=64, factor=0.125, query="uint8")
+    assert ActivationSpec(columns=8, activation="silu").name.startswith("bitlower_activation_silu_8_f32_")
+    attention = Attention(heads=4, kv_heads=2, head_dim=64, value_head_dim=64, factor=0.125, query="uint8")
     assert attention.name.startswith("bitlower_attention_h4kv2x64_uint8_")
 
 
@@ -90,10 +90,10 @@ def test_dtypes_name_what_differs_in_one_way():
     [
         ({}, (32, 32, 32)),
         ({"weight": INT8}, (96,)),
-        ({"weight": INT8, "activation": QuantSpec(UINT8, Granularity.per_embedding_group(4))}, (24, 24, 24, 24)),
-        ({"activation": QuantSpec(UINT8, Granularity.per_embedding_group(2))}, (32, 16, 16, 32)),
-        ({"activation": QuantSpec(UINT8, Granularity.per_embedding_parts(2)), "splits": (8, 88)}, (8, 24, 32, 32)),
-        ({"inputs": 80, "weight": QuantSpec(Grid(4), Granularity.per_group(32))}, (16,) * 5),
+        ({"weight": INT8, "x_quant": QuantSpec(UINT8, Granularity.per_embedding_group(4))}, (24, 24, 24, 24)),
+        ({"x_quant": QuantSpec(UINT8, Granularity.per_embedding_group(2))}, (32, 16, 16, 32)),
+        ({"x_quant": QuantSpec(UINT8, Granularity.per_embedding_parts(2)), "splits": (8, 88)}, (8, 24, 32, 32)),
+        ({"k": 80, "weight": QuantSpec(Grid(4), Granularity.per_group(32))}, (16,) * 5),
     ],
 )
 def test_segments_end_where_a_scale_changes(changes, sizes):
@@ -105,18 +105,18 @@ def test_segments_end_where_a_scale_changes(changes, sizes):
     [
         ({"weight": QuantSpec(Grid(4), Granularity.per_channel(1))}, "a weight quantized per-channel"),
         ({"weight": QuantSpec(Grid(12), Granularity.per_tensor())}, "at most 8 bits"),
-        ({"activation": QuantSpec(Grid(16), Granularity.per_tensor())}, "at most 8 bits"),
+        ({"x_quant": QuantSpec(Grid(16), Granularity.per_tensor())}, "at most 8 bits"),
         ({"output": QuantSpec(UINT8, Granularity.per_token())}, "the output of a linear quantized per-token"),
-        ({"activation": INT8}, "an activation quantized per-channel"),
-        ({"weight": None, "activation": TENSOR}, "no product of codes with float weights"),
-        ({"function": "gleu"}, "did you mean 'gelu'"),
+        ({"x_quant": INT8}, "an activation quantized per-channel"),
+        ({"weight": None, "x_quant": TENSOR}, "no product of codes with float weights"),
+        ({"activation": "gleu"}, "did you mean 'gelu'"),
         ({"splits": (8, 8)}, "do not add up to 96"),
         ({"dtype": "float64"}, "not in float64"),
         ({"dtypes": (("x", "float64"),)}, "not in float64"),
         ({"output": TENSOR, "keep": "exakt"}, "did you mean 'exact'"),
-        ({"weight": QuantSpec(UINT8, Granularity.per_channel(0)), "activation": TENSOR}, "no integer product"),
+        ({"weight": QuantSpec(UINT8, Granularity.per_channel(0)), "x_quant": TENSOR}, "no integer product"),
         ({"weight": QuantSpec(Grid(8, signed=False), Granularity.per_channel(0))}, "no integer product"),
-        ({"layout": Layout.PANELS, "inputs": 36, "weight": QuantSpec(Grid(2), Granularity.per_tensor())}, "rows-1"),
+        ({"layout": Layout.PANELS, "k": 36, "weight": QuantSpec(Grid(2), Granularity.per_tensor())}, "rows-1"),
     ],
 )
 def test_what_no_kernel_can_do_is_refused(changes, message):
@@ -126,7 +126,7 @@ def test_what_no_kernel_can_do_is_refused(changes, message):
 
 def test_offset_codes_of_eight_bits_fit_a_signed_byte():
     grid = Grid(8, signed=False, convention=ScaleConvention.OFFSET)
-    spec = replace(SPEC, weight=QuantSpec(grid, Granularity.per_channel(0)), activation=TENSOR)
+    spec = replace(SPEC, weight=QuantSpec(grid, Granularity.per_channel(0)), x_quant=TENSOR)
     assert (spec.centre, spec.has_zeros) == (128, False)
 
 
@@ -151,8 +151,8 @@ def test_the_page_on_kernels_lists_what_there_is():
         [listed] = re.findall(rf"^\| `{spec.__name__}` \|.*\| (.*?) \|$", page, re.MULTILINE)
         own = [field.name for field in fields(spec) if field.name not in {f.name for f in fields(KernelSpec)}]
         assert re.findall(r"`(\w+)`", listed) == own
-    [functions] = re.findall(r"^Functions: (.*?)\. ", page, re.MULTILINE)
-    assert re.findall(r"`([\w-]+)`", functions) == [name for name in FUNCTIONS if name]
+    [activations] = re.findall(r"^Activations: (.*?)\. ", page, re.MULTILINE)
+    assert re.findall(r"`([\w-]+)`", activations) == [name for name in ACTIVATION_FUNCTIONS if name]
     for heading, names in (("Layouts", Layout), ("Targets", TARGETS)):
         section = page.partition(f"## {heading}\n")[2].partition("\n## ")[0]
         assert set(re.findall(r"^\| `([\w-]+)` \|", section, re.MULTILINE)) == set(map(str, names))

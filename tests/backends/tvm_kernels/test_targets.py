@@ -22,7 +22,7 @@ from bitlower.ir import BitlowerError, Granularity, Grid, QuantSpec
 
 _HELPERS = runpy.run_path(str(Path(__file__).with_name("programs.py")))
 STATIC = QuantSpec(Grid(8, signed=False, symmetric=False), Granularity.per_tensor())
-SPEC = LinearSpec(inputs=64, outputs=40, weight=QuantSpec(Grid(8), Granularity.per_channel(0)), activation=STATIC)
+SPEC = LinearSpec(k=64, n=40, weight=QuantSpec(Grid(8), Granularity.per_channel(0)), x_quant=STATIC)
 TOY = Target(
     name="toy-gpu",
     kind="opencl",

@@ -176,7 +176,7 @@ FAULTS = [
     ("bert", "W8A8", "fused_norm", "out_zero_point", output_zero_point),
     ("bert", "W8A8-full", "fused_linear", "weight_scale", scale_of_one_row),
     ("bert", "W8A8-full", "fused_linear", "x_zero_point", zero_point),
-    ("bert", "W8A8-full", "fused_linear", "rows", swapped_parts),
+    ("bert", "W8A8-full", "fused_linear", "merged_n", swapped_parts),
     ("bert", "W8A8-full", "fused_attention", "out_zero_point", output_zero_point),
     ("bert", "W8A8-token", "fused_linear", "bias", no_bias),
     ("llama", "W4A16-g16", "fused_linear", "weight_scale", scale_of_one_row),

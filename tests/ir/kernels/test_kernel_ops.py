@@ -115,7 +115,7 @@ def test_merged_layers_are_the_layers_side_by_side() -> None:
         "out_zero_point": zero.expand(1, 1, N),
     }
     options = {"activation": "relu", "out_grid": "u8 asymmetric", "outputs": "value codes"}
-    merged = fused_linear(**arguments, **weight_arguments(matrix), bias=bias, rows=sizes, **whole, **options)
+    merged = fused_linear(**arguments, **weight_arguments(matrix), bias=bias, merged_n=sizes, **whole, **options)
     start, expected = 0, []
     for size, scale in zip(sizes, scales, strict=True):
         part = {name: tensor[start : start + size] for name, tensor in weight_arguments(matrix).items()}
@@ -266,7 +266,7 @@ def test_shape_functions_and_schemas() -> None:
     tables = ([torch.zeros(2, 3, dtype=torch.int64)], *([part] for part in table), [], [])
     heads = {"heads": True}
     cases = [
-        (fused_linear, positional, {"x_scale": scale, "x_zero_point": zero, "rows": [4, 6], **out}),
+        (fused_linear, positional, {"x_scale": scale, "x_zero_point": zero, "merged_n": [4, 6], **out}),
         (fused_norm, (normal(2, 3, K), None, None), {"norm": "rms", "eps": 1e-6, **token}),
         (
             fused_norm,

@@ -56,7 +56,11 @@ KEY = TensorType(FLOAT, ("batch", 2, "past + sequence", 8))
         (graph_of(kernels.fused_linear, {"x": X, "weight": WEIGHT}), ["float32[batch, sequence, 96]"]),
         (
             graph_of(
-                kernels.fused_linear, {"x": X, "weight": WEIGHT}, rows=[64, 32], out_grid="s8", outputs="value codes"
+                kernels.fused_linear,
+                {"x": X, "weight": WEIGHT},
+                merged_n=[64, 32],
+                out_grid="s8",
+                outputs="value codes",
             ),
             [
                 *("float32[batch, sequence, 64]", "int8[batch, sequence, 64]"),
@@ -99,7 +103,7 @@ def test_types_of_outputs(node: fx.Node, expected: list[str]) -> None:
 
 def test_outputs_are_taken_out_by_getitem() -> None:
     node = graph_of(
-        kernels.fused_linear, {"x": X, "weight": WEIGHT}, rows=[64, 32], out_grid="s8", outputs="value codes"
+        kernels.fused_linear, {"x": X, "weight": WEIGHT}, merged_n=[64, 32], out_grid="s8", outputs="value codes"
     )
     graph = node.graph
     taken = graph.call_function(operator.getitem, (node, 3))

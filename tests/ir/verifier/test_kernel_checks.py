@@ -269,7 +269,7 @@ FAULTS = {
     "a wrong type of a result": (wrong_type, "is of type"),
     "a result beyond the last": (beyond, "only its 1 results"),
     "a bias of another length": (short_bias, "its bias do not fit"),
-    "rows that do not add up": (argument("linear", rows=[2, 3]), "its rows do not fit"),
+    "sizes that do not add up": (argument("linear", merged_n=[2, 3]), "its merged_n do not fit"),
     "columns that do not add up": (argument("linear", columns=[2, 1]), "its slices do not fit"),
     "a quantizer of nothing": (superfluous, "for 'factor', which it neither reads nor rounds"),
     "token scales and a view": (through_a_view, "through %clone_default, and its scales do not follow"),

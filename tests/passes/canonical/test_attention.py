@@ -198,7 +198,7 @@ def test_groups_that_do_not_divide_the_heads_are_an_error() -> None:
     program = trace_grouped(sdpa(enable_gqa=True), grouped(2))
     (node,) = find(program, ATTENTION)
     node.args[1].meta["type"] = TensorType(torch.float32, ("batch", 4, "keys", 8))
-    with pytest.raises(BitlowerError, match="4 groups of keys do not fit 6 query heads"):
+    with pytest.raises(BitlowerError, match="4 heads of keys do not fit 6 query heads"):
         expand_attention(node)
 
 

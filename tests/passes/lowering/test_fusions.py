@@ -72,7 +72,7 @@ def forms(program: Program) -> list[str]:
     for node in program.graph.nodes:
         if kernels.is_kernel(node):
             said = kernels.arguments(node)
-            named = [key for key in ("residual", "factor", "rows", "heads") if said.get(key)]
+            named = [key for key in ("residual", "factor", "merged_n", "heads") if said.get(key)]
             parts = [said.get("activation"), *(key for key in named if not isinstance(said[key], float))]
             name = str(node.target).removeprefix("bitlower.fused_").removesuffix(".default")
             found.append(" ".join([name, *filter(None, parts), "->", said["outputs"]]))
@@ -132,9 +132,9 @@ def test_roundings_before_and_after_a_residual(x) -> None:
 
 def test_gate_and_up_are_one_linear_and_their_product_one_kernel(x) -> None:
     program, _ = fused(Block(lambda m, x: m.c(nn.functional.silu(m.a(x)) * m.b(x))), x)
-    assert forms(program) == ["linear rows -> value", "pointwise silu factor -> codes", "linear -> value"]
-    [merged] = [node for node in program.graph.nodes if node.kwargs.get("rows")]
-    assert merged.kwargs["rows"] == [WIDTH, WIDTH]
+    assert forms(program) == ["linear merged_n -> value", "pointwise silu factor -> codes", "linear -> value"]
+    [merged] = [node for node in program.graph.nodes if node.kwargs.get("merged_n")]
+    assert merged.kwargs["merged_n"] == [WIDTH, WIDTH]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_gate_and_up_are_one_linear_and_their_product_one_kernel(x) -> None:
 )
 def test_linears_that_do_not_agree_are_not_merged(x, body, options, reason: str) -> None:
     program, report = fused(Block(body), x, **options)
-    assert not any("rows" in form for form in forms(program))
+    assert not any("merged_n" in form for form in forms(program))
     assert reason in reasons(report)
 
 
@@ -170,7 +170,7 @@ def test_any_merge_keeps_the_numbers(sizes: list[int], bias: bool, seed: int, sc
     torch.manual_seed(seed)
     program, _ = fused(Parallel(), torch.randn(4, 16), scheme)
     [node] = [node for node in program.graph.nodes if kernels.is_kernel(node)]
-    assert node.kwargs["rows"] == sizes
+    assert node.kwargs["merged_n"] == sizes
 
 
 def test_norms_take_the_sum_before_them_and_give_it(x) -> None:
@@ -267,12 +267,12 @@ def test_an_attention_operator_with_a_causal_mask(x) -> None:
         return m.plain(y.transpose(1, 2).flatten(2))
 
     program, _ = fused(Block(body), x)
-    assert forms(program) == ["linear rows -> value", "attention heads -> codes", "linear -> value"]
+    assert forms(program) == ["linear merged_n -> value", "attention heads -> codes", "linear -> value"]
     [attention] = program.graph.find_nodes(op="call_function", target=kernels.fused_attention)
     assert attention.kwargs["causal"] is True
     program, _ = fused(Block(body), x, "W8A8-token")
     assert forms(program) == [
-        "linear rows -> value",
+        "linear merged_n -> value",
         "pointwise heads -> codes scale zero_point",
         "linear -> value",
     ]

@@ -24,23 +24,23 @@ from bitlower.backends.tvm_kernels.tir.function import Buffers, function, i64, w
 
 def lower_linear(spec: LinearSpec, config: GemmConfig) -> Any:
     """The scheduled PrimFunc of a linear whose weight lies in panels."""
-    kind = FloatPanel if spec.activation is None else IntegerPanel
+    kind = FloatPanel if spec.x_quant is None else IntegerPanel
 
-    def body(buffers: Buffers, rows: Any) -> None:
-        if spec.activation is None and spec.has_zeros:
-            buffers["row_sums"] = row_sums(spec, buffers, rows, config.many_rows)
+    def body(buffers: Buffers, m: Any) -> None:
+        if spec.x_quant is None and spec.has_zeros:
+            buffers["row_sums"] = row_sums(spec, buffers, m, config.many_rows)
 
         def over_panels(tiles: Sequence[int], *, unpack: bool = False, ahead: int = 0) -> None:
             with T.parallel(i64(0), i64(panels(spec))) as panel:
-                kind(spec, buffers, rows, panel, tiles, unpack=unpack, ahead=ahead).emit()
+                kind(spec, buffers, m, panel, tiles, unpack=unpack, ahead=ahead).emit()
 
         def several() -> None:
-            if spec.weight is None or (spec.activation is not None and spec.width == 8):
+            if spec.weight is None or (spec.x_quant is not None and spec.bits == 8):
                 over_panels(config.row_tiles)
                 return
-            few = rows < i64(config.many_rows)
+            few = m < i64(config.many_rows)
             when(few, lambda: over_panels(config.row_tiles), lambda: over_panels(config.row_tiles, unpack=True))
 
-        when(rows.equal(i64(1)), lambda: over_panels((1,), ahead=config.prefetch_bytes), several)
+        when(m.equal(i64(1)), lambda: over_panels((1,), ahead=config.prefetch_bytes), several)
 
     return function(spec, body, kernel_name(spec, config))

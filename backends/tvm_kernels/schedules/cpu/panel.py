@@ -22,16 +22,16 @@ def store(spec: LinearSpec, buffers: Buffers, panel: Expr, row: Expr, column: in
     start = panel * i64(PANEL) + i64(column * LANES)
 
     def ragged() -> None:
-        [held] = vectors = local(1, "float32")
+        [vector] = vectors = local(1, "float32")
         put(vectors, 0, y)
-        with T.serial(i64(0), i64(spec.outputs % LANES)) as lane:
-            write(spec, buffers, row, start + lane, held[lane])
+        with T.serial(i64(0), i64(spec.n % LANES)) as lane:
+            write(spec, buffers, row, start + lane, vector[lane])
 
-    if spec.outputs % PANEL == 0:
+    if spec.n % PANEL == 0:
         write(spec, buffers, row, ramp(start), y)
         return
-    edge = i64(spec.outputs // LANES * LANES)
-    last = (lambda: when(start.equal(edge), ragged)) if spec.outputs % LANES else None
+    edge = i64(spec.n // LANES * LANES)
+    last = (lambda: when(start.equal(edge), ragged)) if spec.n % LANES else None
     when(start < edge, lambda: write(spec, buffers, row, ramp(start), y), last)
 
 
@@ -45,14 +45,14 @@ def prefetch_words(spec: LinearSpec, buffers: Buffers, panel: Expr, step: Expr, 
 
     Panels follow each other in memory, so that this goes on into the next.
     """
-    for word in range(spec.step * spec.width // 32):
+    for word in range(spec.step * spec.bits // 32):
         for column in range(COLUMNS):
             prefetch(buffers["weight"], [panel, step + _later(spec, spec.step, ahead), i64(word), i64(column * LANES)])
 
 
 def prefetch_scales(spec: LinearSpec, buffers: Buffers, panel: Expr, group: Expr, ahead: int) -> None:
     """The same of the scales and zero points of a group."""
-    later = group + _later(spec, spec.group, ahead)
+    later = group + _later(spec, spec.group_size, ahead)
     for column in range(COLUMNS):
         prefetch(buffers["weight_scale"], [panel, later, i64(column * LANES)])
     if spec.has_zeros:
@@ -61,4 +61,4 @@ def prefetch_scales(spec: LinearSpec, buffers: Buffers, panel: Expr, group: Expr
 
 def _later(spec: LinearSpec, each: int, ahead: int) -> Any:
     """How many entries, of ``each`` inputs, cover ``ahead`` bytes of codes."""
-    return i64(max(1, ahead * 8 // (PANEL * spec.width) // each))
+    return i64(max(1, ahead * 8 // (PANEL * spec.bits) // each))

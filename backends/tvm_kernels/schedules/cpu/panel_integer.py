@@ -27,7 +27,7 @@ class IntegerPanel:
     Args:
         spec: the linear.
         buffers: its arguments.
-        rows: how many there are.
+        m: how many there are.
         panel: which of the panels.
         tiles: how many rows go together, ascending from 1.
         unpack: whether the weights are unpacked to scratch memory first.
@@ -35,23 +35,23 @@ class IntegerPanel:
     """
 
     def __init__(
-        self, spec: LinearSpec, buffers: Buffers, rows: Any, panel: Expr, tiles: Sequence[int], *, unpack: bool,
+        self, spec: LinearSpec, buffers: Buffers, m: Any, panel: Expr, tiles: Sequence[int], *, unpack: bool,
         ahead: int,
     ) -> None:  # fmt: skip
-        self.spec, self.buffers, self.rows, self.panel = spec, buffers, rows, panel
+        self.spec, self.buffers, self.m, self.panel = spec, buffers, m, panel
         self.tiles, self.unpack = tiles, unpack
         self.unpacked: Any = None
-        self.ahead = ahead if spec.width < 8 else 0
+        self.ahead = ahead if spec.bits < 8 else 0
 
     def emit(self) -> None:
         """The whole panel."""
         if self.unpack:
-            self.unpacked = T.alloc_buffer((self.spec.inputs // _QUADS, PANEL), "int32")
-            over_parts(self.spec, lambda part, found: self._unpack_runs(found))
-        over_rows(self.rows, self.tiles, self.tile)
+            self.unpacked = T.alloc_buffer((self.spec.k // _QUADS, PANEL), "int32")
+            over_parts(self.spec, lambda part, segments: self._unpack_runs(segments))
+        over_rows(self.m, self.tiles, self.tile)
 
-    def _unpack_runs(self, found: list[tuple[Segment, int]]) -> None:
-        for segment, times in found:
+    def _unpack_runs(self, segments: list[tuple[Segment, int]]) -> None:
+        for segment, times in segments:
             repeat(times, segment, self._unpack)
 
     def _unpack(self, segment: Segment) -> None:
@@ -67,20 +67,22 @@ class IntegerPanel:
         """The results of ``tile`` rows from ``row`` on."""
         total = local(tile * COLUMNS, "float32")
         fill(total, "float32")
-        over_parts(self.spec, lambda part, found: self._activation_group(tile, row, part, found, total))
+        over_parts(self.spec, lambda part, segments: self._activation_group(tile, row, part, segments, total))
         for line in range(tile):
             for column in range(COLUMNS):
                 store(self.spec, self.buffers, self.panel, row + i64(line), column, get(total, line * COLUMNS + column))
 
-    def _activation_group(self, tile: int, row: Expr, part: Expr, found: list[tuple[Segment, int]], total: Any) -> None:
+    def _activation_group(
+        self, tile: int, row: Expr, part: Expr, segments: list[tuple[Segment, int]], total: Any
+    ) -> None:
         """Add what one group of inputs with one activation scale returns."""
         sums = local(tile * COLUMNS, "float32" if self.spec.grouped else "int32")
         if self.spec.grouped:
             fill(sums, "float32")
-            for segment, times in found:
+            for segment, times in segments:
                 repeat(times, segment, lambda s: self._add_segment(s, tile, row, sums))
         else:
-            [(segment, _)] = found
+            [(segment, _)] = segments
             self._sum(segment, tile, row, sums)
         for line in range(tile):
             for column in range(COLUMNS):
@@ -89,7 +91,7 @@ class IntegerPanel:
 
     def _scaled(self, part: Expr, row: Expr, column: int, sums: Expr) -> Any:
         spec, buffers = self.spec, self.buffers
-        token = spec.activation is not None and spec.activation.granularity.dynamic
+        token = spec.x_quant is not None and spec.x_quant.granularity.dynamic
         at = row if token else part
         scale, zero = buffers["x_scale"][at], buffers["x_zero"][at]
         shares = buffers["weight_sum"][part, ramp(self.panel * i64(PANEL) + i64(column * 16))]
@@ -104,7 +106,7 @@ class IntegerPanel:
 
     def _shift(self, dtype: str) -> Any:
         """What signed activations are shifted by, to be unsigned bytes."""
-        signed = self.spec.activation is not None and self.spec.activation.grid.signed
+        signed = self.spec.x_quant is not None and self.spec.x_quant.grid.signed
         return tirx.const(128 if signed else 0, dtype)
 
     def _add_segment(self, segment: Segment, tile: int, row: Expr, total: Any) -> None:
@@ -123,11 +125,11 @@ class IntegerPanel:
         step = self.spec.step if self.unpacked is None else _QUADS
         count, turns = tile * COLUMNS, step // _QUADS
         chains = 2 if tile == 1 and turns > 1 else 1
-        held = sums if chains == 1 else local(count * chains, "int32")
-        fill(held, "int32")
+        chained = sums if chains == 1 else local(count * chains, "int32")
+        fill(chained, "int32")
         zeros = [self._zeros(segment.group, column) for column in range(COLUMNS)] if self.unpacked is None else []
         # With the number of rows in it, which is 1, LLVM does not unroll the loop and bring all it asks for together.
-        times = i64(segment.size // step) * (self.rows if self.ahead else i64(1))
+        times = i64(segment.size // step) * (self.m if self.ahead else i64(1))
         with T.serial(i64(0), times) as offset:
             at = segment.start // i64(step) + offset
             if self.ahead:
@@ -138,10 +140,10 @@ class IntegerPanel:
                     quad = splat(self._quad(row + i64(line), at * i64(step) + i64(turn * _QUADS)))
                     for column in range(COLUMNS):
                         place = turn % chains * count + line * COLUMNS + column
-                        put(held, place, dot(self.spec.target, get(held, place), quad, words[column][turn]))
+                        put(chained, place, dot(self.spec.target, get(chained, place), quad, words[column][turn]))
         if chains > 1:
             for place in range(count):
-                put(sums, place, get(held, place) + get(held, place + count))
+                put(sums, place, get(chained, place) + get(chained, place + count))
 
     def _step_words(self, at: Expr, zeros: list[Any]) -> list[list[Any]]:
         """The weight's words of a step, for each column of vectors those of each four inputs."""
@@ -153,7 +155,7 @@ class IntegerPanel:
         """Four activations as one word of unsigned bytes."""
         x = self.buffers["x"]
         word = tirx.reinterpret("int32", x[row, tirx.Ramp(start, i64(1), 4)])
-        signed = self.spec.activation is not None and self.spec.activation.grid.signed
+        signed = self.spec.x_quant is not None and self.spec.x_quant.grid.signed
         return T.Bind(word ^ tirx.const(-0x7F7F7F80, "int32") if signed else word)
 
     def _zeros(self, group: Expr, column: int) -> Any:
@@ -164,7 +166,7 @@ class IntegerPanel:
 
     def _packed_words(self, at: Expr, column: int, zero: Any) -> list[Any]:
         """The centred codes of a step as signed bytes, a word for each four inputs."""
-        count = self.spec.step * self.spec.width // 32
+        count = self.spec.step * self.spec.bits // 32
         index = ramp(i64(column * 16))
-        held = [T.Bind(self.buffers["weight"][self.panel, at, i64(word), index]) for word in range(count)]
-        return [T.Bind(word) for word in centred_bytes(self.spec, held, zero)]
+        words = [T.Bind(self.buffers["weight"][self.panel, at, i64(word), index]) for word in range(count)]
+        return [T.Bind(word) for word in centred_bytes(self.spec, words, zero)]

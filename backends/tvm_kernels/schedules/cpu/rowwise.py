@@ -18,8 +18,8 @@ from bitlower.backends.tvm_kernels.tir.rowwise import activation_row, norm_row
 def lower_rows(spec: NormSpec | ActivationSpec) -> Any:
     """The scheduled PrimFunc of a norm or an activation."""
 
-    def body(buffers: Buffers, rows: Any) -> None:
-        with T.parallel(i64(0), rows) as row:
+    def body(buffers: Buffers, m: Any) -> None:
+        with T.parallel(i64(0), m) as row:
             if isinstance(spec, NormSpec):
                 norm_row(spec, buffers, row, VectorLanes())
             else:

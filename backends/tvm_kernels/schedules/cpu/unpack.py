@@ -24,7 +24,7 @@ def centred_bytes(spec: LinearSpec, words: Sequence[Expr], zero: Expr) -> list[A
         words: the words of the step, int32x16.
         zero: :func:`zero_bytes`.
     """
-    if spec.width == 8:
+    if spec.bits == 8:
         return list(words)
     return [_bytewise_less(word, zero) for word in code_bytes(spec, words)]
 
@@ -32,16 +32,16 @@ def centred_bytes(spec: LinearSpec, words: Sequence[Expr], zero: Expr) -> list[A
 def code_bytes(spec: LinearSpec, words: Sequence[Expr]) -> list[Any]:
     """The stored codes of a step of fewer than 8 bits: int32x16 of four bytes for each four inputs."""
     turns = spec.step // 4
-    found: list[Any] = [None] * turns
+    unpacked: list[Any] = [None] * turns
     at = low = 0
-    for plane in planes(spec.width):
+    for plane in planes(spec.bits):
         each = 8 // plane
         for turn in range(turns):
             part = _shifted(words[at + turn // each], plane * (turn % each) - low)
             part = part & splat(tirx.const(((1 << plane) - 1 << low) * _EACH_BYTE, "int32"))
-            found[turn] = part if found[turn] is None else found[turn] | part
+            unpacked[turn] = part if unpacked[turn] is None else unpacked[turn] | part
         at, low = at + turns // each, low + plane
-    return found
+    return unpacked
 
 
 def zero_bytes(spec: LinearSpec, zero: Expr | None) -> Any:
@@ -53,14 +53,14 @@ def zero_bytes(spec: LinearSpec, zero: Expr | None) -> Any:
 
 def float_codes(spec: LinearSpec, words: Sequence[Expr], turn: int) -> Any:
     """The stored codes of input ``turn`` of a step, less their zero point where that is a constant, float32x16."""
-    if spec.width == 8:
+    if spec.bits == 8:
         return (_shifted(words[0], 8 * turn - 24) >> splat(tirx.const(24, "int32"))).astype("float32x16")
     total, at, low = None, 0, 0
-    for plane in planes(spec.width):
+    for plane in planes(spec.bits):
         span = 32 // plane
         inner = turn % span
         part = _shifted(words[at + turn // span], inner % 4 * 8 + inner // 4 * plane - low)
-        if spec.width not in (2, 4) or not _looks_up(spec):
+        if spec.bits not in (2, 4) or not _looks_up(spec):
             part = part & splat(tirx.const((1 << plane) - 1 << low, "int32"))
         total = part if total is None else total | part
         at, low = at + spec.step // span, low + plane
@@ -81,7 +81,7 @@ def _as_float(spec: LinearSpec, code: Any) -> Any:
     if not _looks_up(spec):
         return (code - splat(tirx.const(zero, "int32"))).astype("float32x16")
     entries = tirx.Ramp(tirx.const(0, "int32"), tirx.const(1, "int32"), 16)
-    codes = entries & splat(tirx.const((1 << spec.width) - 1, "int32"))
+    codes = entries & splat(tirx.const((1 << spec.bits) - 1, "int32"))
     table = (codes - splat(tirx.const(zero, "int32"))).astype("float32x16")
     name = tvm.target.codegen.llvm_lookup_intrinsic_id("llvm.x86.avx512.permvar.sf.512")
     return tirx.call_llvm_pure_intrin("float32x16", name, table, code)

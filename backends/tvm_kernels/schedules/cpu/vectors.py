@@ -47,16 +47,16 @@ def fill(vectors: Sequence[Any], dtype: str) -> None:
         put(vectors, at, splat(tirx.const(0, dtype)))
 
 
-def over_rows(rows: Any, tiles: Sequence[int], body: Callable[[int, Expr], None]) -> None:
+def over_rows(m: Any, tiles: Sequence[int], body: Callable[[int, Expr], None]) -> None:
     """``body(tile, first row)`` over all rows: the largest tile as often as it fits, then each smaller one."""
     largest = tiles[-1]
-    with T.serial(i64(0), rows // i64(largest)) as block:
+    with T.serial(i64(0), m // i64(largest)) as block:
         body(largest, block * i64(largest))
-    done = rows // i64(largest) * i64(largest)
+    done = m // i64(largest) * i64(largest)
     for tile in reversed(tiles[:-1]):
-        with T.serial(i64(0), (rows - done) // i64(tile)) as block:
+        with T.serial(i64(0), (m - done) // i64(tile)) as block:
             body(tile, done + block * i64(tile))
-        done = done + (rows - done) // i64(tile) * i64(tile)
+        done = done + (m - done) // i64(tile) * i64(tile)
 
 
 def prefetch(buffer: Any, index: Sequence[Expr]) -> None:

@@ -15,81 +15,80 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from bitlower.backends.tvm_kernels.schedules.gpu.threads import WARP, add_bytes, all_reduce, dot_bytes, sync
+from bitlower.backends.tvm_kernels.schedules.gpu.threads import add_bytes, all_reduce, dot_bytes, sync
 from bitlower.backends.tvm_kernels.spec.attention import OPERANDS, Attention
-from bitlower.backends.tvm_kernels.spec.target import Target
+from bitlower.backends.tvm_kernels.spec.target import WARP, AttentionConfig, Target
 from bitlower.backends.tvm_kernels.tir.attention import LEAST, Operands, function
 from bitlower.backends.tvm_kernels.tir.expressions import Expr, exp
 from bitlower.backends.tvm_kernels.tir.function import i64, when
 
-WARPS = 4
 _BLOCKS = "tirx.launch_bounds_min_blocks_per_sm"
-"""Where nothing is said the assembler goes for many, and spills for it."""
-_CHUNK = 64
-"""Words of a key, or columns of a value, that are staged at a time."""
+"""Unless it is said, the assembler goes for many, and spills."""
 _BYTES = ("int8", "uint8")
 _SIGNS = -0x7F7F7F80
 """Turns four unsigned bytes into signed ones that are less by 128."""
 
 
-def attention(what: Attention, target: Target) -> Any:
+def attention(what: Attention, target: Target, config: AttentionConfig) -> Any:
     """The PrimFunc, with the arguments of :func:`~bitlower.backends.tvm_kernels.tir.attention.function`."""
 
     def body(operands: Operands, batch: Any, queries: Any, keys: Any) -> None:
-        rows = WARPS * _each(what)
-        total = i64(what.heads // what.groups) * queries
+        rows = config.warps * _each(what, config)
+        total = i64(what.heads // what.kv_heads) * queries
         with (
             T.launch_thread("blockIdx.x", (total + i64(rows - 1)) // i64(rows)) as block,
-            T.launch_thread("blockIdx.y", what.groups) as group,
+            T.launch_thread("blockIdx.y", what.kv_heads) as group,
             T.launch_thread("blockIdx.z", batch) as item,
-            T.launch_thread("threadIdx.y", WARPS) as warp,
+            T.launch_thread("threadIdx.y", config.warps) as warp,
             T.launch_thread("threadIdx.x", WARP) as lane,
-            T.attr(tirx.const(0, "int32"), _BLOCKS, tirx.const(_blocks(what), "int32")),
+            T.attr(tirx.const(0, "int32"), _BLOCKS, tirx.const(_blocks(what, config), "int32")),
         ):
             place = (item.astype("int64"), group.astype("int64"))
-            _Tile(operands, target, (block, warp, lane), place, (queries, keys)).emit()
+            _Tile(operands, (target, config), (block, warp, lane), place, (queries, keys)).emit()
 
     return function(what, body)
 
 
-def _blocks(what: Attention) -> int:
-    return 3 if max(what.width, what.value_width) > _CHUNK else 4  # 168 registers a thread, or 128
+def _blocks(what: Attention, config: AttentionConfig) -> int:
+    wide = max(what.head_dim, what.value_head_dim) > config.chunk
+    return config.blocks - wide  # of 4 warps: 168 registers a thread, or 128
 
 
-def _each(what: Attention) -> int:
+def _each(what: Attention, config: AttentionConfig) -> int:
     """Queries of a warp: fewer where they are wide, so that registers and shared memory hold them."""
-    width = max(what.width, what.value_width)
-    return 4 if width <= 128 else 2 if width <= 256 else 1
+    size = max(what.head_dim, what.value_head_dim)
+    return max(1, config.queries // (1 if size <= 128 else 2 if size <= 256 else 4))
 
 
 class _Tile:
     """The queries of one block; those of one warp in ``places``."""
 
     def __init__(
-        self, operands: Operands, target: Target, threads: tuple[Any, ...], place: tuple[Any, Any], sizes: Any
+        self, operands: Operands, how: tuple[Target, AttentionConfig], threads: tuple[Any, ...], place: Any, sizes: Any
     ) -> None:
-        self.what, self.operands, self.target, self.place = operands.what, operands, target, place
+        self.what, self.operands, self.place = operands.what, operands, place
+        self.target, self.config = how
         block, self.warp, self.lane = threads
         self.queries, self.keys = sizes
-        what, self.each = self.what, _each(self.what)
+        what, self.each = self.what, _each(operands.what, self.config)
         self.thread = T.Bind((self.warp * WARP + self.lane).astype("int64"))
         self.column = T.Bind(self.lane.astype("int64"))
-        self.first = T.Bind(block.astype("int64") * i64(WARPS * self.each))
+        self.first = T.Bind(block.astype("int64") * i64(self.config.warps * self.each))
         self.own = [self.warp * tirx.const(self.each, "int32") + tirx.const(at, "int32") for at in range(self.each)]
-        self.bytes_in = what.query in _BYTES and what.key in _BYTES and what.width % 4 == 0
+        self.bytes_in = what.query in _BYTES and what.key in _BYTES and what.head_dim % 4 == 0
         self.bytes_out = what.probs is not None and what.probs.bits <= 8 and what.value in _BYTES
-        self.words = what.width // 4 if self.bytes_in else what.width
-        self.chunk = min(_CHUNK, self.words)
+        self.words = what.head_dim // 4 if self.bytes_in else what.head_dim
+        self.chunk = min(self.config.chunk, self.words)
         self.quad = 4 if self.words % 4 == 0 else 1
         self._allocate()
 
     def _allocate(self) -> None:
         """Shared memory: queries, a chunk of keys, a chunk of values, and the shares of a tile of keys."""
-        rows, kind = WARPS * self.each, "int32" if self.bytes_in else "float32"
+        rows, kind = self.config.warps * self.each, "int32" if self.bytes_in else "float32"
         self.pitch = self.chunk + (4 if self.quad == 4 else 1 - self.chunk % 2)
         self.query = T.alloc_buffer((rows * self.words,), kind, scope="shared")
         self.key = T.alloc_buffer((WARP * self.pitch,), kind, scope="shared")
-        self.across = min(_CHUNK, -(-self.what.value_width // WARP) * WARP)
+        self.across = min(self.config.chunk, -(-self.what.value_head_dim // WARP) * WARP)
         lines = WARP // 4 if self.bytes_out else WARP
         self.value = T.alloc_buffer((lines * self.across,), "int32" if self.bytes_out else "float32", scope="shared")
         self.share = T.alloc_buffer((rows * WARP,), "int8" if self.bytes_out else "float32", scope="shared")
@@ -97,7 +96,7 @@ class _Tile:
 
     def _place(self) -> None:
         """Note head and position of each line of the block; those of the last query beyond the end."""
-        times = tirx.const(self.what.heads // self.what.groups, "int32")
+        times = tirx.const(self.what.heads // self.what.kv_heads, "int32")
         queries = self.queries.astype("int32")  # a division of 64 bits is a function
         row = T.Bind(tirx.min((self.first + self.thread).astype("int32"), times * queries - 1))
 
@@ -105,7 +104,7 @@ class _Tile:
             T.buffer_store(self.head, self.place[1].astype("int32") * times + row // queries, [self.thread])
             T.buffer_store(self.position, row % queries, [self.thread])
 
-        when(self.thread < i64(WARPS * self.each), note)
+        when(self.thread < i64(self.config.warps * self.each), note)
         sync()
 
     def _query(self, line: Expr) -> tuple[Any, Any, Any]:
@@ -115,12 +114,12 @@ class _Tile:
     def emit(self) -> None:
         """Queries to shared memory, the two passes over keys, and the result."""
         self._place()
-        self._fill(self.query, self.words, WARPS * self.each, (0, self.words), "query", self._query)
+        self._fill(self.query, self.words, self.config.warps * self.each, (0, self.words), "query", self._query)
         top, total = (_registers(self.each, "float32", value) for value in (LEAST, 0.0))
         self._over_keys(lambda key: self._gather(key, top, total))
         for at in range(self.each):
             self._join(at, top, total)
-        sums = self._sums()
+        sums = _Sums(self.each, -(-self.what.value_head_dim // WARP), self.bytes_out)
         self._over_keys(lambda key: self._add(key, top, total, sums))
         self._store(sums)
 
@@ -136,16 +135,16 @@ class _Tile:
         wide = 1 if self.bytes_in else self._lanes(name)
 
         def one(line: Any, at: Any) -> None:
-            held = place(line)
+            row = place(line)
             column = (i64(begin) + at) * i64(4) if self.bytes_in else i64(begin) + at
-            value = self._word(name, held, column) if self.bytes_in else self._floats(name, held, column, wide)
+            value = self._word(name, row, column) if self.bytes_in else self._floats(name, row, column, wide)
             T.buffer_store(shared, value, [_run(line * i64(pitch) + at, wide)])
 
         self._spread(lines, (end - begin) // wide, lambda line, at: one(line, at * i64(wide)))
 
     def _spread(self, lines: int, across: int, body: Callable[[Any, Any], None]) -> None:
         """``body(line, at)`` for all lines and places across, shared out among the threads of the block."""
-        count, threads = lines * across, WARPS * WARP
+        count, threads = lines * across, self.config.warps * WARP
         with T.serial(i64(0), i64(-(-count // threads))) as turn:
             place = T.Bind(turn * i64(threads) + self.thread)
             line, at = T.Bind(place // i64(across)), T.Bind(place % i64(across))
@@ -157,8 +156,8 @@ class _Tile:
     def _lanes(self, name: str) -> int:
         """How many neighbours are read at once: four where every row of them starts at a multiple of four."""
         merged = self.what.places[OPERANDS.index(name)] or (0, 0)
-        width = self.what.value_width if name == "value" else self.what.width
-        return 4 if all(size % 4 == 0 for size in (width, *merged)) else 1
+        head_dim = self.what.value_head_dim if name == "value" else self.what.head_dim
+        return 4 if all(size % 4 == 0 for size in (head_dim, *merged)) else 1
 
     def _word(self, name: str, place: tuple[Any, ...], column: Expr) -> Any:
         """Four codes of a query or a key as signed bytes."""
@@ -189,13 +188,13 @@ class _Tile:
                 self._multiply(begin, step * tirx.const(self.quad, "int32"), sums, ones)
         key = T.Bind(first + self.column)
         inside, near = key < self.keys, T.Bind(tirx.min(key, self.keys - i64(1)))
-        found = []
+        scores = []
         for at, line in enumerate(self.own):
             place = self._query(line)
             product = self._product(at, sums[at], ones) if self.bytes_in else sums[at]
             score = self.operands.score(product, place, near)
-            found.append(T.Bind(tirx.Select(inside, score, tirx.const(float("-inf"), "float32"))))
-        return found
+            scores.append(T.Bind(tirx.Select(inside, score, tirx.const(float("-inf"), "float32"))))
+        return scores
 
     def _multiply(self, begin: int, at: Expr, sums: Any, ones: Any) -> None:
         """Add the products of four words or floats (or of one)."""
@@ -219,7 +218,7 @@ class _Tile:
             T.buffer_store(added, add_bytes(self.target, added[0], query), [0])
         zeros = [self._zero(name, getattr(self.what, name)) for name in ("query", "key")]
         exact = total - zeros[0] * ones[0] - zeros[1] * added[0]
-        exact = exact + tirx.const(self.what.width, "int32") * zeros[0] * zeros[1]
+        exact = exact + tirx.const(self.what.head_dim, "int32") * zeros[0] * zeros[1]
         scale = self._scale("query") * self._scale("key")
         return exact.astype("float32") * scale
 
@@ -249,9 +248,6 @@ class _Tile:
         T.buffer_store(total, all_reduce(lambda a, b: a + b, zero, part, [self.lane]), [at])
         T.buffer_store(top, highest, [at])
 
-    def _sums(self) -> _Sums:
-        return _Sums(self.each, -(-self.what.value_width // WARP), self.bytes_out)
-
     def _add(self, first: Expr, top: Any, total: Any, sums: _Sums) -> None:
         """Add the values of a tile of keys, each times its share."""
         zero = tirx.const(0.0, "float32")
@@ -261,8 +257,8 @@ class _Tile:
             share = tirx.Select(gone, zero, exp(score - top[at]))
             share = T.Bind(tirx.Select(total[at] > zero, share / total[at], zero))
             T.buffer_store(self.share, self._shared(share, inside, at, sums), [self._share_at(at)])
-        for begin in range(0, self.what.value_width, self.across):
-            end = min(begin + self.across, self.what.value_width)
+        for begin in range(0, self.what.value_head_dim, self.across):
+            end = min(begin + self.across, self.what.value_head_dim)
             sync()
             if self.bytes_out:
                 self._spread(WARP // 4, end - begin, partial(self._put_bytes, first, begin))
@@ -311,23 +307,25 @@ class _Tile:
     def _accumulate(self, four: Any, columns: range, start: int, sums: _Sums) -> None:
         """Add what four keys give to each query of the warp and column of the lane."""
         if self.bytes_out:
-            words = T.decl_buffer((WARPS * self.each * WARP // 4,), "int32", data=self.share.data, scope="shared")
+            words = T.decl_buffer(
+                (self.config.warps * self.each * WARP // 4,), "int32", data=self.share.data, scope="shared"
+            )
             shares = [T.Bind(words[line * (WARP // 4) + four]) for line in self.own]
             for column in columns:
                 value = T.Bind(self.value[four * self.across + (column - start) * WARP + self.lane])
                 T.buffer_store(sums.values, add_bytes(self.target, sums.values[column], value), [column])
                 for row, share in enumerate(shares):
                     at = row * sums.columns + column
-                    T.buffer_store(sums.held, dot_bytes(self.target, sums.held[at], share, value), [at])
+                    T.buffer_store(sums.totals, dot_bytes(self.target, sums.totals[at], share, value), [at])
             return
-        held = [_local(self.share, line * WARP + four * 4, 4) for line in self.own]
+        shares = [_local(self.share, line * WARP + four * 4, 4) for line in self.own]
         for key in range(4):
             line = (four * 4 + key) * self.across + self.lane
             for column in columns:
                 value = T.Bind(self.value[line + (column - start) * WARP])
                 for row in range(self.each):
                     at = row * sums.columns + column
-                    T.buffer_store(sums.held, sums.held[at] + held[row][key] * value, [at])
+                    T.buffer_store(sums.totals, sums.totals[at] + shares[row][key] * value, [at])
 
     def _store(self, sums: _Sums) -> None:
         """Write the results of queries that exist, in columns that exist."""
@@ -336,15 +334,15 @@ class _Tile:
                 T.Bind(all_reduce(lambda a, b: a + b, tirx.const(0, "int32"), sums.shares[at], [self.lane]))
                 for at in range(self.each)
             ]
-        count = i64(self.what.heads // self.what.groups) * self.queries
+        count = i64(self.what.heads // self.what.kv_heads) * self.queries
         for row, line in enumerate(self.own):
             place = self._query(line)
             for column in range(sums.columns):
-                value = sums.held[row * sums.columns + column]
+                value = sums.totals[row * sums.columns + column]
                 if self.bytes_out:
                     value = self._dequantized(value, shares[row], sums.values[column])
                 at = self.column + i64(column * WARP)
-                inside = tirx.all(self.first + line.astype("int64") < count, at < i64(self.what.value_width))
+                inside = tirx.all(self.first + line.astype("int64") < count, at < i64(self.what.value_head_dim))
                 when(inside, partial(self.operands.store, value, place, at))
 
     def _dequantized(self, total: Expr, shares: Expr, values: Expr) -> Any:
@@ -367,16 +365,16 @@ class _Sums:
 
     def __init__(self, each: int, columns: int, exact: bool) -> None:
         self.columns = columns
-        self.held = _registers(each * columns, "int32" if exact else "float32", 0)
+        self.totals = _registers(each * columns, "int32" if exact else "float32", 0)
         if exact:
             self.shares, self.values = _registers(each, "int32", 0), _registers(columns, "int32", 0)
 
 
 def _registers(count: int, dtype: str, value: float) -> Any:
-    held = T.alloc_buffer((count,), dtype, scope="local")
+    registers = T.alloc_buffer((count,), dtype, scope="local")
     for at in range(count):
-        T.buffer_store(held, tirx.const(value, dtype), [at])
-    return held
+        T.buffer_store(registers, tirx.const(value, dtype), [at])
+    return registers
 
 
 def _run(at: Expr, lanes: int) -> Any:
@@ -386,9 +384,9 @@ def _run(at: Expr, lanes: int) -> Any:
 
 def _local(shared: Any, at: Expr, lanes: int) -> Any:
     """Neighbours in shared memory, read at once."""
-    held = T.alloc_buffer((lanes,), str(shared.dtype), scope="local")
-    T.buffer_store(held, shared[_run(at, lanes)], [tirx.Ramp(0, 1, lanes) if lanes > 1 else 0])
-    return held
+    registers = T.alloc_buffer((lanes,), str(shared.dtype), scope="local")
+    T.buffer_store(registers, shared[_run(at, lanes)], [tirx.Ramp(0, 1, lanes) if lanes > 1 else 0])
+    return registers
 
 
 def _pack(parts: list[Any]) -> Any:

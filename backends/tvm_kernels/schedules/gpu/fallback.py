@@ -39,8 +39,8 @@ def schedule(module: Any, target: Any) -> Any:
 
 def _scheduled(function: Any, target: Any) -> Any:
     with target:
-        found = dlight.gpu.Fallback().apply(function, target, False)
-    return function if found is None else found.mod["main"].with_attrs(dict(function.attrs))
+        result = dlight.gpu.Fallback().apply(function, target, False)
+    return function if result is None else result.mod["main"].with_attrs(dict(function.attrs))
 
 
 def launches(function: Any) -> int:

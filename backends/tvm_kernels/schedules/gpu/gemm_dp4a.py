@@ -24,18 +24,18 @@ from bitlower.backends.tvm_kernels.tir.segments import Segment, over_parts
 def tile_memory(spec: LinearSpec, config: GemmConfig) -> int:
     """Bytes of memory that the threads of a tile share."""
     staged = depth(spec, config.block_k)
-    words, size = (staged // 4, 4) if spec.activation is not None else (staged, 2 if spec.dtype == HALF else 4)
+    words, size = (staged // 4, 4) if spec.x_quant is not None else (staged, 2 if spec.dtype == HALF else 4)
     return (config.block_m + config.block_n) * (words + 1) * size
 
 
-def emit_tiles(spec: LinearSpec, config: GemmConfig, buffers: Buffers, rows: Any) -> None:
+def emit_tiles(spec: LinearSpec, config: GemmConfig, buffers: Buffers, m: Any) -> None:
     """Tiles by ``dp4a`` or float32 products: 256 threads, in blocks of 64 x 64 with 4 x 4 results each."""
     with (
-        T.launch_thread("blockIdx.x", -(-spec.outputs // config.block_n)) as block,
-        T.launch_thread("blockIdx.y", (rows + i64(config.block_m - 1)) // i64(config.block_m)) as line,
+        T.launch_thread("blockIdx.x", -(-spec.n // config.block_n)) as block,
+        T.launch_thread("blockIdx.y", (m + i64(config.block_m - 1)) // i64(config.block_m)) as line,
         T.launch_thread("threadIdx.x", FRAGMENT * FRAGMENT) as thread,
     ):
-        stage = Stage(spec, config, buffers, rows, (block, line), thread, FRAGMENT * FRAGMENT)
+        stage = Stage(spec, config, buffers, m, (block, line), thread, FRAGMENT * FRAGMENT)
         _Threads(spec, buffers, stage).emit()
 
 
@@ -44,7 +44,7 @@ class _Threads:
 
     def __init__(self, spec: LinearSpec, buffers: Buffers, stage: Stage) -> None:
         self.spec, self.buffers, self.stage = spec, buffers, stage
-        self.integer = spec.activation is not None
+        self.integer = spec.x_quant is not None
         self.depth = depth(spec, stage.config.block_k)
         self.lines, self.columns = (size // FRAGMENT for size in (stage.config.block_m, stage.config.block_n))
         self.across = self.depth // 4 if self.integer else self.depth
@@ -62,9 +62,9 @@ class _Threads:
         """All activation groups, then what is written."""
         total = self._results("float32")
         if not self.integer:
-            self._sum(Segment(i64(0), self.spec.inputs, i64(0)), total)
+            self._sum(Segment(i64(0), self.spec.k, i64(0)), total)
         else:
-            over_parts(self.spec, lambda part, found: self._activation_group(part, found, total))
+            over_parts(self.spec, lambda part, segments: self._activation_group(part, segments, total))
         for at, (i, j) in enumerate(self._places()):
             self.stage.write(*self._place(i, j), lambda row, output, at=at: total[at])
 
@@ -84,11 +84,11 @@ class _Threads:
     def _place(self, i: int, j: int) -> tuple[Any, Any]:
         return self.line + i64(FRAGMENT * i), self.column + i64(FRAGMENT * j)
 
-    def _activation_group(self, part: Expr, found: list[tuple[Segment, int]], total: Any) -> None:
+    def _activation_group(self, part: Expr, segments: list[tuple[Segment, int]], total: Any) -> None:
         """Add what one group of inputs with one activation scale returns."""
         dtype = "float32" if self.spec.grouped else "int32"
         sums = self._results(dtype)
-        for segment, times in found:
+        for segment, times in segments:
             if self.spec.grouped:
                 self._add_run(segment, times, sums)
             else:
@@ -106,7 +106,7 @@ class _Threads:
 
         def flush(group: Expr) -> None:
             for at, (i, j) in enumerate(self._places()):
-                output = tirx.min(self.stage.first_output + self._place(i, j)[1], i64(self.spec.outputs - 1))
+                output = tirx.min(self.stage.first_output + self._place(i, j)[1], i64(self.spec.n - 1))
                 scale = self.buffers["weight_scale"][output, group]
                 T.buffer_store(total, total[at] + sums[at].astype("float32") * scale, [at])
             self._clear(sums, "int32")

@@ -12,10 +12,10 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from bitlower.backends.tvm_kernels.schedules.gpu.threads import WARP, sync
+from bitlower.backends.tvm_kernels.schedules.gpu.threads import sync
 from bitlower.backends.tvm_kernels.schedules.gpu.tile import Stage, scaled
 from bitlower.backends.tvm_kernels.spec.linear import LinearSpec
-from bitlower.backends.tvm_kernels.spec.target import FRAGMENT, GemmConfig
+from bitlower.backends.tvm_kernels.spec.target import FRAGMENT, WARP, GemmConfig
 from bitlower.backends.tvm_kernels.tir.function import Buffers, i64
 
 _RUN = 8
@@ -28,29 +28,29 @@ _SUM_PAD = 4
 
 def has_matrix(spec: LinearSpec, config: GemmConfig) -> bool:
     """Whether the linear goes by matrix instructions: int8 with one scale on either side, or float16."""
-    if not spec.target.fragments or spec.inputs % config.block_k:
+    if not spec.target.fragments or spec.k % config.block_k:
         return False
-    return spec.dtype == "float16" if spec.activation is None else len(spec.segment_sizes) == 1
+    return spec.dtype == "float16" if spec.x_quant is None else len(spec.segment_sizes) == 1
 
 
 def matrix_memory(spec: LinearSpec, config: GemmConfig) -> int:
     """Bytes of memory that the threads of a tile share."""
-    dtype, size = ("float16", 2) if spec.activation is None else ("int8", 1)
+    dtype, size = ("float16", 2) if spec.x_quant is None else ("int8", 1)
     operands = (config.block_m + config.block_n) * (config.block_k + _PAD[dtype]) * size
     return operands + config.block_m * (config.block_n + _SUM_PAD) * 4
 
 
-def emit_matrix(spec: LinearSpec, config: GemmConfig, buffers: Buffers, rows: Any) -> None:
+def emit_matrix(spec: LinearSpec, config: GemmConfig, buffers: Buffers, m: Any) -> None:
     """A grid of tiles; a warp of threads for each part of a tile."""
     warps = config.warps_m * config.warps_n
     with (
-        T.launch_thread("blockIdx.x", -(-spec.outputs // config.block_n)) as block,
-        T.launch_thread("blockIdx.y", (rows + i64(config.block_m - 1)) // i64(config.block_m)) as line,
+        T.launch_thread("blockIdx.x", -(-spec.n // config.block_n)) as block,
+        T.launch_thread("blockIdx.y", (m + i64(config.block_m - 1)) // i64(config.block_m)) as line,
         T.launch_thread("threadIdx.y", warps) as warp,
         T.launch_thread("threadIdx.x", WARP) as lane,
     ):
         thread = warp * tirx.const(WARP, "int32") + lane
-        stage = Stage(spec, config, buffers, rows, (block, line), thread, warps * WARP)
+        stage = Stage(spec, config, buffers, m, (block, line), thread, warps * WARP)
         _Matrix(spec, buffers, stage, warp).emit()
 
 
@@ -59,7 +59,7 @@ class _Matrix:
 
     def __init__(self, spec: LinearSpec, buffers: Buffers, stage: Stage, warp: Any) -> None:
         self.spec, self.buffers, self.stage, self.config = spec, buffers, stage, stage.config
-        self.integer = spec.activation is not None
+        self.integer = spec.x_quant is not None
         self.dtype, self.sum = ("int8", "int32") if self.integer else ("float16", "float32")
         config, size = self.config, FRAGMENT * FRAGMENT
         self.pitch, self.sum_pitch = config.block_k + _PAD[self.dtype], config.block_n + _SUM_PAD
@@ -69,23 +69,23 @@ class _Matrix:
         )
         self.sums = T.alloc_buffer((config.block_m * self.sum_pitch,), self.sum, scope="shared")
         height, width = config.block_m // config.warps_m, config.block_n // config.warps_n
-        self.rows, self.columns = height // FRAGMENT, width // FRAGMENT
-        self.a = T.alloc_buffer((self.rows * size,), self.dtype, scope="wmma.matrix_a")
-        self.b = T.alloc_buffer((self.columns * size,), self.dtype, scope="wmma.matrix_b")
-        self.c = T.alloc_buffer((self.rows * self.columns * size,), self.sum, scope="wmma.accumulator")
+        self.fragments_m, self.fragments_n = height // FRAGMENT, width // FRAGMENT
+        self.a = T.alloc_buffer((self.fragments_m * size,), self.dtype, scope="wmma.matrix_a")
+        self.b = T.alloc_buffer((self.fragments_n * size,), self.dtype, scope="wmma.matrix_b")
+        self.c = T.alloc_buffer((self.fragments_m * self.fragments_n * size,), self.sum, scope="wmma.accumulator")
         across = tirx.const(config.warps_n, "int32")
         self.line = (warp // across) * tirx.const(height, "int32")
         self.column = (warp % across) * tirx.const(width, "int32")
 
     def emit(self) -> None:
         """Multiply, then finish every sum of the tile."""
-        config, fragments = self.config, self.rows * self.columns
+        config, fragments = self.config, self.fragments_m * self.fragments_n
         for at in range(fragments):
             _call("tvm_fill_fragment", self.c.data, *_SHAPE, at, tirx.const(0, self.sum))
-        with T.serial(i64(0), i64(self.spec.inputs // config.block_k)) as turn:
+        with T.serial(i64(0), i64(self.spec.k // config.block_k)) as turn:
             self._step(T.Bind(turn * i64(config.block_k)))
         for at in range(fragments):
-            row, column = divmod(at, self.columns)
+            row, column = divmod(at, self.fragments_n)
             place = (self.line + FRAGMENT * row) * self.sum_pitch + self.column + FRAGMENT * column
             pointer = self.sums.access_ptr("w", offset=place)
             _call("tvm_store_matrix_sync", self.c.data, *_SHAPE, at, pointer, self.sum_pitch, "row_major")
@@ -111,14 +111,14 @@ class _Matrix:
         sync()
         for k in range(0, self.config.block_k, FRAGMENT):
             for fragments, count, shared, first, order in (
-                (self.a, self.rows, self.left, self.line, "row_major"),
-                (self.b, self.columns, self.right, self.column, "col_major"),
+                (self.a, self.fragments_m, self.left, self.line, "row_major"),
+                (self.b, self.fragments_n, self.right, self.column, "col_major"),
             ):
                 for at in range(count):
                     pointer = shared.access_ptr("r", offset=(first + FRAGMENT * at) * self.pitch + k)
                     _call("tvm_load_matrix_sync", fragments.data, *_SHAPE, at, pointer, self.pitch, order)
-            for at in range(self.rows * self.columns):
-                row, column = divmod(at, self.columns)
+            for at in range(self.fragments_m * self.fragments_n):
+                row, column = divmod(at, self.fragments_n)
                 _call("tvm_mma_sync", self.c.data, at, self.a.data, row, self.b.data, column, self.c.data, at)
 
     def _fill_words(self, start: Any) -> None:

@@ -41,11 +41,11 @@ def lower_linear(spec: LinearSpec, config: GemmConfig) -> Any:
             hint="make the blocks smaller",
         )
 
-    def body(buffers: Buffers, rows: Any) -> None:
+    def body(buffers: Buffers, m: Any) -> None:
         if not chunk(spec):
-            many(spec, config, buffers, rows)
+            many(spec, config, buffers, m)
             return
-        few = rows < i64(config.many_rows)
-        when(few, lambda: emit_gemv(spec, buffers, rows), lambda: many(spec, config, buffers, rows))
+        few = m < i64(config.many_rows)
+        when(few, lambda: emit_gemv(spec, buffers, m), lambda: many(spec, config, buffers, m))
 
     return function(spec, body, kernel_name(spec, config))

@@ -6,8 +6,9 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from bitlower.backends.tvm_kernels.schedules.gpu.threads import WARP, ThreadLanes
+from bitlower.backends.tvm_kernels.schedules.gpu.threads import ThreadLanes
 from bitlower.backends.tvm_kernels.spec.rowwise import ActivationSpec, NormSpec
+from bitlower.backends.tvm_kernels.spec.target import WARP
 from bitlower.backends.tvm_kernels.tir.function import Buffers, function
 from bitlower.backends.tvm_kernels.tir.rowwise import activation_row, norm_row
 
@@ -25,8 +26,8 @@ def lower_rows(spec: NormSpec | ActivationSpec) -> Any:
     """The scheduled PrimFunc of a kernel over rows."""
     threads = threads_for(spec.columns)
 
-    def body(buffers: Buffers, rows: Any) -> None:
-        with T.launch_thread("blockIdx.x", rows) as block, T.launch_thread("threadIdx.x", threads) as thread:
+    def body(buffers: Buffers, m: Any) -> None:
+        with T.launch_thread("blockIdx.x", m) as block, T.launch_thread("threadIdx.x", threads) as thread:
             lanes, row = ThreadLanes(thread, threads), block.astype("int64")
             match spec:
                 case NormSpec():

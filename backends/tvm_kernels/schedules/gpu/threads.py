@@ -12,18 +12,16 @@ from bitlower.backends.tvm_kernels.spec.target import Target
 from bitlower.backends.tvm_kernels.tir.expressions import Expr, dtype_of
 from bitlower.backends.tvm_kernels.tir.function import i64, when
 
-WARP = 32
-
 
 def all_reduce(combine: Callable[[Expr, Expr], Expr], start: Expr, value: Expr, threads: list[Any]) -> Any:
     """``value`` of all threads together, on every one of them (warp shuffles where the target has them)."""
     dtype = dtype_of(value)
-    given, out = (T.alloc_buffer((1,), dtype, scope="local") for _ in range(2))
-    T.buffer_store(given, value, [0])
+    part, out = (T.alloc_buffer((1,), dtype, scope="local") for _ in range(2))
+    T.buffer_store(part, value, [0])
     reducer = T.comm_reducer(lambda a, b: combine(a, b), [start])
     with T.attr(reducer, "reduce_scope", tirx.const(0, "int32")):
         always = tirx.const(1, "bool")
-        T.evaluate(tirx.op.tvm_thread_allreduce(tirx.const(1, "uint32"), given[0], always, out[0], *threads))
+        T.evaluate(tirx.op.tvm_thread_allreduce(tirx.const(1, "uint32"), part[0], always, out[0], *threads))
     return out[0]
 
 

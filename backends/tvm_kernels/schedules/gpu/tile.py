@@ -18,7 +18,7 @@ from bitlower.backends.tvm_kernels.tir.weight import centred_code, dequantized
 
 def depth(spec: LinearSpec, most: int = 32) -> int:
     """Inputs that are staged at a time, ``most`` or a part of it; they lie in one segment. 0: none fits."""
-    sizes = (*spec.segment_sizes, spec.inputs)
+    sizes = (*spec.segment_sizes, spec.k)
     fitting = (n for n in (64, 32, 16, 8, 4) if n <= most and all(size % n == 0 for size in sizes))
     return next(fitting, 0)
 
@@ -30,7 +30,7 @@ class Stage:
         spec: the linear.
         config: the sizes of the tile.
         buffers: its arguments.
-        rows: how many there are.
+        m: how many there are.
         blocks: indices of the tile, along the outputs and the rows.
         thread: the index of the thread in its block.
         threads: how many there are.
@@ -41,12 +41,12 @@ class Stage:
         spec: LinearSpec,
         config: GemmConfig,
         buffers: Buffers,
-        rows: Any,
+        m: Any,
         blocks: tuple[Any, Any],
         thread: Any,
         threads: int,
     ) -> None:
-        self.spec, self.config, self.buffers, self.rows, self.threads = spec, config, buffers, rows, threads
+        self.spec, self.config, self.buffers, self.m, self.threads = spec, config, buffers, m, threads
         self.first_output, self.first_row = (
             T.Bind(block.astype("int64") * i64(size))
             for block, size in zip(blocks, (config.block_n, config.block_m), strict=True)
@@ -78,23 +78,23 @@ class Stage:
         """Four activation codes from input ``k`` on as signed bytes; zero beyond the rows."""
         row = self.first_row + line
         word = tirx.reinterpret("int32", self.buffers["x"][row, tirx.Ramp(k, i64(1), 4)])
-        return tirx.if_then_else(row < self.rows, signed_bytes(self.spec, word), tirx.const(0, "int32"))
+        return tirx.if_then_else(row < self.m, signed_bytes(self.spec, word), tirx.const(0, "int32"))
 
     def x_value(self, line: Expr, k: Expr) -> Any:
         """A float activation in the kernel's float type; zero beyond the rows."""
         row = self.first_row + line
         zero = tirx.const(0.0, self.spec.dtype)
-        return tirx.if_then_else(row < self.rows, self.buffers["x"][row, k].astype(self.spec.dtype), zero)
+        return tirx.if_then_else(row < self.m, self.buffers["x"][row, k].astype(self.spec.dtype), zero)
 
     def x_run(self, line: Expr, k: Expr, lanes: int) -> Any:
         """Neighbouring float activations in their own type; those of the last row beyond the rows."""
-        row = tirx.min(self.first_row + line, self.rows - i64(1))
+        row = tirx.min(self.first_row + line, self.m - i64(1))
         return self.buffers["x"][row, tirx.Ramp(k, i64(1), lanes)]
 
     def weight_word(self, line: Expr, k: Expr) -> Any:
         """Four centred codes from input ``k`` on as signed bytes."""
         output = self._output(line)
-        if self.spec.width == 8:
+        if self.spec.bits == 8:
             return tirx.reinterpret("int32", self.buffers["weight"][output, tirx.Ramp(k, i64(1), 4)])
         word = None
         for byte in range(4):
@@ -109,20 +109,20 @@ class Stage:
 
     def _output(self, line: Expr) -> Any:
         """The output of a line; the last one beyond the end, where nothing is written."""
-        return tirx.min(self.first_output + line, i64(self.spec.outputs - 1))
+        return tirx.min(self.first_output + line, i64(self.spec.n - 1))
 
     def write(self, line: Expr, column: Expr, y: Any) -> None:
         """Finish and write a result that lies inside."""
         row, output = self.first_row + line, self.first_output + column
-        inside = tirx.all(row < self.rows, output < i64(self.spec.outputs))
+        inside = tirx.all(row < self.m, output < i64(self.spec.n))
         when(inside, lambda: write(self.spec, self.buffers, row, output, y(row, output)))
 
 
 def scaled(spec: LinearSpec, buffers: Buffers, stage: Stage, part: Expr, line: Expr, column: Expr, sums: Expr) -> Any:
     """What the sum of an activation group adds to a result, float32."""
-    token = spec.activation is not None and spec.activation.granularity.dynamic
-    row = tirx.min(stage.first_row + line, stage.rows - i64(1))
-    output = tirx.min(stage.first_output + column, i64(spec.outputs - 1))
+    token = spec.x_quant is not None and spec.x_quant.granularity.dynamic
+    row = tirx.min(stage.first_row + line, stage.m - i64(1))
+    output = tirx.min(stage.first_output + column, i64(spec.n - 1))
     at = row if token else part
     share = buffers["weight_sum"][part, output]
     if spec.grouped:

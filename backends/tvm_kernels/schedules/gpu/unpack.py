@@ -12,7 +12,7 @@ from bitlower.backends.tvm_kernels.tir.expressions import Expr
 
 def zero_shift(spec: LinearSpec) -> int:
     """What unsigned activation codes are lessened by, to be signed bytes."""
-    return 0 if spec.activation is None or spec.activation.grid.signed else 128
+    return 0 if spec.x_quant is None or spec.x_quant.grid.signed else 128
 
 
 def signed_bytes(spec: LinearSpec, word: Expr) -> Any:
@@ -22,27 +22,27 @@ def signed_bytes(spec: LinearSpec, word: Expr) -> Any:
 
 def code_at(spec: LinearSpec, words: Any, k: int) -> Any:
     """Stored code ``k`` of a chunk, int32."""
-    bit, width = k * spec.width, spec.width
-    if width == 8:
+    bit, bits = k * spec.bits, spec.bits
+    if bits == 8:
         return (words[bit // 32] << tirx.const(24 - bit % 32, "int32")) >> tirx.const(24, "int32")
     value = words[bit // 32] >> tirx.const(bit % 32, "int32")
-    if bit % 32 + width > 32:
+    if bit % 32 + bits > 32:
         low = tirx.const((1 << (32 - bit % 32)) - 1, "int32")
         value = (value & low) | (words[bit // 32 + 1] << tirx.const(32 - bit % 32, "int32"))
-    return value & tirx.const((1 << width) - 1, "int32")
+    return value & tirx.const((1 << bits) - 1, "int32")
 
 
 def bytes_at(spec: LinearSpec, words: Any, quad: int) -> Any:
     """Stored codes 4·quad … 4·quad + 3 of a chunk, a byte each."""
-    if spec.width == 8:
+    if spec.bits == 8:
         return words[quad]
-    if spec.width == 3:
+    if spec.bits == 3:
         parts = [code_at(spec, words, 4 * quad + i) << tirx.const(8 * i, "int32") for i in range(4)]
         return parts[0] | parts[1] | parts[2] | parts[3]
-    bit = 4 * quad * spec.width
-    mask = (1 << 4 * spec.width) - 1
+    bit = 4 * quad * spec.bits
+    mask = (1 << 4 * spec.bits) - 1
     word = (words[bit // 32] >> tirx.const(bit % 32, "int32")) & tirx.const(mask, "int32")
-    pairs, single = (0x00FF00FF, 0x0F0F0F0F) if spec.width == 4 else (0x000F000F, 0x03030303)
-    shift = 16 - 2 * spec.width
+    pairs, single = (0x00FF00FF, 0x0F0F0F0F) if spec.bits == 4 else (0x000F000F, 0x03030303)
+    shift = 16 - 2 * spec.bits
     word = (word | (word << tirx.const(shift, "int32"))) & tirx.const(pairs, "int32")
     return (word | (word << tirx.const(shift // 2, "int32"))) & tirx.const(single, "int32")
