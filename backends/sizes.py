@@ -19,14 +19,15 @@ Zero points of asymmetric grids take the bits of their codes; gptq-v2 always has
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Protocol
 
 import torch
 from torch import fx
 
-from bitlower.ir import Program, Quantizer
+from bitlower.ir import Program, Quantizer, get_tensor
 from bitlower.ir.quantization.scheme import WEIGHT_ROLES
+from bitlower.ir.quantizer_node import QuantizerNode
 
 ENTRY_BYTES = 106
 """Bytes of a node or a stored tensor in an ONNX file beside its data, and of a tensor in a safetensors header."""
@@ -56,6 +57,25 @@ def weights_only(placed: Program) -> bool:
 def stored_tensors(program: Program) -> int:
     """How many tensors the graph reads."""
     return len({node.target for node in program.graph.nodes if node.op == "get_attr"})
+
+
+def stored_values(program: Program) -> Iterator[tuple[str, torch.Tensor, list[fx.Node], list[fx.Node]]]:
+    """Every parameter and constant that is no scale or zero point, each storage once: its name and itself.
+
+    With the quantizers among its readers, and all readers.
+    """
+    users: dict[str, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            users.setdefault(str(node.target), []).extend(node.users)
+    seen = set[int]()
+    for name, readers in users.items():
+        tensor = get_tensor(program.module, name)
+        quantizers = [node for node in readers if "quantizer" in node.meta]
+        if any(QuantizerNode(node).value.target != name for node in quantizers) or tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        yield name, tensor, quantizers, readers
 
 
 def packed_bytes(count: int, bits: int) -> int:

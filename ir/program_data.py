@@ -14,7 +14,7 @@ from bitlower.ir.fit import Batch, ValueSpec, crop, fit, padded_sizes
 from bitlower.ir.quantizer import Quantizer
 from bitlower.ir.storage import release
 from bitlower.ir.tensors import copy_module, get_tensor
-from bitlower.ir.tokens import BATCH, PAST, is_past
+from bitlower.ir.tokens import BATCH, ENCODER_PAST, PAST, is_past
 from bitlower.ir.types import Length, Level
 
 
@@ -100,7 +100,7 @@ class ProgramData:
             BitlowerError: an input has a size that the model does not take.
         """
         batch = next((tensor.shape[0] for tensor in inputs.values() if tensor.dim()), 1)
-        sizes = {BATCH: batch, PAST: 0}
+        sizes = {BATCH: batch, PAST: 0, ENCODER_PAST: 0}
         empty = {
             spec.name: torch.zeros([sizes[d] if isinstance(d, str) else d for d in spec.type.shape])
             for spec in self.inputs

@@ -8,7 +8,6 @@ beside its own. Names are those of the ONNX ecosystem (``past_key_values.0.decod
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -16,13 +15,23 @@ from typing import TypeVar
 import torch
 from torch import fx
 
-from bitlower.ir.dataflow import ancestors
-from bitlower.ir.diagnostics import BitlowerError, describe
+from bitlower.ir._stage import StageGraph
+from bitlower.ir.dataflow import QUANTIZER, VIEWS, ancestors
+from bitlower.ir.diagnostics import BitlowerError
 from bitlower.ir.fit import ValueSpec
-from bitlower.ir.operators import argument, graph_results, operand
+from bitlower.ir.operators import graph_results
 from bitlower.ir.program import Program
-from bitlower.ir.tensors import UncompiledModule
-from bitlower.ir.tokens import BATCH, MASK, PAST_NAME, PRESENT_NAME, SOURCE_MASK, TARGET, TARGET_MASK, TOKENS
+from bitlower.ir.tokens import (
+    BATCH,
+    ENCODER_PAST,
+    MASK,
+    PAST_NAME,
+    PRESENT_NAME,
+    SOURCE_MASK,
+    TARGET,
+    TARGET_MASK,
+    TOKENS,
+)
 from bitlower.ir.types import TensorType
 
 T = TypeVar("T")
@@ -30,7 +39,10 @@ ENCODER, DECODER = "encoder", "decoder"
 OWN, CROSS = "decoder.", "encoder."
 """In the names of keys and values: whose they are."""
 STATES = "encoder_hidden_states"
-"""What every cross-attention reads, ``[batch, positions, width]``: an output of the encoder where it is asked for."""
+"""What every cross-attention reads, ``[batch, positions, width]``: an output of the encoder where it is asked for, and
+an input of a decoder that computes the keys and values of cross-attention itself."""
+HIDDEN = "last_hidden_state"
+"""What an encoder returns for such a decoder."""
 aten = torch.ops.aten
 _RENAMED = {TARGET: TOKENS, MASK: SOURCE_MASK}
 """Inputs of the decoder, where its graph stands alone."""
@@ -59,7 +71,8 @@ def encoder_batch(batch: Mapping[str, T]) -> dict[str, T]:
 def decoder_batch(batch: Mapping[str, T], cross: Mapping[str, T]) -> dict[str, T]:
     """What the decoder takes of a batch of the whole, and of ``cross``, the outputs of the encoder for it."""
     own = {_RENAMED.get(name, name): value for name, value in batch.items() if _is_read_by_decoder(name)}
-    return own | {_entering(name): value for name, value in cross.items() if name != STATES}
+    entering = {STATES if name == HIDDEN else _entering(name): value for name, value in cross.items() if name != STATES}
+    return own | entering
 
 
 def crossing(outputs: Mapping[str, T]) -> dict[str, T]:
@@ -78,7 +91,7 @@ def whole_inputs(encoder: Iterable[ValueSpec], decoder: Iterable[ValueSpec]) -> 
     whole = {spec.name: spec for spec in encoder}
     for spec in decoder:
         name = names.get(spec.name, spec.name)
-        if not enters_cross(name):
+        if name != STATES and not enters_cross(name):
             whole.setdefault(name, replace(spec, name=name))
     return tuple(whole.values())
 
@@ -103,34 +116,118 @@ def split_stages(program: Program, *, states: bool = False) -> dict[str, Program
     return {ENCODER: _encoder(program, states), DECODER: _decoder(program)}
 
 
+def split_at_states(program: Program) -> dict[str, Program]:
+    """The ``encoder`` and the ``decoder`` of an encoder-decoder, as clients of optimum's layout read them.
+
+    The encoder returns :data:`HIDDEN`, the last values that all keys and values of cross-attention come from, before
+    any of them is rounded. The decoder takes it as :data:`STATES`, and beside it ``past_key_values.N.encoder.key`` …
+    ``[batch, heads, encoder_past, width]``: at first without positions, later with all. It computes the keys and values
+    of those positions that it is not handed, and returns all of them beside its own; else it is that of
+    :func:`split_stages`.
+
+    Raises:
+        BitlowerError: it is none, its decoder reads more of the source than keys, values and the mask, or keys and
+            values come from no one value.
+    """
+    if not is_encoder_decoder(program):
+        raise BitlowerError(f"{program.source or 'the model'} is no encoder with a decoder")
+    cross = {spec: node for spec, node in _results(program) if is_cross(spec.name)}
+    hidden = _source_states(program, list(cross.values()))
+    sources = {_placeholder(program, spec): spec for spec in program.inputs if not _is_of_target(spec.name)}
+    encoder = StageGraph(program, sources).program({ValueSpec(HIDDEN, hidden.meta["type"]): hidden})
+    return {ENCODER: encoder, DECODER: _computing_decoder(program, hidden, cross)}
+
+
+def _computing_decoder(program: Program, states: fx.Node, cross: Mapping[ValueSpec, fx.Node]) -> Program:
+    """The decoder of :func:`split_at_states`, layer by layer its own keys and values before those of the source."""
+    inputs = _inputs_of_decoder(program, past=False)
+    inputs[states] = ValueSpec(STATES, states.meta["type"])
+    cached = sorted(((s, n) for s, n in _results(program) if s.name.startswith(PRESENT_NAME)), key=_place_in_cache)
+    past = {spec.name: _placeholder(program, spec) for spec in program.inputs if spec.name.startswith(PAST_NAME)}
+    for spec, node in cached:
+        name = _entering(spec.name)
+        known = node if spec in cross else past[name]
+        inputs[known] = ValueSpec(name, _handed(spec.type) if spec in cross else known.meta["type"])
+    stage = StageGraph(program, inputs)
+    stage.let_all_count(_named_placeholder(program, TARGET_MASK))
+    stage.compute_rest(states, {node: stage.copies.pop(node) for node in cross.values()})
+    logits = {spec: node for spec, node in _results(program) if not spec.name.startswith(PRESENT_NAME)}
+    return stage.program(logits | dict(cached))
+
+
+def _place_in_cache(result: tuple[ValueSpec, fx.Node]) -> tuple[int, bool]:
+    """Of ``present.N.…``: the layer, and whether it is of the source, which come behind those of the target."""
+    name = result[0].name
+    return int(name.removeprefix(PRESENT_NAME).partition(".")[0]), is_cross(name)
+
+
+def _handed(kind: TensorType) -> TensorType:
+    """The type of keys and values ``[batch, heads, positions, width]`` of those positions that are known."""
+    batch, heads, _, width = kind.shape
+    return TensorType(kind.dtype, (batch, heads, ENCODER_PAST, width))
+
+
 def _encoder(program: Program, states: bool) -> Program:
     results = {spec: node for spec, node in _results(program) if is_cross(spec.name)}
     if states:
         node = _states(program.graph, list(results.values()))
         results[ValueSpec(STATES, node.meta["type"])] = node
     inputs = {_placeholder(program, spec): spec for spec in program.inputs if not _is_of_target(spec.name)}
-    return _Stage(program, inputs).program(results)
+    return StageGraph(program, inputs).program(results)
+
+
+def _inputs_of_decoder(program: Program, *, past: bool = True) -> dict[fx.Node, ValueSpec]:
+    """What the decoder takes of what the whole does, the target first; if wanted, what earlier tokens left."""
+    named = {spec.name: spec for spec in program.inputs}
+    wanted = [name for name in named if _is_read_by_decoder(name) and (past or not name.startswith(PAST_NAME))]
+    wanted.sort(key=lambda name: name != TARGET)
+    return {_placeholder(program, named[n]): replace(named[n], name=_RENAMED.get(n, n)) for n in wanted}
 
 
 def _decoder(program: Program) -> Program:
-    named = {spec.name: spec for spec in program.inputs}
     results = {spec: node for spec, node in _results(program) if not is_cross(spec.name)}
-    wanted = [name for name in named if _is_read_by_decoder(name)]
-    wanted.sort(key=lambda name: name != TARGET)
-    inputs = {_placeholder(program, named[n]): replace(named[n], name=_RENAMED.get(n, n)) for n in wanted}
+    inputs = _inputs_of_decoder(program)
     crossing = {
         node: replace(spec, name=_entering(spec.name)) for spec, node in _results(program) if is_cross(spec.name)
     }
-    stage = _Stage(program, inputs | crossing)
-    stage.let_all_count(_placeholder(program, named[TARGET_MASK]))
+    stage = StageGraph(program, inputs | crossing)
+    stage.let_all_count(_named_placeholder(program, TARGET_MASK))
     return stage.program(results)
 
 
 def _states(graph: fx.Graph, cross: Sequence[fx.Node]) -> fx.Node:
     """The last value of rows of channels that all keys and values of cross-attention come from."""
+    return _common_rows(graph, cross)[-1]
+
+
+def _common_rows(graph: fx.Graph, cross: Sequence[fx.Node]) -> list[fx.Node]:
+    """The values of rows of channels that all keys and values of cross-attention come from."""
     common = set[fx.Node].intersection(*(ancestors(graph, [node]) for node in cross))
-    rows: list[fx.Node] = [node for node in graph.nodes if node in common and _is_rows(node.meta.get("type"))]
-    return rows[-1]
+    return [node for node in graph.nodes if node in common and _is_rows(node.meta.get("type"))]
+
+
+def _source_states(program: Program, cross: Sequence[fx.Node]) -> fx.Node:
+    """The last value of rows of channels that alone says all of the source, and is not rounded yet.
+
+    Raises:
+        BitlowerError: there is none.
+    """
+    for node in reversed(_common_rows(program.graph, cross)):
+        if _rounded(node):
+            continue
+        if StageGraph(program, {node: ValueSpec(STATES, node.meta["type"])}).reads(cross):
+            return node
+    raise BitlowerError(
+        f"the keys and values of cross-attention of {program.source or 'the model'} come from no one value",
+        hint="let the encoder return keys and values: leave out `layout`",
+    )
+
+
+def _rounded(node: fx.Node) -> bool:
+    """Whether a value is one that a quantizer gave, moved or not."""
+    while node.target in VIEWS:
+        node = node.all_input_nodes[0]
+    return node.target in QUANTIZER
 
 
 def _is_rows(kind: object) -> bool:
@@ -161,79 +258,10 @@ def _is_read_by_decoder(name: str) -> bool:
     return name in _RENAMED or name.startswith(PAST_NAME)
 
 
+def _named_placeholder(program: Program, name: str) -> fx.Node:
+    return _placeholder(program, next(spec for spec in program.inputs if spec.name == name))
+
+
 def _placeholder(program: Program, spec: ValueSpec) -> fx.Node:
     nodes: list[fx.Node] = list(program.graph.find_nodes(op="placeholder"))
     return nodes[program.inputs.index(spec)]
-
-
-class _Stage:
-    """A graph that takes the values of some nodes of ``program``, and computes others from them."""
-
-    def __init__(self, program: Program, inputs: Mapping[fx.Node, ValueSpec]) -> None:
-        self.source, self.specs = program, tuple(inputs.values())
-        self.graph = fx.Graph()
-        self.copies: dict[fx.Node, fx.Node] = {}
-        self.sizes: dict[int | str, tuple[fx.Node, int]] = {}
-        for node, spec in inputs.items():
-            copy = self.copies[node] = self.graph.placeholder(spec.name.replace(".", "_"))
-            copy.meta = {**node.meta, "type": spec.type}
-            for axis, size in enumerate(spec.type.shape):
-                self.sizes.setdefault(size, (copy, axis))
-
-    def let_all_count(self, mask: fx.Node) -> None:
-        """Put ones for ``mask`` ``[batch, past + sequence]``: a target ends with padding, which no token looks at."""
-        batch, past, sequence = (self._size(name) for name in ("batch", "past", "sequence"))
-        total = self.graph.call_function(operator.add, (past, sequence))
-        ones = self.graph.call_function(aten.ones.default, ([batch, total],), {"dtype": mask.meta["type"].dtype})
-        ones.meta = {"type": mask.meta["type"]}
-        self.copies[mask] = ones
-
-    def program(self, results: Mapping[ValueSpec, fx.Node]) -> Program:
-        """The stage with these outputs.
-
-        Raises:
-            BitlowerError: they depend on an input that the stage does not have.
-        """
-        needed = self._needed(results.values())
-        for node in self.source.graph.nodes:
-            if node in needed:
-                self._copy(node)
-        self.graph.output(tuple(self.copies[node] for node in results.values()))
-        source = self.source
-        module = UncompiledModule(source.module, self.graph)
-        stage = replace(source.clone(), graphs={"model": module}, inputs=self.specs, outputs=tuple(results))
-        stage.recompile()
-        return stage
-
-    def _copy(self, node: fx.Node) -> None:
-        if node.op == "placeholder":
-            raise BitlowerError(
-                f"{self.source.source or 'the model'} cannot be cut into an encoder and a decoder: one of them reads "
-                f"{describe(node)}, which is the other's"
-            )
-        self.copies[node] = self._read_size(node) or self.graph.node_copy(node, self.copies.__getitem__)
-
-    def _needed(self, results: Iterable[fx.Node]) -> set[fx.Node]:
-        """What must be copied for ``results``."""
-        needed, frontier = set[fx.Node](), [node for node in results if node not in self.copies]
-        while frontier:
-            node = frontier.pop()
-            if node not in needed:
-                needed.add(node)
-                read = [] if self._named_size(node) in self.sizes else node.all_input_nodes
-                frontier += [source for source in read if source not in self.copies]
-        return needed
-
-    def _read_size(self, node: fx.Node) -> fx.Node | None:
-        """The size that ``node`` asks for, asked of an input of the stage; None if it asks for none that they have."""
-        size = self._named_size(node)
-        return self._size(size) if size in self.sizes else None
-
-    def _named_size(self, node: fx.Node) -> str | None:
-        if node.target is not aten.sym_size.int:
-            return None
-        size = operand(node, "self").meta["type"].shape[argument(node, "dim")]
-        return size if isinstance(size, str) else None
-
-    def _size(self, name: str) -> fx.Node:
-        return self.graph.call_function(aten.sym_size.int, self.sizes[name])

@@ -11,6 +11,9 @@ from bitlower.ir.fit import Batch, ValueSpec
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "past + sequence"
 ENCODER_SEQUENCE = "encoder_sequence"
+ENCODER_PAST, ENCODER_REST = "encoder_past", "encoder_rest"
+"""Positions of the source whose keys and values a decoder is handed (none before its first step, then all), and those
+whose keys and values it computes: the others."""
 SAMPLES, SOUND = "samples", "input_values"
 """Values of a sound along its time, and the input that has them; its mask is of them, and not of tokens."""
 PICTURES = "pictures"
@@ -34,7 +37,7 @@ def is_past(spec: ValueSpec) -> bool:
     """
     sizes = spec.type.shape
     fixed = all(size == BATCH or isinstance(size, int) for size in sizes)
-    return PAST in sizes or (fixed and spec.name.startswith(PAST_NAME))
+    return PAST in sizes or ENCODER_PAST in sizes or (fixed and spec.name.startswith(PAST_NAME))
 
 
 def token_ids(batch: Batch, dim: str = SEQUENCE) -> torch.Tensor | None:

@@ -28,7 +28,7 @@ ALWAYS = (CONFIG, VERIFICATION)
 """Files that every artifact has."""
 _LOADED = (
     *("*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.*", "vocab*.txt", "merges*.txt"),
-    *("*.onnx", "*.onnx.data", "*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth"),
+    *("*.onnx", "*.onnx.data", "*.onnx_data", "*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth"),
     *("*.so", "*.dll", "*.dylib", "*.py", "*.cubin", "*.ptx"),
 )
 """What something that loads an artifact would read where it lies in the folder."""

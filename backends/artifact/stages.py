@@ -16,24 +16,35 @@ from bitlower.backends.artifact.unseen import Seen, Unseen, at
 from bitlower.ir import Batch, CheckError, Program
 from bitlower.ir.batch_sizes import small_batch
 from bitlower.ir.observe import run
-from bitlower.ir.stages import DECODER, ENCODER, decoder_batch, encoder_batch, is_encoder_decoder, split_stages
+from bitlower.ir.stages import (
+    DECODER,
+    ENCODER,
+    decoder_batch,
+    encoder_batch,
+    is_encoder_decoder,
+    split_at_states,
+    split_stages,
+)
 from bitlower.ir.tokens import TARGET_MASK
 
 WHOLE = ""
 """The name of the stage that a model in one piece is."""
 
 
-def parts_of(program: Program, *, states: bool = False) -> dict[str, Program]:
+def parts_of(program: Program, *, states: bool = False, at_states: bool = False) -> dict[str, Program]:
     """What an artifact of ``program`` is made of, by stage: itself as :data:`WHOLE`, or the encoder and the decoder.
 
     Args:
         program: what is exported.
         states: whether an encoder also returns what cross-attention reads.
+        at_states: whether that is all that an encoder returns, and the decoder computes keys and values from it.
 
     Raises:
         BitlowerError: it is an encoder-decoder that cannot be cut in two.
     """
-    return split_stages(program, states=states) if is_encoder_decoder(program) else {WHOLE: program}
+    if not is_encoder_decoder(program):
+        return {WHOLE: program}
+    return split_at_states(program) if at_states else split_stages(program, states=states)
 
 
 def part_batches(parts: Mapping[str, Program], batches: Iterable[Batch]) -> dict[str, Iterator[Batch]]:

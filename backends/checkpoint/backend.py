@@ -182,7 +182,7 @@ class Checkpoint(Backend):
         """
         skeleton = Skeleton(program)
         check_experts(skeleton)
-        _check_readers(program, skeleton)
+        _check_readers(program, skeleton, find_format(self.format))
         for name, tensor in program.tensors():
             target = name.removeprefix("model/")
             if isinstance(tensor, torch.nn.Parameter) and not skeleton.names_of(target):
@@ -192,7 +192,7 @@ class Checkpoint(Backend):
                 )
 
 
-def _check_readers(program: Program, skeleton: Skeleton) -> None:
+def _check_readers(program: Program, skeleton: Skeleton, form: Format) -> None:
     """Refuse few bits for a layer whose weight the module above multiplies with itself (the time steps of Mamba).
 
     Or draws anew before a checkpoint is loaded (the projection of features in wav2vec 2.0).
@@ -200,13 +200,15 @@ def _check_readers(program: Program, skeleton: Skeleton) -> None:
     for node, quantizer in program.quantizers():
         layer = quantizer.tensor.removesuffix(".weight")
         above = layer.rpartition(".")[0]
+        if skeleton.attention_around(quantizer.tensor):
+            continue  # it is written in float
         if quantizer.role == "linear-weight" and above and above in readers(node):
             pattern = f'"re:.*[.]{above.rpartition(".")[2]}"'  # the module alone, and not the linears below it
             raise BitlowerError(
                 f"{layer} is multiplied with by {above}, past its own layer: no client reads it in few bits there",
                 hint=f"leave it in float, quantize{{ignore=[{pattern}]}}, or export with the backend `onnx-qdq`",
             )
-        if quantizer.role == "linear-weight" and layer in skeleton.initialized:
+        if quantizer.role == "linear-weight" and layer in skeleton.initialized and not form.unfolds:
             raise BitlowerError(
                 f"{layer} is initialized by {skeleton.initialized[layer]} when transformers makes the model: it loads"
                 " no checkpoint with few bits there",
@@ -220,6 +222,8 @@ def _float_tables(program: Program, skeleton: Skeleton, form: Format) -> Iterato
     linears = [quantizer.spec for _, quantizer in program.quantizers() if quantizer.role == "linear-weight"]
     zeros = form.one_way_with_zeros and not all(map(is_symmetric, linears))
     for node, quantizer in program.quantizers():
+        if attention := skeleton.attention_around(quantizer.tensor):
+            yield quantizer.tensor, f"{attention} is a MultiheadAttention, which multiplies with it past any layer"
         kernels = (len(skeleton.shapes.get(f"{path}.weight", ())) > 2 for path in readers(node))
         if quantizer.role == "convolution-weight" or any(kernels):
             yield quantizer.tensor, f"it is the kernel of a convolution in {skeleton.architecture}"

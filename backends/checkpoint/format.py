@@ -51,6 +51,8 @@ class Format(abc.ABC):
     """
 
     name: ClassVar[str] = ""
+    unfolds: ClassVar[bool] = False
+    """Whether transformers can be told to dequantize the layers while it loads them."""
     one_way_with_zeros: ClassVar[bool] = False
     """Whether all layers are packed in one way where one of them has zero points."""
     readers: ClassVar[tuple[str, ...]] = ()

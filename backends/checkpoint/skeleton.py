@@ -50,6 +50,7 @@ class Skeleton:
         """The names of tied weights, each with the one that checkpoints hold."""
         self.kinds = {path: kind for path, module in self._model.named_modules() if (kind := _kind(module))}
         """``Linear``, ``Conv1D`` or ``Embedding`` by module path."""
+        self._attentions = [path for path, m in self._model.named_modules() if isinstance(m, nn.MultiheadAttention)]
         self.experts = [path for path in self.kinds if re.search(r"\.experts\.\d+\.\w+$", path)]
         """The linear layers of experts, which transformers holds in one tensor."""
         self.own = {path: type(m).__name__ for path, m in self._model.named_modules() if _computes_by_itself(m)}
@@ -71,6 +72,13 @@ class Skeleton:
                     yield f"{path}.{name}" if path else name, type(module).__name__
                 finally:
                     layer._parameters = parameters
+
+    def attention_around(self, parameter: str) -> str:
+        """The ``MultiheadAttention``, by module path, that ``parameter`` is of or lies below; empty if there is none.
+
+        Such a module multiplies with weights of its own, and itself with the weight of the layer in it.
+        """
+        return next((path for path in self._attentions if parameter.startswith(f"{path}.")), "")
 
     def names_of(self, parameter: str) -> tuple[str, ...]:
         """Under which names a checkpoint holds a parameter of the Program: its own, or those of its parts; none."""
@@ -102,9 +110,11 @@ class Skeleton:
         for path, module in self._model.named_modules():
             names = [name for name, parameter in module._parameters.items() if parameter is not None]
             if names:
-                bring = _Bring(path, names, weight, ties)
-                handles.append(module.register_forward_pre_hook(bring.load))
-                handles.append(module.register_forward_hook(bring.drop, always_call=True))
+                bring = _Bring(module, path, names, weight, ties)
+                around = self.attention_around(f"{path}.")
+                runs = self._model.get_submodule(around) if around else module
+                handles.append(runs.register_forward_pre_hook(bring.load))
+                handles.append(runs.register_forward_hook(bring.drop, always_call=True))
         cache = {"use_cache": False} if hasattr(self._model.config, "use_cache") else {}
         try:
             with torch.no_grad():
@@ -116,24 +126,30 @@ class Skeleton:
 
 
 class _Bring:
-    """Hooks of one module: its weights come before it runs and go after."""
+    """Hooks for one module: its weights come before it runs, or what runs with them, and go after."""
 
     def __init__(
-        self, path: str, names: list[str], weight: Callable[[str], torch.Tensor], ties: Mapping[str, str]
+        self,
+        module: nn.Module,
+        path: str,
+        names: list[str],
+        weight: Callable[[str], torch.Tensor],
+        ties: Mapping[str, str],
     ) -> None:
+        self._parameters = module._parameters
         self._names = {name: f"{path}.{name}" if path else name for name in names}
         self._weight, self._ties = weight, ties
         self._empty: dict[str, nn.Parameter | None] = {}
 
     def load(self, module: nn.Module, arguments: Any) -> None:
         for name, full in self._names.items():
-            self._empty[name] = module._parameters[name]
+            self._empty[name] = self._parameters[name]
             value = self._weight(self._ties.get(full, full))
-            module._parameters[name] = nn.Parameter(value, requires_grad=False)
+            self._parameters[name] = nn.Parameter(value, requires_grad=False)
 
     def drop(self, module: nn.Module, arguments: Any, output: Any) -> None:
         for name, parameter in self._empty.items():
-            module._parameters[name] = parameter
+            self._parameters[name] = parameter
 
 
 def _loader(program: Program) -> Any:

@@ -32,12 +32,14 @@ from bitlower.backends.onnx_qdq.verify.runtime_kernels import LEVEL_ENTRY
 from bitlower.backends.onnx_qdq.verify.stages import join_stages
 from bitlower.backends.onnx_qdq.verify.timing import kernel_times
 from bitlower.backends.onnx_qdq.write.annotate import annotate, annotations_of, write_overlays
-from bitlower.backends.onnx_qdq.write.files import model_file, share_tensors, write_assets, write_model
+from bitlower.backends.onnx_qdq.write.files import DATA, model_file, share_tensors, write_assets, write_model
 from bitlower.backends.onnx_qdq.write.genai import write_genai_config, writes_speech
+from bitlower.backends.onnx_qdq.write.optimum import OPTIMUM, OPTIMUM_DATA, Layout, misreadings, name_rows
 from bitlower.backends.onnx_qdq.write.usage import usage_of
 from bitlower.backends.sizes import weights_only
 from bitlower.ir import Batch, BitlowerError, CheckError, Program, Scheme
 from bitlower.ir.quantization.scheme import ACTIVATION_ROLES
+from bitlower.ir.stages import is_encoder_decoder
 from bitlower.ir.tasks import TEXT_GENERATION
 
 
@@ -105,6 +107,11 @@ class OnnxQdq(Backend):
     fastest, and exact where the processor has integer dot products; x86 processors without them (AVX2, AVX512 before
     VNNI) clip sums of two products. ``unsigned`` is exact everywhere, and slower where there are such instructions.
     ``auto`` tries on the processor that exports, and records what it chose."""
+    layout: Layout = "genai"
+    """Of the two files of an encoder-decoder. ``genai``: ``decoder_model.onnx`` reads the keys and values of
+    cross-attention, which the encoder computes once a source; onnxruntime-genai runs Whisper so. ``optimum``: the
+    encoder returns ``last_hidden_state``, and ``decoder_model_merged.onnx`` computes keys and values in its first step;
+    optimum and transformers.js read that. What both files read is stored in each."""
     annotate: bool = False
     """Note on nodes their module, bits and noise, and on values their scales, which Netron shows; and write files of
     node data for Model Explorer into ``overlays``. Weights and what the runtime fuses stay as they are."""
@@ -127,14 +134,15 @@ class OnnxQdq(Backend):
         self.check_level(program.level)
         if set(program.graphs) != {"model"}:
             raise BitlowerError(f"this backend exports one graph, the program has {', '.join(program.graphs)}")
-        parts = parts_of(program, states=writes_speech(program))
+        optimum = self.layout == OPTIMUM and is_encoder_decoder(program)
+        parts = parts_of(program, states=writes_speech(program), at_states=optimum)
         files, counts, log = options.write_parts(parts, folder)
         files.append(write_config(program, folder, "onnx"))
         program.release()
         config = {}
         if self.form == "qdq" and log.applied[LOW_BIT]:
             config[LEVEL_ENTRY] = str(self.accuracy_level)
-        described, notes = write_genai_config(program, folder, config)
+        described, notes = ([], tuple(misreadings(program))) if optimum else write_genai_config(program, folder, config)
         files += [*write_assets(program, folder), *described]
         verification = options.verify_parts(program, parts, folder, batches, log.split, config)
         verification.write(folder)
@@ -147,7 +155,7 @@ class OnnxQdq(Backend):
 
     def usage(self, program: Program) -> Usage:
         """With sentence-transformers, onnxruntime, or onnxruntime and bitlower where text is written."""
-        return usage_of(program)
+        return usage_of(program, self.layout)
 
     def write_parts(self, parts: Mapping[str, Program], folder: Path) -> tuple[list[str], Counter[str], RuleLog]:
         """Write the model of each part; the names of the files, the operators, and what the rules did.
@@ -171,9 +179,14 @@ class OnnxQdq(Backend):
         for stage, part, model in zip(parts, parts.values(), models, strict=True) if self.annotate else ():
             annotate(model, annotations_of(part, folder))
             names += write_overlays(model, folder, stage)
-        files = [*names, *share_tensors(models, folder)]
+        optimum = self.layout == OPTIMUM and len(models) > 1
+        files = names if optimum else [*names, *share_tensors(models, folder)]
+        suffix = OPTIMUM_DATA if optimum else DATA
         for stage, model in zip(parts, models, strict=True):
-            files += write_model(model, folder, threshold=self.external_data_threshold, name=model_file(stage))
+            if optimum:
+                name_rows(model)
+            file = model_file(stage, self.layout)
+            files += write_model(model, folder, threshold=self.external_data_threshold, name=file, suffix=suffix)
         return files, counts, log
 
     def verify_parts(
@@ -191,13 +204,13 @@ class OnnxQdq(Backend):
             CheckError: a file is no valid ONNX, or does not compute what its Program does.
         """
         for stage in parts:
-            _check_model(folder / model_file(stage))
+            _check_model(folder / model_file(stage, self.layout))
         options: dict[str, Any] = {"session_config": config, "accuracy_level": self.accuracy_level, "split": split}
         if WHOLE in parts:
             return verify_export(program, folder, batches, **options)
         by_stage = part_batches(parts, batches)
         figures = {
-            stage: compare_export(part, folder, by_stage[stage], file=model_file(stage), **options).figures
+            stage: compare_export(part, folder, by_stage[stage], file=model_file(stage, self.layout), **options).figures
             for stage, part in parts.items()
         }
         return join_stages(program, folder, figures, batches[0], config)
@@ -231,7 +244,7 @@ class OnnxQdq(Backend):
 
     def sizes(self, placed: Program) -> OnnxSizes:
         """Bytes of tensors in the file."""
-        return OnnxSizes(self.opset, self.form, self.accuracy_level, weights_only(placed))
+        return OnnxSizes(self.opset, self.form, self.accuracy_level, weights_only(placed), self.layout == OPTIMUM)
 
     def unforeseen(self, placed: Program) -> Iterable[str]:
         """Of a decoder with static activations every rounded value of whole windows is compared."""

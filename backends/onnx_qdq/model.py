@@ -11,10 +11,12 @@ import torch
 
 from bitlower.backends.artifact import manifest as artifact_manifest
 from bitlower.backends.artifact.folder import shell
-from bitlower.backends.onnx_qdq.write.files import MODEL, model_file, stages_in
+from bitlower.backends.onnx_qdq.write.files import MODEL, files_in
+from bitlower.backends.onnx_qdq.write.optimum import OPTIMUM_BATCH
 from bitlower.backends.running import GraphModel, StagedModel
 from bitlower.ir import Batch, BitlowerError, Program, TensorType, ValueSpec
 from bitlower.ir.stages import DECODER, ENCODER, is_cross, whole_inputs
+from bitlower.ir.tokens import BATCH
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, NodeArg
@@ -88,7 +90,8 @@ class OnnxEncoderDecoder(StagedModel):
         Raises:
             BitlowerError: onnxruntime cannot load it, or there is no configuration.
         """
-        sessions = [_session(folder / model_file(stage)) for stage in (ENCODER, DECODER)]
+        files = files_in(folder)
+        sessions = [_session(folder / files[stage]) for stage in (ENCODER, DECODER)]
         encoder, decoder = sessions
         first, second = (_shell(folder, _specs(s.get_inputs()), _specs(s.get_outputs())) for s in sessions)
         inputs, outputs = (
@@ -98,7 +101,7 @@ class OnnxEncoderDecoder(StagedModel):
         return cls(encoder, decoder, _shell(folder, inputs, outputs), (first, second))
 
     def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The keys and values of cross-attention, from the source.
+        """The keys and values of cross-attention, from the source; in the layout of optimum ``last_hidden_state``.
 
         Raises:
             BitlowerError: an input is missing or unknown.
@@ -122,7 +125,7 @@ def open_model(folder: Path) -> OnnxModel | OnnxEncoderDecoder:
     Raises:
         BitlowerError: onnxruntime cannot load it, or there is no configuration.
     """
-    return OnnxModel.open(folder) if stages_in(folder) == ("",) else OnnxEncoderDecoder.open(folder)
+    return OnnxModel.open(folder) if "" in files_in(folder) else OnnxEncoderDecoder.open(folder)
 
 
 def _session(path: Path) -> InferenceSession:
@@ -161,4 +164,5 @@ def _specs(values: Iterable[NodeArg]) -> tuple[ValueSpec, ...]:
 def _value_spec(value: NodeArg) -> ValueSpec:
     """An input or output of an ONNX model; of the types only whole numbers and float32 matter here."""
     dtype = torch.int64 if value.type == "tensor(int64)" else torch.float32
-    return ValueSpec(value.name, TensorType(dtype, tuple(size if size is not None else "" for size in value.shape)))
+    sizes = (BATCH if size == OPTIMUM_BATCH else "" if size is None else size for size in value.shape)
+    return ValueSpec(value.name, TensorType(dtype, tuple(sizes)))

@@ -9,22 +9,27 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from bitlower.backends.artifact.stages import parts_of
 from bitlower.backends.onnx_qdq.encoding.narrow import SMALL, type_bits
 from bitlower.backends.onnx_qdq.encoding.nbits import FLOAT_ACTIVATIONS, SMALLEST_BLOCK, Container
 from bitlower.backends.onnx_qdq.encoding.nbits import container as low_bit_container
-from bitlower.backends.sizes import ENTRY_BYTES, packed_bytes, stored_tensors
+from bitlower.backends.sizes import ENTRY_BYTES, packed_bytes, stored_tensors, stored_values
 from bitlower.ir import Program, Quantizer, QuantSpec
 from bitlower.ir.dataflow import EMBEDDING, LINEAR
 
 
 @dataclass(frozen=True)
 class OnnxSizes:
-    """Sizes in a model of an ``opset`` and a ``form``; ``weights_only``: activations are float."""
+    """Sizes in a model of an ``opset`` and a ``form``.
+
+    ``weights_only``: activations are float; ``at_states``: an encoder-decoder is two files that share no tensor.
+    """
 
     opset: int = 23
     form: str = "qdq"
     accuracy_level: int = FLOAT_ACTIVATIONS
     weights_only: bool = False
+    at_states: bool = False
 
     def quantized(self, quantizer: Quantizer, shape: tuple[int, ...], readers: Collection[fx.Node] = ()) -> int:
         """Bytes of codes, scales and zero points; a table that is a head too has its scales twice."""
@@ -46,9 +51,22 @@ class OnnxSizes:
         return tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
 
     def overhead(self, program: Program) -> int:
-        """Bytes of nodes, and of each tensor's name, type and shape."""
-        nodes = len([node for node in program.graph.nodes if node.op == "call_function"])
-        return ENTRY_BYTES * (stored_tensors(program) + nodes)
+        """Bytes of nodes, of each tensor's name, type and shape, and of what is stored in a second file."""
+        parts = [*parts_of(program, at_states=True).values()] if self.at_states else [program]
+        nodes: int = sum(node.op == "call_function" for part in parts for node in part.graph.nodes)
+        again = sum(map(self._tensor_bytes, parts)) - self._tensor_bytes(program) if len(parts) > 1 else 0
+        return ENTRY_BYTES * (sum(map(stored_tensors, parts)) + nodes) + again
+
+    def _tensor_bytes(self, program: Program) -> int:
+        """Bytes of all tensors that the graph reads."""
+        total = 0
+        for _, tensor, quantizers, readers in stored_values(program):
+            users = [user for node in quantizers for user in node.users]
+            quantizer = quantizers[0].meta["quantizer"] if quantizers else None
+            whole = not quantizers or len(quantizers) < len(readers)
+            total += self.quantized(quantizer, tuple(tensor.shape), users) if quantizer else 0
+            total += self.floats(tensor, readers) if whole else 0
+        return total
 
     def _codes(self, quantizer: Quantizer, shape: tuple[int, ...]) -> int:
         """Bytes of codes of fewer than 8 bits."""

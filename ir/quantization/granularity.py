@@ -222,12 +222,14 @@ class Granularity:
 def block(x: torch.Tensor, scale_shape: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
     """``x`` with every axis split in (blocks, elements of a block) as ``scale_shape`` says, and the inner axes.
 
+    An axis without elements, such as that of no tokens, has no blocks.
+
     Raises:
         BitlowerError: a dimension of ``scale_shape`` does not divide that of ``x``.
     """
-    if len(scale_shape) != x.dim() or any(s < 1 or n % s for n, s in zip(x.shape, scale_shape, strict=False)):
+    if len(scale_shape) != x.dim() or any(n % s if s else n for n, s in zip(x.shape, scale_shape, strict=False)):
         raise BitlowerError(f"a scale of shape {list(scale_shape)} does not fit a tensor of shape {list(x.shape)}")
-    split = [part for n, s in zip(x.shape, scale_shape, strict=True) for part in (s, n // s)]
+    split = [part for n, s in zip(x.shape, scale_shape, strict=True) for part in (s, n // s if s else 1)]
     return x.reshape(split), list(range(1, 2 * x.dim(), 2))
 
 

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModel
 
-from bitlower.backends.checkpoint import export, verify
+from bitlower.backends.checkpoint import Checkpoint, export, verify
 from bitlower.backends.checkpoint.formats.compressed_tensors import CompressedTensors
 from bitlower.frontends import load
+from bitlower.frontends.tokenize import random_windows
 from bitlower.ir import BitlowerError, CheckError, Program, get_tensor, ops, set_tensor
+from bitlower.ir.observe import run
+from bitlower.ir.quiet import quiet
 from bitlower.passes import Context, PassManager, parse_pipeline
 
 pytest.importorskip("compressed_tensors")
@@ -232,3 +236,25 @@ def test_experts_are_loaded_one_by_one(experts: Program, prompts, tmp_path: Path
     assert verify(tmp_path).layers == report.packed
     with pytest.raises(BitlowerError, match=r"gptq-v2 cannot hold .*experts"):
         export(experts, tmp_path, batches=prompts, format="gptq-v2")
+
+
+def test_layers_that_a_module_initializes_are_unfolded_as_they_are_loaded(
+    tmp_path: Path, caption_models: Callable[[str], Path]
+) -> None:
+    """transformers calls what initializes such a module while it loads: packed, its layers would have no weight."""
+    program = load(caption_models("Siglip"))
+    data = random_windows(program, count=2, length=8, seed=0)
+    pipeline = "clean,quantize{scheme=W4A16},rtn,lower-integer"
+    program = PassManager(parse_pipeline(pipeline)).run(program, Context(data, data[:1]))
+    report = Checkpoint(dtype="float32").export(program, tmp_path, data)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["dequantize"]
+    assert report.packed > 8
+    attention = "vision_model.head.attention"
+    assert {name for name in report.float_tables if "attention" in name} == {
+        f"{attention}.in_proj_weight", f"{attention}.out_proj.weight"
+    }  # fmt: skip
+    assert "is a MultiheadAttention" in report.float_tables[f"{attention}.in_proj_weight"]
+    with quiet(), torch.no_grad():
+        outputs = AutoModel.from_pretrained(tmp_path, dtype=torch.float32).eval()(**data[0])
+    for name, value in run(program, data[0]).items():
+        assert torch.allclose(outputs[name], value, atol=1e-4 * float(value.abs().max())), name

@@ -14,10 +14,35 @@ from bitlower.ir.stages import (
     encoder_batch,
     is_encoder_decoder,
     next_past,
+    split_at_states,
     split_stages,
     whole_inputs,
 )
 from bitlower.ir.verifier import verify
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5", "whisper"])
+def test_a_decoder_that_computes_keys_and_values_is_the_same_bit_for_bit(kind: str, seq2seq: Any) -> None:
+    program = seq2seq.traced(kind)
+    encoder, decoder = split_at_states(program).values()
+    verify(encoder)
+    verify(decoder)
+    assert [spec.name for spec in encoder.outputs] == ["last_hidden_state"]
+    (batch,) = seq2seq.batches(kind, 1, padded=False)
+    read, ids = run(encoder, encoder_batch(batch)), batch["decoder_input_ids"]
+    expected = run(program, batch)
+    outputs = run(decoder, decoder.complete(decoder_batch(batch, read)))
+    assert set(outputs) == set(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in outputs.items())
+    first = decoder_batch({**batch, "decoder_input_ids": ids[:, :-1]}, read)
+    past = next_past(run(decoder, decoder.complete(first)))
+    handed = past["past_key_values.0.encoder.key"].shape[2]
+    unread = {"encoder_hidden_states": torch.full_like(read["last_hidden_state"], torch.nan)}
+    for part in (0, handed // 2):  # the states of positions that are handed are not read
+        cut = {name: value[:, :, : handed - part] if ".encoder." in name else value for name, value in past.items()}
+        states = {"encoder_hidden_states": read["last_hidden_state"]} if part else unread
+        last = decoder_batch({**batch, "decoder_input_ids": ids[:, -1:]}, read) | cut | states
+        assert torch.allclose(run(decoder, last)["logits"][:, 0], expected["logits"][:, -1], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["bart", "marian", "t5", "whisper"])
@@ -66,10 +91,12 @@ def test_names_are_those_of_the_onnx_ecosystem(seq2seq: Any) -> None:
 
 def test_a_model_in_one_piece_has_no_stages(tiny_program: Program) -> None:
     assert not is_encoder_decoder(tiny_program)
-    with pytest.raises(BitlowerError, match="is no encoder with a decoder"):
-        split_stages(tiny_program)
+    for split in (split_stages, split_at_states):
+        with pytest.raises(BitlowerError, match="is no encoder with a decoder"):
+            split(tiny_program)
 
 
 def test_a_decoder_that_reads_more_of_the_source_is_refused(seq2seq: Any) -> None:
-    with pytest.raises(BitlowerError, match="one of them reads %input_ids"):
-        split_stages(seq2seq.reading_source())
+    for split in (split_stages, split_at_states):
+        with pytest.raises(BitlowerError, match="one of them reads %input_ids"):
+            split(seq2seq.reading_source())

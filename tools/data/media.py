@@ -71,14 +71,13 @@ def media_recipe(recipe: Recipe, medium: Medium) -> DataSource:
     """The data of a recipe for a model of such files; those that are drawn are looked at here, to see what they are.
 
     Raises:
-        BitlowerError: a file is missing, none of them or cut off, there are too few, or the recipe asks for training or
-            for what is about texts.
+        BitlowerError: a file is missing, none of them or cut off, there are too few, or the recipe asks for what is
+            about texts.
     """
     check_bos(recipe.model.bos, False)
-    refuse_training(recipe.training, medium)
     source = DataSource(lambda program: Data())
     if (section := recipe.calibration) is not None:
-        _check_section(section.max_length, medium)
+        check_section(section.max_length, medium)
         items = media_paths(recipe.resolve(section.data), medium, section.column)
         source = _split(items, section.data, medium, section.samples, section.seed, section.batch_size)
     if (held_out := recipe.evaluation) is None:
@@ -90,21 +89,6 @@ def media_recipe(recipe: Recipe, medium: Medium) -> DataSource:
         return replace(source.batches(program), evaluation=medium.batches(program, paths, batch_size=size))
 
     return replace(source, batches=both)
-
-
-def refuse_training(training: object, medium: Medium) -> None:
-    """See that a model of such files is not to be trained on them.
-
-    Args:
-        training: what is asked for; None is nothing, and input batches will do.
-        medium: what the files hold.
-
-    Raises:
-        BitlowerError: it is.
-    """
-    in_memory = isinstance(training, Sequence) and len(training) > 0 and isinstance(training[0], Mapping)
-    if training is not None and not in_memory:
-        raise BitlowerError(f"training on {medium.one} files is not available", hint="give input batches, from Python")
 
 
 def python_media(
@@ -122,7 +106,7 @@ def python_media(
         BitlowerError: as :func:`media_recipe`.
     """
     check_bos(bos, False)
-    _check_section(max_length, medium)
+    check_section(max_length, medium)
     if calibration is None:
         return DataSource(lambda program: Data())
     if isinstance(calibration, str | os.PathLike):
@@ -158,6 +142,39 @@ def media_paths(path: Path, medium: Medium, column: Column = None) -> Iterator[t
         endings = ", ".join(medium.endings)
         raise BitlowerError(f"the folder {path} has no {medium.many}", hint=f"files that end with {endings}")
     yield from enumerate(files, 1)
+
+
+def media_examples(path: Path, medium: Medium, column: Column, label: str | None) -> list[Row]:
+    """The rows to train on: a path, relative to the folder of ``path`` or absolute, and the label if it has a column.
+
+    Args:
+        path: as :func:`media_paths` has it.
+        medium: what the files hold.
+        column: of paths.
+        label: the column of labels.
+
+    Raises:
+        BitlowerError: as :func:`media_paths`, or there are labels in no table.
+    """
+    if label is None:
+        return [Row(line, (os.path.abspath(file),)) for line, file in media_paths(path, medium, column)]
+    if path.suffix.lower() not in TABLES or path.is_dir():
+        raise BitlowerError(f"{path} has no column {label!r} of labels", hint="give a table with paths and labels")
+    return list(media_rows(path, [_column(path, medium, column), label]))
+
+
+def look_at(path: Path, rows: Sequence[Row], medium: Medium) -> None:
+    """See that the files that ``rows`` of ``path`` name can be read.
+
+    Raises:
+        BitlowerError: one cannot; it is named, and its line where ``path`` is no folder.
+    """
+    for row in rows:
+        try:
+            medium.look(path.parent / row.values[0])
+        except BitlowerError as error:
+            place = "" if path.is_dir() else f"{path}, line {row.line}: "
+            raise BitlowerError(f"{place}{error.message}", hint=error.hint) from None
 
 
 def media_rows(path: Path, columns: Sequence[str | None]) -> Iterator[Row]:
@@ -214,7 +231,7 @@ def _split(
 
 def _evaluation(path: Path, medium: Medium, section: DataSection) -> list[Path]:
     """The files of the section ``evaluation``."""
-    _check_section(section.max_length, medium)
+    check_section(section.max_length, medium)
     wanted = section.samples or HELD_OUT_TEXTS
     total, drawn = draw(media_paths(path, medium, section.column), wanted, section.seed)
     if total < wanted:
@@ -234,6 +251,11 @@ def _check(paths: Sequence[Path], medium: Medium) -> None:
         medium.look(path)
 
 
-def _check_section(max_length: int | None, medium: Medium) -> None:
+def check_section(max_length: int | None, medium: Medium) -> None:
+    """See that a section of files asks for nothing in tokens.
+
+    Raises:
+        BitlowerError: it does.
+    """
     if max_length is not None:
         raise BitlowerError(f"max_length is in tokens, and this model reads {medium.many}", hint="leave it out")

@@ -30,6 +30,7 @@ from bitlower.frontends.tokenize import check_length, reads_files, text_ids, win
 from bitlower.ir import Batch, BitlowerError, Program
 from bitlower.tools.data.batches import Data
 from bitlower.tools.data.labels import ClassifierHead
+from bitlower.tools.data.media import Medium, check_section, look_at, media_examples
 from bitlower.tools.data.named_rows import NamedRows
 from bitlower.tools.data.sources import (
     LONGEST_TEXT,
@@ -99,8 +100,14 @@ class Examples:
         return [{**batch, "labels": part} for batch, part in zip(made, torch.split(labels, batch_size), strict=True)]
 
 
-def with_training(source: DataSource, recipe: Recipe, decoder: bool) -> DataSource:
+def with_training(source: DataSource, recipe: Recipe, decoder: bool, medium: Medium | None = None) -> DataSource:
     """``source`` with what the recipe's section ``training`` asks for; the section's files are read here.
+
+    Args:
+        source: what the recipe calibrates on.
+        recipe: whole.
+        decoder: whether the model reads windows of a text.
+        medium: what files hold that the model reads alone, instead of texts.
 
     Raises:
         BitlowerError: a file or column is missing, damaged or too short, a text is empty, or labels or pairs are asked
@@ -112,7 +119,7 @@ def with_training(source: DataSource, recipe: Recipe, decoder: bool) -> DataSour
     for key in ("label", "column") if decoder else ():
         with_place(recipe._source, ("training", key), _check_windowed, key, getattr(section, key))
     other = recipe.resolve(section.held_out) if isinstance(section.held_out, str) else None
-    return _adding(source, *_make(section, recipe.resolve(section.data), other, decoder, recipe.model.bos))
+    return _adding(source, *_make(section, recipe.resolve(section.data), other, decoder, recipe.model.bos, medium))
 
 
 def python_training(
@@ -123,8 +130,9 @@ def python_training(
     max_length: int | None,
     decoder: bool,
     bos: str = "auto",
+    medium: Medium | None = None,
 ) -> DataSource:
-    """``source`` with the training data that a caller has: a file, texts, or batches as they are.
+    """``source`` with the training data that a caller has: a file, texts or paths, or batches as they are.
 
     The last tenth of the batches is held out.
 
@@ -137,7 +145,7 @@ def python_training(
     if isinstance(training, str | os.PathLike):
         path, column = split_column(training)
         section = TrainingSection(data=str(path), column=column, max_length=max_length, seed=seed)
-        return _adding(source, *_make(section, path, None, decoder, bos))
+        return _adding(source, *_make(section, path, None, decoder, bos, medium))
     section = TrainingSection(data="the training data", max_length=max_length, seed=seed)
     if len(training) < 2:
         raise too_short(section.data, len(training), 2)
@@ -148,14 +156,20 @@ def python_training(
     texts = cast(Sequence[str], training)
     if decoder:
         return _adding(source, lambda program: _windows(program, [PARAGRAPH.join(texts)], section, bos))
-    parts = split_examples(Path(section.data), [Row(place, (text,)) for place, text in enumerate(texts, 1)], section)
+    name, rows = Path(section.data), [Row(place, (os.fspath(text),)) for place, text in enumerate(texts, 1)]
+    parts = split_examples(name, rows, section)
+    if medium is not None:
+        check_section(max_length, medium)
+        look_at(name, rows, medium)
     return _adding(source, lambda program: _texts(program, parts, section))
 
 
 def _make(
-    section: TrainingSection, path: Path, other: Path | None, decoder: bool, bos: str
+    section: TrainingSection, path: Path, other: Path | None, decoder: bool, bos: str, medium: Medium | None = None
 ) -> tuple[Make, tuple[NamedRows, ...]]:
     """Read ``path``, and ``other`` if that is held out: what makes batches of them, and the rows of texts."""
+    if medium is not None:
+        return _make_of_files(section, path, other, medium), ()
     if decoder:
         texts = [read_text(file, column=section.column, limit=LONGEST_TEXT) for file in (path, other) if file]
         return lambda program: _windows(program, texts, section, bos), ()
@@ -166,6 +180,20 @@ def _make(
             raise too_short(other, 0, 1)
         parts = (parts[0], Examples(other, rows, section.label is not None))
     return lambda program: _texts(program, parts, section), tuple(part.named() for part in parts)
+
+
+def _make_of_files(section: TrainingSection, path: Path, other: Path | None, medium: Medium) -> Make:
+    """The same of files that the model reads alone; each is looked at here."""
+    check_section(section.max_length, medium)
+    parts = split_examples(path, media_examples(path, medium, section.column, section.label), section)
+    if other is not None:
+        rows = tuple(media_examples(other, medium, section.column, section.label))
+        if not rows:
+            raise too_short(other, 0, 1)
+        parts = (parts[0], Examples(other, rows, section.label is not None))
+    for part in parts:
+        look_at(part.path, part.rows, medium)
+    return lambda program: _texts(program, parts, section)
 
 
 def split_examples(path: Path, rows: Iterable[Row], section: TrainingSection) -> tuple[Examples, Examples]:

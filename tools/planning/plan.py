@@ -23,10 +23,10 @@ from torch import fx
 
 from bitlower.backends.base import Backend
 from bitlower.backends.registry import make_backend
-from bitlower.backends.sizes import Sizes
+from bitlower.backends.sizes import Sizes, stored_values
 from bitlower.frontends import load
 from bitlower.frontends.trace_cache import is_kept
-from bitlower.ir import Program, get_tensor
+from bitlower.ir import Program
 from bitlower.ir.quantizer_node import QuantizerNode
 from bitlower.ir.tasks import TEXT_GENERATION
 from bitlower.passes import Cache, Context, Contract, Pass, PassManager, format_pipeline, training_steps, trains
@@ -262,19 +262,10 @@ def _record_bytes(placed: Program, data: Load) -> int:
 
 def _tensor_plans(program: Program, reasons: dict[str, str], target: Sizes) -> tuple[TensorPlan, ...]:
     """Every parameter and constant that is no scale or zero point, each storage once."""
-    users: dict[str, list[fx.Node]] = {}
-    for node in program.graph.nodes:
-        if node.op == "get_attr":
-            users.setdefault(str(node.target), []).extend(node.users)
-    plans, seen = [], set()
-    for name, readers in users.items():
-        tensor = get_tensor(program.module, name)
-        quantizers = [n for n in readers if "quantizer" in n.meta]
-        if any(QuantizerNode(n).value.target != name for n in quantizers) or tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
-        plans.append(_tensor_plan(name, tensor, quantizers, readers, reasons.get(name, ""), target))
-    return tuple(plans)
+    return tuple(
+        _tensor_plan(name, tensor, quantizers, readers, reasons.get(name, ""), target)
+        for name, tensor, quantizers, readers in stored_values(program)
+    )
 
 
 def _tensor_plan(

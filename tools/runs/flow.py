@@ -16,7 +16,7 @@ from bitlower.frontends.task import is_decoder
 from bitlower.ir import Program, Scheme
 from bitlower.passes import Context, PassManager, make_pass
 from bitlower.passes.outliers.analyze_outliers import OutlierReport
-from bitlower.tools.data.media import media_recipe, medium_of, python_media, refuse_training
+from bitlower.tools.data.media import media_recipe, medium_of, python_media
 from bitlower.tools.data.named_rows import files_of
 from bitlower.tools.data.sources import Calibration, DataSource, python_source, recipe_source
 from bitlower.tools.data.training import python_training, with_training
@@ -63,7 +63,7 @@ def recipe_job(recipe: Recipe) -> Job:
     """
     passes = validate_recipe(recipe)
     if medium := medium_of(recipe.model_source, recipe.model.task):
-        source = media_recipe(recipe, medium)
+        source = with_training(media_recipe(recipe, medium), recipe, False, medium)
     else:
         decoder = is_decoder(recipe.model_source, recipe.model.task)
         source = with_training(recipe_source(recipe, decoder), recipe, decoder)
@@ -163,9 +163,10 @@ def _python_job(
     """The run of :func:`quantize` where a model or data lie in memory, of which no recipe can speak."""
     decoder, calibrated, trained = is_decoder(model, task), calibration is not None, training is not None
     source = _source(model, calibration, task=task, samples=samples, max_length=max_length, seed=seed, bos=bos)
-    if medium := medium_of(model, task):
-        refuse_training(training, medium)
-    source = python_training(source, training, seed=seed, max_length=max_length, decoder=decoder, bos=bos)
+    medium = medium_of(model, task)
+    source = python_training(
+        source, training, seed=seed, max_length=max_length, decoder=decoder, bos=bos, medium=medium
+    )
     source.check_files(files_of(model, task))
     passes = standard_passes(
         scheme, ignore, algorithm=algorithm, calibrated=calibrated, trained=trained, formats=formats

@@ -33,6 +33,7 @@ class CompressedTensors(Format):
     """compressed-tensors' ``pack-quantized``."""
 
     name: ClassVar[str] = "compressed-tensors"
+    unfolds = True
     one_way_with_zeros: ClassVar[bool] = True
     readers: ClassVar[tuple[str, ...]] = ("compressed_tensors", "accelerate")
 
@@ -76,8 +77,8 @@ class CompressedTensors(Format):
         """One group for each way of packing; all ``Linear`` modules and a list of exceptions where there is one way.
 
         transformers does not know the shape of packed zero points, and packed modules have no weight that a ``forward``
-        of the model's own could read; both work with weights that it dequantizes as it loads them, which ``dequantize``
-        asks for.
+        of the model's own could read, or what initializes a module around them. All work with weights that it
+        dequantizes as it loads them, which ``dequantize`` asks for.
 
         Raises:
             BitlowerError: such layers and others; as it loads, transformers dequantizes all layers alike.
@@ -85,14 +86,16 @@ class CompressedTensors(Format):
         ways: dict[Packed, list[str]] = {}
         for layer in layers:
             ways.setdefault(how_packed(layer), []).append(layer.path)
-        own = next((layer.path for layer in layers if layer.path in skeleton.own), None)
+        own = next((layer.path for layer in layers if layer.path in skeleton.own | skeleton.initialized), None)
         asymmetric = not all(way.symmetric for way in ways)
         if asymmetric and skeleton.experts:
             raise BitlowerError("transformers reads experts without zero points only", hint="use a symmetric scheme")
         dequantize = asymmetric or own is not None or bool(skeleton.experts)
         if dequantize and len(ways) > 1:
             one, other = (paths[0] for paths in list(ways.values())[:2])
-            why = f"{own} is a {skeleton.own[own]}" if own is not None else "one with zero points"
+            read = {path: f"initialized by {name}" for path, name in skeleton.initialized.items()}
+            read |= {path: f"a {name}" for path, name in skeleton.own.items()}
+            why = f"{own} is {read[own]}" if own is not None else "one with zero points"
             why = "there are experts" if skeleton.experts else why
             raise BitlowerError(
                 f"{one} and {other} are quantized in different ways, and {why}: transformers cannot load that",

@@ -7,6 +7,7 @@ import onnx_ir as ir
 from bitlower.backends.onnx_qdq.graph.nodes import dims, is_op, source
 from bitlower.backends.onnx_qdq.rewrite.editor import Editor
 from bitlower.backends.onnx_qdq.rewrite.rule import APPLIED
+from bitlower.ir.tokens import ENCODER_PAST
 
 _LENGTH = (2, -2)
 """The axis of [batch, heads, length, head_dim] that grows."""
@@ -26,6 +27,8 @@ def keep_cache(editor: Editor, node: ir.Node) -> str | None:
     if len(grown) != 2:
         return "its keys and values are not those of a cache with new ones appended"
     query, (keys, values) = source(node), grown
+    if any(ENCODER_PAST in (dims(source(concat)) or ()) for concat in (keys, values)):
+        return "a later step adds nothing to its keys and values, which the operator refuses"
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     attributes = {a.name: a.value for a in node.attributes.values()}
     pasts, steps = zip(*(concat.inputs for concat in (keys, values)), strict=True)

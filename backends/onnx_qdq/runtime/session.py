@@ -61,7 +61,8 @@ class Session:
         except Exception as error:
             raise CheckError(f"onnxruntime does not load {_name(model)}: {_first_line(error)}") from error
         self._model = model
-        self.inputs = tuple(value.name for value in self._session.get_inputs())
+        self.shapes = {value.name: tuple(value.shape) for value in self._session.get_inputs()}
+        self.inputs = tuple(self.shapes)
         self.outputs = tuple(value.name for value in self._session.get_outputs())
 
     def run(self, batch: Batch, outputs: Iterable[str] | None = None) -> dict[str, Array]:

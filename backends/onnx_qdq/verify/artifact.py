@@ -21,7 +21,7 @@ from bitlower.backends.onnx_qdq.runtime.session import read_model, runtime_versi
 from bitlower.backends.onnx_qdq.verify.record import Verification
 from bitlower.backends.onnx_qdq.verify.runtime_kernels import KernelReport, count_kernels, optimized_model
 from bitlower.backends.onnx_qdq.verify.stages import StageSessions
-from bitlower.backends.onnx_qdq.write.files import model_file, stages_in
+from bitlower.backends.onnx_qdq.write.files import files_in
 from bitlower.ir import CheckError, Program
 
 BACKEND = "onnx-qdq"
@@ -87,12 +87,12 @@ def verify_artifact(folder: Path) -> ArtifactReport:
         BitlowerError: there is no such folder.
         CheckError: a file is missing or changed, the model does not load, or does not compute what it did.
     """
-    stages = stages_in(folder)
-    files = artifact_manifest.check_artifact(folder, [model_file(stage) for stage in stages])
+    names = files_in(folder).values()
+    files = artifact_manifest.check_artifact(folder, names)
     recorded = Verification.read(folder)
     config = recorded.session_config
     with ExitStack() as stack:
-        models = [stack.enter_context(optimized_model(folder / model_file(stage), config)) for stage in stages]
+        models = [stack.enter_context(optimized_model(folder / name, config)) for name in names]
         kernels = count_kernels(
             *(read_model(model.path).graph for model in models),
             expected=recorded.kernels.expected,

@@ -214,7 +214,8 @@ def _check_parameter(node: fx.Node, ours: torch.Tensor, theirs: torch.Tensor) ->
     Raises:
         CheckError: they do not.
     """
-    worst = ((theirs - ours).abs() - SCALE * ours.abs()).max().item()
+    off = (theirs - ours).abs() - SCALE * ours.abs()
+    worst = off.max().item() if off.numel() else 0.0
     is_scale = argument(node, "index") == 0
     if not worst <= (0.0 if is_scale else 1.0):
         kind = "scale" if is_scale else "zero point"

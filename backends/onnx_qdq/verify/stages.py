@@ -15,9 +15,10 @@ from bitlower.backends.onnx_qdq.runtime.session import Session
 from bitlower.backends.onnx_qdq.verify.compare import OUTPUT_COSINE
 from bitlower.backends.onnx_qdq.verify.record import Figures, Verification
 from bitlower.backends.onnx_qdq.verify.runtime_kernels import joined
-from bitlower.backends.onnx_qdq.write.files import model_file
+from bitlower.backends.onnx_qdq.write.files import files_in
 from bitlower.ir import Batch, Program
-from bitlower.ir.stages import DECODER, ENCODER, crossing, decoder_batch, encoder_batch
+from bitlower.ir.stages import DECODER, ENCODER, crossing, decoder_batch, encoder_batch, enters_cross
+from bitlower.ir.tokens import TOKENS
 
 
 def join_stages(
@@ -35,7 +36,8 @@ def join_stages(
     Raises:
         CheckError: both together do not compute what the program does.
     """
-    together = StageSessions(*(Session(folder / model_file(stage), config=config) for stage in (ENCODER, DECODER)))
+    files = files_in(folder)
+    together = StageSessions(*(Session(folder / files[stage], config=config) for stage in (ENCODER, DECODER)))
     selftest, unseen = compare_together(program, together.run, batch, OUTPUT_COSINE)
     parts = list(stages.values())
     constants = sum((Counter(dict(part.constants)) for part in parts), Counter[str]())
@@ -64,4 +66,9 @@ class StageSessions:
         """
         cross = self._encoder.run(encoder_batch(batch))
         known = {name: torch.from_numpy(value) for name, value in cross.items()}
-        return self._decoder.run(decoder_batch(batch, known)) | crossing(cross)
+        feed = decoder_batch(batch, known)
+        for name, (_, *sizes) in self._decoder.shapes.items():
+            if enters_cross(name) and name not in feed:  # none of them is computed yet
+                fixed = (size if isinstance(size, int) else 0 for size in sizes)
+                feed[name] = torch.zeros(len(feed[TOKENS]), *fixed)
+        return self._decoder.run(feed) | crossing(cross)

@@ -19,7 +19,7 @@ MOST = 0.25
 
 @dataclass
 class Tally:
-    """Sums over batches for one quantized value."""
+    """Sums over batches for one quantized value; a step may have none of its codes."""
 
     codes: int = 0
     equal: int = 0
@@ -38,7 +38,7 @@ class Tally:
         self.codes += difference.numel()
         self.equal += int((difference == 0).sum())
         self.off_by_one += int((difference == 1).sum())
-        self.worst = max(self.worst, int(difference.max()))
+        self.worst = max(self.worst, int(difference.max()) if difference.numel() else 0)
 
     def add_given(self, ours: torch.Tensor, theirs: torch.Tensor, rounding: Rounding) -> None:
         """The runtime's codes, and the Program's from equal codes before."""
@@ -57,7 +57,7 @@ class Tally:
     def add_noise(self, ours: Rounding, shaken: Rounding) -> None:
         """The same value twice: as it is, and where linears round otherwise."""
         off = (shaken.position() - ours.position()).abs()
-        self.noise = max(self.noise, NOISE * float(off.max()))
+        self.noise = max(self.noise, NOISE * float(off.max()) if off.numel() else 0.0)
 
     def add_exact(self, expected: torch.Tensor, theirs: torch.Tensor) -> None:
         """The runtime's codes, and those that its own float input rounds to."""

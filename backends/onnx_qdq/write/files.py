@@ -1,4 +1,7 @@
-"""The artifact's folder, laid out as Hugging Face does: the model, config.json and the tokenizer's files."""
+"""The artifact's folder, laid out as Hugging Face does: the model, config.json and the tokenizer's files.
+
+An encoder-decoder is two files in one of two layouts (:data:`~bitlower.backends.onnx_qdq.write.optimum.Layout`).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import onnx_ir as ir
 
 from bitlower.backends.artifact import folder as artifact_folder
 from bitlower.backends.artifact.folder import flush
+from bitlower.backends.onnx_qdq.write.optimum import MERGED, OPTIMUM, OPTIMUM_DATA, Layout
 from bitlower.ir import Program
 from bitlower.ir.stages import DECODER, ENCODER
 
@@ -22,14 +26,19 @@ _LARGE = 1 << 10
 """Bytes of a tensor from which it is shared."""
 
 
-def model_file(stage: str = "") -> str:
+def model_file(stage: str = "", layout: Layout = "genai") -> str:
     """The file of a model, or of a stage of one."""
+    if stage == DECODER and layout == OPTIMUM:
+        return MERGED
     return f"{stage}_{MODEL}" if stage else MODEL
 
 
-def stages_in(folder: Path) -> tuple[str, ...]:
-    """The stages whose files lie in ``folder``; one without a name where it is a model in one piece."""
-    return (ENCODER, DECODER) if (folder / model_file(ENCODER)).is_file() else ("",)
+def files_in(folder: Path) -> dict[str, str]:
+    """The files in ``folder`` by the stages that they are; one without a name where it is a model in one piece."""
+    if not (folder / model_file(ENCODER)).is_file():
+        return {"": MODEL}
+    layout: Layout = OPTIMUM if (folder / MERGED).is_file() else "genai"
+    return {stage: model_file(stage, layout) for stage in (ENCODER, DECODER)}
 
 
 def share_tensors(models: Sequence[ir.Model], folder: Path) -> list[str]:
@@ -63,12 +72,19 @@ def _alike(value: ir.Value, other: ir.Value | None) -> bool:
     return a.tobytes() == b.tobytes()
 
 
-def write_model(model: ir.Model, folder: Path, *, threshold: int, name: str = MODEL) -> list[str]:
+def write_model(model: ir.Model, folder: Path, *, threshold: int, name: str = MODEL, suffix: str = DATA) -> list[str]:
     """Write the model as ``name``, its tensors beside it if they are more than ``threshold`` bytes; the files' names.
 
     Each file appears whole: it is written in a folder of its own, flushed, and moved into place.
+
+    Args:
+        model: its graph is what is written.
+        folder: the artifact's.
+        threshold: bytes.
+        name: of the file.
+        suffix: what the name of a file of tensors has behind it.
     """
-    data = f"{name}{DATA}"
+    data = f"{name}{suffix}"
     tensors = [value.const_value for value in model.graph.initializers.values()]
     size = sum(t.nbytes for t in tensors if t is not None and not isinstance(t, ir.ExternalTensor))
     with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as scratch:
@@ -86,7 +102,6 @@ def write_assets(program: Program, folder: Path) -> list[str]:
     Raises:
         BitlowerError: a file would lie outside the folder, or over one of ours.
     """
-    models = [model_file(stage) for stage in ("", ENCODER, DECODER)]
-    return artifact_folder.write_assets(
-        program, folder, (*models, *(f"{name}{DATA}" for name in models), SHARED, GENAI)
-    )
+    models = [*map(model_file, ("", ENCODER, DECODER)), MERGED]
+    data = (f"{name}{suffix}" for name in models for suffix in (DATA, OPTIMUM_DATA))
+    return artifact_folder.write_assets(program, folder, (*models, *data, SHARED, GENAI))

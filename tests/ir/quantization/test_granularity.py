@@ -175,6 +175,13 @@ def test_a_scale_that_does_not_fit_is_an_error(shape):
         block(torch.zeros(4, 6), shape)
 
 
+def test_no_tokens_have_no_scales() -> None:
+    low, high = Granularity.per_token().range_of(torch.zeros(2, 0, 6))
+    assert low.shape == high.shape == (2, 0, 1)
+    with pytest.raises(BitlowerError, match="does not fit"):
+        block(torch.zeros(2, 3, 6), (2, 0, 1))
+
+
 @st.composite
 def granularities(draw):
     kind, axis, size = draw(st.sampled_from(KINDS)), draw(st.integers(-3, 3)), draw(st.integers(1, 512))

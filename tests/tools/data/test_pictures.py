@@ -10,7 +10,10 @@ import torch
 
 from bitlower.frontends.pictures import picture_batches
 from bitlower.ir import BitlowerError, Program, TensorType, ValueSpec
-from bitlower.tools.data.media import PICTURES, media_paths, media_recipe, python_media, refuse_training
+from bitlower.tools.data.batches import Data
+from bitlower.tools.data.media import PICTURES, media_paths, media_recipe, python_media
+from bitlower.tools.data.sources import DataSource
+from bitlower.tools.data.training import python_training, with_training
 from bitlower.tools.recipes.recipe import Recipe
 
 Save = Callable[..., list[Path]]
@@ -104,7 +107,62 @@ def test_what_is_about_texts_is_refused(tmp_path: Path) -> None:
         media_recipe(recipe(tmp_path / "a.csv", column=["a", "b"]), PICTURES)
     with pytest.raises(BitlowerError, match="is a folder, and has no column 'a'"):
         media_recipe(recipe(tmp_path, column="a"), PICTURES)
-    with pytest.raises(BitlowerError, match="training on picture files is not available; give input batches"):
-        refuse_training("folder", PICTURES)
-    refuse_training([{"pixel_values": torch.zeros(1)}], PICTURES)
-    refuse_training(None, PICTURES)
+
+
+def training(folder: Path, **section: object) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": {"path": "m"},
+            "training": section,
+            "calibration": {"data": str(folder)},
+            "passes": ["clean"],
+            "export": ["onnx-qdq"],
+        }
+    )
+
+
+def test_pictures_to_train_on_are_those_of_a_folder_or_a_table_with_labels(
+    reader: Program, save_pictures: Save, tmp_path: Path
+) -> None:
+    paths = save_pictures(tmp_path / "pictures", 10)
+    every = picture_batches(reader, paths, batch_size=10)[0]["pixel_values"]
+    table = tmp_path / "rows.csv"
+    table.write_text("path,what\n" + "".join(f"pictures/{path.name},{n % 3}\n" for n, path in enumerate(paths)))
+    reader.outputs = (ValueSpec("logits", TensorType(torch.float32, ("batch", 3))),)
+    for section in ({"data": str(tmp_path / "pictures")}, {"data": str(table), "label": "what"}):
+        asked = training(tmp_path / "pictures", **section, held_out=0.2, batch_size=3)
+        source = with_training(media_recipe(asked, PICTURES), asked, False, PICTURES)
+        data = source.batches(reader)
+        assert [len(batch["pixel_values"]) for batch in data.training] == [3, 3, 2]
+        assert [len(batch["pixel_values"]) for batch in data.held_out] == [2]
+        seen = []
+        for batch in (*data.training, *data.held_out):
+            for place, picture in enumerate(batch["pixel_values"]):
+                (which,) = (n for n, one in enumerate(every) if torch.equal(one, picture))
+                seen.append(which)
+                assert ("labels" in batch) is ("label" in section)
+                assert int(batch.get("labels", torch.tensor([which % 3] * 3))[place]) == which % 3
+        assert sorted(seen) == list(range(10))
+        assert len(data.calibration) > 0
+    nothing, named = DataSource(lambda program: Data()), [str(path) for path in paths]
+    files = python_training(nothing, named, seed=0, max_length=None, decoder=False, medium=PICTURES)
+    assert sum(len(batch["pixel_values"]) for batch in files.batches(reader).training) == 9
+
+
+def test_bad_pictures_to_train_on_are_named_before_a_model_is_loaded(save_pictures: Save, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    bad = save_pictures(folder, 9)[4]
+    good = media_recipe(recipe(folder), PICTURES)
+    bad.write_bytes(bad.read_bytes()[:70])
+    table = tmp_path / "rows.csv"
+    table.write_text("path,label\n" + "".join(f"pictures/{path.name},0\n" for path in sorted(folder.iterdir())))
+    asks = {
+        f"{table}, line 6: the picture {bad} is cut off or damaged": {"data": str(table), "label": "label"},
+        f"the picture {bad} is cut off or damaged": {"data": str(folder)},
+        "max_length is in tokens, and this model reads pictures": {"data": str(folder), "max_length": 3},
+        f"{folder} has no column 'label' of labels": {"data": str(folder), "label": "label"},
+    }
+    for message, section in asks.items():
+        with pytest.raises(BitlowerError) as caught:
+            with_training(good, training(folder, **section), False, PICTURES)
+        assert caught.value.message.startswith(message)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from bitlower.backends.registry import make_backend
 from bitlower.frontends import load
@@ -87,6 +89,22 @@ def test_the_predicted_size_is_that_of_the_artifact(tmp_path: Path, scheme: str)
     assert plan.artifact_bytes == pytest.approx(made.summary.artifact_bytes, rel=0.03)
     beside = made.summary.artifact_bytes - made.summary.files["model.onnx"]
     assert plan.artifact_bytes - plan.file_bytes == pytest.approx(beside, rel=0.3)
+
+
+def test_two_files_of_an_encoder_decoder_may_both_hold_its_table(tmp_path: Path, seq2seq: Any) -> None:
+    config = transformers.BartConfig(**{**seq2seq.CONFIGS["bart"]().to_dict(), "vocab_size": 6000, "decoder_layers": 1})
+    program = load(transformers.AutoModelForSeq2SeqLM.from_config(config).eval())
+    foreseen, written = [], []
+    for layout in ("genai", "optimum"):
+        backend, folder = make_backend("onnx-qdq", {"layout": layout}), tmp_path / layout
+        foreseen.append(make_plan(program, (), Load(1, 8), [backend]).file_bytes)
+        folder.mkdir()
+        backend.export(program, folder, seq2seq.batches("bart", 1))
+        written.append(sum(path.stat().st_size for path in folder.glob("*.onnx*")))
+    table = 6000 * 16 * 4
+    assert written[1] - written[0] == pytest.approx(table, rel=0.05)
+    assert foreseen[1] - foreseen[0] == pytest.approx(table, rel=0.05)
+    assert foreseen[1] == pytest.approx(written[1], rel=0.1)
 
 
 def test_a_decoder_in_few_bits_by_hand(llama_program: Program) -> None:

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 import bitlower
-from bitlower.frontends import batches
+from bitlower.backends.onnx_qdq import OnnxQdq
+from bitlower.frontends import batches, load
 from bitlower.tools.runs.flow import quantize
 
 PYTHON = os.environ.get("BITLOWER_OPTIMUM_PYTHON", "")
@@ -39,9 +40,22 @@ print(json.dumps(model(**tokens).logits.tolist()))
 """
 
 
-def said(code: str, folder: Path) -> Any:
+WRITTEN = """
+import json, sys, torch
+from optimum.onnxruntime import ORTModelForSeq2SeqLM
+model = ORTModelForSeq2SeqLM.from_pretrained(sys.argv[1])
+ids, mask = (torch.tensor(rows) for rows in json.loads(sys.argv[2]))
+settings = {"max_new_tokens": 8, "no_repeat_ngram_size": 2, "do_sample": False}
+print(json.dumps([
+    model.generate(input_ids=ids, attention_mask=mask, num_beams=beams, min_new_tokens=8, **settings).tolist()
+    for beams in (1, 3)
+]))
+"""
+
+
+def said(code: str, folder: Path, read: Any = TEXTS) -> Any:
     """What ``code`` prints in the other interpreter."""
-    command = [PYTHON, "-c", code, str(folder), json.dumps(TEXTS)]
+    command = [PYTHON, "-c", code, str(folder), json.dumps(read)]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=300
     )
@@ -84,3 +98,12 @@ def test_optimum_loads_an_artifact_of_a_classifier(save_head: Callable[..., Path
     model = bitlower.load(tmp_path / "artifact")
     [batch] = batches(model.program, TEXTS)
     assert said(CLASSES, tmp_path / "artifact") == pytest.approx(model(**batch)["logits"].numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_optimum_writes_with_an_encoder_decoder_in_its_layout(kind: str, tmp_path: Path, seq2seq: Any) -> None:
+    OnnxQdq(layout="optimum").export(load(seq2seq.model_of(kind)), tmp_path, seq2seq.batches(kind, 1))
+    read = seq2seq.source(kind)
+    settings = {"max_new_tokens": 8, "no_repeat_ngram_size": 2, "min_new_tokens": 8}
+    expected = [bitlower.load(tmp_path).generate(**read, num_beams=beams, **settings).tolist() for beams in (1, 3)]
+    assert said(WRITTEN, tmp_path, [rows.tolist() for rows in read.values()]).tolist() == expected
