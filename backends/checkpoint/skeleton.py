@@ -50,6 +50,7 @@ class Skeleton:
         """The names of tied weights, each with the one that checkpoints hold."""
         self.kinds = {path: kind for path, module in self._model.named_modules() if (kind := _kind(module))}
         """``Linear``, ``Conv1D`` or ``Embedding`` by module path."""
+        self._read_above = dict(_read_above(program))
         self._attentions = [path for path, m in self._model.named_modules() if isinstance(m, nn.MultiheadAttention)]
         self.experts = [path for path in self.kinds if re.search(r"\.experts\.\d+\.\w+$", path)]
         """The linear layers of experts, which transformers holds in one tensor."""
@@ -111,7 +112,7 @@ class Skeleton:
             names = [name for name, parameter in module._parameters.items() if parameter is not None]
             if names:
                 bring = _Bring(module, path, names, weight, ties)
-                around = self.attention_around(f"{path}.")
+                around = self.attention_around(f"{path}.") or self._read_above.get(path, "")
                 runs = self._model.get_submodule(around) if around else module
                 handles.append(runs.register_forward_pre_hook(bring.load))
                 handles.append(runs.register_forward_hook(bring.drop, always_call=True))
@@ -123,6 +124,15 @@ class Skeleton:
             for handle in handles:
                 handle.remove()
         return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+
+
+def _read_above(program: Program) -> Iterator[tuple[str, str]]:
+    """Layers whose weight the module above reads past them (the time steps of Mamba), each with that module."""
+    for node in program.graph.find_nodes(op="get_attr"):
+        layer = str(node.target).rpartition(".")[0]
+        above = layer.rpartition(".")[0]
+        if above and any(str(user.meta.get("path", "")) == above for user in node.users):
+            yield layer, above
 
 
 class _Bring:

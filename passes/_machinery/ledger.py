@@ -63,7 +63,7 @@ class Ledger(Recorder):
     def after(self, pass_: Pass, program: Program, context: Context, changed: bool) -> None:
         """Measure a lossy change, or take what an exact pass made as the reference."""
         if changed and pass_.contract is Contract.EXACT:
-            self._outputs, self._layers = (r.moved(program) for r in (self._outputs, self._layers))
+            self._outputs, self._layers = (r.after_exact(program) for r in (self._outputs, self._layers))
         elif changed and pass_.contract is Contract.LOSSY:
             row: dict[str, Any] = {"pass": format_pipeline([pass_]), "bytes": program.size_bytes()}
             if context.evaluation and self._outputs.program and self._layers.program:
@@ -109,7 +109,7 @@ class _Reference:
     is_equal: bool = True
     is_outdated: bool = False
 
-    def moved(self, program: Program) -> _Reference:
+    def after_exact(self, program: Program) -> _Reference:
         """The reference after an exact pass that gave ``program``."""
         if self.is_equal:
             return _Reference(program)

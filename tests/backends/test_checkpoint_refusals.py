@@ -170,7 +170,7 @@ def test_support_is_known_beforehand(spec, shape, role, options, reason: str):
     assert bool(answer) is bool(reason)
 
 
-def test_a_weight_that_is_read_past_its_layer_is_refused_and_may_stay_float() -> None:
+def test_a_weight_that_is_read_past_its_layer_is_refused_and_may_stay_float(tmp_path: Path) -> None:
     config = MambaConfig(hidden_size=32, num_hidden_layers=1, state_size=4, time_step_rank=32, vocab_size=64)
     model = load(AutoModelForCausalLM.from_config(config).eval(), task="text-generation")
     program = PassManager(parse_pipeline("clean,quantize{scheme=W4A16-g32}")).run(model, Context())
@@ -181,6 +181,11 @@ def test_a_weight_that_is_read_past_its_layer_is_refused_and_may_stay_float() ->
     (ignore,) = re.findall(r"ignore=\[[^ ]*\]", str(refusal.value.hint))
     program = PassManager(parse_pipeline(f"clean,quantize{{scheme=W4A16-g32 {ignore}}}")).run(model, Context())
     Checkpoint().check_fits(program)  # out_proj is unfolded as it is loaded
+    lowered = PassManager(parse_pipeline(f"clean,quantize{{scheme=W4A16-g32 {ignore}}},rtn,lower-integer")).run(
+        model, Context()
+    )
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    Checkpoint().export(lowered, tmp_path, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
     with pytest.raises(
         BitlowerError, match=r"mixer\.out_proj is initialized by MambaMixer when transformers"
     ) as refusal:

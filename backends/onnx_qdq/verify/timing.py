@@ -12,7 +12,7 @@ from bitlower.backends.base import KernelTime
 from bitlower.backends.onnx_qdq.runtime.session import Session
 from bitlower.backends.onnx_qdq.verify.record import Verification
 from bitlower.backends.onnx_qdq.verify.stages import StageSessions
-from bitlower.backends.onnx_qdq.write.files import model_file, stages_in
+from bitlower.backends.onnx_qdq.write.files import files_in
 from bitlower.ir.scratch import scratch_folder
 
 WARM, RUNS = 3, 20
@@ -30,13 +30,10 @@ def kernel_times(folder: Path) -> tuple[KernelTime, ...]:
     Raises:
         CheckError: a file is missing or damaged, or the model does not run.
     """
-    recorded, stages = Verification.read(folder), stages_in(folder)
+    recorded, names = Verification.read(folder), files_in(folder).values()
     batch = {name: part.tensor() for name, part in recorded.selftest.inputs.items()}
     with scratch_folder() as place:
-        sessions = [
-            Session(folder / model_file(stage), config=recorded.session_config, profile=place / f"stage-{number}")
-            for number, stage in enumerate(stages)
-        ]
+        sessions = [Session(folder / name, config=recorded.session_config, profile=place / name) for name in names]
         run = sessions[0].run if len(sessions) == 1 else StageSessions(*sessions).run
         for _ in range(WARM + RUNS):
             run(batch)
