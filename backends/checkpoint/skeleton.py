@@ -127,8 +127,11 @@ class Skeleton:
 
 
 def _read_above(program: Program) -> Iterator[tuple[str, str]]:
-    """Layers whose weight the module above reads past them (the time steps of Mamba), each with that module."""
-    for node in program.graph.find_nodes(op="get_attr"):
+    """Layers whose weight the module above reads past them (the time steps of Mamba), each with that module.
+
+    A program without graphs, of an artifact that is only read, says nothing of it.
+    """
+    for node in (node for graph in program.graphs.values() for node in graph.graph.find_nodes(op="get_attr")):
         layer = str(node.target).rpartition(".")[0]
         above = layer.rpartition(".")[0]
         if above and any(str(user.meta.get("path", "")) == above for user in node.users):
