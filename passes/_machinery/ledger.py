@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -76,9 +77,7 @@ class Ledger(Recorder):
 
     def key(self, context: Context) -> str:
         """Both references and the evaluation batches."""
-        references = (self._outputs.program, self._layers.program)
-        parts = [digest_program(program) if program else "" for program in references]
-        parts.append(digest_batches(context.evaluation))
+        parts = (self._outputs.digest, self._layers.digest, digest_batches(context.evaluation))
         return f"ledger-3-{hashlib.sha256(' '.join(parts).encode()).hexdigest()}"
 
     def row(self) -> dict[str, Any] | None:
@@ -108,6 +107,11 @@ class _Reference:
     program: Program | None = None
     is_equal: bool = True
     is_outdated: bool = False
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the program; it is computed once."""
+        return digest_program(self.program) if self.program else ""
 
     def after_exact(self, program: Program) -> _Reference:
         """The reference after an exact pass that gave ``program``."""
