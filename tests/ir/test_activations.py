@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import fx
 
-from bitlower.backends.tvm_kernels.spec.base import FUNCTIONS
+from bitlower.backends.tvm_kernels.spec.base import ACTIVATION_FUNCTIONS
 from bitlower.ir.activations import ACTIVATIONS, IN_KERNELS, Activation, activation_of
 from bitlower.ir.dataflow import ACTIVATION
 
@@ -44,7 +44,7 @@ def test_what_has_no_expression_is_no_identity() -> None:
 
 def test_the_lists_follow_from_the_table() -> None:
     assert {row.target for row in ACTIVATIONS} == ACTIVATION
-    assert ("", *IN_KERNELS) == FUNCTIONS
+    assert ("", *IN_KERNELS) == ACTIVATION_FUNCTIONS
     assert len({(row.target, *sorted(row.options.items())) for row in ACTIVATIONS}) == len(ACTIVATIONS)
 
 
