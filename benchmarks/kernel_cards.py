@@ -105,7 +105,7 @@ def cases() -> list[tuple[str, KernelSpec | Attention, int]]:
         places=((2304, 0), (2304, 768), (2304, 1536)),
     )
     codes = replace(heads, scored=UINT8, probs=UINT8, query="uint8", key="uint8", value="uint8")
-    shared = replace(heads, heads=32, groups=8, places=(None, None, None), output=None)
+    shared = replace(heads, heads=32, kv_heads=8, places=(None, None, None), output=None)
     halves = replace(shared, query="float16", key="float16", value="float16", result="float16")
     wide = replace(halves, head_dim=128, value_head_dim=128)
     down = replace(half, weight=low_bit(4), residual=True).holding({"residual": "float32", "values": "float32"})
