@@ -38,3 +38,17 @@ def test_what_is_mutated_and_its_tests_are_there() -> None:
         assert (ROOT / source).is_file(), source
         for name in tests.split():
             assert (ROOT / "tests" / f"{name}.py").is_file(), name
+
+
+def test_the_kernels_of_cards_can_be_specified(path: None) -> None:
+    pytest.importorskip("tvm", reason="the extra tvm is not installed")
+    cases = runpy.run_path(str(ROOT / "benchmarks" / "kernel_cards.py"))["cases"]()
+    assert len({name for name, _, _ in cases}) == len(cases)
+
+
+def test_kernels_of_the_host_are_built_and_run(path: None) -> None:
+    """As the benchmark of rates does, on the arguments that it makes."""
+    pytest.importorskip("tvm", reason="the extra tvm is not installed")
+    rates = runpy.run_path(str(ROOT / "benchmarks" / "host_rates.py"))
+    for bits, integer in ((4, True), (8, False)):
+        rates["kernel"](bits, integer, 2)()
