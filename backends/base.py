@@ -30,6 +30,10 @@ class Summary(Protocol):
         ...
 
 
+WARM, RUNS = 3, 20
+"""Runs of a model in which kernels are not timed yet, and those in which they are."""
+
+
 @dataclass(frozen=True)
 class KernelTime:
     """What one kind of kernel takes in a run of a model.

@@ -317,13 +317,11 @@ def check_same_texts(first: str, second: str) -> None:
     if not all(folder.is_dir() and any(is_tokenizer(path.name) for path in folder.iterdir()) for folder in folders):
         return
     a, b = (load_tokenizer(folder, str(folder)) for folder in folders)
-    for text in PROBES:
-        if a(text, add_special_tokens=False)["input_ids"] != b(text, add_special_tokens=False)["input_ids"]:
-            raise BitlowerError(
-                f"{first} and {second} split texts into other tokens, such as {text!r}, so that no figure of one "
-                "compares with the other's",
-                hint="compare models that have the same tokenizer",
-            )
+    if any(a(t, add_special_tokens=False)["input_ids"] != b(t, add_special_tokens=False)["input_ids"] for t in PROBES):
+        raise BitlowerError(
+            f"{first} and {second} split texts into other tokens, so that no figure of one compares with the other's",
+            hint="compare models that have the same tokenizer",
+        )
 
 
 def check_length(program: Program, length: int) -> None:

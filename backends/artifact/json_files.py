@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bitlower.ir import CheckError, json_files
+from bitlower.ir.digits import rounded
 from bitlower.ir.files import reason
-
-DIGITS = 6
-
-
-def significant(value: float) -> float:
-    """``value`` rounded to six significant digits."""
-    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else value
 
 
 def write_json(path: Path, form: Mapping[str, Any]) -> None:
@@ -55,4 +48,4 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def rounded_figures(form: Mapping[str, Any]) -> dict[str, Any]:
     """``form`` with six significant digits of its floats."""
-    return {key: significant(value) if isinstance(value, float) else value for key, value in form.items()}
+    return {key: rounded(value) if isinstance(value, float) else value for key, value in form.items()}

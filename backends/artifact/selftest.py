@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from bitlower.backends.artifact.json_files import significant
 from bitlower.ir import Batch, CheckError
 from bitlower.ir.diagnostics import shorten
+from bitlower.ir.digits import rounded
 
 Array = np.ndarray[Any, Any]
 Run = Callable[[Batch], Mapping[str, Array]]
@@ -89,12 +89,16 @@ class SelfTest:
     inputs: Annotated[Mapping[str, Input], Field(min_length=1)]
     outputs: Annotated[Mapping[str, Reference], Field(min_length=1)]
 
+    def batch(self) -> dict[str, torch.Tensor]:
+        """The inputs as tensors."""
+        return {name: part.tensor() for name, part in self.inputs.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
             "inputs": {name: {"dtype": part.dtype, "values": part.values} for name, part in self.inputs.items()},
             "outputs": {
-                name: {"shape": list(r.shape), "rms": significant(r.rms), "values": [*map(significant, r.values)]}
+                name: {"shape": list(r.shape), "rms": rounded(r.rms), "values": [*map(rounded, r.values)]}
                 for name, r in self.outputs.items()
             },
         }
@@ -130,7 +134,7 @@ def run_selftest(selftest: SelfTest, run: Run) -> dict[str, float]:
             or is something else.
     """
     try:
-        results = run({name: part.tensor() for name, part in selftest.inputs.items()})
+        results = run(selftest.batch())
     except CheckError:
         raise
     except Exception as error:  # the runtimes raise many kinds

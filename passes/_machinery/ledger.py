@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -76,9 +75,9 @@ class Ledger(Recorder):
         return {"reference": {"bytes": self._bytes}, "rows": self.rows}
 
     def key(self, context: Context) -> str:
-        """Both references and the evaluation batches."""
-        parts = (self._outputs.digest, self._layers.digest, digest_batches(context.evaluation))
-        return f"ledger-3-{hashlib.sha256(' '.join(parts).encode()).hexdigest()}"
+        """The first program and the evaluation batches; what became of it stands in every program's own history."""
+        first = digest_program(self._outputs.program) if self._outputs.program else ""
+        return f"ledger-3-{hashlib.sha256(f'{first} {digest_batches(context.evaluation)}'.encode()).hexdigest()}"
 
     def row(self) -> dict[str, Any] | None:
         """The row of the last pass."""
@@ -107,11 +106,6 @@ class _Reference:
     program: Program | None = None
     is_equal: bool = True
     is_outdated: bool = False
-
-    @cached_property
-    def digest(self) -> str:
-        """Of the program; it is computed once."""
-        return digest_program(self.program) if self.program else ""
 
     def after_exact(self, program: Program) -> _Reference:
         """The reference after an exact pass that gave ``program``."""

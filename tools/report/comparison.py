@@ -40,8 +40,17 @@ def comparison_chapter(material: Material, other: Material | None) -> Chapter:
         _figures(material, other, names),
         *_specs(material, other, names),
     ]
-    blocks += _layers(material, other, names)
+    blocks += [*_layers(material, other, names), *_kernels(material, other, names)]
     return Chapter("comparison", title, ABOUT, tuple(blocks))
+
+
+def _kernels(material: Material, other: Material, names: tuple[str, str]) -> Iterator[Block]:
+    """What each kind of kernel takes in both, where they were run for it."""
+    first, second = ({time.kernel: time.microseconds for time in one.kernels} for one in (material, other))
+    if first or second:
+        rows = [(kernel, first.get(kernel), second.get(kernel)) for kernel in dict.fromkeys((*first, *second))]
+        rows.append(("all together", sum(first.values()), sum(second.values())))
+        yield plain_table("Time of kernels in one run (µs)", ("kernel", *names), rows)
 
 
 def _names(material: Material, other: Material) -> tuple[str, str]:

@@ -10,12 +10,10 @@ from pathlib import Path
 from bitlower.backends.registry import find_backend
 from bitlower.tools.report.blocks import Block, Picture, Prose, plain_table
 from bitlower.tools.report.contents import Material
-from bitlower.tools.report.svg import COLORS, LEFT, RIGHT, WIDTH, legend, picture
+from bitlower.tools.report.svg import COLORS, LEFT, LETTER, RIGHT, WIDTH, legend, picture
 
 HEIGHT, _TOP, _THICK = 56, 6, 40
 """Of the picture, and of the strip in it."""
-_LETTER = 6.2
-"""Width of a letter, about."""
 
 
 def with_kernel_times(material: Material, folder: Path) -> Material:
@@ -47,7 +45,7 @@ def kernel_blocks(material: Material) -> Iterator[Block]:
         text = f'<text class="inside" x="{left + 4:.1f}" y="{_TOP + _THICK / 2 + 4:.1f}">{escape(name)}</text>'
         body.append(
             f'<g class="s{index}"><rect class="bar" x="{left:.1f}" y="{_TOP}" width="{width:.1f}" height="{_THICK}">'
-            f"<title>{escape(said)}</title></rect>{text if width > len(name) * _LETTER + 8 else ''}</g>"
+            f"<title>{escape(said)}</title></rect>{text if width > len(name) * LETTER + 8 else ''}</g>"
         )
         left += width
     title = f"Time of kernels in one run, {total / 1000:.4g} ms in all"

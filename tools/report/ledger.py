@@ -66,16 +66,22 @@ def loss_of(row: LedgerRow, output: str, measure: str) -> float | None:
     return row.outputs.get(output, {}).get(measure)
 
 
-def _waterfall(rows: Sequence[LedgerRow]) -> list[Block]:
-    output, measure = main_measure(rows)
-    if not measure:
-        return []
-    label, before, steps = MEASURES[measure], 0.0, []
+def loss_steps(rows: Sequence[LedgerRow], output: str, measure: str) -> list[tuple[str, float, float]]:
+    """Each pass that was measured, with the loss before and after it."""
+    before, steps = 0.0, []
     for row in rows:
         after = loss_of(row, output, measure)
         if after is not None:
             steps.append((row.step, before, after))
             before = after
+    return steps
+
+
+def _waterfall(rows: Sequence[LedgerRow]) -> list[Block]:
+    output, measure = main_measure(rows)
+    if not measure:
+        return []
+    label, steps = MEASURES[measure], loss_steps(rows, output, measure)
     plot = Plot(Axis(-0.6, len(steps) - 0.4, ""), axis_of([0.0, *(s[2] for s in steps)], label, zero=True))
     body = plot.frame([(i, _named(step, len(steps))) for i, (step, _, _) in enumerate(steps)])
     for i, (step, low, high) in enumerate(steps):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from bitlower.tools.report.blocks import DataTable, Field
 from bitlower.tools.report.contents import Material
 from bitlower.tools.report.depth import NOISY, last_measured
-from bitlower.tools.report.ledger import MEASURES, loss_of, main_measure
+from bitlower.tools.report.ledger import MEASURES, loss_steps, main_measure
 from bitlower.tools.report.svg import short
 
 TENSORS = 3
@@ -28,17 +28,12 @@ def next_steps(material: Material, pages: Mapping[str, str]) -> DataTable | None
 
 def _costliest_pass(material: Material) -> Iterator[tuple[Field, ...]]:
     output, measure = main_measure(material.ledger.rows)
-    steps, before = [], 0.0
-    for row in material.ledger.rows:
-        after = loss_of(row, output, measure)
-        if after is not None:
-            steps.append((after - before, before, after, row.step))
-            before = after
-    if not steps or max(steps)[0] <= 0:
+    steps = loss_steps(material.ledger.rows, output, measure)
+    step, low, high = max(steps, key=lambda step: step[2] - step[1], default=("", 0.0, 0.0))
+    if high <= low:
         return
-    _, low, high, step = max(steps)
     seen = f"it costs most: {MEASURES[measure]} of {output} {short(low)} → {short(high)}"
-    share = f"; it is {short(before)} in the end" if high != before else ""
+    share = f"; it is {short(steps[-1][2])} in the end" if high != steps[-1][2] else ""
     name = step.partition("{")[0]
     yield (
         Field(step, "ledger"),

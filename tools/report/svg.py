@@ -20,7 +20,7 @@ _STEPS = (1, 2, 2.5, 5, 10)
 """Ticks lie at multiples of one of these times a power of ten."""
 _FLAT = 1e-300
 """Axes that are no longer have one tick: a step of theirs would be no float."""
-_LETTER = 6.2
+LETTER = 6.2
 """Width of a letter of an axis, about."""
 
 
@@ -108,11 +108,11 @@ class Plot:
         right = -math.inf
         for value, name in places:
             x = self.x(value)
-            if x - len(name) * _LETTER / 2 > right:  # names that would lie over the last one are left out
+            if x - len(name) * LETTER / 2 > right:  # names that would lie over the last one are left out
                 parts.append(
                     f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{escape(name)}</text>'
                 )
-                right = x + len(name) * _LETTER / 2 + _LETTER
+                right = x + len(name) * LETTER / 2 + LETTER
         middle = (TOP + bottom) / 2
         parts.append(_label((LEFT + self.width - RIGHT) / 2, self.height - 6, self.across.label))
         parts.append(

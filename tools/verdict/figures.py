@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bitlower.ir.digits import rounded
 from bitlower.tools.render import Cell
 
 
@@ -141,8 +142,8 @@ COLUMNS = ("figure", "value", "normal", "meaning")
 def ordered(figures: Iterable[Figure]) -> tuple[Figure, ...]:
     """In the order of :data:`MEANINGS`, others last; with the six significant digits that files have."""
     places = {name: place for place, name in enumerate(MEANINGS)}
-    rounded = (replace(figure, value=float(f"{figure.value:.6g}")) for figure in figures)
-    return tuple(sorted(rounded, key=lambda figure: places.get(figure.name, len(places))))
+    short = (replace(figure, value=rounded(figure.value)) for figure in figures)
+    return tuple(sorted(short, key=lambda figure: places.get(figure.name, len(places))))
 
 
 def headline_figures(headline: Mapping[str, Any]) -> Iterator[Figure]:

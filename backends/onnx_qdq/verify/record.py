@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from bitlower.backends.artifact.json_files import rounded_figures, significant
+from bitlower.backends.artifact.json_files import rounded_figures
 from bitlower.backends.artifact.outputs import OutputError
 from bitlower.backends.artifact.record import Verified
 from bitlower.backends.artifact.selftest import SelfTest
 from bitlower.backends.artifact.unseen import Unseen
 from bitlower.backends.onnx_qdq.verify.runtime_kernels import KernelReport
+from bitlower.ir.digits import rounded
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Verification(Figures, Verified):
         form = {field.name: getattr(self, field.name) for field in fields(self)}
         form["outputs"] = [rounded_figures(asdict(row)) for row in self.outputs]
         form["quantized"] = [rounded_figures(asdict(row)) for row in self.quantized]
-        form["exposing"] = significant(self.exposing)
+        form["exposing"] = rounded(self.exposing)
         form["kernels"] = self.kernels.to_dict()
         form["selftest"], form["unseen"] = self.selftest.to_dict(), self.unseen.to_dict()
         form["summary"] = self.summary()

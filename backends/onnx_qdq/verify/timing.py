@@ -8,15 +8,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from bitlower.backends.base import KernelTime
+from bitlower.backends.base import RUNS, WARM, KernelTime
 from bitlower.backends.onnx_qdq.runtime.session import Session
 from bitlower.backends.onnx_qdq.verify.record import Verification
 from bitlower.backends.onnx_qdq.verify.stages import StageSessions
 from bitlower.backends.onnx_qdq.write.files import files_in
 from bitlower.ir.scratch import scratch_folder
 
-WARM, RUNS = 3, 20
-"""Runs that do not count, and those that do."""
 _TIME = "_kernel_time"
 """What the profiler's name of a node's run ends with."""
 
@@ -31,7 +29,7 @@ def kernel_times(folder: Path) -> tuple[KernelTime, ...]:
         CheckError: a file is missing or damaged, or the model does not run.
     """
     recorded, names = Verification.read(folder), files_in(folder).values()
-    batch = {name: part.tensor() for name, part in recorded.selftest.inputs.items()}
+    batch = recorded.selftest.batch()
     with scratch_folder() as place:
         sessions = [Session(folder / name, config=recorded.session_config, profile=place / name) for name in names]
         run = sessions[0].run if len(sessions) == 1 else StageSessions(*sessions).run

@@ -8,12 +8,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from bitlower.backends.base import KernelTime
+from bitlower.backends.base import RUNS, WARM, KernelTime
 from bitlower.backends.tvm_kernels.pins import require_tvm
 from bitlower.backends.tvm_kernels.verify.record import Verification
 
-WARM, RUNS = 3, 20
-"""Runs that do not count, and those that do."""
 _BUILTIN = "vm.builtin."
 """What the names of the virtual machine's own functions begin with."""
 
@@ -35,7 +33,7 @@ def kernel_times(folder: Path) -> tuple[KernelTime, ...]:
     from bitlower.backends.tvm_kernels.library.files import load_library
 
     recorded, library = Verification.read(folder), load_library(folder)
-    batch = {name: part.tensor() for name, part in recorded.selftest.inputs.items()}
+    batch = recorded.selftest.batch()
     watch = _Watch(library.code.device)
     library.code.watch(watch)
     for _ in range(WARM + RUNS):

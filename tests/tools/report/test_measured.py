@@ -103,6 +103,15 @@ def test_kernels_are_timed_where_the_report_is_asked_to(artifacts: Any, tmp_path
     assert "kernel by kernel" not in write(artifacts.plain, output=tmp_path / "timed.html").read_text()
 
 
+def test_kernels_of_two_artifacts_stand_side_by_side(artifacts: Any, tmp_path: Path, page_of: Any) -> None:
+    text = write(artifacts.plain, artifacts.other, output=tmp_path / "both.html", profile=True).read_text()
+    header, *rows, total = page_of(text).tables["Time of kernels in one run (µs)"]
+    assert header[1:] == ["plain", "other"]
+    for column in (1, 2):
+        cells = [float(row[column].replace(",", "")) for row in rows if row[column]]
+        assert float(total[column].replace(",", "")) == pytest.approx(sum(cells), rel=1e-2)
+
+
 def test_a_runtime_that_does_not_say_is_named(artifacts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OnnxQdq, "kernel_times", Backend.kernel_times)
     text = write(artifacts.plain, output=tmp_path / "timed.html", profile=True).read_text()
